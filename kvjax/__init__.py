@@ -1,0 +1,1 @@
+"""kvjax makes the KV cache of existing grouped-query LLMs smaller, in JAX."""

@@ -1,0 +1,16 @@
+"""KV caches: pytrees that store new entries and attend over what they hold."""
+
+from kvjax.cache.dense import DenseCache
+from kvjax.cache.latent import LatentCache
+from kvjax.cache.prompt import PromptCache
+from kvjax.cache.protocol import AttentionSpec, Cache, NoCache, cache_bytes
+
+__all__ = [
+    "AttentionSpec",
+    "Cache",
+    "DenseCache",
+    "LatentCache",
+    "NoCache",
+    "PromptCache",
+    "cache_bytes",
+]

@@ -1,0 +1,248 @@
+"""Model configuration: frozen, hashable dataclasses, so that a model can be static under jit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+# --- Rotary position embedding -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware scaling whose base grows with the length, beyond `original_length` tokens."""
+
+    factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1: low frequencies divided by `factor`, high ones kept, a linear ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071); `attention_factor` multiplies cos and sin."""
+
+    factor: float
+    original_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753): one divisor a frequency, short ones up to `original_length`."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_length: int
+    attention_factor: float
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of the first `dim` components of a head.
+
+    Attributes:
+        dim: rotary width R; smaller than the head dim for partial rotary embeddings.
+        theta: base of the frequencies theta^(-2i/R).
+        scaling: how frequencies change for long contexts; None for the plain ones.
+        interleaved: pairs are (2i, 2i+1) as in DeepSeek, otherwise (i, i + R/2).
+    """
+
+    dim: int
+    theta: float = 10_000.0
+    scaling: RopeScaling | None = None
+    interleaved: bool = False
+
+
+# --- Parts of a layer --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """RMS norm x / rms(x) · (offset + weight); Gemma stores weight − 1, so its offset is 1."""
+
+    eps: float = 1e-6
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """Grouped-query attention.
+
+    Attributes:
+        num_heads, num_kv_heads, head_dim: N, K and H.
+        scale: multiplies the logits q·k.
+        rope: None for layers without positions (NoPE).
+        window: a query sees itself and the `window` − 1 tokens before it; None for all.
+        softcap: logits become softcap · tanh(logits / softcap).
+        qkv_bias, out_bias: which projections carry a bias.
+        qk_norm: RMS norm of queries and keys; its weight has one head's shape ("head": Qwen3,
+            Gemma 3) or spans all heads ("all": OLMo 2).
+        norm: the norm that qk_norm uses.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeConfig | None
+    window: int | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: str | None = None
+    norm: NormConfig = NormConfig()
+
+
+@dataclass(frozen=True)
+class EqualCacheConfig:
+    """GQA whose K and V projections are factored, W = down · up (TransMLA v1, arXiv 2502.07864v2).
+
+    The cache holds the latents x · down: `latent_heads` streams of `key_rank` and `value_rank`
+    numbers. The up-projections give every query head keys and values of its own.
+
+    Attributes:
+        base: the attention that was converted; its heads, scale, window, norms and RoPE stay.
+        latent_heads: 1, or K where each KV head keeps a latent of its own.
+        key_rank, value_rank: width of one stream.
+        rope_site: "after_up" (on the up-projected keys) or "before_up" (on the latent).
+    """
+
+    base: GQAConfig
+    latent_heads: int
+    key_rank: int
+    value_rank: int
+    rope_site: str = "after_up"
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention with a decoupled RoPE key (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+        num_heads: N.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths of the parts of one head.
+        kv_lora_rank: latent width L, cached beside the one rotary key of width R.
+        q_lora_rank: rank of the query projection, None for a full one.
+        latent_norm: RMS norm of the latent (and of the query latent); None for none.
+        attention_bias: bias on the down projections and on the output.
+    """
+
+    num_heads: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    kv_lora_rank: int
+    q_lora_rank: int | None
+    scale: float
+    rope: RopeConfig
+    latent_norm: NormConfig | None = NormConfig()
+    attention_bias: bool = False
+
+    @property
+    def window(self) -> None:
+        """MLA layers see the whole context."""
+        return None
+
+
+AttentionConfig = GQAConfig | EqualCacheConfig | MLAConfig
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Gated MLP: down(act(gate(x)) · up(x)); activation is "silu" or "gelu_tanh"."""
+
+    width: int
+    activation: str = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of gated MLPs, each token through its `top_k` experts.
+
+    `normalize` divides the softmax weights of the chosen experts by their sum.
+    """
+
+    num_experts: int
+    top_k: int
+    width: int
+    activation: str = "silu"
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One transformer block: attention and MLP."""
+
+    attention: AttentionConfig
+    mlp: MLPConfig | MoEConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        layers: one entry a layer, so that layers may differ.
+        pre_norm, post_norm: norms before a sub-layer and on its output (Gemma has both).
+        embedding_scale: multiplies the input embeddings (Gemma: √D).
+        final_softcap: soft-cap on the output logits.
+        max_position_embeddings: the context the model was made for.
+        eos_ids: token ids that end a generation.
+        hf_json: the Hugging Face config.json this came from, verbatim, so that saving keeps it.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm: NormConfig = NormConfig()
+    pre_norm: bool = True
+    post_norm: bool = False
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    final_softcap: float | None = None
+    max_position_embeddings: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    hf_json: str = dataclasses.field(default="{}", repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    def with_attention(self, attention: tuple[AttentionConfig, ...]) -> ModelConfig:
+        """The same model with other attention in every layer."""
+        if len(attention) != len(self.layers):
+            raise ValueError(
+                f"got {len(attention)} attention configs for {len(self.layers)} layers"
+            )
+        layers = tuple(
+            dataclasses.replace(layer, attention=a)
+            for layer, a in zip(self.layers, attention, strict=True)
+        )
+        return dataclasses.replace(self, layers=layers)

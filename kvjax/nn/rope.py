@@ -1,0 +1,133 @@
+"""Rotary position embedding: frequencies for every scaling rule, and their application."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
+
+
+def base_frequencies(config: RopeConfig) -> np.ndarray:
+    """theta^(-2i/R) for i < R/2, fp32 [R/2]."""
+    exponent = np.arange(0, config.dim, 2, dtype=np.float32) / np.float32(config.dim)
+    return (1.0 / config.theta**exponent).astype(np.float32)
+
+
+def frequencies(
+    config: RopeConfig, lengths: Int[Array, " B"]
+) -> tuple[Float[Array, "rows half"], float]:
+    """Inverse frequencies and the factor on cos and sin.
+
+    Args:
+        lengths: [B] whole length of each sequence, prompt and tokens to come; read only by the
+            rules that depend on it (dynamic, longrope).
+
+    Returns:
+        [1, R/2], or [B, R/2] where the rule depends on the length; and the attention factor.
+    """
+    return _scaled(config.scaling, config, lengths)
+
+
+@functools.singledispatch
+def _scaled(scaling, config, lengths):
+    raise TypeError(f"no RoPE rule for {scaling!r}")
+
+
+@_scaled.register(type(None))
+def _(scaling, config, lengths):
+    return jnp.asarray(base_frequencies(config))[None], 1.0
+
+
+@_scaled.register
+def _(scaling: LinearScaling, config, lengths):
+    return jnp.asarray(base_frequencies(config) / np.float32(scaling.factor))[None], 1.0
+
+
+@_scaled.register
+def _(scaling: DynamicScaling, config, lengths):
+    length = jnp.maximum(lengths, scaling.original_length).astype(jnp.float32)
+    growth = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+    theta = config.theta * growth ** (config.dim / (config.dim - 2))
+    exponent = jnp.arange(0, config.dim, 2, dtype=jnp.float32) / config.dim
+    return 1.0 / theta[:, None] ** exponent[None], 1.0
+
+
+@_scaled.register
+def _(scaling: Llama3Scaling, config, lengths):
+    inv_freq = base_frequencies(config)
+    turns = scaling.original_length * inv_freq / (2 * np.pi)  # turns within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    scaled = keep * inv_freq + (1 - keep) * inv_freq / scaling.factor
+    return jnp.asarray(scaled.astype(np.float32))[None], 1.0
+
+
+@_scaled.register
+def _(scaling: YarnScaling, config, lengths):
+    inv_freq = base_frequencies(config)
+
+    def component_turning(turns: float) -> float:
+        """Index of the component that makes `turns` turns within the original context."""
+        wavelengths = scaling.original_length / (turns * 2 * math.pi)
+        return config.dim * math.log(wavelengths) / (2 * math.log(config.theta))
+
+    low, high = component_turning(scaling.beta_fast), component_turning(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.dim - 1)
+    ramp = (np.arange(config.dim // 2) - low) / max(high - low, 1e-3)
+    interpolate = np.clip(ramp, 0.0, 1.0)
+    scaled = interpolate * inv_freq / scaling.factor + (1 - interpolate) * inv_freq
+    return jnp.asarray(scaled.astype(np.float32))[None], scaling.attention_factor
+
+
+@_scaled.register
+def _(scaling: LongRopeScaling, config, lengths):
+    inv_freq = base_frequencies(config)
+    short = jnp.asarray(inv_freq / np.asarray(scaling.short_factor, np.float32))
+    long = jnp.asarray(inv_freq / np.asarray(scaling.long_factor, np.float32))
+    is_long = (lengths > scaling.original_length)[:, None]
+    return jnp.where(is_long, long[None], short[None]), scaling.attention_factor
+
+
+def rope(
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    config: RopeConfig | None,
+) -> Float[Array, "B T N H"]:
+    """Rotates the first `config.dim` components of every head by its position (RoFormer, eq. 34).
+
+    Args:
+        positions_BT: absolute positions; −1 (padding) is treated as 0.
+        lengths_B: whole sequence lengths, see `frequencies`.
+        config: None returns x unchanged.
+    """
+    if config is None:
+        return x_BTNH
+    inv_freq, attention_factor = frequencies(config, lengths_B)
+    positions = jnp.maximum(positions_BT, 0).astype(jnp.float32)
+    angles = positions[:, :, None, None] * inv_freq[:, None, None, :]  # [B, T, 1, R/2]
+    cos, sin = jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+    turned, kept = jnp.split(x_BTNH, [config.dim], axis=-1)
+    turned = _rotate(turned.astype(jnp.float32), cos, sin, config.interleaved)
+    return jnp.concatenate([turned.astype(x_BTNH.dtype), kept], axis=-1)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    """Complex multiplication of the pairs of x by cos + i·sin."""
+    axis = -1 if interleaved else -2
+    pairs = x.reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, x.shape[-1] // 2)))
+    a, b = jnp.take(pairs, 0, axis=axis), jnp.take(pairs, 1, axis=axis)
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=axis).reshape(x.shape)

@@ -1,0 +1,165 @@
+"""Public decode operations: argument checks and the choice of an implementation.
+
+Shape letters: B batch, N query heads, K KV heads, S slots, P pool rows, H head dim, L latent rank,
+R rope dim. `implementation` is "auto" or a name; an implementation that cannot serve the arguments
+raises NotImplementedError, it never hands over to another one.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from pallas_kernels import reference
+
+IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+
+
+def gqa_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """One query a sequence over a dense cache.
+
+    Args:
+        q: [B, N, H]; query head n reads KV head n // (N / K).
+        k, v: [B, K, S, H]; slots at or beyond a sequence's length are never read into the output.
+        lengths: [B] int32, live slots; 0 gives an output of zeros.
+        scale: multiplies the logits; default H^-0.5.
+        window: only the last `window` live slots are seen.
+        softcap: logits become softcap · tanh(logits / softcap).
+        return_lse: also return the logsumexp of the logits, [B, N] fp32.
+
+    Returns:
+        [B, N, Hv] in q's dtype.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+        NotImplementedError: the named implementation cannot serve these arguments.
+    """
+    B, N, H = q.shape
+    K, S = k.shape[1], k.shape[2]
+    _check(k.shape == (B, K, S, H), f"k is {k.shape}, expected {(B, K, S, H)} for q {q.shape}")
+    _check(v.shape[:3] == (B, K, S), f"v is {v.shape}, expected {(B, K, S)} + head dim")
+    _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
+    _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
+    _choose(implementation, "gqa_decode")
+    scale = H**-0.5 if scale is None else scale
+    out, lse = reference.gqa_decode(q, k, v, lengths, scale, window, softcap)
+    return _result(out.astype(q.dtype), lse, return_lse)
+
+
+def ragged_gqa_decode(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    starts: Sequence[int],
+    lengths: jax.Array,
+    *,
+    capacities: Sequence[int] | None = None,
+    live: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """One query a sequence over a pool in which every KV head has its own segment.
+
+    Args:
+        q: [B, N, H].
+        k_pool, v_pool: [B, P, H]; head k owns rows starts[k] … starts[k] + capacities[k].
+        starts: K static ints, ascending.
+        lengths: [B, K] int32, live rows of each segment.
+        capacities: K static ints; default: up to the next segment.
+        live: [B, P] bool, rows that may be seen (sliding windows over kept entries); default all.
+        scale, softcap, implementation, return_lse: as in `gqa_decode`.
+
+    Returns:
+        [B, N, Hv] in q's dtype.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+        NotImplementedError: the named implementation cannot serve these arguments.
+    """
+    B, N, H = q.shape
+    K, P = len(starts), k_pool.shape[1]
+    if capacities is None:
+        capacities = [end - start for start, end in zip(starts, [*starts[1:], P], strict=True)]
+    _check(k_pool.shape == (B, P, H), f"k_pool is {k_pool.shape}, expected {(B, P, H)}")
+    _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
+    _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
+    _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
+    _check(len(capacities) == K, f"got {len(capacities)} capacities for {K} heads")
+    for start, capacity in zip(starts, capacities, strict=True):
+        _check(
+            start >= 0 and capacity >= 0 and start + capacity <= P,
+            f"segment {start}:{start + capacity} is outside of the pool's {P} rows",
+        )
+    _choose(implementation, "ragged_gqa_decode")
+    scale = H**-0.5 if scale is None else scale
+    out, lse = reference.ragged_gqa_decode(
+        q, k_pool, v_pool, starts, capacities, lengths, scale, softcap, live
+    )
+    return _result(out.astype(q.dtype), lse, return_lse)
+
+
+def mla_decode(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latent: jax.Array,
+    k_rope: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+    *,
+    implementation: str = "auto",
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Absorbed multi-head latent attention: the latent is key and value of every head.
+
+    Args:
+        q_latent, q_rope: [B, N, L] queries lifted to the latent, and [B, N, R] rotated ones.
+        latent, k_rope: [B, S, L] and [B, S, R], the cache.
+        lengths: [B] int32, live slots.
+        scale: multiplies the logits.
+
+    Returns:
+        [B, N, L] in q_latent's dtype: attention-weighted latents, before the value up-projection.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+        NotImplementedError: the named implementation cannot serve these arguments.
+    """
+    (B, N, L), S, R = q_latent.shape, latent.shape[1], k_rope.shape[-1]
+    _check(q_rope.shape == (B, N, R), f"q_rope is {q_rope.shape}, expected {(B, N, R)}")
+    _check(latent.shape == (B, S, L), f"latent is {latent.shape}, expected {(B, S, L)}")
+    _check(k_rope.shape == (B, S, R), f"k_rope is {k_rope.shape}, expected {(B, S, R)}")
+    _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
+    _choose(implementation, "mla_decode")
+    out, lse = reference.mla_decode(q_latent, q_rope, latent, k_rope, lengths, scale)
+    return _result(out.astype(q_latent.dtype), lse, return_lse)
+
+
+def _choose(implementation: str, operation: str) -> None:
+    """Only "xla" serves so far; "auto" means it on every platform."""
+    _check(
+        implementation in IMPLEMENTATIONS,
+        f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}",
+    )
+    if implementation not in ("auto", "xla"):
+        raise NotImplementedError(f"{operation} has no {implementation} implementation yet")
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _result(out: jax.Array, lse: jax.Array, return_lse: bool):
+    return (out, lse) if return_lse else out

@@ -1,0 +1,115 @@
+"""Decode attention in plain jnp: the oracle of the kernels' tests, and the "xla" implementation.
+
+Logits, softmax and accumulators are fp32 whatever the entries' dtype. Slots that are not live are
+replaced before they are used, so that whatever they hold (NaN too) never reaches the output.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+NEG_INF = -1e30  # finite, so that a row without live slots gives 0 and not NaN
+
+
+def softmax_attend(
+    logits_BKGS: jax.Array, v_BKSH: jax.Array, live_BKS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the live slots, then the weighted sum of the values.
+
+    Args:
+        logits_BKGS: [B, K, G, S] fp32, G queries that read the same KV head.
+
+    Returns:
+        out [B, K, G, Hv] fp32 and lse [B, K, G] fp32, −1e30 where no slot is live.
+    """
+    live = live_BKS[:, :, None, :]
+    logits = jnp.where(live, logits_BKGS, NEG_INF)
+    top = jnp.max(logits, axis=-1, keepdims=True, initial=NEG_INF)
+    weights = jnp.where(live, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=-1)
+    v = jnp.where(live_BKS[..., None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
+    out = jnp.einsum(
+        "bkgs,bksh->bkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    out = out / jnp.maximum(total, 1e-30)[..., None]
+    lse = jnp.where(total > 0, top[..., 0] + jnp.log(jnp.maximum(total, 1e-30)), NEG_INF)
+    return out, lse
+
+
+def scores(q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """q·k, [B, K, G, S] fp32."""
+    return jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+
+
+def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap · tanh(logits / softcap); None leaves them."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def gqa_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.gqa_decode`; returns out and lse, both fp32."""
+    B, N, H = q.shape
+    K, S = k.shape[1], k.shape[2]
+    slots = jnp.arange(S, dtype=jnp.int32)[None]
+    live = slots < lengths[:, None]
+    if window is not None:
+        live &= slots >= lengths[:, None] - window
+    live = jnp.broadcast_to(live[:, None], (B, K, S))
+    logits = soft_cap(scores(q.reshape(B, K, N // K, H), k) * scale, softcap)
+    out, lse = softmax_attend(logits, v, live)
+    return out.reshape(B, N, v.shape[-1]), lse.reshape(B, N)
+
+
+def ragged_gqa_decode(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    starts: Sequence[int],
+    capacities: Sequence[int],
+    lengths: jax.Array,
+    scale: float,
+    softcap: float | None,
+    live_pool: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.ragged_gqa_decode`; one slice of the pool a head, none padded."""
+    B, N, H = q.shape
+    K = len(starts)
+    outs, lses = [], []
+    for head, (start, capacity) in enumerate(zip(starts, capacities, strict=True)):
+        segment = slice(start, start + capacity)
+        slots = jnp.arange(capacity, dtype=jnp.int32)[None]
+        live = slots < lengths[:, head, None]
+        if live_pool is not None:
+            live &= live_pool[:, segment]
+        group = q.reshape(B, K, N // K, H)[:, head : head + 1]
+        logits = soft_cap(scores(group, k_pool[:, None, segment]) * scale, softcap)
+        out, lse = softmax_attend(logits, v_pool[:, None, segment], live[:, None])
+        outs.append(out)
+        lses.append(lse)
+    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+    return out.reshape(B, N, v_pool.shape[-1]), lse.reshape(B, N)
+
+
+def mla_decode(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latent: jax.Array,
+    k_rope: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.mla_decode`; returns the latent output and lse, both fp32."""
+    slots = jnp.arange(latent.shape[1], dtype=jnp.int32)[None]
+    live = (slots < lengths[:, None])[:, None]
+    logits = scores(q_latent[:, None], latent[:, None]) + scores(q_rope[:, None], k_rope[:, None])
+    out, lse = softmax_attend(logits * scale, latent[:, None], live)
+    return out[:, 0], lse[:, 0]

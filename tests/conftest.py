@@ -1,0 +1,28 @@
+"""Strict numerics and checked shapes for every test."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+DATA = Path(os.environ.get("KVJAX_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data and checkpoints that are not part of the repository."""
+    if not DATA.is_dir():
+        pytest.skip(f"no test data: KVJAX_TEST_DATA, or {DATA.name}/ beside the checkout")
+    return DATA

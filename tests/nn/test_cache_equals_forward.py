@@ -1,0 +1,90 @@
+"""Prefill and decode through a cache equal the full forward, for every kind of attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.config import (
+    EqualCacheConfig,
+    GQAConfig,
+    LayerConfig,
+    MLAConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from kvjax.nn import Transformer
+
+GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), qkv_bias=True, qk_norm="head")
+WINDOWED = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(4), window=5, softcap=20.0)
+ATTENTIONS = {
+    "gqa": GQA,
+    "windowed": WINDOWED,
+    "global_after": EqualCacheConfig(GQA, 1, 16, 16),
+    "global_before": EqualCacheConfig(GQA, 1, 16, 16, "before_up"),
+    "heads_before": EqualCacheConfig(GQA, 2, 8, 8, "before_up"),
+    "heads_after": EqualCacheConfig(WINDOWED, 2, 8, 8),
+    "mla": MLAConfig(4, 8, 4, 8, 12, 6, 12**-0.5, RopeConfig(4, interleaved=True)),
+}
+T = 24
+
+
+def build(attention):
+    layers = (LayerConfig(attention, MLPConfig(48)), LayerConfig(attention, MoEConfig(4, 2, 16)))
+    config = ModelConfig("llama", vocab_size=97, hidden_size=32, layers=layers)
+    model = Transformer(config)
+    tokens = jax.random.randint(jax.random.key(1), (2, T), 0, 97)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens), tokens
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("chunks", [(1,) * T, (7, 1, 1, 9, 6), (T,)])
+def test_any_split_equals_full_forward(name, chunks):
+    model, params, tokens = build(ATTENTIONS[name])
+    full, none = jax.jit(model.apply)(params, tokens)
+    assert none is None
+    apply = jax.jit(model.apply)
+    cache, outs, start = model.init_cache(2, T, "float32"), [], 0
+    for chunk in chunks:
+        out, cache = apply(params, tokens[:, start : start + chunk], cache=cache)
+        outs.append(out)
+        start += chunk
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), full, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_right_padding_changes_nothing(name):
+    model, params, tokens = build(ATTENTIONS[name])
+    full, _ = jax.jit(model.apply)(params, tokens)
+    steps = jnp.arange(T, dtype=jnp.int32)[None]
+    lengths = jnp.array([T, 9], jnp.int32)
+    positions = jnp.where(steps < lengths[:, None], steps, -1)
+    cache = model.init_cache(2, T + 2, "float32")
+    read = jax.jit(model.apply, static_argnames="logits_at")
+    last, cache = read(params, tokens, positions, cache, logits_at="last")
+    np.testing.assert_allclose(last[0, 0], full[0, -1], atol=2e-5)
+    np.testing.assert_allclose(last[1, 0], full[1, 8], atol=2e-5)
+    assert cache[0].lengths.tolist() == [T, 9]
+    # The short row goes on where its own tokens ended.
+    after, _ = jax.jit(model.apply)(params, tokens[:, 9:10], cache=cache)
+    np.testing.assert_allclose(after[1, 0], full[1, 9], atol=2e-5)
+
+
+def test_overflow_is_an_error_outside_jit_and_dropped_inside():
+    model, params, tokens = build(GQA)
+    cache = model.init_cache(2, T, "float32")
+    _, cache = jax.jit(model.apply)(params, tokens, cache=cache)
+    with pytest.raises(ValueError, match="room for 24 tokens a sequence, got 25"):
+        model.apply(params, tokens[:, :1], cache=cache)
+    _, after = jax.jit(model.apply)(params, tokens[:, :1], cache=cache)
+    assert after[0].lengths.tolist() == [T + 1, T + 1]
+    np.testing.assert_array_equal(after[0].k, cache[0].k)
+
+
+def test_cache_bytes_are_what_was_asked_for():
+    model, _, _ = build(GQA)
+    cache = model.init_cache(3, 40)
+    numbers = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert numbers == 2 * 3 * 40 * (2 * 2 * 8) * 2 + 2 * 3 * 4
