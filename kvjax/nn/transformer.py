@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import (
+    AttentionConfig,
     EqualCacheConfig,
     GQAConfig,
     LayerConfig,
@@ -167,9 +168,7 @@ class Transformer(nn.Module):
         if batch_size < 1 or max_len < 1:
             raise ValueError(f"got batch_size {batch_size} and max_len {max_len}, expected ≥ 1")
         return [
-            ATTENTION[type(layer.attention)].init_cache(
-                layer.attention, batch_size, max_len, jnp.dtype(dtype)
-            )
+            init_layer_cache(layer.attention, batch_size, max_len, dtype)
             for layer in self.config.layers
         ]
 
@@ -182,6 +181,11 @@ class Transformer(nn.Module):
         if cache is not None:
             check_room(cache, positions)
         return positions
+
+
+def init_layer_cache(config: AttentionConfig, batch_size: int, max_len: int, dtype: Any) -> Any:
+    """An empty cache of the kind that this attention fills."""
+    return ATTENTION[type(config)].init_cache(config, batch_size, max_len, jnp.dtype(dtype))
 
 
 def check_room(cache: Sequence[Any], positions: jax.Array) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import random_params
 
 from kvjax.config import (
     EqualCacheConfig,
@@ -36,7 +37,7 @@ def build(attention):
     config = ModelConfig("llama", vocab_size=97, hidden_size=32, layers=layers)
     model = Transformer(config)
     tokens = jax.random.randint(jax.random.key(1), (2, T), 0, 97)
-    return model, jax.jit(model.init)(jax.random.key(0), tokens), tokens
+    return model, {"params": random_params(model)}, tokens
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)

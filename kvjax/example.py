@@ -1,0 +1,22 @@
+"""One question about a long prompt: what tasks generate, importance reads and evaluation scores."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its answer, and where in the prompt the answer stands.
+
+    Attributes:
+        prompt: token ids, the question at the end.
+        answer: token ids that should follow.
+        span: half-open range of prompt positions of the sentence that holds the answer.
+        depth: where the sentence stands, 0 (start) to 1 (end).
+        name: the kind of question.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    span: tuple[int, int]
+    depth: float = 0.0
+    name: str = "needle"

@@ -1,0 +1,23 @@
+"""Small random parameters without compiling an initializer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def random_params(model, seed=0, dtype=np.float32):
+    """Random parameters for `model`: weights of unit gain, norms and biases away from identity."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        noise = rng.standard_normal(leaf.shape)
+        if "norm" in name:
+            noise = 1 + 0.1 * noise
+        elif len(leaf.shape) > 1:
+            noise = noise / np.sqrt(np.prod(leaf.shape) / max(leaf.shape[-1], leaf.shape[0]))
+        return jnp.asarray(noise.astype(dtype))
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
