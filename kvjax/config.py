@@ -135,6 +135,11 @@ class EqualCacheConfig:
     value_rank: int
     rope_site: str = "after_up"
 
+    @property
+    def rope(self) -> RopeConfig | None:
+        """RoPE of the converted attention."""
+        return self.base.rope
+
 
 @dataclass(frozen=True)
 class MLAConfig:
@@ -213,6 +218,8 @@ class ModelConfig:
         max_position_embeddings: the context the model was made for.
         eos_ids: token ids that end a generation.
         hf_json: the Hugging Face config.json this came from, verbatim, so that saving keeps it.
+        source: the directory this was loaded from, where companions (head_scores.json) lie; no
+            part of the model's identity.
     """
 
     model_type: str
@@ -229,11 +236,23 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     hf_json: str = dataclasses.field(default="{}", repr=False)
+    source: str = dataclasses.field(default="", repr=False, compare=False)
 
     @property
     def num_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together: what RoPE scaling stretches to."""
+        stretched = [
+            int(rope.scaling.factor * rope.scaling.original_length)
+            for layer in self.layers
+            if (rope := getattr(layer.attention, "rope", None)) is not None
+            and isinstance(rope.scaling, DynamicScaling | YarnScaling)
+        ]
+        return max([self.max_position_embeddings, *stretched])
 
     def with_attention(self, attention: tuple[AttentionConfig, ...]) -> ModelConfig:
         """The same model with other attention in every layer."""

@@ -1,0 +1,65 @@
+"""Next-token choice: greedy, temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+
+@flax.struct.dataclass
+class Sampling:
+    """Settings as arrays, so that changing them compiles nothing anew.
+
+    Attributes:
+        temperature: fp32 scalar; 0 is greedy.
+        top_k: int32 scalar; only the k most likely tokens, 0 for all.
+        top_p: fp32 scalar; only the most likely tokens that together reach this probability
+            (nucleus sampling, arXiv 1904.09751), after top-k.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+    @classmethod
+    def create(cls, temperature: float, top_k: int, top_p: float) -> Sampling:
+        """Checked settings.
+
+        Raises:
+            ValueError: a setting outside of its range.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}, expected ≥ 0")
+        if top_k < 0:
+            raise ValueError(f"top_k is {top_k}, expected ≥ 0 (0 for all)")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}, expected in (0, 1]")
+        return cls(
+            jnp.asarray(temperature, jnp.float32),
+            jnp.asarray(top_k, jnp.int32),
+            jnp.asarray(top_p, jnp.float32),
+        )
+
+
+def sample(
+    logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"] | UInt32[Array, "B _"], sampling: Sampling
+) -> Int[Array, " B"]:
+    """One token a sequence, int32; each with its own key, so that rows don't see each other."""
+    return jax.lax.cond(
+        sampling.temperature > 0,
+        lambda: jax.vmap(_sample_row, (0, 0, None))(logits_BV, keys_B, sampling),
+        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    )
+
+
+def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    order = jnp.argsort(logits_V, descending=True)
+    ranked = logits_V[order] / jnp.maximum(sampling.temperature, 1e-6)
+    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
+    ranked = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), ranked, -jnp.inf)
+    probs = jax.nn.softmax(ranked)
+    before = jnp.cumsum(probs) - probs  # probability of all more likely tokens; 0 for the first
+    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
