@@ -1,0 +1,163 @@
+"""Importance scores of query heads and their files, in HeadKV's published format.
+
+The score file is one JSON object "layer-head" -> list of floats, one per accepted sample. What the
+numbers mean stands in a companion file, `heads.json` -> `heads.meta.json`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from kvjax.config import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """How much each query head contributes to the answers of a set of samples.
+
+    Attributes:
+        samples: [L, N, samples] float64, one score a head and accepted sample.
+        meta: where they come from: model, L, N, K, estimator, seed, provenance of each sample.
+    """
+
+    samples: Float64[np.ndarray, "L N samples"]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.samples.ndim != 3 or self.samples.shape[2] == 0:
+            raise ValueError(
+                f"head scores have shape {self.samples.shape}, expected [layers, heads, samples] "
+                "with at least one sample"
+            )
+        bad = ~np.isfinite(self.samples).all(axis=2) | (self.samples < 0).any(axis=2)
+        if bad.any():
+            layer, head = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{bad.sum()} heads have scores that are negative or not finite, "
+                f"the first is layer {layer} head {head}; expected finite scores >= 0"
+            )
+
+    @property
+    def mean(self) -> Float64[np.ndarray, "L N"]:
+        """The importance of each query head: the mean over the samples."""
+        return self.samples.mean(axis=2)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the score file (gzipped if the name ends in .gz) and its meta companion."""
+        layers, heads, _ = self.samples.shape
+        table = {
+            f"{layer}-{head}": self.samples[layer, head].tolist()
+            for layer in range(layers)
+            for head in range(heads)
+        }
+        _write_json(Path(path), table)
+        meta = self.meta | {"num_layers": layers, "num_heads": heads}
+        _write_json(meta_path(path), meta)
+
+
+def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> HeadScores:
+    """Reads a score file, ours or a published one; keys may come in any order.
+
+    Args:
+        path: .json or .json.gz; the meta companion beside it is read where there is one.
+        model_config: the model that the scores are for; its shape is checked.
+
+    Raises:
+        ValueError: no such file, not the format, or scores of a model of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no head score file at {path}")
+    scores = HeadScores(_samples(path, _read_json(path)), _read_meta(path))
+    if model_config is not None:
+        check_shape(scores, model_config, str(path))
+    return scores
+
+
+def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head scores") -> None:
+    """Raises ValueError where the scores are not of a model of this shape."""
+    got, expected = scores.samples.shape[:2], query_heads(model_config)
+    if got != expected:
+        raise ValueError(
+            f"{name}: scores of {got[0]} layers x {got[1]} heads, "
+            f"expected {expected[0]} layers x {expected[1]} heads as the model has"
+        )
+
+
+def query_heads(config: ModelConfig) -> tuple[int, int]:
+    """(L, N) of a model.
+
+    Raises:
+        ValueError: layers with different numbers of query heads.
+    """
+    heads = {attention_heads(layer.attention)[0] for layer in config.layers}
+    if len(heads) != 1:
+        raise ValueError(f"layers have {sorted(heads)} query heads, expected the same in all")
+    return config.num_layers, heads.pop()
+
+
+def attention_heads(attention: Any) -> tuple[int, int]:
+    """(N, K): query heads and the KV heads (or latent streams) that a layer caches."""
+    if hasattr(attention, "base"):
+        return attention.base.num_heads, attention.latent_heads
+    return attention.num_heads, getattr(attention, "num_kv_heads", 1)
+
+
+def meta_path(path: str | Path) -> Path:
+    """heads.json or heads.json.gz -> heads.meta.json."""
+    path = Path(path)
+    stem = path.name.removesuffix(".gz").removesuffix(".json")
+    return path.with_name(f"{stem}.meta.json")
+
+
+def _samples(path: Path, table: Any) -> np.ndarray:
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{path}: expected one JSON object 'layer-head' -> list of floats")
+    try:
+        keys = {tuple(int(part) for part in key.split("-", 1)): key for key in table}
+        layers, heads = (max(axis) + 1 for axis in zip(*keys, strict=True))
+    except ValueError:
+        bad = next(key for key in table if not _is_key(key))
+        raise ValueError(f"{path}: key {bad!r}, expected 'layer-head' such as '0-12'") from None
+    if len(keys) != layers * heads:
+        raise ValueError(
+            f"{path}: {len(keys)} heads, expected {layers} layers x {heads} heads = "
+            f"{layers * heads}"
+        )
+    counts = sorted({len(values) for values in table.values()})
+    if len(counts) != 1:
+        raise ValueError(f"{path}: heads have {counts} samples, expected the same for all")
+    rows = [[table[keys[layer, head]] for head in range(heads)] for layer in range(layers)]
+    return np.asarray(rows, dtype=np.float64)
+
+
+def _is_key(key: str) -> bool:
+    layer, _, head = key.partition("-")
+    return layer.isdigit() and head.isdigit()
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    companion = meta_path(path)
+    return _read_json(companion) if companion.is_file() else {}
+
+
+def _read_json(path: Path) -> Any:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return json.load(file)
+    except (json.JSONDecodeError, gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        json.dump(value, file)

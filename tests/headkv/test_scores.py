@@ -1,0 +1,87 @@
+"""Score files: published ones are read, ours round-trip, others are refused in one line."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.headkv import HeadScores, load_scores
+
+
+def model_config(layers=3, heads=4):
+    attention = GQAConfig(heads, 2, 8, 8**-0.5, RopeConfig(8))
+    block = LayerConfig(attention, MLPConfig(16))
+    return ModelConfig("llama", 32, 32, (block,) * layers)
+
+
+@pytest.fixture
+def scores():
+    samples = np.random.default_rng(0).random((3, 4, 5))
+    return HeadScores(samples, {"model": "toy", "estimator": "retrieval_reasoning"})
+
+
+@pytest.mark.parametrize("name", ["heads.json", "heads.json.gz"])
+def test_round_trip(tmp_path, scores, name):
+    scores.save(tmp_path / name)
+    loaded = load_scores(tmp_path / name, model_config())
+    np.testing.assert_array_equal(loaded.samples, scores.samples)
+    np.testing.assert_array_equal(loaded.mean, scores.samples.mean(-1))
+    assert loaded.meta["model"] == "toy"
+    assert loaded.meta["num_layers"] == 3 and loaded.meta["num_heads"] == 4
+
+
+def test_file_is_the_published_format_and_key_order_is_free(tmp_path, scores):
+    scores.save(tmp_path / "a.json")
+    table = json.loads((tmp_path / "a.json").read_text())
+    assert set(table) == {f"{layer}-{head}" for layer in range(3) for head in range(4)}
+    assert all(len(values) == 5 for values in table.values())
+    backwards = dict(sorted(table.items(), reverse=True))
+    (tmp_path / "b.json").write_text(json.dumps(backwards))
+    np.testing.assert_array_equal(load_scores(tmp_path / "b.json").samples, scores.samples)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "model, samples", [("Meta-Llama-3-8B-Instruct", 74), ("Mistral-7B-Instruct-v0.2", 76)]
+)
+def test_published_files(data_dir, model, samples):
+    name = f"{model}_retrieval_reasoning_heads.json.gz"
+    scores = load_scores(data_dir / "head_scores" / "headkv" / name, model_config(32, 32))
+    assert scores.samples.shape == (32, 32, samples)
+
+
+def test_scores_of_another_model_name_both_shapes(tmp_path, scores):
+    scores.save(tmp_path / "heads.json")
+    with pytest.raises(ValueError, match=r"3 layers x 4 heads.*expected 2 layers x 8 heads"):
+        load_scores(tmp_path / "heads.json", model_config(2, 8))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[1, 2]", "expected one JSON object"),
+        ("{}", "expected one JSON object"),
+        ('{"a-b": [1.0]}', "key 'a-b'"),
+        ('{"0-0": [1.0], "1-1": [1.0]}', "2 heads, expected 2 layers x 2 heads = 4"),
+        ('{"0-0": [1.0], "0-1": [1.0, 2.0]}', r"\[1, 2\] samples"),
+        ('{"0-0": [NaN], "0-1": [1.0]}', "layer 0 head 0"),
+        ('{"0-0": [], "0-1": []}', "at least one sample"),
+        ('{"0-0": [0.1', "not readable as JSON"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "heads.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_scores(path)
+
+
+def test_missing_and_broken_gzip(tmp_path):
+    with pytest.raises(ValueError, match="no head score file"):
+        load_scores(tmp_path / "none.json")
+    path = tmp_path / "heads.json.gz"
+    path.write_bytes(gzip.compress(b'{"0-0": [0.5]}')[:-9])
+    with pytest.raises(ValueError, match="not readable"):
+        load_scores(path)
