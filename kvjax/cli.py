@@ -1,0 +1,174 @@
+"""The `kvjax` command: info, convert, score, generate, demo.
+
+Heavy imports wait until a command needs them, so that `kvjax --help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
+Model = Annotated[
+    Positional[str], arg(help="checkpoint directory, hub id, or builtin:<name>", metavar="MODEL")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights, activations and cache")
+]
+
+
+def info(
+    model: Model,
+    tensors: Annotated[
+        tuple[str, ...], arg(help="check and summarise tensors whose names match these patterns")
+    ] = (),
+    json_file: Json = None,
+) -> None:
+    """What a checkpoint is, and what its KV cache costs.
+
+    With --tensors, the values of the named tensors too; NaN or infinite ones are an error.
+    """
+    from kvjax.pipelines import info as pipeline
+
+    facts = pipeline.describe(model)
+    table = Table("", "", show_header=False, title=model)
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+    if tensors:
+        facts["tensors"] = pipeline.tensor_statistics(model, tensors)
+        _print_rows(facts["tensors"])
+    _write_json(json_file, facts)
+
+
+def convert(
+    model: Model,
+    out: Annotated[Positional[Path], arg(help="directory to write", metavar="OUT")],
+    method: Annotated[str, arg(help="equal_cache")] = "equal_cache",
+    init: Annotated[str, arg(help="svd_global, svd_per_head, identity or svd_complex")] = (
+        "svd_global"
+    ),
+    rope_site: Annotated[str, arg(help="after_up or before_up")] = "after_up",
+    dtype: Dtype = "float32",
+    json_file: Json = None,
+) -> None:
+    """Converts a GQA checkpoint to latent attention (TransMLA) and writes it."""
+    from kvjax.pipelines.convert import convert_checkpoint
+
+    report = convert_checkpoint(
+        model, out, method=method, init=init, rope_site=rope_site, dtype=dtype
+    )
+    _print_rows([report])
+    _write_json(json_file, report)
+
+
+def score(
+    model: Model,
+    out: Annotated[Positional[Path], arg(help="score file to write", metavar="OUT.json")],
+    estimator: Annotated[
+        str, arg(help="retrieval, retrieval_reasoning or enhanced_retrieval")
+    ] = "retrieval_reasoning",
+    samples: Annotated[int, arg(help="examples to ask")] = 64,
+    length: Annotated[int, arg(help="longest prompt, in tokens")] = 512,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    json_file: Json = None,
+) -> None:
+    """Measures the importance of every attention head (HeadKV) and writes a score file."""
+    from kvjax.pipelines.score import score_checkpoint
+
+    report = score_checkpoint(
+        model, out, estimator=estimator, samples=samples, length=length, seed=seed, dtype=dtype
+    )
+    _print_rows([report])
+    _write_json(json_file, report)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[Positional[str], arg(help="text to continue", metavar="PROMPT")],
+    max_new_tokens: int = 64,
+    policy: Annotated[str, arg(help="full, snapkv:kv_size=128, headkv:kv_size=128, …")] = "full",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    json_file: Json = None,
+) -> None:
+    """Continues a text; tokens appear as they are made."""
+    from kvjax.pipelines.text import generate_text
+
+    report = generate_text(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        policy=policy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        dtype=dtype,
+        write=lambda text: print(text, end="", flush=True),
+    )
+    print()
+    print(
+        f"[{report['new_tokens']} tokens; cache {report['cache_bytes']:,} bytes, "
+        f"uncompressed {report['full_cache_bytes']:,}]",
+        file=sys.stderr,
+    )
+    _write_json(json_file, report)
+
+
+def demo(
+    out: Annotated[Path, arg(help="directory for report.json and pictures")] = Path("demo_out"),
+    samples: Annotated[int, arg(help="questions a task and setting")] = 48,
+    seed: int = 0,
+    json_file: Json = None,
+) -> None:
+    """Shows it all on the embedded model: accuracy against cache bytes, heads, conversion."""
+    from kvjax.pipelines.demo import run_demo
+
+    _write_json(json_file, run_demo(out, samples=samples, seed=seed))
+
+
+COMMANDS = {"info": info, "convert": convert, "score": score, "generate": generate, "demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; bad input is one line on standard error and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="kvjax", description="Smaller KV caches for existing LLMs.", args=argv
+        )
+    except (ValueError, NotImplementedError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"kvjax: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """One line a row, the first row's keys as the header; nested values stay out of the table."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    Console().print(table)
+
+
+def _write_json(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
