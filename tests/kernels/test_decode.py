@@ -1,0 +1,180 @@
+"""Decode operations against a plain numpy oracle, one list of cases for every implementation."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+
+IMPLEMENTATIONS = ["xla"]
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
+
+# (lengths of the sequences, slots, query heads, KV heads, head dim)
+CASES = {
+    "equal": ((32, 32), 32, 8, 2, 16),
+    "ragged": ((1, 17, 31, 32), 32, 8, 8, 64),
+    "zero": ((0, 5), 16, 4, 1, 96),
+    "group_of_8": ((100, 129), 130, 16, 2, 128),
+    "wide_head": ((7,), 9, 2, 2, 256),
+}
+
+
+def attend(q, k, v, scale, softcap=None):
+    """Softmax attention of one query over k [n, H], v [n, Hv], in float64; zeros without keys."""
+    if not len(k):
+        return np.zeros(v.shape[-1]), -1e30
+    logits = k @ q * scale
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    top = logits.max()
+    weights = np.exp(logits - top)
+    return weights @ v / weights.sum(), top + np.log(weights.sum())
+
+
+def random(rng, shape, dtype):
+    """A jax array, and the float64 numpy array of exactly its values."""
+    array = jnp.asarray(rng.standard_normal(shape), jnp.dtype(dtype))
+    return array, np.asarray(array.astype(jnp.float32), np.float64)
+
+
+def check(got, expected, dtype):
+    got = np.asarray(got.astype(jnp.float32))
+    assert np.isfinite(got).all()
+    assert np.abs(got - expected).max() <= TOLERANCE[dtype] * max(np.abs(expected).max(), 1e-9)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("case", CASES)
+def test_gqa_decode(case, softcap, window, dtype, implementation):
+    lengths, S, N, K, H = CASES[case]
+    rng, B = np.random.default_rng(0), len(lengths)
+    q, q64 = random(rng, (B, N, H), dtype)
+    k, k64 = random(rng, (B, K, S, H), dtype)
+    v, v64 = random(rng, (B, K, S, H), dtype)
+    dead = np.arange(S)[None] >= np.asarray(lengths)[:, None]
+    if window is not None:
+        dead |= np.arange(S)[None] < np.asarray(lengths)[:, None] - window
+    poison = jnp.asarray(dead)[:, None, :, None]
+    out, lse = pallas_kernels.gqa_decode(
+        q,
+        jnp.where(poison, jnp.nan, k),
+        jnp.where(poison, jnp.nan, v),
+        jnp.asarray(lengths, jnp.int32),
+        window=window,
+        softcap=softcap,
+        implementation=implementation,
+        return_lse=True,
+    )
+    assert out.dtype == q.dtype and out.shape == (B, N, H)
+    expected = [
+        [
+            attend(
+                q64[b, n],
+                k64[b, n // (N // K), ~dead[b]],
+                v64[b, n // (N // K), ~dead[b]],
+                H**-0.5,
+                softcap,
+            )
+            for n in range(N)
+        ]
+        for b in range(B)
+    ]
+    check(out, np.array([[o for o, _ in row] for row in expected]), dtype)
+    got_lse, want_lse = np.asarray(lse), np.array([[x for _, x in row] for row in expected])
+    np.testing.assert_allclose(got_lse, want_lse, rtol=2e-2 if dtype == "bfloat16" else 1e-5)
+
+
+# Segments of the heads: starts, capacities; the pool may have gaps (alignment).
+SEGMENTS = {
+    "even": ((0, 16), (16, 16), 32),
+    "skewed": ((0, 3, 4, 90), (3, 1, 86, 0), 96),
+    "gaps": ((0, 16, 48), (9, 30, 5), 64),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_ragged_gqa_decode(segments, softcap, dtype, implementation):
+    starts, capacities, P = SEGMENTS[segments]
+    rng, B, G, H, K = np.random.default_rng(1), 3, 2, 32, len(starts)
+    lengths = np.stack([rng.integers(0, c + 1, B) for c in capacities], axis=1).astype(np.int32)
+    lengths[0] = capacities
+    q, q64 = random(rng, (B, K * G, H), dtype)
+    k, k64 = random(rng, (B, P, H), dtype)
+    v, v64 = random(rng, (B, P, H), dtype)
+    rows = np.arange(P)
+    live = np.zeros((B, P), bool)
+    for head in range(K):
+        live |= (rows >= starts[head]) & (rows < starts[head] + lengths[:, head, None])
+    poison = jnp.asarray(~live)[..., None]
+    out = pallas_kernels.ragged_gqa_decode(
+        q,
+        jnp.where(poison, jnp.nan, k),
+        jnp.where(poison, jnp.nan, v),
+        starts,
+        jnp.asarray(lengths),
+        capacities=capacities,
+        scale=0.2,
+        softcap=softcap,
+        implementation=implementation,
+    )
+    expected = np.zeros((B, K * G, H))
+    for b in range(B):
+        for n in range(K * G):
+            segment = slice(starts[n // G], starts[n // G] + lengths[b, n // G])
+            expected[b, n] = attend(q64[b, n], k64[b, segment], v64[b, segment], 0.2, softcap)[0]
+    check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("N", "L", "R"), [(8, 32, 16), (16, 512, 64)])
+def test_mla_decode(N, L, R, dtype, implementation):
+    rng, lengths, S = np.random.default_rng(2), np.array([0, 1, 40], np.int32), 48
+    q_latent, ql = random(rng, (3, N, L), dtype)
+    q_rope, qr = random(rng, (3, N, R), dtype)
+    latent, c = random(rng, (3, S, L), dtype)
+    k_rope, kr = random(rng, (3, S, R), dtype)
+    poison = jnp.asarray(np.arange(S)[None] >= lengths[:, None])[..., None]
+    out = pallas_kernels.mla_decode(
+        q_latent,
+        q_rope,
+        jnp.where(poison, jnp.nan, latent),
+        jnp.where(poison, jnp.nan, k_rope),
+        jnp.asarray(lengths),
+        0.1,
+        implementation=implementation,
+    )
+    expected = np.zeros((3, N, L))
+    for b in range(3):
+        keys = np.concatenate([c[b], kr[b]], axis=-1)[: lengths[b]]
+        for n in range(N):
+            query = np.concatenate([ql[b, n], qr[b, n]])
+            expected[b, n] = attend(query, keys, c[b, : lengths[b]], 0.1)[0]
+    check(out, expected, dtype)
+
+
+def test_arguments_are_checked():
+    q, k = jnp.zeros((2, 6, 8)), jnp.zeros((2, 4, 16, 8))
+    lengths = jnp.zeros((2,), jnp.int32)
+    with pytest.raises(ValueError, match="6 query heads are no multiple of 4 KV heads"):
+        pallas_kernels.gqa_decode(q, k, k, lengths)
+    q = jnp.zeros((2, 8, 8))
+    with pytest.raises(ValueError, match=r"lengths is \(3,\), expected \(2,\)"):
+        pallas_kernels.gqa_decode(q, k, k, jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match=r"k is \(2, 4, 16, 9\), expected \(2, 4, 16, 8\)"):
+        pallas_kernels.gqa_decode(q, jnp.zeros((2, 4, 16, 9)), k, lengths)
+    with pytest.raises(ValueError, match="'cuda' is none of auto, xla"):
+        pallas_kernels.gqa_decode(q, k, k, lengths, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="gqa_decode has no pallas_tpu"):
+        pallas_kernels.gqa_decode(q, k, k, lengths, implementation="pallas_tpu")
+    pool = jnp.zeros((2, 10, 8))
+    with pytest.raises(ValueError, match="segment 8:12 is outside of the pool's 10 rows"):
+        pallas_kernels.ragged_gqa_decode(
+            q, pool, pool, (0, 8), jnp.zeros((2, 2), jnp.int32), capacities=(8, 4)
+        )
