@@ -37,7 +37,9 @@ class EqualCacheAttention(nn.Module):
         with jax.named_scope("qkv"):
             q_BTNH = projection(self, "q", x_BTD, N, H, "heads", base.qkv_bias)
             q_norm = qk_norm_weight(self, "q_norm", N, base)
-            k_norm = qk_norm_weight(self, "k_norm", N if rotate_after else C, base)
+            # Normed and rotated are the keys of all query heads, or the latent seen as heads.
+            rotated_heads = N if rotate_after else C * c.key_rank // H
+            k_norm = qk_norm_weight(self, "k_norm", rotated_heads, base)
             k_BTCX = projection(self, "k_down", x_BTD, C, c.key_rank, "kv", base.qkv_bias)
             v_BTCY = projection(self, "v_down", x_BTD, C, c.value_rank, "kv", base.qkv_bias)
             axes = ("kv", "latent", "heads", "head_dim")
@@ -55,8 +57,7 @@ class EqualCacheAttention(nn.Module):
             def keys(latent_BSCX, positions_BS):
                 return finish(up_project(latent_BSCX, k_up), positions_BS)
         else:
-            # The latent is C·X/H rotating heads of H numbers.
-            as_heads = k_BTCX.reshape(*k_BTCX.shape[:2], -1, H)
+            as_heads = k_BTCX.reshape(*k_BTCX.shape[:2], rotated_heads, H)
             k_BTCX = finish(as_heads, positions_BT).reshape(k_BTCX.shape)
 
             def keys(latent_BSCX, positions_BS):
