@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.config import MLPConfig, MoEConfig
-from kvjax.nn.params import declare
+from kvjax.nn.params import declare, zeros
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -15,18 +15,30 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """down(act(x · gate) · (x · up))."""
+    """down(act(x · gate) · (x · up)), each product with a bias where the config says so."""
 
     config: MLPConfig
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c, D = self.config, x_BTD.shape[-1]
-        gate = declare(self, "gate", (D, c.width), ("embed", "mlp"))
-        up = declare(self, "up", (D, c.width), ("embed", "mlp"))
-        down = declare(self, "down", (c.width, D), ("mlp", "embed"))
-        hidden = ACTIVATIONS[c.activation](x_BTD @ gate) * (x_BTD @ up)
-        return hidden @ down
+        gate = linear(self, "gate", x_BTD, (D, c.width), ("embed", "mlp"), c.bias)
+        up = linear(self, "up", x_BTD, (D, c.width), ("embed", "mlp"), c.bias)
+        hidden = ACTIVATIONS[c.activation](gate) * up
+        return linear(self, "down", hidden, (c.width, D), ("mlp", "embed"), c.bias)
+
+
+def linear(
+    module: nn.Module,
+    name: str,
+    x: Float[Array, "B T X"],
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    bias: bool,
+) -> Float[Array, "B T Y"]:
+    """x · W; parameters `name` [X, Y] and `name`_bias [Y]."""
+    y = x @ declare(module, name, shape, axes)
+    return y + zeros(module, f"{name}_bias", shape[1:], axes[1:])[None, None] if bias else y
 
 
 class MoE(nn.Module):

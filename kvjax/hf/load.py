@@ -1,0 +1,135 @@
+"""Models and tokenizers from directories and the hub, and back to directories."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kvjax.config import ModelConfig
+from kvjax.hf import native, weights
+from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
+from kvjax.hf.config import config_from_hf, read_config
+from kvjax.hf.source import resolve
+from kvjax.nn import Transformer
+from kvjax.sharding import param_shardings
+
+LAYOUTS = ("native", "hf", "deepseek_v3")
+
+
+def load(
+    path: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None
+) -> tuple[Transformer, dict[str, Any]]:
+    """A model and its parameters.
+
+    Args:
+        path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, or
+            "builtin:<name>".
+        dtype: of the parameters; they are cast once, on their way to the devices.
+        mesh: spreads the parameters over its "model" axis; None: the default device.
+
+    Returns:
+        The model and its parameters, a nested dict.
+
+    Raises:
+        ValueError: no such model, an unsupported one, or a checkpoint that does not fit its
+            config; one error lists everything that is missing, unexpected or misshapen.
+
+    >>> model, params = kvjax.load("Qwen/Qwen3-0.6B")
+    """
+    directory = resolve(path)
+    is_native = native.is_native(directory)
+    model = Transformer(native.read_config(directory) if is_native else read_config(directory))
+    shardings = None if mesh is None else param_shardings(model, mesh)
+    read = native.read_params if is_native else weights.read_params
+    return model, read(model, directory, jnp.dtype(dtype), shardings)
+
+
+def save(
+    model: Transformer,
+    params: dict[str, Any],
+    path: str | Path,
+    layout: str = "native",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a directory that `load` reads.
+
+    Args:
+        layout: "native" (orbax, any model) or "hf" (safetensors and config.json, for models that
+            transformers knows).
+        max_shard_bytes: "hf" splits larger checkpoints into several files.
+
+    Raises:
+        ValueError: an unknown layout, a path that already holds a checkpoint, a model that the hf
+            layout cannot express.
+        NotImplementedError: "deepseek_v3".
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout == "deepseek_v3":
+        raise NotImplementedError("layout='deepseek_v3' comes with the decoupled conversion")
+    directory = Path(path)
+    if native.is_native(directory) or (directory / "config.json").exists():
+        raise ValueError(f"{directory} already holds a checkpoint")
+    if layout == "native":
+        native.write(model, params, directory)
+    else:
+        _save_hf(model, params, directory, max_shard_bytes)
+
+
+def nonfinite(path: str | Path) -> list[str]:
+    """Names of the tensors of a checkpoint that hold NaN or infinity."""
+    directory = resolve(path)
+    if native.is_native(directory):
+        _, params = load(directory, dtype="float32")
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        named = ((jax.tree_util.keystr(k, simple=True, separator="/"), v) for k, v in leaves)
+    else:
+        stored = scan(directory).tensors
+        named = ((name, tensor.open()) for name, tensor in stored.items())
+    return sorted(name for name, values in named if not np.isfinite(values).all())
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The fast tokenizer (transformers' AutoTokenizer) of a directory, hub id or builtin model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(path))
+
+
+def _save_hf(model: Transformer, params: Any, directory: Path, max_shard_bytes: int) -> None:
+    text = _hf_config(model.config, params)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights.write_params(model, params, directory, max_shard_bytes)
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    eos = list(model.config.eos_ids)
+    if eos and eos != list(config_from_hf(json.loads(text)).eos_ids):
+        generation = {"bos_token_id": model.config.bos_id, "eos_token_id": eos}
+        text = json.dumps(generation, indent=2) + "\n"
+        (directory / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def _hf_config(config: ModelConfig, params: Any) -> str:
+    """The config.json the model came with; only its dtype follows the parameters.
+
+    Raises:
+        ValueError: the model is no longer, or never was, what its config.json says.
+    """
+    raw = json.loads(config.hf_json)
+    kinds = sorted({type(layer.attention).__name__ for layer in config.layers})
+    reason = f"the hf layout cannot express this model ({', '.join(kinds)}); use layout='native'"
+    if not raw:
+        raise ValueError(f"{reason}: it has no config.json")
+    described = config_from_hf(raw)
+    kept = {"hf_json": "", "eos_ids": (), "bos_id": None}
+    if dataclasses.replace(described, **kept) != dataclasses.replace(config, **kept):
+        raise ValueError(f"{reason}: it differs from its config.json")
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    stale = [key for key in ("dtype", "torch_dtype") if raw.get(key, dtype) != dtype]
+    if not stale:
+        return config.hf_json
+    return json.dumps(raw | dict.fromkeys(stale, dtype), indent=2) + "\n"

@@ -1,0 +1,131 @@
+"""Parameters from the tensors of a checkpoint, and back."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import SingleDeviceSharding
+
+from kvjax.hf.checkpoint import MAX_SHARD_BYTES, Checkpoint, scan, write
+from kvjax.hf.layout import ParamPath, Shape, Tensor, layouts, tensors
+from kvjax.hf.tensor_file import NewTensor
+from kvjax.nn import Transformer
+from kvjax.sharding import param_shapes
+
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
+"""Tensors that some checkpoints hold though they are no parameters."""
+
+
+def read_params(
+    model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
+) -> dict[str, Any]:
+    """The parameters of a checkpoint, in the target dtype and where they shall lie.
+
+    Headers, index and file sizes are compared with the model first. Then one parameter after the
+    other goes from the mapped file to its devices, each device's part by itself.
+
+    Args:
+        shardings: as of `kvjax.sharding.param_shardings`; None for the default device.
+
+    Raises:
+        ValueError: names every missing, unexpected or misshapen tensor and every missing or
+            truncated file.
+    """
+    shapes = _flat_shapes(model)
+    checkpoint = scan(directory)
+    expected = _expected(model, shapes, checkpoint)
+    problems = [*checkpoint.problems, *_compare(model, expected, checkpoint)]
+    if problems:
+        raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
+    views = _views(expected, checkpoint)
+    if shardings is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        targets = dict.fromkeys(shapes, here)
+    else:
+        targets = _flatten(shardings)
+    params = {
+        path: _place(views[path], shape, dtype, targets[path]) for path, shape in shapes.items()
+    }
+    return unflatten_dict(params)
+
+
+def write_params(
+    model: Transformer, params: Any, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes safetensors in the family's layout, in the dtype of the parameters.
+
+    Raises:
+        ValueError: the layout cannot express the model.
+    """
+    flat = _flatten(params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    expected = tensors(model.config, shapes, layouts(model.config)[0])
+
+    def new(tensor: Tensor) -> NewTensor:
+        def values() -> np.ndarray:
+            return tensor.merge([np.asarray(flat[path]) for path in tensor.params])
+
+        return NewTensor(tensor.name, np.dtype(flat[tensor.params[0]].dtype), tensor.shape, values)
+
+    write(directory, [new(tensor) for tensor in expected], max_shard_bytes)
+
+
+def _flatten(tree: Any) -> dict[ParamPath, Any]:
+    return cast(dict[ParamPath, Any], flatten_dict(tree))
+
+
+def _flat_shapes(model: Transformer) -> dict[ParamPath, Shape]:
+    return {path: leaf.shape for path, leaf in _flatten(param_shapes(model)).items()}
+
+
+def _expected(
+    model: Transformer, shapes: dict[ParamPath, Shape], checkpoint: Checkpoint
+) -> list[Tensor]:
+    """The tensors of that layout of the family which the checkpoint comes closest to."""
+    present = checkpoint.tensors.keys() | checkpoint.lost
+    choices = [tensors(model.config, shapes, layout) for layout in layouts(model.config)]
+    return max(choices, key=lambda choice: sum(tensor.name in present for tensor in choice))
+
+
+def _compare(model: Transformer, expected: list[Tensor], checkpoint: Checkpoint) -> list[str]:
+    stored = checkpoint.tensors
+    problems = []
+    for tensor in expected:
+        if tensor.name in stored:
+            got = stored[tensor.name].shape
+            if got != tensor.shape:
+                problems.append(f"{tensor.name} has shape {got}, expected {tensor.shape}")
+        elif tensor.name not in checkpoint.lost:
+            problems.append(f"missing {tensor.name}")
+    ignored = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    surplus = stored.keys() - {tensor.name for tensor in expected} - ignored
+    problems += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.search(name)]
+    return problems
+
+
+def _views(expected: list[Tensor], checkpoint: Checkpoint) -> dict[ParamPath, list[np.ndarray]]:
+    """For each parameter its view of the file, or the views of its experts in order."""
+    views: dict[ParamPath, list[np.ndarray]] = defaultdict(list)
+    for tensor in expected:
+        parts = tensor.split(checkpoint.tensors[tensor.name].open())
+        for path, part in zip(tensor.params, parts, strict=True):
+            views[path].append(part)
+    return views
+
+
+def _place(
+    views: list[np.ndarray], shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        """The part of the parameter that one device holds: the only copy on the host."""
+        index = index or (slice(None),) * len(shape)
+        if views[0].ndim == len(shape):
+            return np.array(views[0][index], dtype, order="C")
+        experts = [np.asarray(view[index[1:]], dtype) for view in views[index[0]]]
+        return np.stack(experts)
+
+    return jax.make_array_from_callback(shape, sharding, read)
