@@ -28,13 +28,28 @@ def softmax_attend(
     top = jnp.max(logits, axis=-1, keepdims=True, initial=NEG_INF)
     weights = jnp.where(live, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1)
-    v = jnp.where(live_BKS[..., None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
-    out = jnp.einsum(
-        "bkgs,bksh->bkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = weighted_values(weights, v_BKSH, live_BKS)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     lse = jnp.where(total > 0, top[..., 0] + jnp.log(jnp.maximum(total, 1e-30)), NEG_INF)
     return out, lse
+
+
+def weighted_values(weights_BKGS: jax.Array, v_BKSH: jax.Array, live_BKS: jax.Array) -> jax.Array:
+    """Σ_s weights · v, [B, K, G, Hv] fp32, where slots that are not live have weight 0.
+
+    0 · NaN is NaN, so dead values that are not finite must be replaced. That costs a copy of all
+    values, so it is done only when the sum shows that it must.
+    """
+
+    def total(values: jax.Array) -> jax.Array:
+        weights = weights_BKGS.astype(values.dtype)
+        return jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=jnp.float32)
+
+    def clean() -> jax.Array:
+        return total(jnp.where(live_BKS[..., None], v_BKSH, jnp.zeros((), v_BKSH.dtype)))
+
+    out = total(v_BKSH)
+    return jax.lax.cond(jnp.all(jnp.isfinite(out)), lambda: out, clean)
 
 
 def scores(q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
-"""Where new tokens go: slot arithmetic shared by the dense and the latent cache."""
+"""Where new tokens go: slot arithmetic and in-place writes, shared by all caches."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
+
+SCATTER_UPCASTS = jax.__version_info__ < (0, 11)
 
 
 def token_slots(
@@ -23,8 +25,55 @@ def write_rows(
     buffer: Shaped[Array, "B K S X"], new: Shaped[Array, "B T K X"], slots: Int[Array, "B T"]
 ) -> Shaped[Array, "B K S X"]:
     """Writes new[b, t, k] to buffer[b, k, slots[b, t]]; out-of-range slots are dropped."""
-    rows = jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None]
-    return buffer.at[rows, :, slots].set(new.astype(buffer.dtype), mode="drop")
+    new = new.astype(buffer.dtype)
+
+    def scatter(buffer, new, slots):
+        rows = jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None]
+        return buffer.at[rows, :, slots].set(new, mode="drop")
+
+    def select(buffer, new, slots):
+        hit = slots == jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]
+        return select_bits(hit[:, None, :, None], jnp.swapaxes(new, 1, 2), buffer)
+
+    return _write_in_place(scatter, select, buffer, new, slots)
+
+
+def write_pool(
+    pool: Shaped[Array, "B P X"], new: Shaped[Array, "B T K X"], rows: Int[Array, "B T K"]
+) -> Shaped[Array, "B P X"]:
+    """Writes new[b, t, k] to pool[b, rows[b, t, k]]; out-of-range rows are dropped."""
+    new = new.astype(pool.dtype)
+
+    def scatter(pool, new, rows):
+        batch = jnp.arange(pool.shape[0], dtype=jnp.int32)[:, None, None]
+        return pool.at[batch, rows].set(new, mode="drop")
+
+    def select(pool, new, rows):
+        slots = jnp.arange(pool.shape[1], dtype=jnp.int32)[None]
+        for head in range(new.shape[2]):
+            hit = rows[:, :, head] == slots
+            pool = select_bits(hit[:, :, None], new[:, :, head], pool)
+        return pool
+
+    return _write_in_place(scatter, select, pool, new, rows)
+
+
+def _write_in_place(scatter, select, buffer: jax.Array, new: jax.Array, slots: jax.Array):
+    """Scatters; one token into bfloat16 on a CPU is written by `select` instead.
+
+    Before jax 0.11, XLA:CPU scatters bfloat16 in float32: it converts the whole buffer, there and
+    back. A select that covers the buffer is in place and one pass.
+    """
+    if buffer.dtype != jnp.bfloat16 or new.shape[1] != 1 or not SCATTER_UPCASTS:
+        return scatter(buffer, new, slots)
+    return jax.lax.platform_dependent(buffer, new, slots, cpu=select, default=scatter)
+
+
+def select_bits(hit: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`jnp.where` on the bits of 16-bit floats, so that nothing is converted."""
+    bits = jax.lax.bitcast_convert_type
+    chosen = jnp.where(hit, bits(new, jnp.uint16), bits(old, jnp.uint16))
+    return bits(chosen, old.dtype)
 
 
 def query_slots(lengths_B: Int[Array, " B"], positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
