@@ -1,47 +1,52 @@
-# `make demo` and `make test` set up everything they need in .venv; a plain python3, git and make do.
+# `make demo` and `make test` set up everything they need in .venv; python3, git and make suffice.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export JAX_PLATFORMS ?= cpu
 
 # The parity tests compare with torch: they run where torch is importable, or with TORCH=1.
 TORCH ?= $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo 1)
-COMMA := ,
-EXTRAS := test,train,lint$(if $(filter 1,$(TORCH)),$(COMMA)parity)
-
-STAMP := $(VENV)/.installed-$(if $(filter 1,$(TORCH)),parity,plain)
+TEST := $(if $(filter 1,$(TORCH)),test-parity,test)
 
 .PHONY: demo test lint format bench clean
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed
 	$(BIN)/kvjax demo --out demo_out
 
-test: $(STAMP)
+test: $(VENV)/.installed-$(TEST)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)
+lint: $(VENV)/.installed-lint $(VENV)/.installed-$(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(STAMP)
+format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench:
-	$(MAKE) TORCH=1 $(VENV)/.installed-parity
+bench: $(VENV)/.installed-test-parity
 	$(BIN)/python -m benchmarks.decode_cpu
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	touch $@
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
 
-$(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
-	touch $@
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-test-parity: pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[test,parity]"
+	@touch $@
+
+$(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[lint]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) demo_out runs dist build

@@ -15,6 +15,7 @@ from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.source import resolve
+from kvjax.hf.tensor_file import StoredTensor
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shardings
 
@@ -41,12 +42,42 @@ def load(
 
     >>> model, params = kvjax.load("Qwen/Qwen3-0.6B")
     """
-    directory = resolve(path)
-    is_native = native.is_native(directory)
-    model = Transformer(native.read_config(directory) if is_native else read_config(directory))
+    directory, model = resolve(path), read_model(path)
     shardings = None if mesh is None else param_shardings(model, mesh)
-    read = native.read_params if is_native else weights.read_params
+    read = native.read_params if native.is_native(directory) else weights.read_params
     return model, read(model, directory, jnp.dtype(dtype), shardings)
+
+
+def read_model(path: str | Path) -> Transformer:
+    """The model at `path` without its parameters.
+
+    Raises:
+        ValueError: no such model, or an unsupported one.
+    """
+    directory = resolve(path)
+    read = native.read_config if native.is_native(directory) else read_config
+    return Transformer(dataclasses.replace(read(directory), source=str(directory)))
+
+
+def layout_of(path: str | Path) -> str:
+    """ "native" or "hf", the layout that `save` was asked for."""
+    return "native" if native.is_native(resolve(path)) else "hf"
+
+
+def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face checkpoint by name; each is read when it is opened.
+
+    Raises:
+        ValueError: no such model, damaged files, or the native layout, whose arrays have no
+            files of their own.
+    """
+    directory = resolve(path)
+    if native.is_native(directory):
+        raise ValueError(f"{directory} is in the native layout, expected safetensors")
+    found = scan(directory)
+    if found.problems:
+        raise ValueError(f"cannot read {directory}: {'; '.join(found.problems)}")
+    return found.tensors
 
 
 def save(

@@ -77,7 +77,9 @@ def write(model: Transformer, params: Any, directory: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((directory / PARAMS).absolute(), params)
     # The configuration comes last: a directory that has it is complete.
-    content = {"version": VERSION, "model": encode(model.config)}
+    # Where the model came from means nothing elsewhere.
+    config = dataclasses.replace(model.config, source="")
+    content = {"version": VERSION, "model": encode(config)}
     (directory / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

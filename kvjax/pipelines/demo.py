@@ -1,0 +1,170 @@
+"""The whole story on the embedded model: what is lost, and what is saved, in a few minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvjax.example import Example
+from kvjax.headkv.scores import HeadScores
+from kvjax.hf import load, load_tokenizer
+from kvjax.pipelines import plots
+from kvjax.pipelines.convert import bytes_per_token, logit_change
+from kvjax.pipelines.measure import Outcome, measure
+from kvjax.pipelines.score import TokenizerVocabulary, score_heads
+from kvjax.tasks import needle, two_hop
+from kvjax.transmla import convert
+
+MODEL = "builtin:needle"
+PROMPT_LENGTH = 1024
+TASKS = {"needle": needle.generate, "two-hop": two_hop.generate}
+DISTRACTORS = 2  # further people in every prompt, so that a head must find the right one
+POLICIES = ("headkv", "snapkv", "streaming")
+KV_SIZES = (16, 32, 64)
+INITS = ("svd_global", "identity")
+
+
+def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
+    """Runs every part, prints one page, writes report.json and pictures into `out`.
+
+    Args:
+        samples: examples a task; each policy and size answers all of them.
+
+    Raises:
+        ValueError: fewer than one sample.
+    """
+    if samples < 1:
+        raise ValueError(f"got {samples} samples, expected ≥ 1")
+    start = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    model, params = load(MODEL, dtype="float32")
+    tokenizer = load_tokenizer(MODEL)
+    examples = {task: make_examples(task, tokenizer, samples, seed) for task in TASKS}
+    policies = [f"{name}:kv_size={size}" for size in KV_SIZES for name in POLICIES]
+    with Progress(transient=True) as progress:
+        steps = progress.add_task("head importance", total=2 + len(TASKS) * (1 + len(policies)))
+        scores = score_heads(model, params, tokenizer, samples=samples, length=PROMPT_LENGTH // 2)
+        scores.save(out / "heads.json")
+        progress.advance(steps)
+        outcomes: dict[str, list[Outcome]] = {}
+        for task in TASKS:
+            outcomes[task] = []
+            for policy in ("full", *policies):
+                progress.update(steps, description=f"{task}, {policy}")
+                setting = with_scores(policy, out / "heads.json")
+                result = measure(model, params, examples[task], setting)
+                outcomes[task].append(dataclasses.replace(result, policy=policy))
+                progress.advance(steps)
+        progress.update(steps, description="equal_cache conversion")
+        conversions = [convert_and_compare(model, params, init) for init in INITS]
+        progress.advance(steps)
+    report = {
+        "model": MODEL,
+        "prompt_length": PROMPT_LENGTH,
+        "seed": seed,
+        "tasks": {task: [dataclasses.asdict(o) for o in rows] for task, rows in outcomes.items()},
+        "importance": describe_importance(scores),
+        "equal_cache": conversions,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(outcomes, scores, model.config.layers[0].attention.num_kv_heads, out)
+    print_page(outcomes, report, out)
+    return report
+
+
+def make_examples(task: str, tokenizer: Any, samples: int, seed: int) -> list[Example]:
+    """Prompts of PROMPT_LENGTH tokens, answers of 1 to 6 words, facts at every depth."""
+    # Away from the seeds of score_heads, so that heads are not scored on what they are tested on.
+    rng = np.random.default_rng((seed, 1, sum(map(ord, task))))
+    vocab = TokenizerVocabulary(tokenizer)
+    return [
+        TASKS[task](rng, vocab, PROMPT_LENGTH, answer_length=1 + i % 6, distractors=DISTRACTORS)
+        for i in range(samples)
+    ]
+
+
+def with_scores(policy: str, scores: Path) -> str:
+    """The policy with the scores that were just measured, where it takes any."""
+    return f"{policy},scores={scores}" if policy.startswith("headkv") else policy
+
+
+def convert_and_compare(model: Any, params: Any, init: str) -> dict[str, Any]:
+    """equal_cache conversion and what it changes: nothing but rounding."""
+    new_model, new_params = convert(model, params, method="equal_cache", init=init)
+    return {
+        "init": init,
+        "relative_logit_change": logit_change(model, params, new_model, new_params),
+        "bytes_per_token_before": bytes_per_token(model, "float32"),
+        "bytes_per_token_after": bytes_per_token(new_model, "float32"),
+    }
+
+
+def describe_importance(scores: HeadScores) -> dict[str, Any]:
+    """The five most important heads, and how many examples were answered rightly."""
+    mean = scores.mean
+    best = np.argsort(mean, axis=None)[::-1][:5]
+    heads = [tuple(int(i) for i in np.unravel_index(index, mean.shape)) for index in best]
+    return {
+        "accepted": scores.samples.shape[2],
+        "top": [{"layer": i, "head": j, "score": float(mean[i, j])} for i, j in heads],
+        "share_of_top": float(sum(mean[head] for head in heads) / mean.sum()),
+    }
+
+
+def draw(
+    outcomes: dict[str, list[Outcome]], scores: HeadScores, num_kv_heads: int, out: Path
+) -> None:
+    """heads.png, and one accuracy picture a task."""
+    plots.head_importance(scores.mean, num_kv_heads, out / "heads.png")
+    for task, (full, *rest) in outcomes.items():
+        curves = {
+            name: [
+                (o.cache_bytes, o.accuracy, o.standard_error)
+                for o in rest
+                if o.policy.startswith(name)
+            ]
+            for name in POLICIES
+        }
+        title = f"{task}, {PROMPT_LENGTH}-token prompts"
+        picture = out / f"accuracy_{task}.png"
+        plots.accuracy_against_bytes(curves, (full.cache_bytes, full.accuracy), title, picture)
+
+
+def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: Path) -> None:
+    """The results on one page of the terminal."""
+    console = Console()
+    full = next(iter(outcomes.values()))[0]
+    table = Table(
+        "policy", "cache, KiB", "of full", *outcomes, title=f"{MODEL}: exact match at 1024 tokens"
+    )
+    for rows in zip(*outcomes.values(), strict=True):
+        table.add_row(
+            rows[0].policy,
+            f"{rows[0].cache_bytes / 1024:.0f}",
+            f"{rows[0].cache_bytes / full.cache_bytes:.1%}",
+            *(f"{o.accuracy:.2f} ± {o.standard_error:.2f}" for o in rows),
+        )
+    console.print(table)
+    importance = report["importance"]
+    top = ", ".join(f"{h['layer']}-{h['head']} ({h['score']:.2f})" for h in importance["top"])
+    console.print(
+        f"Most important heads (layer-head): {top}: "
+        f"{importance['share_of_top']:.0%} of all importance."
+    )
+    for row in report["equal_cache"]:
+        console.print(
+            f"equal_cache, {row['init']}: logits change by {row['relative_logit_change']:.1e} of "
+            f"the largest; cache {row['bytes_per_token_before']} → "
+            f"{row['bytes_per_token_after']} bytes a token."
+        )
+    pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
+    console.print(f"{report['seconds']:.0f} s. {out}/: report.json, heads.json, {pictures}")
