@@ -1,0 +1,40 @@
+"""Perplexity of a model on chunks of tokens."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from kvjax.nn import Transformer
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def chunk_losses(
+    model: Transformer, params: Any, tokens: Int[Array, "B T"]
+) -> Float[Array, "B T-1"]:
+    """Negative log-likelihood, in nats, of every token but the first of each chunk; fp32."""
+    logits, _ = model.apply({"params": params}, tokens)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+
+
+def perplexity(model: Transformer, params: Any, batches: Iterable[np.ndarray]) -> float:
+    """exp of the mean loss over all predictions of all chunks.
+
+    Args:
+        batches: int32 [B, T] each; T (and B) may differ, every shape compiles once.
+
+    Raises:
+        ValueError: no batch, or chunks of a single token: nothing to predict.
+    """
+    total, count = 0.0, 0
+    for tokens in batches:
+        losses = np.asarray(chunk_losses(model, params, jnp.asarray(tokens)), np.float64)
+        total, count = total + losses.sum(), count + losses.size
+    if count == 0:
+        raise ValueError("got no token to predict, expected chunks of at least two tokens")
+    return float(np.exp(total / count))

@@ -1,0 +1,53 @@
+"""A prompt of an exact length: sentences that matter, strewn over filler, then the question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvjax.tasks import filler
+from kvjax.tasks.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Context:
+    """Token ids and the half-open span of each sentence that was placed, in the given order."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def strew(
+    rng: np.random.Generator,
+    vocab: Vocabulary,
+    sentences: Sequence[Sequence[int]],
+    length: int,
+    depths: Sequence[float] | None = None,
+) -> Context:
+    """Places sentences between the sentences of a filler text.
+
+    Args:
+        sentences: token ids of each.
+        length: tokens in all, the beginning-of-sequence token included.
+        depths: where each sentence stands, 0 (start) to 1 (end), to the nearest end of a filler
+            sentence; None for random places.
+
+    Raises:
+        ValueError: the sentences alone are longer than `length`.
+    """
+    start = [] if vocab.bos_id is None else [vocab.bos_id]
+    room = length - len(start) - sum(map(len, sentences))
+    if room < 0:
+        raise ValueError(f"got length {length}, expected ≥ {length - room} for these sentences")
+    pieces = filler.sentences(rng, vocab, room)
+    places = rng.random(len(sentences)).tolist() if depths is None else depths
+    ends = np.cumsum([0, *map(len, pieces)])
+    gaps = [int(np.abs(ends - depth * room).argmin()) for depth in places]
+    ids, spans = start, [(0, 0)] * len(sentences)
+    for gap in range(len(pieces) + 1):
+        for index in (i for i, g in enumerate(gaps) if g == gap):
+            spans[index] = (len(ids), len(ids) + len(sentences[index]))
+            ids = ids + list(sentences[index])
+        if gap < len(pieces):
+            ids = ids + pieces[gap]
+    return Context(tuple(ids), tuple(spans))

@@ -1,0 +1,71 @@
+"""Answers of a model by one full forward pass: no decoding loop, no cache.
+
+The argmax at every answer position, with the right tokens before it. An answer and its
+end-of-sequence token are all right exactly when greedy decoding writes them.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kvjax.example import Example
+from kvjax.nn import Transformer
+
+BUCKET = 128  # lengths are rounded up to a multiple, so that few shapes compile
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _argmax(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    at: Int[Array, "B A"],
+) -> Int[Array, "B A"]:
+    """The most likely next token after each position `at`."""
+    logits, _ = model.apply({"params": params}, tokens, positions)
+    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.take_along_axis(predicted, at, axis=1)
+
+
+def predictions(
+    model: Transformer, params: Any, examples: Sequence[Example], eos_id: int, batch_size: int = 8
+) -> list[list[int]]:
+    """The teacher-forced answer and what follows it, for every example.
+
+    Returns:
+        len(answer) + 1 ids each; the last one should be `eos_id`.
+    """
+    longest_answer = max((len(example.answer) for example in examples), default=0) + 1
+    out: list[list[int]] = []
+    for first in range(0, len(examples), batch_size):
+        chunk = examples[first : first + batch_size]
+        rows = [[*example.prompt, *example.answer, eos_id] for example in chunk]
+        T = -(-max(map(len, rows)) // BUCKET) * BUCKET
+        tokens = np.full((batch_size, T), eos_id, np.int32)
+        positions = np.full((batch_size, T), -1, np.int32)
+        at = np.zeros((batch_size, longest_answer), np.int32)
+        for index, (row, example) in enumerate(zip(rows, chunk, strict=True)):
+            tokens[index, : len(row)] = row
+            positions[index, : len(row)] = np.arange(len(row))
+            count = len(example.answer) + 1
+            at[index, :count] = len(example.prompt) - 1 + np.arange(count)
+        found = np.asarray(_argmax(model, params, tokens, positions, at))
+        out += [
+            found[index, : len(example.answer) + 1].tolist() for index, example in enumerate(chunk)
+        ]
+    return out
+
+
+def accuracy(
+    model: Transformer, params: Any, examples: Sequence[Example], eos_id: int, batch_size: int = 8
+) -> float:
+    """Share of examples answered right in every token, the ending one included."""
+    found = predictions(model, params, examples, eos_id, batch_size)
+    right = [ids == [*example.answer, eos_id] for ids, example in zip(found, examples, strict=True)]
+    return float(np.mean(right)) if right else float("nan")

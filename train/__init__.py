@@ -1,0 +1,1 @@
+"""Training applications, run from a checkout: `python -m train --help`."""

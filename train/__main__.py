@@ -1,0 +1,38 @@
+"""`python -m train`: pretrain a model, export it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from train.export import export
+from train.pretrain import pretrain
+from train.recipe import read_recipe
+
+
+def pretrain_command(config: Path, out: Path, max_steps: int | None = None) -> None:
+    """Pretrain from a recipe; resumes where a run in the same folder stopped.
+
+    Args:
+        config: YAML recipe, e.g. train/recipes/needle.yaml.
+        out: folder for checkpoints and metrics.jsonl.
+        max_steps: stop after this many steps.
+    """
+    pretrain(read_recipe(config), out, max_steps)
+
+
+def export_command(config: Path, run: Path, out: Path, dtype: str = "bfloat16") -> None:
+    """Write the newest checkpoint of a pretraining run in Hugging Face's layout.
+
+    Args:
+        config: the recipe of the run.
+        run: its folder.
+        out: folder for the model and its tokenizer.
+        dtype: of the weights in the file.
+    """
+    export(read_recipe(config), run, out, dtype)
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"pretrain": pretrain_command, "export": export_command})
