@@ -6,7 +6,7 @@ import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,7 @@ def generate(
         bucket = bucket_length(max(len(prompts[i]) for i in indices))
         plan = resolved.plan(model.config, bucket)
         tokens, lengths = pad([prompts[i] for i in indices], bucket)
-        logits, cache = prefill(
-            model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens
-        )
+        logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
         result.cache_bytes += cache_bytes(cache)
         result.full_cache_bytes += full_cache_bytes(model, params, tokens.shape, max_new_tokens)
         state = first_token(
@@ -164,21 +162,24 @@ def prefill(
         Logits after the last token of each prompt [B, V] fp32, and one cache a layer with room
         for `max_new_tokens`.
     """
-    variables = {"params": params}
+    call = functools.partial(_call, model, params)
     B, T = tokens.shape
     steps = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(steps < lengths[:, None], steps, -1)
     rope_lengths = lengths + max_new_tokens
-    x = model.apply(variables, tokens, method="embed")
+    x = call("embed", tokens)
     caches = []
     for layer in range(model.config.num_layers):
         cache = plan.start(layer, B, T, max_new_tokens, x.dtype)
-        x, cache = model.apply(
-            variables, layer, x, positions, cache, rope_lengths, method="layer"
-        )
+        x, cache = call("layer", layer, x, positions, cache, rope_lengths)
         caches.append(plan.finish(layer, cache, max_new_tokens))
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return model.apply(variables, x, method="unembed")[:, 0], caches
+    return call("unembed", x)[:, 0], caches
+
+
+def _call(model: Transformer, params: Any, method: str, *args: Any) -> Any:
+    """One of the model's methods."""
+    return model.apply({"params": params}, *args, method=method)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -205,7 +206,7 @@ def decode(
             state.cache,
             rope_lengths=state.rope_lengths,
         )
-        return push_token(state.replace(cache=cache), logits[:, 0], sampling, eos)
+        return push_token(replace(state, cache=cache), logits[:, 0], sampling, eos)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -216,7 +217,8 @@ def push_token(
     """Samples the next token of every sequence and records it."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     token = sample(logits, keys, sampling)
-    return state.replace(
+    return replace(
+        state,
         token=token,
         finished=state.finished | jnp.any(token[:, None] == eos[None], axis=1),
         output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, state.step)),
@@ -316,7 +318,9 @@ def prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
 
 @jax.jit
 def _fold_words(key: jax.Array, words: jax.Array) -> jax.Array:
-    fold = lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1])
+    def fold(pair: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1])
+
     return jax.vmap(fold)(words)
 
 

@@ -6,6 +6,7 @@ raises NotImplementedError, it never hands over to another one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ def gqa_decode(
     softcap: float | None = None,
     implementation: str = "auto",
     return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     """One query a sequence over a dense cache.
 
     Args:
@@ -38,7 +39,7 @@ def gqa_decode(
         return_lse: also return the logsumexp of the logits, [B, N] fp32.
 
     Returns:
-        [B, N, Hv] in q's dtype.
+        [B, N, Hv] in q's dtype; with `return_lse` a pair with the logsumexp.
 
     Raises:
         ValueError: shapes that don't fit together.
@@ -51,8 +52,7 @@ def gqa_decode(
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
     _choose(implementation, "gqa_decode")
-    scale = H**-0.5 if scale is None else scale
-    out, lse = reference.gqa_decode(q, k, v, lengths, scale, window, softcap)
+    out, lse = reference.gqa_decode(q, k, v, lengths, _scale(scale, H), window, softcap)
     return _result(out.astype(q.dtype), lse, return_lse)
 
 
@@ -69,7 +69,7 @@ def ragged_gqa_decode(
     softcap: float | None = None,
     implementation: str = "auto",
     return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     """One query a sequence over a pool in which every KV head has its own segment.
 
     Args:
@@ -82,7 +82,7 @@ def ragged_gqa_decode(
         scale, softcap, implementation, return_lse: as in `gqa_decode`.
 
     Returns:
-        [B, N, Hv] in q's dtype.
+        [B, N, Hv] in q's dtype; with `return_lse` a pair with the logsumexp.
 
     Raises:
         ValueError: shapes that don't fit together.
@@ -103,9 +103,8 @@ def ragged_gqa_decode(
             f"segment {start}:{start + capacity} is outside of the pool's {P} rows",
         )
     _choose(implementation, "ragged_gqa_decode")
-    scale = H**-0.5 if scale is None else scale
     out, lse = reference.ragged_gqa_decode(
-        q, k_pool, v_pool, starts, capacities, lengths, scale, softcap, live
+        q, k_pool, v_pool, starts, capacities, lengths, _scale(scale, H), softcap, live
     )
     return _result(out.astype(q.dtype), lse, return_lse)
 
@@ -120,7 +119,7 @@ def mla_decode(
     *,
     implementation: str = "auto",
     return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     """Absorbed multi-head latent attention: the latent is key and value of every head.
 
     Args:
@@ -130,7 +129,8 @@ def mla_decode(
         scale: multiplies the logits.
 
     Returns:
-        [B, N, L] in q_latent's dtype: attention-weighted latents, before the value up-projection.
+        [B, N, L] in q_latent's dtype: attention-weighted latents, before the value up-projection;
+        with `return_lse` a pair with the logsumexp.
 
     Raises:
         ValueError: shapes that don't fit together.
@@ -154,6 +154,10 @@ def _choose(implementation: str, operation: str) -> None:
     )
     if implementation not in ("auto", "xla"):
         raise NotImplementedError(f"{operation} has no {implementation} implementation yet")
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return float(head_dim) ** -0.5 if scale is None else scale
 
 
 def _check(ok: bool, message: str) -> None:

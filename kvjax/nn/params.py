@@ -1,6 +1,7 @@
 """One way to declare a parameter: name, shape, logical axes, initializer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +33,8 @@ def declare(
             fan_in *= shape[axis]
         init = nn.initializers.normal(fan_in**-0.5)
     boxed = nn.with_logical_partitioning(init, tuple(axes))
-    return module.param(name, boxed, tuple(shape), jnp.float32)
+    value: Any = module.param(name, boxed, tuple(shape), jnp.float32)  # unboxed by param
+    return value
 
 
 def zeros(module: nn.Module, name: str, shape: Sequence[int], axes: Axes) -> jax.Array:

@@ -40,7 +40,7 @@ def frequencies(
 
 
 @functools.singledispatch
-def _scaled(scaling, config, lengths):
+def _scaled(scaling: object, config: RopeConfig, lengths: jax.Array) -> tuple[jax.Array, float]:
     raise TypeError(f"no RoPE rule for {scaling!r}")
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import (
@@ -114,17 +115,17 @@ class Transformer(nn.Module):
         """
         if logits_at not in ("all", "last"):
             raise ValueError(f"logits_at is {logits_at!r}, expected 'all' or 'last'")
-        positions = self._positions(tokens, positions, cache)
+        at = self._positions(tokens, positions, cache)
         if rope_lengths is None:
-            rope_lengths = default_rope_lengths(positions, cache)
+            rope_lengths = default_rope_lengths(at, cache)
         x = self.embed(tokens)
         new_cache = []
         for index in range(self.config.num_layers):
             entry = None if cache is None else cache[index]
-            x, entry = self.layer(index, x, positions, entry, rope_lengths)
+            x, entry = self.layer(index, x, at, entry, rope_lengths)
             new_cache.append(entry)
         if logits_at == "last":
-            x = last_valid(x, positions)
+            x = last_valid(x, at)
         return self.unembed(x), (None if cache is None else new_cache)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -191,12 +192,14 @@ def init_layer_cache(config: AttentionConfig, batch_size: int, max_len: int, dty
 def check_room(cache: Sequence[Any], positions: jax.Array) -> None:
     """Outside jit: raises ValueError if the new tokens don't fit into the cache."""
     entry = cache[0]
-    if isinstance(positions, jax.core.Tracer) or isinstance(entry.lengths, jax.core.Tracer):
+    if isinstance(positions, Tracer) or isinstance(entry.lengths, Tracer):
         return
     needed = np.asarray(entry.lengths) + (np.asarray(positions) >= 0).sum(axis=1)
-    if needed.max() > entry.capacity:
+    capacity = np.broadcast_to(np.asarray(entry.capacity), needed.shape)
+    if (needed > capacity).any():
+        worst = np.argmax(needed - capacity)
         raise ValueError(
-            f"the cache has room for {entry.capacity} tokens a sequence, got {needed.max()}"
+            f"the cache has room for {capacity[worst]} tokens a sequence, got {needed[worst]}"
         )
 
 

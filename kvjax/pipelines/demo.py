@@ -76,7 +76,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(outcomes, scores, model.config.layers[0].attention.num_kv_heads, out)
+    draw(outcomes, scores, out)
     print_page(outcomes, report, out)
     return report
 
@@ -120,11 +120,9 @@ def describe_importance(scores: HeadScores) -> dict[str, Any]:
     }
 
 
-def draw(
-    outcomes: dict[str, list[Outcome]], scores: HeadScores, num_kv_heads: int, out: Path
-) -> None:
+def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> None:
     """heads.png, and one accuracy picture a task."""
-    plots.head_importance(scores.mean, num_kv_heads, out / "heads.png")
+    plots.head_importance(scores.mean, out / "heads.png")
     for task, (full, *rest) in outcomes.items():
         curves = {
             name: [

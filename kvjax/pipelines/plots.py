@@ -25,16 +25,14 @@ def _finish(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def head_importance(importance: np.ndarray, num_kv_heads: int, path: Path) -> None:
-    """Heat-map of [L, N] scores; lines separate the groups that share a KV head."""
+def head_importance(importance: np.ndarray, path: Path) -> None:
+    """Heat-map of [L, N] scores."""
     layers, heads = importance.shape
     figure, axes = _figure(1.5 + 0.45 * heads, 1.2 + 0.45 * layers)
     image = axes.imshow(importance, aspect="auto", cmap="viridis")
-    for edge in range(heads // num_kv_heads, heads, heads // num_kv_heads):
-        axes.axvline(edge - 0.5, color="white", linewidth=0.8)
     axes.set_xticks(range(heads))
     axes.set_yticks(range(layers))
-    axes.set_xlabel("query head (lines: groups of one KV head)")
+    axes.set_xlabel("query head")
     axes.set_ylabel("layer")
     axes.set_title("Head importance")
     figure.colorbar(image, ax=axes)
