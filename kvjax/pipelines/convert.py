@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from kvjax.hf import load, save
 from kvjax.transmla import convert
 
 PROBE_TOKENS = 64
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "head_scores*",
+)
 
 
 def convert_checkpoint(
@@ -34,6 +43,7 @@ def convert_checkpoint(
     model, params = load(source, dtype=dtype)
     new_model, new_params = convert(model, params, method=method, init=init, rope_site=rope_site)
     save(new_model, new_params, out, layout="native")
+    copy_companions(Path(model.config.source), out)
     return {
         "method": method,
         "init": init,
@@ -45,6 +55,13 @@ def convert_checkpoint(
         "relative_logit_change": logit_change(model, params, new_model, new_params),
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copies what belongs to a model beside its weights: tokenizer files and head scores."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            shutil.copy(path, out)
 
 
 def bytes_per_token(model, dtype: str) -> int:

@@ -32,6 +32,8 @@ def generate_text(
     Raises:
         ValueError: see `kvjax.load` and `kvjax.generate`.
     """
+    if not prompt:
+        raise ValueError("the prompt is empty, expected text")
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype)
     ids = tokenizer(prompt)["input_ids"]

@@ -1,0 +1,155 @@
+"""The `kvjax` command, end to end on a tiny checkpoint; bad input is one line and exit code 2."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toys import random_params
+
+import kvjax
+from kvjax.cli import main
+from kvjax.headkv.scores import HeadScores
+from kvjax.hf import config_from_hf
+from kvjax.nn import Transformer
+from kvjax.tasks.tokenizer import to_transformers
+from kvjax.tasks.vocabulary import WordVocabulary
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A llama checkpoint in Hugging Face layout with a tokenizer and head scores."""
+    path = tmp_path_factory.mktemp("tiny") / "llama"
+    vocab = WordVocabulary()
+    config = config_from_hf(
+        {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "vocab_size": vocab.size,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+            "dtype": "float32",
+        }
+    )
+    model = Transformer(config)
+    kvjax.save(model, random_params(model), path, layout="hf")
+    to_transformers(vocab, 256).save_pretrained(path)
+    samples = np.random.default_rng(0).random((LAYERS, HEADS, 3))
+    HeadScores(samples).save(path / "head_scores.json")
+    return path
+
+
+def run(*argv) -> None:
+    main([str(a) for a in argv])
+
+
+def fails(capsys, *argv) -> str:
+    """The one line on standard error."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("kvjax: error: ")
+    return lines[0]
+
+
+def test_info(checkpoint, tmp_path):
+    run("info", checkpoint, "--tensors", "model.norm.weight", "--json", tmp_path / "info.json")
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["family"] == "llama"
+    assert facts["attention"] == "GQA 4/2 × 8"
+    assert facts["cache bytes a token (bfloat16)"] == LAYERS * 2 * KV_HEADS * HEAD_DIM * 2
+    model, params = kvjax.load(checkpoint, dtype="float32")
+    assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert facts["tensors"][0]["mean"] == f"{float(params['final_norm'].mean()):.3g}"
+
+
+def test_info_names_tensors_that_are_not_finite(checkpoint, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    model, params = kvjax.load(checkpoint, dtype="float32")
+    params["layers_1"]["mlp"]["up"] = params["layers_1"]["mlp"]["up"].at[0, 0].set(np.nan)
+    for name in ("config.json", "model.safetensors"):
+        (broken / name).unlink()
+    kvjax.save(model, params, broken, layout="hf")
+    line = fails(capsys, "info", broken, "--tensors", "*")
+    assert "NaN or infinite values in model.layers.1.mlp.up_proj.weight (1 of 1536)" in line
+    run("info", broken, "--tensors", "model.layers.0.*")
+    assert "no tensor is called lm_tail" in fails(capsys, "info", broken, "--tensors", "lm_tail")
+
+
+@pytest.mark.parametrize("policy", ["full", "headkv:kv_size=12", "snapkv:kv_size=12,window=4"])
+def test_generate(checkpoint, tmp_path, capsys, policy):
+    out = tmp_path / "out.json"
+    text = "the question is what mary 's favorite thing is ? " * 5
+    run("generate", checkpoint, text, "--max-new-tokens", 6, "--policy", policy, "--json", out)
+    report = json.loads(out.read_text())
+    assert report["text"].strip() in capsys.readouterr().out
+    model, params = kvjax.load(checkpoint, dtype="float32")
+    ids = kvjax.load_tokenizer(checkpoint)(text)["input_ids"]
+    expected = kvjax.generate(model, params, [ids], max_new_tokens=6, policy=policy)
+    assert report["new_tokens"] == len(expected.tokens[0])
+    assert report["cache_bytes"] == expected.cache_bytes
+    assert (report["cache_bytes"] < report["full_cache_bytes"]) == (policy != "full")
+
+
+def test_convert_then_generate(checkpoint, tmp_path):
+    out = tmp_path / "converted"
+    run("convert", checkpoint, out, "--init", "identity", "--json", tmp_path / "c.json")
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["bytes_per_token_before"] == report["bytes_per_token_after"]
+    assert report["relative_logit_change"] < 1e-5
+    old, new = kvjax.load(checkpoint, dtype="float32"), kvjax.load(out, dtype="float32")
+    prompt = list(range(4, 40))
+    assert kvjax.generate(*old, [prompt], 8).tokens == kvjax.generate(*new, [prompt], 8).tokens
+    text = kvjax.load_tokenizer(out).decode(prompt)
+    assert text == kvjax.load_tokenizer(checkpoint).decode(prompt)
+
+
+def test_bad_input(checkpoint, tmp_path, capsys):
+    generate = ("generate", checkpoint)
+    assert "is neither a directory nor a hub id" in fails(capsys, "info", "no/such/model/here")
+    assert "no builtin model 'nope'" in fails(capsys, "info", "builtin:nope")
+    long = fails(capsys, *generate, "mary " * 250, "--max-new-tokens", 20)
+    assert "251 tokens and max_new_tokens is 20, expected at most 256" in long
+    small = fails(capsys, *generate, "mary", "--policy", "snapkv:kv_size=8,window=8")
+    assert "kv_size" in small and "window" in small and "8" in small
+    assert "'quantkv' is none of" in fails(capsys, *generate, "mary", "--policy", "quantkv")
+    other = tmp_path / "other.json"
+    HeadScores(np.ones((3, 5, 1))).save(other)
+    shape = fails(capsys, *generate, "mary", "--policy", f"headkv:kv_size=16,scores={other}")
+    assert "3" in shape and "5" in shape and "2" in shape and "4" in shape
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "is not empty" in fails(capsys, "convert", checkpoint, tmp_path / "full")
+
+
+def test_empty_prompt(checkpoint, tmp_path, capsys):
+    assert "the prompt is empty" in fails(capsys, "generate", checkpoint, "")
+
+
+def test_missing_shard_and_truncated_file(checkpoint, tmp_path, capsys):
+    model, params = kvjax.load(checkpoint, dtype="float32")
+    sharded = tmp_path / "sharded"
+    kvjax.save(model, params, sharded, layout="hf", max_shard_bytes=20_000)
+    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
+    last.unlink()
+    os.truncate(first, first.stat().st_size - 8)
+    for command in (("info", sharded), ("generate", sharded, "mary")):
+        shutil.copy(checkpoint / "tokenizer.json", sharded)
+        shutil.copy(checkpoint / "tokenizer_config.json", sharded)
+        line = fails(capsys, *command)
+        assert f"missing shard {last.name}" in line and f"{first.name} is truncated" in line
