@@ -4,10 +4,11 @@ Logits, softmax and accumulators are fp32 whatever the entries' dtype. Slots tha
 replaced before they are used, so that whatever they hold (NaN too) never reaches the output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NEG_INF = -1e30  # finite, so that a row without live slots gives 0 and not NaN
 
@@ -23,33 +24,44 @@ def softmax_attend(
     Returns:
         out [B, K, G, Hv] fp32 and lse [B, K, G] fp32, −1e30 where no slot is live.
     """
+    weights, total, lse = masked_softmax(logits_BKGS, live_BKS)
+    out = clean_if_needed(lambda v: weighted_values(weights, v), v_BKSH, live_BKS[..., None])
+    return out / total[..., None], lse
+
+
+def masked_softmax(
+    logits_BKGS: jax.Array, live_BKS: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax weights before the division, what to divide by [B, K, G], and the lse [B, K, G]."""
     live = live_BKS[:, :, None, :]
     logits = jnp.where(live, logits_BKGS, NEG_INF)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=NEG_INF)
     weights = jnp.where(live, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1)
-    out = weighted_values(weights, v_BKSH, live_BKS)
-    out = out / jnp.maximum(total, 1e-30)[..., None]
-    lse = jnp.where(total > 0, top[..., 0] + jnp.log(jnp.maximum(total, 1e-30)), NEG_INF)
-    return out, lse
+    divisor = jnp.maximum(total, 1e-30)
+    lse = jnp.where(total > 0, top[..., 0] + jnp.log(divisor), NEG_INF)
+    return weights, divisor, lse
 
 
-def weighted_values(weights_BKGS: jax.Array, v_BKSH: jax.Array, live_BKS: jax.Array) -> jax.Array:
-    """Σ_s weights · v, [B, K, G, Hv] fp32, where slots that are not live have weight 0.
+def weighted_values(weights_BKGS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """Σ_s weights · v, [B, K, G, Hv] fp32."""
+    weights = weights_BKGS.astype(v_BKSH.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights, v_BKSH, preferred_element_type=jnp.float32)
+
+
+def clean_if_needed(
+    attend: Callable[[jax.Array], jax.Array], v: jax.Array, live: jax.Array
+) -> jax.Array:
+    """attend(v), where values that are not live have weight 0.
 
     0 · NaN is NaN, so dead values that are not finite must be replaced. That costs a copy of all
-    values, so it is done only when the sum shows that it must.
+    values, so it is done only when the result shows that it must.
     """
-
-    def total(values: jax.Array) -> jax.Array:
-        weights = weights_BKGS.astype(values.dtype)
-        return jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=jnp.float32)
-
-    def clean() -> jax.Array:
-        return total(jnp.where(live_BKS[..., None], v_BKSH, jnp.zeros((), v_BKSH.dtype)))
-
-    out = total(v_BKSH)
-    return jax.lax.cond(jnp.all(jnp.isfinite(out)), lambda: out, clean)
+    out = attend(v)
+    zero = jnp.zeros((), v.dtype)
+    return jax.lax.cond(
+        jnp.all(jnp.isfinite(out)), lambda: out, lambda: attend(jnp.where(live, v, zero))
+    )
 
 
 def scores(q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
@@ -98,20 +110,39 @@ def ragged_gqa_decode(
     """See `pallas_kernels.ragged_gqa_decode`; one slice of the pool a head, none padded."""
     B, N, H = q.shape
     K = len(starts)
-    outs, lses = [], []
-    for head, (start, capacity) in enumerate(zip(starts, capacities, strict=True)):
-        segment = slice(start, start + capacity)
-        slots = jnp.arange(capacity, dtype=jnp.int32)[None]
-        live = slots < lengths[:, head, None]
-        if live_pool is not None:
-            live &= live_pool[:, segment]
-        group = q.reshape(B, K, N // K, H)[:, head : head + 1]
-        logits = soft_cap(scores(group, k_pool[:, None, segment]) * scale, softcap)
-        out, lse = softmax_attend(logits, v_pool[:, None, segment], live[:, None])
-        outs.append(out)
-        lses.append(lse)
-    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+    live_BP = live_rows(starts, capacities, lengths, k_pool.shape[1])
+    if live_pool is not None:
+        live_BP &= live_pool
+    segments = [slice(s, s + size) for s, size in zip(starts, capacities, strict=True)]
+    groups = jnp.split(q.reshape(B, K, N // K, H), K, axis=1)
+    parts = [
+        masked_softmax(
+            soft_cap(scores(group, k_pool[:, None, segment]) * scale, softcap),
+            live_BP[:, None, segment],
+        )
+        for group, segment in zip(groups, segments, strict=True)
+    ]
+
+    def attend(v: jax.Array) -> jax.Array:
+        heads = zip(parts, segments, strict=True)
+        return jnp.concatenate(
+            [weighted_values(weights, v[:, None, part]) for (weights, _, _), part in heads], axis=1
+        )
+
+    total, lse = (jnp.concatenate([part[i] for part in parts], axis=1) for i in (1, 2))
+    out = clean_if_needed(attend, v_pool, live_BP[..., None]) / total[..., None]
     return out.reshape(B, N, v_pool.shape[-1]), lse.reshape(B, N)
+
+
+def live_rows(
+    starts: Sequence[int], capacities: Sequence[int], lengths_BK: jax.Array, rows: int
+) -> jax.Array:
+    """[B, P] bool: the first lengths[b, k] rows of every head's segment."""
+    rank, head = np.full(rows, np.iinfo(np.int32).max, np.int32), np.zeros(rows, np.int32)
+    for index, (start, capacity) in enumerate(zip(starts, capacities, strict=True)):
+        rank[start : start + capacity] = np.arange(capacity)
+        head[start : start + capacity] = index
+    return jnp.asarray(rank)[None] < lengths_BK[:, head]
 
 
 def mla_decode(

@@ -1,6 +1,7 @@
 """KV caches: pytrees that store new entries and attend over what they hold."""
 
 from kvjax.cache.dense import DenseCache
+from kvjax.cache.head_budget import HeadBudgetCache
 from kvjax.cache.latent import LatentCache
 from kvjax.cache.prompt import PromptCache
 from kvjax.cache.protocol import AttentionSpec, Cache, NoCache, cache_bytes
@@ -9,6 +10,7 @@ __all__ = [
     "AttentionSpec",
     "Cache",
     "DenseCache",
+    "HeadBudgetCache",
     "LatentCache",
     "NoCache",
     "PromptCache",

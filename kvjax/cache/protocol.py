@@ -22,8 +22,8 @@ class Cache(Protocol):
     def lengths(self) -> jax.Array: ...
 
     @property
-    def capacity(self) -> int:
-        """Tokens a sequence can give to this cache in all."""
+    def capacity(self) -> int | jax.Array:
+        """Tokens a sequence can give to this cache in all; [B] where sequences differ."""
         ...
 
     def attend(

@@ -1,6 +1,7 @@
 """HeadKV (arXiv 2410.19258): a cache budget for each head, by what the head is good for."""
 
 from kvjax.headkv.budgets import allocate
+from kvjax.headkv.policy import Compress, Policy
 from kvjax.headkv.scores import HeadScores, load_scores
 
-__all__ = ["HeadScores", "allocate", "load_scores"]
+__all__ = ["Compress", "HeadScores", "Policy", "allocate", "load_scores"]

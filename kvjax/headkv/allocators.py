@@ -1,0 +1,90 @@
+"""Budget allocators: how a KV size is divided among layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from kvjax.headkv.budgets import allocate, largest_remainder, token_budget
+from kvjax.headkv.scores import HeadScores
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an allocator is asked for.
+
+    Attributes:
+        num_layers, num_kv_heads: L and K.
+        kv_size: C, mean tokens a KV head, the window included.
+        window: w, the last tokens, which every head keeps besides its budget.
+        prompt_len: n; a budget above n − w is useless.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    kv_size: int
+    window: int
+    prompt_len: int
+
+    @property
+    def budget(self) -> int:
+        """b = C − w, mean tokens a head besides the window."""
+        return token_budget(self.kv_size, self.window)
+
+    @property
+    def limit(self) -> int:
+        """n − w, the most that a head can keep besides the window."""
+        return max(self.prompt_len - self.window, 0)
+
+
+Allocator = Callable[[Request], np.ndarray]
+"""Budgets [L, K], whole numbers of 0 … limit, whose mean is at most min(budget, limit)."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same budget everywhere."""
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        shape = (request.num_layers, request.num_kv_heads)
+        return np.full(shape, min(request.budget, request.limit), np.int32)
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """PyramidKV (arXiv 2406.02069): budgets fall linearly from the first layer to the last."""
+
+    beta: float = 20.0
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        budget = min(request.budget, request.limit)
+        bottom = min(2 * budget - budget / self.beta, request.limit)
+        layers = np.linspace(bottom, 2 * budget - bottom, request.num_layers)
+        caps = np.repeat(layers[:, None], request.num_kv_heads, axis=1)
+        return largest_remainder(caps, budget * caps.size)
+
+
+@dataclass(frozen=True)
+class HeadImportance:
+    """HeadKV (arXiv 2410.19258): a floor for every head, the rest in proportion to importance.
+
+    `scores` None stands for the model's own, which `resolve` fills in.
+    """
+
+    beta: float = 1.2
+    scores: HeadScores | None = None
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        if self.scores is None:
+            raise ValueError("head importance has no scores; resolve() fills in the model's own")
+        return allocate(
+            self.scores,
+            request.kv_size,
+            request.window,
+            self.beta,
+            request.num_kv_heads,
+            request.prompt_len,
+        )
