@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from kvjax.cache import cache_bytes
 from kvjax.config import ModelConfig
@@ -60,12 +60,12 @@ class DecodeState:
     """
 
     cache: list[Any]
-    token: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-    output: Int[Array, "B M"]
-    step: Int[Array, ""]
-    keys: Array
-    rope_lengths: Int[Array, " B"]
+    token: Any
+    finished: Any
+    output: Any
+    step: Any
+    keys: Any
+    rope_lengths: Any
 
 
 def generate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ class Sampling:
             (nucleus sampling, arXiv 1904.09751), after top-k.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
+    temperature: Any
+    top_k: Any
+    top_p: Any
 
     @classmethod
     def create(cls, temperature: float, top_k: int, top_p: float) -> Sampling:
@@ -44,7 +46,9 @@ class Sampling:
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"] | UInt32[Array, "B _"], sampling: Sampling
+    logits_BV: Float[Array, "B V"],
+    keys_B: Key[Array, " B"] | UInt32[Array, "B _"],
+    sampling: Sampling,
 ) -> Int[Array, " B"]:
     """One token a sequence, int32; each with its own key, so that rows don't see each other."""
     return jax.lax.cond(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ class PromptCache:
     """
 
     dense: DenseCache
-    queries: Float[Array, "B w N H"]
+    queries: Any
 
     @classmethod
     def create(cls, dense: DenseCache, window: int, num_heads: int, head_dim: int) -> PromptCache:

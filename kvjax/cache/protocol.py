@@ -14,6 +14,9 @@ from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
 class Cache(Protocol):
     """Keys and values of one layer.
 
+    Caches are pytrees, whose fields jax fills with other things than arrays (shapes, shardings,
+    markers): they are annotated Any, and their docstrings give the shapes.
+
     `lengths` [B] counts the tokens a sequence has given to the cache. Beyond `capacity` tokens
     nothing more is stored, and lengths > capacity says so.
     """
