@@ -44,7 +44,14 @@ class SinksAndRecent:
 
 
 def window_attention(prompt: Prompt) -> Float[Array, "B N S"]:
-    """Attention of the last queries over all keys, averaged over the queries, fp32.
+    """Attention of the last queries over all keys, averaged over the queries, fp32."""
+    total = jnp.sum(query_attention(prompt), axis=2)
+    queries = jnp.minimum(prompt.lengths, prompt.queries.shape[1]).astype(jnp.float32)
+    return total / queries[:, None, None]
+
+
+def query_attention(prompt: Prompt) -> Float[Array, "B N w S"]:
+    """Attention of each of the last queries over all keys, fp32; zeros for rows without a query.
 
     The softmax is over all n keys, causal inside the window, with the layer's scale, soft-cap and
     sliding window.
@@ -53,14 +60,11 @@ def window_attention(prompt: Prompt) -> Float[Array, "B N S"]:
     K, S = prompt.keys.shape[1:3]
     q = prompt.queries.reshape(B, w, K, N // K, X)
     logits = jnp.einsum("bwkgx,bksx->bkgws", q, prompt.keys, preferred_element_type=jnp.float32)
-    logits = soft_cap(logits * prompt.spec.scale, prompt.spec.softcap)
+    logits = soft_cap(logits * prompt.spec.scale, prompt.spec.softcap).reshape(B, N, w, S)
     at = prompt.lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
-    seen = seen_by_window(at, S, prompt.spec.window)[:, None, None]
+    seen = seen_by_window(at, S, prompt.spec.window)[:, None]
     attention = jax.nn.softmax(jnp.where(seen, logits, NEG_INF), axis=-1)
-    attention = jnp.where(seen, attention, 0.0)
-    queries = jnp.minimum(prompt.lengths, w).astype(jnp.float32)
-    mean = jnp.sum(attention, axis=3) / queries[:, None, None, None]
-    return mean.reshape(B, N, S)
+    return jnp.where(seen, attention, 0.0)
 
 
 def seen_by_window(at_Bw: jax.Array, slots: int, window: int | None) -> Bool[Array, "B w S"]:
