@@ -1,0 +1,82 @@
+"""Parameters on a mesh of eight fake devices: where they lie, and the same logits."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from toys import random_params
+
+import kvjax
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
+from kvjax.hf.config import config_from_hf
+from kvjax.nn import Transformer
+from kvjax.sharding import param_shardings
+
+RAW = {
+    "model_type": "mixtral",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 2,
+    "vocab_size": 64,
+}
+
+
+def mesh(count):
+    if len(jax.devices()) < count:
+        pytest.skip(f"needs {count} devices, there are {len(jax.devices())}")
+    return Mesh(np.array(jax.devices()[:count]), ("model",))
+
+
+def test_specs():
+    gqa = GQAConfig(8, 4, 4, 0.5, RopeConfig(4), qkv_bias=True)
+    layers = (LayerConfig(gqa, MLPConfig(24)), LayerConfig(gqa, MoEConfig(3, 2, 16)))
+    model = Transformer(ModelConfig("llama", 64, 16, layers))
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(model, mesh(8)))
+    P = PartitionSpec
+    assert specs["embedding"] == P("model")
+    assert specs["lm_head"] == P(None, "model")
+    assert specs["final_norm"] == P()
+    attention = specs["layers_0"]["attn"]
+    assert (attention["q"], attention["o"]) == (P(None, "model"), P("model"))
+    assert attention["q_bias"] == P("model")
+    assert attention["k"] == P()  # 4 KV heads on 8 devices
+    assert specs["layers_0"]["mlp"]["gate"] == P(None, "model")
+    assert specs["layers_0"]["mlp"]["down"] == P("model")
+    # Three experts cannot be split over eight devices, but the width of each can.
+    assert specs["layers_1"]["mlp"]["gate"] == P(None, None, "model")
+
+
+@pytest.mark.parametrize("layout", ["hf", "native"])
+def test_load_onto_a_mesh(tmp_path, layout):
+    model = Transformer(config_from_hf(RAW))
+    params = random_params(model)
+    kvjax.save(model, params, tmp_path / "a", layout=layout)
+    _, sharded = kvjax.load(tmp_path / "a", dtype="float32", mesh=mesh(4))
+    q = sharded["layers_0"]["attn"]["q"]
+    assert q.sharding.spec == PartitionSpec(None, "model")
+    assert {shard.data.shape for shard in q.addressable_shards} == {(16, 2, 2)}
+    gate = sharded["layers_0"]["mlp"]["gate"]
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 6)}
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(sharded), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_equal_logits(tmp_path):
+    model = Transformer(config_from_hf(RAW))
+    params = random_params(model)
+    kvjax.save(model, params, tmp_path / "a", layout="hf")
+    _, sharded = kvjax.load(tmp_path / "a", dtype="float32", mesh=mesh(4))
+    tokens = np.arange(18, dtype=np.int32).reshape(2, 9)
+    one, _ = jax.jit(model.apply)({"params": params}, tokens)
+    many, _ = jax.jit(model.apply)({"params": sharded}, tokens)
+    np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_a_mesh_needs_a_model_axis():
+    model = Transformer(config_from_hf(RAW))
+    wrong = Mesh(np.array(jax.devices()[:1]), ("data",))
+    with pytest.raises(ValueError, match=r"mesh has axes \('data',\), expected one named 'model'"):
+        param_shardings(model, wrong)
