@@ -60,9 +60,9 @@ class Estimator(NamedTuple):
 
 
 def copied(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:
-    """Retrieval heads (arXiv 2404.15574): steps at which the most attended token is the one to come.
+    """Retrieval heads (arXiv 2404.15574): steps whose most attended token is the next one.
 
-    The token must stand in the span, whose length divides the count.
+    That token must stand in the span, whose length divides the count.
     """
     top = jnp.argmax(attention_BNMS, axis=-1)
     rows = jnp.arange(top.shape[0], dtype=jnp.int32)[:, None, None]
@@ -180,23 +180,26 @@ def score_batch(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
     """Scores of every head, and the token that the model expects at each step."""
-    variables = {"params": params}
+
+    def apply(*args: Any, method: str) -> Any:
+        return model.apply({"params": params}, *args, method=method)
+
     B, S = batch.tokens.shape
     M = batch.steps.shape[1]
     positions = jnp.arange(S, dtype=jnp.int32)[None]
     positions = jnp.where(positions < batch.lengths[:, None], positions, -1)
-    x = model.apply(variables, batch.tokens, method="embed")
+    x = apply(batch.tokens, method="embed")
     scores = []
     for index, layer in enumerate(model.config.layers):
         dense = init_layer_cache(layer.attention, B, S, x.dtype)
         heads = query_heads(model.config)[1]
         cache = PromptCache.create(dense, M, heads, dense.k.shape[-1])
-        x, cache = model.apply(variables, index, x, positions, cache, batch.lengths, method="layer")
+        x, cache = apply(index, x, positions, cache, batch.lengths, method="layer")
         prompt = Prompt.create(cache, attention_spec(layer.attention))
         scores.append(reduce(query_attention(prompt), batch))
     last = batch.lengths[:, None] - M + jnp.arange(M, dtype=jnp.int32)[None]
     x = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
-    logits = model.apply(variables, x, method="unembed")
+    logits = apply(x, method="unembed")
     return jnp.stack(scores, axis=1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
