@@ -1,4 +1,4 @@
-"""`python -m train`: pretrain a model, export it."""
+"""`python -m train`: pretrain a model, export it, evaluate it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from train.evaluate import evaluate
 from train.export import export
 from train.pretrain import pretrain
 from train.recipe import read_recipe
@@ -34,5 +35,32 @@ def export_command(config: Path, run: Path, out: Path, dtype: str = "bfloat16") 
     export(read_recipe(config), run, out, dtype)
 
 
+def evaluate_command(
+    model: str,
+    out: Path | None = None,
+    tasks: tuple[str, ...] = ("needle", "multi_key", "two_hop", "two_hop_crowded"),
+    lengths: tuple[int, ...] = (256, 512, 1024),
+    count: int = 200,
+    dtype: str = "bfloat16",
+) -> None:
+    """Accuracy on unseen prompts, with the full cache.
+
+    Args:
+        model: a directory, or builtin:needle.
+        out: JSON file for the result.
+        tasks: names of kvjax.tasks.sets.
+        lengths: tokens of the prompts.
+        count: prompts for each task and length.
+        dtype: of the parameters.
+    """
+    evaluate(model, out, tasks, lengths, count, dtype)
+
+
+COMMANDS = {
+    "pretrain": pretrain_command,
+    "export": export_command,
+    "evaluate": evaluate_command,
+}
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"pretrain": pretrain_command, "export": export_command})
+    tyro.extras.subcommand_cli_from_dict(COMMANDS)

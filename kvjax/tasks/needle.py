@@ -34,9 +34,9 @@ def generate(
     if depth is not None:
         depths[0] = depth
     facts = [vocab.encode(person.likes()) for person in cast]
-    context = strew(rng, vocab, facts, length - len(question), depths)
+    context = strew(rng, vocab, facts, length, question, depths)
     return Example(
-        prompt=(*context.ids, *question),
+        prompt=context.ids,
         answer=tuple(vocab.encode(cast[0].thing)),
         span=context.spans[0],
         depth=depths[0],

@@ -22,23 +22,25 @@ def strew(
     vocab: Vocabulary,
     sentences: Sequence[Sequence[int]],
     length: int,
+    question: Sequence[int] = (),
     depths: Sequence[float] | None = None,
 ) -> Context:
-    """Places sentences between the sentences of a filler text.
+    """Places sentences between the sentences of a filler text, and the question at its end.
 
     Args:
         sentences: token ids of each.
-        length: tokens in all, the beginning-of-sequence token included.
+        length: tokens in all, the beginning-of-sequence token and the question included.
+        question: token ids.
         depths: where each sentence stands, 0 (start) to 1 (end), to the nearest end of a filler
             sentence; None for random places.
 
     Raises:
-        ValueError: the sentences alone are longer than `length`.
+        ValueError: sentences and question alone are longer than `length`.
     """
     start = [] if vocab.bos_id is None else [vocab.bos_id]
-    room = length - len(start) - sum(map(len, sentences))
+    room = length - len(start) - len(question) - sum(map(len, sentences))
     if room < 0:
-        raise ValueError(f"got length {length}, expected ≥ {length - room} for these sentences")
+        raise ValueError(f"got length {length}, expected ≥ {length - room} for facts and question")
     pieces = filler.sentences(rng, vocab, room)
     places = rng.random(len(sentences)).tolist() if depths is None else depths
     ends = np.cumsum([0, *map(len, pieces)])
@@ -50,4 +52,4 @@ def strew(
             ids = ids + list(sentences[index])
         if gap < len(pieces):
             ids = ids + pieces[gap]
-    return Context(tuple(ids), tuple(spans))
+    return Context((*ids, *question), tuple(spans))

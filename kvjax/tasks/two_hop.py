@@ -42,9 +42,9 @@ def generate(
     answer_at = cast.index(right)
     if depth is not None:
         depths[answer_at] = depth
-    context = strew(rng, vocab, [*likes, *ages], length - len(question), depths)
+    context = strew(rng, vocab, [*likes, *ages], length, question, depths)
     return Example(
-        prompt=(*context.ids, *question),
+        prompt=context.ids,
         answer=tuple(vocab.encode(right.thing)),
         span=context.spans[answer_at],
         depth=depths[answer_at],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from kvjax.tasks import words
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """Turns a piece of text into ids, without special tokens, the same wherever it stands."""
 
@@ -59,6 +60,6 @@ class WordVocabulary:
         """Ids of the space-separated words of `text`; unknown words get `unknown_id`."""
         return [self._ids.get(word, self.unknown_id) for word in text.split()]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The words, joined by spaces."""
         return " ".join(self.tokens[index] for index in ids)

@@ -1,0 +1,49 @@
+"""Accuracy of a trained model on prompts that training never drew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import kvjax
+from kvjax.tasks import WordVocabulary, accuracy, make_examples
+from kvjax.tasks.sets import CHANCE
+
+
+def evaluate(
+    model: str,
+    out: Path | None,
+    tasks: tuple[str, ...],
+    lengths: tuple[int, ...],
+    count: int,
+    dtype: str,
+    seed: int = 0,
+) -> list[dict]:
+    """One row for each task and prompt length; exact match of whole answers of 1 to 12 tokens.
+
+    Args:
+        model: a directory, or "builtin:needle".
+        out: JSON file for the rows; None for none.
+        count: prompts a row.
+        dtype: of the parameters.
+    """
+    transformer, params = kvjax.load(model, dtype=dtype)
+    vocab = WordVocabulary()
+    rows = []
+    for task in tasks:
+        for length in lengths:
+            examples = make_examples(task, vocab, count, length, seed)
+            row = {
+                "task": task,
+                "prompt_tokens": length,
+                "prompts": count,
+                "exact_match": accuracy(transformer, params, examples, vocab.eos_id),
+                "chance": CHANCE.get(task, 0.0),
+                "dtype": dtype,
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"model": model, "seed": seed, "rows": rows}, indent=2) + "\n")
+    return rows
