@@ -13,20 +13,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvjax.example import Example
 from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
 from kvjax.pipelines import plots
 from kvjax.pipelines.convert import bytes_per_token, logit_change
 from kvjax.pipelines.measure import Outcome, measure
 from kvjax.pipelines.score import TokenizerVocabulary, score_heads
-from kvjax.tasks import needle, two_hop
+from kvjax.tasks import make_examples
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
 PROMPT_LENGTH = 1024
-TASKS = {"needle": needle.generate, "two-hop": two_hop.generate}
-DISTRACTORS = 2  # further people in every prompt, so that a head must find the right one
+TASKS = ("needle", "multi_key", "two_hop")
 POLICIES = ("headkv", "snapkv", "streaming")
 KV_SIZES = (16, 32, 64)
 INITS = ("svd_global", "identity")
@@ -47,7 +45,8 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     model, params = load(MODEL, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
-    examples = {task: make_examples(task, tokenizer, samples, seed) for task in TASKS}
+    vocab = TokenizerVocabulary(tokenizer)
+    examples = {task: make_examples(task, vocab, samples, PROMPT_LENGTH, seed) for task in TASKS}
     policies = [f"{name}:kv_size={size}" for size in KV_SIZES for name in POLICIES]
     with Progress(transient=True) as progress:
         steps = progress.add_task("head importance", total=2 + len(TASKS) * (1 + len(policies)))
@@ -79,17 +78,6 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     draw(outcomes, scores, out)
     print_page(outcomes, report, out)
     return report
-
-
-def make_examples(task: str, tokenizer: Any, samples: int, seed: int) -> list[Example]:
-    """Prompts of PROMPT_LENGTH tokens, answers of 1 to 6 words, facts at every depth."""
-    # Away from the seeds of score_heads, so that heads are not scored on what they are tested on.
-    rng = np.random.default_rng((seed, 1, sum(map(ord, task))))
-    vocab = TokenizerVocabulary(tokenizer)
-    return [
-        TASKS[task](rng, vocab, PROMPT_LENGTH, answer_length=1 + i % 6, distractors=DISTRACTORS)
-        for i in range(samples)
-    ]
 
 
 def with_scores(policy: str, scores: Path) -> str:
