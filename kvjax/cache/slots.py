@@ -28,8 +28,11 @@ def write_rows(
     new = new.astype(buffer.dtype)
 
     def scatter(buffer, new, slots):
-        rows = jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None]
-        return buffer.at[rows, :, slots].set(new, mode="drop")
+        # An index for every head too: XLA turns a scatter of one window, which a single sequence
+        # would be, into updates that copy the buffer.
+        rows = jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None, None]
+        heads = jnp.arange(buffer.shape[1], dtype=jnp.int32)[None, None]
+        return buffer.at[rows, heads, slots[:, :, None]].set(new, mode="drop")
 
     def select(buffer, new, slots):
         hit = slots == jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]

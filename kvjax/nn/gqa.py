@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AttentionSpec, Cache, DenseCache, NoCache
 from kvjax.config import GQAConfig, NormConfig
+from kvjax.nn.matmul import matmul
 from kvjax.nn.norm import rms_norm
 from kvjax.nn.params import declare, zeros
 from kvjax.nn.rope import rope
@@ -67,7 +67,7 @@ def projection(
     """x · W for all heads; parameters `name` [D, heads, head_dim] and `name`_bias."""
     shape = (x_BTD.shape[-1], heads, head_dim)
     weight = declare(module, name, shape, ("embed", head_axis, "head_dim"))
-    y = jnp.einsum("btd,dnh->btnh", x_BTD, weight)
+    y = matmul(x_BTD, weight)
     if bias:
         y += zeros(module, f"{name}_bias", shape[1:], (head_axis, "head_dim"))[None, None]
     return y
@@ -79,7 +79,8 @@ def output(
     """Heads back to the residual stream; parameters o [N, H, D] and o_bias [D]."""
     shape = (*out_BTNH.shape[2:], width)
     weight = declare(module, "o", shape, ("heads", "head_dim", "embed"), in_axis=(0, 1))
-    y = jnp.einsum("btnh,nhd->btd", out_BTNH, weight)
+    # Two contracted axes would make XLA:CPU transpose the weight in every step.
+    y = matmul(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight.reshape(-1, width))
     return y + zeros(module, "o_bias", (width,), ("embed",))[None, None] if bias else y
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import AttentionSpec, LatentCache, NoCache
 from kvjax.config import MLAConfig, NormConfig
 from kvjax.nn.gqa import norm_weight, output, projection
+from kvjax.nn.matmul import matmul
 from kvjax.nn.norm import rms_norm
 from kvjax.nn.params import declare, zeros
 from kvjax.nn.rope import rope
@@ -81,7 +82,8 @@ def down_project(
     module: nn.Module, name: str, x_BTD: Float[Array, "B T D"], width: int, bias: bool
 ) -> Float[Array, "B T width"]:
     """x · W into a latent; parameters `name` [D, width] and `name`_bias."""
-    y = x_BTD @ declare(module, name, (x_BTD.shape[-1], width), ("embed", "latent"))
+    weight = declare(module, name, (x_BTD.shape[-1], width), ("embed", "latent"))
+    y = matmul(x_BTD, weight)
     return y + zeros(module, f"{name}_bias", (width,), ("latent",))[None, None] if bias else y
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.config import MLPConfig, MoEConfig
+from kvjax.nn.matmul import matmul
 from kvjax.nn.params import declare, zeros
 
 ACTIVATIONS = {
@@ -37,7 +38,7 @@ def linear(
     bias: bool,
 ) -> Float[Array, "B T Y"]:
     """x · W; parameters `name` [X, Y] and `name`_bias [Y]."""
-    y = x @ declare(module, name, shape, axes)
+    y = matmul(x, declare(module, name, shape, axes))
     return y + zeros(module, f"{name}_bias", shape[1:], axes[1:])[None, None] if bias else y
 
 
@@ -60,12 +61,12 @@ class MoE(nn.Module):
         down = declare(
             self, "down", (c.num_experts, c.width, D), ("expert", "mlp", "embed"), in_axis=1
         )
-        weight_BTE = routing_weights(x_BTD @ router, c).astype(x_BTD.dtype)
+        weight_BTE = routing_weights(matmul(x_BTD, router), c).astype(x_BTD.dtype)
 
         def add_expert(total, expert):
             gate_DF, up_DF, down_FD, weight_BT = expert
-            hidden = ACTIVATIONS[c.activation](x_BTD @ gate_DF) * (x_BTD @ up_DF)
-            return total + (hidden @ down_FD) * weight_BT[..., None], None
+            hidden = ACTIVATIONS[c.activation](matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
+            return total + matmul(hidden, down_FD) * weight_BT[..., None], None
 
         experts = (gate, up, down, jnp.moveaxis(weight_BTE, -1, 0))
         return jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), experts)[0]

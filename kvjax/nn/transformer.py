@@ -24,6 +24,7 @@ from kvjax.config import (
 )
 from kvjax.nn.equal_cache import EqualCacheAttention
 from kvjax.nn.gqa import GQA, norm_weight
+from kvjax.nn.matmul import matmul
 from kvjax.nn.mla import MLA
 from kvjax.nn.mlp import MLP, MoE
 from kvjax.nn.norm import rms_norm
@@ -149,12 +150,8 @@ class Transformer(nn.Module):
         """Final norm and output logits, fp32."""
         c = self.config
         x = rms_norm(x, self.final_norm, c.norm)
-        if c.tie_embeddings:
-            logits = jnp.einsum(
-                "btd,vd->btv", x, self.embedding, preferred_element_type=jnp.float32
-            )
-        else:
-            logits = jnp.einsum("btd,dv->btv", x, self.lm_head, preferred_element_type=jnp.float32)
+        weight = self.embedding.T if c.tie_embeddings else self.lm_head
+        logits = matmul(x, weight, jnp.float32)
         if c.final_softcap is not None:
             logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
         return logits
