@@ -1,0 +1,204 @@
+"""Policies: parsing, plans, and what generation gets from them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import random_params
+
+from kvjax.cache import HeadBudgetCache, cache_bytes
+from kvjax.config import (
+    EqualCacheConfig,
+    GQAConfig,
+    LayerConfig,
+    MLAConfig,
+    MLPConfig,
+    ModelConfig,
+    RopeConfig,
+)
+from kvjax.generation import prefill
+from kvjax.headkv import HeadScores, Policy
+from kvjax.headkv.allocators import HeadImportance, Pyramid, Request, Uniform
+from kvjax.headkv.policy import Compress, Full, resolve
+from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
+from kvjax.nn import Transformer
+
+GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), qkv_bias=True, qk_norm="head")
+SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(4), window=11, softcap=20.0)
+PLAIN = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
+LATENT = EqualCacheConfig(PLAIN, 2, 8, 8, "before_up")
+BUCKET, LENGTHS, ROOM = 32, (32, 30, 19, 5), 4
+
+
+def config(*attention):
+    return ModelConfig("llama", 53, 32, tuple(LayerConfig(a, MLPConfig(32)) for a in attention))
+
+
+SCORES = HeadScores(np.random.default_rng(0).random((3, 4, 5)) ** 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(config(GQA, SLIDING, LATENT))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return random_params(model)
+
+
+@pytest.fixture(scope="module")
+def run(model, params):
+    """Prefill under a policy, then decode steps of 1, 1 and 2 tokens: caches and all logits."""
+    tokens = jax.random.randint(jax.random.key(0), (4, BUCKET + ROOM), 0, 53)
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+    step = jax.jit(model.apply)
+
+    @functools.cache
+    def run(policy):
+        resolved = resolve(policy, model.config, SCORES)
+        plan = resolved.plan(model.config, BUCKET)
+        assert hash(plan) == hash(resolved.plan(model.config, BUCKET))
+        logits, cache = prefill(model, params, tokens[:, :BUCKET], lengths, plan, ROOM)
+        first, outs, start = cache, [logits[:, None]], BUCKET
+        for size in (1, 1, 2):
+            out, cache = step(
+                {"params": params},
+                tokens[:, start : start + size],
+                cache=cache,
+                rope_lengths=lengths + ROOM,
+            )
+            outs.append(out)
+            start += size
+        return first, np.concatenate(outs, axis=1)
+
+    return run
+
+
+@pytest.mark.parametrize("policy", ["snapkv:kv_size=32", "headkv:kv_size=40"])
+def test_a_budget_of_everything_is_the_dense_cache(run, policy):
+    _, dense = run("full")
+    caches, logits = run(policy)
+    assert all(isinstance(cache, HeadBudgetCache) for cache in caches)
+    np.testing.assert_allclose(logits, dense, atol=1e-5)
+
+
+def test_smaller_budgets_hold_fewer_bytes_and_change_the_logits(run):
+    full, dense = run("full")
+    caches, logits = run("headkv:kv_size=12")
+    np.testing.assert_allclose(logits[:, 0], dense[:, 0], atol=1e-5)  # prefill is exact
+    assert np.abs(logits[0, 1:] - dense[0, 1:]).max() > 1e-3
+    np.testing.assert_allclose(logits[3], dense[3], atol=1e-5)  # 5 tokens fit any budget
+    nominal = (12 + ROOM) * 3 * 2 * 16 * 4 * len(LENGTHS)
+    rounding = 15 * 3 * 16 * 4 * len(LENGTHS)  # a pool is a multiple of 16 rows
+    extra = sum(c.head_lengths.nbytes + c.lengths.nbytes for c in caches)
+    pools = sum(c.k_pool.nbytes + c.v_pool.nbytes for c in caches)
+    assert nominal <= pools <= nominal + rounding
+    assert cache_bytes(caches) == pools + extra + caches[1].positions.nbytes
+    assert cache_bytes(caches) < 0.6 * cache_bytes(full)
+
+
+def test_lengths_and_room(run):
+    caches, _ = run("headkv:kv_size=12")
+    plan = resolve("headkv:kv_size=12", config(GQA, SLIDING, LATENT), SCORES).plan(
+        config(GQA, SLIDING, LATENT), BUCKET
+    )
+    for index in (0, 2):
+        caps = np.asarray(plan.caps[index])
+        lengths = np.asarray(LENGTHS)[:, None]
+        expected = np.minimum(caps[None], np.maximum(lengths - 8, 0)) + np.minimum(lengths, 8)
+        np.testing.assert_array_equal(caches[index].head_lengths, expected)
+        np.testing.assert_array_equal(caches[index].lengths, LENGTHS)
+        assert (np.asarray(caches[index].capacity) >= np.asarray(LENGTHS) + ROOM).all()
+    assert sum(sum(caps) for caps in plan.caps) == (12 - 8) * 3 * 2
+
+
+def test_too_many_tokens_are_refused(run, model, params):
+    caches, _ = run("headkv:kv_size=12")
+    with pytest.raises(ValueError, match="room for 36 tokens a sequence, got 37"):
+        model.apply({"params": params}, jnp.zeros((4, 5), jnp.int32), cache=caches)
+
+
+def test_parse():
+    assert Policy.parse("full") == Full()
+    assert Policy.parse("streaming:sinks=2") == Compress(Uniform(), SinksAndRecent(2))
+    assert Policy.parse("snapkv:kv_size=64,window=16") == Compress(
+        Uniform(), ObservationWindow(7), 64, 16
+    )
+    assert Policy.parse("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
+    assert Policy.parse("headkv:beta=1.05") == Compress(HeadImportance(1.05), ObservationWindow(7))
+
+
+def test_parse_reads_scores(tmp_path):
+    path = tmp_path / "heads.json"
+    SCORES.save(path)
+    policy = Policy.parse(f"headkv:scores={path}")
+    np.testing.assert_array_equal(policy.allocator.scores.samples, SCORES.samples)
+    other = HeadScores(SCORES.samples * 2)
+    assert resolve(policy, config(*[GQA] * 3), other).allocator.scores is policy.allocator.scores
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("h2o", "policy 'h2o' is none of full, streaming, snapkv, pyramidkv, headkv"),
+        ("full:kv_size=3", "expected no settings"),
+        ("snapkv:beta=2", "'beta=2' is not understood, expected kv_size=…, window=…, pool=…"),
+        ("snapkv:kv_size", "'kv_size' is not understood"),
+        ("snapkv:kv_size=1.5", "kv_size is '1.5', expected int"),
+        ("headkv:beta=big", "beta is 'big', expected float"),
+        ("snapkv:kv_size=8", "kv_size is 8 and window is 8"),
+        ("snapkv:window=0", "window is 0"),
+        ("headkv:scores=nowhere.json", "no head score file at nowhere.json"),
+    ],
+)
+def test_parse_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        Policy.parse(text)
+
+
+def test_resolve_errors():
+    with pytest.raises(ValueError, match="kvjax score"):
+        resolve("headkv", config(GQA), None)
+    with pytest.raises(ValueError, match="3 layers x 4 heads, expected 1 layers x 4 heads"):
+        resolve("headkv", config(GQA), SCORES)
+    assert resolve("snapkv", config(GQA), None) == Policy.parse("snapkv")
+
+
+@pytest.mark.parametrize(
+    "attention, reason",
+    [
+        (EqualCacheConfig(PLAIN, 2, 8, 8), "rotated after the up-projection"),
+        (EqualCacheConfig(PLAIN, 1, 16, 16, "before_up"), "2 KV heads share one latent"),
+        (MLAConfig(4, 8, 4, 8, 12, None, 0.3, RopeConfig(4)), "one latent for all heads"),
+    ],
+)
+def test_layers_without_heads_are_refused(attention, reason):
+    with pytest.raises(NotImplementedError, match=f"layer 1 cannot have head budgets.*{reason}"):
+        Policy.parse("snapkv").plan(config(GQA, attention), 64)
+    Policy.parse("full").plan(config(GQA, attention), 64)
+
+
+@pytest.mark.parametrize("prompt_len", [4, 8, 20, 1000])
+def test_allocators(prompt_len):
+    request = Request(4, 2, 28, 8, prompt_len)
+    limit = max(prompt_len - 8, 0)
+    for allocator in (Uniform(), Pyramid(), HeadImportance(1.2, HeadScores(np.ones((4, 4, 1))))):
+        caps = allocator(request)
+        assert caps.shape == (4, 2) and caps.max() <= limit
+        assert caps.sum() == min(20, limit) * 8
+    caps = Pyramid()(Request(4, 2, 28, 8, 1000))
+    np.testing.assert_array_equal(caps[:, 0], [39, 26, 14, 1])
+
+
+def test_bad_allocators_are_named():
+    for caps, message in (
+        (np.ones((2, 2)), "expected whole numbers"),
+        (np.ones((3, 2), int), r"expected whole numbers \(2, 2\)"),
+        (np.full((2, 2), 99), "budgets of 99 to 99, expected 0 to 12"),
+    ):
+        policy = Compress(lambda request, caps=caps: caps, ObservationWindow(), 16)
+        with pytest.raises(ValueError, match=message):
+            policy.plan(config(GQA, GQA), 20)
