@@ -1,11 +1,14 @@
 """The safetensors files of a directory: found, checked against each other, written."""
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvjax.hf.tensor_file import NewTensor, StoredTensor, read_header, write_file
+import numpy as np
+
+from kvjax.hf.tensor_file import NewTensor, StoredTensor, map_file, read_header, write_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,6 +28,16 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     problems: tuple[str, ...] = ()
     lost: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def _files(self) -> dict[Path, np.ndarray]:
+        # One mapping a file: thousands of expert tensors would exceed what a process may map.
+        return {path: map_file(path) for path in {t.path for t in self.tensors.values()}}
+
+    def open(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor in its mapped file."""
+        tensor = self.tensors[name]
+        return tensor.view(self._files[tensor.path])
 
 
 def scan(directory: Path) -> Checkpoint:

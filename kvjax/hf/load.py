@@ -42,10 +42,12 @@ def load(
 
     >>> model, params = kvjax.load("Qwen/Qwen3-0.6B")
     """
-    directory, model = resolve(path), read_model(path)
+    target = _float_dtype(dtype)
+    directory = resolve(path)
+    model = read_model(directory)
     shardings = None if mesh is None else param_shardings(model, mesh)
     read = native.read_params if native.is_native(directory) else weights.read_params
-    return model, read(model, directory, jnp.dtype(dtype), shardings)
+    return model, read(model, directory, target, shardings)
 
 
 def read_model(path: str | Path) -> Transformer:
@@ -120,8 +122,8 @@ def nonfinite(path: str | Path) -> list[str]:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         named = ((jax.tree_util.keystr(k, simple=True, separator="/"), v) for k, v in leaves)
     else:
-        stored = scan(directory).tensors
-        named = ((name, tensor.open()) for name, tensor in stored.items())
+        checkpoint = scan(directory)
+        named = ((name, checkpoint.open(name)) for name in checkpoint.tensors)
     return sorted(name for name, values in named if not np.isfinite(values).all())
 
 
@@ -130,6 +132,16 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(resolve(path))
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype is {dtype!r}, expected a floating-point type like 'bfloat16'")
+    return found
 
 
 def _save_hf(model: Transformer, params: Any, directory: Path, max_shard_bytes: int) -> None:

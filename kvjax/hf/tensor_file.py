@@ -43,11 +43,14 @@ class StoredTensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def open(self) -> np.ndarray:
-        """A read-only view of the file."""
-        mapped = np.memmap(self.path, mode="r", dtype=np.uint8)
-        data = np.asarray(mapped)[self.start : self.start + self.nbytes]
+    def view(self, file: np.ndarray) -> np.ndarray:
+        """The tensor within the bytes of its file, see `map_file`; nothing is read."""
+        data = file[self.start : self.start + self.nbytes]
         return data.view(self.dtype).reshape(self.shape)
+
+    def open(self) -> np.ndarray:
+        """The tensor as a read-only view of its file, mapped for it alone."""
+        return self.view(map_file(self.path))
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class NewTensor:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file, mapped read-only."""
+    return np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -111,7 +111,7 @@ def _views(expected: list[Tensor], checkpoint: Checkpoint) -> dict[ParamPath, li
     """For each parameter its view of the file, or the views of its experts in order."""
     views: dict[ParamPath, list[np.ndarray]] = defaultdict(list)
     for tensor in expected:
-        parts = tensor.split(checkpoint.tensors[tensor.name].open())
+        parts = tensor.split(checkpoint.open(tensor.name))
         for path, part in zip(tensor.params, parts, strict=True):
             views[path].append(part)
     return views

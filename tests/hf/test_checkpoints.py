@@ -15,7 +15,7 @@ from kvjax.config import EqualCacheConfig
 from kvjax.hf import nonfinite
 from kvjax.hf.checkpoint import scan
 from kvjax.hf.config import config_from_hf
-from kvjax.hf.tensor_file import DTYPES, NewTensor, read_header, write_file
+from kvjax.hf.tensor_file import DTYPES, NewTensor, map_file, read_header, write_file
 from kvjax.nn import Transformer
 
 RAW = {
@@ -77,7 +77,8 @@ def saved(tmp_path):
 def rewrite(directory, change):
     """Applies `change` to the dict of all tensors of a single-file checkpoint."""
     path = directory / "model.safetensors"
-    tensors = {name: np.array(tensor.open()) for name, tensor in read_header(path).items()}
+    checkpoint = scan(directory)
+    tensors = {name: np.array(checkpoint.open(name)) for name in checkpoint.tensors}
     change(tensors)
     path.unlink()
     write_tensors(path, tensors)
@@ -330,6 +331,36 @@ def test_paths_that_hold_no_model(tmp_path, monkeypatch):
         kvjax.load("builtin:nothing")
 
 
+def test_hub_ids_are_downloaded(saved, monkeypatch):
+    directory, model, _ = saved
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert kvjax.load("somebody/llama")[0] == model
+    [(name, patterns)] = asked
+    assert name == "somebody/llama"
+    assert "*.safetensors" in patterns and "*.bin" not in patterns
+
+
+def test_builtin_names(tmp_path, monkeypatch):
+    model, params = toy()
+    kvjax.save(model, params, tmp_path / "tiny")
+    monkeypatch.setattr("kvjax.hf.source.BUILTIN_DIRECTORY", tmp_path)
+    assert kvjax.load("builtin:tiny")[0] == model
+    with pytest.raises(ValueError, match="no builtin model 'huge', expected one of tiny"):
+        kvjax.load("builtin:huge")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float12", None])
+def test_dtypes_that_no_weights_have(saved, dtype):
+    with pytest.raises(ValueError, match="expected a floating-point type like 'bfloat16'"):
+        kvjax.load(saved[0], dtype=dtype)
+
+
 def test_models_that_the_hf_layout_cannot_express(tmp_path):
     model, params = toy()
     other = model.config.with_attention(
@@ -371,12 +402,12 @@ def test_safetensors_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
         header, loaded = read_header(path), reference.load_file(path)
         assert header.keys() == loaded.keys() == values.keys()
         for name, value in values.items():
-            np.testing.assert_array_equal(header[name].open(), value)
+            np.testing.assert_array_equal(header[name].view(map_file(path)), value)
             np.testing.assert_array_equal(loaded[name], value)
 
 
 def test_reading_is_lazy(saved):
     """Opening a tensor maps it; nothing is copied before it is indexed."""
-    tensor = scan(saved[0]).tensors["lm_head.weight"].open()
+    tensor = scan(saved[0]).open("lm_head.weight")
     assert not tensor.flags.owndata and not tensor.flags.writeable
     assert set(DTYPES) >= {"F32", "F16", "BF16"}

@@ -1,10 +1,13 @@
 """Every RoPE kind against transformers, below and above the original length."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
+from kvjax.hf.rope import rope_config
+from kvjax.nn.rope import frequencies
 
 pytest.importorskip("torch")
 from tiny_checkpoints import LLAMA3, LONGROPE, YARN, build, torch_logits
@@ -45,14 +48,12 @@ def test_logits_equal_torch(tmp_path, kind):
         np.testing.assert_allclose(got[:, :length], want, atol=2e-4, rtol=0)
 
 
-def test_kinds_differ(tmp_path):
+def test_kinds_differ():
     """The lengths above are such that the scaling of each kind shows."""
-    from kvjax.hf.rope import rope_config
-    from kvjax.nn.rope import frequencies
 
     def numbers(kind, length):
         raw = {"rope_parameters": KINDS[kind], "max_position_embeddings": ORIGINAL}
-        inv_freq, factor = frequencies(rope_config(raw, 8, 1e4), np.array([length], np.int32))
+        inv_freq, factor = frequencies(rope_config(raw, 8, 1e4), jnp.array([length], jnp.int32))
         return np.append(np.asarray(inv_freq), factor)
 
     plain = numbers("linear", T) * np.array([4.0] * 4 + [1.0])
