@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import reference
+from pallas_kernels import ragged_blocks, reference
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 
@@ -103,7 +103,9 @@ def ragged_gqa_decode(
             f"segment {start}:{start + capacity} is outside of the pool's {P} rows",
         )
     _choose(implementation, "ragged_gqa_decode")
-    out, lse = reference.ragged_gqa_decode(
+    # Pools of whole blocks need no copy of their segments.
+    xla = ragged_blocks if ragged_blocks.block_size(P) else reference
+    out, lse = xla.ragged_gqa_decode(
         q, k_pool, v_pool, starts, capacities, lengths, _scale(scale, H), softcap, live
     )
     return _result(out.astype(q.dtype), lse, return_lse)

@@ -182,11 +182,15 @@ class HeadBudgetCache:
 
 
 def segment_starts(capacities: Sequence[int], align: int) -> tuple[tuple[int, ...], int]:
-    """First row of each segment, each a multiple of `align`, and the rows of the whole pool."""
+    """First row of each segment, each a multiple of `align`, and the rows of the whole pool.
+
+    The pool ends at a whole block: of 16 rows, of 64 where that is little.
+    """
     if align < 1:
         raise ValueError(f"align is {align}, expected at least 1")
     ends = np.cumsum([-(-capacity // align) * align for capacity in capacities])
-    return (0, *(int(end) for end in ends[:-1])), int(ends[-1])
+    block = 64 if ends[-1] >= 2048 else 16
+    return (0, *(int(end) for end in ends[:-1])), -(-int(ends[-1]) // block) * block
 
 
 def _write_positions(
