@@ -1,4 +1,4 @@
-"""`python -m train`: pretrain a model, export it, evaluate it."""
+"""`python -m train`: pretrain a model, export it, evaluate it, plot its curve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from train.curve import plot_curve
 from train.evaluate import evaluate
 from train.export import export
 from train.pretrain import pretrain
@@ -56,10 +57,22 @@ def evaluate_command(
     evaluate(model, out, tasks, lengths, count, dtype)
 
 
+def curve_command(config: Path, metrics: Path, out: Path) -> None:
+    """Draw the log of a pretraining run.
+
+    Args:
+        config: the recipe of the run.
+        metrics: its metrics.jsonl.
+        out: PNG file.
+    """
+    plot_curve(read_recipe(config), metrics, out)
+
+
 COMMANDS = {
     "pretrain": pretrain_command,
     "export": export_command,
     "evaluate": evaluate_command,
+    "curve": curve_command,
 }
 
 if __name__ == "__main__":

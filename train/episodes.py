@@ -10,11 +10,15 @@ import numpy as np
 from kvjax.tasks import people, prompt, words
 from kvjax.tasks.vocabulary import WordVocabulary
 
-KINDS = ("thing", "age", "older", "two_hop")
+KINDS = ("thing", "age", "older", "two_hop", "copy")
 """What a question can be about, in the order of `Batch.kind`."""
 
 OPTIONAL = frozenset((*words.FUNCTION, ":", "?", "'s"))
 """Words that `thin` may leave out."""
+
+
+CUE = 2
+"""Words of a copied span that are given before the rest is asked for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class EpisodeConfig:
         questions: how many at most; fewer where they would leave no room for filler.
         kinds: how often each kind of question is asked, relative to the others. Ages stand in
             the context only if some question needs them.
+            "copy" stands alone: random words, spans of which return; `answer_length` words are to
+            be continued after CUE of them.
         wording: probability that a word of a fact or a question that carries no information is
             there; at 0 they shrink to "mary lantern ." and "mary".
     """
@@ -64,12 +70,30 @@ def make_batch(
         question=np.full((batch_size, config.length), -1, np.int32),
         kind=np.full((batch_size, config.questions), -1, np.int32),
     )
+    fill = _fill_copies if set(config.kinds) == {"copy"} else _fill_facts
     for row in range(batch_size):
-        _fill_row(rng, vocab, config, batch, row)
+        fill(rng, vocab, config, batch, row)
     return batch
 
 
-def _fill_row(rng, vocab, config, batch, row):
+def _fill_copies(rng, vocab, config, batch, row):
+    """Random words, then spans of them, each after one to three other words."""
+    low, high = config.answer_length
+    first_word = len(words.SPECIAL)
+    lengths = rng.integers(low, high + 1, config.questions) + CUE
+    gaps = rng.integers(1, 4, config.questions)
+    at = config.length + 1 - int((lengths + gaps).sum())
+    batch.tokens[row] = rng.integers(first_word, vocab.size, config.length + 1)
+    batch.tokens[row, 0] = vocab.bos_id
+    starts = at + np.cumsum(lengths + gaps) - lengths
+    for index, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        source = rng.integers(1, at - length + 1)
+        batch.tokens[row, start : start + length] = batch.tokens[row, source : source + length]
+        batch.question[row, start + CUE - 1 : start + length - 1] = index
+        batch.kind[row, index] = KINDS.index("copy")
+
+
+def _fill_facts(rng, vocab, config, batch, row):
     """One sequence: facts in filler, then questions until the room is used."""
     count = int(rng.integers(config.people[0], config.people[1] + 1))
     low, high = config.answer_length
