@@ -86,8 +86,9 @@ def ragged_gqa_decode(
     top = jnp.max(jnp.where(head_of[None, :, :, None], top, NEG_INF), axis=2)
     shift = top[:, layout.heads.ravel()].reshape(B, C, M, G, 1)
     weights = jnp.where(live, jnp.exp(logits - shift), 0.0)
-    one_hot = head_of.astype(jnp.float32).reshape(K, C, M)
-    total = jnp.einsum("kcm,bcmg->bkg", one_hot, jnp.sum(weights, axis=-1))
+    # A one-hot for every sequence: a product without a batch would transpose the blocks' outputs.
+    one_hot = jnp.broadcast_to(head_of.astype(jnp.float32)[None], (B, K, C * M))
+    total = jnp.einsum("bkx,bxg->bkg", one_hot, jnp.sum(weights, axis=-1).reshape(B, C * M, G))
 
     def attend(values: jax.Array) -> jax.Array:
         out = jnp.einsum(
@@ -96,7 +97,8 @@ def ragged_gqa_decode(
             values.reshape(B, C, size, Y),
             preferred_element_type=jnp.float32,
         )
-        return jnp.einsum("kcm,bcmgy->bkgy", one_hot, out.reshape(B, C, M, G, Y))
+        out = jnp.einsum("bkx,bxz->bkz", one_hot, out.reshape(B, C * M, G * Y))
+        return out.reshape(B, K, G, Y)
 
     divisor = jnp.maximum(total, 1e-30)
     out = clean_if_needed(attend, v_pool, live_BP[..., None]) / divisor[..., None]

@@ -184,12 +184,13 @@ class HeadBudgetCache:
 def segment_starts(capacities: Sequence[int], align: int) -> tuple[tuple[int, ...], int]:
     """First row of each segment, each a multiple of `align`, and the rows of the whole pool.
 
-    The pool ends at a whole block: of 16 rows, of 64 where that is little.
+    The pool ends at a whole block (see `pallas_kernels.ragged_blocks`): of 64 rows, of fewer
+    where that would be more than a sixteenth.
     """
     if align < 1:
         raise ValueError(f"align is {align}, expected at least 1")
     ends = np.cumsum([-(-capacity // align) * align for capacity in capacities])
-    block = 64 if ends[-1] >= 2048 else 16
+    block = 64 if ends[-1] >= 1024 else 32 if ends[-1] >= 512 else 16
     return (0, *(int(end) for end in ends[:-1])), -(-int(ends[-1]) // block) * block
 
 
