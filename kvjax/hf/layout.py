@@ -94,8 +94,6 @@ class Tensor:
 
     def merge(self, params: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor as it is stored: the inverse of `split`."""
-        if self.expert is not None:
-            params = [p[self.expert] for p in params]
         parts = [p.transpose(self.rule.permutation) for p in params]
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts, self.rule.join_axis)
         return joined.reshape(self.shape)

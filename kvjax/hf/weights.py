@@ -67,7 +67,10 @@ def write_params(
 
     def new(tensor: Tensor) -> NewTensor:
         def values() -> np.ndarray:
-            return tensor.merge([np.asarray(flat[path]) for path in tensor.params])
+            leaves = [flat[path] for path in tensor.params]
+            if tensor.expert is not None:  # only this one comes to the host
+                leaves = [leaf[tensor.expert] for leaf in leaves]
+            return tensor.merge([np.asarray(leaf) for leaf in leaves])
 
         return NewTensor(tensor.name, np.dtype(flat[tensor.params[0]].dtype), tensor.shape, values)
 
