@@ -1,0 +1,45 @@
+"""A decode step needs little memory beside the caches that it updates in place."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from toys import random_params
+
+from kvjax.cache import HeadBudgetCache, cache_bytes
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.nn import Transformer
+
+LAYERS, K, H, B = 4, 2, 32, 2
+CAPACITIES = ((40, 980), (300, 700), (10, 1060), (500, 500))
+
+
+@pytest.fixture(scope="module")
+def model():
+    attention = GQAConfig(4, K, H, H**-0.5, RopeConfig(H))
+    layer = LayerConfig(attention, MLPConfig(64))
+    return Transformer(ModelConfig("llama", 64, 64, (layer,) * LAYERS))
+
+
+def dense(model, dtype):
+    return model.init_cache(B, 1024, dtype)
+
+
+def head_budget(model, dtype):
+    return [HeadBudgetCache.create(B, caps, H, H, dtype) for caps in CAPACITIES]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("create", [dense, head_budget])
+def test_temporaries_are_below_a_quarter_of_the_cache(model, create, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(model))
+    cache = create(model, dtype)
+
+    def step(params, tokens, cache):
+        return model.apply({"params": params}, tokens, cache=cache)
+
+    tokens = jnp.zeros((B, 1), jnp.int32)
+    compiled = jax.jit(step, donate_argnames="cache").lower(params, tokens, cache).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= 0.99 * cache_bytes(cache)  # updated in place
+    assert memory.temp_size_in_bytes < 0.25 * cache_bytes(cache)
