@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import slots
 from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
 from pallas_kernels import ragged_gqa_decode
+from pallas_kernels.ragged_blocks import BLOCK_SIZES
 
 
 @flax.struct.dataclass
@@ -184,13 +185,13 @@ class HeadBudgetCache:
 def segment_starts(capacities: Sequence[int], align: int) -> tuple[tuple[int, ...], int]:
     """First row of each segment, each a multiple of `align`, and the rows of the whole pool.
 
-    The pool ends at a whole block (see `pallas_kernels.ragged_blocks`): of 64 rows, of fewer
-    where that would be more than a sixteenth.
+    The pool ends at a whole block (see `pallas_kernels.ragged_blocks`), the largest that adds
+    less than a sixteenth, or the smallest.
     """
     if align < 1:
         raise ValueError(f"align is {align}, expected at least 1")
     ends = np.cumsum([-(-capacity // align) * align for capacity in capacities])
-    block = 64 if ends[-1] >= 1024 else 32 if ends[-1] >= 512 else 16
+    block = next((size for size in BLOCK_SIZES if ends[-1] >= 16 * size), BLOCK_SIZES[-1])
     return (0, *(int(end) for end in ends[:-1])), -(-int(ends[-1]) // block) * block
 
 

@@ -6,6 +6,7 @@ import pytest
 from toys import random_params
 
 from kvjax.cache import HeadBudgetCache, cache_bytes
+from kvjax.cache.slots import SCATTER_UPCASTS
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 
@@ -28,8 +29,21 @@ def head_budget(model, dtype):
     return [HeadBudgetCache.create(B, caps, H, H, dtype) for caps in CAPACITIES]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("create", [dense, head_budget])
+COPIES = pytest.mark.xfail(
+    SCATTER_UPCASTS,
+    reason="before jax 0.11 XLA:CPU fuses the bfloat16 write into two readers and copies the pool",
+)
+
+
+@pytest.mark.parametrize(
+    "create, dtype",
+    [
+        (dense, "float32"),
+        (dense, "bfloat16"),
+        (head_budget, "float32"),
+        pytest.param(head_budget, "bfloat16", marks=COPIES),
+    ],
+)
 def test_temporaries_are_below_a_quarter_of_the_cache(model, create, dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(model))
     cache = create(model, dtype)
