@@ -72,7 +72,7 @@ def test_info(checkpoint, tmp_path):
     assert facts["family"] == "llama"
     assert facts["attention"] == "GQA 4/2 × 8"
     assert facts["cache bytes a token (bfloat16)"] == LAYERS * 2 * KV_HEADS * HEAD_DIM * 2
-    model, params = kvjax.load(checkpoint, dtype="float32")
+    _model, params = kvjax.load(checkpoint, dtype="float32")
     assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert facts["tensors"][0]["mean"] == f"{float(params['final_norm'].mean()):.3g}"
 

@@ -70,7 +70,13 @@ def test_greedy_equals_repeated_full_forward(attention):
 def test_a_batch_gives_each_prompt_what_it_gets_alone(policy, temperature):
     model, params = build()
     prompts = prompts_of(5, 20, 31, 40)
-    settings = dict(max_new_tokens=12, policy=policy, temperature=temperature, eos_ids=(), seed=7)
+    settings = {
+        "max_new_tokens": 12,
+        "policy": policy,
+        "temperature": temperature,
+        "eos_ids": (),
+        "seed": 7,
+    }
     together = generate(model, params, prompts, **settings)
     alone = [generate(model, params, [prompt], **settings).tokens[0] for prompt in prompts]
     assert together.tokens == alone
@@ -168,15 +174,15 @@ def test_top_k_and_top_p_keep_the_likely_tokens_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompts=[[1], []]), "prompt 1 is empty, expected at least one token"),
-        (dict(prompts=[]), "got no prompts"),
-        (dict(prompts=[[1] * 150], max_new_tokens=11), "150 tokens .* at most 160 in all"),
-        (dict(prompts=[[1, V]]), f"prompt 0 has token {V}, expected ids of 0 to {V - 1}"),
-        (dict(prompts=[[-1]]), "prompt 0 has token -1"),
-        (dict(prompts=[[1]], max_new_tokens=0), "max_new_tokens is 0"),
-        (dict(prompts=[[1]], temperature=-1.0), "temperature is -1.0"),
-        (dict(prompts=[[1]], top_p=0.0), "top_p is 0.0"),
-        (dict(prompts=[[1]], top_k=-2), "top_k is -2"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty, expected at least one token"),
+        ({"prompts": []}, "got no prompts"),
+        ({"prompts": [[1] * 150], "max_new_tokens": 11}, "150 tokens .* at most 160 in all"),
+        ({"prompts": [[1, V]]}, f"prompt 0 has token {V}, expected ids of 0 to {V - 1}"),
+        ({"prompts": [[-1]]}, "prompt 0 has token -1"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompts": [[1]], "temperature": -1.0}, "temperature is -1.0"),
+        ({"prompts": [[1]], "top_p": 0.0}, "top_p is 0.0"),
+        ({"prompts": [[1]], "top_k": -2}, "top_k is -2"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, message):

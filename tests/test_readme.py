@@ -19,6 +19,9 @@ def test_first_python_block_runs(capsys):
 
 def test_the_two_commands_come_first():
     first = re.search(r"```\n(.*?)```", README, re.DOTALL)
-    assert [line.split()[:2] for line in first[1].splitlines()] == [["make", "demo"], ["make", "test"]]
+    assert [line.split()[:2] for line in first[1].splitlines()] == [
+        ["make", "demo"],
+        ["make", "test"],
+    ]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"demo", "test", "lint", "bench"} <= set(targets)

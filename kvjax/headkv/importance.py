@@ -7,7 +7,6 @@ attention of a layer is reduced to one number a head before the next layer runs.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.answers import rouge1_recall, token_f1
 from kvjax.cache import PromptCache
 from kvjax.example import Example
 from kvjax.headkv.plan import attention_spec, kv_heads, no_head_budget
@@ -93,22 +93,8 @@ def span_length(batch: Batch) -> Int[Array, " B"]:
     return jnp.sum(batch.span, axis=1, dtype=jnp.int32)
 
 
-def token_f1(predicted: Sequence[int], answer: Sequence[int]) -> float:
-    """Harmonic mean of precision and recall of the tokens, order ignored."""
-    return 2 * _common(predicted, answer) / (len(predicted) + len(answer))
-
-
-def token_recall(predicted: Sequence[int], answer: Sequence[int]) -> float:
-    """Share of the answer's tokens that were predicted, order ignored (ROUGE-1 recall)."""
-    return _common(predicted, answer) / len(answer)
-
-
-def _common(predicted: Sequence[int], answer: Sequence[int]) -> int:
-    return sum((Counter(predicted) & Counter(answer)).values())
-
-
 ESTIMATORS = {
-    "retrieval": Estimator(copied, token_recall),
+    "retrieval": Estimator(copied, rouge1_recall),
     "retrieval_reasoning": Estimator(attended, token_f1),
     "enhanced_retrieval": Estimator(attended, token_f1),
 }

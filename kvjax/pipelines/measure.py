@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.answers import exact_match
 from kvjax.example import Example
 from kvjax.generation import generate
 from kvjax.nn import Transformer
-from kvjax.tasks.scores import exact_match
 
 
 @dataclass(frozen=True)

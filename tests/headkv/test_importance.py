@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toys import random_params
 
+from kvjax.answers import rouge1_recall, token_f1
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv.importance import (
@@ -15,8 +16,6 @@ from kvjax.headkv.importance import (
     make_batch,
     score_batch,
     score_examples,
-    token_f1,
-    token_recall,
 )
 from kvjax.nn import Transformer
 from kvjax.nn.norm import rms_norm
@@ -148,8 +147,8 @@ def test_batching_changes_nothing(model, params, examples):
 def test_gates():
     assert token_f1([1, 2, 3], [3, 2, 9]) == pytest.approx(2 / 3)
     assert token_f1([1], [2]) == 0
-    assert token_recall([1, 1, 2], [1, 1, 3, 2]) == pytest.approx(3 / 4)
-    assert ESTIMATORS["retrieval"].gate is token_recall
+    assert rouge1_recall([1, 1, 2], [1, 1, 3, 2]) == pytest.approx(3 / 4)
+    assert ESTIMATORS["retrieval"].gate is rouge1_recall
 
 
 def test_bad_input(model, params, examples):

@@ -1,4 +1,4 @@
-"""Scores of a generated answer against the expected one, over token ids."""
+"""How good an answer is: scores over token ids, used by importance, tasks and evaluation."""
 
 from collections import Counter
 from collections.abc import Sequence
