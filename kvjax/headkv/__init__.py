@@ -1,11 +1,14 @@
 """HeadKV (arXiv 2410.19258): a cache budget for each head, by what the head is good for."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvjax.headkv.budgets import allocate
 from kvjax.headkv.importance import score_examples
 from kvjax.headkv.policy import Compress, Policy
 from kvjax.headkv.scores import HeadScores, load_scores
+
+if TYPE_CHECKING:
+    from kvjax.pipelines.score import score_heads
 
 __all__ = [
     "Compress",
