@@ -24,6 +24,7 @@ from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
 PROMPT_LENGTH = 1024
+SCORE_LENGTH = 512  # longest prompt of the importance measurement
 TASKS = ("needle", "multi_key", "two_hop")
 POLICIES = ("headkv", "snapkv", "streaming")
 KV_SIZES = (16, 32, 64)
@@ -50,7 +51,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     policies = [f"{name}:kv_size={size}" for size in KV_SIZES for name in POLICIES]
     with Progress(transient=True) as progress:
         steps = progress.add_task("head importance", total=2 + len(TASKS) * (1 + len(policies)))
-        scores = score_heads(model, params, tokenizer, samples=samples, length=PROMPT_LENGTH // 2)
+        scores = score_heads(model, params, tokenizer, samples=samples, length=SCORE_LENGTH)
         scores.save(out / "heads.json")
         progress.advance(steps)
         outcomes: dict[str, list[Outcome]] = {}
