@@ -73,7 +73,7 @@ def score_heads(
     """
     examples = make_examples(tokenizer, estimator, samples, length, seed)
     scores = score_examples(model, params, examples, estimator=estimator, batch_size=batch_size)
-    meta = scores.meta | {"model": model.config.source, "seed": seed}
+    meta = scores.meta | {"model": Path(model.config.source).name, "seed": seed}
     return HeadScores(scores.samples, meta)
 
 
