@@ -130,7 +130,7 @@ def generate(
 
 def demo(
     out: Annotated[Path, arg(help="directory for report.json and pictures")] = Path("demo_out"),
-    samples: Annotated[int, arg(help="questions a task and setting")] = 48,
+    samples: Annotated[int, arg(help="questions a task and setting")] = 32,
     seed: int = 0,
     json_file: Json = None,
 ) -> None:

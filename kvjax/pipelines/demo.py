@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
@@ -130,9 +130,9 @@ def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: 
     """The results on one page of the terminal."""
     console = Console()
     full = next(iter(outcomes.values()))[0]
-    table = Table(
-        "policy", "cache, KiB", "of full", *outcomes, title=f"{MODEL}: exact match at 1024 tokens"
-    )
+    title = f"{MODEL}: exact match at {PROMPT_LENGTH} tokens"
+    policy = Column("policy", no_wrap=True)
+    table = Table(policy, "cache, KiB", "of full", *outcomes, title=title)
     for rows in zip(*outcomes.values(), strict=True):
         table.add_row(
             rows[0].policy,
