@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import kvjax
@@ -45,5 +47,7 @@ def evaluate(
             print(json.dumps(row), flush=True)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"model": model, "seed": seed, "rows": rows}, indent=2) + "\n")
+        command = shlex.join(["python", "-m", "train", *sys.argv[1:]])
+        result = {"model": model, "seed": seed, "command": command, "rows": rows}
+        out.write_text(json.dumps(result, indent=2) + "\n")
     return rows

@@ -53,10 +53,17 @@ def write_pool(
 
     def select(pool, new, rows):
         slots = jnp.arange(pool.shape[1], dtype=jnp.int32)[None]
-        for head in range(new.shape[2]):
-            hit = rows[:, :, head] == slots
-            pool = select_bits(hit[:, :, None], new[:, :, head], pool)
-        return pool
+
+        def write_heads(_, pool):
+            for head in range(new.shape[2]):
+                hit = rows[:, :, head] == slots
+                pool = select_bits(hit[:, :, None], new[:, :, head], pool)
+            return pool
+
+        # A loop of at most one turn: XLA would fuse a bare select into each of its readers and
+        # copy the pool for them. Without anything to write there is no turn.
+        turns = jnp.any(rows < pool.shape[1]).astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, write_heads, pool)
 
     return _write_in_place(scatter, select, pool, new, rows)
 

@@ -114,19 +114,6 @@ def save(
         _save_hf(model, params, directory, max_shard_bytes)
 
 
-def nonfinite(path: str | Path) -> list[str]:
-    """Names of the tensors of a checkpoint that hold NaN or infinity."""
-    directory = resolve(path)
-    if native.is_native(directory):
-        _, params = load(directory, dtype="float32")
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        named = ((jax.tree_util.keystr(k, simple=True, separator="/"), v) for k, v in leaves)
-    else:
-        checkpoint = scan(directory)
-        named = ((name, checkpoint.open(name)) for name in checkpoint.tensors)
-    return sorted(name for name, values in named if not np.isfinite(values).all())
-
-
 def load_tokenizer(path: str | Path) -> Any:
     """The fast tokenizer (transformers' AutoTokenizer) of a directory, hub id or builtin model."""
     from transformers import AutoTokenizer

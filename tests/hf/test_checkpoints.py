@@ -12,7 +12,6 @@ from toys import random_params
 
 import kvjax
 from kvjax.config import EqualCacheConfig
-from kvjax.hf import nonfinite
 from kvjax.hf.checkpoint import scan
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.tensor_file import DTYPES, NewTensor, map_file, read_header, write_file
@@ -294,21 +293,6 @@ def test_damaged_native_directories(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=message):
             kvjax.load(tmp_path / "a")
-
-
-def test_nonfinite_tensors_are_named(saved, tmp_path):
-    directory, model, params = saved
-    assert nonfinite(directory) == []
-
-    def poison(tensors):
-        tensors["model.norm.weight"][3] = np.nan
-        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = np.inf
-
-    rewrite(directory, poison)
-    names = ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"]
-    assert nonfinite(directory) == names
-    kvjax.save(model, {**params, "final_norm": params["final_norm"] * np.nan}, tmp_path / "n")
-    assert nonfinite(tmp_path / "n") == ["final_norm"]
 
 
 # --- What cannot be loaded or saved ----------------------------------------------------------
