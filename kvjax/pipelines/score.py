@@ -206,10 +206,10 @@ def score_checkpoint(
     start = time.monotonic()
     model, params = load(path, dtype=dtype)
     examples = make_examples(load_tokenizer(path), grid)
+    total = len(bucketed(examples, batch_size))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial.partial_path(out)
     finished = partial.resume(unfinished, request(model, grid, examples, batch_size, dtype))
-    total = len(bucketed(examples, batch_size))
     with progress_bar() as progress:
         task = progress.add_task("head importance", total=total, completed=len(finished))
 
