@@ -133,7 +133,7 @@ def test_copying_finds_the_layers_of_the_questions(tokenizer):
             model, params, tokenizer, estimator, samples=8, length=112
         )
         by_layer = scores.mean.sum(axis=1)
-        assert by_layer[3:].sum() > 0.8 * by_layer.sum(), estimator
+        assert by_layer[3:].sum() > 0.7 * by_layer.sum(), estimator
 
 
 def test_gradient_from_the_command_line(tmp_path):
