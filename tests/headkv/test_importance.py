@@ -1,7 +1,10 @@
 """Head importance against oracles in plain NumPy that look at one example at a time."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from numpy_model import forward
 from toys import random_params
 
@@ -10,7 +13,7 @@ from kvjax.answers import rouge1_recall, token_f1
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv.batches import make_batch
-from kvjax.headkv.gradient import loss_gradient
+from kvjax.headkv.gradient import answer_loss, loss_gradient
 from kvjax.headkv.importance import ESTIMATORS, score_examples
 from kvjax.headkv.scores import HeadScores
 from kvjax.headkv.stability import spearman, split_half
@@ -141,6 +144,20 @@ def test_gradient_is_the_same_after_an_exact_conversion(model, params, examples)
     converted = transmla.convert(model, params, method="equal_cache", init="svd_per_head")
     scores, _ = loss_gradient(*converted, batch)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_gradient_of_latent_attention(examples):
+    """Heads without keys of their own have outputs all the same."""
+    mla = MLAConfig(4, 8, 4, 8, 12, None, 12**-0.5, RopeConfig(4))
+    latent = Transformer(CONFIG.with_attention((mla, mla)))
+    params = random_params(latent)
+    batch = make_batch(examples[:1], STEPS, 1)
+    loss = jax.jit(lambda gates: answer_loss(gates, latent, params, batch)[0])
+    check_grads(loss, (jnp.ones((2, 4)),), order=1, modes=["rev"], eps=1e-2, rtol=1e-2)
+    scores = score_examples(latent, params, examples[:1], "gradient", batch_size=1)
+    np.testing.assert_allclose(
+        scores.samples[..., 0], np.abs(jax.grad(loss)(jnp.ones((2, 4)))), atol=1e-6
+    )
 
 
 def test_only_answered_examples_count(model, params, examples):
