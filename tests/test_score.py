@@ -12,7 +12,7 @@ from kvjax.cli import main
 from kvjax.headkv import load_scores
 from kvjax.headkv.stability import split_half
 from kvjax.pipelines import partial
-from kvjax.pipelines.score import QUESTIONS, Grid, TokenizerVocabulary, make_examples
+from kvjax.pipelines.score import COPIED_LENGTH, QUESTIONS, Grid, TokenizerVocabulary, make_examples
 from kvjax.tasks import WordVocabulary, haystack
 
 MODEL = "builtin:needle"
@@ -176,7 +176,7 @@ def test_random_spans_hold_no_special_tokens(tokenizer):
     for example in make_examples(tokenizer, Grid("copying", samples=20)):
         assert min(example.prompt[1:]) >= 4
         start, end = example.span
-        assert example.prompt[end - 16 : end] == example.answer
+        assert example.prompt[end - COPIED_LENGTH : end] == example.answer
         assert example.prompt[start : start + 4] == example.prompt[-4:]
 
 

@@ -29,7 +29,7 @@ from kvjax.tasks.prompt import Filler
 
 LENGTHS = 4  # prompt lengths of the grid, evenly up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
-COPIED_LENGTH = 16  # tokens of a random span that the copying estimator scores
+COPIED_LENGTH = 64  # steps of the copying estimator: with fewer the ranking is less stable
 DISTRACTORS = 3  # 0, 1 and 2 in turn
 
 
