@@ -234,7 +234,7 @@ def score_checkpoint(
         "asked": grid.samples,
         "best_head": f"layer {layer} head {head}",
         "best_score": round(float(scores.mean.max()), 4),
-        "split_half_spearman": _rounded(split_half(scores)),
+        "split_half": _rounded(split_half(scores)),
         "seconds": round(time.monotonic() - start, 1),
     }
 
