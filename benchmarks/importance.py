@@ -27,7 +27,7 @@ import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
 from kvjax.headkv.stability import split_half
-from kvjax.pipelines.score import QUESTIONS, Grid, TokenizerVocabulary, make_examples
+from kvjax.pipelines.questions import QUESTIONS, Grid, TokenizerVocabulary, make_examples
 
 MODEL = "builtin:needle"
 

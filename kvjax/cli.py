@@ -90,7 +90,8 @@ def score(
 
     An interrupted run continues where it stopped when the same command is given again.
     """
-    from kvjax.pipelines.score import Grid, score_checkpoint
+    from kvjax.pipelines.questions import Grid
+    from kvjax.pipelines.score import score_checkpoint
 
     grid = Grid(estimator, samples, length, seed, haystack)
     report = score_checkpoint(model, out, grid, batch_size=batch_size, dtype=dtype)

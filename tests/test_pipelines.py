@@ -8,7 +8,8 @@ import pytest
 import kvjax
 from kvjax.headkv import load_scores
 from kvjax.headkv.stability import split_half
-from kvjax.pipelines import demo, measure, score
+from kvjax.pipelines import demo, measure
+from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks import WordVocabulary, make_examples
 
 MODEL = "builtin:needle"
@@ -21,7 +22,7 @@ def loaded():
 
 def test_examples_for_a_tokenizer_are_those_of_its_vocabulary(loaded):
     _, tokenizer = loaded
-    ours, theirs = WordVocabulary(), score.TokenizerVocabulary(tokenizer)
+    ours, theirs = WordVocabulary(), TokenizerVocabulary(tokenizer)
     assert (ours.bos_id, ours.size) == (theirs.bos_id, theirs.size)
     text = "mary 's favorite thing is velvet anchor . how old is john ?"
     assert ours.encode(text) == theirs.encode(text)

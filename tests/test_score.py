@@ -12,7 +12,13 @@ from kvjax.cli import main
 from kvjax.headkv import load_scores
 from kvjax.headkv.stability import split_half
 from kvjax.pipelines import partial
-from kvjax.pipelines.score import COPIED_LENGTH, QUESTIONS, Grid, TokenizerVocabulary, make_examples
+from kvjax.pipelines.questions import (
+    COPIED_LENGTH,
+    QUESTIONS,
+    Grid,
+    TokenizerVocabulary,
+    make_examples,
+)
 from kvjax.tasks import WordVocabulary, haystack
 
 MODEL = "builtin:needle"

@@ -18,7 +18,8 @@ from kvjax.hf import load, load_tokenizer
 from kvjax.pipelines import plots
 from kvjax.pipelines.convert import bytes_per_token, logit_change
 from kvjax.pipelines.measure import Outcome, measure
-from kvjax.pipelines.score import TokenizerVocabulary, score_heads
+from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.pipelines.score import score_heads
 from kvjax.tasks import make_examples
 from kvjax.transmla import convert
 
