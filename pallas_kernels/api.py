@@ -103,12 +103,12 @@ def ragged_gqa_decode(
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
     _choose(implementation, "ragged_gqa_decode")
-    settings = (segments, lengths, _scale(scale, H), softcap)
+    settings = (lengths, _scale(scale, H), softcap)
     if isinstance(segments, StaticSegments) and segments.block_size(P) is None:
-        out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, *settings, live)
+        out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, segments, *settings, live)
     else:  # pools of whole blocks need no copy of their segments
         seen = None if live is None else live[:, None]
-        out, lse = ragged_blocks.attend(q[:, None], k_pool, v_pool, *settings, seen)
+        out, lse = ragged_blocks.attend(q[:, None], k_pool, v_pool, segments, *settings, seen)
         out, lse = out[:, 0], lse[:, 0]
     return _result(out.astype(q.dtype), lse, return_lse)
 

@@ -58,6 +58,10 @@ class StaticSegments:
             rank[start : start + capacity] = np.arange(capacity)
         return _row(head), _row(rank)
 
+    def longest(self, pool_rows: int) -> int:
+        """Rows of the largest segment."""
+        return max(self.capacities)
+
     def block_size(self, pool_rows: int) -> int | None:
         """The largest block that divides the pool; None if there is none."""
         return next((size for size in BLOCK_SIZES if pool_rows % size == 0), None)
@@ -111,6 +115,10 @@ class TracedSegments:
         rank = row[None] - jnp.take_along_axis(self.starts, head, axis=1)
         capacity = jnp.take_along_axis(self.capacities, head, axis=1)
         return head, jnp.where(rank < capacity, rank, NOWHERE)
+
+    def longest(self, pool_rows: int) -> int:
+        """Rows that a segment cannot exceed."""
+        return pool_rows
 
     def block_size(self, pool_rows: int) -> int | None:
         """`align`, if it divides the pool."""

@@ -59,8 +59,8 @@ class DenseCache:
         where, used = slots.token_slots(self.used, positions, S)
         held = self.positions
         if held is not None:
-            held = slots.write_rows(held[:, None, :, None], positions[..., None, None], where)
-            held = held[:, 0, :, 0]
+            held = slots.write_rows(held[:, None], positions[..., None], where)
+            held = jax.tree.map(lambda leaf: leaf[:, 0], held)
         with jax.named_scope("cache_update"):
             return dataclasses.replace(
                 self,

@@ -99,7 +99,7 @@ class HeadBudgetCache:
         held = self.positions
         if held is not None:
             new = jnp.broadcast_to(positions[:, :, None], rows_BTK.shape)
-            held = slots.write_pool(held[..., None], new[..., None], rows_BTK)[..., 0]
+            held = slots.write_pool(held, new, rows_BTK)
         with jax.named_scope("cache_update"):
             return dataclasses.replace(
                 self,
@@ -134,7 +134,8 @@ class HeadBudgetCache:
             raise ValueError("a layer with a sliding window needs a cache with keep_positions=True")
         cache = self.append(k, v, positions)
         if self.queries is not None:
-            cache = cache.replace(queries=last_queries(self.queries, q, positions))
+            queries = last_queries(self.queries, q, positions)
+            cache = dataclasses.replace(cache, queries=queries)
         with jax.named_scope("attend"):
             if q.shape[1] == 1:
                 return cache._decode(q[:, 0], positions[:, 0], spec)[:, None], cache
@@ -183,13 +184,15 @@ class HeadBudgetCache:
         self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, spec: AttentionSpec
     ) -> Float[Array, "B T N Y"]:
         """Several new tokens: over what the pool holds, and causally among themselves."""
-        live, outs = self.live_heads(), []
+        live, outs, lses = self.live_heads(), [], []
         for start in range(0, q.shape[1], QUERY_TILE):
             tile = slice(start, start + QUERY_TILE)
             seen = self._window(positions[:, tile], spec)
             settings = (self.segments, live, spec.scale, spec.softcap, seen)
-            outs.append(attend(q[:, tile], self.k_pool, self.v_pool, *settings))
-        old = tuple(jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
+            out, lse = attend(q[:, tile], self.k_pool, self.v_pool, *settings)
+            outs.append(out)
+            lses.append(lse)
+        old = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
         keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         new = cached_attention(q, keys, values, positions, positions, spec)
         return merge(old, new)[0].astype(q.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -69,7 +70,7 @@ class PromptCache:
         cache = cls(base, queries, expanded, observer=observer)
         if observer is None:
             return cache
-        return cache.replace(seen=observer.start(queries, cache.keys))
+        return dataclasses.replace(cache, seen=observer.start(queries, cache.keys))
 
     @property
     def lengths(self) -> jax.Array:
@@ -107,7 +108,7 @@ class PromptCache:
         base = self.base.append(k, v, positions)
         held = DenseCache(self.expanded.k, self.base.v, self.base.lengths)
         out, held = held.attend(q, expand(k, positions), v, positions, spec)
-        expanded = self.expanded.replace(k=held.k, lengths=held.lengths)
+        expanded = dataclasses.replace(self.expanded, k=held.k, lengths=held.lengths)
         return out, self._after(base, expanded, q, positions, spec)
 
     def attend_absorbed(
@@ -126,11 +127,11 @@ class PromptCache:
 
     def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:
         queries = last_queries(self.queries, q, positions)
-        cache = self.replace(base=base, expanded=expanded, queries=queries)
+        cache = dataclasses.replace(self, base=base, expanded=expanded, queries=queries)
         if self.observer is None:
             return cache
         seen = self.observer.watch(self.seen, q, positions, cache.keys, base.lengths, spec)
-        return cache.replace(seen=seen)
+        return dataclasses.replace(cache, seen=seen)
 
     def _latents(self) -> tuple[jax.Array, jax.Array]:
         return self.base.keys_and_values(self.queries.dtype)

@@ -25,11 +25,11 @@ def token_slots(
 
 
 def write_rows(
-    buffer: Entries, new: Shaped[Array, "B T K X"], slots: Int[Array, "B T"]
+    buffer: Entries, new: Shaped[Array, "B T K *X"], slots: Int[Array, "B T"]
 ) -> Entries:
     """Writes new[b, t, k] to buffer[b, k, slots[b, t]]; out-of-range slots are dropped.
 
-    `buffer` is [B, K, S, X].
+    `buffer` is [B, K, S, …].
     """
 
     def scatter(buffer, new, slots):
@@ -46,12 +46,10 @@ def write_rows(
     return _write_in_place(scatter, select, buffer, encode(new, buffer), slots)
 
 
-def write_pool(
-    pool: Entries, new: Shaped[Array, "B T K X"], rows: Int[Array, "B T K"]
-) -> Entries:
+def write_pool(pool: Entries, new: Shaped[Array, "B T K *X"], rows: Int[Array, "B T K"]) -> Entries:
     """Writes new[b, t, k] to pool[b, rows[b, t, k]]; out-of-range rows are dropped.
 
-    `pool` is [B, P, X].
+    `pool` is [B, P, …].
     """
 
     def scatter(pool, new, rows):

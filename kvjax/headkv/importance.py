@@ -17,14 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.answers import rouge1_recall, token_f1
-from kvjax.cache import PromptCache
 from kvjax.example import Example
-from kvjax.headkv.plan import attention_spec, kv_heads, no_head_budget
-from kvjax.headkv.scorers import query_attention
+from kvjax.headkv.plan import attention_spec, kv_heads, no_head_budget, start_prompt
+from kvjax.headkv.prompt import Prompt, query_attention
 from kvjax.headkv.scores import HeadScores, query_heads
-from kvjax.headkv.selection import Prompt
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import init_layer_cache
 
 BUCKET = 64  # lengths are padded to multiples of it, so that few programs are compiled
 
@@ -177,9 +174,7 @@ def score_batch(
     x = apply(batch.tokens, method="embed")
     scores = []
     for index, layer in enumerate(model.config.layers):
-        dense = init_layer_cache(layer.attention, B, S, x.dtype)
-        heads = query_heads(model.config)[1]
-        cache = PromptCache.create(dense, M, heads, dense.k.shape[-1])
+        cache = start_prompt(layer.attention, B, S, M, x.dtype)
         x, cache = apply(index, x, positions, cache, batch.lengths, method="layer")
         prompt = Prompt.create(cache, attention_spec(layer.attention))
         scores.append(reduce(query_attention(prompt), batch))
