@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +24,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+
+from benchmarks.environment import environment
 
 Generate = Callable[[np.ndarray, int], list[list[int]]]
 """(prompts [B, T], new tokens) → the new tokens of each prompt, greedy."""
@@ -83,7 +82,7 @@ def main() -> None:
         "parameters": parameters,
         "arguments": {k: v for k, v in vars(args).items() if k != "out"},
         "rows": [asdict(row) for row in rows],
-        **environment(),
+        **environment("benchmarks.decode_cpu", ("jax", "torch", "transformers")),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -195,35 +194,6 @@ def line(row: Row) -> str:
         f"{statistics.median(row.transformers_cpu_seconds):.2f} "
         f"(first call {row.kvjax_first_call_s:.0f} s, same tokens {row.same_tokens:.0%})"
     )
-
-
-def environment() -> dict:
-    """Processor, versions, commit and command: what the numbers belong to."""
-    import jax
-    import torch
-    import transformers
-
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [x.split(":", 1)[1].strip() for x in cpuinfo.splitlines() if x.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run(
-        [*git, "status", "--porcelain", "kvjax", "pallas_kernels"], capture_output=True, text=True
-    )
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": commit.stdout.strip() + ("+changes" if changes.stdout.strip() else ""),
-        "command": "python -m benchmarks.decode_cpu " + " ".join(sys.argv[1:]),
-    }
 
 
 if __name__ == "__main__":

@@ -74,20 +74,26 @@ def score(
     model: Model,
     out: Annotated[Positional[Path], arg(help="score file to write", metavar="OUT.json")],
     estimator: Annotated[
-        str, arg(help="retrieval, retrieval_reasoning or enhanced_retrieval")
+        str, arg(help="retrieval, retrieval_reasoning, enhanced_retrieval, copying or gradient")
     ] = "retrieval_reasoning",
     samples: Annotated[int, arg(help="examples to ask")] = 64,
     length: Annotated[int, arg(help="longest prompt, in tokens")] = 512,
     seed: int = 0,
+    batch_size: Annotated[int, arg(help="examples at a time")] = 8,
+    haystack: Annotated[
+        Path | None, arg(help="text file to hide the facts in, instead of generated sentences")
+    ] = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Measures the importance of every attention head (HeadKV) and writes a score file."""
-    from kvjax.pipelines.score import score_checkpoint
+    """Measures the importance of every attention head (HeadKV) and writes a score file.
 
-    report = score_checkpoint(
-        model, out, estimator=estimator, samples=samples, length=length, seed=seed, dtype=dtype
-    )
+    An interrupted run continues where it stopped when the same command is given again.
+    """
+    from kvjax.pipelines.score import Grid, score_checkpoint
+
+    grid = Grid(estimator, samples, length, seed, haystack)
+    report = score_checkpoint(model, out, grid, batch_size=batch_size, dtype=dtype)
     _print_rows([report])
     _write_json(json_file, report)
 

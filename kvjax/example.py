@@ -10,13 +10,14 @@ class Example:
     Attributes:
         prompt: token ids, the question at the end.
         answer: token ids that should follow.
-        span: half-open range of prompt positions of the sentence that holds the answer.
+        span: half-open range of prompt positions of the sentence that holds the answer;
+            empty where that is unknown.
         depth: where the sentence stands, 0 (start) to 1 (end).
         name: the kind of question.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    span: tuple[int, int]
+    span: tuple[int, int] = (0, 0)
     depth: float = 0.0
     name: str = "needle"

@@ -7,95 +7,59 @@ attention of a layer is reduced to one number a head before the next layer runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Float64, Int
 
 from kvjax.answers import rouge1_recall, token_f1
 from kvjax.example import Example
-from kvjax.headkv.plan import attention_spec, kv_heads, no_head_budget, start_prompt
+from kvjax.headkv.batches import Batch, bucketed, make_batch, positions, step_positions
+from kvjax.headkv.gradient import loss_gradient
+from kvjax.headkv.plan import attention_spec, kv_heads, start_prompt
 from kvjax.headkv.prompt import Prompt, query_attention
+from kvjax.headkv.reductions import Reduce, attended, copied, induced
 from kvjax.headkv.scores import HeadScores, query_heads
 from kvjax.nn import Transformer
 
-BUCKET = 64  # lengths are padded to multiples of it, so that few programs are compiled
-
-
-@flax.struct.dataclass
-class Batch:
-    """Examples of one length bucket; the answer follows the prompt, its last token left out.
-
-    Attributes:
-        tokens: [B, S] int32, right-padded.
-        lengths: [B] valid tokens, n + m − 1 for a prompt of n tokens and an answer of m.
-        answers: [B, M] the answer tokens, at the end of the row: step t = r − (M − m).
-        steps: [B, M] bool, rows that are steps.
-        span: [B, S] bool, where the answer stands in the prompt.
-    """
-
-    tokens: Int[Array, "B S"]
-    lengths: Int[Array, " B"]
-    answers: Int[Array, "B M"]
-    steps: Bool[Array, "B M"]
-    span: Bool[Array, "B S"]
-
-
-Reduce = Callable[[jax.Array, Batch], jax.Array]
-"""Attention of the steps [B, N, M, S] fp32 to one score a head [B, N]."""
+Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
+"""Model, params, batch to scores of every head [B, L, N] and the token expected at each step
+[B, M]."""
 
 
 class Estimator(NamedTuple):
-    """How attention becomes a score, and how well an answer must be predicted to count (> 0.5)."""
+    """How heads are scored on an example, and which examples count.
 
-    reduce: Reduce
-    gate: Callable[[Sequence[int], Sequence[int]], float]
-
-
-def copied(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:
-    """Retrieval heads (arXiv 2404.15574): steps whose most attended token is the next one.
-
-    That token must stand in the span, whose length divides the count.
+    Attributes:
+        measure: see `Measure`.
+        answer_score: how good the predicted answer is, given predicted and right tokens.
+        accept_above: an example counts if its answer score exceeds this.
+        needs_span: whether `measure` reads the examples' spans.
     """
-    top = jnp.argmax(attention_BNMS, axis=-1)
-    rows = jnp.arange(top.shape[0], dtype=jnp.int32)[:, None, None]
-    hit = batch.span[rows, top] & (batch.tokens[rows, top] == batch.answers[:, None])
-    count = jnp.sum(hit & batch.steps[:, None], axis=2, dtype=jnp.int32)
-    return count.astype(jnp.float32) / span_length(batch)[:, None].astype(jnp.float32)
+
+    measure: Measure
+    answer_score: Callable[[Sequence[int], Sequence[int]], float]
+    accept_above: float = 0.5
+    needs_span: bool = True
 
 
-def attended(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:
-    """Retrieval-reasoning heads (arXiv 2410.19258, eq. 2): attention on the span, if it ranks high.
+@dataclass(frozen=True, eq=False)
+class BatchScores:
+    """What was measured on a few examples.
 
-    Summed over the steps and those tokens of the span that are among the N most attended ones,
-    divided by N, the length of the span. Of equals the earlier position ranks higher.
+    Attributes:
+        indices: which ones, of the list that was asked.
+        heads: [n, L, N] their scores.
+        answers: [n] how well each was answered.
     """
-    length = span_length(batch)
-    order = jnp.argsort(-attention_BNMS, axis=-1, stable=True)
-    weight = jnp.take_along_axis(attention_BNMS, order, axis=-1)
-    rows = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None, None, None]
-    ranks = jnp.arange(order.shape[3], dtype=jnp.int32)[None, None, None]
-    counts = batch.span[rows, order] & (ranks < length[:, None, None, None])
-    counts &= batch.steps[:, None, :, None]
-    total = jnp.sum(jnp.where(counts, weight, 0.0), axis=(2, 3))
-    return total / length[:, None].astype(jnp.float32)
 
-
-def span_length(batch: Batch) -> Int[Array, " B"]:
-    """N, tokens of the span."""
-    return jnp.sum(batch.span, axis=1, dtype=jnp.int32)
-
-
-ESTIMATORS = {
-    "retrieval": Estimator(copied, rouge1_recall),
-    "retrieval_reasoning": Estimator(attended, token_f1),
-    "enhanced_retrieval": Estimator(attended, token_f1),
-}
-"""The paper's three; the last two differ in their examples (reasoning, plain needles)."""
+    indices: tuple[int, ...]
+    heads: Float64[np.ndarray, "n L N"]
+    answers: Float64[np.ndarray, " n"]
 
 
 def score_examples(
@@ -104,58 +68,78 @@ def score_examples(
     examples: Sequence[Example],
     estimator: str | Estimator = "retrieval_reasoning",
     batch_size: int = 8,
-    on_batch: Callable[[int], None] | None = None,
+    finished: Iterable[BatchScores] = (),
+    on_batch: Callable[[BatchScores], None] | None = None,
 ) -> HeadScores:
-    """Importance of every query head, one score for each example that the model answers.
+    """Importance of every query head, one score for each example that counts.
 
     Args:
         examples: prompts with their answers and where these stand.
         estimator: a name of ESTIMATORS, or your own.
         batch_size: examples at a time.
-        on_batch: called with the number of examples done.
+        finished: batches of an earlier, interrupted call with the same arguments; not measured
+            again.
+        on_batch: called with each new batch.
 
     Returns:
-        scores whose meta lists every sample: name, length, depth, gate score, accepted.
+        scores whose meta lists every sample: name, length, depth, answer score, accepted.
 
     Raises:
-        ValueError: an unknown estimator, no example, a span outside of its prompt, or none
-            answered.
-        NotImplementedError: a layer whose heads have no keys of their own.
+        ValueError: an unknown estimator, no example, a span outside of its prompt, or no example
+            that counts.
     """
     name, chosen = _estimator(estimator)
-    check_model(model)
-    check_examples(examples)
-    steps = max(len(example.answer) for example in examples)
-    scores = np.zeros((len(examples), *query_heads(model.config)))
-    gates = np.zeros(len(examples))
-    done = 0
-    for indices in bucketed(examples, batch_size):
-        chunk = [examples[i] for i in indices]
-        batch = make_batch(chunk, steps, batch_size)
-        values, predicted = score_batch(model, params, batch, chosen.reduce)
-        scores[indices] = np.asarray(values, np.float64)[: len(chunk)]
-        for index, example, row in zip(indices, chunk, np.asarray(predicted), strict=False):
-            answer = example.answer
-            gates[index] = chosen.gate(row[steps - len(answer) :].tolist(), answer)
-        done += len(chunk)
+    check_examples(examples, chosen.needs_span)
+    done = {batch.indices: batch for batch in finished}
+    plan = [tuple(indices) for indices in bucketed(examples, batch_size)]
+    todo = [indices for indices in plan if indices not in done]
+    for batch in measure_batches(model, params, examples, chosen, todo, batch_size):
+        done[batch.indices] = batch
         if on_batch is not None:
-            on_batch(done)
-    accepted = gates > 0.5
+            on_batch(batch)
+    heads = np.zeros((len(examples), *query_heads(model.config)))
+    answers = np.zeros(len(examples))
+    for indices in plan:
+        heads[list(indices)] = done[indices].heads
+        answers[list(indices)] = done[indices].answers
+    accepted = answers > chosen.accept_above
     if not accepted.any():
         raise ValueError(
-            f"the model answers none of {len(examples)} examples (best score {gates.max():.2f}, "
-            "expected > 0.5), so that no head can be scored"
+            f"the model answers none of {len(examples)} examples (best score {answers.max():.2f}, "
+            f"expected > {chosen.accept_above}), so that no head can be scored; "
+            "the estimators copying and gradient need no right answers"
         )
     meta = {
         "estimator": name,
-        "num_layers": model.config.num_layers,
-        "num_heads": scores.shape[2],
+        "num_layers": heads.shape[1],
+        "num_heads": heads.shape[2],
         "num_kv_heads": kv_heads(model.config),
         "samples": [
-            provenance(*row) for row in zip(examples, gates.tolist(), accepted, strict=True)
+            provenance(*row) for row in zip(examples, answers.tolist(), accepted, strict=True)
         ],
     }
-    return HeadScores(np.moveaxis(scores[accepted], 0, 2), meta)
+    return HeadScores(np.moveaxis(heads[accepted], 0, 2), meta)
+
+
+def measure_batches(
+    model: Transformer,
+    params: Any,
+    examples: Sequence[Example],
+    estimator: Estimator,
+    batches: Sequence[tuple[int, ...]],
+    batch_size: int,
+) -> Iterator[BatchScores]:
+    """Measures the examples of each batch, given by their indices."""
+    steps = max(len(example.answer) for example in examples)
+    for indices in batches:
+        chunk = [examples[i] for i in indices]
+        values, predicted = estimator.measure(model, params, make_batch(chunk, steps, batch_size))
+        answers = [
+            estimator.answer_score(row[steps - len(example.answer) :].tolist(), example.answer)
+            for example, row in zip(chunk, np.asarray(predicted), strict=False)
+        ]
+        heads = np.asarray(values, np.float64)[: len(chunk)]
+        yield BatchScores(indices, heads, np.asarray(answers, np.float64))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "reduce"))
@@ -169,99 +153,67 @@ def score_batch(
 
     B, S = batch.tokens.shape
     M = batch.steps.shape[1]
-    positions = jnp.arange(S, dtype=jnp.int32)[None]
-    positions = jnp.where(positions < batch.lengths[:, None], positions, -1)
+    at = positions(batch)
     x = apply(batch.tokens, method="embed")
     scores = []
     for index, layer in enumerate(model.config.layers):
         cache = start_prompt(layer.attention, B, S, M, x.dtype)
-        x, cache = apply(index, x, positions, cache, batch.lengths, method="layer")
+        x, cache = apply(index, x, at, cache, batch.lengths, method="layer")
         prompt = Prompt.create(cache, attention_spec(layer.attention))
         scores.append(reduce(query_attention(prompt), batch))
-    last = batch.lengths[:, None] - M + jnp.arange(M, dtype=jnp.int32)[None]
-    x = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
+    x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
     logits = apply(x, method="unembed")
     return jnp.stack(scores, axis=1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def make_batch(examples: Sequence[Example], steps: int, batch_size: int) -> Batch:
-    """Arrays of a few examples of one bucket, the last repeated up to the batch size."""
-    rows = [*examples, *[examples[-1]] * (batch_size - len(examples))]
-    shape = (batch_size, bucket_length(rows[0]))
-    tokens, span = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    answers = np.zeros((batch_size, steps), np.int32)
-    for row, example in enumerate(rows):
-        ids = [*example.prompt, *example.answer[:-1]]
-        tokens[row, : len(ids)] = ids
-        span[row, slice(*example.span)] = True
-        answers[row, steps - len(example.answer) :] = example.answer
-    sizes = np.asarray([len(example.answer) for example in rows], np.int32)
-    return Batch(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.asarray([model_input_length(example) for example in rows], jnp.int32),
-        answers=jnp.asarray(answers),
-        steps=jnp.asarray(np.arange(steps)[None] >= steps - sizes[:, None]),
-        span=jnp.asarray(span),
-    )
+def attention_estimator(reduce: Reduce, **rest: Any) -> Estimator:
+    """An estimator that reduces the attention of the answer's steps; see `Estimator`."""
+    return Estimator(functools.partial(score_batch, reduce=reduce), **rest)
 
 
-def model_input_length(example: Example) -> int:
-    """Tokens that the model reads: the prompt and all of the answer but its last token."""
-    return len(example.prompt) + len(example.answer) - 1
+ESTIMATORS = {
+    "retrieval": attention_estimator(copied, answer_score=rouge1_recall),
+    "retrieval_reasoning": attention_estimator(attended, answer_score=token_f1),
+    "enhanced_retrieval": attention_estimator(attended, answer_score=token_f1),
+    "copying": attention_estimator(induced, answer_score=token_f1, accept_above=-1.0),
+    "gradient": Estimator(loss_gradient, token_f1, accept_above=-1.0, needs_span=False),
+}
+"""The HeadKV paper's three (the last two of them differ in their examples: reasoning, plain
+needles), and two for which every example counts, answered or not."""
 
 
-def bucket_length(example: Example) -> int:
-    """The padded length of an example."""
-    return -(-model_input_length(example) // BUCKET) * BUCKET
-
-
-def bucketed(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Indices of examples that share a bucket, at most `batch_size` together."""
-    buckets: dict[int, list[int]] = {}
-    for index, example in enumerate(examples):
-        buckets.setdefault(bucket_length(example), []).append(index)
-    return [
-        indices[start : start + batch_size]
-        for indices in buckets.values()
-        for start in range(0, len(indices), batch_size)
-    ]
-
-
-def provenance(example: Example, gate: float, accepted: np.bool_) -> dict[str, Any]:
+def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, Any]:
     """What the meta companion says about one sample."""
     return {
         "name": example.name,
         "length": len(example.prompt),
         "depth": example.depth,
-        "score": gate,
+        "score": score,
         "accepted": bool(accepted),
     }
 
 
-def check_model(model: Transformer) -> None:
-    """Raises NotImplementedError for a layer whose heads have no keys of their own."""
-    for index, layer in enumerate(model.config.layers):
-        reason = no_head_budget(layer.attention)
-        if reason is not None:
-            raise NotImplementedError(f"the heads of layer {index} cannot be scored: {reason}")
-
-
-def check_examples(examples: Sequence[Example]) -> None:
+def check_examples(examples: Sequence[Example], with_span: bool) -> None:
     """Raises ValueError for examples that cannot be scored."""
     if not examples:
         raise ValueError("got no examples, expected at least one")
     for index, example in enumerate(examples):
-        start, end = example.span
-        if not example.answer or not 0 <= start < end <= len(example.prompt):
+        if not example.prompt or not example.answer:
             raise ValueError(
-                f"example {index} has span {example.span}, {len(example.prompt)} prompt and "
-                f"{len(example.answer)} answer tokens, expected an answer and a span in the prompt"
+                f"example {index} has {len(example.prompt)} prompt and {len(example.answer)} "
+                "answer tokens, expected at least one of each"
+            )
+        start, end = example.span
+        if with_span and not 0 <= start < end <= len(example.prompt):
+            raise ValueError(
+                f"example {index} has span {example.span}, expected it within the "
+                f"{len(example.prompt)} tokens of the prompt"
             )
 
 
 def _estimator(estimator: str | Estimator) -> tuple[str, Estimator]:
     if not isinstance(estimator, str):
-        return getattr(estimator.reduce, "__name__", "custom"), estimator
+        return "custom", estimator
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     return estimator, ESTIMATORS[estimator]

@@ -12,7 +12,14 @@ import numpy as np
 
 from kvjax.config import ModelConfig
 from kvjax.headkv.allocators import Allocator, HeadImportance, Request
-from kvjax.headkv.plan import CompressedPlan, FullPlan, Plan, attention_spec, kv_heads
+from kvjax.headkv.plan import (
+    CompressedPlan,
+    FullPlan,
+    Plan,
+    attention_spec,
+    kv_heads,
+    no_head_budget,
+)
 from kvjax.headkv.prompt import Scorer
 from kvjax.headkv.scores import HeadScores, check_shape
 from kvjax.headkv.size import bytes_to_tokens
@@ -119,6 +126,8 @@ class Compress(Policy):
 
     def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> CompressedPlan:
         """See `Policy.plan`."""
+        if self.every:
+            check_again(config, self.scorer)
         entries = entry_dtype(self.entries)
         size = self.size(config, prompt_len, entries or dtype)
         check_size(size, self.window)
@@ -145,6 +154,17 @@ class Compress(Policy):
         if self.nbytes:
             return bytes_to_tokens(self.nbytes, config, dtype)
         return self.kv_size or max(round(self.ratio * prompt_len), self.window + 1)
+
+
+def check_again(config: ModelConfig, scorer: Scorer) -> None:
+    """Raises NotImplementedError where a cache cannot be compressed while decoding."""
+    if hasattr(scorer, "observer"):
+        name = type(scorer).__name__
+        raise NotImplementedError(f"every: {name} watches the prompt, which is gone by then")
+    for index, layer in enumerate(config.layers):
+        reason = no_head_budget(layer.attention)
+        if reason is not None:
+            raise NotImplementedError(f"layer {index} cannot be compressed again: {reason}")
 
 
 def check_size(size: int, window: int) -> None:

@@ -4,6 +4,8 @@ What induction heads do (arXiv 2209.11895); nothing but copying helps, and the d
 so that it cannot be learned as an offset.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvjax.example import Example
@@ -13,28 +15,34 @@ from kvjax.tasks.vocabulary import Vocabulary
 def generate(
     rng: np.random.Generator,
     vocab: Vocabulary,
-    length: int,
+    length: int | None,
     answer_length: int = 4,
     cue_length: int = 4,
-    first_id: int = 4,
+    depth: float | None = None,
+    ids: Sequence[int] | None = None,
 ) -> Example:
     """Random tokens that end with the first `cue_length` tokens of a span they contain.
 
     Args:
-        length: tokens of the prompt, cue and beginning-of-sequence token included.
+        length: tokens of the prompt, cue and beginning-of-sequence token included; None for
+            the span and the cue alone.
         answer_length: tokens of the span after the cue: the answer.
-        first_id: ids below it (special tokens) are not drawn.
+        depth: where the span stands, 0 to 1; None for a random place.
+        ids: what is drawn from; None for all but the first four, the special tokens of the
+            project's vocabulary.
 
     Raises:
         ValueError: `length` cannot hold the span and the cue.
     """
     start = [] if vocab.bos_id is None else [vocab.bos_id]
     span_length = cue_length + answer_length
-    room = length - len(start) - span_length - cue_length
+    shortest = len(start) + span_length + cue_length
+    room = 0 if length is None else length - shortest
     if room < 0:
-        raise ValueError(f"got length {length}, expected ≥ {length - room}")
-    text = rng.integers(first_id, vocab.size, room + span_length).tolist()
-    at = int(rng.integers(room + 1))
+        raise ValueError(f"got length {length}, expected ≥ {shortest}")
+    choices = np.arange(4, vocab.size) if ids is None else np.asarray(ids)
+    text = choices[rng.integers(len(choices), size=room + span_length)].tolist()
+    at = int(rng.integers(room + 1)) if depth is None else round(depth * room)
     span = text[at : at + span_length]
     first = len(start) + at
     return Example(

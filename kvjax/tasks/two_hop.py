@@ -8,27 +8,30 @@ import numpy as np
 
 from kvjax.example import Example
 from kvjax.tasks import people
-from kvjax.tasks.prompt import strew
+from kvjax.tasks.prompt import Filler, strew
 from kvjax.tasks.vocabulary import Vocabulary
 
 
 def generate(
     rng: np.random.Generator,
     vocab: Vocabulary,
-    length: int,
+    length: int | None,
     answer_length: int = 4,
     distractors: int = 0,
     depth: float | None = None,
+    filler: Filler | None = None,
 ) -> Example:
     """One prompt of exactly `length` tokens; `span` is the older person's favorite thing.
 
     Who guesses between the two candidates is right half of the time.
 
     Args:
-        length: tokens of the prompt, question and beginning-of-sequence token included.
+        length: tokens of the prompt, question and beginning-of-sequence token included;
+            None for the shortest one, without filler.
         answer_length: words of both candidates' things.
         distractors: further people, with age and favorite thing.
         depth: where the answer's sentence stands, 0 to 1; None for a random place.
+        filler: makes the text around the facts; None for the generated one.
 
     Raises:
         ValueError: `length` cannot hold the facts and the question.
@@ -42,7 +45,7 @@ def generate(
     answer_at = cast.index(right)
     if depth is not None:
         depths[answer_at] = depth
-    context = strew(rng, vocab, [*likes, *ages], length, question, depths)
+    context = strew(rng, vocab, [*likes, *ages], length, question, depths, filler)
     return Example(
         prompt=context.ids,
         answer=tuple(vocab.encode(right.thing)),

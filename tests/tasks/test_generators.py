@@ -111,3 +111,20 @@ def test_repeated_span_ends_with_its_cue_at_random_distances():
         assert span[3:] == example.answer
         distances.add(start)
     assert len(distances) > 20
+
+
+def test_repeated_spans_of_given_ids_at_a_depth():
+    ids = [7, 9, 11, 13]
+    for depth in (0.0, 0.5, 1.0):
+        example = repeated_spans.generate(rng(), VOCAB, 101, depth=depth, ids=ids)
+        assert {*example.prompt[1:], *example.answer} == {*ids}
+        assert example.span[0] == 1 + round(depth * 88)
+        assert example.prompt[slice(*example.span)] == (*example.prompt[-4:], *example.answer)
+
+
+@pytest.mark.parametrize("generate", GENERATORS)
+def test_without_a_length_there_is_no_filler(generate):
+    bare = generate(rng(), VOCAB, None)
+    with pytest.raises(ValueError, match=f"expected ≥ {len(bare.prompt)}"):
+        generate(rng(), VOCAB, len(bare.prompt) - 1)
+    assert len(generate(rng(), VOCAB, len(bare.prompt)).prompt) == len(bare.prompt)

@@ -1,0 +1,247 @@
+"""`kvjax score`: its examples, its files, and what happens when it is interrupted."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax.cli import main
+from kvjax.headkv import load_scores
+from kvjax.headkv.stability import split_half
+from kvjax.pipelines import partial
+from kvjax.pipelines.score import COPIED_LENGTH, QUESTIONS, Grid, TokenizerVocabulary, make_examples
+from kvjax.tasks import WordVocabulary, haystack
+
+MODEL = "builtin:needle"
+ARGUMENTS = "--estimator copying --samples 10 --length 128 --batch-size 2"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return kvjax.load_tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text of 40 different sentences of 9 words and a full stop."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    places = ["river", "forest", "house", "garden", "market", "bridge", "tower", "valley"]
+    animals = ["fox", "wolf", "bear", "horse", "cow"]
+    lines = [f"the {a} walks near\nthe {p} under the\twindow . " for a in animals for p in places]
+    path.write_text("".join(lines))
+    return path
+
+
+def score(out, arguments=ARGUMENTS):
+    main(["score", MODEL, str(out), *arguments.split()])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The score file and its companion from a run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "heads.json"
+    score(out)
+    assert {path.name for path in out.parent.iterdir()} == {"heads.json", "heads.meta.json"}
+    return out
+
+
+def same_files(a, b):
+    return all(
+        (a.parent / name).read_bytes() == (b.parent / name).read_bytes()
+        for name in ("heads.json", "heads.meta.json")
+    )
+
+
+def interrupt_after(count, monkeypatch):
+    """Lets so many batches be written, then stops the run as Ctrl-C does."""
+    append, written = partial.append, []
+
+    def stop(path, batch):
+        if len(written) == count:
+            raise KeyboardInterrupt
+        written.append(batch.indices)
+        append(path, batch)
+
+    monkeypatch.setattr(partial, "append", stop)
+
+
+def test_an_interrupted_run_continues_and_writes_the_same_file(whole, tmp_path, monkeypatch):
+    out = tmp_path / "heads.json"
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            score(out)
+    unfinished = tmp_path / "heads.partial.jsonl"
+    lines = unfinished.read_text().splitlines()
+    assert len(lines) == 3 and not out.exists()
+    # The end of the second batch was never written.
+    unfinished.write_text("\n".join(lines)[:-40])
+    measured = []
+    append = partial.append
+    monkeypatch.setattr(
+        partial, "append", lambda path, batch: (measured.append(batch.indices), append(path, batch))
+    )
+    score(out)
+    finished = tuple(json.loads(lines[1])["indices"])
+    assert finished not in measured and tuple(json.loads(lines[2])["indices"]) in measured
+    assert same_files(out, whole) and not unfinished.exists()
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "heads.json"
+    interrupt_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        score(out)
+    line = fails(capsys, out, f"{ARGUMENTS} --seed 7")
+    assert "holds an unfinished run with other settings (seed 0, now 7" in line
+    (tmp_path / "heads.partial.jsonl").write_text("[]\n{}\n")
+    assert "remove it to start over" in fails(capsys, out, ARGUMENTS)
+
+
+def test_a_run_that_ends_in_an_error_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kvjax.pipelines.score.score_examples", _raise)
+    assert fails(capsys, tmp_path / "heads.json", ARGUMENTS) == "kvjax: error: none answered"
+    assert not list(tmp_path.iterdir())
+
+
+def _raise(*_args):
+    raise ValueError("none answered")
+
+
+def test_the_file_says_what_was_measured(whole, tokenizer):
+    model, params = kvjax.load(MODEL, dtype="float32")
+    scores = load_scores(whole, model.config)
+    assert scores.samples.shape == (model.config.num_layers, 8, 10)
+    assert scores.meta["model"] == "needle" and scores.meta["length"] == 128
+    depths = [sample["depth"] for sample in scores.meta["samples"]]
+    np.testing.assert_allclose(depths, np.linspace(0, 1, 10), atol=0.02)
+    again = kvjax.headkv.score_heads(
+        model, params, tokenizer, "copying", samples=10, length=128, batch_size=2
+    )
+    np.testing.assert_array_equal(again.samples, scores.samples)
+    assert again.meta == scores.meta
+
+
+def test_copying_finds_the_layers_of_the_questions(tokenizer):
+    """Random tokens, which need no understanding, point at the layers that answer questions."""
+    model, params = kvjax.load(MODEL, dtype="float32")
+    for estimator in ("copying", "enhanced_retrieval"):
+        scores = kvjax.headkv.score_heads(
+            model, params, tokenizer, estimator, samples=8, length=112
+        )
+        by_layer = scores.mean.sum(axis=1)
+        assert by_layer[3:].sum() > 0.7 * by_layer.sum(), estimator
+
+
+def test_gradient_from_the_command_line(tmp_path):
+    report = tmp_path / "report.json"
+    score(
+        tmp_path / "heads.json.gz",
+        f"--estimator gradient --samples 4 --length 128 --batch-size 2 --json {report}",
+    )
+    facts = json.loads(report.read_text())
+    assert facts["accepted"] == facts["asked"] == 4
+    scores = load_scores(tmp_path / "heads.json.gz")
+    assert facts["split_half_spearman"] == round(split_half(scores), 4)
+    assert facts["best_score"] == round(scores.mean.max(), 4)
+
+
+@pytest.mark.parametrize("estimator", QUESTIONS)
+def test_no_two_samples_are_alike_and_all_have_filler(tokenizer, estimator):
+    grid = Grid(estimator, samples=100, length=256)
+    examples = make_examples(tokenizer, grid)
+    assert len({example.prompt for example in examples}) == 100
+    lengths = {len(example.prompt) for example in examples}
+    assert max(lengths) == 256 and {128, 192} <= lengths
+    asks = QUESTIONS[estimator]
+    vocab = TokenizerVocabulary(tokenizer)
+    for index, example in enumerate(examples[:12]):
+        bare = asks(np.random.default_rng(0), vocab, None, index, 0.5, None)
+        assert len(example.prompt) >= len(bare.prompt) + 10
+    assert examples == make_examples(tokenizer, grid)
+    assert examples != make_examples(tokenizer, Grid(estimator, 100, 256, seed=1))
+
+
+def test_a_length_without_room_says_how_much_is_needed(tokenizer):
+    with pytest.raises(ValueError, match=r"got length 40, expected ≥ \d\d+ for facts"):
+        make_examples(tokenizer, Grid(length=40))
+
+
+def test_random_spans_hold_no_special_tokens(tokenizer):
+    vocab = TokenizerVocabulary(tokenizer)
+    assert vocab.ordinary_ids == list(range(4, vocab.size))
+    for example in make_examples(tokenizer, Grid("copying", samples=20)):
+        assert min(example.prompt[1:]) >= 4
+        start, end = example.span
+        assert example.prompt[end - COPIED_LENGTH : end] == example.answer
+        assert example.prompt[start : start + 4] == example.prompt[-4:]
+
+
+def test_random_spans_of_a_tokenizer_without_bos_and_with_added_tokens(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = None
+    other.add_special_tokens({"additional_special_tokens": ["mary", "<tool>"]})
+    mary, tool = other.convert_tokens_to_ids(["mary", "<tool>"])
+    assert mary < 512 <= tool
+    for example in make_examples(other, Grid("copying", samples=20)):
+        assert not {0, 1, 2, 3, mary, tool} & {*example.prompt, *example.answer}
+
+
+def test_facts_stand_between_the_sentences_of_the_text(tokenizer, text):
+    grid = Grid("enhanced_retrieval", samples=6, length=128, haystack=text)
+    for example in make_examples(tokenizer, grid):
+        words = WordVocabulary().decode(example.prompt)
+        start, end = example.span
+        fact = WordVocabulary().decode(example.prompt[start:end])
+        assert "'s favorite thing is" in fact
+        outside = words.split("question :")[0].replace(fact, "")
+        assert "walks near the" in outside
+        before = WordVocabulary().decode(example.prompt[:start])
+        # Only the last sentence is cut.
+        assert before == "<bos>" or before.endswith(".") or example.depth == 1.0
+
+
+def test_sentences_of_a_text(text):
+    hay = haystack.read(text, WordVocabulary())
+    assert len(hay.pieces) == 40 and hay.size == 400
+    rng = np.random.default_rng(0)
+    for length in (0, 5, 37, 400):
+        pieces = hay(rng, length)
+        assert sum(map(len, pieces)) == length
+        joined = [token for piece in pieces for token in piece]
+        story = [token for piece in hay.pieces for token in piece]
+        assert any(story[i : i + length] == joined for i in range(len(story)))
+    with pytest.raises(ValueError, match=r"story\.txt has 400 tokens, expected ≥ 401"):
+        hay(rng, 401)
+
+
+def fails(capsys, out, arguments):
+    """The one line on standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        score(out, arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("kvjax: error: ")
+    return lines[0]
+
+
+def test_bad_input(tmp_path, capsys, text):
+    out = tmp_path / "heads.json"
+    assert "expected one of retrieval" in fails(capsys, out, "--estimator magic")
+    assert "got 0 samples, expected ≥ 1" in fails(capsys, out, "--samples 0")
+    assert "got batch_size 0, expected ≥ 1" in fails(capsys, out, "--batch-size 0")
+    assert "got length 30, expected ≥" in fails(capsys, out, "--length 30")
+    missing = tmp_path / "no.txt"
+    assert f"no haystack file at {missing}" in fails(capsys, out, f"--haystack {missing}")
+    shutil.copy(text, tmp_path / "short.txt")
+    short = fails(capsys, out, f"--length 1024 --haystack {tmp_path / 'short.txt'}")
+    assert "the haystack short.txt has 400 tokens, expected ≥" in short
+    (tmp_path / "latin.txt").write_bytes("Gänse".encode("latin-1"))
+    line = fails(capsys, out, f"--haystack {tmp_path / 'latin.txt'}")
+    assert "latin.txt is not UTF-8 text" in line
+    assert "expected no haystack" in fails(capsys, out, f"{ARGUMENTS} --haystack {text}")
+    assert not out.exists() and not list(tmp_path.glob("*.partial.jsonl"))
