@@ -8,7 +8,7 @@ import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.headkv.allocators import Uniform
 from kvjax.headkv.policy import Compress
-from kvjax.headkv.selection import Prompt
+from kvjax.headkv.prompt import Prompt
 from kvjax.nn import Transformer
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax.headkv.plan import Plan
 from kvjax.nn import Transformer
 from kvjax.sampling import Sampling, sample
+
+CHUNK = 512  # prompt tokens that a layer reads at a time
 
 
 @flax.struct.dataclass
@@ -39,7 +42,7 @@ class DecodeState:
     rope_lengths: Any
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnames=("model", "plan", "max_new_tokens", "chunk"))
 def prefill(
     model: Transformer,
     params: Any,
@@ -47,26 +50,64 @@ def prefill(
     lengths: Int[Array, " B"],
     plan: Plan,
     max_new_tokens: int,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, list[Any]]:
-    """Reads the prompts a layer at a time; each layer's cache is compressed as soon as it is full.
+    """Reads the prompts layer by layer; each layer's cache is compressed as soon as it is full.
+
+    Within a layer the tokens come in chunks: the keys and values of one layer exist at a time,
+    and beside the residual stream no activations but a chunk's. The chunk changes no selection.
 
     Returns:
         Logits after the last token of each prompt [B, V] fp32, and one cache a layer with room
         for `max_new_tokens`.
     """
-    call = functools.partial(_call, model, params)
     B, T = tokens.shape
-    steps = jnp.arange(T, dtype=jnp.int32)[None]
-    positions = jnp.where(steps < lengths[:, None], steps, -1)
+    x = _call(model, params, "embed", tokens)
     rope_lengths = lengths + max_new_tokens
-    x = call("embed", tokens)
     caches = []
     for layer in range(model.config.num_layers):
+        call = functools.partial(_call, model, params, "layer", layer)
         cache = plan.start(layer, B, T, max_new_tokens, x.dtype)
-        x, cache = call("layer", layer, x, positions, cache, rope_lengths)
+        x, cache = read_layer(call, x, lengths, cache, rope_lengths, chunk)
         caches.append(plan.finish(layer, cache, max_new_tokens))
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return call("unembed", x)[:, 0], caches
+    return _call(model, params, "unembed", x)[:, 0], caches
+
+
+def read_layer(
+    call: Callable[..., tuple[jax.Array, Any]],
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, " B"],
+    cache: Any,
+    rope_lengths: Int[Array, " B"],
+    chunk: int,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One layer over the whole prompt, in chunks that end with the longest sequence.
+
+    Args:
+        call: (x, positions, cache, rope lengths) to (x, cache).
+        chunk: tokens at a time; the last chunk may be shorter.
+    """
+    T = x.shape[1]
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    positions = jnp.where(positions < lengths[:, None], positions, -1)
+    whole = T // chunk * chunk
+    if chunk >= T:
+        return call(x, positions, cache, rope_lengths)
+
+    def read(index: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        x, cache = state
+        part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
+        at = jax.lax.dynamic_slice_in_dim(positions, index * chunk, chunk, 1)
+        part, cache = call(part, at, cache, rope_lengths)
+        return jax.lax.dynamic_update_slice_in_dim(x, part, index * chunk, 1), cache
+
+    filled = jnp.minimum(-(-jnp.max(lengths) // chunk), whole // chunk)
+    x, cache = jax.lax.fori_loop(0, filled, read, (x, cache))
+    if whole < T:
+        part, cache = call(x[:, whole:], positions[:, whole:], cache, rope_lengths)
+        x = x.at[:, whole:].set(part)
+    return x, cache
 
 
 def _call(model: Transformer, params: Any, method: str, *args: Any) -> Any:
@@ -101,6 +142,13 @@ def decode(
         return push_token(replace(state, cache=cache), logits[:, 0], sampling, eos)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def compress_again(state: DecodeState, plan: Plan) -> DecodeState:
+    """The caches cut down to their budgets, which gives room for `plan.every` new tokens."""
+    caches = [plan.refresh(layer, cache) for layer, cache in enumerate(state.cache)]
+    return replace(state, cache=caches)
 
 
 def push_token(

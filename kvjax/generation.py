@@ -14,7 +14,8 @@ import numpy as np
 
 from kvjax.cache import cache_bytes
 from kvjax.config import ModelConfig
-from kvjax.decoding import DecodeState, decode, first_token, prefill
+from kvjax.decoding import DecodeState, compress_again, decode, first_token, prefill
+from kvjax.headkv.plan import Plan
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import HeadScores, load_scores
 from kvjax.nn import Transformer
@@ -87,7 +88,7 @@ def generate(
     result = Generation(tokens=[[] for _ in prompts])
     for indices in batches(prompts, batch_size):
         bucket = bucket_length(max(len(prompts[i]) for i in indices))
-        plan = resolved.plan(model.config, bucket)
+        plan = resolved.plan(model.config, bucket, params["embedding"].dtype)
         tokens, lengths = pad([prompts[i] for i in indices], bucket)
         logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
         result.cache_bytes += cache_bytes(cache)
@@ -95,7 +96,7 @@ def generate(
         state = first_token(
             logits, cache, keys[np.asarray(indices)], sampling, eos, lengths, max_new_tokens
         )
-        for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens):
+        for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens, plan):
             for index, ids in zip(indices, new, strict=True):
                 result.tokens[index] += ids
                 if on_tokens is not None and ids:
@@ -110,11 +111,20 @@ def decode_chunks(
     sampling: Sampling,
     eos: np.ndarray,
     max_new_tokens: int,
+    plan: Plan,
 ) -> Iterator[list[list[int]]]:
-    """Yields the new tokens of each sequence, STREAM_CHUNK steps at a time, cut at its EOS."""
+    """Yields the new tokens of each sequence, STREAM_CHUNK steps at a time, cut at its EOS.
+
+    The newest token is not in the cache yet: after n tokens the cache holds n − 1 of them, and is
+    compressed again whenever that is a multiple of `plan.every`.
+    """
     done, alive = 0, np.ones(state.token.shape[0], bool)
+    every = plan.every or max_new_tokens
     while done < max_new_tokens and alive.any():
-        limit = min(done + STREAM_CHUNK, max_new_tokens)
+        if done > 1 and (done - 1) % every == 0:
+            state = compress_again(state, plan)
+        stop = (max(done - 1, 0) // every + 1) * every + 1
+        limit = min(done + STREAM_CHUNK, stop, max_new_tokens)
         state = decode(model, params, state, sampling, eos, jnp.asarray(limit, jnp.int32))
         chunk, now = np.asarray(state.output), int(state.step)
         yield [

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import ragged_blocks, reference
+from pallas_kernels.quantized import Entries
+from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def gqa_decode(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Entries,
+    v: Entries,
     lengths: jax.Array,
     *,
     scale: float | None = None,
@@ -31,7 +34,8 @@ def gqa_decode(
 
     Args:
         q: [B, N, H]; query head n reads KV head n // (N / K).
-        k, v: [B, K, S, H]; slots at or beyond a sequence's length are never read into the output.
+        k, v: [B, K, S, H], or `Quantized`; slots at or beyond a sequence's length never reach the
+            output.
         lengths: [B] int32, live slots; 0 gives an output of zeros.
         scale: multiplies the logits; default H^-0.5.
         window: only the last `window` live slots are seen.
@@ -58,12 +62,13 @@ def gqa_decode(
 
 def ragged_gqa_decode(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    starts: Sequence[int],
+    k_pool: Entries,
+    v_pool: Entries,
+    starts: Sequence[int] | jax.Array,
     lengths: jax.Array,
     *,
-    capacities: Sequence[int] | None = None,
+    capacities: Sequence[int] | jax.Array | None = None,
+    align: int = 8,
     live: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -74,10 +79,12 @@ def ragged_gqa_decode(
 
     Args:
         q: [B, N, H].
-        k_pool, v_pool: [B, P, H]; head k owns rows starts[k] … starts[k] + capacities[k].
-        starts: K static ints, ascending.
+        k_pool, v_pool: [B, P, H], or `Quantized`; head k owns rows starts[k] … starts[k] +
+            capacities[k].
+        starts: K static ints, ascending; or [B, K] int32 where sequences differ, the first 0.
         lengths: [B, K] int32, live rows of each segment.
-        capacities: K static ints; default: up to the next segment.
+        capacities: as starts; default: up to the next segment.
+        align: starts that are arrays are multiples of it; P too.
         live: [B, P] bool, rows that may be seen (sliding windows over kept entries); default all.
         scale, softcap, implementation, return_lse: as in `gqa_decode`.
 
@@ -88,34 +95,49 @@ def ragged_gqa_decode(
         ValueError: shapes that don't fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
-    B, N, H = q.shape
-    K, P = len(starts), k_pool.shape[1]
-    if capacities is None:
-        capacities = [end - start for start, end in zip(starts, [*starts[1:], P], strict=True)]
+    (B, N, H), P = q.shape, k_pool.shape[1]
+    segments = _segments(starts, capacities, align, P)
+    K = segments.num_heads
     _check(k_pool.shape == (B, P, H), f"k_pool is {k_pool.shape}, expected {(B, P, H)}")
     _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
+    _choose(implementation, "ragged_gqa_decode")
+    settings = (lengths, _scale(scale, H), softcap)
+    if isinstance(segments, StaticSegments) and segments.block_size(P) is None:
+        out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, segments, *settings, live)
+    else:  # pools of whole blocks need no copy of their segments
+        seen = None if live is None else live[:, None]
+        out, lse = ragged_blocks.attend(q[:, None], k_pool, v_pool, segments, *settings, seen)
+        out, lse = out[:, 0], lse[:, 0]
+    return _result(out.astype(q.dtype), lse, return_lse)
+
+
+def _segments(starts: Any, capacities: Any, align: int, rows: int) -> Segments:
+    """The segments, checked where they are static."""
+    if not isinstance(starts, Sequence):
+        _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
+        if capacities is None:
+            ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=rows)
+            capacities = ends - starts
+        return TracedSegments(starts, capacities, align)
+    if capacities is None:
+        capacities = [end - start for start, end in zip(starts, [*starts[1:], rows], strict=True)]
+    K = len(starts)
     _check(len(capacities) == K, f"got {len(capacities)} capacities for {K} heads")
     for start, capacity in zip(starts, capacities, strict=True):
         _check(
-            start >= 0 and capacity >= 0 and start + capacity <= P,
-            f"segment {start}:{start + capacity} is outside of the pool's {P} rows",
+            start >= 0 and capacity >= 0 and start + capacity <= rows,
+            f"segment {start}:{start + capacity} is outside of the pool's {rows} rows",
         )
-    _choose(implementation, "ragged_gqa_decode")
-    # Pools of whole blocks need no copy of their segments.
-    xla = ragged_blocks if ragged_blocks.block_size(P) else reference
-    out, lse = xla.ragged_gqa_decode(
-        q, k_pool, v_pool, starts, capacities, lengths, _scale(scale, H), softcap, live
-    )
-    return _result(out.astype(q.dtype), lse, return_lse)
+    return StaticSegments(tuple(starts), tuple(capacities))
 
 
 def mla_decode(
     q_latent: jax.Array,
     q_rope: jax.Array,
-    latent: jax.Array,
-    k_rope: jax.Array,
+    latent: Entries,
+    k_rope: Entries,
     lengths: jax.Array,
     scale: float,
     *,
@@ -126,7 +148,7 @@ def mla_decode(
 
     Args:
         q_latent, q_rope: [B, N, L] queries lifted to the latent, and [B, N, R] rotated ones.
-        latent, k_rope: [B, S, L] and [B, S, R], the cache.
+        latent, k_rope: [B, S, L] and [B, S, R], or `Quantized`: the cache.
         lengths: [B] int32, live slots.
         scale: multiplies the logits.
 

@@ -1,106 +1,96 @@
-"""Head-ragged decode in plain jnp without a copy: the pool is one batch of equal blocks.
+"""Head-ragged attention in plain jnp without a copy: the pool is one batch of equal blocks.
 
 Slicing a pool into its heads' segments costs a copy of each, so the pool is viewed as blocks of
 rows, whatever segments they belong to. A block meets the queries of every head that owns some of
 its rows (two, seldom more), one batched product serves all blocks, and masks sort out the rows.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.reference import NEG_INF, clean_if_needed, live_rows, soft_cap
-
-BLOCK_SIZES = (64, 32, 16, 8)
-
-
-class Layout(NamedTuple):
-    """How blocks and segments overlap; all static.
-
-    Attributes:
-        heads: [C, M] the heads that own rows of each of C blocks, padded with 0.
-        owned: [C, M, size] bool, the rows that such a head owns.
-        head_of: [K, C·M] bool, one-hot over heads, nothing for padding.
-    """
-
-    heads: np.ndarray
-    owned: np.ndarray
-    head_of: np.ndarray
+from pallas_kernels.quantized import Entries, Quantized, plain
+from pallas_kernels.reference import NEG_INF, clean_if_needed, soft_cap
+from pallas_kernels.segments import Segments
 
 
-def block_size(rows: int) -> int | None:
-    """The largest block that divides the pool; None if there is none."""
-    return next((size for size in BLOCK_SIZES if rows % size == 0), None)
-
-
-def block_layout(starts: Sequence[int], capacities: Sequence[int], rows: int, size: int) -> Layout:
-    """Which heads own rows of which block."""
-    K, C = len(starts), rows // size
-    owned = np.zeros((K, rows), bool)
-    for head, (start, capacity) in enumerate(zip(starts, capacities, strict=True)):
-        owned[head, start : start + capacity] = True
-    owned = owned.reshape(K, C, size).swapaxes(0, 1)
-    present = owned.any(axis=2)
-    most = max(int(present.sum(axis=1).max()), 1)
-    # A stable sort of "absent" brings the heads that are present to the front.
-    heads = np.argsort(~present, axis=1, kind="stable")[:, :most]
-    owned = np.take_along_axis(owned, heads[:, :, None], axis=1)
-    there = np.take_along_axis(present, heads, axis=1)
-    head_of = (heads.reshape(1, -1) == np.arange(K)[:, None]) & there.reshape(1, -1)
-    return Layout(heads.astype(np.int32), owned, head_of)
-
-
-def ragged_gqa_decode(
-    q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    starts: Sequence[int],
-    capacities: Sequence[int],
-    lengths: jax.Array,
+def attend(
+    q: Float[Array, "B T N H"],
+    k_pool: Entries,
+    v_pool: Entries,
+    segments: Segments,
+    lengths: Int[Array, "B K"],
     scale: float,
     softcap: float | None,
-    live_pool: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.ragged_gqa_decode`; P must be a multiple of 8. out and lse are fp32."""
-    (B, N, H), (P, Y), K = q.shape, v_pool.shape[1:], len(starts)
-    G, size = N // K, block_size(P)
+    live: Bool[Array, "B T P"] | Bool[Array, "B 1 P"] | None = None,
+) -> tuple[Float[Array, "B T N Y"], Float[Array, "B T N"]]:
+    """T queries over the first lengths[b, k] rows of each segment; see `ragged_gqa_decode`.
+
+    The pool's rows must be a multiple of `segments.block_size`.
+
+    Args:
+        live: rows that each query may see besides; default all.
+
+    Returns:
+        out and lse, fp32.
+    """
+    (B, T, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
+    G, size = N // K, segments.block_size(P)
     assert size is not None
-    layout = block_layout(starts, capacities, P, size)
-    C, M = layout.heads.shape
-    live_BP = live_rows(starts, capacities, lengths, P)
-    if live_pool is not None:
-        live_BP &= live_pool
-    live = live_BP.reshape(B, C, 1, 1, size) & jnp.asarray(layout.owned)[None, :, :, None]
+    layout = segments.layout(P)
+    C, M = layout.heads.shape[1:]
+    head, rank = segments.rows(P)
+    head = jnp.broadcast_to(head, (B, P))
+    live_BP = rank < jnp.take_along_axis(lengths, head, axis=1)
+    seen_BTP = live_BP[:, None] if live is None else live_BP[:, None] & live
+    seen = jnp.moveaxis(seen_BTP.reshape(B, -1, C, size), 1, 2)[:, :, None, :, None]
+    seen = seen & layout.owned[:, :, :, None, None]  # [B, C, M, T, 1, size]
 
-    queries = q.reshape(B, K, G, H)[:, layout.heads.ravel()].reshape(B, C, M * G, H)
-    keys = k_pool.reshape(B, C, size, H)
+    def of_blocks(x: jax.Array) -> jax.Array:
+        """[B, K, …] to [B, C·M, …]: what belongs to the heads of each block."""
+        index = jnp.broadcast_to(layout.heads.reshape(-1, C * M), (B, C * M))
+        return jnp.take_along_axis(x, index.reshape(B, C * M, *(1,) * (x.ndim - 2)), axis=1)
+
+    queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 2)
+    queries = of_blocks(queries).reshape(B, C, M * T * G, H)
+    keys = plain(k_pool, q.dtype).reshape(B, C, size, H)
     logits = jnp.einsum("bcqh,bcsh->bcqs", queries, keys, preferred_element_type=jnp.float32)
-    logits = soft_cap(logits * scale, softcap).reshape(B, C, M, G, size)
-    logits = jnp.where(live, logits, NEG_INF)
+    if isinstance(k_pool, Quantized):
+        logits = logits * k_pool.scale.reshape(B, C, 1, size)
+    logits = soft_cap(logits * scale, softcap).reshape(B, C, M, T, G, size)
+    logits = jnp.where(seen, logits, NEG_INF)
 
-    top = jnp.max(logits, axis=-1).reshape(B, 1, C * M, G)
-    head_of = jnp.asarray(layout.head_of)
-    top = jnp.max(jnp.where(head_of[None, :, :, None], top, NEG_INF), axis=2)
-    shift = top[:, layout.heads.ravel()].reshape(B, C, M, G, 1)
-    weights = jnp.where(live, jnp.exp(logits - shift), 0.0)
+    top = jnp.max(logits, axis=-1).reshape(B, 1, C * M, T * G)
+    top = jnp.max(jnp.where(layout.head_of[..., None], top, NEG_INF), axis=2)
+    shift = of_blocks(top).reshape(B, C, M, T, G, 1)
+    weights = jnp.where(seen, jnp.exp(logits - shift), 0.0)
     # A one-hot for every sequence: a product without a batch would transpose the blocks' outputs.
-    one_hot = jnp.broadcast_to(head_of.astype(jnp.float32)[None], (B, K, C * M))
-    total = jnp.einsum("bkx,bxg->bkg", one_hot, jnp.sum(weights, axis=-1).reshape(B, C * M, G))
+    one_hot = jnp.broadcast_to(layout.head_of.astype(jnp.float32), (B, K, C * M))
+    sums = jnp.sum(weights, axis=-1).reshape(B, C * M, T * G)
+    total = jnp.einsum("bkx,bxq->bkq", one_hot, sums)
+    weights = weights.reshape(B, C, M * T * G, size)
+    if isinstance(v_pool, Quantized):
+        weights = weights * jnp.where(live_BP, v_pool.scale, 0.0).reshape(B, C, 1, size)
 
-    def attend(values: jax.Array) -> jax.Array:
+    def weigh(values: jax.Array) -> jax.Array:
+        values = values.reshape(B, C, size, -1)
         out = jnp.einsum(
             "bcqs,bcsy->bcqy",
-            weights.reshape(B, C, M * G, size).astype(values.dtype),
-            values.reshape(B, C, size, Y),
+            weights.astype(values.dtype),
+            values,
             preferred_element_type=jnp.float32,
         )
-        out = jnp.einsum("bkx,bxz->bkz", one_hot, out.reshape(B, C * M, G * Y))
-        return out.reshape(B, K, G, Y)
+        return jnp.einsum("bkx,bxz->bkz", one_hot, out.reshape(B, C * M, -1))
 
+    out = clean_if_needed(weigh, plain(v_pool, q.dtype), live_BP[..., None])
     divisor = jnp.maximum(total, 1e-30)
-    out = clean_if_needed(attend, v_pool, live_BP[..., None]) / divisor[..., None]
+    out = out.reshape(B, K, T * G, -1) / divisor[..., None]
     lse = jnp.where(total > 0, top + jnp.log(divisor), NEG_INF)
-    return out.reshape(B, N, Y), lse.reshape(B, N)
+
+    def by_query(x: jax.Array) -> jax.Array:
+        """[B, K, T·G, …] to [B, T, N, …]."""
+        return jnp.moveaxis(x.reshape(B, K, T, G, *x.shape[3:]), 1, 2).reshape(
+            B, T, N, *x.shape[3:]
+        )
+
+    return by_query(out), by_query(lse)

@@ -4,28 +4,35 @@ Logits, softmax and accumulators are fp32 whatever the entries' dtype. Slots tha
 replaced before they are used, so that whatever they hold (NaN too) never reaches the output.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels.quantized import Entries, Quantized, plain
+from pallas_kernels.segments import StaticSegments
 
 NEG_INF = -1e30  # finite, so that a row without live slots gives 0 and not NaN
 
 
 def softmax_attend(
-    logits_BKGS: jax.Array, v_BKSH: jax.Array, live_BKS: jax.Array
+    logits_BKGS: jax.Array, v_BKSH: Entries, live_BKS: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax over the live slots, then the weighted sum of the values.
 
     Args:
         logits_BKGS: [B, K, G, S] fp32, G queries that read the same KV head.
+        dtype: in which quantized values are read.
 
     Returns:
         out [B, K, G, Hv] fp32 and lse [B, K, G] fp32, −1e30 where no slot is live.
     """
     weights, total, lse = masked_softmax(logits_BKGS, live_BKS)
-    out = clean_if_needed(lambda v: weighted_values(weights, v), v_BKSH, live_BKS[..., None])
+    if isinstance(v_BKSH, Quantized):
+        weights = weights * jnp.where(live_BKS, v_BKSH.scale, 0.0)[:, :, None]
+    values = plain(v_BKSH, dtype)
+    out = clean_if_needed(lambda v: weighted_values(weights, v), values, live_BKS[..., None])
     return out / total[..., None], lse
 
 
@@ -64,9 +71,11 @@ def clean_if_needed(
     )
 
 
-def scores(q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+def scores(q_BKGH: jax.Array, k_BKSH: Entries) -> jax.Array:
     """q·k, [B, K, G, S] fp32."""
-    return jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    keys = plain(k_BKSH, q_BKGH.dtype)
+    logits = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, keys, preferred_element_type=jnp.float32)
+    return logits * k_BKSH.scale[:, :, None] if isinstance(k_BKSH, Quantized) else logits
 
 
 def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -76,8 +85,8 @@ def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 def gqa_decode(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Entries,
+    v: Entries,
     lengths: jax.Array,
     scale: float,
     window: int | None,
@@ -92,70 +101,55 @@ def gqa_decode(
         live &= slots >= lengths[:, None] - window
     live = jnp.broadcast_to(live[:, None], (B, K, S))
     logits = soft_cap(scores(q.reshape(B, K, N // K, H), k) * scale, softcap)
-    out, lse = softmax_attend(logits, v, live)
+    out, lse = softmax_attend(logits, v, live, q.dtype)
     return out.reshape(B, N, v.shape[-1]), lse.reshape(B, N)
 
 
 def ragged_gqa_decode(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    starts: Sequence[int],
-    capacities: Sequence[int],
+    k_pool: Entries,
+    v_pool: Entries,
+    segments: StaticSegments,
     lengths: jax.Array,
     scale: float,
     softcap: float | None,
     live_pool: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.ragged_gqa_decode`; one slice of the pool a head, none padded."""
-    B, N, H = q.shape
-    K = len(starts)
-    live_BP = live_rows(starts, capacities, lengths, k_pool.shape[1])
-    if live_pool is not None:
-        live_BP &= live_pool
-    segments = [slice(s, s + size) for s, size in zip(starts, capacities, strict=True)]
-    groups = jnp.split(q.reshape(B, K, N // K, H), K, axis=1)
-    parts = [
-        masked_softmax(
-            soft_cap(scores(group, k_pool[:, None, segment]) * scale, softcap),
-            live_BP[:, None, segment],
-        )
-        for group, segment in zip(groups, segments, strict=True)
-    ]
-
-    def attend(v: jax.Array) -> jax.Array:
-        heads = zip(parts, segments, strict=True)
-        return jnp.concatenate(
-            [weighted_values(weights, v[:, None, part]) for (weights, _, _), part in heads], axis=1
-        )
-
-    total, lse = (jnp.concatenate([part[i] for part in parts], axis=1) for i in (1, 2))
-    out = clean_if_needed(attend, v_pool, live_BP[..., None]) / total[..., None]
-    return out.reshape(B, N, v_pool.shape[-1]), lse.reshape(B, N)
+    """See `pallas_kernels.ragged_gqa_decode`: one slice of the pool a head, none padded."""
+    (B, N, H), K = q.shape, segments.num_heads
+    groups = q.reshape(B, K, N // K, H)
+    outs, lses = [], []
+    for head, (start, size) in enumerate(zip(segments.starts, segments.capacities, strict=True)):
+        rows = slice(start, start + size)
+        k, v = _segment(k_pool, rows), _segment(v_pool, rows)
+        live = jnp.arange(size, dtype=jnp.int32)[None] < lengths[:, head, None]
+        if live_pool is not None:
+            live &= live_pool[:, rows]
+        logits = soft_cap(scores(groups[:, head, None], k) * scale, softcap)
+        out, lse = softmax_attend(logits, v, live[:, None], q.dtype)
+        outs.append(out)
+        lses.append(lse)
+    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+    return out.reshape(B, N, -1), lse.reshape(B, N)
 
 
-def live_rows(
-    starts: Sequence[int], capacities: Sequence[int], lengths_BK: jax.Array, rows: int
-) -> jax.Array:
-    """[B, P] bool: the first lengths[b, k] rows of every head's segment."""
-    rank, head = np.full(rows, np.iinfo(np.int32).max, np.int32), np.zeros(rows, np.int32)
-    for index, (start, capacity) in enumerate(zip(starts, capacities, strict=True)):
-        rank[start : start + capacity] = np.arange(capacity)
-        head[start : start + capacity] = index
-    return jnp.asarray(rank)[None] < lengths_BK[:, head]
+def _segment(pool: Entries, rows: slice) -> Entries:
+    """[B, 1, rows, H] of a pool."""
+    return jax.tree.map(lambda leaf: leaf[:, None, rows], pool)
 
 
 def mla_decode(
     q_latent: jax.Array,
     q_rope: jax.Array,
-    latent: jax.Array,
-    k_rope: jax.Array,
+    latent: Entries,
+    k_rope: Entries,
     lengths: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.mla_decode`; returns the latent output and lse, both fp32."""
     slots = jnp.arange(latent.shape[1], dtype=jnp.int32)[None]
     live = (slots < lengths[:, None])[:, None]
-    logits = scores(q_latent[:, None], latent[:, None]) + scores(q_rope[:, None], k_rope[:, None])
-    out, lse = softmax_attend(logits * scale, latent[:, None], live)
+    latent, k_rope = jax.tree.map(lambda x: x[:, None], (latent, k_rope))
+    logits = scores(q_latent[:, None], latent) + scores(q_rope[:, None], k_rope)
+    out, lse = softmax_attend(logits * scale, latent, live, q_latent.dtype)
     return out[:, 0], lse[:, 0]

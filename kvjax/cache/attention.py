@@ -1,6 +1,5 @@
 """Causal attention of many queries, by position: what prefill and training run."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantized import Entries, dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
 
 QUERY_TILE = 256  # rows of the score matrix that exist at a time
-KEY_TILE = 512  # slots whose keys are rebuilt at a time
+KEY_TILE = 512  # cached entries that are read at a time
 
 
 @dataclass(frozen=True)
@@ -81,55 +81,95 @@ def _attend_block(q_BTNH, k_BSKH, v_BSKH, mask_BTS, spec):
     return jnp.swapaxes(out, 1, 2)
 
 
-def expanded_attention(
+def cached_attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSCX: Float[Array, "B S C X"],
-    v_BSCY: Float[Array, "B S C Y"],
+    k: Entries,
+    v: Entries,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     spec: AttentionSpec,
-    expand: Expand,
-) -> Float[Array, "B T N Y"]:
-    """`causal_attention` with keys that `expand` rebuilds, KEY_TILE slots at a time.
+    expand: Expand | None = None,
+) -> tuple[Float[Array, "B T N Y"], Float[Array, "B T N"]]:
+    """`causal_attention` over cached entries, which are read where they lie, tile by tile.
 
-    The partial results of the tiles are merged by the online softmax (arXiv 2205.14135), so that
-    no more than one tile of rebuilt keys exists. Values are used as they are cached.
+    The partial results of the tiles are merged by the online softmax (arXiv 2205.14135). A tile
+    that no query of a block sees is skipped, so a chunk at the start of a long cache costs little.
+
+    Args:
+        k, v: [B, C, S, X] and [B, C, S, Y].
+        expand: rebuilds keys from the entries, one tile at a time.
+
+    Returns:
+        out and lse, fp32; 0 and −1e30 for queries that see nothing.
     """
-    B, T, N, _ = q_BTNH.shape
-    S, C, Y = v_BSCY.shape[1:]
-    size = min(KEY_TILE, S)
-    tiles = -(-S // size)
-    pad = ((0, 0), (0, tiles * size - S))
-    k = jnp.pad(k_BSCX, (*pad, (0, 0), (0, 0)))
-    v = jnp.pad(v_BSCY, (*pad, (0, 0), (0, 0)))
-    positions = jnp.pad(k_positions, pad, constant_values=-1)
+    T = q_BTNH.shape[1]
 
-    def merge(state, tile):
-        top, total, acc = state
-        k_tile, values, tile_positions = tile
-        keys = expand(k_tile, tile_positions)
-        q = q_BTNH.reshape(B, T, keys.shape[2], -1, keys.shape[3])
-        logits = jnp.einsum("btmgh,bsmh->bmgts", q, keys, preferred_element_type=jnp.float32)
-        logits = soft_cap(logits * spec.scale, spec.softcap).reshape(B, N, T, size)
-        mask = visible(q_positions, tile_positions, spec.window)[:, None]
-        logits = jnp.where(mask, logits, NEG_INF)
-        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-        weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0.0)
-        shrink = jnp.exp(top - new_top)
-        grouped = weights.astype(values.dtype).reshape(B, C, N // C, T, size)
-        out = jnp.einsum("bcgts,bscy->bcgty", grouped, values, preferred_element_type=jnp.float32)
-        acc = acc * shrink[..., None] + out.reshape(B, N, T, Y)
-        return (new_top, total * shrink + jnp.sum(weights, axis=-1), acc), None
+    def attend(q, positions):
+        return _attend_tiles(q, k, v, positions, k_positions, spec, expand)
+
+    if T <= QUERY_TILE:
+        return attend(q_BTNH, q_positions)
+    tiles = -(-T // QUERY_TILE)
+    pad = ((0, 0), (0, tiles * QUERY_TILE - T))
+    q = _split(jnp.pad(q_BTNH, (*pad, (0, 0), (0, 0))), tiles)
+    positions = _split(jnp.pad(q_positions, pad, constant_values=-1), tiles)
+    out, lse = jax.lax.map(lambda tile: attend(*tile), (q, positions))
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], tiles * QUERY_TILE, *x.shape[3:])[:, :T]
+
+    return join(out), join(lse)
+
+
+def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
+    B, T, N, _ = q_BTNH.shape
+    _, C, S, Y = v.shape
+    size = min(KEY_TILE, S)
+
+    def merge(tile, state):
+        start = jnp.minimum(tile * size, S - size)
+
+        def cut(entries, axis):
+            return jax.tree.map(
+                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), entries
+            )
+
+        # The last tile may reach back into the one before it.
+        fresh = start + jnp.arange(size, dtype=jnp.int32) >= tile * size
+        positions = jnp.where(fresh[None], cut(k_positions, 1), -1)
+        mask = visible(q_positions, positions, spec.window)[:, None]
+
+        def attend(state):
+            top, total, acc = state
+            keys = dequantize(cut(k, 2), q_BTNH.dtype)
+            if expand is not None:
+                keys = jnp.swapaxes(expand(jnp.swapaxes(keys, 1, 2), positions), 1, 2)
+            q = q_BTNH.reshape(B, T, keys.shape[1], -1, keys.shape[3])
+            logits = jnp.einsum("btmgh,bmsh->bmgts", q, keys, preferred_element_type=jnp.float32)
+            logits = soft_cap(logits * spec.scale, spec.softcap).reshape(B, N, T, size)
+            logits = jnp.where(mask, logits, NEG_INF)
+            new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+            weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            values = dequantize(cut(v, 2), q_BTNH.dtype)
+            rows = weights.astype(values.dtype).reshape(B, C, -1, size)
+            # A plain batched product: XLA:CPU refuses other forms of it in bfloat16.
+            out = jnp.matmul(rows, values, preferred_element_type=jnp.float32)
+            acc = acc * shrink[..., None] + out.reshape(B, N, T, Y)
+            return new_top, total * shrink + jnp.sum(weights, axis=-1), acc
+
+        return jax.lax.cond(jnp.any(mask), attend, lambda state: state, state)
 
     start = (
         jnp.full((B, N, T), NEG_INF, jnp.float32),
         jnp.zeros((B, N, T), jnp.float32),
         jnp.zeros((B, N, T, Y), jnp.float32),
     )
-    split = functools.partial(_split, tiles=tiles)
-    (_, total, acc), _ = jax.lax.scan(merge, start, (split(k), split(v), split(positions)))
-    out = acc / jnp.maximum(total, 1e-30)[..., None]
-    return jnp.moveaxis(out, 1, 2).astype(q_BTNH.dtype)
+    top, total, acc = jax.lax.fori_loop(0, -(-S // size), merge, start)
+    divisor = jnp.maximum(total, 1e-30)
+    lse = jnp.where(total > 0, top + jnp.log(divisor), NEG_INF)
+    return jnp.moveaxis(acc / divisor[..., None], 1, 2), jnp.moveaxis(lse, 1, 2)
 
 
 def _split(x: jax.Array, tiles: int) -> jax.Array:

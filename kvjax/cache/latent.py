@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -10,45 +11,60 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import slots
-from kvjax.cache.attention import AttentionSpec, causal_attention
-from pallas_kernels import mla_decode
+from kvjax.cache.attention import AttentionSpec, cached_attention
+from kvjax.cache.entries import empty
+from pallas_kernels import dequantize, mla_decode
 
 
 @flax.struct.dataclass
 class LatentCache:
-    """Latents and rotary keys of all tokens; the slot of a token is its position.
+    """Latents and rotary keys, in the order of time.
 
     Attributes:
-        latent, k_rope: [B, S, L] and [B, S, R].
-        lengths: [B] int32, tokens given so far; above S the surplus was dropped.
+        latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`.
+        lengths: [B] int32, tokens given so far; what does not fit is dropped.
+        evicted: [B] int32, tokens of the prompt that were not kept; None for none.
     """
 
     latent: Any
     k_rope: Any
     lengths: Any
+    evicted: Any = None
 
     @classmethod
     def create(cls, batch: int, capacity: int, rank: int, rope_dim: int, dtype) -> LatentCache:
         """An empty cache for `capacity` tokens a sequence."""
         return cls(
-            latent=jnp.zeros((batch, capacity, rank), dtype),
-            k_rope=jnp.zeros((batch, capacity, rope_dim), dtype),
+            latent=empty((batch, capacity, rank), dtype),
+            k_rope=empty((batch, capacity, rope_dim), dtype),
             lengths=jnp.zeros((batch,), jnp.int32),
         )
 
     @property
-    def capacity(self) -> int:
-        return self.latent.shape[1]
+    def capacity(self) -> int | jax.Array:
+        return self.latent.shape[1] if self.evicted is None else self.latent.shape[1] + self.evicted
+
+    @property
+    def used(self) -> jax.Array:
+        """[B] slots given out, beyond S where tokens were dropped."""
+        return self.lengths if self.evicted is None else self.lengths - self.evicted
 
     def append(self, latent: jax.Array, k_rope: jax.Array, positions: jax.Array) -> LatentCache:
         """Stores the new entries [B, T, L] and [B, T, R] where position ≥ 0."""
-        where, lengths = slots.token_slots(self.lengths, positions, self.capacity)
+        where, used = slots.token_slots(self.used, positions, self.latent.shape[1])
 
         def write(buffer, new):
-            return slots.write_rows(buffer[:, None], new[:, :, None], where)[:, 0]
+            one_head = jax.tree.map(lambda leaf: leaf[:, None], buffer)
+            written = slots.write_rows(one_head, new[:, :, None], where)
+            return jax.tree.map(lambda leaf: leaf[:, 0], written)
 
         with jax.named_scope("cache_update"):
-            return LatentCache(write(self.latent, latent), write(self.k_rope, k_rope), lengths)
+            return dataclasses.replace(
+                self,
+                latent=write(self.latent, latent),
+                k_rope=write(self.k_rope, k_rope),
+                lengths=self.lengths + used - self.used,
+            )
 
     def attend_absorbed(
         self,
@@ -65,7 +81,8 @@ class LatentCache:
             [B, T, N, L] attention-weighted latents, before the value up-projection; the cache.
         """
         cache = self.append(latent, k_rope, positions)
-        live = jnp.minimum(cache.lengths, self.capacity)
+        S = self.latent.shape[1]
+        live = jnp.minimum(cache.used, S)
         with jax.named_scope("attend"):
             if q_latent.shape[1] == 1:
                 out = mla_decode(
@@ -73,10 +90,14 @@ class LatentCache:
                 )
                 return out[:, None], cache
             q = jnp.concatenate([q_latent, q_rope], axis=-1)
-            k = jnp.concatenate([cache.latent, cache.k_rope], axis=-1)[:, :, None]
-            q_slots = slots.query_slots(self.lengths, positions)
-            k_slots = slots.live_slots(live, self.capacity)
-            out = causal_attention(
-                q, k, cache.latent[:, :, None], q_slots, k_slots, AttentionSpec(scale)
-            )
-            return out, cache
+            keys, values = cache.keys_and_values(q.dtype)
+            at, held = slots.query_slots(self.used, positions), slots.live_slots(live, S)
+            out, _ = cached_attention(q, keys, values, at, held, AttentionSpec(scale))
+            return out.astype(q.dtype), cache
+
+    def keys_and_values(
+        self, dtype: Any
+    ) -> tuple[Float[Array, "B 1 S X"], Float[Array, "B 1 S L"]]:
+        """Latents beside rotary keys, and latents: what a head with all of both would cache."""
+        latent = dequantize(self.latent, dtype)[:, None]
+        return jnp.concatenate([latent, dequantize(self.k_rope, dtype)[:, None]], axis=-1), latent

@@ -1,8 +1,9 @@
-"""A dense cache that also remembers the last queries: what compression after prefill reads."""
+"""A prompt's cache while it is read: what compression after prefill looks at."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -11,6 +12,28 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.dense import DenseCache
+from kvjax.cache.latent import LatentCache
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """What a token scorer wants to know of the queries of a prompt; hashable."""
+
+    def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Any:
+        """Its first state, for arrays of these shapes."""
+        ...
+
+    def watch(
+        self,
+        state: Any,
+        q_BTNH: jax.Array,
+        positions_BT: jax.Array,
+        keys_BKSX: jax.Array,
+        lengths_B: jax.Array,
+        spec: AttentionSpec,
+    ) -> Any:
+        """The state after a chunk of queries, which the keys include; −1 marks padding."""
+        ...
 
 
 @flax.struct.dataclass
@@ -18,27 +41,56 @@ class PromptCache:
     """One layer's prompt while it is read.
 
     Attributes:
-        dense: its keys and values.
+        base: the uncompressed cache of its keys and values, or latents.
         queries: [B, w, N, H] the last w queries of each sequence, rotated, the newest last; rows
             of sequences shorter than w start with zeros.
+        expanded: a cache of rebuilt keys [B, M, S, H], where `base` holds latents of keys.
+        seen: state of the observer.
     """
 
-    dense: DenseCache
+    base: Any
     queries: Any
+    expanded: Any = None
+    seen: Any = None
+    observer: Observer | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def create(cls, dense: DenseCache, window: int, num_heads: int, head_dim: int) -> PromptCache:
-        """An empty cache that keeps the last `window` queries."""
-        shape = (dense.k.shape[0], window, num_heads, head_dim)
-        return cls(dense=dense, queries=jnp.zeros(shape, dense.k.dtype))
+    def create(
+        cls,
+        base: DenseCache | LatentCache,
+        window: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: Any,
+        expanded: DenseCache | None = None,
+        observer: Observer | None = None,
+    ) -> PromptCache:
+        """An empty cache that keeps the last `window` queries of `num_heads` × `head_dim`."""
+        queries = jnp.zeros((base.lengths.shape[0], window, num_heads, head_dim), dtype)
+        cache = cls(base, queries, expanded, observer=observer)
+        if observer is None:
+            return cache
+        return dataclasses.replace(cache, seen=observer.start(queries, cache.keys))
 
     @property
     def lengths(self) -> jax.Array:
-        return self.dense.lengths
+        return self.base.lengths
 
     @property
     def capacity(self) -> int:
-        return self.dense.capacity
+        return self.base.capacity
+
+    @property
+    def keys(self) -> Float[Array, "B K S X"]:
+        """The keys that queries meet."""
+        if self.expanded is not None:
+            return self.expanded.k
+        return self.base.k if isinstance(self.base, DenseCache) else self._latents()[0]
+
+    @property
+    def values(self) -> Float[Array, "B K S Y"]:
+        """The values, or latents of values."""
+        return self.base.v if isinstance(self.base, DenseCache) else self._latents()[1]
 
     def attend(
         self,
@@ -49,12 +101,47 @@ class PromptCache:
         spec: AttentionSpec,
         expand: Expand | None = None,
     ) -> tuple[Float[Array, "B T N Hv"], PromptCache]:
-        """See `Cache.attend`."""
-        out, dense = self.dense.attend(q, k, v, positions, spec, expand)
-        window = self.queries.shape[1]
-        # Padding is on the right, so the newest queries end where the valid tokens do.
-        count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-        seen = jnp.concatenate([self.queries, q.astype(self.queries.dtype)], axis=1)
-        last = count[:, None] + jnp.arange(window, dtype=jnp.int32)[None]
-        queries = jnp.take_along_axis(seen, last[:, :, None, None], axis=1)
-        return out, PromptCache(dense=dense, queries=queries)
+        """See `Cache.attend`; latents of keys are expanded once, when they come in."""
+        if expand is None:
+            out, base = self.base.attend(q, k, v, positions, spec)
+            return out, self._after(base, None, q, positions, spec)
+        base = self.base.append(k, v, positions)
+        held = DenseCache(self.expanded.k, self.base.v, self.base.lengths)
+        out, held = held.attend(q, expand(k, positions), v, positions, spec)
+        expanded = dataclasses.replace(self.expanded, k=held.k, lengths=held.lengths)
+        return out, self._after(base, expanded, q, positions, spec)
+
+    def attend_absorbed(
+        self,
+        q_latent: Float[Array, "B T N L"],
+        q_rope: Float[Array, "B T N R"],
+        latent: Float[Array, "B T L"],
+        k_rope: Float[Array, "B T R"],
+        positions: Int[Array, "B T"],
+        scale: float,
+    ) -> tuple[Float[Array, "B T N L"], PromptCache]:
+        """See `LatentCache.attend_absorbed`."""
+        out, base = self.base.attend_absorbed(q_latent, q_rope, latent, k_rope, positions, scale)
+        q = jnp.concatenate([q_latent, q_rope], axis=-1)
+        return out, self._after(base, None, q, positions, AttentionSpec(scale))
+
+    def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:
+        queries = last_queries(self.queries, q, positions)
+        cache = dataclasses.replace(self, base=base, expanded=expanded, queries=queries)
+        if self.observer is None:
+            return cache
+        seen = self.observer.watch(self.seen, q, positions, cache.keys, base.lengths, spec)
+        return dataclasses.replace(cache, seen=seen)
+
+    def _latents(self) -> tuple[jax.Array, jax.Array]:
+        return self.base.keys_and_values(self.queries.dtype)
+
+
+def last_queries(
+    old: Float[Array, "B w N H"], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
+) -> Float[Array, "B w N H"]:
+    """The last w of the old queries and the new ones, padding left out (it is on the right)."""
+    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    seen = jnp.concatenate([old, q.astype(old.dtype)], axis=1)
+    last = count[:, None] + jnp.arange(old.shape[1], dtype=jnp.int32)[None]
+    return jnp.take_along_axis(seen, last[:, :, None, None], axis=1)

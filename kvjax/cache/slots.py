@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from kvjax.cache.entries import encode
+from pallas_kernels.quantized import Entries
+
 SCATTER_UPCASTS = jax.__version_info__ < (0, 11)
 
 
@@ -22,10 +25,12 @@ def token_slots(
 
 
 def write_rows(
-    buffer: Shaped[Array, "B K S X"], new: Shaped[Array, "B T K X"], slots: Int[Array, "B T"]
-) -> Shaped[Array, "B K S X"]:
-    """Writes new[b, t, k] to buffer[b, k, slots[b, t]]; out-of-range slots are dropped."""
-    new = new.astype(buffer.dtype)
+    buffer: Entries, new: Shaped[Array, "B T K *X"], slots: Int[Array, "B T"]
+) -> Entries:
+    """Writes new[b, t, k] to buffer[b, k, slots[b, t]]; out-of-range slots are dropped.
+
+    `buffer` is [B, K, S, …].
+    """
 
     def scatter(buffer, new, slots):
         # An index for every head too: XLA turns a scatter of one window, which a single sequence
@@ -38,14 +43,14 @@ def write_rows(
         hit = slots == jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]
         return select_bits(hit[:, None, :, None], jnp.swapaxes(new, 1, 2), buffer)
 
-    return _write_in_place(scatter, select, buffer, new, slots)
+    return _write_in_place(scatter, select, buffer, encode(new, buffer), slots)
 
 
-def write_pool(
-    pool: Shaped[Array, "B P X"], new: Shaped[Array, "B T K X"], rows: Int[Array, "B T K"]
-) -> Shaped[Array, "B P X"]:
-    """Writes new[b, t, k] to pool[b, rows[b, t, k]]; out-of-range rows are dropped."""
-    new = new.astype(pool.dtype)
+def write_pool(pool: Entries, new: Shaped[Array, "B T K *X"], rows: Int[Array, "B T K"]) -> Entries:
+    """Writes new[b, t, k] to pool[b, rows[b, t, k]]; out-of-range rows are dropped.
+
+    `pool` is [B, P, …].
+    """
 
     def scatter(pool, new, rows):
         batch = jnp.arange(pool.shape[0], dtype=jnp.int32)[:, None, None]
@@ -65,17 +70,17 @@ def write_pool(
         turns = jnp.any(rows < pool.shape[1]).astype(jnp.int32)
         return jax.lax.fori_loop(0, turns, write_heads, pool)
 
-    return _write_in_place(scatter, select, pool, new, rows)
+    return _write_in_place(scatter, select, pool, encode(new, pool), rows)
 
 
-def _write_in_place(scatter, select, buffer: jax.Array, new: jax.Array, slots: jax.Array):
+def _write_in_place(scatter, select, buffer: Entries, new: Entries, slots: jax.Array) -> Entries:
     """Scatters; one token into bfloat16 on a CPU is written by `select` instead.
 
     Before jax 0.11, XLA:CPU scatters bfloat16 in float32: it converts the whole buffer, there and
     back. A select that covers the buffer is in place and one pass.
     """
-    if buffer.dtype != jnp.bfloat16 or new.shape[1] != 1 or not SCATTER_UPCASTS:
-        return scatter(buffer, new, slots)
+    if buffer.dtype != jnp.bfloat16 or slots.shape[1] != 1 or not SCATTER_UPCASTS:
+        return jax.tree.map(lambda leaf, rows: scatter(leaf, rows, slots), buffer, new)
     return jax.lax.platform_dependent(buffer, new, slots, cpu=select, default=scatter)
 
 

@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
-from kvjax.headkv.budgets import allocate, largest_remainder, token_budget
+from kvjax.headkv.budgets import (
+    checked,
+    group_scores,
+    head_caps,
+    largest_remainder,
+    normalise,
+    token_budget,
+)
 from kvjax.headkv.scores import HeadScores
 
 
@@ -21,6 +28,7 @@ class Request:
         kv_size: C, mean tokens a KV head, the window included.
         window: w, the last tokens, which every head keeps besides its budget.
         prompt_len: n; a budget above n − w is useless.
+        sliding: [L] the sliding window of each layer, None without one; () for no layer with one.
     """
 
     num_layers: int
@@ -28,6 +36,7 @@ class Request:
     kv_size: int
     window: int
     prompt_len: int
+    sliding: tuple[int | None, ...] = ()
 
     @property
     def budget(self) -> int:
@@ -39,9 +48,19 @@ class Request:
         """n − w, the most that a head can keep besides the window."""
         return max(self.prompt_len - self.window, 0)
 
+    @property
+    def limits(self) -> Int[np.ndarray, "L 1"]:
+        """The most that a head of each layer can use: behind a sliding window nothing is seen."""
+        seen = [min(self.prompt_len, window or self.prompt_len) for window in self.sliding]
+        seen = seen or [self.prompt_len] * self.num_layers
+        return np.maximum(np.asarray(seen) - self.window, 0)[:, None]
+
 
 Allocator = Callable[[Request], np.ndarray]
-"""Budgets [L, K], whole numbers of 0 … limit, whose mean is at most min(budget, limit)."""
+"""Budgets [L, K], whole numbers of at least 0, whose mean is at most min(budget, limit).
+
+What a layer gets above its limit is not used.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,11 +99,5 @@ class HeadImportance:
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         if self.scores is None:
             raise ValueError("head importance has no scores; resolve() fills in the model's own")
-        return allocate(
-            self.scores,
-            request.kv_size,
-            request.window,
-            self.beta,
-            request.num_kv_heads,
-            request.prompt_len,
-        )
+        values = group_scores(checked(self.scores.mean), request.num_kv_heads)
+        return head_caps(normalise(values), request.budget, self.beta, request.limits)

@@ -60,7 +60,8 @@ def allocate(
         return reference_caps(normalise(values), budget, beta, limit)
     if granularity == "kv_head":
         values = group_scores(values, num_kv_heads)
-    return head_caps(normalise(values), budget, beta, limit)
+    limits = None if limit is None else np.full((len(values), 1), limit)
+    return head_caps(normalise(values), budget, beta, limits)
 
 
 def token_budget(kv_size: int, window: int) -> int:
@@ -122,31 +123,35 @@ def reference_caps(
 
 
 def head_caps(
-    shares: Float64[np.ndarray, "L heads"], budget: int, beta: float, limit: int | None
+    shares: Float64[np.ndarray, "L heads"],
+    budget: int,
+    beta: float,
+    limits: Int[np.ndarray, "L 1"] | None,
 ) -> Int32[np.ndarray, "L heads"]:
-    """Budgets that sum to exactly min(b, limit)·L·heads, none above the limit."""
-    caps = real_caps(shares, budget, beta)
-    if limit is not None:
-        caps = water_fill(caps, shares, limit, budget * shares.size)
-        budget = min(budget, limit)
-    return largest_remainder(caps, budget * shares.size)
+    """Budgets that sum to exactly Σ min(b, what the limits leave), none above its layer's limit."""
+    caps, total = real_caps(shares, budget, beta), budget * shares.size
+    if limits is not None:
+        most = np.broadcast_to(limits, shares.shape)
+        total = min(total, int(most.sum()))
+        caps = water_fill(caps, shares, most, total)
+    return largest_remainder(caps, total)
 
 
 def water_fill(
     caps: Float64[np.ndarray, "L heads"],
     shares: Float64[np.ndarray, "L heads"],
-    limit: int,
+    limits: Int[np.ndarray, "L heads"],
     total: int,
 ) -> Float64[np.ndarray, "L heads"]:
-    """Clips at the limit and gives what is left to the other heads in proportion to their shares.
+    """Clips at the limits and gives what is left to the other heads in proportion to their shares.
 
     Heads without a share come last, in equal parts.
     """
-    if total >= limit * caps.size:
-        return np.full_like(caps, limit)
-    while (caps > limit).any():
-        caps = np.minimum(caps, limit)
-        free = caps < limit
+    if total >= limits.sum():
+        return limits.astype(np.float64)
+    while (caps > limits).any():
+        caps = np.minimum(caps, limits)
+        free = caps < limits
         weights = shares * free if (shares * free).any() else free.astype(np.float64)
         caps = caps + (total - caps.sum()) * (weights / weights.sum())
     return caps

@@ -17,17 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from kvjax.answers import rouge1_recall, token_f1
-from kvjax.cache import PromptCache
 from kvjax.example import Example
 from kvjax.headkv.batches import Batch, bucketed, make_batch, positions, step_positions
 from kvjax.headkv.gradient import loss_gradient
-from kvjax.headkv.plan import attention_spec, kv_heads, no_head_budget
+from kvjax.headkv.plan import attention_spec, kv_heads, start_prompt
+from kvjax.headkv.prompt import Prompt, query_attention
 from kvjax.headkv.reductions import Reduce, attended, copied, induced
-from kvjax.headkv.scorers import query_attention
 from kvjax.headkv.scores import HeadScores, query_heads
-from kvjax.headkv.selection import Prompt
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import init_layer_cache
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
 """Model, params, batch to scores of every head [B, L, N] and the token expected at each step
@@ -90,8 +87,6 @@ def score_examples(
     Raises:
         ValueError: an unknown estimator, no example, a span outside of its prompt, or no example
             that counts.
-        NotImplementedError: a layer whose heads have no keys of their own, and an estimator that
-            reads attention.
     """
     name, chosen = _estimator(estimator)
     check_examples(examples, chosen.needs_span)
@@ -152,7 +147,6 @@ def score_batch(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
     """Scores of every head, and the token that the model expects at each step."""
-    check_model(model)
 
     def apply(*args: Any, method: str) -> Any:
         return model.apply({"params": params}, *args, method=method)
@@ -163,9 +157,7 @@ def score_batch(
     x = apply(batch.tokens, method="embed")
     scores = []
     for index, layer in enumerate(model.config.layers):
-        dense = init_layer_cache(layer.attention, B, S, x.dtype)
-        heads = query_heads(model.config)[1]
-        cache = PromptCache.create(dense, M, heads, dense.k.shape[-1])
+        cache = start_prompt(layer.attention, B, S, M, x.dtype)
         x, cache = apply(index, x, at, cache, batch.lengths, method="layer")
         prompt = Prompt.create(cache, attention_spec(layer.attention))
         scores.append(reduce(query_attention(prompt), batch))
@@ -199,14 +191,6 @@ def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, 
         "score": score,
         "accepted": bool(accepted),
     }
-
-
-def check_model(model: Transformer) -> None:
-    """Raises NotImplementedError for a layer whose heads have no keys of their own."""
-    for index, layer in enumerate(model.config.layers):
-        reason = no_head_budget(layer.attention)
-        if reason is not None:
-            raise NotImplementedError(f"the heads of layer {index} cannot be scored: {reason}")
 
 
 def check_examples(examples: Sequence[Example], with_span: bool) -> None:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from kvjax.cache import AttentionSpec, PromptCache
-from kvjax.config import AttentionConfig, EqualCacheConfig, MLAConfig, ModelConfig
+import jax.numpy as jnp
+
+from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, PromptCache
+from kvjax.config import AttentionConfig, EqualCacheConfig, GQAConfig, MLAConfig, ModelConfig
+from kvjax.headkv.prompt import Prompt, Scorer
+from kvjax.headkv.scorers import SinksAndRecent
 from kvjax.headkv.scores import attention_heads
-from kvjax.headkv.selection import Caps, Scorer, compress
+from kvjax.headkv.selection import (
+    Caps,
+    Keep,
+    compress_heads,
+    compress_tokens,
+    refresh,
+    store,
+)
+from kvjax.headkv.split import Split
 from kvjax.nn.transformer import init_layer_cache
 
 
 class Plan(ABC):
     """What prefill does with each layer's cache; hashable, a static argument of jit."""
+
+    every: int | None = None
+    """New tokens after which the cache is compressed again; None for never."""
 
     @abstractmethod
     def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> Any:
@@ -24,12 +40,21 @@ class Plan(ABC):
     def finish(self, layer: int, cache: Any, room: int) -> Any:
         """The cache that decode uses, with room for `room` new tokens."""
 
+    def refresh(self, layer: int, cache: Any) -> Any:
+        """The cache compressed again after `every` new tokens."""
+        return cache
+
 
 @dataclass(frozen=True)
 class FullPlan(Plan):
-    """One cache for the prompt and the new tokens."""
+    """All tokens; layers with a sliding window keep no more than the window.
+
+    Attributes:
+        dtype: of the entries, as in `Keep`.
+    """
 
     config: ModelConfig
+    dtype: str | None = None
 
     def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> Any:
         """See `Plan.start`."""
@@ -38,30 +63,115 @@ class FullPlan(Plan):
 
     def finish(self, layer: int, cache: Any, room: int) -> Any:
         """See `Plan.finish`."""
-        return cache
+        attention = self.config.layers[layer].attention
+        if isinstance(cache, DenseCache) and no_head_budget(attention) is None:
+            spec = attention_spec(attention)
+            if spec.window is not None and spec.window < cache.k.shape[2]:
+                return recent_only(cache, spec, self.dtype)
+        if self.dtype is None:
+            return cache
+        names = ("k", "v") if isinstance(cache, DenseCache) else ("latent", "k_rope")
+        parts = {name: store(getattr(cache, name), self.dtype) for name in names}
+        return dataclasses.replace(cache, **parts)
+
+
+def recent_only(cache: DenseCache, spec: AttentionSpec, dtype: str | None) -> HeadBudgetCache:
+    """The last tokens that a sliding window sees, in rings."""
+    assert spec.window is not None
+    K = cache.k.shape[1]
+    keep = Keep((0,) * K, SinksAndRecent(), None, dtype, (0,) * K, (True,) * K)
+    return compress_heads(Prompt.of_dense(cache, spec, spec.window), keep)
 
 
 @dataclass(frozen=True)
 class CompressedPlan(Plan):
-    """Budgets of every KV head, the window not included."""
+    """Budgets of every KV head.
+
+    Attributes:
+        caps: [L][K] budgets, the window not included.
+        window: the last tokens of the prompt, which stay in any case.
+        queries: the last queries that scorers see.
+        scorer, split, dtype: see `Keep`.
+        ring: heads whose budget is below the mean of all keep only so many new tokens.
+        every: see `Plan.every`.
+    """
 
     config: ModelConfig
     caps: tuple[Caps, ...]
     window: int
+    queries: int
     scorer: Scorer
+    split: Split | None = None
+    dtype: str | None = None
+    ring: int | None = None
+    every: int | None = None
 
     def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> PromptCache:
         """See `Plan.start`."""
         attention = self.config.layers[layer].attention
-        dense = init_layer_cache(attention, batch, prompt_len, dtype)
-        return PromptCache.create(
-            dense, self.window, attention_heads(attention)[0], dense.k.shape[-1]
-        )
+        watching = getattr(self.scorer, "observer", None)
+        observer = None if watching is None else watching(attention)
+        return start_prompt(attention, batch, prompt_len, self.queries, dtype, observer)
 
     def finish(self, layer: int, cache: PromptCache, room: int) -> Any:
         """See `Plan.finish`."""
+        attention = self.config.layers[layer].attention
+        prompt = Prompt.create(cache, attention_spec(attention), self.kept_window(layer))
+        if no_head_budget(attention) is not None:
+            return compress_tokens(cache, prompt, self.keep_tokens(layer, room))
+        return compress_heads(prompt, self.keep(layer, room))
+
+    def refresh(self, layer: int, cache: Any) -> Any:
+        """See `Plan.refresh`."""
+        assert self.every is not None
         spec = attention_spec(self.config.layers[layer].attention)
-        return compress(cache, spec, self.caps[layer], self.scorer, room)
+        return refresh(cache, spec, self.kept_window(layer), self.keep(layer, self.every))
+
+    def keep(self, layer: int, room: int) -> Keep:
+        """What stays of a layer whose heads have budgets."""
+        caps = self.caps[layer]
+        sliding = attention_spec(self.config.layers[layer].attention).window is not None
+        room = room if self.every is None else min(room, self.every)
+        mean = sum(map(sum, self.caps)) / sum(map(len, self.caps))
+        small = [self.ring is not None and cap < mean for cap in caps]
+        rooms = tuple(min(room, self.ring or 0) if is_small else room for is_small in small)
+        rings = tuple(sliding or is_small for is_small in small)
+        remember = self.every is not None
+        return Keep(caps, self.scorer, self.split, self.dtype, rooms, rings, remember)
+
+    def keep_tokens(self, layer: int, room: int) -> Keep:
+        """What stays of a layer whose heads share tokens: the mean of its heads' budgets."""
+        caps = self.caps[layer]
+        return Keep(
+            (round(sum(caps) / len(caps)),), self.scorer, None, self.dtype, (room,), (False,)
+        )
+
+    def kept_window(self, layer: int) -> int:
+        """Last tokens that stay in this layer: no more than its sliding window."""
+        spec = attention_spec(self.config.layers[layer].attention)
+        return min(self.window, spec.window or self.window)
+
+
+def start_prompt(
+    attention: AttentionConfig,
+    batch: int,
+    prompt_len: int,
+    queries: int,
+    dtype: Any,
+    observer: Any = None,
+) -> PromptCache:
+    """An empty cache for a prompt that is to be compressed, for any kind of attention."""
+    base = init_layer_cache(attention, batch, prompt_len, dtype)
+    heads = attention_heads(attention)[0]
+    expanded = None
+    if isinstance(attention, MLAConfig):
+        width = attention.kv_lora_rank + attention.qk_rope_head_dim
+    elif isinstance(attention, EqualCacheConfig) and attention.rope_site == "after_up":
+        width = attention.base.head_dim
+        expanded = DenseCache.create(batch, heads, prompt_len, width, 0, dtype)
+    else:
+        width = base.k.shape[-1]
+    return PromptCache.create(base, queries, heads, width, jnp.dtype(dtype), expanded, observer)
 
 
 def no_head_budget(attention: AttentionConfig) -> str | None:
@@ -77,14 +187,24 @@ def no_head_budget(attention: AttentionConfig) -> str | None:
 
 
 def attention_spec(attention: AttentionConfig) -> AttentionSpec:
-    """Scale, sliding window and soft-cap of a layer with head budgets."""
+    """Scale, sliding window and soft-cap of a layer."""
     base = attention.base if isinstance(attention, EqualCacheConfig) else attention
-    return AttentionSpec(base.scale, base.window, getattr(base, "softcap", None))
+    return AttentionSpec(base.scale, getattr(base, "window", None), getattr(base, "softcap", None))
 
 
 def kv_heads(config: ModelConfig) -> int:
-    """K; ValueError where layers differ."""
-    heads = {attention_heads(layer.attention)[1] for layer in config.layers}
+    """Heads that budgets are made for: K of the attention, before its conversion too.
+
+    Raises:
+        ValueError: layers differ.
+    """
+    heads = {budget_heads(layer.attention) for layer in config.layers}
     if len(heads) != 1:
         raise ValueError(f"layers have {sorted(heads)} KV heads, expected the same in all")
     return heads.pop()
+
+
+def budget_heads(attention: AttentionConfig) -> int:
+    """K; 1 for a latent that was not made from heads."""
+    base = attention.base if isinstance(attention, EqualCacheConfig) else attention
+    return base.num_kv_heads if isinstance(base, GQAConfig) else 1

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import ModelConfig
-from kvjax.headkv.allocators import Allocator, HeadImportance, Pyramid, Request, Uniform
-from kvjax.headkv.budgets import token_budget
-from kvjax.headkv.plan import CompressedPlan, FullPlan, Plan, kv_heads, no_head_budget
-from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
-from kvjax.headkv.scores import HeadScores, check_shape, load_scores
-from kvjax.headkv.selection import Scorer
+from kvjax.headkv.allocators import Allocator, HeadImportance, Request
+from kvjax.headkv.plan import (
+    CompressedPlan,
+    FullPlan,
+    Plan,
+    attention_spec,
+    kv_heads,
+    no_head_budget,
+)
+from kvjax.headkv.prompt import Scorer
+from kvjax.headkv.scores import HeadScores, check_shape
+from kvjax.headkv.size import bytes_to_tokens
+from kvjax.headkv.split import Split
+from pallas_kernels.quantized import DTYPES
 
 
 class Policy(ABC):
     """What the cache keeps of a prompt, for any model and prompt length."""
 
     @abstractmethod
-    def plan(self, config: ModelConfig, prompt_len: int) -> Plan:
+    def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> Plan:
         """Budgets for prompts of up to `prompt_len` tokens.
+
+        Args:
+            dtype: of the model's activations; budgets in bytes depend on it.
 
         Raises:
             NotImplementedError: the policy cannot serve a layer of this model; says why.
@@ -38,51 +48,136 @@ class Policy(ABC):
         Raises:
             ValueError: an unknown name or setting, or a value that does not fit.
         """
+        from kvjax.headkv.named import parse
+
         return parse(text)
 
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Everything stays: the uncompressed cache."""
+    """Everything stays: the uncompressed cache.
 
-    def plan(self, config: ModelConfig, prompt_len: int) -> FullPlan:
+    Attributes:
+        entries: "int8" or "fp8" for entries in 8 bits; "" for the model's dtype.
+    """
+
+    entries: str = ""
+
+    def __post_init__(self):
+        entry_dtype(self.entries)
+
+    def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> FullPlan:
         """See `Policy.plan`."""
-        return FullPlan(config)
+        return FullPlan(config, entry_dtype(self.entries))
 
 
 @dataclass(frozen=True)
 class Compress(Policy):
     """Each KV head keeps its budget of tokens, the best by the scorer, and the last `window`.
 
+    The size is given in one of three ways: `kv_size` tokens, a `ratio` of the prompt, or `nbytes`.
+
     Attributes:
         allocator: divides the KV size among the heads, on the host.
         scorer: rates the tokens of a prompt, inside jit; both must be hashable.
-        kv_size: mean tokens a KV head, the window included.
+        kv_size: C, mean tokens a KV head, the window included; 0 for another way.
         window: w, last tokens that always stay; their queries are what scorers see.
+        split: moves budgets between the heads of a layer by the scores of each prompt.
+        ratio: KV size as a share of the prompt's bucket.
+        nbytes: bytes of all layers' entries of one sequence, after prefill.
+        recent: share of the budget that goes to the most recent tokens.
+        entries: "int8" or "fp8" for entries in 8 bits; "" for the model's dtype.
+        ring: bounds the growth: heads with a budget below the mean keep only so many new tokens,
+            the most recent; 0 for no bound.
+        every: compress again after so many new tokens; 0 for never.
     """
 
     allocator: Allocator
     scorer: Scorer
     kv_size: int = 128
     window: int = 8
+    split: Split | None = None
+    ratio: float = 0.0
+    nbytes: int = 0
+    recent: float = 0.0
+    entries: str = ""
+    ring: int = 0
+    every: int = 0
 
     def __post_init__(self):
         if self.window < 1:
             raise ValueError(f"window is {self.window}, expected at least 1")
-        token_budget(self.kv_size, self.window)
+        if sum(bool(size) for size in (self.kv_size, self.ratio, self.nbytes)) != 1:
+            raise ValueError(
+                f"kv_size is {self.kv_size}, ratio {self.ratio} and bytes {self.nbytes}, expected "
+                "one of them"
+            )
+        if not 0 <= self.recent < 1 or not 0 <= self.ratio <= 1:
+            raise ValueError(
+                f"ratio is {self.ratio} and recent {self.recent}, expected 0 to 1 (recent below 1)"
+            )
+        if min(self.kv_size, self.nbytes, self.ring, self.every) < 0:
+            raise ValueError("kv_size, bytes, ring and every are sizes, expected at least 0")
+        if self.ring and self.every:
+            raise ValueError("ring and every both bound the growth, expected one of them")
+        if self.kv_size:
+            check_size(self.kv_size, self.window)
+        entry_dtype(self.entries)
 
-    def plan(self, config: ModelConfig, prompt_len: int) -> CompressedPlan:
+    def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> CompressedPlan:
         """See `Policy.plan`."""
-        for index, layer in enumerate(config.layers):
-            reason = no_head_budget(layer.attention)
-            if reason is not None:
-                raise NotImplementedError(f"layer {index} cannot have head budgets: {reason}")
-        heads = kv_heads(config)
-        request = Request(config.num_layers, heads, self.kv_size, self.window, prompt_len)
+        if self.every:
+            check_again(config, self.scorer)
+        entries = entry_dtype(self.entries)
+        size = self.size(config, prompt_len, entries or dtype)
+        check_size(size, self.window)
+        window = self.window + int(self.recent * (size - self.window))
+        sliding = tuple(attention_spec(layer.attention).window for layer in config.layers)
+        request = Request(config.num_layers, kv_heads(config), size, window, prompt_len, sliding)
         caps = np.asarray(self.allocator(request))
         check_caps(caps, request)
-        as_tuples = tuple(tuple(int(cap) for cap in row) for row in caps)
-        return CompressedPlan(config, as_tuples, self.window, self.scorer)
+        caps = np.minimum(caps, request.limits)
+        return CompressedPlan(
+            config,
+            tuple(tuple(int(cap) for cap in row) for row in caps),
+            window,
+            self.window,
+            self.scorer,
+            self.split,
+            entries,
+            self.ring or None,
+            self.every or None,
+        )
+
+    def size(self, config: ModelConfig, prompt_len: int, dtype: Any) -> int:
+        """C, mean tokens a KV head."""
+        if self.nbytes:
+            return bytes_to_tokens(self.nbytes, config, dtype)
+        return self.kv_size or max(round(self.ratio * prompt_len), self.window + 1)
+
+
+def check_again(config: ModelConfig, scorer: Scorer) -> None:
+    """Raises NotImplementedError where a cache cannot be compressed while decoding."""
+    if hasattr(scorer, "observer"):
+        name = type(scorer).__name__
+        raise NotImplementedError(f"every: {name} watches the prompt, which is gone by then")
+    for index, layer in enumerate(config.layers):
+        reason = no_head_budget(layer.attention)
+        if reason is not None:
+            raise NotImplementedError(f"layer {index} cannot be compressed again: {reason}")
+
+
+def check_size(size: int, window: int) -> None:
+    """Raises ValueError where nothing is left besides the window."""
+    if size <= window:
+        raise ValueError(f"kv_size is {size} and window is {window}, expected kv_size > window")
+
+
+def entry_dtype(name: str) -> str | None:
+    """The dtype that a policy's `entries` name; None for the model's own."""
+    if name and name not in DTYPES:
+        raise ValueError(f"entries is {name!r}, expected one of {', '.join(DTYPES)}")
+    return jnp.dtype(DTYPES[name]).name if name else None
 
 
 def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None) -> Policy:
@@ -120,66 +215,8 @@ def check_caps(caps: np.ndarray, request: Request) -> None:
             f"the allocator gave budgets of {caps.min()} to {caps.max()}, "
             f"expected 0 to {request.limit} for {request.prompt_len} tokens"
         )
-
-
-# --- By name ---
-
-
-def full() -> Policy:
-    """The uncompressed cache."""
-    return Full()
-
-
-def streaming(kv_size: int = 128, window: int = 8, sinks: int = 4) -> Policy:
-    """StreamingLLM: the first and the last tokens, in every head."""
-    return Compress(Uniform(), SinksAndRecent(sinks), kv_size, window)
-
-
-def snapkv(kv_size: int = 128, window: int = 8, pool: int = 7) -> Policy:
-    """SnapKV: what the last queries look at, as many tokens in every head."""
-    return Compress(Uniform(), ObservationWindow(pool), kv_size, window)
-
-
-def pyramidkv(kv_size: int = 128, window: int = 8, pool: int = 7, beta: float = 20.0) -> Policy:
-    """PyramidKV: as SnapKV, with more tokens in the lower layers."""
-    return Compress(Pyramid(beta), ObservationWindow(pool), kv_size, window)
-
-
-def headkv(
-    kv_size: int = 128, window: int = 8, pool: int = 7, beta: float = 1.2, scores: str = ""
-) -> Policy:
-    """HeadKV: as SnapKV, with more tokens in the heads that retrieve and reason.
-
-    `scores` is a score file; empty for the model's own.
-    """
-    importance = HeadImportance(beta, load_scores(scores) if scores else None)
-    return Compress(importance, ObservationWindow(pool), kv_size, window)
-
-
-POLICIES: dict[str, Callable[..., Policy]] = {
-    maker.__name__: maker for maker in (full, streaming, snapkv, pyramidkv, headkv)
-}
-
-
-def parse(text: str) -> Policy:
-    """See `Policy.parse`."""
-    name, _, settings = text.partition(":")
-    if name not in POLICIES:
-        raise ValueError(f"policy {name!r} is none of {', '.join(POLICIES)}")
-    types = typing.get_type_hints(POLICIES[name])
-    known = list(inspect.signature(POLICIES[name]).parameters)
-    arguments = {}
-    for setting in filter(None, settings.split(",")):
-        key, equals, value = setting.partition("=")
-        if key not in known or not equals:
-            expected = ", ".join(f"{k}=…" for k in known) or "no settings"
-            raise ValueError(f"policy {name!r}: {setting!r} is not understood, expected {expected}")
-        arguments[key] = _value(name, key, value, types[key])
-    return POLICIES[name](**arguments)
-
-
-def _value(name: str, key: str, text: str, kind: type) -> int | float | str:
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"policy {name!r}: {key} is {text!r}, expected {kind.__name__}") from None
+    if caps.sum() > request.budget * caps.size:
+        raise ValueError(
+            f"the allocator gave {caps.sum()} tokens in all, expected at most "
+            f"{request.budget} · {caps.size} heads"
+        )

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kvjax.headkv.selection import Prompt
-from pallas_kernels.reference import NEG_INF, soft_cap
+from kvjax.headkv.prompt import Prompt, by_kv_head, query_attention
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,7 @@ class ObservationWindow:
     pool: int = 7
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
-        attention_BNS = window_attention(prompt)
-        B, N, S = attention_BNS.shape
-        K = prompt.keys.shape[1]
-        scores_BKS = jnp.mean(attention_BNS.reshape(B, K, N // K, S), axis=2)
+        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
         return max_pool(scores_BKS, prompt.candidates, self.pool)
 
 
@@ -38,9 +34,44 @@ class SinksAndRecent:
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
         B, K, S, _ = prompt.keys.shape
-        position = jnp.arange(S, dtype=jnp.int32)
-        score = jnp.where(position < self.sinks, S, position).astype(jnp.float32)
+        slot = jnp.arange(S, dtype=jnp.int32)
+        score = jnp.where(slot < self.sinks, S, slot).astype(jnp.float32)
         return jnp.broadcast_to(score[None, None], (B, K, S))
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """TOVA (arXiv 2401.06104): the attention of the last query, averaged over all heads.
+
+    All heads of a layer score alike.
+    """
+
+    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+        B, K, S, _ = prompt.keys.shape
+        last = query_attention(prompt)[:, :, -1]
+        mean = jnp.mean(last, axis=1, keepdims=True)
+        return jnp.broadcast_to(mean, (B, K, S))
+
+
+@dataclass(frozen=True)
+class KeyNorm:
+    """KNorm (arXiv 2406.11430): keys of small norm draw much attention; −‖k‖₂."""
+
+    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+        return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
+
+
+@dataclass(frozen=True)
+class KeyDifference:
+    """KeyDiff (arXiv 2504.15364): keys unlike the others; −cos(k, mean of the normalised keys)."""
+
+    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+        keys = prompt.keys.astype(jnp.float32)
+        norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+        unit = keys / norm  # slots that are not in use hold zeros and add nothing
+        anchor = jnp.sum(unit, axis=2, keepdims=True)
+        anchor = anchor / jnp.maximum(jnp.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
+        return -jnp.sum(unit * anchor, axis=-1)
 
 
 def window_attention(prompt: Prompt) -> Float[Array, "B N S"]:
@@ -50,33 +81,9 @@ def window_attention(prompt: Prompt) -> Float[Array, "B N S"]:
     return total / queries[:, None, None]
 
 
-def query_attention(prompt: Prompt) -> Float[Array, "B N w S"]:
-    """Attention of each of the last queries over all keys, fp32; zeros for rows without a query.
-
-    The softmax is over all n keys, causal inside the window, with the layer's scale, soft-cap and
-    sliding window.
-    """
-    B, w, N, X = prompt.queries.shape
-    K, S = prompt.keys.shape[1:3]
-    q = prompt.queries.reshape(B, w, K, N // K, X)
-    logits = jnp.einsum("bwkgx,bksx->bkgws", q, prompt.keys, preferred_element_type=jnp.float32)
-    logits = soft_cap(logits * prompt.spec.scale, prompt.spec.softcap).reshape(B, N, w, S)
-    at = prompt.lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
-    seen = seen_by_window(at, S, prompt.spec.window)[:, None]
-    attention = jax.nn.softmax(jnp.where(seen, logits, NEG_INF), axis=-1)
-    return jnp.where(seen, attention, 0.0)
-
-
-def seen_by_window(at_Bw: jax.Array, slots: int, window: int | None) -> Bool[Array, "B w S"]:
-    """Keys that the query at each position sees; a negative position is no query."""
-    distance = at_Bw[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None]
-    seen = (distance >= 0) & (at_Bw >= 0)[:, :, None]
-    return seen if window is None else seen & (distance < window)
-
-
 def max_pool(
-    scores_BKS: Float[Array, "B K S"], candidates_BS: Bool[Array, "B S"], size: int
+    scores_BKS: Float[Array, "B K S"], candidates_BZS: Bool[Array, "B Z S"], size: int
 ) -> Float[Array, "B K S"]:
     """The largest score of a candidate among `size` neighbours, stride 1, same length."""
-    scores = jnp.where(candidates_BS[:, None], scores_BKS, -jnp.inf)
+    scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
     return jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, (1, 1, size), (1, 1, 1), "SAME")

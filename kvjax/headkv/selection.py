@@ -1,4 +1,4 @@
-"""Which prompt tokens a head keeps, and packing them into the head-budgeted cache.
+"""Which tokens a head keeps, and packing them into a smaller cache.
 
 A scorer gives every token of every head a number; each head keeps the `cap` best besides the
 window, the last w tokens. Ties go to the later position; what is kept stays in the order of time.
@@ -6,160 +6,225 @@ window, the last w tokens. Ties go to the later position; what is kept stays in 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import AttentionSpec, PromptCache
-from kvjax.cache.head_budget import HeadBudgetCache, pool_alignment
+from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, PromptCache
+from kvjax.cache.entries import take_rows
+from kvjax.cache.head_budget import pool_alignment, static_segments
+from kvjax.headkv.prompt import Prompt, Scorer
+from kvjax.headkv.split import Split
+from pallas_kernels.quantized import Entries, Quantized, is_quantized, quantize
+from pallas_kernels.segments import Segments, TracedSegments
 
 Caps = tuple[int, ...]
 """Budget of each KV head of a layer, the window not included."""
 
 
-@flax.struct.dataclass
-class Prompt:
-    """One layer's prompt as a scorer sees it.
+@dataclass(frozen=True)
+class Keep:
+    """How a layer's cache is cut down.
 
     Attributes:
-        keys, values: [B, K, S, ·], rotated; rows at or beyond a sequence's length are zeros.
-        queries: [B, w, N, ·] the last w queries, the newest last; where a sequence is shorter
-            than w, its first rows are no queries.
-        lengths: [B] int32 tokens.
-        candidates: [B, S] bool, what a head may keep or drop: tokens before the window that the
-            next query still sees.
-        spec: the layer's scale, soft-cap and sliding window.
+        caps: budget of each KV head; where all heads must keep the same tokens, one for all.
+        scorer: rates the tokens.
+        split: moves budgets between the heads of a layer by the scores of a prompt; None: the
+            caps hold as they are.
+        dtype: of the entries that stay, "int8" or "float8_e4m3fn" for 8 bits; None for the
+            model's own.
+        rooms: rows for new tokens of each head.
+        rings: whether a head's new tokens, beyond its room, take the place of older ones.
+        remember: whether the last queries stay, for compression while decoding.
     """
 
-    keys: Float[Array, "B K S X"]
-    values: Float[Array, "B K S Y"]
-    queries: Float[Array, "B w N X"]
-    lengths: Int[Array, " B"]
-    candidates: Bool[Array, "B S"]
-    spec: AttentionSpec = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def create(cls, cache: PromptCache, spec: AttentionSpec) -> Prompt:
-        """The prompt that a cache has read."""
-        window = cache.queries.shape[1]
-        slots = jnp.arange(cache.capacity, dtype=jnp.int32)[None]
-        candidates = slots < cache.lengths[:, None] - window
-        if spec.window is not None:
-            candidates &= slots > cache.lengths[:, None] - spec.window
-        dense = cache.dense
-        return cls(dense.k, dense.v, cache.queries, cache.lengths, candidates, spec)
+    caps: Caps
+    scorer: Scorer
+    split: Split | None
+    dtype: str | None
+    rooms: tuple[int, ...]
+    rings: tuple[bool, ...]
+    remember: bool = False
 
 
-Scorer = Callable[[Prompt], jax.Array]
-"""A prompt to scores [B, K, S] fp32, higher for tokens to keep; non-candidates don't matter."""
-
-
-def compress(
-    cache: PromptCache, spec: AttentionSpec, caps: Caps, scorer: Scorer, room: int
-) -> HeadBudgetCache:
-    """The prompt's cache cut down to each head's budget, with room for `room` new tokens a head.
+def compress_heads(prompt: Prompt, keep: Keep) -> HeadBudgetCache:
+    """The prompt cut down to each head's budget.
 
     A sequence of n tokens keeps min(cap, n − w) + w entries in a head, n if it is shorter than w.
     """
-    prompt = Prompt.create(cache, spec)
+    K = prompt.keys.shape[1]
     with jax.named_scope("select"):
-        kept, counts = select(scorer(prompt), prompt.candidates, caps)
+        scores = prompt_scores(prompt, keep.scorer)
+        available = available_tokens(prompt.candidates, K)
+        caps = jnp.asarray(keep.caps, jnp.int32)[None]
+        if keep.split is None:
+            counts, most = jnp.minimum(caps, available), max(keep.caps)
+        else:
+            counts, most = keep.split(scores, prompt.candidates, keep.caps), sum(keep.caps)
+        kept = select(scores, prompt.candidates, counts, most)
     with jax.named_scope("pack"):
-        return pack(prompt, kept, counts, caps, room)
+        segments, rows = segments_for(prompt, keep, counts)
+        return pack(prompt, kept, counts, keep, segments, rows)
+
+
+def compress_tokens(cache: PromptCache, prompt: Prompt, keep: Keep) -> DenseCache | LatentCache:
+    """The prompt cut down to one set of tokens for all heads of the layer.
+
+    The budget is keep.caps[0]; scores are averaged over the streams that a scorer rates.
+    """
+    with jax.named_scope("select"):
+        scores = jnp.mean(prompt_scores(prompt, keep.scorer), axis=1, keepdims=True)
+        cap = keep.caps[0]
+        counts = jnp.minimum(cap, available_tokens(prompt.candidates, 1))
+        kept = select(scores, prompt.candidates, counts, cap)
+    with jax.named_scope("pack"):
+        rows = cap + prompt.window + keep.rooms[0]
+        rank = jnp.arange(rows, dtype=jnp.int32)[None]
+        source = source_slots(prompt, kept, counts, jnp.zeros_like(rank), rank)
+        live = source >= 0
+        index = jnp.maximum(source, 0)
+        held = counts[:, 0] + jnp.minimum(prompt.lengths, prompt.window)
+        common = {"lengths": prompt.lengths, "evicted": prompt.lengths - held}
+        base = cache.base
+        if isinstance(base, LatentCache):
+            parts = (base.latent, base.k_rope)
+            packed = (store(take_rows(part, index, live), keep.dtype) for part in parts)
+            return LatentCache(*packed, **common)
+        take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
+        packed = (store(take(part, index, live), keep.dtype) for part in (base.k, base.v))
+        return DenseCache(*packed, **common, positions=source)
+
+
+def prompt_scores(prompt: Prompt, scorer: Scorer) -> Float[Array, "B K S"]:
+    """The scorer's numbers; NaN counts as the lowest, so that it displaces nothing."""
+    scores = scorer(prompt)
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def available_tokens(candidates_BZS: Bool[Array, "B Z S"], heads: int) -> Int[Array, "B K"]:
+    """Candidates of every head."""
+    count = jnp.sum(candidates_BZS, axis=2, dtype=jnp.int32)
+    return jnp.broadcast_to(count, (count.shape[0], heads))
 
 
 def select(
-    scores_BKS: Float[Array, "B K S"], candidates_BS: Bool[Array, "B S"], caps: Caps
-) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """The best candidates of every head.
+    scores_BKS: Float[Array, "B K S"],
+    candidates_BZS: Bool[Array, "B Z S"],
+    counts_BK: Int[Array, "B K"],
+    most: int,
+) -> Int[Array, "B K C"]:
+    """The best candidates of every head, in ascending order; S beyond the head's count.
 
-    Returns:
-        kept: positions in ascending order, S beyond the count; C is the largest budget.
-        counts: how many each head keeps, min(cap, candidates).
+    Args:
+        counts_BK: how many each head keeps, at most its candidates.
+        most: a bound on the counts; C = min(most, S).
     """
     S = scores_BKS.shape[2]
-    most = min(max(*caps, 0), S)
-    scores = jnp.where(candidates_BS[:, None], scores_BKS, -jnp.inf)
+    scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
+    # Candidates whose score is −inf still come before what is no candidate.
+    scores = jnp.where(candidates_BZS, jnp.maximum(scores, jnp.finfo(scores.dtype).min), scores)
     # top_k prefers the lower index; on the reversed row that is the later position.
-    _, reversed_positions = jax.lax.top_k(scores[:, :, ::-1], most)
-    available = jnp.sum(candidates_BS, axis=1, dtype=jnp.int32)
-    counts = jnp.minimum(jnp.asarray(caps, jnp.int32)[None], available[:, None])
-    rank = jnp.arange(most, dtype=jnp.int32)[None, None]
-    kept = jnp.where(rank < counts[:, :, None], S - 1 - reversed_positions, S)
-    return jnp.sort(kept, axis=-1), counts
+    _, reversed_slots = jax.lax.top_k(scores[:, :, ::-1], min(most, S))
+    rank = jnp.arange(reversed_slots.shape[2], dtype=jnp.int32)[None, None]
+    kept = jnp.where(rank < counts_BK[:, :, None], S - 1 - reversed_slots, S)
+    return jnp.sort(kept, axis=-1)
+
+
+def segments_for(prompt: Prompt, keep: Keep, counts_BK: Int[Array, "B K"]) -> tuple[Segments, int]:
+    """Segments for what heads keep, the window and their rooms, and the rows of the pool."""
+    dtype = keep.dtype or prompt.keys.dtype
+    limit = capacity_limit(prompt, keep)
+    most = zip(keep.caps, keep.rooms, strict=True)
+    capacities = [min(cap + prompt.window + room, limit) for cap, room in most]
+    if keep.split is None:
+        return static_segments(capacities, pool_alignment(dtype))
+    align = max(8, pool_alignment(dtype))
+    extra = jnp.asarray([prompt.window + room for room in keep.rooms], jnp.int32)
+    wanted = jnp.minimum(counts_BK + extra[None], limit)
+    rounded = -(-wanted // align) * align
+    total = sum(keep.caps) + sum(prompt.window + room for room in keep.rooms)
+    rows = -(-(total + len(capacities) * (align - 1)) // align) * align
+    return TracedSegments(jnp.cumsum(rounded, axis=1) - rounded, wanted, align), rows
+
+
+def capacity_limit(prompt: Prompt, keep: Keep) -> int:
+    """Rows that a head can use at all: behind a sliding window nothing is seen again."""
+    return prompt.spec.window or prompt.keys.shape[2] + max(keep.rooms)
 
 
 def pack(
     prompt: Prompt,
     kept_BKC: Int[Array, "B K C"],
     counts_BK: Int[Array, "B K"],
-    caps: Caps,
-    room: int,
+    keep: Keep,
+    segments: Segments,
+    rows: int,
 ) -> HeadBudgetCache:
     """Gathers the kept tokens and the window of every head into one flat pool."""
-    B, K, S, X = prompt.keys.shape
-    Y, w = prompt.values.shape[-1], prompt.queries.shape[1]
-    dtype = prompt.keys.dtype
-    cache = HeadBudgetCache.create(
-        B,
-        [cap + w + room for cap in caps],
-        X,
-        Y,
-        dtype,
-        keep_positions=prompt.spec.window is not None,
-        align=pool_alignment(dtype),
-    )
-    head_P, rank_P = pool_rows(cache.starts, cache.capacities, cache.k_pool.shape[1])
-    source_BP = source_positions(prompt.lengths, kept_BKC, counts_BK, head_P, rank_P, w)
-    live = source_BP >= 0
-    flat_BP = jnp.asarray(head_P)[None] * S + jnp.maximum(source_BP, 0)
+    B, K, S, _ = prompt.keys.shape
+    head_P, rank_P = segments.rows(rows)
+    head_P = jnp.broadcast_to(head_P, (B, rows))
+    source = source_slots(prompt, kept_BKC, counts_BK, head_P, rank_P)
+    live = source >= 0
+    index = head_P * S + jnp.maximum(source, 0)
 
-    def gather(entries: jax.Array) -> jax.Array:
-        rows = entries.reshape(B, K * S, -1)
-        taken = jnp.take_along_axis(rows, flat_BP[..., None], axis=1)
-        return jnp.where(live[..., None], taken, jnp.zeros((), dtype))
+    def gather(entries: jax.Array) -> Entries:
+        return store(take_rows(entries.reshape(B, K * S, -1), index, live), keep.dtype)
 
-    return dataclasses.replace(
-        cache,
+    held = counts_BK + jnp.minimum(prompt.held, prompt.window)
+    _, capacities = segments.arrays()
+    rings = jnp.asarray(keep.rings)[None]
+    # A sliding window's ring is the whole segment: what falls out of sight is the oldest.
+    first = jnp.zeros_like(held) if prompt.spec.window is not None else held
+    ring_starts = jnp.where(rings, first, capacities) if any(keep.rings) else None
+    positions = None
+    if prompt.spec.window is not None:
+        spread = jnp.broadcast_to(prompt.positions, (B, K, S)).reshape(B, K * S)
+        positions = jnp.where(live, jnp.take_along_axis(spread, index, axis=1), -1)
+    return HeadBudgetCache(
         k_pool=gather(prompt.keys),
         v_pool=gather(prompt.values),
-        head_lengths=counts_BK + jnp.minimum(prompt.lengths, w)[:, None],
+        head_lengths=held,
         lengths=prompt.lengths,
-        positions=None if cache.positions is None else source_BP,
+        segments=segments,
+        positions=positions,
+        ring_starts=ring_starts,
+        queries=prompt.queries if keep.remember else None,
     )
 
 
-def pool_rows(starts: Caps, capacities: Caps, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each pool row: its head and its rank in the head's segment, a huge one in the gaps."""
-    head, rank = np.zeros(rows, np.int32), np.full(rows, np.iinfo(np.int32).max, np.int32)
-    for index, (start, capacity) in enumerate(zip(starts, capacities, strict=True)):
-        head[start : start + capacity] = index
-        rank[start : start + capacity] = np.arange(capacity)
-    return head, rank
-
-
-def source_positions(
-    lengths_B: Int[Array, " B"],
+def source_slots(
+    prompt: Prompt,
     kept_BKC: Int[Array, "B K C"],
     counts_BK: Int[Array, "B K"],
-    head_P: np.ndarray,
-    rank_P: np.ndarray,
-    window: int,
+    head_BP: Int[Array, "_ P"],
+    rank_BP: Int[Array, "_ P"],
 ) -> Int[Array, "B P"]:
-    """The prompt position that each pool row holds, −1 for none: kept tokens, then the window."""
-    B, _, C = kept_BKC.shape
-    count_BP = counts_BK[:, head_P]
-    rank = jnp.asarray(rank_P)[None]
-    in_window = jnp.minimum(lengths_B, window)[:, None]
-    recent = lengths_B[:, None] - in_window + rank - count_BP
-    source = jnp.where(rank < count_BP + in_window, recent, -1)
+    """The slot of its head that each row takes, −1 for none: kept tokens, then the window."""
+    B, K, C = kept_BKC.shape
+    shape = (B, head_BP.shape[1])
+    head, rank = jnp.broadcast_to(head_BP, shape), jnp.broadcast_to(rank_BP, shape)
+    count = jnp.take_along_axis(counts_BK, head, axis=1)
+    held = jnp.take_along_axis(jnp.broadcast_to(prompt.held, (B, K)), head, axis=1)
+    in_window = jnp.minimum(held, prompt.window)
+    source = jnp.where(rank < count + in_window, held - in_window + rank - count, -1)
     if C == 0:
         return source
-    flat = np.minimum(rank_P, C - 1) + head_P * C
-    early = kept_BKC.reshape(B, -1)[:, flat]
-    return jnp.where(rank < count_BP, early, source)
+    index = head * C + jnp.clip(rank, 0, C - 1)
+    early = jnp.take_along_axis(kept_BKC.reshape(B, K * C), index, axis=1)
+    return jnp.where(rank < count, early, source)
+
+
+def store(entries: Entries, dtype: str | None) -> Entries:
+    """Entries in the dtype that stays; None, or what is quantized already, leaves them."""
+    if dtype is None or isinstance(entries, Quantized):
+        return entries
+    return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
+
+
+def refresh(cache: HeadBudgetCache, spec: Any, window: int, keep: Keep) -> HeadBudgetCache:
+    """A cache that has grown, cut down to its budgets again: room for as many tokens once more."""
+    return compress_heads(Prompt.of_pool(cache, spec, window), keep)

@@ -26,7 +26,7 @@ def random_cache(rng, keep_positions, align=1):
             count = HELD[b][head]
             at = np.sort(rng.choice(LENGTHS[b], count, replace=False))
             k, v = rng.standard_normal((2, count, H)).astype(np.float32)
-            rows = slice(cache.starts[head], cache.starts[head] + count)
+            rows = slice(cache.segments.starts[head], cache.segments.starts[head] + count)
             k_pool[b, rows], v_pool[b, rows], positions[b, rows] = k, v, at
             held[b, head] = list(zip(at, k, v, strict=True))
     cache = dataclasses.replace(
@@ -93,9 +93,9 @@ def test_surplus_is_dropped_and_shows():
 
 def test_segments_are_aligned_and_bytes_are_real():
     cache = HeadBudgetCache.create(2, (9, 30, 16), H, H, "bfloat16", align=16)
-    assert cache.starts == (0, 16, 48) and cache.k_pool.shape == (2, 64, H)
+    assert cache.segments.starts == (0, 16, 48) and cache.k_pool.shape == (2, 64, H)
     cache = HeadBudgetCache.create(2, (9, 30, 16), H, H, "bfloat16")
-    assert cache.starts == (0, 9, 39)
+    assert cache.segments.starts == (0, 9, 39)
     assert cache.k_pool.nbytes == 2 * 56 * H * 2
 
 

@@ -108,7 +108,8 @@ def test_a_larger_kv_size_takes_nothing_from_a_head(scores, beta, kv_size, more,
     limit, shares = prompt_len - 8, normalise(scores)
 
     def real(size):
-        return water_fill(real_caps(shares, size - 8, beta), shares, limit, (size - 8) * 12)
+        limits = np.full((3, 4), limit)
+        return water_fill(real_caps(shares, size - 8, beta), shares, limits, (size - 8) * 12)
 
     assert (real(kv_size + more) >= real(kv_size) - 1e-9).all()
     small, large = (

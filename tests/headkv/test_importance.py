@@ -255,7 +255,24 @@ def test_bad_input(model, params, examples):
         score_examples(model, params, [Example((1, 2, 3), ())], estimator="gradient")
     with pytest.raises(ValueError, match=r"answers none of 1 examples.*copying and gradient"):
         score_examples(model, params, examples[3:], batch_size=BATCH)
+
+
+@pytest.mark.parametrize("rope_site, init", [("after_up", "svd_global"), ("before_up", "identity")])
+def test_heads_keep_their_scores_when_the_model_is_converted(
+    model, params, examples, rope_site, init
+):
+    converted = transmla.convert(model, params, init=init, rope_site=rope_site)
+    before, after = (
+        score_examples(*pair, examples, batch_size=BATCH).samples
+        for pair in ((model, params), converted)
+    )
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_heads_of_latent_attention_have_scores(examples):
     mla = MLAConfig(4, 8, 4, 8, 12, None, 12**-0.5, RopeConfig(4))
     latent = Transformer(CONFIG.with_attention((mla, mla)))
-    with pytest.raises(NotImplementedError, match="layer 0 cannot be scored"):
-        score_examples(latent, params, examples)
+    everyone = ESTIMATORS["retrieval_reasoning"]._replace(accept_above=-1.0)
+    scores = score_examples(latent, random_params(latent), examples, everyone, batch_size=BATCH)
+    assert scores.samples.shape == (2, 4, 4) and scores.meta["num_kv_heads"] == 1
+    assert (scores.samples > 0).any()

@@ -13,7 +13,6 @@ from kvjax.config import (
     EqualCacheConfig,
     GQAConfig,
     LayerConfig,
-    MLAConfig,
     MLPConfig,
     ModelConfig,
     RopeConfig,
@@ -22,7 +21,8 @@ from kvjax.generation import prefill
 from kvjax.headkv import HeadScores, Policy
 from kvjax.headkv.allocators import HeadImportance, Pyramid, Request, Uniform
 from kvjax.headkv.policy import Compress, Full, resolve
-from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
+from kvjax.headkv.scorers import KeyNorm, ObservationWindow, SinksAndRecent
+from kvjax.headkv.split import Adaptive
 from kvjax.nn import Transformer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), qkv_bias=True, qk_norm="head")
@@ -96,7 +96,8 @@ def test_smaller_budgets_hold_fewer_bytes_and_change_the_logits(run):
     extra = sum(c.head_lengths.nbytes + c.lengths.nbytes for c in caches)
     pools = sum(c.k_pool.nbytes + c.v_pool.nbytes for c in caches)
     assert nominal <= pools <= nominal + rounding
-    assert cache_bytes(caches) == pools + extra + caches[1].positions.nbytes
+    sliding = caches[1].positions.nbytes + caches[1].ring_starts.nbytes
+    assert cache_bytes(caches) == pools + extra + sliding
     assert cache_bytes(caches) < 0.6 * cache_bytes(full)
 
 
@@ -129,6 +130,13 @@ def test_parse():
     )
     assert Policy.parse("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
     assert Policy.parse("headkv:beta=1.05") == Compress(HeadImportance(1.05), ObservationWindow(7))
+    assert Policy.parse("adasnapkv:kv_size=128,alpha=0.3") == Compress(
+        Uniform(), ObservationWindow(7), split=Adaptive(0.3)
+    )
+    assert Policy.parse("full:entries=int8") == Full("int8")
+    assert Policy.parse("knorm:bytes=4096,every=16") == Compress(
+        Uniform(), KeyNorm(), 0, nbytes=4096, every=16
+    )
 
 
 def test_parse_reads_scores(tmp_path):
@@ -143,9 +151,13 @@ def test_parse_reads_scores(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("h2o", "policy 'h2o' is none of full, streaming, snapkv, pyramidkv, headkv"),
-        ("full:kv_size=3", "expected no settings"),
-        ("snapkv:beta=2", "'beta=2' is not understood, expected kv_size=…, window=…, pool=…"),
+        ("h3o", "policy 'h3o' is none of full, streaming, snapkv, pyramidkv, adasnapkv, h2o"),
+        ("full:kv_size=3", "expected entries=…"),
+        ("snapkv:beta=2", "'beta=2' is not understood, expected kv_size=…, ratio=…"),
+        ("snapkv:entries=int4", "entries is 'int4', expected one of int8, fp8"),
+        ("snapkv:kv_size=64,ratio=0.1", "kv_size is 64, ratio 0.1 and bytes 0, expected one of"),
+        ("snapkv:ratio=1.5", "ratio is 1.5"),
+        ("snapkv:ring=8,every=8", "ring and every both bound the growth"),
         ("snapkv:kv_size", "'kv_size' is not understood"),
         ("snapkv:kv_size=1.5", "kv_size is '1.5', expected int"),
         ("headkv:beta=big", "beta is 'big', expected float"),
@@ -165,20 +177,6 @@ def test_resolve_errors():
     with pytest.raises(ValueError, match="3 layers x 4 heads, expected 1 layers x 4 heads"):
         resolve("headkv", config(GQA), SCORES)
     assert resolve("snapkv", config(GQA), None) == Policy.parse("snapkv")
-
-
-@pytest.mark.parametrize(
-    "attention, reason",
-    [
-        (EqualCacheConfig(PLAIN, 2, 8, 8), "rotated after the up-projection"),
-        (EqualCacheConfig(PLAIN, 1, 16, 16, "before_up"), "2 KV heads share one latent"),
-        (MLAConfig(4, 8, 4, 8, 12, None, 0.3, RopeConfig(4)), "one latent for all heads"),
-    ],
-)
-def test_layers_without_heads_are_refused(attention, reason):
-    with pytest.raises(NotImplementedError, match=f"layer 1 cannot have head budgets.*{reason}"):
-        Policy.parse("snapkv").plan(config(GQA, attention), 64)
-    Policy.parse("full").plan(config(GQA, attention), 64)
 
 
 @pytest.mark.parametrize("prompt_len", [4, 8, 20, 1000])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kvjax.cache import AttentionSpec, DenseCache, PromptCache
+from kvjax.headkv.prompt import Prompt
 from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
-from kvjax.headkv.selection import compress, select
+from kvjax.headkv.selection import Keep, compress_heads, select
 
 W, CAPS, K, G, H, S = 8, (5, 17), 2, 2, 4, 40
 LENGTHS = (3, 8, 9, 13, 14, 25, 26, 40)  # around w, cap + w and the end of the bucket
@@ -36,7 +37,7 @@ def fill(q, k, v, chunks=(S,), padding=0.0):
     pad = (positions < 0)[:, :, None, None]
     q, k, v = (np.where(pad, np.float32(padding), x) for x in (q, k, v))
     dense = DenseCache.create(len(LENGTHS), K, S, H, H, "float32")
-    cache, start = PromptCache.create(dense, W, K * G, H), 0
+    cache, start = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32")), 0
     for size in chunks:
         part = slice(start, start + size)
         _, cache = attend(cache, q[:, part], k[:, part], v[:, part], positions[:, part])
@@ -49,7 +50,10 @@ def attend(cache, q, k, v, positions):
     return cache.attend(q, k, v, positions, AttentionSpec(0.7))
 
 
-squeeze = jax.jit(compress, static_argnames=("spec", "caps", "scorer", "room"))
+@functools.partial(jax.jit, static_argnames=("spec", "caps", "scorer", "room"))
+def squeeze(cache, spec, caps, scorer, room):
+    keep = Keep(caps, scorer, None, None, (room,) * K, (spec.window is not None,) * K)
+    return compress_heads(Prompt.create(cache, spec), keep)
 
 
 def oracle_scores(q, k, spec):
@@ -89,16 +93,17 @@ def test_kept_tokens_equal_the_oracle(name):
     q, k, v = prompts()
     cache = squeeze(fill(q, k, v), spec, CAPS, ObservationWindow(), 3)
     np.testing.assert_array_equal(cache.lengths, LENGTHS)
-    assert cache.capacities == tuple(cap + W + 3 for cap in CAPS)
+    most = spec.window or S
+    assert cache.segments.capacities == tuple(min(cap + W + 3, most) for cap in CAPS)
     for row, n in enumerate(LENGTHS):
         for head, cap in enumerate(CAPS):
             kept = oracle(q[row, :n], k[row, :n], cap, head, spec)
-            start = cache.starts[head]
+            start = cache.segments.starts[head]
             assert cache.head_lengths[row, head] == len(kept)
             live = slice(start, start + len(kept))
             np.testing.assert_array_equal(cache.k_pool[row, live], k[row, kept, head])
             np.testing.assert_array_equal(cache.v_pool[row, live], v[row, kept, head])
-            dead = slice(start + len(kept), start + cache.capacities[head])
+            dead = slice(start + len(kept), start + cache.segments.capacities[head])
             assert not np.any(cache.k_pool[row, dead])
             if name == "sliding":
                 np.testing.assert_array_equal(cache.positions[row, live], kept)
@@ -126,10 +131,28 @@ def test_chunks_select_what_one_shot_selects():
 
 def test_ties_go_to_the_later_position():
     scores = jnp.asarray([[[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 9.0]]])
-    candidates = jnp.asarray([[True] * 6 + [False]])
-    kept, counts = select(scores, candidates, (4,))
+    candidates = jnp.asarray([[[True] * 6 + [False]]])
+    kept = select(scores, candidates, jnp.asarray([[4]], jnp.int32), 4)
     np.testing.assert_array_equal(kept, [[[1, 3, 4, 5]]])
-    np.testing.assert_array_equal(counts, [[4]])
+
+
+def test_equal_and_useless_scores_still_fill_the_budget():
+    candidates = jnp.asarray([[[True] * 5 + [False] * 2]])
+    for scores in (jnp.zeros((1, 1, 7)), jnp.full((1, 1, 7), -jnp.inf)):
+        kept = select(scores, candidates, jnp.asarray([[3]], jnp.int32), 3)
+        np.testing.assert_array_equal(kept, [[[2, 3, 4]]])
+
+
+def test_a_nan_score_displaces_nothing():
+    def scorer(prompt):
+        scores = ObservationWindow()(prompt)
+        return scores.at[:, :, 3].set(jnp.nan)
+
+    cache = squeeze(fill(*prompts()), SPECS["plain"], (6, 6), scorer, 0)
+    _, k, _ = prompts()
+    row = LENGTHS.index(40)
+    assert cache.head_lengths[row].tolist() == [14, 14]
+    assert not (np.asarray(cache.k_pool[row, :14]) == k[row, 3, 0]).all(axis=1).any()
 
 
 def test_sinks_and_recent_tokens():

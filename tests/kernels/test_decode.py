@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import Quantized, dequantize, quantize
 
 IMPLEMENTATIONS = ["xla"]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
@@ -129,6 +130,94 @@ def test_ragged_gqa_decode(segments, softcap, dtype, implementation):
             segment = slice(starts[n // G], starts[n // G] + lengths[b, n // G])
             expected[b, n] = attend(q64[b, n], k64[b, segment], v64[b, segment], 0.2, softcap)[0]
     check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_ragged_gqa_decode_with_segments_of_each_sequence(dtype, implementation):
+    rng, B, K, G, H, P = np.random.default_rng(3), 3, 4, 2, 32, 96
+    capacities = np.array([[40, 8, 24, 24], [3, 0, 80, 8], [24, 24, 24, 24]], np.int32)
+    rounded = -(-capacities // 8) * 8
+    starts = np.cumsum(rounded, axis=1) - rounded
+    lengths = (capacities * rng.random((B, K))).astype(np.int32)
+    lengths[0] = capacities[0]
+    q, q64 = random(rng, (B, K * G, H), dtype)
+    k, k64 = random(rng, (B, P, H), dtype)
+    v, v64 = random(rng, (B, P, H), dtype)
+    live = np.zeros((B, P), bool)
+    for b in range(B):
+        for start, length in zip(starts[b], lengths[b], strict=True):
+            live[b, start : start + length] = True
+    poison = jnp.asarray(~live)[..., None]
+    out = pallas_kernels.ragged_gqa_decode(
+        q,
+        jnp.where(poison, jnp.nan, k),
+        jnp.where(poison, jnp.nan, v),
+        jnp.asarray(starts, jnp.int32),
+        jnp.asarray(lengths),
+        capacities=jnp.asarray(capacities),
+        align=8,
+        scale=0.2,
+        implementation=implementation,
+    )
+    expected = np.zeros((B, K * G, H))
+    for b in range(B):
+        for n in range(K * G):
+            segment = slice(starts[b, n // G], starts[b, n // G] + lengths[b, n // G])
+            expected[b, n] = attend(q64[b, n], k64[b, segment], v64[b, segment], 0.2)[0]
+    check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_quantized_entries_equal_dequantized_ones(dtype, kind, implementation):
+    """All three operations; the scales of dead slots are NaN."""
+    rng, B, K, G, S, H = np.random.default_rng(4), 2, 2, 4, 48, 32
+    lengths = jnp.asarray([40, 7], jnp.int32)
+    dead = jnp.arange(S)[None] >= lengths[:, None]
+
+    def entries(*shape):
+        return quantize(random(rng, shape, "float32")[0], jnp.dtype(kind))
+
+    def poisoned(x, dead):
+        return Quantized(x.values, jnp.where(dead, jnp.nan, x.scale))
+
+    def full(x):
+        return dequantize(x, jnp.float32)
+
+    settings = {"scale": 0.2, "implementation": implementation}
+    q = random(rng, (B, K * G, H), dtype)[0]
+    q32 = q.astype(jnp.float32)
+    k, v = entries(B, K, S, H), entries(B, K, S, H)
+    want = pallas_kernels.gqa_decode(q32, full(k), full(v), lengths, scale=0.2)
+    k, v = (poisoned(x, dead[:, None]) for x in (k, v))
+    check(pallas_kernels.gqa_decode(q, k, v, lengths, **settings), np.asarray(want), dtype)
+
+    k, v, starts = entries(B, S, H), entries(B, S, H), (0, 20)
+    held = jnp.asarray([[20, 28], [3, 11]], jnp.int32)
+    want = pallas_kernels.ragged_gqa_decode(q32, full(k), full(v), starts, held, scale=0.2)
+    rank = jnp.arange(S) - jnp.where(jnp.arange(S) < 20, 0, 20)
+    gone = rank[None] >= jnp.repeat(held, np.array([20, 28]), axis=1, total_repeat_length=S)
+    k, v = (poisoned(x, gone) for x in (k, v))
+    got = pallas_kernels.ragged_gqa_decode(q, k, v, starts, held, **settings)
+    check(got, np.asarray(want), dtype)
+
+    q_rope = random(rng, (B, K * G, 16), dtype)[0]
+    latent, rope = entries(B, S, H), entries(B, S, 16)
+    rope32 = q_rope.astype(jnp.float32)
+    want = pallas_kernels.mla_decode(q32, rope32, full(latent), full(rope), lengths, 0.2)
+    latent, rope = (poisoned(x, dead) for x in (latent, rope))
+    got = pallas_kernels.mla_decode(q, q_rope, latent, rope, lengths, **settings)
+    check(got, np.asarray(want), dtype)
+
+
+def test_quantization_rounds_to_the_nearest_step():
+    x = jnp.asarray([[0.0, 0.0], [1.27, -0.634], [-300.0, 3.0]])
+    got = quantize(x, jnp.int8)
+    np.testing.assert_array_equal(got.values, [[0, 0], [127, -63], [-127, 1]])
+    np.testing.assert_allclose(got.scale, [1.0, 0.01, 300 / 127], rtol=1e-6)
+    np.testing.assert_allclose(dequantize(got, jnp.float32)[1], [1.27, -0.63], rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,149 @@
+"""Policies by name: the table of methods, and the strings that choose from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+
+from kvjax.headkv.allocators import HeadImportance, Pyramid, Uniform
+from kvjax.headkv.observers import ColumnSums, ExpectedAttention
+from kvjax.headkv.policy import Compress, Full, Policy
+from kvjax.headkv.scorers import (
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    ObservationWindow,
+    SinksAndRecent,
+)
+from kvjax.headkv.scores import HeadScores, load_scores
+from kvjax.headkv.split import Adaptive
+
+
+def streaming(sinks: int = 4) -> Compress:
+    """StreamingLLM (arXiv 2309.17453): the first and the last tokens, in every head."""
+    return Compress(Uniform(), SinksAndRecent(sinks))
+
+
+def snapkv(pool: int = 7) -> Compress:
+    """SnapKV (arXiv 2404.14469): what the last queries look at, as many tokens in every head."""
+    return Compress(Uniform(), ObservationWindow(pool))
+
+
+def pyramidkv(pool: int = 7, beta: float = 20.0) -> Compress:
+    """PyramidKV (arXiv 2406.02069): as SnapKV, with more tokens in the lower layers."""
+    return Compress(Pyramid(beta), ObservationWindow(pool))
+
+
+def adasnapkv(pool: int = 7, alpha: float = 0.2) -> Compress:
+    """Ada-SnapKV (arXiv 2407.11550): the heads of a layer share its budget by their scores."""
+    return Compress(Uniform(), ObservationWindow(pool), split=Adaptive(alpha))
+
+
+def h2o(recent: float = 0.5) -> Compress:
+    """H2O (arXiv 2306.14048): tokens that all queries look at, and as many recent ones."""
+    return Compress(Uniform(), ColumnSums(), recent=recent)
+
+
+def tova() -> Compress:
+    """TOVA (arXiv 2401.06104): what the last query looks at, the same in all heads of a layer."""
+    return Compress(Uniform(), LastQuery())
+
+
+def knorm() -> Compress:
+    """KNorm (arXiv 2406.11430): keys of small norm."""
+    return Compress(Uniform(), KeyNorm())
+
+
+def keydiff() -> Compress:
+    """KeyDiff (arXiv 2504.15364): keys unlike the others."""
+    return Compress(Uniform(), KeyDifference())
+
+
+def expected(future: int = 512) -> Compress:
+    """Expected Attention (arXiv 2510.00636): what the queries to come will look at."""
+    return Compress(Uniform(), ExpectedAttention(future))
+
+
+def headkv(pool: int = 7, beta: float = 1.2, scores: str = "") -> Compress:
+    """HeadKV (arXiv 2410.19258): as SnapKV, with more tokens in the heads that matter.
+
+    `scores` is a score file; empty for the model's own. Its estimator tells HeadKV-R from -R2.
+    """
+    return Compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool))
+
+
+def headkv_adaptive(
+    pool: int = 7, beta: float = 1.2, alpha: float = 0.2, scores: str = ""
+) -> Compress:
+    """HeadKV's budget for each layer, which its heads share by their scores as in Ada-SnapKV."""
+    importance = HeadImportance(beta, _file(scores))
+    return Compress(importance, ObservationWindow(pool), split=Adaptive(alpha))
+
+
+MAKERS: dict[str, Callable[..., Compress]] = {
+    maker.__name__: maker
+    for maker in (
+        streaming,
+        snapkv,
+        pyramidkv,
+        adasnapkv,
+        h2o,
+        tova,
+        knorm,
+        keydiff,
+        expected,
+        headkv,
+        headkv_adaptive,
+    )
+}
+
+COMMON = {
+    "kv_size": int,
+    "ratio": float,
+    "bytes": int,
+    "window": int,
+    "entries": str,
+    "ring": int,
+    "every": int,
+}
+"""Settings of every policy that compresses; see `Compress`."""
+
+
+def parse(text: str) -> Policy:
+    """See `Policy.parse`."""
+    name, _, settings = text.partition(":")
+    if name != "full" and name not in MAKERS:
+        raise ValueError(f"policy {name!r} is none of full, {', '.join(MAKERS)}")
+    if name == "full":
+        return Full(**_read(name, settings, {"entries": str}))
+    own = typing.get_type_hints(MAKERS[name])
+    own = {key: own[key] for key in inspect.signature(MAKERS[name]).parameters}
+    values = _read(name, settings, COMMON | own)
+    policy = MAKERS[name](**{key: value for key, value in values.items() if key in own})
+    common = {key: value for key, value in values.items() if key not in own}
+    if "bytes" in common:
+        common["nbytes"] = common.pop("bytes")
+    if common.get("ratio") or common.get("nbytes"):
+        common.setdefault("kv_size", 0)
+    return dataclasses.replace(policy, **common)
+
+
+def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, typing.Any]:
+    values = {}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if key not in kinds or not equals:
+            expected = ", ".join(f"{k}=…" for k in kinds)
+            raise ValueError(f"policy {name!r}: {setting!r} is not understood, expected {expected}")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError:
+            kind = kinds[key].__name__
+            raise ValueError(f"policy {name!r}: {key} is {value!r}, expected {kind}") from None
+    return values
+
+
+def _file(scores: str) -> HeadScores | None:
+    return load_scores(scores) if scores else None

@@ -1,0 +1,215 @@
+"""Token scorers that watch all queries of a prompt, not only the last ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import AttentionSpec
+from kvjax.config import AttentionConfig, DynamicScaling, LongRopeScaling, RopeConfig
+from kvjax.headkv.prompt import Prompt, attention_weights, by_kv_head
+from kvjax.nn.rope import rope
+
+QUERY_ROWS = 64  # queries whose attention over all keys exists at a time
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """H2O (arXiv 2306.14048): the attention that a token gets from all queries in sum."""
+
+    def observer(self, attention: AttentionConfig) -> SumAttention:
+        """See `kvjax.headkv.prompt.Scorer`."""
+        return SumAttention()
+
+    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+        return prompt.seen
+
+
+@dataclass(frozen=True)
+class SumAttention:
+    """Adds up attention, [B, K, S] fp32, the mean over the query heads of a group."""
+
+    def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Float[Array, "B K S"]:
+        """See `kvjax.cache.prompt.Observer`."""
+        return jnp.zeros(keys_BKSX.shape[:3], jnp.float32)
+
+    def watch(
+        self,
+        state: jax.Array,
+        q_BTNH: jax.Array,
+        positions_BT: jax.Array,
+        keys_BKSX: jax.Array,
+        lengths_B: jax.Array,
+        spec: AttentionSpec,
+    ) -> Float[Array, "B K S"]:
+        """See `kvjax.cache.prompt.Observer`."""
+        T = q_BTNH.shape[1]
+        rows = min(QUERY_ROWS, T)
+        tiles = -(-T // rows)
+        pad = ((0, 0), (0, tiles * rows - T))
+        q = jnp.pad(q_BTNH, (*pad, (0, 0), (0, 0)))
+        positions = jnp.pad(positions_BT, pad, constant_values=-1)
+        slots = jnp.arange(keys_BKSX.shape[2], dtype=jnp.int32)[None, None]
+        held = jnp.where(slots < lengths_B[:, None, None], slots, -1)
+
+        def add(tile: jax.Array, state: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_slice_in_dim(q, tile * rows, rows, 1)
+            at = jax.lax.dynamic_slice_in_dim(positions, tile * rows, rows, 1)
+            weights = attention_weights(part, at, keys_BKSX, held, spec)
+            return state + by_kv_head(jnp.sum(weights, axis=2), state.shape[1])
+
+        return jax.lax.fori_loop(0, tiles, add, state)
+
+
+@dataclass(frozen=True)
+class ExpectedAttention:
+    """Expected Attention (arXiv 2510.00636): what queries to come will pay to a token.
+
+    Queries before rotation are taken as normal, q ~ N(μ, Σ) with the prompt's moments; μ' and Σ'
+    are these rotated to the mean of the next `future` positions, and
+    score = softmax(k·μ'·scale + kᵀΣ'k·scale²/2) · ‖v‖, the mean over the query heads of a group.
+    """
+
+    future: int = 512
+
+    def observer(self, attention: AttentionConfig) -> QueryMoments:
+        """See `kvjax.headkv.prompt.Scorer`.
+
+        Raises:
+            NotImplementedError: RoPE whose frequencies depend on the length, or latent attention.
+        """
+        config = getattr(attention, "base", attention)
+        if not hasattr(config, "num_kv_heads"):
+            raise NotImplementedError("expected attention needs keys of heads, not latents")
+        if config.rope is not None and isinstance(
+            config.rope.scaling, DynamicScaling | LongRopeScaling
+        ):
+            raise NotImplementedError("expected attention needs RoPE of fixed frequencies")
+        return QueryMoments(pure_rotation(config.rope), self.future)
+
+    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+        moments: Moments = prompt.seen
+        B, K, _, X = prompt.keys.shape
+        mean, covariance = moments.rotated(prompt.lengths)
+        N = mean.shape[1]
+        keys, scale = prompt.keys.astype(jnp.float32), prompt.spec.scale
+        mean = mean.reshape(B, K, N // K, X)
+        covariance = covariance.reshape(B, K, N // K, X, X)
+        logits = jnp.einsum("bksx,bkgx->bkgs", keys, mean) * scale
+        logits += jnp.einsum("bksx,bkgxy,bksy->bkgs", keys, covariance, keys) * (scale**2 / 2)
+        logits = jnp.where((prompt.positions >= 0)[:, :, None], logits, -jnp.inf)
+        weights = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=2)
+        return weights * jnp.linalg.norm(prompt.values.astype(jnp.float32), axis=-1)
+
+
+@flax.struct.dataclass
+class Moments:
+    """Sums over the queries before rotation.
+
+    Attributes:
+        count: [B] fp32.
+        first, second: [B, N, X] and [B, N, X, X] fp32, sums of q and of q·qᵀ.
+        rope, future: of the observer, static.
+    """
+
+    count: Any
+    first: Any
+    second: Any
+    rope: RopeConfig | None = flax.struct.field(pytree_node=False)
+    future: int = flax.struct.field(pytree_node=False)
+
+    def rotated(
+        self, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B N X"], Float[Array, "B N X X"]]:
+        """Mean and covariance, each turned to the mean of the positions that come next."""
+        count = jnp.maximum(self.count, 1.0)[:, None, None]
+        mean = self.first / count
+        covariance = self.second / count[..., None] - mean[..., None] * mean[:, :, None]
+        if self.rope is None:
+            return mean, covariance
+        turn = self._mean_rotation(lengths)
+        mean = jnp.einsum("bxy,bny->bnx", turn, mean)
+        return mean, jnp.einsum("bxy,bnyz,bwz->bnxw", turn, covariance, turn)
+
+    def _mean_rotation(self, lengths: jax.Array) -> Float[Array, "B X X"]:
+        """The mean of RoPE's matrices at the next positions."""
+        X = self.first.shape[-1]
+        units = jnp.broadcast_to(jnp.eye(X)[None, None], (1, self.future, X, X))
+        steps = jnp.arange(self.future, dtype=jnp.int32)[None]
+        ahead = jnp.mean(rope(units, steps, jnp.ones((1,), jnp.int32), self.rope), axis=1)
+        # Rotations add up: first by the mean of the steps ahead, then by the length. Row y of
+        # `ahead` is the image of unit vector y.
+        at = jnp.broadcast_to(ahead, (lengths.shape[0], X, X))[:, None]
+        turned = rope(at, lengths[:, None], lengths, self.rope)[:, 0]
+        return jnp.swapaxes(turned, 1, 2)
+
+
+@dataclass(frozen=True)
+class QueryMoments:
+    """Takes each query's rotation back and adds up first and second moments."""
+
+    rope: RopeConfig | None
+    future: int
+
+    def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Moments:
+        """See `kvjax.cache.prompt.Observer`."""
+        B, _, N, X = q_BTNH.shape
+        count, first, second = (jnp.zeros(s, jnp.float32) for s in ((B,), (B, N, X), (B, N, X, X)))
+        return Moments(count, first, second, self.rope, self.future)
+
+    def watch(
+        self,
+        state: Moments,
+        q_BTNH: jax.Array,
+        positions_BT: jax.Array,
+        keys_BKSX: jax.Array,
+        lengths_B: jax.Array,
+        spec: AttentionSpec,
+    ) -> Moments:
+        """See `kvjax.cache.prompt.Observer`."""
+        real = positions_BT >= 0
+        q = jnp.where(real[:, :, None, None], q_BTNH.astype(jnp.float32), 0.0)
+        q = unrotate(q, positions_BT, lengths_B, self.rope)
+        return dataclasses.replace(
+            state,
+            count=state.count + jnp.sum(real, axis=1, dtype=jnp.float32),
+            first=state.first + jnp.sum(q, axis=1),
+            second=state.second + jnp.einsum("btnx,btny->bnxy", q, q),
+        )
+
+
+def unrotate(
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    config: RopeConfig | None,
+) -> Float[Array, "B T N H"]:
+    """The inverse of `rope`: it turns the mirrored vector and mirrors it back."""
+    if config is None:
+        return x_BTNH
+    return mirror(rope(mirror(x_BTNH, config), positions_BT, lengths_B, config), config)
+
+
+def mirror(x: jax.Array, config: RopeConfig) -> jax.Array:
+    """Complex conjugate of the rotary pairs."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    if config.interleaved:
+        imaginary = (index % 2 == 1) & (index < config.dim)
+    else:
+        imaginary = (index >= config.dim // 2) & (index < config.dim)
+    sign = jnp.where(imaginary, -1.0, 1.0).astype(x.dtype)
+    return x * sign.reshape(*(1,) * (x.ndim - 1), -1)
+
+
+def pure_rotation(config: RopeConfig | None) -> RopeConfig | None:
+    """RoPE without the factor on cos and sin: queries come with it, and keys have theirs."""
+    if config is None or not hasattr(config.scaling, "attention_factor"):
+        return config
+    scaling: Any = config.scaling
+    return dataclasses.replace(config, scaling=dataclasses.replace(scaling, attention_factor=1.0))

@@ -1,0 +1,146 @@
+"""Where each head's rows lie in a flat pool: known at compile time, or only at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+BLOCK_SIZES = (64, 32, 16, 8)
+NOWHERE = np.iinfo(np.int32).max
+
+
+class Layout(NamedTuple):
+    """How equal blocks of a pool and its segments overlap; Z is 1 where all sequences agree.
+
+    Attributes:
+        heads: [Z, C, M] the heads that own rows of each of C blocks, padded with 0.
+        owned: [Z, C, M, size] bool, the rows that such a head owns.
+        head_of: [Z, K, C·M] bool, one-hot over heads, nothing for padding.
+    """
+
+    heads: Int[Array, "Z C M"]
+    owned: Bool[Array, "Z C M size"]
+    head_of: Bool[Array, "Z K X"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class StaticSegments:
+    """Segments that are part of the program: head k owns starts[k] … starts[k] + capacities[k]."""
+
+    starts: tuple[int, ...]
+    capacities: tuple[int, ...]
+
+    @property
+    def align(self) -> int:
+        """Nothing is known of where segments start."""
+        return 1
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+        return len(self.starts)
+
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """Starts and capacities, [1, K] int32."""
+        return _row(self.starts), _row(self.capacities)
+
+    def rows(self, pool_rows: int) -> tuple[jax.Array, jax.Array]:
+        """Of each pool row its head and its rank in the segment, [1, P]; ranks of gaps are huge."""
+        head, rank = np.zeros(pool_rows, np.int32), np.full(pool_rows, NOWHERE, np.int32)
+        for index, (start, capacity) in enumerate(zip(self.starts, self.capacities, strict=True)):
+            head[start : start + capacity] = index
+            rank[start : start + capacity] = np.arange(capacity)
+        return _row(head), _row(rank)
+
+    def longest(self, pool_rows: int) -> int:
+        """Rows of the largest segment."""
+        return max(self.capacities)
+
+    def block_size(self, pool_rows: int) -> int | None:
+        """The largest block that divides the pool; None if there is none."""
+        return next((size for size in BLOCK_SIZES if pool_rows % size == 0), None)
+
+    def layout(self, pool_rows: int) -> Layout:
+        """The blocks; a block seldom has rows of more than two heads."""
+        size = self.block_size(pool_rows)
+        assert size is not None
+        K, C = self.num_heads, pool_rows // size
+        owned = np.zeros((K, pool_rows), bool)
+        for head, (start, capacity) in enumerate(zip(self.starts, self.capacities, strict=True)):
+            owned[head, start : start + capacity] = True
+        owned = owned.reshape(K, C, size).swapaxes(0, 1)
+        present = owned.any(axis=2)
+        most = max(int(present.sum(axis=1).max()), 1)
+        # A stable sort of "absent" brings the heads that are present to the front.
+        heads = np.argsort(~present, axis=1, kind="stable")[:, :most]
+        owned = np.take_along_axis(owned, heads[:, :, None], axis=1)
+        there = np.take_along_axis(present, heads, axis=1)
+        head_of = (heads.reshape(1, -1) == np.arange(K)[:, None]) & there.reshape(1, -1)
+        return Layout(_row(heads.astype(np.int32)), _row(owned), _row(head_of))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TracedSegments:
+    """Segments that differ from sequence to sequence.
+
+    Attributes:
+        starts, capacities: [B, K] int32, ascending, the first start is 0.
+        align: starts are multiples of it, so that a block of `align` rows has one head.
+    """
+
+    starts: Any
+    capacities: Any
+    align: int = field(metadata={"static": True})
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+        return self.starts.shape[1]
+
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """Starts and capacities, [B, K] int32."""
+        return self.starts, self.capacities
+
+    def rows(self, pool_rows: int) -> tuple[jax.Array, jax.Array]:
+        """Of each pool row its head and its rank in the segment, [B, P]; ranks of gaps are huge."""
+        row = jnp.arange(pool_rows, dtype=jnp.int32)
+        head = self._owners(row)
+        rank = row[None] - jnp.take_along_axis(self.starts, head, axis=1)
+        capacity = jnp.take_along_axis(self.capacities, head, axis=1)
+        return head, jnp.where(rank < capacity, rank, NOWHERE)
+
+    def longest(self, pool_rows: int) -> int:
+        """Rows that a segment cannot exceed."""
+        return pool_rows
+
+    def block_size(self, pool_rows: int) -> int | None:
+        """`align`, if it divides the pool."""
+        return self.align if pool_rows % self.align == 0 else None
+
+    def layout(self, pool_rows: int) -> Layout:
+        """The blocks, each of one head."""
+        heads = self._owners(jnp.arange(0, pool_rows, self.align, dtype=jnp.int32))
+        owned = jnp.ones((*heads.shape, 1, self.align), bool)
+        index = jnp.arange(self.num_heads, dtype=jnp.int32)
+        return Layout(heads[:, :, None], owned, heads[:, None] == index[None, :, None])
+
+    def _owners(self, rows: jax.Array) -> jax.Array:
+        """[B, ·] the last head whose segment begins at or before each row."""
+        begun = self.starts[:, :, None] <= rows[None, None]
+        return jnp.sum(begun, axis=1, dtype=jnp.int32) - 1
+
+
+Segments = StaticSegments | TracedSegments
+
+
+def _row(values: Any) -> jax.Array:
+    """[1, …] of values that are the same for every sequence."""
+    array = np.asarray(values)
+    return jnp.asarray(array.astype(np.int32) if array.dtype != bool else array)[None]

@@ -1,0 +1,188 @@
+"""Every policy by name, on every kind of attention, through generation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import random_params
+
+from kvjax import transmla
+from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
+from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.decoding import prefill
+from kvjax.generation import generate
+from kvjax.headkv import HeadScores
+from kvjax.headkv.named import MAKERS
+from kvjax.headkv.policy import resolve
+from kvjax.headkv.size import token_bytes
+from kvjax.nn import Transformer
+
+GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
+SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), window=13)
+MLA = MLAConfig(4, 16, 8, 8, 12, None, 0.3, RopeConfig(8))
+LENGTHS = (60, 41, 9, 1)
+SCORES = HeadScores(np.random.default_rng(0).random((2, 4, 5)) ** 4)
+
+
+@functools.cache
+def build(kind):
+    """A random model of two layers and its parameters."""
+    if kind in ("after_up", "before_up"):
+        init = "svd_global" if kind == "after_up" else "identity"
+        return transmla.convert(*build("gqa"), init=init, rope_site=kind)
+    layers = {"gqa": (GQA, GQA), "sliding": (GQA, SLIDING), "mla": (MLA, MLA)}[kind]
+    layers = tuple(LayerConfig(attention, MLPConfig(32)) for attention in layers)
+    model = Transformer(ModelConfig("llama", 61, 32, layers, context_length=256))
+    return model, random_params(model)
+
+
+def prompts():
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 61, n).tolist() for n in LENGTHS]
+
+
+def run(kind, policy, new=24, **settings):
+    model, params = build(kind)
+    policy = resolve(policy, model.config, SCORES)
+    return generate(model, params, prompts(), new, policy=policy, eos_ids=(), **settings)
+
+
+@functools.cache
+def dense(kind):
+    """Greedy continuations by the uncompressed cache."""
+    model, params = build(kind)
+    cache = model.init_cache(len(LENGTHS), 96, "float32")
+    ids = np.zeros((len(LENGTHS), 64), np.int32)
+    for row, prompt in zip(ids, prompts(), strict=True):
+        row[: len(prompt)] = prompt
+    steps = np.arange(64, dtype=np.int32)[None]
+    positions = jnp.asarray(np.where(steps < np.asarray(LENGTHS)[:, None], steps, -1))
+    step = jax.jit(functools.partial(model.apply, logits_at="last"))
+    logits, cache = step({"params": params}, jnp.asarray(ids), positions, cache)
+    tokens = []
+    for _ in range(24):
+        tokens.append(np.asarray(jnp.argmax(logits[:, 0], axis=-1)))
+        logits, cache = step({"params": params}, jnp.asarray(tokens[-1][:, None]), None, cache)
+    return np.stack(tokens, axis=1).tolist()
+
+
+def test_full_keeps_the_window_of_sliding_layers():
+    assert run("sliding", "full").tokens == dense("sliding")
+    model, params = build("sliding")
+    tokens = jnp.zeros((1, 64), jnp.int32)
+    plan = resolve("full", model.config, None).plan(model.config, 64)
+    _, cache = prefill(model, params, tokens, jnp.asarray([64], jnp.int32), plan, 8)
+    assert isinstance(cache[0], DenseCache) and isinstance(cache[1], HeadBudgetCache)
+    assert cache[1].k_pool.shape[1] <= 2 * 13 + 8  # one window a head, and the last block's rest
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
+def test_a_budget_of_everything_loses_nothing(kind, name):
+    if kind == "mla" and name == "expected":
+        with pytest.raises(NotImplementedError, match="needs keys of heads"):
+            run(kind, f"{name}:kv_size=200")
+        return
+    assert run(kind, f"{name}:kv_size=200").tokens == dense(kind)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "headkv", "adasnapkv", "h2o"])
+@pytest.mark.parametrize("kind", ["gqa", "before_up", "after_up", "mla"])
+def test_small_budgets_hold_their_bytes(kind, name):
+    model, params = build(kind)
+    policy = resolve(f"{name}:kv_size=16", model.config, SCORES)
+    plan = policy.plan(model.config, 64, "float32")
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 61, (1, 64)), jnp.int32)
+    _, cache = prefill(model, params, tokens, jnp.asarray([64], jnp.int32), plan, 4)
+    expected = {"after_up": DenseCache, "mla": LatentCache}.get(kind, HeadBudgetCache)
+    assert all(isinstance(layer, expected) for layer in cache)
+    attention = model.config.layers[0].attention
+    nominal = 2 * 16 * token_bytes(attention, "float32")
+    room = 2 * 4 * token_bytes(attention, "float32")
+    blocks = 2 * 2 * 8 * token_bytes(attention, "float32") / 2  # 7 rows a head, a block at the end
+    assert nominal <= cache_bytes(cache) <= nominal + room + blocks + 400
+
+
+@pytest.mark.parametrize("policy", ["headkv", "h2o", "adasnapkv", "expected"])
+@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
+def test_the_chunk_of_prefill_changes_no_selection(kind, policy):
+    if kind == "mla" and policy == "expected":
+        pytest.skip("expected attention needs keys of heads")
+    model, params = build(kind)
+    plan = resolve(f"{policy}:kv_size=16", model.config, SCORES).plan(model.config, 64)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 61, (3, 64)), jnp.int32)
+    lengths = jnp.asarray([64, 33, 5], jnp.int32)
+    one, many = (
+        prefill(model, params, tokens, lengths, plan, 4, chunk=chunk) for chunk in (64, 24)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("entries", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
+def test_eight_bit_entries_under_any_policy(kind, entries):
+    exact, coarse = run(kind, "full"), run(kind, f"full:entries={entries}")
+    assert coarse.cache_bytes < 0.5 * exact.cache_bytes  # fp32 to 8 bits and a scale of 4 bytes
+    same = np.mean(np.asarray(exact.tokens)[:, :3] == np.asarray(coarse.tokens)[:, :3])
+    assert same > 0.6
+    small = run(kind, f"snapkv:kv_size=16,entries={entries}")
+    assert small.cache_bytes < 0.5 * run(kind, "snapkv:kv_size=16").cache_bytes
+
+
+@pytest.mark.parametrize("name", ["headkv", "adasnapkv"])
+def test_compression_while_decoding(name):
+    """Without anything to evict it changes nothing; with a budget the cache stops growing."""
+    assert run("gqa", f"{name}:kv_size=200,every=7").tokens == dense("gqa")
+    small = run("gqa", f"{name}:kv_size=16,every=8", new=60)
+    longer = run("gqa", f"{name}:kv_size=16,every=8", new=90)
+    assert longer.cache_bytes == small.cache_bytes
+    assert [row[:60] for row in longer.tokens] == small.tokens
+    with pytest.raises(NotImplementedError, match="compressed again"):
+        run("mla", "snapkv:kv_size=16,every=8")
+    with pytest.raises(NotImplementedError, match="watches the prompt"):
+        run("gqa", "h2o:kv_size=16,every=8")
+
+
+def test_a_ring_bounds_the_growth_of_low_budget_heads():
+    wide = run("gqa", "headkv:kv_size=16", new=90)
+    ring = run("gqa", "headkv:kv_size=16,ring=8", new=90)
+    assert ring.cache_bytes < wide.cache_bytes
+    assert all(len(row) == 90 for row in ring.tokens)
+
+
+def test_sizes_in_tokens_ratio_and_bytes():
+    model, _ = build("gqa")
+    caps = [
+        resolve(f"snapkv:{size}", model.config, None).plan(model.config, 64, "float32").caps
+        for size in ("kv_size=16", "ratio=0.25", f"bytes={16 * 2 * 2 * 2 * 8 * 4}")
+    ]
+    assert caps[0] == caps[1] == caps[2] == ((8, 8), (8, 8))
+    with pytest.raises(ValueError, match="kv_size is 3 and window is 8"):
+        resolve("snapkv:bytes=1000", model.config, None).plan(model.config, 64, "float32")
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 16, 17, 64])
+@pytest.mark.parametrize("name", ["snapkv", "headkv", "adasnapkv", "h2o", "tova", "expected"])
+def test_prompts_around_the_window_and_the_budget(name, n):
+    model, params = build("gqa")
+    prompt = [np.random.default_rng(n).integers(0, 61, n).tolist()]
+    settings = {"max_new_tokens": 8, "eos_ids": ()}
+    policy = resolve(f"{name}:kv_size=16", model.config, SCORES)
+    got = generate(model, params, prompt, policy=policy, **settings).tokens
+    if n <= 16:
+        assert got == generate(model, params, prompt, **settings).tokens
+    assert len(got[0]) == 8
+
+
+def test_thirty_three_sequences_of_thirty_three_lengths():
+    model, params = build("gqa")
+    rng = np.random.default_rng(5)
+    many = [rng.integers(0, 61, n).tolist() for n in range(1, 34)]
+    policy = resolve("headkv:kv_size=16", model.config, SCORES)
+    settings = {"max_new_tokens": 6, "policy": policy, "eos_ids": ()}
+    together = generate(model, params, many, **settings).tokens
+    for index in (0, 8, 16, 32):
+        assert generate(model, params, [many[index]], **settings).tokens[0] == together[index]
