@@ -144,6 +144,28 @@ def decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def extend(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: list[Any],
+) -> tuple[jax.Array, list[Any]]:
+    """Reads more tokens after those that the caches hold.
+
+    Returns:
+        Logits after the last token of each sequence [B, V] fp32, and the caches.
+    """
+    before = cache[0].lengths
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(steps < lengths[:, None], before[:, None] + steps, -1)
+    logits, cache = model.apply(
+        {"params": params}, tokens, positions, cache, logits_at="last", rope_lengths=before
+    )
+    return logits[:, 0], cache
+
+
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def compress_again(state: DecodeState, plan: Plan) -> DecodeState:
     """The caches cut down to their budgets, which gives room for `plan.every` new tokens."""

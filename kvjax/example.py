@@ -14,6 +14,7 @@ class Example:
             empty where that is unknown.
         depth: where the sentence stands, 0 (start) to 1 (end).
         name: the kind of question.
+        question_length: tokens at the end of the prompt that ask, 0 where that is unknown.
     """
 
     prompt: tuple[int, ...]
@@ -21,3 +22,4 @@ class Example:
     span: tuple[int, int] = (0, 0)
     depth: float = 0.0
     name: str = "needle"
+    question_length: int = 0

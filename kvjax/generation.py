@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import cache_bytes
-from kvjax.config import ModelConfig
-from kvjax.decoding import DecodeState, compress_again, decode, first_token, prefill
-from kvjax.headkv.plan import Plan
+from kvjax.cache.room import repeat, with_room
+from kvjax.context import Context
+from kvjax.decoding import (
+    DecodeState,
+    compress_again,
+    decode,
+    extend,
+    first_token,
+    prefill,
+)
+from kvjax.headkv.plan import FullPlan, Plan, sliding_windows
 from kvjax.headkv.policy import Policy, resolve
-from kvjax.headkv.scores import HeadScores, load_scores
+from kvjax.headkv.scores import default_scores
 from kvjax.nn import Transformer
 from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys
 from kvjax.sampling import Sampling
@@ -56,6 +63,7 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     on_tokens: OnTokens | None = None,
+    context: Context | None = None,
 ) -> Generation:
     """Continues every prompt.
 
@@ -74,27 +82,36 @@ def generate(
         eos_ids: ids that end a sequence; None for the model's own, () for none.
         batch_size: sequences at a time; None for a whole bucket.
         on_tokens: called with (prompt index, new tokens) as chunks of tokens are ready.
+        context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. The
+            policy is the context's then, and what the prompts add is kept in full.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a prompt that with
             max_new_tokens exceeds the context, a sampling setting out of range, a policy that
             cannot be resolved.
     """
-    check_prompts(model.config, prompts, max_new_tokens)
+    before = 0 if context is None else context.length
+    check_prompts(model.config, prompts, max_new_tokens, before)
     sampling = Sampling.create(temperature, top_k, top_p)
-    resolved = resolve(policy, model.config, default_scores(model.config))
+    read = _reader(model, params, policy, context, max_new_tokens)
     eos = np.asarray(model.config.eos_ids if eos_ids is None else eos_ids, np.int32)
     keys = prompt_keys(prompts, seed)
     result = Generation(tokens=[[] for _ in prompts])
     for indices in batches(prompts, batch_size):
         bucket = bucket_length(max(len(prompts[i]) for i in indices))
-        plan = resolved.plan(model.config, bucket, params["embedding"].dtype)
         tokens, lengths = pad([prompts[i] for i in indices], bucket)
-        logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
+        logits, cache, plan = read(tokens, lengths)
         result.cache_bytes += cache_bytes(cache)
-        result.full_cache_bytes += full_cache_bytes(model, params, tokens.shape, max_new_tokens)
+        shape = (len(indices), bucket + before)
+        result.full_cache_bytes += full_cache_bytes(model, params, shape, max_new_tokens)
         state = first_token(
-            logits, cache, keys[np.asarray(indices)], sampling, eos, lengths, max_new_tokens
+            logits,
+            cache,
+            keys[np.asarray(indices)],
+            sampling,
+            eos,
+            before + lengths,
+            max_new_tokens,
         )
         for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens, plan):
             for index, ids in zip(indices, new, strict=True):
@@ -102,6 +119,41 @@ def generate(
                 if on_tokens is not None and ids:
                     on_tokens(index, ids)
     return result
+
+
+Reader = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[Any], Plan]]
+"""Padded prompts [B, T] and lengths [B] to the logits after them, caches with room, and the plan
+that may compress these again."""
+
+
+def _reader(
+    model: Transformer,
+    params: Any,
+    policy: str | Policy,
+    context: Context | None,
+    max_new_tokens: int,
+) -> Reader:
+    """How prompts are read: from the start, or after a context."""
+    if context is not None:
+        windows = sliding_windows(model.config)
+
+        def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, list[Any], Plan]:
+            room = tokens.shape[1] + max_new_tokens
+            cache = [repeat(layer, len(tokens)) for layer in context.cache]
+            pairs = zip(cache, windows, strict=True)
+            cache = [with_room(layer, room, window) for layer, window in pairs]
+            logits, cache = extend(model, params, tokens, lengths, cache)
+            return logits, cache, FullPlan(model.config)
+
+        return go_on
+    resolved = resolve(policy, model.config, default_scores(model.config))
+
+    def from_start(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, list[Any], Plan]:
+        plan = resolved.plan(model.config, tokens.shape[1], params["embedding"].dtype)
+        logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
+        return logits, cache, plan
+
+    return from_start
 
 
 def decode_chunks(
@@ -133,12 +185,6 @@ def decode_chunks(
         ]
         alive &= ~np.isin(chunk[:, done:now], eos).any(axis=1)
         done = now
-
-
-def default_scores(config: ModelConfig) -> HeadScores | None:
-    """Head scores that lie beside the model's weights, if any."""
-    path = Path(config.source) / "head_scores.json"
-    return load_scores(path, config) if config.source and path.is_file() else None
 
 
 def until_eos(ids: np.ndarray, eos: np.ndarray) -> list[int]:

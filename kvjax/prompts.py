@@ -15,9 +15,12 @@ SMALLEST_BUCKET = 32
 
 
 def check_prompts(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: int = 0
 ) -> None:
-    """Raises ValueError for prompts that this model cannot continue."""
+    """Raises ValueError for prompts that this model cannot continue.
+
+    `before` tokens of a context come first.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected ≥ 1")
     if not len(prompts):
@@ -25,7 +28,7 @@ def check_prompts(
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty, expected at least one token")
-        if len(prompt) + max_new_tokens > config.context_length:
+        if before + len(prompt) + max_new_tokens > config.context_length:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, "
                 f"expected at most {config.context_length} in all: the model's context"

@@ -192,6 +192,11 @@ def attention_spec(attention: AttentionConfig) -> AttentionSpec:
     return AttentionSpec(base.scale, getattr(base, "window", None), getattr(base, "softcap", None))
 
 
+def sliding_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """[L] the sliding window of each layer, None without one."""
+    return tuple(attention_spec(layer.attention).window for layer in config.layers)
+
+
 def kv_heads(config: ModelConfig) -> int:
     """Heads that budgets are made for: K of the attention, before its conversion too.
 

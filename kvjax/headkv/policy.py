@@ -16,9 +16,9 @@ from kvjax.headkv.plan import (
     CompressedPlan,
     FullPlan,
     Plan,
-    attention_spec,
     kv_heads,
     no_head_budget,
+    sliding_windows,
 )
 from kvjax.headkv.prompt import Scorer
 from kvjax.headkv.scores import HeadScores, check_shape
@@ -132,7 +132,7 @@ class Compress(Policy):
         size = self.size(config, prompt_len, entries or dtype)
         check_size(size, self.window)
         window = self.window + int(self.recent * (size - self.window))
-        sliding = tuple(attention_spec(layer.attention).window for layer in config.layers)
+        sliding = sliding_windows(config)
         request = Request(config.num_layers, kv_heads(config), size, window, prompt_len, sliding)
         caps = np.asarray(self.allocator(request))
         check_caps(caps, request)

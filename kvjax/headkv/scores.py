@@ -81,6 +81,12 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
     return scores
 
 
+def default_scores(config: ModelConfig) -> HeadScores | None:
+    """Head scores that lie beside the model's weights, if any."""
+    path = Path(config.source) / "head_scores.json"
+    return load_scores(path, config) if config.source and path.is_file() else None
+
+
 def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head scores") -> None:
     """Raises ValueError where the scores are not of a model of this shape."""
     got, expected = scores.samples.shape[:2], query_heads(model_config)

@@ -6,6 +6,7 @@ window, the last w tokens. Ties go to the later position; what is kept stays in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,13 +142,19 @@ def segments_for(prompt: Prompt, keep: Keep, counts_BK: Int[Array, "B K"]) -> tu
     capacities = [min(cap + prompt.window + room, limit) for cap, room in most]
     if keep.split is None:
         return static_segments(capacities, pool_alignment(dtype))
-    align = max(8, pool_alignment(dtype))
+    align = max(split_alignment(capacities), pool_alignment(dtype))
     extra = jnp.asarray([prompt.window + room for room in keep.rooms], jnp.int32)
     wanted = jnp.minimum(counts_BK + extra[None], limit)
     rounded = -(-wanted // align) * align
     total = sum(keep.caps) + sum(prompt.window + room for room in keep.rooms)
     rows = -(-(total + len(capacities) * (align - 1)) // align) * align
     return TracedSegments(jnp.cumsum(rounded, axis=1) - rounded, wanted, align), rows
+
+
+def split_alignment(capacities: Sequence[int]) -> int:
+    """Rows that segments of a split are rounded to: about a sixteenth of a head's, 8 at most."""
+    mean = sum(capacities) / len(capacities)
+    return next((size for size in (8, 4, 2) if 16 * size <= mean), 1)
 
 
 def capacity_limit(prompt: Prompt, keep: Keep) -> int:

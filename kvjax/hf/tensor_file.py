@@ -105,9 +105,18 @@ def _stored(path: Path, start: int, entry: Mapping) -> StoredTensor:
     return tensor
 
 
-def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in a file's header; call `read_header` first, which checks the file."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__", {})
+
+
+def write_file(
+    path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file, one tensor in memory at a time."""
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {

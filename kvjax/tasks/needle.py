@@ -44,4 +44,5 @@ def generate(
         span=context.spans[0],
         depth=depths[0],
         name="multi_key" if distractors else "needle",
+        question_length=len(question),
     )

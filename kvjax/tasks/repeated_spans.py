@@ -51,4 +51,5 @@ def generate(
         span=(first, first + span_length),
         depth=at / room if room else 0.0,
         name="repeated_spans",
+        question_length=cue_length,
     )

@@ -52,4 +52,5 @@ def generate(
         span=context.spans[answer_at],
         depth=depths[answer_at],
         name="two_hop",
+        question_length=len(question),
     )

@@ -1,0 +1,152 @@
+"""A context that is read and compressed once, kept in one file, and asked many questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
+from kvjax.decoding import prefill
+from kvjax.headkv.policy import Policy, resolve
+from kvjax.headkv.scores import default_scores
+from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
+from kvjax.nn import Transformer
+from kvjax.prompts import bucket_length, check_prompts, pad
+from pallas_kernels import Quantized
+from pallas_kernels.segments import StaticSegments, TracedSegments
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        DenseCache,
+        HeadBudgetCache,
+        LatentCache,
+        Quantized,
+        StaticSegments,
+        TracedSegments,
+    )
+}
+FORMAT = "kvjax context 1"
+
+
+@dataclass(frozen=True)
+class Context:
+    """The compressed cache of one text; `kvjax.generate(…, context=…)` goes on from it.
+
+    Attributes:
+        cache: one cache a layer, of one sequence, without room for more tokens.
+        length: tokens that were read.
+        policy: how it was compressed, in words.
+        model: what identifies the model.
+    """
+
+    cache: list[Any]
+    length: int
+    policy: str
+    model: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache's arrays."""
+        return cache_bytes(self.cache)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        tensors: dict[str, np.ndarray] = {}
+        layers = [_describe(cache, f"{i}", tensors) for i, cache in enumerate(self.cache)]
+        facts = {"length": self.length, "policy": self.policy, "model": self.model}
+        content = json.dumps({"format": FORMAT, "layers": layers, **facts})
+        new = [
+            NewTensor(name, array.dtype, array.shape, lambda array=array: array)
+            for name, array in tensors.items()
+        ]
+        write_file(Path(path), new, {"kvjax": content})
+
+
+def compress(
+    model: Transformer, params: Any, tokens: Sequence[int], policy: str | Policy
+) -> Context:
+    """Reads a text and keeps what the policy keeps of it.
+
+    Args:
+        tokens: ids; questions about them come later.
+        policy: as in `kvjax.generate`. Without a question in sight, policies that go by the last
+            queries lose their guide; see docs/headkv.md.
+
+    Raises:
+        ValueError: no tokens, more than the model's context holds, a policy that cannot be
+            resolved, or one that bounds the growth (ring, every).
+    """
+    check_prompts(model.config, [tokens], 1, 0)
+    resolved = resolve(policy, model.config, default_scores(model.config))
+    if getattr(resolved, "ring", 0) or getattr(resolved, "every", 0):
+        raise ValueError("a context has no growth to bound: policies with ring or every don't fit")
+    bucket = bucket_length(len(tokens))
+    ids, lengths = pad([tokens], bucket)
+    plan = resolved.plan(model.config, bucket, params["embedding"].dtype)
+    _, cache = prefill(model, params, ids, lengths, plan, max_new_tokens=0)
+    name = policy if isinstance(policy, str) else type(policy).__name__
+    return Context(cache, len(tokens), name, identity(model, params))
+
+
+def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
+    """Reads a context that `Context.save` wrote, for the model that it was made with.
+
+    Raises:
+        ValueError: no such file, another file, or a context of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no context at {path}")
+    stored, metadata = read_header(path), read_metadata(path)
+    content = json.loads(metadata.get("kvjax", "{}"))
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no context: got {content.get('format')}, expected {FORMAT}")
+    mine = identity(model, params)
+    if content["model"] != mine:
+        raise ValueError(f"{path} is a context of model {content['model']}, this one is {mine}")
+    cache = [_rebuild(layer, stored) for layer in content["layers"]]
+    return Context(cache, content["length"], content["policy"], content["model"])
+
+
+def identity(model: Transformer, params: Any) -> str:
+    """A short fingerprint of the configuration and of the final norm's weights."""
+    config = dataclasses.replace(model.config, source="", hf_json="")
+    weights = np.asarray(params["final_norm"]).tobytes()
+    digest = hashlib.sha256(repr(config).encode() + weights).hexdigest()
+    return f"{model.config.model_type}-{digest[:12]}"
+
+
+def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
+    """A part of a cache as JSON; arrays go to `tensors`, and their names stay."""
+    if isinstance(value, jax.Array):
+        tensors[name] = np.asarray(value)
+        return {"tensor": name}
+    if dataclasses.is_dataclass(value):
+        fields = {
+            field.name: _describe(getattr(value, field.name), f"{name}.{field.name}", tensors)
+            for field in dataclasses.fields(value)
+        }
+        return {"part": type(value).__name__, "fields": fields}
+    return value
+
+
+def _rebuild(value: Any, stored: Any) -> Any:
+    """The inverse of `_describe`."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return jnp.asarray(stored[value["tensor"]].open())
+    fields = {name: _rebuild(item, stored) for name, item in value["fields"].items()}
+    return PARTS[value["part"]](**fields)

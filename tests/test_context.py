@@ -1,0 +1,89 @@
+"""A context is compressed once, saved, and asked many questions."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from toys import random_params
+
+import kvjax
+from kvjax import transmla
+from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.nn import Transformer
+
+GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
+SLIDING = dataclasses.replace(GQA, window=13)
+MLA = MLAConfig(4, 16, 8, 8, 12, None, 0.3, RopeConfig(8))
+TEXT = np.random.default_rng(0).integers(0, 61, 70).tolist()
+QUESTIONS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (1, 9, 5, 40)]
+
+
+def build(*attention):
+    layers = tuple(LayerConfig(a, MLPConfig(32)) for a in attention)
+    model = Transformer(ModelConfig("llama", 61, 32, layers, max_position_embeddings=256))
+    return model, random_params(model)
+
+
+MODELS = {"gqa": (GQA, GQA), "sliding": (GQA, SLIDING), "mla": (MLA, MLA)}
+
+
+def model_of(kind):
+    if kind == "after_up":
+        return transmla.convert(*build(GQA, GQA))
+    return build(*MODELS[kind])
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv:kv_size=200", "adasnapkv:kv_size=200"])
+@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
+def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
+    model, params = model_of(kind)
+    context = kvjax.compress(model, params, TEXT, policy)
+    context.save(tmp_path / "text.kv")
+    context = kvjax.load_context(tmp_path / "text.kv", model, params)
+    settings = {"max_new_tokens": 10, "eos_ids": ()}
+    got = kvjax.generate(model, params, QUESTIONS, context=context, **settings)
+    want = kvjax.generate(model, params, [TEXT + q for q in QUESTIONS], **settings)
+    assert got.tokens == want.tokens
+
+
+@pytest.mark.parametrize(
+    "policy", ["snapkv:kv_size=16", "adasnapkv:kv_size=16", "streaming:kv_size=16,entries=int8"]
+)
+@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
+def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tmp_path):
+    model, params = model_of(kind)
+    context = kvjax.compress(model, params, TEXT, policy)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(context.cache)]
+    settings = {"max_new_tokens": 10, "eos_ids": (), "context": context}
+    together = kvjax.generate(model, params, QUESTIONS, **settings).tokens
+    context.save(tmp_path / "text.kv")
+    loaded = kvjax.load_context(tmp_path / "text.kv", model, params)
+    assert loaded.nbytes == context.nbytes and loaded.policy == policy
+    assert jax.tree.structure(loaded.cache) == jax.tree.structure(context.cache)
+    settings["context"] = loaded
+    for index in (2, 0):
+        alone = kvjax.generate(model, params, [QUESTIONS[index]], **settings).tokens
+        assert alone == [together[index]]
+    for cache in (context.cache, loaded.cache):
+        for a, b in zip(before, jax.tree.leaves(cache), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_errors(tmp_path):
+    model, params = build(GQA)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        kvjax.compress(model, params, [], "full")
+    with pytest.raises(ValueError, match="ring or every don't fit"):
+        kvjax.compress(model, params, TEXT, "snapkv:kv_size=16,ring=8")
+    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    with pytest.raises(ValueError, match=r"prompt 0 has .* expected at most 256 in all"):
+        kvjax.generate(model, params, [[1] * 180], max_new_tokens=10, context=context)
+    context.save(tmp_path / "text.kv")
+    with pytest.raises(ValueError, match="context of model llama-"):
+        kvjax.load_context(tmp_path / "text.kv", *build(GQA, GQA))
+    with pytest.raises(ValueError, match="no context at"):
+        kvjax.load_context(tmp_path / "nothing.kv", model, params)
+    (tmp_path / "text.kv").write_bytes(b"0123456789")
+    with pytest.raises(ValueError, match="truncated"):
+        kvjax.load_context(tmp_path / "text.kv", model, params)
