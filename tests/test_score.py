@@ -230,7 +230,7 @@ def fails(capsys, out, arguments):
     with pytest.raises(SystemExit) as stop:
         score(out, arguments)
     assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("kvjax: error: ")
     return lines[0]
 

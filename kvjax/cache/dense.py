@@ -74,7 +74,7 @@ class DenseCache:
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K X"],
-        v: Float[Array, "B T K Y"],
+        v: Float[Array, "B T M Y"],
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
         expand: Expand | None = None,

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import AttentionSpec, LatentCache, NoCache
+from kvjax.cache import AttentionSpec, LatentCache, NoCache, PromptCache
 from kvjax.config import MLAConfig, NormConfig
 from kvjax.nn.gqa import norm_weight, output, projection
 from kvjax.nn.matmul import matmul
@@ -27,9 +27,9 @@ class MLA(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        cache: LatentCache | None,
+        cache: LatentCache | PromptCache | None,
         lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LatentCache | PromptCache | None]:
         """Attention output and the cache with the new latents; see `Transformer.__call__`."""
         c = self.config
         N, L = c.num_heads, c.kv_lora_rank

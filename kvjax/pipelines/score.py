@@ -140,15 +140,17 @@ def request(
 
 
 def progress_bar() -> Progress:
-    """Batches done of how many, and the time that the rest takes; gone when finished."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    """Batches done of how many, and the time that the rest takes; on a terminal, until finished."""
     console = Console(stderr=True)
     return Progress(
-        *columns,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
         TextColumn("batches, left"),
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
