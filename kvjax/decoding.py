@@ -160,9 +160,9 @@ def extend(
     before = cache[0].lengths
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(steps < lengths[:, None], before[:, None] + steps, -1)
-    logits, cache = model.apply(
-        {"params": params}, tokens, positions, cache, logits_at="last", rope_lengths=before
-    )
+    settings = {"logits_at": "last", "rope_lengths": before}
+    result: Any = model.apply({"params": params}, tokens, positions, cache, **settings)
+    logits, cache = result
     return logits[:, 0], cache
 
 

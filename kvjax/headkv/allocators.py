@@ -56,6 +56,8 @@ class Request:
         return np.maximum(np.asarray(seen) - self.window, 0)[:, None]
 
 
+HALF_SHARED = 200  # tokens a head, besides the window, of which half are shared by importance
+
 Allocator = Callable[[Request], np.ndarray]
 """Budgets [L, K], whole numbers of at least 0, whose mean is at most min(budget, limit).
 
@@ -90,14 +92,26 @@ class Pyramid:
 class HeadImportance:
     """HeadKV (arXiv 2410.19258): a floor for every head, the rest in proportion to importance.
 
-    `scores` None stands for the model's own, which `resolve` fills in.
+    Attributes:
+        beta: a share 1/β of the budget is divided by importance; None for `growing_beta`.
+        scores: None stands for the model's own, which `resolve` fills in.
     """
 
-    beta: float = 1.2
+    beta: float | None = None
     scores: HeadScores | None = None
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         if self.scores is None:
             raise ValueError("head importance has no scores; resolve() fills in the model's own")
         values = group_scores(checked(self.scores.mean), request.num_kv_heads)
-        return head_caps(normalise(values), request.budget, self.beta, request.limits)
+        beta = growing_beta(request.budget) if self.beta is None else self.beta
+        return head_caps(normalise(values), request.budget, beta, request.limits)
+
+
+def growing_beta(budget: int) -> float:
+    """β = 1 + b/200: the floor's share of the budget, b/(b + 200), grows with it.
+
+    A small cache serves best where the few heads that retrieve get nearly all of it; once these
+    have what they can use, more is worth more to the others, which a fixed small β would starve.
+    """
+    return 1.0 + budget / HALF_SHARED

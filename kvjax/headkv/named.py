@@ -26,9 +26,9 @@ def streaming(sinks: int = 4) -> Compress:
     return Compress(Uniform(), SinksAndRecent(sinks))
 
 
-def snapkv(pool: int = 7) -> Compress:
+def snapkv(pool: int = 7, ahead: int = 0) -> Compress:
     """SnapKV (arXiv 2404.14469): what the last queries look at, as many tokens in every head."""
-    return Compress(Uniform(), ObservationWindow(pool))
+    return Compress(Uniform(), ObservationWindow(pool, ahead))
 
 
 def pyramidkv(pool: int = 7, beta: float = 20.0) -> Compress:
@@ -66,20 +66,24 @@ def expected(future: int = 512) -> Compress:
     return Compress(Uniform(), ExpectedAttention(future))
 
 
-def headkv(pool: int = 7, beta: float = 1.2, scores: str = "") -> Compress:
+def headkv(pool: int = 7, ahead: int = 8, beta: float = 0.0, scores: str = "") -> Compress:
     """HeadKV (arXiv 2410.19258): as SnapKV, with more tokens in the heads that matter.
 
-    `scores` is a score file; empty for the model's own. Its estimator tells HeadKV-R from -R2.
+    Args:
+        ahead: see `ObservationWindow`; the paper's is 0.
+        beta: 0 for `growing_beta`; the paper's are 1.005 to 1.2.
+        scores: a score file, whose estimator tells HeadKV-R from -R2; empty for the model's own.
     """
-    return Compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool))
+    importance = HeadImportance(beta or None, _file(scores))
+    return Compress(importance, ObservationWindow(pool, ahead))
 
 
 def headkv_adaptive(
-    pool: int = 7, beta: float = 1.2, alpha: float = 0.2, scores: str = ""
+    pool: int = 7, ahead: int = 8, beta: float = 0.0, alpha: float = 0.2, scores: str = ""
 ) -> Compress:
     """HeadKV's budget for each layer, which its heads share by their scores as in Ada-SnapKV."""
-    importance = HeadImportance(beta, _file(scores))
-    return Compress(importance, ObservationWindow(pool), split=Adaptive(alpha))
+    importance = HeadImportance(beta or None, _file(scores))
+    return Compress(importance, ObservationWindow(pool, ahead), split=Adaptive(alpha))
 
 
 MAKERS: dict[str, Callable[..., Compress]] = {

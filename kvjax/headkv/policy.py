@@ -133,7 +133,9 @@ class Compress(Policy):
         check_size(size, self.window)
         window = self.window + int(self.recent * (size - self.window))
         sliding = sliding_windows(config)
-        request = Request(config.num_layers, kv_heads(config), size, window, prompt_len, sliding)
+        # A text that is compressed while it grows may come to fill what its prompt does not.
+        reach = config.context_length if self.every else prompt_len
+        request = Request(config.num_layers, kv_heads(config), size, window, reach, sliding)
         caps = np.asarray(self.allocator(request))
         check_caps(caps, request)
         caps = np.minimum(caps, request.limits)

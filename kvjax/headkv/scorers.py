@@ -17,13 +17,19 @@ class ObservationWindow:
 
     Averaged over these queries and over the query heads of a group, then max-pooled over
     neighbouring tokens, so that a token that is kept keeps its surroundings.
+
+    Attributes:
+        pool: neighbours, the token itself included.
+        ahead: tokens after a neighbourhood that it pulls in besides: the question looks at where
+            an answer begins, and the answer goes on from there.
     """
 
     pool: int = 7
+    ahead: int = 0
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
         scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
-        return max_pool(scores_BKS, prompt.candidates, self.pool)
+        return max_pool(scores_BKS, prompt.candidates, self.pool, self.ahead)
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,16 @@ def window_attention(prompt: Prompt) -> Float[Array, "B N S"]:
 
 
 def max_pool(
-    scores_BKS: Float[Array, "B K S"], candidates_BZS: Bool[Array, "B Z S"], size: int
+    scores_BKS: Float[Array, "B K S"],
+    candidates_BZS: Bool[Array, "B Z S"],
+    size: int,
+    ahead: int = 0,
 ) -> Float[Array, "B K S"]:
-    """The largest score of a candidate among `size` neighbours, stride 1, same length."""
+    """The largest score of a candidate among `size` neighbours and the `ahead` tokens before them.
+
+    Stride 1, same length.
+    """
     scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
-    return jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, (1, 1, size), (1, 1, 1), "SAME")
+    sides = ((0, 0), (0, 0), (ahead + (size - 1) // 2, size // 2))
+    window = (1, 1, size + ahead)
+    return jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, window, (1, 1, 1), sides)

@@ -158,8 +158,13 @@ def split_alignment(capacities: Sequence[int]) -> int:
 
 
 def capacity_limit(prompt: Prompt, keep: Keep) -> int:
-    """Rows that a head can use at all: behind a sliding window nothing is seen again."""
-    return prompt.spec.window or prompt.keys.shape[2] + max(keep.rooms)
+    """Rows that a head can use at all.
+
+    Behind a sliding window nothing is seen again. A cache that is compressed while decoding may
+    fill budgets that the prompt does not.
+    """
+    reach = max(keep.caps) + prompt.window if keep.remember else prompt.keys.shape[2]
+    return prompt.spec.window or reach + max(keep.rooms)
 
 
 def pack(

@@ -32,6 +32,7 @@ PROTOCOLS = (INSIDE, AFTER)
 """Whether the question is part of the compressed prompt, or asked after its compression."""
 
 FULL = "full"
+SLOTS = 16
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,13 @@ def _shape(examples: Sequence[Example], protocol: str) -> tuple[int, int]:
     """Slots of the context and of what is fed, the same for all batches."""
     asked = [e.question_length if protocol == AFTER else 0 for e in examples]
     slots = max(len(e.prompt) - n for e, n in zip(examples, asked, strict=True))
-    return slots, max(len(e.answer) + n for e, n in zip(examples, asked, strict=True))
+    fed = max(len(e.answer) + n for e, n in zip(examples, asked, strict=True))
+    return round_up(slots), round_up(fed)
+
+
+def round_up(size: int) -> int:
+    """To a multiple of SLOTS, so that sets of examples share their programs."""
+    return -(-size // SLOTS) * SLOTS
 
 
 def _seen_by(cache: PromptCache, scorers: tuple[Scorer, ...], scorer: Scorer) -> PromptCache:

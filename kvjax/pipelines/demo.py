@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from kvjax.headkv.policy import Compress, resolve
 from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
 from kvjax.pipelines import plots
+from kvjax.pipelines.compare import Compared, compare
 from kvjax.pipelines.convert import bytes_per_token, logit_change
-from kvjax.pipelines.measure import Outcome, measure
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.pipelines.score import score_heads
 from kvjax.tasks import make_examples
@@ -48,22 +50,24 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     model, params = load(MODEL, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
     vocab = TokenizerVocabulary(tokenizer)
-    examples = {task: make_examples(task, vocab, samples, PROMPT_LENGTH, seed) for task in TASKS}
-    policies = [f"{name}:kv_size={size}" for size in KV_SIZES for name in POLICIES]
+    examples = [
+        example
+        for task in TASKS
+        for example in make_examples(task, vocab, samples, PROMPT_LENGTH, seed)
+    ]
     with Progress(transient=True) as progress:
-        steps = progress.add_task("head importance", total=2 + len(TASKS) * (1 + len(policies)))
+        steps = progress.add_task("head importance", total=2 + len(examples))
         scores = score_heads(model, params, tokenizer, samples=samples, length=SCORE_LENGTH)
         scores.save(out / "heads.json")
-        progress.advance(steps)
-        outcomes: dict[str, list[Outcome]] = {}
-        for task in TASKS:
-            outcomes[task] = []
-            for policy in ("full", *policies):
-                progress.update(steps, description=f"{task}, {policy}")
-                setting = with_scores(policy, out / "heads.json")
-                result = measure(model, params, examples[task], setting)
-                outcomes[task].append(dataclasses.replace(result, policy=policy))
-                progress.advance(steps)
+        progress.update(steps, completed=1, description="policies on the same prompts")
+        compared = compare(
+            model,
+            params,
+            examples,
+            policies_of(model, scores),
+            on_batch=lambda done: progress.update(steps, completed=1 + done),
+        )
+        outcomes = by_task(compared, samples)
         progress.update(steps, description="equal_cache conversion")
         conversions = [convert_and_compare(model, params, init) for init in INITS]
         progress.advance(steps)
@@ -82,9 +86,41 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     return report
 
 
-def with_scores(policy: str, scores: Path) -> str:
-    """The policy with the scores that were just measured, where it takes any."""
-    return f"{policy},scores={scores}" if policy.startswith("headkv") else policy
+@dataclass(frozen=True)
+class Outcome:
+    """How a policy did on one task.
+
+    Attributes:
+        accuracy, standard_error: of answers right in every token.
+        items: examples asked.
+        cache_bytes: a sequence, after prefill.
+    """
+
+    policy: str
+    accuracy: float
+    standard_error: float
+    items: int
+    cache_bytes: int
+
+
+def policies_of(model: Any, scores: HeadScores) -> dict[str, Compress]:
+    """Every policy at every KV size, with the scores that were just measured."""
+    names = [f"{name}:kv_size={size}" for size in KV_SIZES for name in POLICIES]
+    resolved = ((name, resolve(name, model.config, scores)) for name in names)
+    return {name: policy for name, policy in resolved if isinstance(policy, Compress)}
+
+
+def by_task(compared: Compared, samples: int) -> dict[str, list[Outcome]]:
+    """The outcomes of every policy on each of the tasks, whose examples follow each other."""
+    outcomes: dict[str, list[Outcome]] = {}
+    for index, task in enumerate(TASKS):
+        outcomes[task] = []
+        for policy, found in compared.right.items():
+            share = float(found[index * samples : (index + 1) * samples].mean())
+            error = float(np.sqrt(share * (1 - share) / samples))
+            row = Outcome(policy, share, error, samples, compared.cache_bytes[policy])
+            outcomes[task].append(row)
+    return outcomes
 
 
 def convert_and_compare(model: Any, params: Any, init: str) -> dict[str, Any]:

@@ -172,7 +172,8 @@ def test_prompts_around_the_window_and_the_budget(name, n):
     settings = {"max_new_tokens": 8, "eos_ids": ()}
     policy = resolve(f"{name}:kv_size=16", model.config, SCORES)
     got = generate(model, params, prompt, policy=policy, **settings).tokens
-    if n <= 16:
+    # Budgets are those of the bucket: HeadKV's smaller heads are full before the mean is.
+    if n <= (8 if name == "headkv" else 16):
         assert got == generate(model, params, prompt, **settings).tokens
     assert len(got[0]) == 8
 
