@@ -34,7 +34,7 @@ def build(kind):
         return transmla.convert(*build("gqa"), init=init, rope_site=kind)
     layers = {"gqa": (GQA, GQA), "sliding": (GQA, SLIDING), "mla": (MLA, MLA)}[kind]
     layers = tuple(LayerConfig(attention, MLPConfig(32)) for attention in layers)
-    model = Transformer(ModelConfig("llama", 61, 32, layers, context_length=256))
+    model = Transformer(ModelConfig("llama", 61, 32, layers, max_position_embeddings=256))
     return model, random_params(model)
 
 
