@@ -66,12 +66,37 @@ def prefill(
     rope_lengths = lengths + max_new_tokens
     caches = []
     for layer in range(model.config.num_layers):
-        call = functools.partial(_call, model, params, "layer", layer)
-        cache = plan.start(layer, B, T, max_new_tokens, x.dtype)
-        x, cache = read_layer(call, x, lengths, cache, rope_lengths, chunk)
-        caches.append(plan.finish(layer, cache, max_new_tokens))
+
+        def read(x: jax.Array, layer: int = layer) -> tuple[jax.Array, Any]:
+            call = functools.partial(_call, model, params, "layer", layer)
+            cache = plan.start(layer, B, T, max_new_tokens, x.dtype)
+            x, cache = read_layer(call, x, lengths, cache, rope_lengths, chunk)
+            return x, plan.finish(layer, cache, max_new_tokens)
+
+        x, cache = in_one_piece(read, x, jnp.any(lengths > 0))
+        caches.append(cache)
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return _call(model, params, "unembed", x)[:, 0], caches
+
+
+def in_one_piece(
+    read: Callable[[jax.Array], tuple[jax.Array, Any]], x: jax.Array, needed: jax.Array
+) -> tuple[jax.Array, Any]:
+    """read(x) as one step of the program, so that what it needs in between is gone after it.
+
+    XLA's scheduler is free to make the empty caches of all layers before the first layer and to
+    compress them all after the last one, which holds every layer's keys and values at once (on CPU
+    it does). It moves nothing across the bounds of a branch.
+
+    Args:
+        needed: [] bool; False gives x and zeros, which nobody asks for: it keeps the branch.
+    """
+
+    def skip(x: jax.Array) -> tuple[jax.Array, Any]:
+        _, cache = jax.eval_shape(read, x)
+        return x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
+
+    return jax.lax.cond(needed, read, skip, x)
 
 
 def read_layer(

@@ -54,7 +54,10 @@ def attend(
     queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 2)
     queries = of_blocks(queries).reshape(B, C, M * T * G, H)
     keys = plain(k_pool, q.dtype).reshape(B, C, size, H)
-    logits = jnp.einsum("bcqh,bcsh->bcqs", queries, keys, preferred_element_type=jnp.float32)
+    # Keys on the left, and a barrier against their exchange: XLA:CPU packs a transposed right side
+    # into a copy of its own, which for a pool in fp32 costs several times the product.
+    logits = jnp.einsum("bcsh,bcqh->bcsq", keys, queries, preferred_element_type=jnp.float32)
+    logits = jnp.swapaxes(jax.lax.optimization_barrier(logits), 2, 3)
     if isinstance(k_pool, Quantized):
         logits = logits * k_pool.scale.reshape(B, C, 1, size)
     logits = soft_cap(logits * scale, softcap).reshape(B, C, M, T, G, size)
