@@ -34,8 +34,17 @@ def model_of(kind):
     return build(*MODELS[kind])
 
 
-@pytest.mark.parametrize("policy", ["full", "snapkv:kv_size=200", "adasnapkv:kv_size=200"])
-@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("gqa", "full"),
+        ("gqa", "adasnapkv:kv_size=200"),
+        ("sliding", "full"),
+        ("sliding", "snapkv:kv_size=200"),
+        ("after_up", "snapkv:kv_size=200"),
+        ("mla", "snapkv:kv_size=200"),
+    ],
+)
 def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
     model, params = model_of(kind)
     context = kvjax.compress(model, params, TEXT, policy)
@@ -48,9 +57,15 @@ def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "policy", ["snapkv:kv_size=16", "adasnapkv:kv_size=16", "streaming:kv_size=16,entries=int8"]
+    ("kind", "policy"),
+    [
+        ("gqa", "snapkv:kv_size=16"),
+        ("gqa", "streaming:kv_size=16,entries=int8"),
+        ("sliding", "adasnapkv:kv_size=16"),
+        ("after_up", "snapkv:kv_size=16,entries=fp8"),
+        ("mla", "snapkv:kv_size=16"),
+    ],
 )
-@pytest.mark.parametrize("kind", ["gqa", "sliding", "after_up", "mla"])
 def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tmp_path):
     model, params = model_of(kind)
     context = kvjax.compress(model, params, TEXT, policy)

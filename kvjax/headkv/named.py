@@ -16,6 +16,7 @@ from kvjax.headkv.scorers import (
     LastQuery,
     ObservationWindow,
     SinksAndRecent,
+    SpanWindow,
 )
 from kvjax.headkv.scores import HeadScores, load_scores
 from kvjax.headkv.split import Adaptive
@@ -26,9 +27,14 @@ def streaming(sinks: int = 4) -> Compress:
     return Compress(Uniform(), SinksAndRecent(sinks))
 
 
-def snapkv(pool: int = 7, ahead: int = 0) -> Compress:
+def snapkv(pool: int = 7) -> Compress:
     """SnapKV (arXiv 2404.14469): what the last queries look at, as many tokens in every head."""
-    return Compress(Uniform(), ObservationWindow(pool, ahead))
+    return Compress(Uniform(), ObservationWindow(pool))
+
+
+def spankv(ahead: int = 11, behind: int = 3, falloff: float = 0.01) -> Compress:
+    """As SnapKV, with the tokens after what the last queries look at (see `SpanWindow`)."""
+    return Compress(Uniform(), SpanWindow(ahead, behind, falloff))
 
 
 def pyramidkv(pool: int = 7, beta: float = 20.0) -> Compress:
@@ -66,24 +72,27 @@ def expected(future: int = 512) -> Compress:
     return Compress(Uniform(), ExpectedAttention(future))
 
 
-def headkv(pool: int = 7, ahead: int = 8, beta: float = 0.0, scores: str = "") -> Compress:
+def headkv(pool: int = 7, beta: float = 1.2, scores: str = "") -> Compress:
     """HeadKV (arXiv 2410.19258): as SnapKV, with more tokens in the heads that matter.
 
-    Args:
-        ahead: see `ObservationWindow`; the paper's is 0.
-        beta: 0 for `growing_beta`; the paper's are 1.005 to 1.2.
-        scores: a score file, whose estimator tells HeadKV-R from -R2; empty for the model's own.
+    `scores` is a score file, whose estimator tells HeadKV-R from -R2; empty for the model's own.
     """
-    importance = HeadImportance(beta or None, _file(scores))
-    return Compress(importance, ObservationWindow(pool, ahead))
+    return Compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool))
+
+
+def headkv_span(
+    ahead: int = 11, behind: int = 3, falloff: float = 0.01, scores: str = ""
+) -> Compress:
+    """HeadKV with a floor that grows with the budget, and `spankv`'s choice of tokens (ours)."""
+    return Compress(HeadImportance(None, _file(scores)), SpanWindow(ahead, behind, falloff))
 
 
 def headkv_adaptive(
-    pool: int = 7, ahead: int = 8, beta: float = 0.0, alpha: float = 0.2, scores: str = ""
+    pool: int = 7, beta: float = 1.2, alpha: float = 0.2, scores: str = ""
 ) -> Compress:
     """HeadKV's budget for each layer, which its heads share by their scores as in Ada-SnapKV."""
-    importance = HeadImportance(beta or None, _file(scores))
-    return Compress(importance, ObservationWindow(pool, ahead), split=Adaptive(alpha))
+    importance = HeadImportance(beta, _file(scores))
+    return Compress(importance, ObservationWindow(pool), split=Adaptive(alpha))
 
 
 MAKERS: dict[str, Callable[..., Compress]] = {
@@ -91,6 +100,7 @@ MAKERS: dict[str, Callable[..., Compress]] = {
     for maker in (
         streaming,
         snapkv,
+        spankv,
         pyramidkv,
         adasnapkv,
         h2o,
@@ -99,6 +109,7 @@ MAKERS: dict[str, Callable[..., Compress]] = {
         keydiff,
         expected,
         headkv,
+        headkv_span,
         headkv_adaptive,
     )
 }

@@ -17,19 +17,48 @@ class ObservationWindow:
 
     Averaged over these queries and over the query heads of a group, then max-pooled over
     neighbouring tokens, so that a token that is kept keeps its surroundings.
-
-    Attributes:
-        pool: neighbours, the token itself included.
-        ahead: tokens after a neighbourhood that it pulls in besides: the question looks at where
-            an answer begins, and the answer goes on from there.
     """
 
     pool: int = 7
-    ahead: int = 0
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
         scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
-        return max_pool(scores_BKS, prompt.candidates, self.pool, self.ahead)
+        return max_pool(scores_BKS, prompt.candidates, self.pool)
+
+
+@dataclass(frozen=True)
+class SpanWindow:
+    """As `ObservationWindow`, but what follows a token counts more than what comes before it.
+
+    A question looks at where an answer begins; the rest of a long answer gets no attention until
+    it is written. A token's score is the largest of its own, those of the tokens up to `ahead`
+    before it, and those of the tokens up to `behind` after it, less the share `falloff` for each
+    token of distance: however few tokens a head keeps, they are those next to what was looked at.
+    """
+
+    ahead: int = 11
+    behind: int = 3
+    falloff: float = 0.01
+
+    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
+        scores_BKS = jnp.where(prompt.candidates, scores_BKS, 0.0)
+        pooled = scores_BKS
+        # Ahead first: what stands as far before as after a token counts less.
+        for distance in range(1, self.ahead + 1):
+            pooled = jnp.maximum(pooled, self._shifted(scores_BKS, distance, distance))
+        for distance in range(1, self.behind + 1):
+            pooled = jnp.maximum(
+                pooled, self._shifted(scores_BKS, -distance, self.ahead + distance)
+            )
+        return pooled
+
+    def _shifted(self, scores_BKS: jax.Array, by: int, distance: int) -> jax.Array:
+        """Scores moved to later slots, less the falloff of a distance."""
+        sides = ((0, 0), (0, 0), (max(by, 0), max(-by, 0)))
+        padded = jnp.pad(scores_BKS, sides)
+        start = max(-by, 0)
+        return padded[:, :, start : start + scores_BKS.shape[2]] * (1.0 - self.falloff * distance)
 
 
 @dataclass(frozen=True)
@@ -88,16 +117,8 @@ def window_attention(prompt: Prompt) -> Float[Array, "B N S"]:
 
 
 def max_pool(
-    scores_BKS: Float[Array, "B K S"],
-    candidates_BZS: Bool[Array, "B Z S"],
-    size: int,
-    ahead: int = 0,
+    scores_BKS: Float[Array, "B K S"], candidates_BZS: Bool[Array, "B Z S"], size: int
 ) -> Float[Array, "B K S"]:
-    """The largest score of a candidate among `size` neighbours and the `ahead` tokens before them.
-
-    Stride 1, same length.
-    """
+    """The largest score of a candidate among `size` neighbours, stride 1, same length."""
     scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
-    sides = ((0, 0), (0, 0), (ahead + (size - 1) // 2, size // 2))
-    window = (1, 1, size + ahead)
-    return jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, window, (1, 1, 1), sides)
+    return jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, (1, 1, size), (1, 1, 1), "SAME")

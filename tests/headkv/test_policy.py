@@ -129,7 +129,10 @@ def test_parse():
         Uniform(), ObservationWindow(7), 64, 16
     )
     assert Policy.parse("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
-    assert Policy.parse("headkv:beta=1.05") == Compress(HeadImportance(1.05), ObservationWindow(7))
+    assert Policy.parse("headkv:beta=1.05,ahead=0") == Compress(
+        HeadImportance(1.05), ObservationWindow(7)
+    )
+    assert Policy.parse("headkv") == Compress(HeadImportance(None), ObservationWindow(7, 8))
     assert Policy.parse("adasnapkv:kv_size=128,alpha=0.3") == Compress(
         Uniform(), ObservationWindow(7), split=Adaptive(0.3)
     )
@@ -177,6 +180,14 @@ def test_resolve_errors():
     with pytest.raises(ValueError, match="3 layers x 4 heads, expected 1 layers x 4 heads"):
         resolve("headkv", config(GQA), SCORES)
     assert resolve("snapkv", config(GQA), None) == Policy.parse("snapkv")
+
+
+def test_the_floor_grows_with_the_budget():
+    scores = HeadScores(np.asarray([[[1.0]] * 2, [[0.0]] * 2]))
+    for kv_size, floor in ((18, 0), (58, 10), (208, 100), (808, 640)):
+        caps = HeadImportance(scores=scores)(Request(2, 2, kv_size, 8, 10**6))
+        assert caps.sum() == (kv_size - 8) * 4
+        assert abs(int(caps[1, 0]) - floor) <= 1  # b²/(b + 200), and b // β is a whole number
 
 
 @pytest.mark.parametrize("prompt_len", [4, 8, 20, 1000])

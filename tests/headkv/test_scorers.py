@@ -152,6 +152,10 @@ def test_unrotate_is_the_inverse_of_rope(name):
 def test_pooling_sees_no_padding_and_no_window():
     scores = jnp.asarray([[[1.0, 0.0, 0.0, 0.0, 9.0]]])
     candidates = jnp.asarray([[[True, True, True, True, False]]])
+    np.testing.assert_array_equal(max_pool(scores, candidates, 3)[0, 0, :4], [1.0, 1.0, 0.0, 0.0])
     np.testing.assert_array_equal(
-        max_pool(scores, candidates, 3)[0, 0, :4], np.asarray([1.0, 1.0, 0.0, 0.0])
+        max_pool(scores, candidates, 3, ahead=1)[0, 0, :4], [1.0, 1.0, 1.0, 0.0]
+    )
+    np.testing.assert_array_equal(
+        max_pool(scores[:, :, ::-1], candidates, 1, ahead=2)[0, 0, :4], [9.0, 9.0, 9.0, 0.0]
     )
