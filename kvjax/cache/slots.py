@@ -1,5 +1,7 @@
 """Where new tokens go: slot arithmetic and in-place writes, shared by all caches."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -41,7 +43,11 @@ def write_rows(
 
     def select(buffer, new, slots):
         hit = slots == jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]
-        return select_bits(hit[:, None, :, None], jnp.swapaxes(new, 1, 2), buffer)
+        rows = jnp.swapaxes(new, 1, 2)
+        needed = jnp.any(slots < buffer.shape[2])
+        return at_most_once(
+            needed, lambda old: select_bits(hit[:, None, :, None], rows, old), buffer
+        )
 
     return _write_in_place(scatter, select, buffer, encode(new, buffer), slots)
 
@@ -59,18 +65,25 @@ def write_pool(pool: Entries, new: Shaped[Array, "B T K *X"], rows: Int[Array, "
     def select(pool, new, rows):
         slots = jnp.arange(pool.shape[1], dtype=jnp.int32)[None]
 
-        def write_heads(_, pool):
+        def write_heads(pool):
             for head in range(new.shape[2]):
                 hit = rows[:, :, head] == slots
                 pool = select_bits(hit[:, :, None], new[:, :, head], pool)
             return pool
 
-        # A loop of at most one turn: XLA would fuse a bare select into each of its readers and
-        # copy the pool for them. Without anything to write there is no turn.
-        turns = jnp.any(rows < pool.shape[1]).astype(jnp.int32)
-        return jax.lax.fori_loop(0, turns, write_heads, pool)
+        return at_most_once(jnp.any(rows < pool.shape[1]), write_heads, pool)
 
     return _write_in_place(scatter, select, pool, encode(new, pool), rows)
+
+
+def at_most_once(
+    needed: jax.Array, write: Callable[[jax.Array], jax.Array], buffer: jax.Array
+) -> jax.Array:
+    """write(buffer) if it is needed, in a loop of at most one turn.
+
+    XLA would fuse a bare select into each of its readers and copy the buffer for them.
+    """
+    return jax.lax.fori_loop(0, needed.astype(jnp.int32), lambda _, old: write(old), buffer)
 
 
 def _write_in_place(scatter, select, buffer: Entries, new: Entries, slots: jax.Array) -> Entries:
