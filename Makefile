@@ -9,13 +9,16 @@ export JAX_PLATFORMS ?= cpu
 TORCH ?= $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo 1)
 TEST := $(if $(filter 1,$(TORCH)),test-parity,test)
 
+# Most of the suite's time is XLA compiling on one core.
+JOBS ?= 2
+
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvjax demo --out demo_out
 
 test: $(VENV)/.installed-$(TEST)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-$(TEST)
 	$(BIN)/ruff check .

@@ -32,12 +32,13 @@ from kvjax.tasks import make_examples
 MODEL, LENGTH = "builtin:needle", 1024
 TASKS = ("needle", "multi_key", "two_hop")
 ANSWERS = {"short": (1, 3), "long": (8, 12)}
-SIZES = (12, 16, 24, 51, 102, 256)
+SIZES = (12, 20, 51, 102, 256)
 POLICIES = (
     "headkv",
+    "headkv_paper",
     "headkv_adaptive",
     "snapkv",
-    "snapkv:ahead=16",
+    "spankv",
     "pyramidkv",
     "adasnapkv",
     "h2o",

@@ -72,27 +72,42 @@ def expected(future: int = 512) -> Compress:
     return Compress(Uniform(), ExpectedAttention(future))
 
 
-def headkv(pool: int = 7, beta: float = 1.2, scores: str = "") -> Compress:
-    """HeadKV (arXiv 2410.19258): as SnapKV, with more tokens in the heads that matter.
+def headkv(
+    ahead: int = 11,
+    behind: int = 3,
+    falloff: float = 0.01,
+    beta: float = 0.0,
+    scores: str = "",
+) -> Compress:
+    """HeadKV (arXiv 2410.19258), with what measured better than the paper's rules.
 
-    `scores` is a score file, whose estimator tells HeadKV-R from -R2; empty for the model's own.
+    Budgets by head importance with a floor that grows (`growing_beta`), tokens by `SpanWindow`.
+
+    Args:
+        ahead, behind, falloff: see `SpanWindow`.
+        beta: 0 for `growing_beta`.
+        scores: a score file, whose estimator tells HeadKV-R from -R2; empty for the model's own.
     """
+    importance = HeadImportance(beta or None, _file(scores))
+    return Compress(importance, SpanWindow(ahead, behind, falloff))
+
+
+def headkv_paper(pool: int = 7, beta: float = 1.2, scores: str = "") -> Compress:
+    """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens."""
     return Compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool))
 
 
-def headkv_span(
-    ahead: int = 11, behind: int = 3, falloff: float = 0.01, scores: str = ""
-) -> Compress:
-    """HeadKV with a floor that grows with the budget, and `spankv`'s choice of tokens (ours)."""
-    return Compress(HeadImportance(None, _file(scores)), SpanWindow(ahead, behind, falloff))
-
-
 def headkv_adaptive(
-    pool: int = 7, beta: float = 1.2, alpha: float = 0.2, scores: str = ""
+    ahead: int = 11,
+    behind: int = 3,
+    falloff: float = 0.01,
+    beta: float = 0.0,
+    alpha: float = 0.2,
+    scores: str = "",
 ) -> Compress:
-    """HeadKV's budget for each layer, which its heads share by their scores as in Ada-SnapKV."""
-    importance = HeadImportance(beta, _file(scores))
-    return Compress(importance, ObservationWindow(pool), split=Adaptive(alpha))
+    """As `headkv`, but the heads of a layer share its budget by their scores as in Ada-KV."""
+    importance = HeadImportance(beta or None, _file(scores))
+    return Compress(importance, SpanWindow(ahead, behind, falloff), split=Adaptive(alpha))
 
 
 MAKERS: dict[str, Callable[..., Compress]] = {
@@ -109,7 +124,7 @@ MAKERS: dict[str, Callable[..., Compress]] = {
         keydiff,
         expected,
         headkv,
-        headkv_span,
+        headkv_paper,
         headkv_adaptive,
     )
 }

@@ -21,7 +21,7 @@ from kvjax.generation import prefill
 from kvjax.headkv import HeadScores, Policy
 from kvjax.headkv.allocators import HeadImportance, Pyramid, Request, Uniform
 from kvjax.headkv.policy import Compress, Full, resolve
-from kvjax.headkv.scorers import KeyNorm, ObservationWindow, SinksAndRecent
+from kvjax.headkv.scorers import KeyNorm, ObservationWindow, SinksAndRecent, SpanWindow
 from kvjax.headkv.split import Adaptive
 from kvjax.nn import Transformer
 
@@ -129,10 +129,11 @@ def test_parse():
         Uniform(), ObservationWindow(7), 64, 16
     )
     assert Policy.parse("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
-    assert Policy.parse("headkv:beta=1.05,ahead=0") == Compress(
+    assert Policy.parse("headkv_paper:beta=1.05") == Compress(
         HeadImportance(1.05), ObservationWindow(7)
     )
-    assert Policy.parse("headkv") == Compress(HeadImportance(None), ObservationWindow(7, 8))
+    assert Policy.parse("headkv:beta=1.2") == Compress(HeadImportance(1.2), SpanWindow())
+    assert Policy.parse("headkv") == Compress(HeadImportance(None), SpanWindow())
     assert Policy.parse("adasnapkv:kv_size=128,alpha=0.3") == Compress(
         Uniform(), ObservationWindow(7), split=Adaptive(0.3)
     )
@@ -154,7 +155,7 @@ def test_parse_reads_scores(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("h3o", "policy 'h3o' is none of full, streaming, snapkv, pyramidkv, adasnapkv, h2o"),
+        ("h3o", "policy 'h3o' is none of full, streaming, snapkv, spankv, pyramidkv"),
         ("full:kv_size=3", "expected entries=…"),
         ("snapkv:beta=2", "'beta=2' is not understood, expected kv_size=…, ratio=…"),
         ("snapkv:entries=int4", "entries is 'int4', expected one of int8, fp8"),

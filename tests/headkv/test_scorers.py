@@ -11,7 +11,7 @@ from kvjax.cache import AttentionSpec, DenseCache, PromptCache
 from kvjax.config import GQAConfig, RopeConfig, YarnScaling
 from kvjax.headkv.observers import ColumnSums, ExpectedAttention, unrotate
 from kvjax.headkv.prompt import Prompt
-from kvjax.headkv.scorers import KeyDifference, KeyNorm, LastQuery, max_pool
+from kvjax.headkv.scorers import KeyDifference, KeyNorm, LastQuery, SpanWindow, max_pool
 from kvjax.nn.rope import rope
 
 W, K, G, H, S = 4, 2, 2, 8, 40
@@ -153,9 +153,19 @@ def test_pooling_sees_no_padding_and_no_window():
     scores = jnp.asarray([[[1.0, 0.0, 0.0, 0.0, 9.0]]])
     candidates = jnp.asarray([[[True, True, True, True, False]]])
     np.testing.assert_array_equal(max_pool(scores, candidates, 3)[0, 0, :4], [1.0, 1.0, 0.0, 0.0])
-    np.testing.assert_array_equal(
-        max_pool(scores, candidates, 3, ahead=1)[0, 0, :4], [1.0, 1.0, 1.0, 0.0]
-    )
-    np.testing.assert_array_equal(
-        max_pool(scores[:, :, ::-1], candidates, 1, ahead=2)[0, 0, :4], [9.0, 9.0, 9.0, 0.0]
-    )
+
+
+def test_span_window_prefers_what_follows_the_nearest_first():
+    def oracle(row, n, head):
+        first = max(n - W, 0)
+        heads = range(head * G, head * G + G)
+        raw = sum(weights(row, n, h, i) for h in heads for i in range(first, n)) / G / (n - first)
+        raw[first:] = 0
+        best = np.zeros(n)
+        for i in range(n):
+            near = [(i - j, i - j) for j in range(max(i - 5, 0), i + 1)]
+            near += [(i - j, 5 + j - i) for j in range(i + 1, min(i + 2, n - 1) + 1)]
+            best[i] = max(raw[i - by] * (1 - 0.01 * distance) for by, distance in near)
+        return best
+
+    check(SpanWindow(ahead=5, behind=2), oracle)
