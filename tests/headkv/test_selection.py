@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvjax.cache import AttentionSpec, DenseCache, PromptCache
 from kvjax.headkv.prompt import Prompt
@@ -161,3 +163,24 @@ def test_sinks_and_recent_tokens():
     _, k, _ = prompts()
     kept = [0, 1, *range(28, 40)]
     np.testing.assert_array_equal(cache.k_pool[row, :14], k[row, kept, 0])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.integers(0, 24), st.integers(0, 24), st.booleans())
+def test_selection_keeps_the_best_in_the_order_of_time(seed, candidates, cap, few_values):
+    """Against a sort, with many ties or none; what is no candidate never matters."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 3 if few_values else 10**6, (2, 24)).astype(np.float32)
+    mask = np.arange(24) < candidates
+    count = min(cap, candidates)
+    kept = select(
+        jnp.asarray(np.where(mask, scores, np.nan))[None],
+        jnp.asarray(mask)[None, None],
+        jnp.full((1, 2), count, jnp.int32),
+        24,
+    )
+    for head in range(2):
+        best = sorted(range(candidates), key=lambda i: (scores[head, i], i), reverse=True)
+        found = np.asarray(kept)[0, head]
+        np.testing.assert_array_equal(found[:count], sorted(best[:count]))
+        assert (found[count:] == 24).all()
