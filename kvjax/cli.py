@@ -1,4 +1,4 @@
-"""The `kvjax` command: info, convert, score, generate, demo.
+"""The `kvjax` command: info, convert, score, compress, generate, demo.
 
 Heavy imports wait until a command needs them, so that `kvjax --help` is instant.
 """
@@ -108,6 +108,9 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    context: Annotated[
+        Path | None, arg(help="go on from a text that `kvjax compress` read; its policy holds")
+    ] = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
@@ -123,6 +126,7 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        context=context,
         dtype=dtype,
         write=lambda text: print(text, end="", flush=True),
     )
@@ -132,6 +136,22 @@ def generate(
         f"uncompressed {report['full_cache_bytes']:,}]",
         file=sys.stderr,
     )
+    _write_json(json_file, report)
+
+
+def compress(
+    model: Model,
+    text: Annotated[Positional[Path], arg(help="text file to read", metavar="TEXT")],
+    out: Annotated[Positional[Path], arg(help="file to write", metavar="OUT")],
+    policy: Annotated[str, arg(help="what to keep: snapkv:kv_size=128, …")] = "headkv:kv_size=512",
+    dtype: Dtype = "float32",
+    json_file: Json = None,
+) -> None:
+    """Reads a text once and keeps its compressed cache, for `kvjax generate --context OUT`."""
+    from kvjax.pipelines.text import compress_text
+
+    report = compress_text(model, text, out, policy, dtype)
+    _print_rows([report])
     _write_json(json_file, report)
 
 
@@ -147,7 +167,14 @@ def demo(
     _write_json(json_file, run_demo(out, samples=samples, seed=seed))
 
 
-COMMANDS = {"info": info, "convert": convert, "score": score, "generate": generate, "demo": demo}
+COMMANDS = {
+    "info": info,
+    "convert": convert,
+    "score": score,
+    "compress": compress,
+    "generate": generate,
+    "demo": demo,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from kvjax.context import compress, load_context
 from kvjax.generation import generate
 from kvjax.hf import load, load_tokenizer
 
@@ -12,19 +14,18 @@ from kvjax.hf import load, load_tokenizer
 def generate_text(
     path: str,
     prompt: str,
-    max_new_tokens: int,
-    policy: str = "full",
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
     dtype: str = "float32",
     write: Callable[[str], None] | None = None,
+    context: Path | None = None,
+    policy: str = "full",
+    **settings: Any,
 ) -> dict[str, Any]:
     """Continues `prompt` with the checkpoint at `path`.
 
     Args:
         write: called with pieces of the new text as they are ready.
+        context: a file that `compress_text` wrote; the prompt goes on from it.
+        settings: of `kvjax.generate`.
 
     Returns:
         prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes.
@@ -36,7 +37,8 @@ def generate_text(
         raise ValueError("the prompt is empty, expected text")
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype)
-    ids = tokenizer(prompt)["input_ids"]
+    held = None if context is None else load_context(context, model, params)
+    ids = tokenizer(prompt, add_special_tokens=held is None)["input_ids"]
     printed, new_ids = "", []
 
     def show(_: int, ids: list[int]) -> None:
@@ -52,13 +54,10 @@ def generate_text(
         model,
         params,
         [ids],
-        max_new_tokens=max_new_tokens,
         policy=policy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
         on_tokens=show,
+        context=held,
+        **settings,
     )
     text = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
     if write is not None:
@@ -68,7 +67,31 @@ def generate_text(
         "text": text,
         "prompt_tokens": len(ids),
         "new_tokens": len(out.tokens[0]),
-        "policy": policy,
+        "policy": policy if held is None else held.policy,
         "cache_bytes": out.cache_bytes,
         "full_cache_bytes": out.full_cache_bytes,
+    }
+
+
+def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> dict[str, Any]:
+    """Reads a text file with the checkpoint at `path` and writes what the policy keeps to `out`.
+
+    Returns:
+        tokens, policy, cache_bytes, file_bytes.
+
+    Raises:
+        ValueError: an empty or missing text, and see `kvjax.compress`.
+    """
+    if not text.is_file():
+        raise ValueError(f"no text file at {text}")
+    model, params = load(path, dtype=dtype)
+    ids = load_tokenizer(path)(text.read_text(encoding="utf-8"))["input_ids"]
+    context = compress(model, params, ids, policy)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    context.save(out)
+    return {
+        "tokens": context.length,
+        "policy": policy,
+        "cache_bytes": context.nbytes,
+        "file_bytes": out.stat().st_size,
     }
