@@ -119,6 +119,28 @@ def test_convert_then_generate(checkpoint, tmp_path):
     assert text == kvjax.load_tokenizer(checkpoint).decode(prompt)
 
 
+def test_compress_then_ask(checkpoint, tmp_path):
+    text, kept = tmp_path / "text.txt", tmp_path / "text.kv"
+    text.write_text("mary went home . " * 20)
+    policy = "snapkv:kv_size=16"
+    run("compress", checkpoint, text, kept, "--policy", policy, "--json", tmp_path / "c.json")
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["file_bytes"] == kept.stat().st_size > report["cache_bytes"]
+    settings = ("--max-new-tokens", 5, "--context", kept, "--json", tmp_path / "g.json")
+    run("generate", checkpoint, "where is mary", *settings)
+    answer = json.loads((tmp_path / "g.json").read_text())
+    model, params = kvjax.load(checkpoint, dtype="float32")
+    tokenizer = kvjax.load_tokenizer(checkpoint)
+    ids = tokenizer(text.read_text())["input_ids"]
+    assert report["tokens"] == len(ids)
+    context = kvjax.compress(model, params, ids, policy)
+    question = tokenizer("where is mary", add_special_tokens=False)["input_ids"]
+    expected = kvjax.generate(model, params, [question], 5, context=context)
+    assert answer["new_tokens"] == len(expected.tokens[0])
+    assert answer["text"] == tokenizer.decode(expected.tokens[0], skip_special_tokens=True)
+    assert answer["policy"] == policy
+
+
 def test_bad_input(checkpoint, tmp_path, capsys):
     generate = ("generate", checkpoint)
     assert "is neither a directory nor a hub id" in fails(capsys, "info", "no/such/model/here")
@@ -132,6 +154,8 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     HeadScores(np.ones((3, 5, 1))).save(other)
     shape = fails(capsys, *generate, "mary", "--policy", f"headkv:kv_size=16,scores={other}")
     assert "3" in shape and "5" in shape and "2" in shape and "4" in shape
+    assert "no text file at" in fails(capsys, "compress", checkpoint, "nowhere.txt", "out.kv")
+    assert "no context at" in fails(capsys, *generate, "mary", "--context", "nowhere.kv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "is not empty" in fails(capsys, "convert", checkpoint, tmp_path / "full")
