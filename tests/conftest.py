@@ -20,6 +20,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 DATA = Path(os.environ.get("KVJAX_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of one file are of no use to the next; all together take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Real data and checkpoints that are not part of the repository."""
