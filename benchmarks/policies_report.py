@@ -116,11 +116,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
             items = of_task == task
             for index, name in enumerate(settings["policies"]):
                 values = [right[label(name, size)][items].mean() for size in settings["sizes"]]
-                style = {"linewidth": 2.5, "color": "black"} if name == REFERENCE else {}
-                marker = "osD^v<>pP*Xh"[index % 12]
+                style: dict[str, Any] = {"color": pyplot.get_cmap("tab20")(index % 20)}
+                if name == REFERENCE:
+                    style = {"linewidth": 2.5, "color": "black"}
+                marker = "osD^v<>pP*Xhd"[index % 13]
                 axes.plot(settings["sizes"], values, marker=marker, ms=4, label=name, **style)
             axes.axhline(right[FULL][items].mean(), color="grey", linestyle="--", label=FULL)
             axes.set_xscale("log")
+            axes.set_xticks(settings["sizes"], [str(size) for size in settings["sizes"]])
+            axes.minorticks_off()
             axes.set_title(f"{task}, question {protocol}")
             axes.set_xlabel("KV size (tokens a head)")
     grid[0, 0].set_ylabel("exact match")
