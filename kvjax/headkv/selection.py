@@ -163,7 +163,8 @@ def capacity_limit(prompt: Prompt, keep: Keep) -> int:
     Behind a sliding window nothing is seen again. A cache that is compressed while decoding may
     fill budgets that the prompt does not.
     """
-    reach = max(keep.caps) + prompt.window if keep.remember else prompt.keys.shape[2]
+    most = sum(keep.caps) if keep.split else max(keep.caps)
+    reach = most + prompt.window if keep.remember else prompt.keys.shape[2]
     return prompt.spec.window or reach + max(keep.rooms)
 
 
