@@ -80,7 +80,8 @@ def test_full_keeps_the_window_of_sliding_layers():
 
 CASES = [
     *[("gqa", name) for name in MAKERS],
-    *[(kind, name) for kind in ("sliding", "after_up") for name in ("adasnapkv", "expected")],
+    ("sliding", "adasnapkv"),
+    ("after_up", "expected"),
     ("mla", "h2o"),
 ]
 
@@ -138,7 +139,7 @@ def test_the_chunk_of_prefill_changes_no_selection(kind, policy):
 
 @pytest.mark.parametrize(
     ("kind", "entries"),
-    [("gqa", "int8"), ("gqa", "fp8"), ("sliding", "int8"), ("after_up", "fp8"), ("mla", "int8")],
+    [("gqa", "fp8"), ("sliding", "int8"), ("mla", "int8")],
 )
 def test_eight_bit_entries_under_any_policy(kind, entries):
     exact, coarse = run(kind, "full"), run(kind, f"full:entries={entries}")
@@ -181,8 +182,8 @@ def test_sizes_in_tokens_ratio_and_bytes():
         resolve("snapkv:bytes=1000", model.config, None).plan(model.config, 64, "float32")
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 16, 17, 64])
-@pytest.mark.parametrize("name", ["snapkv", "headkv", "adasnapkv", "expected"])
+@pytest.mark.parametrize("n", [1, 7, 8, 16, 17, 32])
+@pytest.mark.parametrize("name", ["headkv", "adasnapkv"])
 def test_prompts_around_the_window_and_the_budget(name, n):
     model, params = build("gqa")
     prompt = [np.random.default_rng(n).integers(0, 61, n).tolist()]
