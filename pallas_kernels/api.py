@@ -141,6 +141,8 @@ def mla_decode(
     lengths: jax.Array,
     scale: float,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
     implementation: str = "auto",
     return_lse: bool = False,
 ) -> Any:
@@ -151,6 +153,7 @@ def mla_decode(
         latent, k_rope: [B, S, L] and [B, S, R], or `Quantized`: the cache.
         lengths: [B] int32, live slots.
         scale: multiplies the logits.
+        window, softcap, implementation, return_lse: as in `gqa_decode`.
 
     Returns:
         [B, N, L] in q_latent's dtype: attention-weighted latents, before the value up-projection;
@@ -166,7 +169,9 @@ def mla_decode(
     _check(k_rope.shape == (B, S, R), f"k_rope is {k_rope.shape}, expected {(B, S, R)}")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
     _choose(implementation, "mla_decode")
-    out, lse = reference.mla_decode(q_latent, q_rope, latent, k_rope, lengths, scale)
+    out, lse = reference.mla_decode(
+        q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap
+    )
     return _result(out.astype(q_latent.dtype), lse, return_lse)
 
 

@@ -95,14 +95,17 @@ def gqa_decode(
     """See `pallas_kernels.gqa_decode`; returns out and lse, both fp32."""
     B, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
-    slots = jnp.arange(S, dtype=jnp.int32)[None]
-    live = slots < lengths[:, None]
-    if window is not None:
-        live &= slots >= lengths[:, None] - window
-    live = jnp.broadcast_to(live[:, None], (B, K, S))
+    live = jnp.broadcast_to(live_slots(lengths, S, window)[:, None], (B, K, S))
     logits = soft_cap(scores(q.reshape(B, K, N // K, H), k) * scale, softcap)
     out, lse = softmax_attend(logits, v, live, q.dtype)
     return out.reshape(B, N, v.shape[-1]), lse.reshape(B, N)
+
+
+def live_slots(lengths: jax.Array, slots: int, window: int | None) -> jax.Array:
+    """[B, slots] bool: below each sequence's length and no further back than the window."""
+    at = jnp.arange(slots, dtype=jnp.int32)[None]
+    live = at < lengths[:, None]
+    return live if window is None else live & (at >= lengths[:, None] - window)
 
 
 def ragged_gqa_decode(
@@ -145,11 +148,13 @@ def mla_decode(
     k_rope: Entries,
     lengths: jax.Array,
     scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.mla_decode`; returns the latent output and lse, both fp32."""
-    slots = jnp.arange(latent.shape[1], dtype=jnp.int32)[None]
-    live = (slots < lengths[:, None])[:, None]
+    live = live_slots(lengths, latent.shape[1], window)[:, None]
     latent, k_rope = jax.tree.map(lambda x: x[:, None], (latent, k_rope))
     logits = scores(q_latent[:, None], latent) + scores(q_rope[:, None], k_rope)
-    out, lse = softmax_attend(logits * scale, latent, live, q_latent.dtype)
+    logits = soft_cap(logits * scale, softcap)
+    out, lse = softmax_attend(logits, latent, live, q_latent.dtype)
     return out[:, 0], lse[:, 0]

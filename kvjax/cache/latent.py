@@ -73,7 +73,7 @@ class LatentCache:
         latent: Float[Array, "B T L"],
         k_rope: Float[Array, "B T R"],
         positions: Int[Array, "B T"],
-        scale: float,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N L"], LatentCache]:
         """Stores the new entries and attends in the latent space (arXiv 2405.04434, section 2.1).
 
@@ -86,13 +86,20 @@ class LatentCache:
         with jax.named_scope("attend"):
             if q_latent.shape[1] == 1:
                 out = mla_decode(
-                    q_latent[:, 0], q_rope[:, 0], cache.latent, cache.k_rope, live, scale
+                    q_latent[:, 0],
+                    q_rope[:, 0],
+                    cache.latent,
+                    cache.k_rope,
+                    live,
+                    spec.scale,
+                    window=spec.window,
+                    softcap=spec.softcap,
                 )
                 return out[:, None], cache
             q = jnp.concatenate([q_latent, q_rope], axis=-1)
             keys, values = cache.keys_and_values(q.dtype)
             at, held = slots.query_slots(self.used, positions), slots.live_slots(live, S)
-            out, _ = cached_attention(q, keys, values, at, held, AttentionSpec(scale))
+            out, _ = cached_attention(q, keys, values, at, held, spec)
             return out.astype(q.dtype), cache
 
     def keys_and_values(

@@ -118,12 +118,12 @@ class PromptCache:
         latent: Float[Array, "B T L"],
         k_rope: Float[Array, "B T R"],
         positions: Int[Array, "B T"],
-        scale: float,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N L"], PromptCache]:
         """See `LatentCache.attend_absorbed`."""
-        out, base = self.base.attend_absorbed(q_latent, q_rope, latent, k_rope, positions, scale)
+        out, base = self.base.attend_absorbed(q_latent, q_rope, latent, k_rope, positions, spec)
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
-        return out, self._after(base, None, q, positions, AttentionSpec(scale))
+        return out, self._after(base, None, q, positions, spec)
 
     def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:
         queries = last_queries(self.queries, q, positions)

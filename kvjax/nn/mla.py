@@ -55,7 +55,7 @@ class MLA(nn.Module):
         else:
             q_latent_BTNL = jnp.einsum("btnh,lnh->btnl", q_nope_BTNH, k_up_LNH)
             out_BTNL, cache = cache.attend_absorbed(
-                q_latent_BTNL, q_rope_BTNR, c_BTL, k_rope_BTR, positions_BT, c.scale
+                q_latent_BTNL, q_rope_BTNR, c_BTL, k_rope_BTR, positions_BT, AttentionSpec(c.scale)
             )
             out_BTNH = jnp.einsum("btnl,lnh->btnh", out_BTNL, v_up_LNH)
         with jax.named_scope("out"):

@@ -222,14 +222,17 @@ def test_quantization_rounds_to_the_nearest_step():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("N", "L", "R"), [(8, 32, 16), (16, 512, 64)])
-def test_mla_decode(N, L, R, dtype, implementation):
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (6, None), (None, 2.0), (6, 2.0)])
+@pytest.mark.parametrize(("N", "L", "R"), [(8, 32, 16), (16, 512, 64), (4, 24, 0)])
+def test_mla_decode(N, L, R, window, softcap, dtype, implementation):
     rng, lengths, S = np.random.default_rng(2), np.array([0, 1, 40], np.int32), 48
     q_latent, ql = random(rng, (3, N, L), dtype)
     q_rope, qr = random(rng, (3, N, R), dtype)
     latent, c = random(rng, (3, S, L), dtype)
     k_rope, kr = random(rng, (3, S, R), dtype)
-    poison = jnp.asarray(np.arange(S)[None] >= lengths[:, None])[..., None]
+    first = np.zeros(3, int) if window is None else np.maximum(lengths - window, 0)
+    dead = (np.arange(S)[None] >= lengths[:, None]) | (np.arange(S)[None] < first[:, None])
+    poison = jnp.asarray(dead)[..., None]
     out = pallas_kernels.mla_decode(
         q_latent,
         q_rope,
@@ -237,14 +240,17 @@ def test_mla_decode(N, L, R, dtype, implementation):
         jnp.where(poison, jnp.nan, k_rope),
         jnp.asarray(lengths),
         0.1,
+        window=window,
+        softcap=softcap,
         implementation=implementation,
     )
     expected = np.zeros((3, N, L))
     for b in range(3):
-        keys = np.concatenate([c[b], kr[b]], axis=-1)[: lengths[b]]
+        seen = slice(first[b], lengths[b])
+        keys = np.concatenate([c[b], kr[b]], axis=-1)[seen]
         for n in range(N):
             query = np.concatenate([ql[b, n], qr[b, n]])
-            expected[b, n] = attend(query, keys, c[b, : lengths[b]], 0.1)[0]
+            expected[b, n] = attend(query, keys, c[b, seen], 0.1, softcap)[0]
     check(out, expected, dtype)
 
 
