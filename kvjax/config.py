@@ -55,7 +55,21 @@ class LongRopeScaling:
     attention_factor: float
 
 
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+@dataclass(frozen=True)
+class SelectedPairs:
+    """Some of the frequencies of another rotary embedding, one for each pair of components.
+
+    A frequency may come more than once. Rules that depend on the length, and attention factors,
+    stay those of `of`.
+    """
+
+    of: RopeConfig
+    pairs: tuple[int, ...]
+
+
+RopeScaling = (
+    LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling | SelectedPairs
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,11 @@ class RopeConfig:
     theta: float = 10_000.0
     scaling: RopeScaling | None = None
     interleaved: bool = False
+
+    @property
+    def rule(self) -> RopeScaling | None:
+        """The scaling rule, seen through a selection of frequencies."""
+        return self.scaling.of.rule if isinstance(self.scaling, SelectedPairs) else self.scaling
 
 
 # --- Parts of a layer --------------------------------------------------------------------------
@@ -150,8 +169,11 @@ class MLAConfig:
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths of the parts of one head.
         kv_lora_rank: latent width L, cached beside the one rotary key of width R.
         q_lora_rank: rank of the query projection, None for a full one.
+        rope: None where nothing rotates (qk_rope_head_dim 0).
         latent_norm: RMS norm of the latent (and of the query latent); None for none.
-        attention_bias: bias on the down projections and on the output.
+        query_bias, latent_bias, out_bias: bias on the query heads, on the down-projections (of
+            keys and values, and of queries where these have one), and on the output.
+        window, softcap: as of `GQAConfig`.
     """
 
     num_heads: int
@@ -161,17 +183,44 @@ class MLAConfig:
     kv_lora_rank: int
     q_lora_rank: int | None
     scale: float
-    rope: RopeConfig
+    rope: RopeConfig | None
     latent_norm: NormConfig | None = NormConfig()
-    attention_bias: bool = False
+    query_bias: bool = False
+    latent_bias: bool = False
+    out_bias: bool = False
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class DecoupledConfig:
+    """GQA that caches one latent and one rotary key for all heads, made of its keys and values.
+
+    What `MLAConfig` is, for attention that norms its keys: the projections and norms of `base`
+    stay, and the latent is a linear map of the keys and values that GQA would cache (TransMLA,
+    arXiv 2502.07864v5).
+
+    Attributes:
+        base: the attention that was converted.
+        rank: latent width L.
+        rope: of the rotary key, whose width is rope.dim; None where nothing rotates.
+        v_head_dim: width of a head's output before the output projection.
+        out_bias: bias on the output; there also where `base` has none.
+    """
+
+    base: GQAConfig
+    rank: int
+    rope: RopeConfig | None
+    v_head_dim: int
+    out_bias: bool = False
 
     @property
-    def window(self) -> None:
-        """MLA layers see the whole context."""
-        return None
+    def rope_dim(self) -> int:
+        """Width R of the rotary key."""
+        return 0 if self.rope is None else self.rope.dim
 
 
-AttentionConfig = GQAConfig | EqualCacheConfig | MLAConfig
+AttentionConfig = GQAConfig | EqualCacheConfig | MLAConfig | DecoupledConfig
 
 
 @dataclass(frozen=True)
@@ -247,10 +296,10 @@ class ModelConfig:
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together: what RoPE scaling stretches to."""
         stretched = [
-            int(rope.scaling.factor * rope.scaling.original_length)
+            int(rule.factor * rule.original_length)
             for layer in self.layers
-            if (rope := getattr(layer.attention, "rope", None)) is not None
-            and isinstance(rope.scaling, DynamicScaling | YarnScaling)
+            if (rope := layer.attention.rope) is not None
+            and isinstance(rule := rope.rule, DynamicScaling | YarnScaling)
         ]
         return max([self.max_position_embeddings, *stretched])
 

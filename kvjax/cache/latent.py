@@ -24,12 +24,15 @@ class LatentCache:
         latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`.
         lengths: [B] int32, tokens given so far; what does not fit is dropped.
         evicted: [B] int32, tokens of the prompt that were not kept; None for none.
+        positions: [B, S] int32 of the entries, −1 for none, where a sliding window must know them
+            because tokens were not kept; None where the slot tells.
     """
 
     latent: Any
     k_rope: Any
     lengths: Any
     evicted: Any = None
+    positions: Any = None
 
     @classmethod
     def create(cls, batch: int, capacity: int, rank: int, rope_dim: int, dtype) -> LatentCache:
@@ -58,12 +61,16 @@ class LatentCache:
             written = slots.write_rows(one_head, new[:, :, None], where)
             return jax.tree.map(lambda leaf: leaf[:, 0], written)
 
+        held = self.positions
+        if held is not None:
+            held = write(held[..., None], positions[..., None])[..., 0]
         with jax.named_scope("cache_update"):
             return dataclasses.replace(
                 self,
                 latent=write(self.latent, latent),
                 k_rope=write(self.k_rope, k_rope),
                 lengths=self.lengths + used - self.used,
+                positions=held,
             )
 
     def attend_absorbed(
@@ -84,7 +91,7 @@ class LatentCache:
         S = self.latent.shape[1]
         live = jnp.minimum(cache.used, S)
         with jax.named_scope("attend"):
-            if q_latent.shape[1] == 1:
+            if q_latent.shape[1] == 1 and self.positions is None:
                 out = mla_decode(
                     q_latent[:, 0],
                     q_rope[:, 0],
@@ -98,7 +105,10 @@ class LatentCache:
                 return out[:, None], cache
             q = jnp.concatenate([q_latent, q_rope], axis=-1)
             keys, values = cache.keys_and_values(q.dtype)
-            at, held = slots.query_slots(self.used, positions), slots.live_slots(live, S)
+            if cache.positions is None:
+                at, held = slots.query_slots(self.used, positions), slots.live_slots(live, S)
+            else:
+                at, held = positions, cache.positions
             out, _ = cached_attention(q, keys, values, at, held, spec)
             return out.astype(q.dtype), cache
 

@@ -33,9 +33,7 @@ def with_room(cache: Any, room: int, window: int | None) -> Any:
 
 @with_room.register
 def _(cache: DenseCache, room: int, window: int | None) -> DenseCache:
-    positions = cache.positions
-    if positions is not None:
-        positions = jnp.pad(positions, ((0, 0), (0, room)), constant_values=-1)
+    positions = _pad_positions(cache.positions, room)
     k, v = _pad(cache.k, room, 2), _pad(cache.v, room, 2)
     return dataclasses.replace(cache, k=k, v=v, positions=positions)
 
@@ -43,7 +41,8 @@ def _(cache: DenseCache, room: int, window: int | None) -> DenseCache:
 @with_room.register
 def _(cache: LatentCache, room: int, window: int | None) -> LatentCache:
     latent, k_rope = _pad(cache.latent, room, 1), _pad(cache.k_rope, room, 1)
-    return dataclasses.replace(cache, latent=latent, k_rope=k_rope)
+    positions = _pad_positions(cache.positions, room)
+    return dataclasses.replace(cache, latent=latent, k_rope=k_rope, positions=positions)
 
 
 @with_room.register
@@ -78,6 +77,13 @@ def _grown(segments: Segments, room: int, window: int | None, pool: Any) -> tupl
     rounded = -(-wanted // align) * align
     rows = pool.shape[1] + K * -(-room // align) * align
     return TracedSegments(jnp.cumsum(rounded, axis=1) - rounded, wanted, align), rows
+
+
+def _pad_positions(positions: jax.Array | None, room: int) -> jax.Array | None:
+    """[B, S + room], −1 in the new slots."""
+    if positions is None:
+        return None
+    return jnp.pad(positions, ((0, 0), (0, room)), constant_values=-1)
 
 
 def _pad(entries: Any, room: int, axis: int) -> Any:

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AttentionSpec
-from kvjax.config import AttentionConfig, DynamicScaling, LongRopeScaling, RopeConfig
+from kvjax.config import (
+    AttentionConfig,
+    DynamicScaling,
+    EqualCacheConfig,
+    GQAConfig,
+    LongRopeScaling,
+    RopeConfig,
+)
 from kvjax.headkv.prompt import Prompt, attention_weights, by_kv_head
 from kvjax.nn.rope import rope
 
@@ -84,11 +91,11 @@ class ExpectedAttention:
         Raises:
             NotImplementedError: RoPE whose frequencies depend on the length, or latent attention.
         """
-        config = getattr(attention, "base", attention)
-        if not hasattr(config, "num_kv_heads"):
+        config = attention.base if isinstance(attention, EqualCacheConfig) else attention
+        if not isinstance(config, GQAConfig):
             raise NotImplementedError("expected attention needs keys of heads, not latents")
         if config.rope is not None and isinstance(
-            config.rope.scaling, DynamicScaling | LongRopeScaling
+            config.rope.rule, DynamicScaling | LongRopeScaling
         ):
             raise NotImplementedError("expected attention needs RoPE of fixed frequencies")
         return QueryMoments(pure_rotation(config.rope), self.future)

@@ -10,7 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, PromptCache
-from kvjax.config import AttentionConfig, EqualCacheConfig, GQAConfig, MLAConfig, ModelConfig
+from kvjax.config import (
+    AttentionConfig,
+    DecoupledConfig,
+    EqualCacheConfig,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+)
 from kvjax.headkv.prompt import Prompt, Scorer
 from kvjax.headkv.scorers import SinksAndRecent
 from kvjax.headkv.scores import attention_heads
@@ -164,8 +171,8 @@ def start_prompt(
     base = init_layer_cache(attention, batch, prompt_len, dtype)
     heads = attention_heads(attention)[0]
     expanded = None
-    if isinstance(attention, MLAConfig):
-        width = attention.kv_lora_rank + attention.qk_rope_head_dim
+    if isinstance(attention, MLAConfig | DecoupledConfig):
+        width = base.latent.shape[-1] + base.k_rope.shape[-1]
     elif isinstance(attention, EqualCacheConfig) and attention.rope_site == "after_up":
         width = attention.base.head_dim
         expanded = DenseCache.create(batch, heads, prompt_len, width, 0, dtype)
@@ -176,7 +183,7 @@ def start_prompt(
 
 def no_head_budget(attention: AttentionConfig) -> str | None:
     """Why a layer's heads cannot keep tokens of their own; None where they can."""
-    if isinstance(attention, MLAConfig):
+    if isinstance(attention, MLAConfig | DecoupledConfig):
         return "multi-head latent attention caches one latent for all heads"
     if isinstance(attention, EqualCacheConfig):
         if attention.rope_site != "before_up":
@@ -188,8 +195,15 @@ def no_head_budget(attention: AttentionConfig) -> str | None:
 
 def attention_spec(attention: AttentionConfig) -> AttentionSpec:
     """Scale, sliding window and soft-cap of a layer."""
-    base = attention.base if isinstance(attention, EqualCacheConfig) else attention
-    return AttentionSpec(base.scale, getattr(base, "window", None), getattr(base, "softcap", None))
+    base = unconverted(attention)
+    return AttentionSpec(base.scale, base.window, base.softcap)
+
+
+def unconverted(attention: AttentionConfig) -> GQAConfig | MLAConfig:
+    """The attention that a conversion kept inside, or the attention itself."""
+    if isinstance(attention, EqualCacheConfig | DecoupledConfig):
+        return attention.base
+    return attention
 
 
 def sliding_windows(config: ModelConfig) -> tuple[int | None, ...]:
@@ -211,5 +225,5 @@ def kv_heads(config: ModelConfig) -> int:
 
 def budget_heads(attention: AttentionConfig) -> int:
     """K; 1 for a latent that was not made from heads."""
-    base = attention.base if isinstance(attention, EqualCacheConfig) else attention
+    base = unconverted(attention)
     return base.num_kv_heads if isinstance(base, GQAConfig) else 1

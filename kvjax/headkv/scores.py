@@ -112,7 +112,7 @@ def query_heads(config: ModelConfig) -> tuple[int, int]:
 def attention_heads(attention: Any) -> tuple[int, int]:
     """(N, K): query heads and the KV heads (or latent streams) that a layer caches."""
     if hasattr(attention, "base"):
-        return attention.base.num_heads, attention.latent_heads
+        return attention.base.num_heads, getattr(attention, "latent_heads", 1)
     return attention.num_heads, getattr(attention, "num_kv_heads", 1)
 
 

@@ -93,7 +93,9 @@ def compress_tokens(cache: PromptCache, prompt: Prompt, keep: Keep) -> DenseCach
         if isinstance(base, LatentCache):
             parts = (base.latent, base.k_rope)
             packed = (store(take_rows(part, index, live), keep.dtype) for part in parts)
-            return LatentCache(*packed, **common)
+            # Slots tell a sliding window nothing where tokens between them are gone.
+            positions = None if prompt.spec.window is None else source
+            return LatentCache(*packed, **common, positions=positions)
         take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
         packed = (store(take(part, index, live), keep.dtype) for part in (base.k, base.v))
         return DenseCache(*packed, **common, positions=source)

@@ -6,7 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.config import AttentionConfig, EqualCacheConfig, MLAConfig, ModelConfig
+from kvjax.config import (
+    AttentionConfig,
+    DecoupledConfig,
+    EqualCacheConfig,
+    MLAConfig,
+    ModelConfig,
+)
 from pallas_kernels.quantized import is_quantized
 
 SCALE_BYTES = 4
@@ -16,6 +22,8 @@ def token_bytes(attention: AttentionConfig, dtype: Any) -> int:
     """Bytes of one token in all heads of a layer, scales of 8-bit entries included."""
     size = jnp.dtype(dtype).itemsize
     scale = SCALE_BYTES if is_quantized(dtype) else 0
+    if isinstance(attention, DecoupledConfig):
+        return (attention.rank + attention.rope_dim) * size + 2 * scale
     if isinstance(attention, MLAConfig):
         return (attention.kv_lora_rank + attention.qk_rope_head_dim) * size + 2 * scale
     if isinstance(attention, EqualCacheConfig):

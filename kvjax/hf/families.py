@@ -255,6 +255,7 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
             f"expected at least num_hidden_layers = {layers}"
         )
     nope, R = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
+    bias = bool(raw.get("attention_bias", False))
     layer = MLAConfig(
         num_heads=raw["num_attention_heads"],
         qk_nope_head_dim=nope,
@@ -266,7 +267,8 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
         rope=rope_config(raw, R, 10_000.0, interleaved=raw["rope_interleave"] is not False),
         # transformers gives the latent norms its default eps, whatever rms_norm_eps says.
         latent_norm=NormConfig(eps=1e-6),
-        attention_bias=bool(raw.get("attention_bias", False)),
+        latent_bias=bias,
+        out_bias=bias,
     )
     return decoder(raw, lambda i: layer, lambda i: mlp(raw))
 

@@ -1,5 +1,7 @@
 """Multi-head latent attention with a decoupled rotary key (DeepSeek-V2, arXiv 2405.04434)."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ class MLA(nn.Module):
         N, L = c.num_heads, c.kv_lora_rank
         with jax.named_scope("qkv"):
             q_BTNH = self._queries(x_BTD)
-            joint = down_project(self, "kv_a", x_BTD, L + c.qk_rope_head_dim, c.attention_bias)
+            joint = down_project(self, "kv_a", x_BTD, L + c.qk_rope_head_dim, c.latent_bias)
             c_BTL, k_rope_BTR = jnp.split(joint, [L], axis=-1)
             c_BTL = latent_norm(self, "kv_norm", c_BTL, c.latent_norm)
             axes = ("latent", "heads", "head_dim")
@@ -45,30 +47,21 @@ class MLA(nn.Module):
             q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
             q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
             k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
-        if cache is None:
-            q = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
-            k_nope_BTNH = jnp.einsum("btl,lnh->btnh", c_BTL, k_up_LNH)
-            shared = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTNR.shape)
-            k = jnp.concatenate([k_nope_BTNH, shared], axis=-1)
-            v = jnp.einsum("btl,lnh->btnh", c_BTL, v_up_LNH)
-            out_BTNH, _ = NoCache().attend(q, k, v, positions_BT, AttentionSpec(c.scale))
-        else:
-            q_latent_BTNL = jnp.einsum("btnh,lnh->btnl", q_nope_BTNH, k_up_LNH)
-            out_BTNL, cache = cache.attend_absorbed(
-                q_latent_BTNL, q_rope_BTNR, c_BTL, k_rope_BTR, positions_BT, AttentionSpec(c.scale)
-            )
-            out_BTNH = jnp.einsum("btnl,lnh->btnh", out_BTNL, v_up_LNH)
+        heads = LatentHeads(q_nope_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, k_up_LNH, v_up_LNH)
+        out_BTNH, cache = heads.attend(
+            positions_BT, cache, AttentionSpec(c.scale, c.window, c.softcap)
+        )
         with jax.named_scope("out"):
-            return output(self, out_BTNH, x_BTD.shape[-1], c.attention_bias), cache
+            return output(self, out_BTNH, x_BTD.shape[-1], c.out_bias), cache
 
     def _queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         """Queries of width nope + rope, through a low-rank latent where the config has one."""
         c = self.config
         head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
         if c.q_lora_rank is not None:
-            x_BTD = down_project(self, "q_a", x_BTD, c.q_lora_rank, c.attention_bias)
+            x_BTD = down_project(self, "q_a", x_BTD, c.q_lora_rank, c.latent_bias)
             x_BTD = latent_norm(self, "q_norm", x_BTD, c.latent_norm)
-        return projection(self, "q", x_BTD, c.num_heads, head_dim, "heads", False)
+        return projection(self, "q", x_BTD, c.num_heads, head_dim, "heads", c.query_bias)
 
     @staticmethod
     def init_cache(config: MLAConfig, batch_size: int, max_len: int, dtype) -> LatentCache:
@@ -76,6 +69,43 @@ class MLA(nn.Module):
         return LatentCache.create(
             batch_size, max_len, config.kv_lora_rank, config.qk_rope_head_dim, dtype
         )
+
+
+class LatentHeads(NamedTuple):
+    """Queries, and what all heads share of the keys and values: the maths of latent attention.
+
+    Attributes:
+        q_nope, q_rope: [B, T, N, H] queries of the latent part, and [B, T, N, R] rotated ones.
+        c, k_rope: [B, T, L] latents and [B, T, R] rotated keys.
+        k_up, v_up: [L, N, H] and [L, N, V], latents to each head's keys and values.
+    """
+
+    q_nope: jax.Array
+    q_rope: jax.Array
+    c: jax.Array
+    k_rope: jax.Array
+    k_up: jax.Array
+    v_up: jax.Array
+
+    def attend(
+        self,
+        positions_BT: Int[Array, "B T"],
+        cache: LatentCache | PromptCache | None,
+        spec: AttentionSpec,
+    ) -> tuple[Float[Array, "B T N V"], LatentCache | PromptCache | None]:
+        """Head outputs: keys and values expanded without a cache, projections absorbed with one."""
+        if cache is None:
+            q = jnp.concatenate([self.q_nope, self.q_rope], axis=-1)
+            k_nope = jnp.einsum("btl,lnh->btnh", self.c, self.k_up)
+            shared = jnp.broadcast_to(self.k_rope[:, :, None], self.q_rope.shape)
+            k = jnp.concatenate([k_nope, shared], axis=-1)
+            v = jnp.einsum("btl,lnh->btnh", self.c, self.v_up)
+            return NoCache().attend(q, k, v, positions_BT, spec)
+        q_latent = jnp.einsum("btnh,lnh->btnl", self.q_nope, self.k_up)
+        out_BTNL, cache = cache.attend_absorbed(
+            q_latent, self.q_rope, self.c, self.k_rope, positions_BT, spec
+        )
+        return jnp.einsum("btnl,lnv->btnv", out_BTNL, self.v_up), cache
 
 
 def down_project(

@@ -14,6 +14,7 @@ from kvjax.config import (
     Llama3Scaling,
     LongRopeScaling,
     RopeConfig,
+    SelectedPairs,
     YarnScaling,
 )
 
@@ -99,6 +100,12 @@ def _(scaling: LongRopeScaling, config, lengths):
     long = jnp.asarray(inv_freq / np.asarray(scaling.long_factor, np.float32))
     is_long = (lengths > scaling.original_length)[:, None]
     return jnp.where(is_long, long[None], short[None]), scaling.attention_factor
+
+
+@_scaled.register
+def _(scaling: SelectedPairs, config, lengths):
+    inv_freq, attention_factor = frequencies(scaling.of, lengths)
+    return inv_freq[:, np.asarray(scaling.pairs, np.int32)], attention_factor
 
 
 def rope(

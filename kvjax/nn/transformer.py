@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.config import (
     AttentionConfig,
+    DecoupledConfig,
     EqualCacheConfig,
     GQAConfig,
     LayerConfig,
@@ -22,6 +23,7 @@ from kvjax.config import (
     ModelConfig,
     MoEConfig,
 )
+from kvjax.nn.decoupled import DecoupledAttention
 from kvjax.nn.equal_cache import EqualCacheAttention
 from kvjax.nn.gqa import GQA, norm_weight
 from kvjax.nn.matmul import matmul
@@ -30,7 +32,12 @@ from kvjax.nn.mlp import MLP, MoE
 from kvjax.nn.norm import rms_norm
 from kvjax.nn.params import declare
 
-ATTENTION = {GQAConfig: GQA, EqualCacheConfig: EqualCacheAttention, MLAConfig: MLA}
+ATTENTION = {
+    GQAConfig: GQA,
+    EqualCacheConfig: EqualCacheAttention,
+    MLAConfig: MLA,
+    DecoupledConfig: DecoupledAttention,
+}
 MLPS = {MLPConfig: MLP, MoEConfig: MoE}
 
 

@@ -9,6 +9,7 @@ import pytest
 from toys import random_params
 
 from kvjax.config import (
+    DecoupledConfig,
     EqualCacheConfig,
     GQAConfig,
     LayerConfig,
@@ -17,6 +18,7 @@ from kvjax.config import (
     ModelConfig,
     MoEConfig,
     RopeConfig,
+    SelectedPairs,
 )
 from kvjax.nn import Transformer
 
@@ -30,6 +32,27 @@ ATTENTIONS = {
     "heads_before": EqualCacheConfig(GQA, 2, 8, 8, "before_up"),
     "heads_after": EqualCacheConfig(WINDOWED, 2, 8, 8),
     "mla": MLAConfig(4, 8, 4, 8, 12, 6, 12**-0.5, RopeConfig(4, interleaved=True)),
+    "mla_windowed": MLAConfig(
+        *(
+            4,
+            8,
+            4,
+            6,
+            12,
+            None,
+            12**-0.5,
+            RopeConfig(4, scaling=SelectedPairs(RopeConfig(8), (2, 2))),
+        ),
+        latent_norm=None,
+        query_bias=True,
+        latent_bias=True,
+        out_bias=True,
+        window=5,
+        softcap=20.0,
+    ),
+    "mla_no_rope": MLAConfig(4, 8, 0, 8, 12, None, 8**-0.5, None),
+    "decoupled": DecoupledConfig(GQA, 12, RopeConfig(4), v_head_dim=6, out_bias=True),
+    "decoupled_windowed": DecoupledConfig(WINDOWED, 12, None, v_head_dim=8),
 }
 T = 24
 
