@@ -1,7 +1,22 @@
 """TransMLA: converts the weights of grouped-query models to multi-head latent attention."""
 
+from kvjax.transmla.calibration import LayerStats, Stats, calibrate
 from kvjax.transmla.convert import METHODS, convert
 from kvjax.transmla.factors import Factors, balanced_svd
 from kvjax.transmla.inits import INITS, Init
+from kvjax.transmla.recipe import BEST, Recipe, published
 
-__all__ = ["INITS", "METHODS", "Factors", "Init", "balanced_svd", "convert"]
+__all__ = [
+    "BEST",
+    "INITS",
+    "METHODS",
+    "Factors",
+    "Init",
+    "LayerStats",
+    "Recipe",
+    "Stats",
+    "balanced_svd",
+    "calibrate",
+    "convert",
+    "published",
+]

@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvjax.nn import Transformer
+from kvjax.transmla.decoupled import decoupled
 from kvjax.transmla.equal_cache import equal_cache
-
-
-def decoupled(model: Transformer, params: dict[str, Any], **options: Any):
-    """TransMLA v3 to v5: a smaller cache, DeepSeek-shaped."""
-    raise NotImplementedError("method 'decoupled' is not built yet; 'equal_cache' is")
-
 
 METHODS = {"equal_cache": equal_cache, "decoupled": decoupled}
 
@@ -24,12 +19,12 @@ def convert(
     >>> mla_model, mla_params = convert(model, params, method="equal_cache", init="svd_global")
 
     Args:
-        method: "equal_cache": the cache keeps its size, see `kvjax.transmla.equal_cache`.
+        method: "equal_cache": the cache keeps its size, see `kvjax.transmla.equal_cache`;
+            "decoupled": a smaller cache, see `kvjax.transmla.decoupled`.
         options: of the method.
 
     Raises:
         ValueError: an unknown method, or a model or options that it refuses.
-        NotImplementedError: method "decoupled".
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")

@@ -11,6 +11,7 @@ from kvjax.config import EqualCacheConfig, GQAConfig
 from kvjax.nn import Transformer
 from kvjax.transmla.factors import Factors, check_factors, commutes_with_rope, is_selector
 from kvjax.transmla.inits import INITS, Init, resolve_init
+from kvjax.transmla.layer import gqa_layers
 
 ROPE_SITES = ("after_up", "before_up")
 
@@ -46,7 +47,7 @@ def equal_cache(
         raise ValueError(f"rope_site {rope_site!r} is none of {', '.join(ROPE_SITES)}")
     key_init = resolve_init(init)
     value_init = key_init if value_init is None else resolve_init(value_init)
-    bases = _gqa_configs(model)
+    bases = gqa_layers(model)
     configs, converted = [], dict(params)
     for index, base in enumerate(bases):
         name = f"layers_{index}"
@@ -67,15 +68,6 @@ def equal_cache(
         configs.append(config)
         converted[name] = {**params[name], "attn": _convert_params(attn, keys, values, config)}
     return Transformer(model.config.with_attention(tuple(configs))), converted
-
-
-def _gqa_configs(model: Transformer) -> list[GQAConfig]:
-    """The attention of all layers, which must be GQA."""
-    configs = [layer.attention for layer in model.config.layers]
-    others = [f"{i}: {type(c).__name__}" for i, c in enumerate(configs) if type(c) is not GQAConfig]
-    if others:
-        raise ValueError(f"equal_cache converts GQA layers only, got {', '.join(others)}")
-    return [c for c in configs if isinstance(c, GQAConfig)]
 
 
 def _factor(

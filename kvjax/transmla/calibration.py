@@ -1,0 +1,257 @@
+"""Second moments of a model's keys, values and queries on some text, in one streaming pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.config import GQAConfig, ModelConfig
+from kvjax.nn import Transformer
+from kvjax.transmla.layer import (
+    Heads,
+    attention_input,
+    attention_weights,
+    block,
+    gqa_layers,
+    scores,
+)
+
+QUERY_ROWS = 128  # queries whose attention over all keys exists at a time
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Means over the calibration tokens of one layer; fp64. Keys are normed and not rotated.
+
+    Attributes:
+        kv_mean: E[x] [2·K·H] of x = [k of all KV heads ; v of all KV heads].
+        kv_second: E[xᵀx] [2·K·H, 2·K·H].
+        q_second: E[qᵀq] [N, H, H] of every query head.
+        distance: [T] share of the attention at every distance.
+        input_second: E[yᵀy] [D, D] of the attention's input; None unless it was asked for.
+    """
+
+    kv_mean: Float[np.ndarray, " X"]
+    kv_second: Float[np.ndarray, "X X"]
+    q_second: Float[np.ndarray, "N H H"]
+    distance: Float[np.ndarray, " T"]
+    input_second: Float[np.ndarray, "D D"] | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What `convert(method="decoupled")` needs to know.
+
+    Attributes:
+        layers: one entry a layer.
+        tokens: int32 [S, T], the calibration text: refits replay it.
+    """
+
+    layers: tuple[LayerStats, ...]
+    tokens: Int[np.ndarray, "S T"]
+
+    def save(self, path: str | Path) -> None:
+        """Writes one .npz file, whole or not at all."""
+        arrays: dict[str, Any] = {"format": FORMAT, "tokens": self.tokens}
+        for index, layer in enumerate(self.layers):
+            for name, value in vars(layer).items():
+                if value is not None:
+                    arrays[f"{index}/{name}"] = value
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Stats:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: another file.
+        """
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+            if int(arrays.pop("format")) != FORMAT:
+                raise ValueError(f"expected format {FORMAT}")
+            tokens = arrays.pop("tokens")
+            parts: dict[int, dict[str, np.ndarray]] = {}
+            for name, value in arrays.items():
+                index, field = name.split("/")
+                parts.setdefault(int(index), {})[field] = value
+            return cls(tuple(LayerStats(**parts[i]) for i in range(len(parts))), tokens)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{path} holds no calibration: {error}") from None
+
+
+def calibrate(
+    model: Transformer,
+    params: Mapping[str, Any],
+    batches: Iterable[Int[np.ndarray, "B T"]],
+    *,
+    input_moments: bool = False,
+    resume: str | Path | None = None,
+) -> Stats:
+    """Moments per layer over a stream of token batches; nothing else of a batch is kept.
+
+    Products are accumulated on the device in fp32 at full precision, batch after batch in fp64 on
+    the host: memory is O(L·(2·K·H)²) plus the token ids.
+
+    Args:
+        model: with GQA in every layer.
+        batches: int32 [B, T] without padding, the same T in all.
+        input_moments: keep E[yᵀy] of the attention's input too, which `q_rank` needs.
+        resume: a file that keeps the state after every batch; an interrupted run that is given
+            the same batches goes on where it stopped.
+
+    Raises:
+        ValueError: no batch, batches of different lengths or with ids that the model does not
+            have, layers without GQA, or a `resume` file of other batches.
+    """
+    bases = gqa_layers(model)
+    state = Stats.load(resume) if resume is not None and Path(resume).exists() else None
+    rows = 0
+    for batch in batches:
+        tokens = _checked(model, batch, state)
+        start, rows = rows, rows + len(tokens)
+        if state is not None and start < len(state.tokens):
+            if not np.array_equal(state.tokens[start:rows], tokens):
+                raise ValueError(f"{resume} holds the moments of other batches")
+            continue
+        state = _add(state, _observe_batch(model, params, bases, tokens, input_moments))
+        if resume is not None:
+            state.save(resume)
+    if state is None:
+        raise ValueError("got no batch to calibrate on")
+    return state
+
+
+def embed(
+    model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "B T"]
+) -> jax.Array:
+    """Input embeddings [B, T, D] of the model."""
+    return _embed(model, top_params(params), jnp.asarray(tokens))
+
+
+_embed = jax.jit(
+    lambda model, top, tokens: model.apply({"params": top}, tokens, method="embed"),
+    static_argnums=0,
+)
+
+
+def top_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Embeddings, final norm and output matrix: all that belongs to no layer."""
+    return {name: params[name] for name in params if not name.startswith("layers_")}
+
+
+def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:
+    tokens = np.asarray(batch, np.int32)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(f"got a batch of shape {tokens.shape}, expected [B, T]")
+    if state is not None and tokens.shape[1] != state.tokens.shape[1]:
+        raise ValueError(
+            f"got sequences of {tokens.shape[1]} tokens after some of {state.tokens.shape[1]}"
+        )
+    vocabulary = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(
+            f"got token ids from {tokens.min()} to {tokens.max()}, expected 0 to {vocabulary - 1}"
+        )
+    return tokens
+
+
+def _observe_batch(
+    model: Transformer,
+    params: Mapping[str, Any],
+    bases: list[GQAConfig],
+    tokens: Int[np.ndarray, "B T"],
+    input_moments: bool,
+) -> Stats:
+    """The moments of one batch alone."""
+    x, layers = embed(model, params, tokens), []
+    for index, base in enumerate(bases):
+        layer, own = model.config.layers[index], params[f"layers_{index}"]
+        sums = _moments(model.config, base, input_moments, own, x)
+        means = {name: np.asarray(value, np.float64) / tokens.size for name, value in sums.items()}
+        # Every query of every head gives away one unit of attention.
+        means["distance"] /= base.num_heads
+        layers.append(LayerStats(**means))
+        x = run_block(model.config, layer, own, x)
+    return Stats(tuple(layers), tokens)
+
+
+run_block = jax.jit(block, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _moments(
+    config: ModelConfig,
+    base: GQAConfig,
+    input_moments: bool,
+    params: dict[str, Any],
+    x: Float[Array, "B T D"],
+) -> dict[str, jax.Array]:
+    """Sums over the tokens, fp32; named as in `LayerStats`."""
+    heads = Heads.of(config, base, params, x)
+    kv = jnp.concatenate([heads.k, heads.v], axis=2).astype(jnp.float32)
+    kv = kv.reshape(-1, 2 * base.num_kv_heads * base.head_dim)
+    q = heads.q.astype(jnp.float32).reshape(-1, base.num_heads, base.head_dim)
+    sums = {
+        "kv_mean": jnp.sum(kv, axis=0),
+        "kv_second": _product("tx,ty->xy", kv, kv),
+        "q_second": _product("tnh,tng->nhg", q, q),
+        "distance": _distances(heads.rotated(base), base),
+    }
+    if input_moments:
+        y = attention_input(config, params, x).astype(jnp.float32).reshape(-1, x.shape[-1])
+        sums["input_second"] = _product("td,te->de", y, y)
+    return sums
+
+
+def _product(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    # The default precision of TPUs and TF32 would round the factors to 8 or 10 bits.
+    return jnp.einsum(pattern, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _distances(heads: Heads, base: GQAConfig) -> Float[Array, " T"]:
+    """[T] attention at every distance between query and key, summed over queries and heads."""
+    T = heads.q.shape[1]
+    rows = min(QUERY_ROWS, T)
+
+    def add(tile: jax.Array, total: jax.Array) -> jax.Array:
+        start = jnp.minimum(tile * rows, T - rows)
+        at = start + jnp.arange(rows, dtype=jnp.int32)
+        q = jax.lax.dynamic_slice_in_dim(heads.q, start, rows, 1)
+        weights = attention_weights(scores(q, heads.k, base.scale), at, base)
+        # The last tile may reach back into the one before it.
+        fresh = (at >= tile * rows)[:, None].astype(jnp.float32)
+        mass = jnp.sum(weights, axis=(0, 1)) * fresh
+        distance = at[:, None] - jnp.arange(T, dtype=jnp.int32)[None]
+        return total.at[jnp.where(distance >= 0, distance, T)].add(mass, mode="drop")
+
+    return jax.lax.fori_loop(0, -(-T // rows), add, jnp.zeros((T,), jnp.float32))
+
+
+def _add(old: Stats | None, new: Stats) -> Stats:
+    """The moments of both, weighted by their tokens."""
+    if old is None:
+        return new
+    share = new.tokens.size / (old.tokens.size + new.tokens.size)
+
+    def mean(a: LayerStats, b: LayerStats) -> LayerStats:
+        names = [f.name for f in dataclasses.fields(LayerStats) if getattr(b, f.name) is not None]
+        return LayerStats(**{n: (1 - share) * getattr(a, n) + share * getattr(b, n) for n in names})
+
+    layers = tuple(mean(a, b) for a, b in zip(old.layers, new.layers, strict=True))
+    return Stats(layers, np.concatenate([old.tokens, new.tokens]))

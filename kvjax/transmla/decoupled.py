@@ -1,0 +1,178 @@
+"""GQA → multi-head latent attention with a smaller cache (TransMLA v3 to v5, arXiv 2502.07864)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, ModelConfig
+from kvjax.nn import Transformer
+from kvjax.transmla.calibration import Stats, embed, run_block
+from kvjax.transmla.latent_layer import LatentLayer, folded, over_heads
+from kvjax.transmla.layer import attention_output, gqa_layers
+from kvjax.transmla.recipe import BEST, Recipe, close
+from kvjax.transmla.refit import refit_outputs, refit_scores
+from kvjax.transmla.sizes import Sizes, checked_stats, exportable_recipe, layer_sizes
+
+REPLAY = 8  # sequences that go through a layer at a time
+LAYOUTS = {"fold": folded, "post": over_heads}
+"""mode → layout of the converted layer."""
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One layer after each step of its conversion.
+
+    Attributes:
+        index: which layer.
+        partial_rope: RoPE on fewer components, all of the rank.
+        low_rank: the latent cut to its rank.
+        final: after the least squares.
+        layout: config and parameters of a step, in the dtype of the source.
+    """
+
+    index: int
+    partial_rope: LatentLayer
+    low_rank: LatentLayer
+    final: LatentLayer
+    layout: Callable[[LatentLayer], tuple[AttentionConfig, dict[str, Any]]]
+
+
+def decoupled(
+    model: Transformer,
+    params: Mapping[str, Any],
+    *,
+    stats: Stats | None = None,
+    kv_rank: int | Sequence[int] = 448,
+    rope_dim: int | Sequence[int] = 128,
+    v_head_dim: int | None = None,
+    exportable: bool = False,
+    mode: str = "auto",
+    recipe: Recipe = BEST,
+    progress: Callable[[ConvertedLayer], None] | None = None,
+) -> tuple[Transformer, dict[str, Any]]:
+    """Converts every GQA layer to latent attention that caches kv_rank + rope_dim numbers a token.
+
+    Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
+    on the calibration text. docs/transmla.md has the method and its measurements.
+
+    Args:
+        stats: from `calibrate`, on text like that which the model shall read.
+        kv_rank, rope_dim: widths of the latent and of the rotary key, one for all layers or one a
+            layer. rope_dim counts where a layer has RoPE; layers without it have none.
+        v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
+            a larger one is a better fit, at the cost of larger v_up and o.
+        exportable: keep to what the DeepSeek-V3 layout can express: one rotating component for
+            each of rope_dim / 2 evenly spaced frequencies, in folded form.
+        mode: "fold" multiplies the maps into the projections (MLA proper), "post" keeps the
+            projections and norms of GQA before them; "auto" folds unless keys are normed.
+        recipe: see `Recipe`.
+        progress: called after every layer.
+
+    Returns:
+        The converted model and its parameters, in the dtype of the source; all that is not
+        attention is shared with it.
+
+    Raises:
+        ValueError: sizes that the model or the calibration cannot serve, no stats, or stats of
+            another model.
+    """
+    bases = gqa_layers(model)
+    stats = checked_stats(model, stats, bases)
+    if exportable:
+        recipe = exportable_recipe(recipe, bases, rope_dim)
+        mode = "fold" if mode == "auto" else mode
+    sizes = layer_sizes(bases, stats, kv_rank, rope_dim, v_head_dim)
+    new, configs = dict(params), []
+    for converted in decouple_layers(model, params, stats, sizes, recipe, mode):
+        config, attn = converted.layout(converted.final)
+        configs.append(config)
+        name = f"layers_{converted.index}"
+        new[name] = {**params[name], "attn": attn}
+        if progress is not None:
+            progress(converted)
+    return Transformer(model.config.with_attention(tuple(configs))), new
+
+
+def decouple_layers(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    sizes: Sequence[Sizes],
+    recipe: Recipe,
+    mode: str,
+) -> Iterator[ConvertedLayer]:
+    """Converts one layer after the other; each is read when its turn comes, and then let go.
+
+    With a recipe that refits, the calibration text runs through the original and the converted
+    layers side by side: the residual streams, [S, T, D] each, are what is held.
+    """
+    bases = gqa_layers(model)
+    original = converted = replay_start(model, params, stats) if recipe.refit else None
+    for index, (base, size) in enumerate(zip(bases, sizes, strict=True)):
+        own, layer = params[f"layers_{index}"], model.config.layers[index]
+        settings = (base, own["attn"], stats.layers[index])
+        partial = close(*settings, None, size.rope_dim, recipe)
+        low = final = close(*settings, size.rank, size.rope_dim, recipe)
+        layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
+        if original is not None and converted is not None:
+            args = (model.config, base, own)
+            final = refit_scores(*args, low, original, converted)
+            target = output_target(model.config, layer, own, original, converted)
+            final = refit_outputs(*args, final, converted, target, size.v_head_dim)
+            config, attn = layout(final)
+            original = replay(model.config, layer, own, original)
+            new = LayerConfig(config, layer.mlp)
+            converted = replay(model.config, new, {**own, "attn": attn}, converted)
+        yield ConvertedLayer(index, partial, low, final, layout)
+
+
+def mode_of(mode: str, base: GQAConfig) -> str:
+    """ "auto": fold where that is exact, else post."""
+    if mode == "auto":
+        return "fold" if base.qk_norm is None else "post"
+    return mode
+
+
+def replay_start(
+    model: Transformer, params: Mapping[str, Any], stats: Stats
+) -> Float[Array, "S T D"]:
+    """The calibration text, embedded."""
+    return embed(model, params, stats.tokens)
+
+
+def replay(
+    config: ModelConfig, layer: LayerConfig, params: dict[str, Any], x: Float[Array, "S T D"]
+) -> Float[Array, "S T D"]:
+    """All sequences through one layer, a few at a time."""
+    return _in_batches(lambda part: run_block(config, layer, params, part), x)
+
+
+def output_target(
+    config: ModelConfig,
+    layer: LayerConfig,
+    params: dict[str, Any],
+    original: Float[Array, "S T D"],
+    converted: Float[Array, "S T D"],
+) -> Float[Array, "S T D"]:
+    """What the converted attention shall give: the original's output, and what is missing so far.
+
+    Where a norm follows the attention, its output is no longer a summand of the residual stream,
+    and the original's output is all it can aim at.
+    """
+    out = _in_batches(lambda part: _attention_output(config, layer, params, part), original)
+    return out if config.post_norm else out + original - converted
+
+
+_attention_output = jax.jit(attention_output, static_argnums=(0, 1))
+
+
+def _in_batches(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    parts = [function(x[i : i + REPLAY]) for i in range(0, len(x), REPLAY)]
+    return jnp.concatenate(parts)

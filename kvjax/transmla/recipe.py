@@ -1,0 +1,155 @@
+"""A recipe says how a layer is decoupled: small functions that compose, the paper's or better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Complex, Float
+
+from kvjax.config import GQAConfig
+from kvjax.nn.rope import frequencies
+from kvjax.transmla import low_rank, rotary
+from kvjax.transmla.calibration import LayerStats
+from kvjax.transmla.latent_layer import LatentLayer, assemble
+
+Constants = Callable[[Complex[np.ndarray, " f"]], Complex[np.ndarray, " f"]]
+
+
+def expected(turning: Complex[np.ndarray, " f"]) -> Complex[np.ndarray, " f"]:
+    """c = E_Δ[e^(iΔθ)], the best constant by least squares: fast components shrink towards 0."""
+    return turning
+
+
+def one(turning: Complex[np.ndarray, " f"]) -> Complex[np.ndarray, " f"]:
+    """c = 1, as if query and key were at the same position: the published method."""
+    return np.ones_like(turning)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The closed form of a layer's conversion, and what is fitted afterwards.
+
+    Attributes:
+        rotation: the unitary basis of one frequency's components.
+        placement: which components go on rotating.
+        constants: what stands for e^(iΔθ) where nothing rotates any more.
+        metric: in which the joint PCA measures errors.
+        centred: take the means of k_nope and v out of the PCA. A constant in k_nope shifts all
+            the scores of a query alike (unless they are soft-capped: there it stays), one in v is
+            a bias of the output.
+        refit: fit scores and outputs to the original layer's by least squares, layer after layer
+            (kvjax.transmla.refit).
+    """
+
+    rotation: rotary.Rotation = rotary.complex_rotation
+    placement: rotary.Placement = rotary.by_energy
+    constants: Constants = expected
+    metric: low_rank.Metric = low_rank.aware
+    centred: bool = True
+    refit: bool = True
+
+
+BEST = Recipe()
+"""What measured best on every model tried (docs/transmla.md)."""
+
+
+def published(fold: int) -> Recipe:
+    """The method of TransMLA v3 to v5 (arXiv 2502.07864) with FreqFold `fold`."""
+    return Recipe(
+        rotary.real_rotation, rotary.fold(fold), one, low_rank.balanced, centred=False, refit=False
+    )
+
+
+def close(
+    base: GQAConfig,
+    attn: dict[str, Any],
+    stats: LayerStats,
+    rank: int | None,
+    rope_dim: int,
+    recipe: Recipe,
+) -> LatentLayer:
+    """One layer's conversion in closed form.
+
+    Args:
+        base, attn: the layer's attention and its parameters.
+        rank: latent width; None for all of it, so that only RoPE is approximated.
+        rope_dim: width R of the rotary key.
+    """
+    split = split_rotary(base, stats, rope_dim, recipe)
+    moments = joint_moments(base, attn, stats, split, recipe.centred)
+    if rank is None:
+        low = low_rank.joint_pca(moments, low_rank.plain, len(moments.mean))
+    else:
+        low = low_rank.joint_pca(moments, recipe.metric, rank)
+    out = np.asarray(attn["o"]).astype(np.float64)
+    bias = np.asarray(attn["o_bias"]).astype(np.float64) if base.out_bias else 0.0
+    return assemble(split, low, out, bias + np.zeros(out.shape[-1]))
+
+
+def split_rotary(
+    base: GQAConfig, stats: LayerStats, rope_dim: int, recipe: Recipe
+) -> rotary.RotarySplit:
+    """The basis in which R components go on rotating, with the constants of the others."""
+    inverse, factor = _frequencies(base, len(stats.distance))
+    angles = np.arange(len(stats.distance))[:, None] * inverse[None]
+    turning = stats.distance @ np.exp(1j * angles)
+    constants = recipe.constants(turning)
+    spread = stats.distance @ np.abs(np.exp(1j * angles) - constants) ** 2
+    real, imag = rotary.component_rows(base)
+    width = base.num_kv_heads * base.head_dim
+    second = stats.kv_second[:width, :width]
+    keys = _hermitian(second, real, imag)
+    G = base.num_heads // base.num_kv_heads
+    energy = np.einsum("nhh->nh", stats.q_second).reshape(-1, G, base.head_dim).sum(1).reshape(-1)
+    statistics = rotary.KeyStatistics(
+        keys, energy[real] + energy[imag], turning, spread, base.num_kv_heads
+    )
+    basis = recipe.placement(statistics, recipe.rotation, rope_dim // 2)
+    return rotary.split(base, basis, constants * factor**2)
+
+
+def _frequencies(base: GQAConfig, length: int) -> tuple[Float[np.ndarray, " f"], float]:
+    """Angle by token of every rotary pair, and the factor that RoPE puts on queries and keys."""
+    if base.rope is None:
+        return np.zeros(0), 1.0
+    inverse, factor = frequencies(base.rope, jnp.full((1,), length, jnp.int32))
+    return np.asarray(inverse[0], np.float64), factor
+
+
+def _hermitian(second: np.ndarray, real: np.ndarray, imag: np.ndarray) -> np.ndarray:
+    """E[conj(κ_a)·κ_b] from the second moments of real and imaginary parts."""
+    rr, ii = second[np.ix_(real, real)], second[np.ix_(imag, imag)]
+    ri = second[np.ix_(real, imag)]
+    return rr + ii + 1j * (ri - ri.T)
+
+
+def joint_moments(
+    base: GQAConfig,
+    attn: dict[str, Any],
+    stats: LayerStats,
+    split: rotary.RotarySplit,
+    centred: bool,
+) -> low_rank.JointMoments:
+    """Moments of [k_nope ; v] and the metrics of both."""
+    W, n = split.key_nope.shape
+    K, H = base.num_kv_heads, base.head_dim
+    basis = np.zeros((2 * W, n + W))
+    basis[:W, :n], basis[W:, n:] = split.key_nope, np.eye(W)
+    mean = stats.kv_mean.copy() if centred else np.zeros_like(stats.kv_mean)
+    if base.softcap is not None:
+        mean[:W] = 0.0
+    covariance = stats.kv_second - np.outer(mean, stats.kv_mean) - np.outer(stats.kv_mean, mean)
+    covariance += np.outer(mean, mean)
+    queries = split.query_nope
+    key_metric = np.einsum("nhw,nhg,ngx->wx", queries, stats.q_second, queries, optimize=True)
+    out = np.asarray(attn["o"]).astype(np.float64).reshape(K, -1, H, attn["o"].shape[-1])
+    value_metric = np.zeros((K, H, K, H))
+    for head in range(K):
+        value_metric[head, :, head] = np.einsum("ghd,gfd->hf", out[head], out[head])
+    return low_rank.JointMoments(
+        basis.T @ covariance @ basis, mean @ basis, key_metric, value_metric.reshape(W, W)
+    )

@@ -1,0 +1,113 @@
+"""What a decoupled layer's cache holds, checked against the model and the calibration text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvjax.config import GQAConfig
+from kvjax.nn import Transformer
+from kvjax.transmla import rotary
+from kvjax.transmla.calibration import Stats
+from kvjax.transmla.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one layer.
+
+    Attributes:
+        rank, rope_dim: widths of the latent and of the rotary key.
+        v_head_dim: width of a head's output before the output projection.
+    """
+
+    rank: int
+    rope_dim: int
+    v_head_dim: int
+
+
+def layer_sizes(
+    bases: Sequence[GQAConfig],
+    stats: Stats,
+    kv_rank: int | Sequence[int],
+    rope_dim: int | Sequence[int],
+    v_head_dim: int | None,
+) -> list[Sizes]:
+    """One entry a layer.
+
+    Raises:
+        ValueError: lists of another length than the model's, a rope_dim that is odd or larger
+            than what rotates, a rank below 1 or above all that is left, or more than the
+            calibration has tokens for.
+    """
+    ranks, ropes = _per_layer("kv_rank", kv_rank, bases), _per_layer("rope_dim", rope_dim, bases)
+    sizes = []
+    for index, (base, rank, width) in enumerate(zip(bases, ranks, ropes, strict=True)):
+        keys = base.num_kv_heads * base.head_dim
+        turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
+        width = width if turning else 0
+        if width % 2 or not 0 <= width <= turning:
+            raise ValueError(
+                f"layer {index}: rope_dim is {width}, expected an even number up to {turning}"
+            )
+        most = 2 * keys - width
+        if not 1 <= rank <= most:
+            raise ValueError(
+                f"layer {index}: kv_rank is {rank}, expected 1 to {most} = 2·{base.num_kv_heads}·"
+                f"{base.head_dim} − {width} (what the keys and values have)"
+            )
+        if stats.tokens.size < rank:
+            raise ValueError(
+                f"the calibration has {stats.tokens.size} tokens, expected at least {rank}"
+            )
+        sizes.append(Sizes(rank, width, base.head_dim if v_head_dim is None else v_head_dim))
+    if min(size.v_head_dim for size in sizes) < 1:
+        raise ValueError(f"v_head_dim is {v_head_dim}, expected at least 1")
+    return sizes
+
+
+def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]) -> list[int]:
+    values = [value] * len(bases) if isinstance(value, int) else list(value)
+    if len(values) != len(bases):
+        raise ValueError(f"got {len(values)} values of {name}, expected one or {len(bases)}")
+    return values
+
+
+def checked_stats(model: Transformer, stats: Stats | None, bases: Sequence[GQAConfig]) -> Stats:
+    """The calibration, which must be of this model.
+
+    Raises:
+        ValueError: there is none, or its shapes are another model's.
+    """
+    if stats is None:
+        raise ValueError("method 'decoupled' needs stats=transmla.calibrate(model, params, …)")
+    got = [len(layer.kv_mean) for layer in stats.layers]
+    want = [2 * base.num_kv_heads * base.head_dim for base in bases]
+    if got != want:
+        raise ValueError(
+            f"the calibration has {len(got)} layers of {sorted(set(got))} numbers, expected "
+            f"{len(want)} of {sorted(set(want))}: it was made with another model"
+        )
+    return stats
+
+
+def exportable_recipe(
+    recipe: Recipe, bases: Sequence[GQAConfig], rope_dim: int | Sequence[int]
+) -> Recipe:
+    """The recipe with one rotating component for every so-manieth frequency.
+
+    Raises:
+        ValueError: a rope_dim that is not the same in all layers, or does not divide the number of
+            rotating components of a head.
+    """
+    widths = {rope_dim} if isinstance(rope_dim, int) else set(rope_dim)
+    turning = {0 if base.rope is None else base.rope.dim for base in bases}
+    if len(widths) != 1 or len(turning) != 1:
+        raise ValueError(
+            f"an exportable model has one rope_dim, got {sorted(widths)} for {sorted(turning)}"
+        )
+    width, full = widths.pop(), turning.pop()
+    if width < 2 or full % width:
+        raise ValueError(f"rope_dim is {width}, expected a divisor of {full} to be exportable")
+    return dataclasses.replace(recipe, placement=rotary.every(full // width))
