@@ -182,13 +182,32 @@ def _observe_batch(
     x, layers = embed(model, params, tokens), []
     for index, base in enumerate(bases):
         layer, own = model.config.layers[index], params[f"layers_{index}"]
-        sums = _moments(model.config, base, input_moments, own, x)
-        means = {name: np.asarray(value, np.float64) / tokens.size for name, value in sums.items()}
-        # Every query of every head gives away one unit of attention.
-        means["distance"] /= base.num_heads
-        layers.append(LayerStats(**means))
+        layers.append(observe(model.config, base, own, x, input_moments))
         x = run_block(model.config, layer, own, x)
     return Stats(tuple(layers), tokens)
+
+
+def observe(
+    config: ModelConfig,
+    base: GQAConfig,
+    params: dict[str, Any],
+    x: Float[Array, "B T D"],
+    input_moments: bool = False,
+) -> LayerStats:
+    """The moments of one layer on its input, before the norm."""
+    sums = _moments(config, base, input_moments, params, x)
+    tokens = x.shape[0] * x.shape[1]
+    means = {name: np.asarray(value, np.float64) / tokens for name, value in sums.items()}
+    # Every query of every head gives away one unit of attention.
+    means["distance"] /= base.num_heads
+    return LayerStats(**means)
+
+
+def merge(old: LayerStats, new: LayerStats, share: float) -> LayerStats:
+    """The moments of both, `share` of the tokens being those of `new`."""
+    names = [f.name for f in dataclasses.fields(LayerStats) if getattr(new, f.name) is not None]
+    mixed = {n: (1 - share) * getattr(old, n) + share * getattr(new, n) for n in names}
+    return LayerStats(**mixed)
 
 
 run_block = jax.jit(block, static_argnums=(0, 1))
@@ -248,10 +267,5 @@ def _add(old: Stats | None, new: Stats) -> Stats:
     if old is None:
         return new
     share = new.tokens.size / (old.tokens.size + new.tokens.size)
-
-    def mean(a: LayerStats, b: LayerStats) -> LayerStats:
-        names = [f.name for f in dataclasses.fields(LayerStats) if getattr(b, f.name) is not None]
-        return LayerStats(**{n: (1 - share) * getattr(a, n) + share * getattr(b, n) for n in names})
-
-    layers = tuple(mean(a, b) for a, b in zip(old.layers, new.layers, strict=True))
+    layers = tuple(merge(a, b, share) for a, b in zip(old.layers, new.layers, strict=True))
     return Stats(layers, np.concatenate([old.tokens, new.tokens]))

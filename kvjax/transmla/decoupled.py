@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, ModelConfig
 from kvjax.nn import Transformer
-from kvjax.transmla.calibration import Stats, embed, run_block
+from kvjax.transmla.calibration import LayerStats, Stats, embed, merge, observe, run_block
 from kvjax.transmla.latent_layer import LatentLayer, folded, over_heads
 from kvjax.transmla.layer import attention_output, gqa_layers
 from kvjax.transmla.recipe import BEST, Recipe, close
@@ -114,20 +114,27 @@ def decouple_layers(
     layers side by side: the residual streams, [S, T, D] each, are what is held.
     """
     bases = gqa_layers(model)
-    original = converted = replay_start(model, params, stats) if recipe.refit else None
+    start = embed(model, params, stats.tokens) if recipe.refit or recipe.recalibrate else None
+    original = converted = start
     for index, (base, size) in enumerate(zip(bases, sizes, strict=True)):
         own, layer = params[f"layers_{index}"], model.config.layers[index]
+        layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
         settings = (base, own["attn"], stats.layers[index])
         partial = close(*settings, None, size.rope_dim, recipe)
-        low = final = close(*settings, size.rank, size.rope_dim, recipe)
-        layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
-        if original is not None and converted is not None:
+        seen = None
+        if recipe.recalibrate:
+            assert converted is not None
+            seen = _observe_replay(model.config, base, own, converted)
+        low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
+        if recipe.refit:
+            assert original is not None and converted is not None
             args = (model.config, base, own)
             final = refit_scores(*args, low, original, converted)
             target = output_target(model.config, layer, own, original, converted)
             final = refit_outputs(*args, final, converted, target, size.v_head_dim)
-            config, attn = layout(final)
             original = replay(model.config, layer, own, original)
+        if converted is not None:
+            config, attn = layout(final if recipe.refit else partial)
             new = LayerConfig(config, layer.mlp)
             converted = replay(model.config, new, {**own, "attn": attn}, converted)
         yield ConvertedLayer(index, partial, low, final, layout)
@@ -140,11 +147,17 @@ def mode_of(mode: str, base: GQAConfig) -> str:
     return mode
 
 
-def replay_start(
-    model: Transformer, params: Mapping[str, Any], stats: Stats
-) -> Float[Array, "S T D"]:
-    """The calibration text, embedded."""
-    return embed(model, params, stats.tokens)
+def _observe_replay(
+    config: ModelConfig, base: GQAConfig, params: dict[str, Any], x: Float[Array, "S T D"]
+) -> LayerStats:
+    """The moments of one layer over all sequences, a few at a time."""
+    total, done = None, 0
+    for start in range(0, len(x), REPLAY):
+        part = x[start : start + REPLAY]
+        new, done = observe(config, base, params, part), done + len(part)
+        total = new if total is None else merge(total, new, len(part) / done)
+    assert total is not None
+    return total
 
 
 def replay(

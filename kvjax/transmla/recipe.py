@@ -43,6 +43,8 @@ class Recipe:
             a bias of the output.
         refit: fit scores and outputs to the original layer's by least squares, layer after layer
             (kvjax.transmla.refit).
+        recalibrate: take the moments of the joint PCA from the model whose RoPE is already partial,
+            as the published code does.
     """
 
     rotation: rotary.Rotation = rotary.complex_rotation
@@ -51,6 +53,7 @@ class Recipe:
     metric: low_rank.Metric = low_rank.aware
     centred: bool = True
     refit: bool = True
+    recalibrate: bool = False
 
 
 BEST = Recipe()
@@ -60,7 +63,13 @@ BEST = Recipe()
 def published(fold: int) -> Recipe:
     """The method of TransMLA v3 to v5 (arXiv 2502.07864) with FreqFold `fold`."""
     return Recipe(
-        rotary.real_rotation, rotary.fold(fold), one, low_rank.balanced, centred=False, refit=False
+        rotary.real_rotation,
+        rotary.fold(fold),
+        one,
+        low_rank.balanced,
+        centred=False,
+        refit=False,
+        recalibrate=True,
     )
 
 
@@ -71,6 +80,7 @@ def close(
     rank: int | None,
     rope_dim: int,
     recipe: Recipe,
+    seen: LayerStats | None = None,
 ) -> LatentLayer:
     """One layer's conversion in closed form.
 
@@ -78,9 +88,10 @@ def close(
         base, attn: the layer's attention and its parameters.
         rank: latent width; None for all of it, so that only RoPE is approximated.
         rope_dim: width R of the rotary key.
+        seen: the moments that the joint PCA works with; None: `stats`, as the rotary split.
     """
     split = split_rotary(base, stats, rope_dim, recipe)
-    moments = joint_moments(base, attn, stats, split, recipe.centred)
+    moments = joint_moments(base, attn, stats if seen is None else seen, split, recipe.centred)
     if rank is None:
         low = low_rank.joint_pca(moments, low_rank.plain, len(moments.mean))
     else:

@@ -22,7 +22,7 @@ from kvjax.transmla.latent_layer import LatentLayer
 from kvjax.transmla.layer import Heads, attention_weights, scores
 
 QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
-ITERATIONS = 30  # of the conjugate gradients that solve the first problem
+ITERATIONS = 20  # of the conjugate gradients that solve the first problem
 SCORE_RIDGE = 1e-3  # pull towards the closed form, relative to the curvature
 OUTPUT_RIDGE = 1e-4
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -135,7 +135,7 @@ def test_what_cannot_be_converted_is_refused():
     convert = kvjax.transmla.convert
     with pytest.raises(ValueError, match="'decupled' is none of equal_cache, decoupled"):
         convert(model, params, method="decupled")
-    with pytest.raises(NotImplementedError, match="decoupled"):
+    with pytest.raises(ValueError, match="'decoupled' needs stats"):
         convert(model, params, method="decoupled")
     with pytest.raises(ValueError, match="'after' is none of after_up, before_up"):
         convert(model, params, rope_site="after")
