@@ -1,0 +1,193 @@
+"""rope_dim and rank of every layer at a fixed total, chosen by what the model's loss says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
+from kvjax.nn import Transformer
+from kvjax.nn.loss import next_token_losses
+from kvjax.transmla.calibration import Stats, embed, run_block, top_params
+from kvjax.transmla.latent_layer import LatentLayer, over_heads
+from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.recipe import BEST, Recipe, close
+from kvjax.transmla.sizes import Sizes, checked_stats, layer_sizes
+
+
+def allocate_sizes(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    tokens: Int[np.ndarray, "S T"],
+    *,
+    kv_rank: int,
+    rope_dim: int,
+    step: int,
+    recipe: Recipe = BEST,
+    rounds: int = 32,
+) -> tuple[list[int], list[int]]:
+    """Ranks and rope_dims of all layers whose mean cache is kv_rank + rope_dim numbers.
+
+    Starts with the same in every layer. A round lets every layer trade rank against rope_dim,
+    and then moves `step` numbers from the layer that misses them least to the one that gains
+    most; every change is measured as the loss of the whole converted model (in closed form) on
+    `tokens`, and kept if that falls. Ends when nothing does, or after `rounds`.
+
+    Args:
+        stats: from `calibrate`, on other text than `tokens`.
+        tokens: int32, the text that decides; never the text that results are reported on.
+        step: granularity of ranks and rope_dims, even; 64 or 128 suits kernels.
+
+    Returns:
+        kv_rank and rope_dim for `convert`.
+
+    Raises:
+        ValueError: an odd step, or what `convert` would refuse.
+    """
+    if step < 2 or step % 2:
+        raise ValueError(f"step is {step}, expected an even number")
+    bases = gqa_layers(model)
+    sizes = layer_sizes(bases, checked_stats(model, stats, bases), kv_rank, rope_dim, None)
+    trial = _Trial(model, params, stats, tokens, recipe, sizes)
+    for _ in range(rounds):
+        before = trial.loss
+        for layer in range(len(bases)):
+            trades = [(step, -step), (-step, step)]
+            trial.keep_best([{layer: size} for size in trial.moves(layer, trades)])
+        trial.keep_best(list(_transfers(trial, step)))
+        if trial.loss >= before:
+            break
+    return [s.rank for s in trial.sizes], [s.rope_dim for s in trial.sizes]
+
+
+def _transfers(trial: _Trial, step: int) -> Iterator[dict[int, Sizes]]:
+    """`step` numbers from the three layers that miss them least to the one that gains most."""
+    layers = range(len(trial.sizes))
+
+    def best(layer: int, sign: int) -> tuple[float, int, Sizes] | None:
+        moves = trial.moves(layer, [(sign * step, 0), (0, sign * step)])
+        losses = [(trial.measure({layer: size}), layer, size) for size in moves]
+        return min(losses, key=lambda entry: entry[0], default=None)
+
+    gains = sorted(filter(None, (best(layer, 1) for layer in layers)), key=lambda g: g[0])
+    costs = sorted(filter(None, (best(layer, -1) for layer in layers)), key=lambda c: c[0])
+    for _, receiver, larger in gains[:1]:
+        for _, donor, smaller in [c for c in costs if c[1] != receiver][:3]:
+            yield {receiver: larger, donor: smaller}
+
+
+class _Trial:
+    """The converted model with the present sizes, its hidden states, and its loss.
+
+    All layers have the shapes of the largest possible latent and rotary key, zeros where a size is
+    smaller: no size compiles anything.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Mapping[str, Any],
+        stats: Stats,
+        tokens: Int[np.ndarray, "S T"],
+        recipe: Recipe,
+        sizes: Sequence[Sizes],
+    ):
+        self.model, self.params, self.stats, self.recipe = model, params, stats, recipe
+        self.tokens = tokens
+        self.sizes = list(sizes)
+        self.layers = [self._convert(index, size) for index, size in enumerate(sizes)]
+        self.hidden = [embed(model, params, tokens)]
+        self.hidden += self._run(0, {})
+        self.loss = self._loss(self.hidden[-1])
+
+    def moves(self, layer: int, changes: Sequence[tuple[int, int]]) -> list[Sizes]:
+        """The sizes that differ by (rank, rope_dim) and are possible."""
+        base, now = gqa_layers(self.model)[layer], self.sizes[layer]
+        turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
+        moved = [
+            dataclasses.replace(now, rank=now.rank + rank, rope_dim=now.rope_dim + rope)
+            for rank, rope in changes
+        ]
+        whole = 2 * base.num_kv_heads * base.head_dim
+        return [
+            size
+            for size in moved
+            if 0 <= size.rope_dim <= turning and 1 <= size.rank <= whole - size.rope_dim
+        ]
+
+    def measure(self, changes: Mapping[int, Sizes]) -> float:
+        """The loss with other sizes in some layers."""
+        layers = {index: self._convert(index, size) for index, size in changes.items()}
+        return self._loss(self._run(min(layers), layers)[-1])
+
+    def keep_best(self, choices: Sequence[Mapping[int, Sizes]]) -> None:
+        """Takes over the best of the changes if it lowers the loss."""
+        measured = [(self.measure(choice), index) for index, choice in enumerate(choices)]
+        loss, index = min(measured, default=(self.loss, -1))
+        if loss >= self.loss:
+            return
+        for layer, size in choices[index].items():
+            self.sizes[layer], self.layers[layer] = size, self._convert(layer, size)
+        first = min(choices[index])
+        self.hidden[first + 1 :] = self._run(first, {})
+        self.loss = loss
+
+    def _convert(self, index: int, size: Sizes) -> tuple[LayerConfig, dict[str, Any]]:
+        base, own = gqa_layers(self.model)[index], self.params[f"layers_{index}"]
+        stats = self.stats.layers[index]
+        layer = close(base, own["attn"], stats, size.rank, size.rope_dim, self.recipe)
+        config, attn = over_heads(base, own["attn"], padded(base, layer))
+        return LayerConfig(config, self.model.config.layers[index].mlp), {**own, "attn": attn}
+
+    def _run(self, first: int, changed: Mapping[int, Any]) -> list[jax.Array]:
+        """Outputs of all layers from `first` on."""
+        outputs, x = [], self.hidden[first]
+        for index in range(first, len(self.layers)):
+            layer, params = changed.get(index, self.layers[index])
+            x = run_block(self.model.config, layer, params, x)
+            outputs.append(x)
+        return outputs
+
+    def _loss(self, hidden: Float[Array, "S T D"]) -> float:
+        losses = next_token_losses(self.model, top_params(self.params), hidden, self.tokens)
+        return float(np.mean(np.asarray(losses)))
+
+
+def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
+    """The same attention with a latent and a rotary key as wide as the keys and values allow."""
+    width = 2 * base.num_kv_heads * base.head_dim
+    down, k_up, v_up = (_grow(x, axis, width) for x, axis in _latent_axes(layer))
+    grown = dataclasses.replace(layer, down=down, k_up=k_up, v_up=v_up)
+    if base.rope is None:
+        return grown
+    K, half = base.num_kv_heads, base.rope.dim // 2
+    pairs = np.repeat(np.arange(half), K)
+    taken, slots = np.zeros(half, int), []
+    for pair in layer.rope.scaling.pairs if layer.rope else ():
+        slots.append(pair * K + taken[pair])
+        taken[pair] += 1
+    columns = np.concatenate([slots, half * K + np.asarray(slots)]).astype(int)
+    rope = RopeConfig(2 * half * K, scaling=SelectedPairs(base.rope, tuple(map(int, pairs))))
+
+    def spread(matrix: np.ndarray) -> np.ndarray:
+        wide = np.zeros((*matrix.shape[:-1], rope.dim))
+        wide[..., columns] = matrix
+        return wide
+
+    key, query = spread(layer.key_rope), spread(layer.query_rope)
+    return dataclasses.replace(grown, key_rope=key, query_rope=query, rope=rope)
+
+
+def _latent_axes(layer: LatentLayer) -> list[tuple[np.ndarray, int]]:
+    return [(layer.down, 1), (layer.k_up, 0), (layer.v_up, 0)]
+
+
+def _grow(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    pad = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+    return np.pad(x, pad)
