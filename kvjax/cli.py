@@ -39,10 +39,7 @@ def info(
     from kvjax.pipelines import info as pipeline
 
     facts = pipeline.describe(model)
-    table = Table("", "", show_header=False, title=model)
-    for key, value in facts.items():
-        table.add_row(key, str(value))
-    Console().print(table)
+    _print_facts(model, facts)
     if tensors:
         facts["tensors"] = pipeline.tensor_statistics(model, tensors)
         _print_rows(facts["tensors"])
@@ -52,21 +49,61 @@ def info(
 def convert(
     model: Model,
     out: Annotated[Positional[Path], arg(help="directory to write", metavar="OUT")],
-    method: Annotated[str, arg(help="equal_cache")] = "equal_cache",
-    init: Annotated[str, arg(help="svd_global, svd_per_head, identity or svd_complex")] = (
-        "svd_global"
-    ),
-    rope_site: Annotated[str, arg(help="after_up or before_up")] = "after_up",
+    method: Annotated[
+        Literal["equal_cache", "decoupled"],
+        arg(help="equal_cache: same cache, more expressive; decoupled: a smaller cache"),
+    ] = "equal_cache",
+    init: Annotated[
+        str, arg(help="equal_cache: svd_global, svd_per_head, identity or svd_complex")
+    ] = "svd_global",
+    rope_site: Annotated[str, arg(help="equal_cache: after_up or before_up")] = "after_up",
+    kv_rank: Annotated[int, arg(help="decoupled: width of the cached latent")] = 448,
+    rope_dim: Annotated[int, arg(help="decoupled: width of the cached rotary key")] = 128,
+    v_head_dim: Annotated[int | None, arg(help="decoupled: width of a head's output")] = None,
+    calibration: Annotated[
+        Path | None, arg(help="decoupled: text, or .npy of token ids [S, T], to calibrate on")
+    ] = None,
+    calibration_tokens: int = 32_768,
+    calibration_length: Annotated[int, arg(help="tokens a sequence, for texts")] = 256,
+    stats: Annotated[
+        Path | None, arg(help="decoupled: keep the moments in this file, and go on from it")
+    ] = None,
+    exportable: Annotated[
+        bool, arg(help="decoupled: keep to what DeepSeek-V3's layout can express")
+    ] = False,
+    mode: Annotated[str, arg(help="decoupled: fold, post or auto")] = "auto",
+    recipe: Annotated[str, arg(help="decoupled: best or published")] = "best",
+    fold: Annotated[int, arg(help="FreqFold of the published recipe")] = 1,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
     """Converts a GQA checkpoint to latent attention (TransMLA) and writes it."""
-    from kvjax.pipelines.convert import convert_checkpoint
+    if method == "equal_cache":
+        from kvjax.pipelines.convert import convert_checkpoint
 
-    report = convert_checkpoint(
-        model, out, method=method, init=init, rope_site=rope_site, dtype=dtype
-    )
-    _print_rows([report])
+        report = convert_checkpoint(
+            model, out, method=method, init=init, rope_site=rope_site, dtype=dtype
+        )
+    else:
+        from kvjax.pipelines.decouple import Decoupling, decouple_checkpoint
+
+        if calibration is None:
+            raise ValueError("method 'decoupled' needs --calibration FILE, a text or token ids")
+        wanted = Decoupling(
+            kv_rank=kv_rank,
+            rope_dim=rope_dim,
+            calibration=calibration,
+            v_head_dim=v_head_dim,
+            exportable=exportable,
+            mode=mode,
+            recipe=recipe,
+            fold=fold,
+            tokens=calibration_tokens,
+            length=calibration_length,
+            stats=stats,
+        )
+        report = decouple_checkpoint(model, out, wanted, dtype)
+    _print_facts(f"{model} → {out}", report)
     _write_json(json_file, report)
 
 
@@ -195,6 +232,14 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(*columns)
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))
+    Console().print(table)
+
+
+def _print_facts(title: str, facts: dict[str, Any]) -> None:
+    """One line a fact."""
+    table = Table("", "", show_header=False, title=title)
+    for key, value in facts.items():
+        table.add_row(key, str(value))
     Console().print(table)
 
 

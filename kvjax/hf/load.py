@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def load(
     shardings = None if mesh is None else param_shardings(model, mesh)
     read = native.read_params if native.is_native(directory) else weights.read_params
     return model, read(model, directory, target, shardings)
+
+
+def open_params(path: str | Path, dtype: Any = "bfloat16") -> Mapping[str, Any]:
+    """The parameters of the model at `path`, each layer read when it is asked for.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    target = _float_dtype(dtype)
+    directory = resolve(path)
+    read = native.open_params if native.is_native(directory) else weights.open_params
+    return read(read_model(path), directory, target)
 
 
 def read_model(path: str | Path) -> Transformer:

@@ -1,4 +1,8 @@
-"""kvjax's own layout: kvjax.json with the configuration, params/ with orbax arrays."""
+"""kvjax's own layout: kvjax.json with the configuration, params/ with orbax arrays.
+
+Every layer is an orbax checkpoint of its own, so that a model can be written and read layer by
+layer.
+"""
 
 import dataclasses
 import json
@@ -11,12 +15,13 @@ from jax.sharding import SingleDeviceSharding
 
 import kvjax.config
 from kvjax.config import ModelConfig
+from kvjax.hf.lazy import LazyParams
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
 CONFIG = "kvjax.json"
 PARAMS = "params"
-VERSION = 1
+VERSION = 2
 
 
 def is_native(directory: Path) -> bool:
@@ -48,35 +53,61 @@ def read_params(
     Raises:
         ValueError: names every missing, unexpected or misshapen parameter.
     """
+    return dict(open_params(model, directory, dtype, shardings))
+
+
+def open_params(
+    model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
+) -> LazyParams:
+    """As `read_params`, but each part is read when it is asked for, and not kept."""
     import orbax.checkpoint as ocp
 
     expected = param_shapes(model)
     if shardings is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, expected)
-    targets = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-        expected,
-        shardings,
-    )
     path = (directory / PARAMS).absolute()
     if not path.is_dir():
         raise ValueError(f"cannot load {directory}: missing {PARAMS}/")
     with ocp.StandardCheckpointer() as checkpointer:
-        problems = _compare(expected, checkpointer.metadata(path).item_metadata.tree)
-        if problems:
-            raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
-        return checkpointer.restore(path, targets)
+        stored = {
+            part.name: checkpointer.metadata(part).item_metadata.tree[part.name]
+            for part in path.iterdir()
+        }
+    problems = _compare(expected, stored)
+    if problems:
+        raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
+
+    def read(name: str) -> Any:
+        targets = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
+            expected[name],
+            shardings[name],
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path / name, {name: targets})[name]
+
+    return LazyParams(expected, read)
 
 
 def write(model: Transformer, params: Any, directory: Path) -> None:
     """Writes a model to a new directory."""
+    for name in params:
+        write_part(directory, name, params[name])
+    write_config(model, directory)
+
+
+def write_part(directory: Path, name: str, part: Any) -> None:
+    """Writes one layer, or one parameter that belongs to no layer."""
     import orbax.checkpoint as ocp
 
     directory.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / PARAMS).absolute(), params)
-    # The configuration comes last: a directory that has it is complete.
+        checkpointer.save((directory / PARAMS / name).absolute(), {name: part})
+
+
+def write_config(model: Transformer, directory: Path) -> None:
+    """Writes the configuration, after all parts: a directory that has it is complete."""
     # Where the model came from means nothing elsewhere.
     config = dataclasses.replace(model.config, source="")
     content = {"version": VERSION, "model": encode(config)}

@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, Checkpoint, scan, write
 from kvjax.hf.layout import ParamPath, Shape, Tensor, layouts, tensors
+from kvjax.hf.lazy import LazyParams
 from kvjax.hf.tensor_file import NewTensor
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
@@ -35,6 +36,13 @@ def read_params(
         ValueError: names every missing, unexpected or misshapen tensor and every missing or
             truncated file.
     """
+    return dict(open_params(model, directory, dtype, shardings))
+
+
+def open_params(
+    model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
+) -> LazyParams:
+    """As `read_params`, but each part is read when it is asked for, and not kept."""
     shapes = _flat_shapes(model)
     checkpoint = scan(directory)
     expected = _expected(model, shapes, checkpoint)
@@ -47,10 +55,16 @@ def read_params(
         targets = dict.fromkeys(shapes, here)
     else:
         targets = _flatten(shardings)
-    params = {
-        path: _place(views[path], shape, dtype, targets[path]) for path, shape in shapes.items()
-    }
-    return unflatten_dict(params)
+
+    def read(name: str) -> Any:
+        part = {
+            path: _place(views[path], shape, dtype, targets[path])
+            for path, shape in shapes.items()
+            if path[0] == name
+        }
+        return unflatten_dict(part)[name]
+
+    return LazyParams(dict.fromkeys(path[0] for path in shapes), read)
 
 
 def write_params(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.hf import load, save
+from kvjax.pipelines.companions import bytes_per_token, copy_companions
 from kvjax.transmla import convert
 
 PROBE_TOKENS = 64
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "head_scores*",
-)
 
 
 def convert_checkpoint(
@@ -55,23 +47,6 @@ def convert_checkpoint(
         "relative_logit_change": logit_change(model, params, new_model, new_params),
         "seconds": round(time.monotonic() - start, 1),
     }
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copies what belongs to a model beside its weights: tokenizer files and head scores."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            shutil.copy(path, out)
-
-
-def bytes_per_token(model, dtype: str) -> int:
-    """Cache bytes that one more token of one sequence costs, over all layers."""
-
-    def total(length: int) -> int:
-        cache = jax.eval_shape(lambda: model.init_cache(1, length, dtype))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-    return total(2) - total(1)
 
 
 def count(params) -> int:

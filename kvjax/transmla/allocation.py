@@ -53,7 +53,8 @@ def allocate_sizes(
     if step < 2 or step % 2:
         raise ValueError(f"step is {step}, expected an even number")
     bases = gqa_layers(model)
-    sizes = layer_sizes(bases, checked_stats(model, stats, bases), kv_rank, rope_dim, None)
+    stats = checked_stats(model, stats)
+    sizes = layer_sizes(bases, stats.tokens.size, kv_rank, rope_dim, None)
     trial = _Trial(model, params, stats, tokens, recipe, sizes)
     for _ in range(rounds):
         before = trial.loss

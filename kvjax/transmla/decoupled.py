@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, ModelConfig
 from kvjax.nn import Transformer
@@ -23,6 +23,32 @@ from kvjax.transmla.sizes import Sizes, checked_stats, exportable_recipe, layer_
 REPLAY = 8  # sequences that go through a layer at a time
 LAYOUTS = {"fold": folded, "post": over_heads}
 """mode → layout of the converted layer."""
+
+
+def settle(
+    model: Transformer,
+    tokens: Int[np.ndarray, "S T"],
+    kv_rank: int | Sequence[int],
+    rope_dim: int | Sequence[int],
+    v_head_dim: int | None,
+    exportable: bool,
+    mode: str,
+    recipe: Recipe,
+) -> tuple[list[Sizes], Recipe, str]:
+    """Sizes, recipe and mode of a conversion, checked before anything is computed.
+
+    Raises:
+        ValueError: as `decoupled`.
+    """
+    bases = gqa_layers(model)
+    if mode != "auto" and mode not in LAYOUTS:
+        raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(LAYOUTS)}")
+    if exportable:
+        recipe = exportable_recipe(recipe, bases, rope_dim)
+        mode = "fold" if mode == "auto" else mode
+    if mode == "fold" and any(base.qk_norm is not None for base in bases):
+        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
+    return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
 
 
 @dataclass(frozen=True)
@@ -83,12 +109,10 @@ def decoupled(
         ValueError: sizes that the model or the calibration cannot serve, no stats, or stats of
             another model.
     """
-    bases = gqa_layers(model)
-    stats = checked_stats(model, stats, bases)
-    if exportable:
-        recipe = exportable_recipe(recipe, bases, rope_dim)
-        mode = "fold" if mode == "auto" else mode
-    sizes = layer_sizes(bases, stats, kv_rank, rope_dim, v_head_dim)
+    stats = checked_stats(model, stats)
+    sizes, recipe, mode = settle(
+        model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
+    )
     new, configs = dict(params), []
     for converted in decouple_layers(model, params, stats, sizes, recipe, mode):
         config, attn = converted.layout(converted.final)

@@ -10,6 +10,7 @@ from kvjax.config import GQAConfig
 from kvjax.nn import Transformer
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
+from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.recipe import Recipe
 
 
@@ -29,12 +30,12 @@ class Sizes:
 
 def layer_sizes(
     bases: Sequence[GQAConfig],
-    stats: Stats,
+    tokens: int,
     kv_rank: int | Sequence[int],
     rope_dim: int | Sequence[int],
     v_head_dim: int | None,
 ) -> list[Sizes]:
-    """One entry a layer.
+    """One entry a layer; `tokens` are those of the calibration.
 
     Raises:
         ValueError: lists of another length than the model's, a rope_dim that is odd or larger
@@ -57,10 +58,8 @@ def layer_sizes(
                 f"layer {index}: kv_rank is {rank}, expected 1 to {most} = 2·{base.num_kv_heads}·"
                 f"{base.head_dim} − {width} (what the keys and values have)"
             )
-        if stats.tokens.size < rank:
-            raise ValueError(
-                f"the calibration has {stats.tokens.size} tokens, expected at least {rank}"
-            )
+        if tokens < rank:
+            raise ValueError(f"the calibration has {tokens} tokens, expected at least {rank}")
         sizes.append(Sizes(rank, width, base.head_dim if v_head_dim is None else v_head_dim))
     if min(size.v_head_dim for size in sizes) < 1:
         raise ValueError(f"v_head_dim is {v_head_dim}, expected at least 1")
@@ -74,7 +73,7 @@ def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]
     return values
 
 
-def checked_stats(model: Transformer, stats: Stats | None, bases: Sequence[GQAConfig]) -> Stats:
+def checked_stats(model: Transformer, stats: Stats | None) -> Stats:
     """The calibration, which must be of this model.
 
     Raises:
@@ -83,6 +82,7 @@ def checked_stats(model: Transformer, stats: Stats | None, bases: Sequence[GQACo
     if stats is None:
         raise ValueError("method 'decoupled' needs stats=transmla.calibrate(model, params, …)")
     got = [len(layer.kv_mean) for layer in stats.layers]
+    bases = gqa_layers(model)
     want = [2 * base.num_kv_heads * base.head_dim for base in bases]
     if got != want:
         raise ValueError(

@@ -287,7 +287,7 @@ def test_damaged_native_directories(tmp_path):
     )
     for damaged, message in (
         (text.replace('"MLPConfig"', '"Magic"'), "unknown part 'Magic'"),
-        (text.replace('"version": 1', '"version": 9'), "has version 9, expected 1"),
+        (text.replace('"version": 2', '"version": 9'), "has version 9, expected 2"),
         (text[:-9], "is no model configuration"),
     ):
         path.write_text(damaged)

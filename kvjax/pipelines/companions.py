@@ -1,0 +1,34 @@
+"""What every converted checkpoint gets or tells: companion files, cache bytes a token."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "head_scores*",
+)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copies what belongs to a model beside its weights: tokenizer files and head scores."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            shutil.copy(path, out)
+
+
+def bytes_per_token(model, dtype: str) -> int:
+    """Cache bytes that one more token of one sequence costs, over all layers."""
+
+    def total(length: int) -> int:
+        cache = jax.eval_shape(lambda: model.init_cache(1, length, dtype))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+    return total(2) - total(1)
