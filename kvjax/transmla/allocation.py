@@ -170,7 +170,7 @@ def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
     K, half = base.num_kv_heads, base.rope.dim // 2
     pairs = np.repeat(np.arange(half), K)
     taken, slots = np.zeros(half, int), []
-    for pair in layer.rope.scaling.pairs if layer.rope else ():
+    for pair in rotating_pairs(layer):
         slots.append(pair * K + taken[pair])
         taken[pair] += 1
     columns = np.concatenate([slots, half * K + np.asarray(slots)]).astype(int)
@@ -183,6 +183,14 @@ def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
 
     key, query = spread(layer.key_rope), spread(layer.query_rope)
     return dataclasses.replace(grown, key_rope=key, query_rope=query, rope=rope)
+
+
+def rotating_pairs(layer: LatentLayer) -> tuple[int, ...]:
+    """The frequency of each rotating component, an index into those of the original RoPE."""
+    if layer.rope is None:
+        return ()
+    assert isinstance(layer.rope.scaling, SelectedPairs)
+    return layer.rope.scaling.pairs
 
 
 def _latent_axes(layer: LatentLayer) -> list[tuple[np.ndarray, int]]:

@@ -92,4 +92,5 @@ def _step(
 
     value, gradient = jax.value_and_grad(error)(masters)
     updates, state = optimizer.update(gradient, state)
-    return optax.apply_updates(masters, updates), state, value
+    stepped: Any = optax.apply_updates(masters, updates)
+    return stepped, state, value

@@ -28,7 +28,7 @@ def complex_rotation(covariance: Complex[np.ndarray, "g g"]) -> Complex[np.ndarr
 
 def real_rotation(covariance: Complex[np.ndarray, "g g"]) -> Complex[np.ndarray, "g g"]:
     """Eigenvectors of its real part, Σ (Re κᵀ Re κ + Im κᵀ Im κ): the published RoRoPE."""
-    return _by_energy(np.linalg.eigh(covariance.real)[1]).astype(np.complex128)
+    return _by_energy(np.linalg.eigh(np.real(covariance))[1]).astype(np.complex128)
 
 
 def _by_energy(vectors: np.ndarray) -> np.ndarray:
@@ -203,5 +203,5 @@ def component_rows(base: GQAConfig) -> tuple[Int[np.ndarray, " C"], Int[np.ndarr
 
 def _real_map(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows for real and for imaginary parts of z ↦ z · matrix, columns (real, imaginary)."""
-    a, b = matrix.real, matrix.imag
+    a, b = np.real(matrix), np.imag(matrix)
     return np.concatenate([a, b], axis=1), np.concatenate([-b, a], axis=1)
