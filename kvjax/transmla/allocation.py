@@ -67,6 +67,32 @@ def allocate_sizes(
     return [s.rank for s in trial.sizes], [s.rope_dim for s in trial.sizes]
 
 
+def choose_rope_dim(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    tokens: Int[np.ndarray, "S T"],
+    *,
+    cache: int,
+    candidates: Sequence[int],
+    recipe: Recipe = BEST,
+) -> int:
+    """The rope_dim, of a cache of `cache` numbers a token and layer, with the least loss.
+
+    Args:
+        stats, tokens, recipe: as of `allocate_sizes`.
+        candidates: rope_dims to try; the rank is what they leave of the cache.
+    """
+    stats = checked_stats(model, stats)
+    bases = gqa_layers(model)
+    choices = [
+        layer_sizes(bases, stats.tokens.size, cache - width, width, None) for width in candidates
+    ]
+    trial = _Trial(model, params, stats, tokens, recipe, choices[0])
+    losses = [trial.measure(dict(enumerate(sizes))) for sizes in choices]
+    return candidates[int(np.argmin(losses))]
+
+
 def _transfers(trial: _Trial, step: int) -> Iterator[dict[int, Sizes]]:
     """`step` numbers from the three layers that miss them least to the one that gains most."""
     layers = range(len(trial.sizes))
