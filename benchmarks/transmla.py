@@ -3,9 +3,9 @@
     python -m benchmarks.transmla --data ../shared/data [--out benchmarks/results/transmla.json]
 
 On two real models: stories260k, calibrated on calibration.npy and scored on heldout.npy, and the
-embedded model, calibrated on prompts of its own kind and scored on others. Choices (rope_dim, sizes
-per layer) are made on an eighth of the calibration text, which the moments then do not see. Rows are
-appended as they come; a second run skips those that are there.
+embedded model, calibrated on prompts of its own kind and scored on others. Choices (rope_dim, and
+sizes per layer) are made on an eighth of the calibration text, which the moments then do not see.
+Rows are appended as they come; a second run skips those that are there.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Stats:
 def calibrate(
     model: Transformer,
     params: Mapping[str, Any],
-    batches: Iterable[Int[np.ndarray, "B T"]],
+    batches: Iterable[Any],
     *,
     input_moments: bool = False,
     resume: str | Path | None = None,

@@ -1,0 +1,135 @@
+"""The least squares after the closed form, against plain solvers in fp64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import random_params
+
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.nn import Transformer
+from kvjax.transmla import BEST, calibrate, refit
+from kvjax.transmla.layer import attention_output
+from kvjax.transmla.recipe import close
+
+GQA = GQAConfig(2, 1, 8, 8**-0.5, RopeConfig(8), window=9, softcap=30.0)
+S, T, D, L, R = 24, 16, 12, 6, 4
+
+
+@pytest.fixture(scope="module")
+def problem():
+    layer = LayerConfig(GQA, MLPConfig(16))
+    model = Transformer(ModelConfig("llama", vocab_size=50, hidden_size=D, layers=(layer,)))
+    params = random_params(model)
+    tokens = np.random.default_rng(0).integers(0, 50, (S, T)).astype(np.int32)
+    stats = calibrate(model, params, [tokens])
+    own = params["layers_0"]
+    latent = close(GQA, own["attn"], stats.layers[0], L, R, BEST)
+    original = params["embedding"][tokens]
+    noise = 0.1 * np.random.default_rng(1).standard_normal(original.shape)
+    return model.config, own, latent, original, original + jnp.asarray(noise, jnp.float32)
+
+
+def score_problem(config, own, latent, original, converted):
+    """Weighted, centred features and targets of head 0: rows √w·(z ⊗ q) and √w·s."""
+    at = refit.query_positions(T, T)
+    down, key = (jnp.asarray(x, jnp.float32) for x in (latent.down, latent.key_rope))
+
+    def one(a, b):
+        return refit.score_data(config, GQA, latent.rope, own, down, key, jnp.asarray(at), a, b)
+
+    data = jax.jit(jax.vmap(one))(original, converted)
+    rows, targets = [], []
+    inverse = 10_000.0 ** (-np.arange(4) / 4)[list(latent.rope.scaling.pairs)]
+    for s in range(S):
+        d = jax.tree.map(lambda x, s=s: np.asarray(x[s], np.float64), data)
+        for t in range(T):
+            weight = d.weights[0, t]
+            # Seen from the query, a rotary key is turned back by the query's position.
+            half = R // 2
+            z = (d.k_rope[:, :half] + 1j * d.k_rope[:, half:]) * np.exp(-1j * at[t] * inverse)
+            key = np.concatenate([d.c, z.real, z.imag], axis=1)
+            features = np.einsum("sz,h->szh", key, d.q[t, 0]).reshape(T, -1) * GQA.scale
+            features -= weight @ features
+            target = d.target[0, t] - weight @ d.target[0, t]
+            rows.append(np.sqrt(weight)[:, None] * features)
+            targets.append(np.sqrt(weight) * target)
+    return np.concatenate(rows), np.concatenate(targets)
+
+
+def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
+    monkeypatch.setattr(refit, "SCORE_RIDGE", 0.0)
+    monkeypatch.setattr(refit, "ITERATIONS", 300)
+    features, target = score_problem(*problem)
+    config, own, latent, original, converted = problem
+    fitted = refit.refit_scores(config, GQA, own, latent, original, converted)
+
+    def error(layer):
+        k_up = layer.k_up[:, 0]  # [L, H]
+        weights = np.concatenate([k_up, layer.query_rope[0].T]).reshape(-1)
+        return ((features @ weights - target) ** 2).sum()
+
+    best = np.linalg.lstsq(features, target, rcond=1e-9)[0]
+    least = ((features @ best - target) ** 2).sum()
+    assert least <= error(fitted) <= 1.01 * least
+    assert error(latent) > 1.2 * least
+    np.testing.assert_array_equal(fitted.down, latent.down)
+
+
+def test_outputs_are_the_least_squares(problem, monkeypatch):
+    monkeypatch.setattr(refit, "OUTPUT_RIDGE", 1e-12)
+    config, own, latent, original, converted = problem
+    layer = LayerConfig(GQA, MLPConfig(16))
+    target = jax.jit(attention_output, static_argnums=(0, 1))(config, layer, own, original)
+    maps = refit.QueryMaps(*(jnp.asarray(x, jnp.float32) for x in (latent.k_up, latent.query_rope)))
+    down, key = (jnp.asarray(x, jnp.float32) for x in (latent.down, latent.key_rope))
+    gram, product = refit._output_equations(
+        config, GQA, latent.rope, own, down, key, maps, converted, target
+    )
+    gram, product = np.asarray(gram, np.float64), np.asarray(product, np.float64)
+
+    def error(fitted):
+        whole = np.einsum("lnv,nvd->nld", fitted.v_up, fitted.out).reshape(-1, D)
+        whole = np.concatenate([whole, fitted.out_bias[None]])
+        fit = np.einsum("fd,fg,gd->", whole, gram, whole) - 2 * (whole * product).sum()
+        return fit + float((np.asarray(target, np.float64) ** 2).sum())
+
+    args = (config, GQA, own, latent, converted, target)
+    whole = refit.refit_outputs(*args, v_head_dim=L)
+    best = np.linalg.solve(gram, product)
+    least = float((np.asarray(target, np.float64) ** 2).sum()) - (best * product).sum()
+    assert error(whole) == pytest.approx(least, rel=1e-3)
+    narrow = [refit.refit_outputs(*args, v_head_dim=3, sweeps=n) for n in (0, 1, 6)]
+    errors = [error(n) for n in narrow]
+    assert errors[0] > errors[1] > errors[2] >= least and error(latent) > least
+    assert narrow[0].v_up.shape == (L, 2, 3) and narrow[0].out.shape == (2, 3, D)
+
+
+def test_factors_of_a_given_width_are_the_best():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6))
+    weight = rng.standard_normal((6, 5))
+    for width in (1, 3, 5, 8):
+        a, b = refit.factor(features.T @ features, weight, width)
+        assert a.shape == (6, width) and b.shape == (width, 5)
+        tail = np.linalg.svd(features @ weight, compute_uv=False)[width:]
+        error = ((features @ (weight - a @ b)) ** 2).sum()
+        np.testing.assert_allclose(error, (tail**2).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_query_positions_end_at_the_last():
+    np.testing.assert_array_equal(refit.query_positions(10, 3), [3, 6, 9])
+    np.testing.assert_array_equal(refit.query_positions(4, 100), np.arange(4))
+    assert refit.query_positions(4, 100).dtype == np.int32
+
+
+def test_a_layer_without_rope_or_softcap_refits_too(problem):
+    config, own, latent, original, converted = problem
+    base = dataclasses.replace(GQA, rope=None, window=None, softcap=None)
+    bare = dataclasses.replace(
+        latent, key_rope=latent.key_rope[:, :0], query_rope=latent.query_rope[..., :0], rope=None
+    )
+    fitted = refit.refit_scores(config, base, own, bare, original, converted)
+    assert fitted.query_rope.shape == (2, 8, 0) and np.isfinite(fitted.k_up).all()
