@@ -204,7 +204,7 @@ class Programs:
 
     Attributes:
         prefill: (params, tokens, lengths) to (logits, cache).
-        first: (logits, cache, keys, sampling, eos, lengths) to the decode state.
+        first: (logits, keys, sampling, eos, lengths) to the decode state, the cache left out.
         decode: (params, state, sampling, eos, limit) to the decode state.
     """
 
@@ -229,9 +229,9 @@ def compile_programs(setting: str, size: Size) -> Programs:
     if not jax.tree.leaves(cache):
         return Programs(compiled, None, None, *held)
     sampling, keys = Sampling.create(0.0, 0, 1.0), jax.random.split(jax.random.key(0), 1)
-    first = first_token.trace(logits, cache, keys, sampling, NO_EOS, lengths, size.new_tokens)
-    limit = shape((), jnp.int32)
-    steps = decode.trace(model, params, first.out_info, sampling, NO_EOS, limit)
+    first = first_token.trace(logits, keys, sampling, NO_EOS, lengths, size.new_tokens)
+    state, limit = replace(first.out_info, cache=cache), shape((), jnp.int32)
+    steps = decode.trace(model, params, state, sampling, NO_EOS, limit)
     return Programs(compiled, first.lower().compile(), steps.lower().compile(), *held)
 
 
@@ -282,7 +282,8 @@ def run(setting: str, size: Size) -> dict[str, float]:
     if programs.decode is None:
         jax.block_until_ready(logits)
     else:
-        state = programs.first(logits, cache, keys, sampling, NO_EOS, lengths)
+        state = programs.first(logits, keys, sampling, NO_EOS, lengths)
+        state = replace(state, cache=cache)
         limit = jnp.asarray(size.new_tokens, jnp.int32)
         del cache
         jax.block_until_ready(programs.decode(params, state, sampling, NO_EOS, limit).output)

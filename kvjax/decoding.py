@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.headkv.plan import Plan
+from kvjax.cache.room import repeat, with_room
+from kvjax.headkv.plan import Plan, sliding_windows
 from kvjax.nn import Transformer
 from kvjax.sampling import Sampling, sample
 
@@ -169,21 +170,32 @@ def decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
 def extend(
     model: Transformer,
     params: Any,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     cache: list[Any],
+    max_new_tokens: int,
 ) -> tuple[jax.Array, list[Any]]:
-    """Reads more tokens after those that the caches hold.
+    """Reads more tokens after those of one sequence, which all of the batch go on from.
+
+    Args:
+        cache: one cache a layer, of a batch of one; they stay as they are.
 
     Returns:
-        Logits after the last token of each sequence [B, V] fp32, and the caches.
+        Logits after the last token of each sequence [B, V] fp32, and caches of the whole batch
+        with room for `max_new_tokens`.
     """
+    B, T = tokens.shape
+    windows = sliding_windows(model.config)
+    cache = [
+        with_room(repeat(layer, B), T + max_new_tokens, window)
+        for layer, window in zip(cache, windows, strict=True)
+    ]
     before = cache[0].lengths
-    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    steps = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(steps < lengths[:, None], before[:, None] + steps, -1)
     settings = {"logits_at": "last", "rope_lengths": before}
     result: Any = model.apply({"params": params}, tokens, positions, cache, **settings)
@@ -213,12 +225,15 @@ def push_token(
     )
 
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens", donate_argnames="cache")
-def first_token(logits, cache, keys, sampling, eos, lengths, max_new_tokens: int) -> DecodeState:
-    """The loop state after the token that the prompt itself predicts."""
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
+def first_token(logits, keys, sampling, eos, lengths, max_new_tokens: int) -> DecodeState:
+    """The loop state after the token that the prompt itself predicts.
+
+    It has no caches yet: without them the program is the same whatever the policy.
+    """
     B = logits.shape[0]
     state = DecodeState(
-        cache=cache,
+        cache=[],
         token=jnp.zeros((B,), jnp.int32),
         finished=jnp.zeros((B,), bool),
         output=jnp.zeros((B, max_new_tokens), jnp.int32),

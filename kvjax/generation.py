@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import cache_bytes
-from kvjax.cache.room import repeat, with_room
 from kvjax.context import Context
 from kvjax.decoding import (
     DecodeState,
@@ -22,11 +21,11 @@ from kvjax.decoding import (
     first_token,
     prefill,
 )
-from kvjax.headkv.plan import FullPlan, Plan, sliding_windows
+from kvjax.headkv.plan import FullPlan, Plan
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.nn import Transformer
-from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys
+from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys, prompt_words
 from kvjax.sampling import Sampling
 
 STREAM_CHUNK = 32  # decode steps between two looks of the host
@@ -95,7 +94,7 @@ def generate(
     sampling = Sampling.create(temperature, top_k, top_p)
     read = _reader(model, params, policy, context, max_new_tokens)
     eos = np.asarray(model.config.eos_ids if eos_ids is None else eos_ids, np.int32)
-    keys = prompt_keys(prompts, seed)
+    key, words = jax.random.key(seed), prompt_words(prompts)
     result = Generation(tokens=[[] for _ in prompts])
     for indices in batches(prompts, batch_size):
         bucket = bucket_length(max(len(prompts[i]) for i in indices))
@@ -104,15 +103,9 @@ def generate(
         result.cache_bytes += cache_bytes(cache)
         shape = (len(indices), bucket + before)
         result.full_cache_bytes += full_cache_bytes(model, params, shape, max_new_tokens)
-        state = first_token(
-            logits,
-            cache,
-            keys[np.asarray(indices)],
-            sampling,
-            eos,
-            before + lengths,
-            max_new_tokens,
-        )
+        keys = prompt_keys(key, words[indices])
+        state = first_token(logits, keys, sampling, eos, before + lengths, max_new_tokens)
+        state = replace(state, cache=cache)
         for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens, plan):
             for index, ids in zip(indices, new, strict=True):
                 result.tokens[index] += ids
@@ -135,14 +128,9 @@ def _reader(
 ) -> Reader:
     """How prompts are read: from the start, or after a context."""
     if context is not None:
-        windows = sliding_windows(model.config)
 
         def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, list[Any], Plan]:
-            room = tokens.shape[1] + max_new_tokens
-            cache = [repeat(layer, len(tokens)) for layer in context.cache]
-            pairs = zip(cache, windows, strict=True)
-            cache = [with_room(layer, room, window) for layer, window in pairs]
-            logits, cache = extend(model, params, tokens, lengths, cache)
+            logits, cache = extend(model, params, tokens, lengths, context.cache, max_new_tokens)
             return logits, cache, FullPlan(model.config)
 
         return go_on

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Array, UInt32
 
 from kvjax.config import ModelConfig
 
@@ -71,19 +72,21 @@ def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.n
     return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)
 
 
-def prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
-    """[B] keys that depend on the seed, the prompt and how often it came before."""
+def prompt_words(prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B 2"]:
+    """What tells prompts apart, for `prompt_keys`: a checksum, and how often it came before."""
     seen: Counter[int] = Counter()
     words = []
     for prompt in prompts:
         checksum = zlib.crc32(np.asarray(prompt, np.int32).tobytes())
         words.append((checksum, seen[checksum]))
         seen[checksum] += 1
-    return _fold_words(jax.random.key(seed), np.asarray(words, np.uint32))
+    return np.asarray(words, np.uint32)
 
 
 @jax.jit
-def _fold_words(key: jax.Array, words: jax.Array) -> jax.Array:
+def prompt_keys(key: jax.Array, words: UInt32[Array, "B 2"]) -> jax.Array:
+    """[B] keys that depend on a key, the prompt and how often it came before."""
+
     def fold(pair: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1])
 

@@ -4,17 +4,21 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tests compile much and compute little: code for it need not be fast.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
-
 from pathlib import Path
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# Tests compile much and compute little: code for it need not be fast.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if jax.__version_info__ < (0, 11):  # later XLAs know no others, and refuse a flag they don't know
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
 

@@ -4,60 +4,84 @@ import dataclasses
 
 import numpy as np
 import pytest
+from toys import random_params
 
 import kvjax
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.example import Example
+from kvjax.headkv import HeadScores
 from kvjax.headkv.policy import resolve
-from kvjax.headkv.scores import default_scores
+from kvjax.nn import Transformer
 from kvjax.pipelines.compare import compare
-from kvjax.tasks import WordVocabulary, make_examples
 
 NAMES = ("snapkv:kv_size=16", "headkv:kv_size=24", "h2o:kv_size=40", "adasnapkv:kv_size=24")
+VOCAB, EOS, ITEMS = 8, 2, 10
+SCORES = HeadScores(np.random.default_rng(0).random((2, 4, 5)) ** 4)
+SETTINGS = {"max_new_tokens": 8, "batch_size": 5}
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return kvjax.load("builtin:needle", dtype="float32")
+    layer = LayerConfig(GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8)), MLPConfig(32))
+    config = ModelConfig(
+        "llama", VOCAB, 32, (layer, layer), max_position_embeddings=256, eos_ids=(EOS,)
+    )
+    model = Transformer(config)
+    return model, random_params(model)
 
 
 @pytest.fixture(scope="module")
-def examples():
-    vocab = WordVocabulary()
+def examples(loaded):
+    """Random prompts with what the model writes, half of it under a small budget, as answers."""
+    model, params = loaded
+    rng = np.random.default_rng(0)
+    found = []
+    for policy in ("full", NAMES[0]):
+        prompts = [rng.integers(0, VOCAB, n).tolist() for n in range(109, 129)]
+        out = kvjax.generate(model, params, prompts, policy=policy, **SETTINGS)
+        pairs = zip(prompts, out.tokens, strict=True)
+        ended = [pair for pair in pairs if 0 < len(pair[1]) < SETTINGS["max_new_tokens"]]
+        found += ended[: ITEMS // 2]
+    assert len(found) == ITEMS
     return [
-        example
-        for task in ("needle", "two_hop")
-        for example in make_examples(task, vocab, 5, 128, answer_lengths=(1, 6))
+        Example(tuple(prompt), tuple(answer), question_length=3 + index % 7)
+        for index, (prompt, answer) in enumerate(found)
     ]
 
 
 def policies(model):
-    scores = default_scores(model.config)
-    return {name: resolve(name, model.config, scores) for name in NAMES}
+    return {name: resolve(name, model.config, SCORES) for name in ("full", *NAMES)}
 
 
 def test_the_question_inside(loaded, examples):
     model, params = loaded
-    got = compare(model, params, examples, policies(model), batch_size=4)
+    chosen = policies(model)
+    full = chosen.pop("full")
+    got = compare(model, params, examples, chosen, batch_size=4)
     prompts = [example.prompt for example in examples]
     seen = set()
-    for name in ("full", *NAMES):
-        out = kvjax.generate(model, params, prompts, max_new_tokens=8, policy=name)
+    for name, policy in {"full": full, **chosen}.items():
+        out = kvjax.generate(model, params, prompts, policy=policy, **SETTINGS)
         right = [t == list(e.answer) for t, e in zip(out.tokens, examples, strict=True)]
         np.testing.assert_array_equal(got.right[name], right)
         seen |= {(name, bool(hit)) for hit in right}
-    assert len({hit for _, hit in seen}) == 2  # some right, some wrong: the comparison can fail
+    # Each is right and wrong somewhere: the comparison can fail.
+    assert seen == {(name, hit) for name in ("full", *NAMES) for hit in (True, False)}
     assert got.cache_bytes["snapkv:kv_size=16"] < 0.2 * got.cache_bytes["full"]
 
 
 def test_the_question_after(loaded, examples):
     model, params = loaded
-    names = NAMES[:2]
-    chosen = {name: policies(model)[name] for name in names}
-    got = compare(model, params, examples, chosen, "after", batch_size=4)
-    for name in ("full", *names):
+    chosen = policies(model)
+    names = ("full", *NAMES[:2])
+    got = compare(
+        model, params, examples, {name: chosen[name] for name in names[1:]}, "after", batch_size=4
+    )
+    for name in names:
         for index in (0, 7):
             example = examples[index]
             cut = len(example.prompt) - example.question_length
-            context = kvjax.compress(model, params, example.prompt[:cut], name)
+            context = kvjax.compress(model, params, example.prompt[:cut], chosen[name])
             question = [example.prompt[cut:]]
             out = kvjax.generate(model, params, question, max_new_tokens=8, context=context)
             assert got.right[name][index] == (out.tokens[0] == list(example.answer))
@@ -68,6 +92,7 @@ def test_errors(loaded, examples):
     with pytest.raises(ValueError, match="protocol is 'before', expected one of inside, after"):
         compare(model, params, examples, {}, "before")
     two = policies(model)
+    del two["full"]
     two["wide"] = dataclasses.replace(two[NAMES[0]], window=4)
     with pytest.raises(ValueError, match=r"windows \[4, 8\], expected one"):
         compare(model, params, examples, two)

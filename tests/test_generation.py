@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import random_params
+from toys import forward, random_params
 
 from kvjax import generation
 from kvjax.cache import cache_bytes
@@ -40,13 +40,12 @@ def prompts_of(*lengths, seed=3):
 
 def greedy_by_full_forward(model, params, prompt, steps):
     """The oracle: one full forward a token, always at the same padded length."""
-    apply = jax.jit(model.apply)
     ids = list(prompt)
     for _ in range(steps):
         tokens = np.zeros((1, 96), np.int32)
         tokens[0, : len(ids)] = ids
-        logits, _ = apply({"params": params}, jnp.asarray(tokens))
-        ids.append(int(jnp.argmax(logits[0, len(ids) - 1])))
+        logits = forward(model, params, tokens)
+        ids.append(int(np.asarray(logits)[0, len(ids) - 1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -69,7 +68,7 @@ def test_greedy_equals_repeated_full_forward(attention):
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(policy, temperature):
     model, params = build()
-    prompts = prompts_of(5, 20, 31, 40)
+    prompts = prompts_of(5, 20, 31, 32)
     settings = {
         "max_new_tokens": 12,
         "policy": policy,
@@ -110,12 +109,12 @@ def test_buckets():
 def test_eos_ends_a_sequence_and_is_not_returned():
     model, params = build()
     prompts = prompts_of(6, 11)
-    free = generate(model, params, prompts, max_new_tokens=40, eos_ids=()).tokens
+    free = generate(model, params, prompts, max_new_tokens=38, eos_ids=()).tokens
     stop = free[0][3]
-    out = generate(model, params, prompts, max_new_tokens=40, eos_ids=(stop, V - 1)).tokens
+    out = generate(model, params, prompts, max_new_tokens=38, eos_ids=(stop, V - 1)).tokens
     for got, expected in zip(out, free, strict=True):
         ends = [i for i, token in enumerate(expected) if token in (stop, V - 1)]
-        assert got == expected[: ends[0] if ends else 40]
+        assert got == expected[: ends[0] if ends else 38]
     assert len(out[0]) == 3
 
 
@@ -130,15 +129,15 @@ def test_streaming_delivers_every_token_once_and_in_order(monkeypatch):
         chunks.append(len(ids))
 
     prompts = prompts_of(6, 11)
-    out = generate(model, params, prompts, 13, eos_ids=(), on_tokens=on_tokens)
+    out = generate(model, params, prompts, 38, eos_ids=(), on_tokens=on_tokens)
     assert [seen[0], seen[1]] == out.tokens
-    assert sorted(chunks) == [3, 3, 5, 5, 5, 5]
+    assert sorted(chunks) == [3, 3, *[5] * 14]
 
 
 def test_cache_bytes_are_the_arrays_bytes():
     model, params = build()
-    out = generate(model, params, prompts_of(40, 33), max_new_tokens=10)
-    assert out.cache_bytes == cache_bytes(model.init_cache(2, 48 + 10, "float32"))
+    out = generate(model, params, prompts_of(40, 33), max_new_tokens=4)
+    assert out.cache_bytes == cache_bytes(model.init_cache(2, 48 + 4, "float32"))
     assert out.full_cache_bytes == out.cache_bytes
 
 
@@ -149,7 +148,7 @@ def test_length_dependent_rope_is_fixed_for_the_whole_generation():
     tokens = generate(model, params, [prompt], max_new_tokens=20, eos_ids=()).tokens[0]
     ids = jnp.asarray([prompt + tokens[:-1]], jnp.int32)
     lengths = jnp.asarray([32], jnp.int32)
-    logits, _ = jax.jit(model.apply)({"params": params}, ids, rope_lengths=lengths)
+    logits = forward(model, params, ids, rope_lengths=lengths)
     assert tokens == jnp.argmax(logits[0, 11:], axis=-1).tolist()
 
 

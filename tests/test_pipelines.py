@@ -50,6 +50,7 @@ def test_unknown_estimator(loaded):
 
 def test_demo_in_small(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "PROMPT_LENGTH", 128)
+    monkeypatch.setattr(demo, "SCORE_LENGTH", 128)
     monkeypatch.setattr(demo, "KV_SIZES", (16,))
     monkeypatch.setattr(demo, "TASKS", ("needle",))
     report = demo.run_demo(tmp_path, samples=8, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ def logit_change(model, params, new_model, new_params) -> float:
     length = min(PROBE_TOKENS, model.config.context_length)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, length)), jnp.int32)
-    old, _ = jax.jit(model.apply)({"params": params}, tokens)
-    new, _ = jax.jit(new_model.apply)({"params": new_params}, tokens)
+    old, new = _logits(model, params, tokens), _logits(new_model, new_params, tokens)
     return float(jnp.max(jnp.abs(new - old)) / jnp.max(jnp.abs(old)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, tokens) -> jax.Array:
+    return model.apply({"params": params}, tokens)[0]

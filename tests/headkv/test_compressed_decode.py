@@ -38,6 +38,7 @@ def squeeze(cache, keep, spec):
     return compress_heads(Prompt.create(cache, spec), keep)
 
 
+read = jax.jit(PromptCache.attend, static_argnames="spec")
 attend = jax.jit(HeadBudgetCache.attend, static_argnames="spec", donate_argnums=0)
 
 
@@ -47,7 +48,7 @@ def compressed(keep, spec=SPEC):
     positions = jnp.asarray(np.where(steps < LENGTHS[:, None], steps, -1))
     dense = DenseCache.create(B, K, S, H, H, "float32")
     cache = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"))
-    _, cache = cache.attend(*map(jnp.asarray, (q, k, v)), positions, spec)
+    _, cache = read(cache, q, k, v, positions, spec)
     return squeeze(cache, keep, spec)
 
 

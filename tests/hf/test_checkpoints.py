@@ -60,9 +60,8 @@ def toy(**changes):
 
 def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    return jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
-    )
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ ATTENTIONS = {
     "decoupled": DecoupledConfig(GQA, 12, RopeConfig(4), v_head_dim=6, out_bias=True),
     "decoupled_windowed": DecoupledConfig(WINDOWED, 12, None, v_head_dim=8),
 }
-T = 24
+T, ROOM = 24, 26  # one size of caches: tests share their programs
 
 
 @functools.cache
@@ -73,10 +73,10 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize("chunks", [(1,) * T, (6, 1, 1, 6, 10), (T,)])
+@pytest.mark.parametrize("chunks", [(1,) * T, (7, 1, 1, 7, 1, 7), (T,)])
 def test_any_split_equals_full_forward(name, chunks):
     model, params, tokens, apply, full = build(name)
-    cache, outs, start = model.init_cache(2, T, "float32"), [], 0
+    cache, outs, start = model.init_cache(2, ROOM, "float32"), [], 0
     for chunk in chunks:
         out, cache = apply(params, tokens[:, start : start + chunk], cache=cache)
         outs.append(out)
@@ -90,7 +90,7 @@ def test_right_padding_changes_nothing(name):
     steps = jnp.arange(T, dtype=jnp.int32)[None]
     lengths = jnp.array([T, 9], jnp.int32)
     positions = jnp.where(steps < lengths[:, None], steps, -1)
-    cache = model.init_cache(2, T + 2, "float32")
+    cache = model.init_cache(2, ROOM, "float32")
     last, cache = apply(params, tokens, positions, cache, logits_at="last")
     np.testing.assert_allclose(last[0, 0], full[0, -1], atol=2e-5)
     np.testing.assert_allclose(last[1, 0], full[1, 8], atol=2e-5)
@@ -102,12 +102,13 @@ def test_right_padding_changes_nothing(name):
 
 def test_overflow_is_an_error_outside_jit_and_dropped_inside():
     model, params, tokens, apply, _ = build("gqa")
-    cache = model.init_cache(2, T, "float32")
-    _, cache = apply(params, tokens, cache=cache)
-    with pytest.raises(ValueError, match="room for 24 tokens a sequence, got 25"):
+    cache = model.init_cache(2, ROOM, "float32")
+    for part in (tokens, tokens[:, :1], tokens[:, :1]):
+        _, cache = apply(params, part, cache=cache)
+    with pytest.raises(ValueError, match="room for 26 tokens a sequence, got 27"):
         model.apply(params, tokens[:, :1], cache=cache)
     _, after = apply(params, tokens[:, :1], cache=cache)
-    assert after[0].lengths.tolist() == [T + 1, T + 1]
+    assert after[0].lengths.tolist() == [ROOM + 1, ROOM + 1]
     np.testing.assert_array_equal(after[0].k, cache[0].k)
 
 

@@ -1,9 +1,8 @@
 """Scores by hand, and the two that run a model."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import random_params
+from toys import forward, random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
@@ -37,8 +36,8 @@ def test_predictions_are_the_argmax_after_the_right_prefix(params):
     ]
     found = predictions(MODEL, params, examples, EOS, batch_size=2)
     for ids, example in zip(found, examples, strict=True):
-        tokens = jnp.asarray([[*example.prompt, *example.answer, EOS]])
-        logits, _ = MODEL.apply({"params": params}, tokens)
+        tokens = np.asarray([[*example.prompt, *example.answer, EOS]], np.int32)
+        logits = np.asarray(forward(MODEL, params, tokens))
         expected = np.argmax(logits[0, len(example.prompt) - 1 : -1], axis=-1)
         assert ids == expected.tolist()
 
@@ -58,8 +57,8 @@ def test_accuracy_counts_answers_that_end_where_they_should(params):
 
 def test_perplexity_is_exp_of_the_mean_loss(params):
     tokens = np.random.default_rng(0).integers(0, 11, (3, 6), np.int32)
-    logits, _ = MODEL.apply({"params": params}, jnp.asarray(tokens))
-    log_probs = np.asarray(logits - np.logaddexp.reduce(np.asarray(logits), axis=-1, keepdims=True))
+    logits = np.asarray(forward(MODEL, params, tokens))
+    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     losses = -np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)
     expected = np.exp(losses.mean())
     assert perplexity(MODEL, params, [tokens]) == pytest.approx(expected, rel=1e-5)
