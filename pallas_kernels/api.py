@@ -1,8 +1,9 @@
 """Public decode operations: argument checks and the choice of an implementation.
 
 Shape letters: B batch, N query heads, K KV heads, S slots, P pool rows, H head dim, L latent rank,
-R rope dim. `implementation` is "auto" or a name; an implementation that cannot serve the arguments
-raises NotImplementedError, it never hands over to another one.
+R rope dim. `implementation` is "auto" (the kernel of the platform where there is one that serves,
+else "xla") or a name; a named implementation that cannot serve raises NotImplementedError with the
+reason, it never hands over to another one.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ragged_blocks, reference
+from pallas_kernels import ragged_blocks, reference, tuning
+from pallas_kernels.dispatch import choose, target
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
+from pallas_kernels.tpu import limits as tpu_limits
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+GPU_LATER = "there is no such kernel yet"
 
 
 def gqa_decode(
@@ -55,8 +58,16 @@ def gqa_decode(
     _check(v.shape[:3] == (B, K, S), f"v is {v.shape}, expected {(B, K, S)} + head dim")
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
-    _choose(implementation, "gqa_decode")
-    out, lse = reference.gqa_decode(q, k, v, lengths, _scale(scale, H), window, softcap)
+    on = target()
+    obstacles = {"pallas_tpu": tpu_limits.arrays(on.device_kind, q, k, v), "pallas_gpu": GPU_LATER}
+    settings = (lengths, _scale(scale, H), window, softcap)
+    if choose(implementation, "gqa_decode", on, obstacles) == "pallas_tpu":
+        from pallas_kernels.tpu.gqa import gqa_decode as kernel
+
+        sizes = tuning.sizes("tpu", "gqa_decode", on.device_kind)
+        out, lse = kernel(q, k, v, *settings, **sizes)
+    else:
+        out, lse = reference.gqa_decode(q, k, v, *settings)
     return _result(out.astype(q.dtype), lse, return_lse)
 
 
@@ -102,9 +113,18 @@ def ragged_gqa_decode(
     _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
-    _choose(implementation, "ragged_gqa_decode")
+    on = target()
+    obstacle = tpu_limits.arrays(on.device_kind, q, k_pool, v_pool) or tpu_limits.segments(
+        segments, k_pool
+    )
+    obstacles = {"pallas_tpu": obstacle, "pallas_gpu": GPU_LATER}
     settings = (lengths, _scale(scale, H), softcap)
-    if isinstance(segments, StaticSegments) and segments.block_size(P) is None:
+    if choose(implementation, "ragged_gqa_decode", on, obstacles) == "pallas_tpu":
+        from pallas_kernels.tpu.ragged import ragged_gqa_decode as kernel
+
+        sizes = tuning.sizes("tpu", "ragged_gqa_decode", on.device_kind)
+        out, lse = kernel(q, k_pool, v_pool, segments, *settings, live, **sizes)
+    elif isinstance(segments, StaticSegments) and segments.block_size(P) is None:
         out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, segments, *settings, live)
     else:  # pools of whole blocks need no copy of their segments
         seen = None if live is None else live[:, None]
@@ -168,21 +188,17 @@ def mla_decode(
     _check(latent.shape == (B, S, L), f"latent is {latent.shape}, expected {(B, S, L)}")
     _check(k_rope.shape == (B, S, R), f"k_rope is {k_rope.shape}, expected {(B, S, R)}")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
-    _choose(implementation, "mla_decode")
-    out, lse = reference.mla_decode(
-        q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap
-    )
+    on = target()
+    obstacle = tpu_limits.arrays(on.device_kind, q_latent, q_rope, latent, k_rope)
+    obstacles = {"pallas_tpu": obstacle, "pallas_gpu": GPU_LATER}
+    operands = (q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap)
+    if choose(implementation, "mla_decode", on, obstacles) == "pallas_tpu":
+        from pallas_kernels.tpu.mla import mla_decode as kernel
+
+        out, lse = kernel(*operands, **tuning.sizes("tpu", "mla_decode", on.device_kind))
+    else:
+        out, lse = reference.mla_decode(*operands)
     return _result(out.astype(q_latent.dtype), lse, return_lse)
-
-
-def _choose(implementation: str, operation: str) -> None:
-    """Only "xla" serves so far; "auto" means it on every platform."""
-    _check(
-        implementation in IMPLEMENTATIONS,
-        f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}",
-    )
-    if implementation not in ("auto", "xla"):
-        raise NotImplementedError(f"{operation} has no {implementation} implementation yet")
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

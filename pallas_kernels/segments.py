@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -144,3 +145,9 @@ def _row(values: Any) -> jax.Array:
     """[1, …] of values that are the same for every sequence."""
     array = np.asarray(values)
     return jnp.asarray(array.astype(np.int32) if array.dtype != bool else array)[None]
+
+
+def common_alignment(segments: Segments, pool: Any) -> int:
+    """The most rows that every segment's start and the pool's end are multiples of."""
+    starts = segments.starts if isinstance(segments, StaticSegments) else (segments.align,)
+    return math.gcd(*starts, pool.shape[1])
