@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ragged_blocks, reference, tuning
-from pallas_kernels.dispatch import choose, target
+from pallas_kernels import ragged_blocks, reference
+from pallas_kernels.dispatch import choose, kernel, target
+from pallas_kernels.gpu import limits as gpu_limits
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
 from pallas_kernels.tpu import limits as tpu_limits
-
-GPU_LATER = "there is no such kernel yet"
 
 
 def gqa_decode(
@@ -59,15 +58,13 @@ def gqa_decode(
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
     on = target()
-    obstacles = {"pallas_tpu": tpu_limits.arrays(on.device_kind, q, k, v), "pallas_gpu": GPU_LATER}
-    settings = (lengths, _scale(scale, H), window, softcap)
-    if choose(implementation, "gqa_decode", on, obstacles) == "pallas_tpu":
-        from pallas_kernels.tpu.gqa import gqa_decode as kernel
-
-        sizes = tuning.sizes("tpu", "gqa_decode", on.device_kind)
-        out, lse = kernel(q, k, v, *settings, **sizes)
-    else:
-        out, lse = reference.gqa_decode(q, k, v, *settings)
+    obstacles = {
+        "pallas_tpu": tpu_limits.arrays(on.device_kind, q, k, v),
+        "pallas_gpu": gpu_limits.arrays(on.device_kind, q, [k], v),
+    }
+    chosen = choose(implementation, "gqa_decode", on, obstacles)
+    run = kernel(chosen, "gqa_decode", on) or reference.gqa_decode
+    out, lse = run(q, k, v, lengths, _scale(scale, H), window, softcap)
     return _result(out.astype(q.dtype), lse, return_lse)
 
 
@@ -114,16 +111,18 @@ def ragged_gqa_decode(
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
     on = target()
-    obstacle = tpu_limits.arrays(on.device_kind, q, k_pool, v_pool) or tpu_limits.segments(
-        segments, k_pool
+    obstacles = {
+        "pallas_tpu": tpu_limits.arrays(on.device_kind, q, k_pool, v_pool)
+        or tpu_limits.segments(segments, k_pool),
+        "pallas_gpu": gpu_limits.arrays(on.device_kind, q, [k_pool], v_pool)
+        or gpu_limits.segments(segments, k_pool),
+    }
+    run = kernel(
+        choose(implementation, "ragged_gqa_decode", on, obstacles), "ragged_gqa_decode", on
     )
-    obstacles = {"pallas_tpu": obstacle, "pallas_gpu": GPU_LATER}
     settings = (lengths, _scale(scale, H), softcap)
-    if choose(implementation, "ragged_gqa_decode", on, obstacles) == "pallas_tpu":
-        from pallas_kernels.tpu.ragged import ragged_gqa_decode as kernel
-
-        sizes = tuning.sizes("tpu", "ragged_gqa_decode", on.device_kind)
-        out, lse = kernel(q, k_pool, v_pool, segments, *settings, live, **sizes)
+    if run is not None:
+        out, lse = run(q, k_pool, v_pool, segments, *settings, live)
     elif isinstance(segments, StaticSegments) and segments.block_size(P) is None:
         out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, segments, *settings, live)
     else:  # pools of whole blocks need no copy of their segments
@@ -189,15 +188,13 @@ def mla_decode(
     _check(k_rope.shape == (B, S, R), f"k_rope is {k_rope.shape}, expected {(B, S, R)}")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
     on = target()
-    obstacle = tpu_limits.arrays(on.device_kind, q_latent, q_rope, latent, k_rope)
-    obstacles = {"pallas_tpu": obstacle, "pallas_gpu": GPU_LATER}
-    operands = (q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap)
-    if choose(implementation, "mla_decode", on, obstacles) == "pallas_tpu":
-        from pallas_kernels.tpu.mla import mla_decode as kernel
-
-        out, lse = kernel(*operands, **tuning.sizes("tpu", "mla_decode", on.device_kind))
-    else:
-        out, lse = reference.mla_decode(*operands)
+    obstacles = {
+        "pallas_tpu": tpu_limits.arrays(on.device_kind, q_latent, q_rope, latent, k_rope),
+        "pallas_gpu": gpu_limits.arrays(on.device_kind, q_latent, [latent, k_rope], latent),
+    }
+    chosen = choose(implementation, "mla_decode", on, obstacles)
+    run = kernel(chosen, "mla_decode", on) or reference.mla_decode
+    out, lse = run(q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap)
     return _result(out.astype(q_latent.dtype), lse, return_lse)
 
 

@@ -1,10 +1,16 @@
 """Which implementation serves a call: that of the platform, or the one that was asked for."""
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
+from pallas_kernels import tuning
+
 IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+MODULES = {"gqa_decode": "gqa", "ragged_gqa_decode": "ragged", "mla_decode": "mla"}
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
@@ -71,3 +77,16 @@ def choose(
 
 def _fits(name: str, target: Target, obstacles: dict[str, str | None]) -> bool:
     return target.alone and PLATFORMS[name] == target.platform and obstacles[name] is None
+
+
+def kernel(chosen: str, operation: str, target: Target) -> Callable | None:
+    """The operation with its sizes for the device; None for "xla".
+
+    Pallas is imported only by those who run it.
+    """
+    if chosen == "xla":
+        return None
+    platform = PLATFORMS[chosen]
+    module = importlib.import_module(f"pallas_kernels.{platform}.{MODULES[operation]}")
+    sizes = tuning.sizes(platform, operation, target.device_kind)
+    return functools.partial(getattr(module, operation), **sizes)

@@ -19,7 +19,8 @@ class WorkList(NamedTuple):
 
     Attributes:
         bounds: [2] int32, the number of pieces, and how many of them a share has.
-        owners: [W] int32, the segment of each piece; W is what all segments in full would need.
+        owners: int32, the segment of each piece [W], or of the first piece of each share and of
+            the one after the last [shares + 1]; beyond the list the last segment.
         firsts: [U] int32, number of each segment's first piece.
         starts: [U] int32, where each segment starts in the array that holds it.
         begins, ends: [U] int32, live rows of each segment, counted from its start.
@@ -37,7 +38,7 @@ def flatten(
     starts: Int[Array, " U"],
     lengths: Int[Array, " U"],
     block: int,
-    most: int,
+    most: int | None = None,
     window: int | None = None,
     shares: int = 1,
 ) -> WorkList:
@@ -45,18 +46,22 @@ def flatten(
 
     Args:
         starts, lengths: first row and number of live rows of each segment.
-        most: W, the number of pieces that can occur.
+        most: W, the number of pieces that can occur; None: owners are those of the shares.
         window: only the last `window` live rows are seen.
         shares: the list is cut into so many shares.
     """
     begins = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
     pieces = -(-lengths // block) - begins // block
     upto = jnp.cumsum(pieces, dtype=jnp.int32)
-    numbers = jnp.arange(most, dtype=jnp.int32)
+    count = upto[-1]
+    per_share = jnp.maximum(-(-count // shares), 1)
+    if most is None:
+        numbers = jnp.arange(shares + 1, dtype=jnp.int32) * per_share
+    else:
+        numbers = jnp.arange(most, dtype=jnp.int32)
     owners = jnp.sum(upto[:, None] <= numbers[None], axis=0, dtype=jnp.int32)
     owners = jnp.minimum(owners, lengths.shape[0] - 1)
-    count = upto[-1]
-    bounds = jnp.stack([count, jnp.maximum(-(-count // shares), 1)])
+    bounds = jnp.stack([count, per_share])
     return WorkList(bounds, owners, upto - pieces, starts, begins, lengths)
 
 

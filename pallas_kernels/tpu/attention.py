@@ -7,61 +7,17 @@ for anything, so the kernel compiles ahead of time.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized import Entries, Quantized
+from pallas_kernels.operands import Operands
 from pallas_kernels.reference import NEG_INF, soft_cap
 from pallas_kernels.tpu.blocks import Blocks, Piece
 from pallas_kernels.work_list import WorkList, combine
-
-
-class Operands(NamedTuple):
-    """What the kernel reads, arrays outside and refs inside.
-
-    Attributes:
-        queries: a tuple of [U, C, G, X], whose logits with the keys are summed.
-        keys: a tuple of [A, C, rows, X], one for each of the queries.
-        values: [A, C, rows, Y]; None: the first of the keys.
-        key_scales: a tuple of [A, C, rows], or of None for keys that are not quantized.
-        value_scale: as one of them.
-        seen: [A, C, rows] fp32, 0 where a row is not to be seen; None for all.
-    """
-
-    queries: Any
-    keys: Any
-    values: Any
-    key_scales: Any
-    value_scale: Any
-    seen: Any
-
-
-def operands(
-    queries: tuple[jax.Array, ...],
-    keys: tuple[Entries, ...],
-    values: Entries | None,
-    seen: jax.Array | None = None,
-) -> Operands:
-    """Entries taken apart into values and scales."""
-    last = keys[0] if values is None else values
-    return Operands(
-        queries,
-        tuple(_split(x)[0] for x in keys),
-        None if values is None else _split(values)[0],
-        tuple(_split(x)[1] for x in keys),
-        _split(last)[1],
-        seen,
-    )
-
-
-def _split(entries: Entries) -> tuple[Any, Any]:
-    if isinstance(entries, Quantized):
-        return entries.values, entries.scale
-    return entries, None
 
 
 def attend(
@@ -74,11 +30,14 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each segment's queries over its live rows.
 
+    Args:
+        x: queries [U, C, G, X], entries [A, C, rows, ·], what belongs to rows [A, C, rows].
+
     Returns:
         out [U, C, G, Y] and lse [U, C, G] fp32; 0 and −1e30 for segments without live rows.
     """
     U, C, G, _ = x.queries[0].shape
-    Y = (x.keys[0] if x.values is None else x.values).shape[-1]
+    Y = x.weighed.shape[-1]
     dtype = x.queries[0].dtype if shares == 1 else jnp.float32
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(work),
@@ -190,9 +149,9 @@ def _update(x, piece, state, blocks, scale, softcap, masked: bool):
     shrink = jnp.exp(top_ref[...] - top)
     top_ref[...] = top
     total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-    if x.value_scale is not None:
-        weights = _keep(live, weights * blocks.read_rows(x.value_scale, piece)[:, None], 0.0)
-    values = _plain((x.keys[0] if x.values is None else x.values)[0], dtype)
+    if x.weighed_scale is not None:
+        weights = _keep(live, weights * blocks.read_rows(x.weighed_scale, piece)[:, None], 0.0)
+    values = _plain(x.weighed[0], dtype)
     values = _keep(_rows(piece, values.shape, 1) if masked else None, values, 0.0)
     acc_ref[...] = acc_ref[...] * shrink + _dot(weights.astype(dtype), values, 1)
 

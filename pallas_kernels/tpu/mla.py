@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.operands import operands
 from pallas_kernels.quantized import Entries
-from pallas_kernels.tpu.attention import attend, operands
+from pallas_kernels.tpu.attention import attend
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.work_list import flatten
 

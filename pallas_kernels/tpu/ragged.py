@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.operands import operands
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments, StaticSegments
-from pallas_kernels.tpu.attention import attend, operands
+from pallas_kernels.tpu.attention import attend
 from pallas_kernels.tpu.blocks import LANES, PoolBlocks
 from pallas_kernels.tpu.limits import tile_rows
 from pallas_kernels.work_list import WorkList, flatten

@@ -26,14 +26,29 @@ class Options:
 
 @contextmanager
 def interpreted_tpu(kind: str = "TPU v5 lite", cores: int = 1):
-    """Traces are for a TPU, which the interpreter stands in for; races and stale memory show."""
-    device = jax.sharding.AbstractDevice(kind, cores, "tpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    """Traces are for a TPU, which the interpreter stands in for; as above."""
     params = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores
     )
-    with jax.sharding.use_abstract_mesh(mesh), pltpu.force_tpu_interpret_mode(params):
+    with on(kind, "tpu", cores), pltpu.force_tpu_interpret_mode(params):
         yield
+
+
+@contextmanager
+def interpreted_gpu():
+    """Traces are for a Hopper GPU, which the interpreter stands in for; as above."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    with on("NVIDIA H200", "gpu"), plgpu.force_gpu_interpret_mode(params):
+        yield
+
+
+def on(kind, platform, cores=1, axes=()):
+    """Traces are for such a device, or for a mesh of them."""
+    device = jax.sharding.AbstractDevice(kind, cores, platform)
+    mesh = jax.sharding.AbstractMesh((2,) * len(axes), axes, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def attend(q, k, v, scale, softcap=None):

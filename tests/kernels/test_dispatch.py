@@ -5,20 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
+from kernels.oracle import on
 
 import pallas_kernels
 from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, LatentCache
 from pallas_kernels import tuning
 
 B, N, K, S, H = 2, 4, 2, 128, 64
-
-
-def on(kind, platform, axes=()):
-    """Traces are for such a device, or for a mesh of them."""
-    device = AbstractDevice(kind, 1, platform)
-    mesh = AbstractMesh((2,) * len(axes), axes, abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
@@ -56,7 +50,7 @@ def test_auto_leaves_to_xla_what_the_kernel_cannot_serve():
 
 def test_auto_takes_no_kernel_where_the_compiler_partitions():
     """XLA cannot cut a kernel; under shard_map each device has a program of its own."""
-    with on_tpu(("model",)):
+    with on_tpu(axes=("model",)):
         assert kernels(gqa) == 0
         specs = {"in_specs": (), "out_specs": PartitionSpec()}
         assert kernels(jax.shard_map(gqa, **specs, check_vma=False)) == 1
@@ -67,7 +61,7 @@ def test_a_named_implementation_needs_its_platform(implementation):
     with pytest.raises(NotImplementedError, match=r"gqa_decode with .*, and this is a cpu"):
         gqa(implementation=implementation)
     with (
-        on("NVIDIA T4", "rocm" if implementation == "pallas_tpu" else "tpu"),
+        on("NVIDIA H200", "gpu" if implementation == "pallas_tpu" else "tpu"),
         pytest.raises(NotImplementedError, match="and this is a "),
     ):
         ragged(64, implementation=implementation)

@@ -13,12 +13,12 @@ pytest.importorskip("libtpu", reason="needs libtpu: make test-aot")
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from kernels.hlo import copies
 
 import pallas_kernels
 from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, LatentCache
@@ -158,22 +158,4 @@ def test_decode_loop_writes_in_place(kind, dtype):
     x = shape((B, 2 * heads, H), "bfloat16")
     compiled = compile_for("v5e:2x2", decode, cache, x, donate_argnums=0)
     largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
-    assert not copies_in_loops(compiled.as_text(), largest // 4)
-
-
-def copies_in_loops(hlo, size):
-    """Copies of at least `size` numbers outside of the entry computation."""
-    found, entry = [], False
-    for line in hlo.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            entry = line.startswith("ENTRY")
-        copy = re.search(r"= \w+\[([\d,]+)\]\S* (copy|transpose|convert)\(", line)
-        if copy and not entry and math.prod(map(int, copy[1].split(","))) >= size:
-            found.append(line.strip())
-    return found
-
-
-def test_copies_in_loops_are_found():
-    hlo = "body {\n %c = f32[4,8]{1,0} copy(%x)\n}\nENTRY main {\n %d = f32[4,8]{1,0} copy(%y)\n}"
-    assert copies_in_loops(hlo, 32) == ["%c = f32[4,8]{1,0} copy(%x)"]
-    assert not copies_in_loops(hlo, 33)
+    assert not copies(compiled.as_text(), largest // 4, only_loops=True)
