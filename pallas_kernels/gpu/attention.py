@@ -8,7 +8,6 @@ first computes the weights and hands them to the others through shared memory.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ def attend(x: Operands, work: WorkList, plan: Plan) -> tuple[jax.Array, jax.Arra
     """
     slots, width = plan.shares + work.ends.shape[0], x.weighed.shape[2]
     columns = parts(width)
-    kernel: Any = plgpu.kernel(
+    kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, columns=columns),
         out_type=[
             jax.ShapeDtypeStruct((slots, ROWS, width), jnp.float32),
@@ -57,7 +56,8 @@ def attend(x: Operands, work: WorkList, plan: Plan) -> tuple[jax.Array, jax.Arra
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
-    return merge_slots(*kernel(work, x), work, plan)
+    out, sums = kernel(work, x)
+    return merge_slots(out, sums, work, plan)
 
 
 def _kernel(work, x, out_ref, sums_ref, scratch, *, plan: Plan, columns: list[slice]):

@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from kernels.h200 import TARGET_CONFIG
 from kernels.hlo import copies
+from kernels.loops import KINDS, decode_loop, largest
 from kernels.oracle import on
 
 import pallas_kernels
@@ -118,6 +119,23 @@ def test_compilation(case):
     compiled = lower(case, SingleDeviceSharding(virtual_h200())).compile()
     largest = max(x.size for x in jax.tree.leaves(CASES[case]()[1:]))
     assert not copies(compiled.as_text(), largest // 8)
+
+
+@needs_cuda
+@pytest.mark.aot
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_loop_writes_in_place(kind):
+    decode, cache, x = decode_loop(kind, "bfloat16", slots=4096)
+    here = SingleDeviceSharding(virtual_h200())
+    cache, x = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), (cache, x)
+    )
+    with on("NVIDIA H200", "gpu", cores=132):
+        lowered = (
+            jax.jit(decode, donate_argnums=0).trace(cache, x).lower(lowering_platforms=("cuda",))
+        )
+    assert lowered.as_text().count("mosaic_gpu") >= 1
+    assert not copies(lowered.compile().as_text(), largest(cache) // 4, where="not entry")
 
 
 @functools.cache

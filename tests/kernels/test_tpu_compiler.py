@@ -12,16 +12,15 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 pytest.importorskip("libtpu", reason="needs libtpu: make test-aot")
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 from kernels.hlo import copies
+from kernels.loops import KINDS, decode_loop, largest
 
 import pallas_kernels
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, LatentCache
 from pallas_kernels import Quantized
 from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.quantized import is_quantized
@@ -124,38 +123,9 @@ def test_mla_decode(topology, model, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("kind", ["dense", "head_budget", "latent"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_decode_loop_writes_in_place(kind, dtype):
-    """Steps that append and attend: nothing of a cache's size is copied inside the loop.
-
-    Outside of it XLA changes the layout of arrays that are narrower than 128 lanes, once.
-    """
-    B, S, H, spec = 8, 4096, 128, AttentionSpec(0.1)
-    make = {
-        "dense": lambda: DenseCache.create(B, 8, S, H, H, dtype),
-        "head_budget": lambda: HeadBudgetCache.create(B, (32, 4000, 512), H, H, dtype, align=32),
-        "latent": lambda: LatentCache.create(B, S, H, 64, dtype),
-    }
-    cache = jax.eval_shape(make[kind])
-    heads = {"dense": 8, "head_budget": 3, "latent": 16}[kind]
-
-    def step(index, state):
-        cache, x = state
-        positions = jnp.broadcast_to(index, (B, 1))
-        if kind == "latent":
-            rope = x[:, None, :, :64]
-            out, cache = cache.attend_absorbed(
-                x[:, None], rope, x[:, None, 0], rope[:, :, 0], positions, spec
-            )
-        else:
-            new = x[:, None, :heads]
-            out, cache = cache.attend(x[:, None], new, new, positions, spec)
-        return cache, out[:, 0]
-
-    def decode(cache, x):
-        return jax.lax.fori_loop(0, 32, step, (cache, x))
-
-    x = shape((B, 2 * heads, H), "bfloat16")
+    """Outside of it XLA changes the layout of arrays that are narrower than 128 lanes, once."""
+    decode, cache, x = decode_loop(kind, dtype, slots=4096)
     compiled = compile_for("v5e:2x2", decode, cache, x, donate_argnums=0)
-    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
-    assert not copies(compiled.as_text(), largest // 4, only_loops=True)
+    assert not copies(compiled.as_text(), largest(cache) // 4, where="not entry")
