@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 BLOCK_SIZES = (64, 32, 16, 8)
+LARGE_BLOCKS = BLOCK_SIZES[:-1]
+"""Blocks that cost less for one head than the largest does for two (measured)."""
 NOWHERE = np.iinfo(np.int32).max
 
 
@@ -64,8 +66,15 @@ class StaticSegments:
         return max(self.capacities)
 
     def block_size(self, pool_rows: int) -> int | None:
-        """The largest block that divides the pool; None if there is none."""
-        return next((size for size in BLOCK_SIZES if pool_rows % size == 0), None)
+        """The largest block that no two heads share; else the largest that divides the pool.
+
+        A shared block meets the queries of both its heads, at up to twice the cost. None: the
+        pool's rows are no multiple of any block.
+        """
+        whole = math.gcd(pool_rows, *self.starts)
+        fits = [size for size in BLOCK_SIZES if pool_rows % size == 0]
+        own = [size for size in fits if size in LARGE_BLOCKS and whole % size == 0]
+        return next(iter(own or fits), None)
 
     def layout(self, pool_rows: int) -> Layout:
         """The blocks; a block seldom has rows of more than two heads."""
