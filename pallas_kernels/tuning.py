@@ -6,8 +6,23 @@ has no entry, or not for some size, gets the default's.
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.resources import files
 from typing import Any
+
+_CHOSEN: ContextVar[dict[str, int] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def using(**sizes: int) -> Iterator[None]:
+    """Traces take these sizes instead of the tables': for measurements and tests."""
+    token = _CHOSEN.set(sizes)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
 
 
 def sizes(platform: str, operation: str, device_kind: str) -> dict[str, int]:
@@ -19,7 +34,9 @@ def sizes(platform: str, operation: str, device_kind: str) -> dict[str, int]:
         device_kind: as jax names it, such as "TPU v5 lite".
     """
     tables = table(platform)
-    return tables["default"][operation] | tables.get(device_kind, {}).get(operation, {})
+    found = tables["default"][operation] | tables.get(device_kind, {}).get(operation, {})
+    chosen = _CHOSEN.get() or {}
+    return found | {name: size for name, size in chosen.items() if name in found}
 
 
 @functools.cache

@@ -35,14 +35,10 @@ MLA = {
 
 
 @pytest.fixture(autouse=True)
-def three_multiprocessors(monkeypatch):
+def three_multiprocessors():
     """Segments are cut between shares, and not every share has work."""
-    sizes = tuning.sizes
-
-    def fewer(platform, operation, kind):
-        return sizes(platform, operation, kind) | {"shares": 3}
-
-    monkeypatch.setattr(tuning, "sizes", fewer)
+    with tuning.using(shares=3):
+        yield
 
 
 @pytest.fixture(autouse=True)
