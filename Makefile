@@ -9,16 +9,27 @@ export JAX_PLATFORMS ?= cpu
 TORCH ?= $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo 1)
 TEST := $(if $(filter 1,$(TORCH)),test-parity,test)
 
+AOT_VENV ?= .venv-aot
+AOT_GPU_VENV ?= .venv-aot-gpu
+
 # Most of the suite's time is XLA compiling on one core.
 JOBS ?= 2
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-aot test-aot-gpu lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvjax demo --out demo_out
 
 test: $(VENV)/.installed-$(TEST)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# The kernels through the compiler for TPUs, which needs no TPU but a package of 200 MB.
+test-aot: $(AOT_VENV)/.installed
+	TPU_SKIP_MDS_QUERY=1 $(AOT_VENV)/bin/python -m pytest tests/kernels/test_tpu_compiler.py $(PYTEST_ARGS)
+
+# The same for GPUs, with jax's CUDA plugin; needs Python 3.12: PYTHON=python3.12 make test-aot-gpu.
+test-aot-gpu: $(AOT_GPU_VENV)/.installed
+	$(AOT_GPU_VENV)/bin/python -m pytest tests/kernels/test_gpu.py tests/kernels/test_gpu_compiler.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-$(TEST)
 	$(BIN)/ruff check .
@@ -45,6 +56,17 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test-parity: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[test,parity]"
+	@touch $@
+
+$(AOT_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" "jax[tpu]==0.10.2"
+	@touch $@
+
+$(AOT_GPU_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(AOT_GPU_VENV)
+	$(AOT_GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" \
+	  "jax>=0.12,<0.13" jax-cuda13-pjrt jax-cuda13-plugin
 	@touch $@
 
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python

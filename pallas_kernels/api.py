@@ -1,8 +1,9 @@
 """Public decode operations: argument checks and the choice of an implementation.
 
 Shape letters: B batch, N query heads, K KV heads, S slots, P pool rows, H head dim, L latent rank,
-R rope dim. `implementation` is "auto" or a name; an implementation that cannot serve the arguments
-raises NotImplementedError, it never hands over to another one.
+R rope dim. `implementation` is "auto" (the kernel of the platform where there is one that serves,
+else "xla") or a name; a named implementation that cannot serve raises NotImplementedError with the
+reason, it never hands over to another one.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ragged_blocks, reference
+from pallas_kernels.dispatch import choose, kernel, target
+from pallas_kernels.gpu import limits as gpu_limits
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
-
-IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+from pallas_kernels.tpu import limits as tpu_limits
 
 
 def gqa_decode(
@@ -55,8 +57,14 @@ def gqa_decode(
     _check(v.shape[:3] == (B, K, S), f"v is {v.shape}, expected {(B, K, S)} + head dim")
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
-    _choose(implementation, "gqa_decode")
-    out, lse = reference.gqa_decode(q, k, v, lengths, _scale(scale, H), window, softcap)
+    on = target()
+    obstacles = {
+        "pallas_tpu": tpu_limits.arrays(on.device_kind, q, k, v),
+        "pallas_gpu": gpu_limits.arrays(on.device_kind, q, [k], v),
+    }
+    chosen = choose(implementation, "gqa_decode", on, obstacles)
+    run = kernel(chosen, "gqa_decode", on) or reference.gqa_decode
+    out, lse = run(q, k, v, lengths, _scale(scale, H), window, softcap)
     return _result(out.astype(q.dtype), lse, return_lse)
 
 
@@ -102,9 +110,20 @@ def ragged_gqa_decode(
     _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
     _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
     _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
-    _choose(implementation, "ragged_gqa_decode")
+    on = target()
+    obstacles = {
+        "pallas_tpu": tpu_limits.arrays(on.device_kind, q, k_pool, v_pool)
+        or tpu_limits.segments(segments, k_pool),
+        "pallas_gpu": gpu_limits.arrays(on.device_kind, q, [k_pool], v_pool)
+        or gpu_limits.segments(segments, k_pool),
+    }
+    run = kernel(
+        choose(implementation, "ragged_gqa_decode", on, obstacles), "ragged_gqa_decode", on
+    )
     settings = (lengths, _scale(scale, H), softcap)
-    if isinstance(segments, StaticSegments) and segments.block_size(P) is None:
+    if run is not None:
+        out, lse = run(q, k_pool, v_pool, segments, *settings, live)
+    elif isinstance(segments, StaticSegments) and segments.block_size(P) is None:
         out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, segments, *settings, live)
     else:  # pools of whole blocks need no copy of their segments
         seen = None if live is None else live[:, None]
@@ -168,21 +187,15 @@ def mla_decode(
     _check(latent.shape == (B, S, L), f"latent is {latent.shape}, expected {(B, S, L)}")
     _check(k_rope.shape == (B, S, R), f"k_rope is {k_rope.shape}, expected {(B, S, R)}")
     _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
-    _choose(implementation, "mla_decode")
-    out, lse = reference.mla_decode(
-        q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap
-    )
+    on = target()
+    obstacles = {
+        "pallas_tpu": tpu_limits.arrays(on.device_kind, q_latent, q_rope, latent, k_rope),
+        "pallas_gpu": gpu_limits.arrays(on.device_kind, q_latent, [latent, k_rope], latent),
+    }
+    chosen = choose(implementation, "mla_decode", on, obstacles)
+    run = kernel(chosen, "mla_decode", on) or reference.mla_decode
+    out, lse = run(q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap)
     return _result(out.astype(q_latent.dtype), lse, return_lse)
-
-
-def _choose(implementation: str, operation: str) -> None:
-    """Only "xla" serves so far; "auto" means it on every platform."""
-    _check(
-        implementation in IMPLEMENTATIONS,
-        f"implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}",
-    )
-    if implementation not in ("auto", "xla"):
-        raise NotImplementedError(f"{operation} has no {implementation} implementation yet")
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

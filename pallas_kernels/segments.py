@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 BLOCK_SIZES = (64, 32, 16, 8)
+LARGE_BLOCKS = BLOCK_SIZES[:-1]
+"""Blocks that cost less for one head than the largest does for two (measured)."""
 NOWHERE = np.iinfo(np.int32).max
 
 
@@ -63,8 +66,15 @@ class StaticSegments:
         return max(self.capacities)
 
     def block_size(self, pool_rows: int) -> int | None:
-        """The largest block that divides the pool; None if there is none."""
-        return next((size for size in BLOCK_SIZES if pool_rows % size == 0), None)
+        """The largest block that no two heads share; else the largest that divides the pool.
+
+        A shared block meets the queries of both its heads, at up to twice the cost. None: the
+        pool's rows are no multiple of any block.
+        """
+        whole = math.gcd(pool_rows, *self.starts)
+        fits = [size for size in BLOCK_SIZES if pool_rows % size == 0]
+        own = [size for size in fits if size in LARGE_BLOCKS and whole % size == 0]
+        return next(iter(own or fits), None)
 
     def layout(self, pool_rows: int) -> Layout:
         """The blocks; a block seldom has rows of more than two heads."""
@@ -144,3 +154,9 @@ def _row(values: Any) -> jax.Array:
     """[1, …] of values that are the same for every sequence."""
     array = np.asarray(values)
     return jnp.asarray(array.astype(np.int32) if array.dtype != bool else array)[None]
+
+
+def common_alignment(segments: Segments, pool: Any) -> int:
+    """The most rows that every segment's start and the pool's end are multiples of."""
+    starts = segments.starts if isinstance(segments, StaticSegments) else (segments.align,)
+    return math.gcd(*starts, pool.shape[1])

@@ -19,7 +19,7 @@ from kvjax.cache.prompt import last_queries
 from pallas_kernels import ragged_gqa_decode
 from pallas_kernels.combine import merge
 from pallas_kernels.ragged_blocks import attend
-from pallas_kernels.segments import BLOCK_SIZES, NOWHERE, Segments, StaticSegments
+from pallas_kernels.segments import BLOCK_SIZES, LARGE_BLOCKS, NOWHERE, Segments, StaticSegments
 
 QUERY_TILE = 32  # queries that meet the blocks of a pool at a time
 FOREVER = NOWHERE // 2
@@ -208,15 +208,25 @@ class HeadBudgetCache:
 def static_segments(capacities: Sequence[int], align: int) -> tuple[StaticSegments, int]:
     """Segments one after the other, each start a multiple of `align`, and the rows of the pool.
 
-    The pool ends at a whole block (see `pallas_kernels.ragged_blocks`), the largest that adds
-    less than a sixteenth, or the smallest.
+    Where any start will do, segments start at whole blocks (see `pallas_kernels.ragged_blocks`),
+    the largest that add less than a twelfth: a block that two heads share costs twice. Otherwise
+    the pool ends at one, the largest that adds less than a sixteenth, or the smallest.
     """
     if align < 1:
         raise ValueError(f"align is {align}, expected at least 1")
+    if align == 1:
+        align = next((size for size in LARGE_BLOCKS if _padding(capacities, size) < 1 / 12), 1)
     ends = np.cumsum([-(-capacity // align) * align for capacity in capacities])
     block = next((size for size in BLOCK_SIZES if ends[-1] >= 16 * size), BLOCK_SIZES[-1])
+    if align in LARGE_BLOCKS:
+        block = min(block, align)
     starts = (0, *(int(end) for end in ends[:-1]))
     return StaticSegments(starts, tuple(capacities)), -(-int(ends[-1]) // block) * block
+
+
+def _padding(capacities: Sequence[int], align: int) -> float:
+    """What multiples of `align` add to a pool, as a share of it."""
+    return sum(-capacity % align for capacity in capacities) / max(sum(capacities), 1)
 
 
 def pool_alignment(dtype) -> int:

@@ -57,9 +57,7 @@ class LatentCache:
         where, used = slots.token_slots(self.used, positions, self.latent.shape[1])
 
         def write(buffer, new):
-            one_head = jax.tree.map(lambda leaf: leaf[:, None], buffer)
-            written = slots.write_rows(one_head, new[:, :, None], where)
-            return jax.tree.map(lambda leaf: leaf[:, 0], written)
+            return slots.write_pool(buffer, new[:, :, None], where[:, :, None])
 
         held = self.positions
         if held is not None:

@@ -1,0 +1,1 @@
+"""Speed of the decode operations: `python -m pallas_kernels.bench`."""

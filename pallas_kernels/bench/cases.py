@@ -1,0 +1,131 @@
+"""What the benchmark runs: operations on random entries in the shapes of real models."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from pallas_kernels.bench.shapes import GQA, MLA
+from pallas_kernels.quantized import Entries, is_quantized, quantize
+
+SKEW = (0.003, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 1.0)
+"""Budgets of heads, relative to the largest: the spread that HeadKV gives them."""
+TILE = 64
+"""Segments start at multiples of it: DMA tiles on accelerators, whole blocks on CPUs."""
+
+
+class Case(NamedTuple):
+    """One operation at one size.
+
+    Attributes:
+        operation, model, batch, context: what it is; `context` is the mean of live entries a head.
+        budgets: "" or, for the ragged operation, "uniform" or "skewed".
+        run: (arguments, implementation) → output.
+        arguments: arrays.
+        live_bytes: of the entries that must be read.
+        flops: of the products with them.
+    """
+
+    operation: str
+    model: str
+    batch: int
+    context: int
+    dtype: str
+    budgets: str
+    run: Callable[..., jax.Array]
+    arguments: tuple[Any, ...]
+    live_bytes: int
+    flops: int
+
+
+def gqa_case(model: str, batch: int, context: int, dtype: str) -> Case:
+    """A dense cache, full."""
+    N, K, H = GQA[model]
+    key = jax.random.key(0)
+    q = queries(key, (batch, N, H), dtype)
+    k, v = (entries(jax.random.fold_in(key, i), (batch, K, context, H), dtype) for i in (1, 2))
+    arguments = q, k, v, jnp.full((batch,), context, jnp.int32)
+    return Case(
+        "gqa_decode",
+        model,
+        batch,
+        context,
+        dtype,
+        "",
+        pallas_kernels.gqa_decode,
+        arguments,
+        size_of((k, v)),
+        4 * batch * N * context * H,
+    )
+
+
+def ragged_case(model: str, batch: int, context: int, dtype: str, budgets: str) -> Case:
+    """A pool of heads that hold as many entries in all, evenly or not."""
+    N, K, H = GQA[model]
+    capacities = head_budgets(K, context, budgets)
+    starts = np.cumsum(-(-capacities // TILE) * TILE)
+    rows = int(-(-starts[-1] // 64) * 64)
+    starts = (0, *(int(x) for x in starts[:-1]))
+    key = jax.random.key(0)
+    q = queries(key, (batch, N, H), dtype)
+    k, v = (entries(jax.random.fold_in(key, i), (batch, rows, H), dtype) for i in (1, 2))
+    lengths = jnp.broadcast_to(jnp.asarray(capacities, jnp.int32), (batch, K))
+    sizes = tuple(int(x) for x in capacities)
+
+    def run(q, k, v, lengths, **settings):
+        ragged = pallas_kernels.ragged_gqa_decode
+        return ragged(q, k, v, starts, lengths, capacities=sizes, **settings)
+
+    live = size_of((k, v)) * int(capacities.sum()) // rows
+    flops = 4 * batch * (N // K) * int(capacities.sum()) * H
+    operation = "ragged_gqa_decode"
+    held = (q, k, v, lengths)
+    return Case(operation, model, batch, context, dtype, budgets, run, held, live, flops)
+
+
+def mla_case(model: str, batch: int, context: int, dtype: str) -> Case:
+    """A latent cache, full."""
+    N, L, R = MLA[model]
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = queries(keys[0], (batch, N, L), dtype), queries(keys[1], (batch, N, R), dtype)
+    held = (
+        entries(keys[2], (batch, context, L), dtype),
+        entries(keys[3], (batch, context, R), dtype),
+    )
+    arguments = *q, *held, jnp.full((batch,), context, jnp.int32)
+    run = functools.partial(pallas_kernels.mla_decode, scale=float(L + R) ** -0.5)
+    flops = 2 * batch * N * context * (2 * L + R)
+    operation = "mla_decode"
+    live = size_of(held)
+    return Case(operation, model, batch, context, dtype, "", run, arguments, live, flops)
+
+
+def head_budgets(heads: int, mean: int, budgets: str) -> np.ndarray:
+    """Entries of each head, `mean` on average."""
+    if budgets == "uniform":
+        return np.full(heads, mean)
+    shares = np.resize(np.asarray(SKEW), heads)
+    sizes = np.maximum((shares / shares.sum() * mean * heads).astype(int), 1)
+    sizes[-1] += mean * heads - sizes.sum()
+    return sizes
+
+
+def queries(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Of the entries' dtype, bfloat16 for quantized ones."""
+    return jax.random.normal(key, shape, jnp.bfloat16 if is_quantized(dtype) else jnp.dtype(dtype))
+
+
+def entries(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Entries:
+    """Random entries."""
+    if is_quantized(dtype):
+        return quantize(jax.random.normal(key, shape, jnp.float32), jnp.dtype(dtype))
+    return jax.random.normal(key, shape, jnp.dtype(dtype))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of its arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

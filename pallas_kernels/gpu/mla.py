@@ -1,0 +1,45 @@
+"""`mla_decode` on GPUs: a segment is a sequence's latents and up to 64 of its query heads."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu.attention import attend
+from pallas_kernels.gpu.plan import BLOCK, Plan, stages_that_fit
+from pallas_kernels.gpu.queries import from_groups, group_size, into_groups
+from pallas_kernels.operands import operands
+from pallas_kernels.quantized import Entries
+from pallas_kernels.work_list import flatten
+
+
+def mla_decode(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latent: Entries,
+    k_rope: Entries,
+    lengths: jax.Array,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    *,
+    shares: int,
+    stages: int,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.mla_decode`; returns out and lse, both fp32.
+
+    A block of latents is read once for its keys and its values. Two groups of 64 heads read the
+    same latents one soon after the other, the second time from the L2 cache.
+
+    Args:
+        shares, stages: as in `gqa_decode`.
+    """
+    N, R = q_rope.shape[1:]
+    size, groups = group_size(N)
+    parts = 1 if R == 0 else 2
+    queries = tuple(into_groups(q) for q in (q_latent, q_rope)[:parts])
+    x = operands(queries, (latent, k_rope)[:parts], None)
+    lengths = jnp.repeat(lengths, groups)
+    zeros = jnp.zeros_like(lengths)
+    work = flatten(zeros, lengths, BLOCK, window=window, shares=shares)
+    plan = Plan(shares, min(stages, stages_that_fit(x)), size, groups, scale, softcap)
+    out, lse = (from_groups(y, N) for y in attend(x, work, plan))
+    return out, lse

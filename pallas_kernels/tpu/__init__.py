@@ -1,0 +1,1 @@
+"""Mosaic kernels for TPUs, one operation a file."""

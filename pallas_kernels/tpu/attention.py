@@ -1,0 +1,186 @@
+"""One Mosaic kernel over a flat work list: the online softmax that the three operations share.
+
+A grid step is a piece: one block of keys and values and the queries that read it. The work list
+arrives in SMEM before the kernel runs and the index maps follow it; consecutive pieces of a
+segment meet the same queries and the same output, which cost no DMA. Nothing here asks a device
+for anything, so the kernel compiles ahead of time.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.operands import Operands
+from pallas_kernels.reference import NEG_INF, soft_cap
+from pallas_kernels.tpu.blocks import Blocks, Piece
+from pallas_kernels.work_list import WorkList, combine
+
+
+def attend(
+    x: Operands,
+    work: WorkList,
+    blocks: Blocks,
+    scale: float,
+    softcap: float | None,
+    shares: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of each segment's queries over its live rows.
+
+    Args:
+        x: queries [U, C, G, X], entries [A, C, rows, ·], what belongs to rows [A, C, rows].
+
+    Returns:
+        out [U, C, G, Y] and lse [U, C, G] fp32; 0 and −1e30 for segments without live rows.
+    """
+    U, C, G, _ = x.queries[0].shape
+    Y = x.weighed.shape[-1]
+    dtype = x.queries[0].dtype if shares == 1 else jnp.float32
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(work),
+        grid=(shares, work.bounds[1]),
+        in_specs=[_specs(x, blocks)],
+        out_specs=[_by_owner(blocks, (1, 1, C, G, Y)), _by_owner(blocks, (1, 1, C, G))],
+        scratch_shapes=[
+            pltpu.VMEM((C, G, 1), jnp.float32),
+            pltpu.VMEM((C, G, 1), jnp.float32),
+            pltpu.VMEM((C, G, Y), jnp.float32),
+        ],
+    )
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, scale=scale, softcap=softcap),
+        grid_spec=grid_spec,
+        out_shape=[
+            jax.ShapeDtypeStruct((shares, U, C, G, Y), dtype),
+            jax.ShapeDtypeStruct((shares, U, C, G), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="decode_attention",
+    )(*work, x)
+    return combine(out, lse, work, blocks.size)
+
+
+def _specs(x: Operands, blocks: Blocks) -> Operands:
+    """A block spec for each operand."""
+
+    def of_owner(q):
+        def index(share, step, *work):
+            return blocks.piece(share, step, WorkList(*work)).owner, 0, 0, 0
+
+        return pl.BlockSpec((1, *q.shape[1:]), index)
+
+    def of_entries(entries):
+        return blocks.spec(entries.shape[3])
+
+    def of_rows(rows):
+        return blocks.row_spec(rows.shape[2])
+
+    kinds = Operands(of_owner, of_entries, of_entries, of_rows, of_rows, of_rows)
+    return Operands(*(jax.tree.map(kind, field) for kind, field in zip(kinds, x, strict=True)))
+
+
+def _by_owner(blocks: Blocks, shape: tuple[int, ...]) -> pl.BlockSpec:
+    """The block of [shares, U, …] that a piece's segment and share own."""
+
+    def index(share, step, *work):
+        owner = blocks.piece(share, step, WorkList(*work)).owner
+        return share, owner, *(0,) * (len(shape) - 2)
+
+    return pl.BlockSpec(shape, index)
+
+
+def _kernel(*refs, blocks: Blocks, scale: float, softcap: float | None):
+    *work, x, out_ref, lse_ref, top_ref, total_ref, acc_ref = refs
+    work, step = WorkList(*work), pl.program_id(1)
+    piece = blocks.piece(pl.program_id(0), step, work)
+    whole = (piece.low == 0) & (piece.high == blocks.size)
+    state = top_ref, total_ref, acc_ref
+
+    @pl.when(piece.valid & ((step == 0) | (piece.owner != _neighbour(work, piece, -1))))
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, NEG_INF)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    # Most blocks are live to the last row: they need no masks.
+    @pl.when(piece.valid & whole)
+    def _():
+        _update(x, piece, state, blocks, scale, softcap, masked=False)
+
+    @pl.when(piece.valid & ~whole)
+    def _():
+        _update(x, piece, state, blocks, scale, softcap, masked=True)
+
+    last = (step == work.bounds[1] - 1) | (piece.number == work.bounds[0] - 1)
+
+    @pl.when(piece.valid & (last | (piece.owner != _neighbour(work, piece, 1))))
+    def _():
+        total = jnp.maximum(total_ref[...], 1e-30)
+        out_ref[0, 0] = (acc_ref[...] / total).astype(out_ref.dtype)
+        lse = jnp.where(total_ref[...] > 0, top_ref[...] + jnp.log(total), NEG_INF)
+        lse_ref[0, 0] = lse[..., 0]
+
+
+def _neighbour(work: WorkList, piece: Piece, step: int) -> jax.Array:
+    """The owner of the piece before or after."""
+    number = jnp.clip(piece.number + step, 0, work.owners.shape[0] - 1)
+    return work.owners[number]
+
+
+def _update(x, piece, state, blocks, scale, softcap, masked: bool):
+    """One step of the online softmax (arXiv 2205.14135)."""
+    top_ref, total_ref, acc_ref = state
+    dtype = x.queries[0].dtype
+    logits = sum(
+        _logits(q[0], k[0], k_scale, blocks, piece)
+        for q, k, k_scale in zip(x.queries, x.keys, x.key_scales, strict=True)
+    )
+    logits = soft_cap(logits * scale, softcap)
+    live = _rows(piece, logits.shape, 2) if masked else None
+    if x.seen is not None:
+        seen = blocks.read_rows(x.seen, piece)[:, None] > 0
+        live = seen if live is None else live & seen
+    logits = _keep(live, logits, NEG_INF)
+    top = jnp.maximum(top_ref[...], jnp.max(logits, axis=-1, keepdims=True))
+    weights = _keep(live, jnp.exp(logits - top), 0.0)
+    shrink = jnp.exp(top_ref[...] - top)
+    top_ref[...] = top
+    total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+    if x.weighed_scale is not None:
+        weights = _keep(live, weights * blocks.read_rows(x.weighed_scale, piece)[:, None], 0.0)
+    values = _plain(x.weighed[0], dtype)
+    values = _keep(_rows(piece, values.shape, 1) if masked else None, values, 0.0)
+    acc_ref[...] = acc_ref[...] * shrink + _dot(weights.astype(dtype), values, 1)
+
+
+def _logits(q, k, k_scale, blocks, piece):
+    """[C, G, size] fp32."""
+    logits = _dot(q, _plain(k, q.dtype), 2)
+    return logits if k_scale is None else logits * blocks.read_rows(k_scale, piece)[:, None]
+
+
+def _rows(piece: Piece, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Whether the rows that lie along `axis` are live."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return (row >= piece.low) & (row < piece.high)
+
+
+def _keep(live: jax.Array | None, x: jax.Array, other: float) -> jax.Array:
+    """x where live, else `other`; all of x without a mask."""
+    return x if live is None else jnp.where(live, x, jnp.asarray(other, x.dtype))
+
+
+def _plain(values: jax.Array, dtype: Any) -> jax.Array:
+    return values if values.dtype == dtype else values.astype(dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Products of each head, [C, G, ·] with [C, ·, ·] over b's `axis`, accumulated in fp32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    numbers = (((2,), (axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(
+        a, b, numbers, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,69 @@
+"""`ragged_gqa_decode` on TPUs: a piece is one block of one head's segment of a pool."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.operands import operands
+from pallas_kernels.quantized import Entries
+from pallas_kernels.segments import Segments, StaticSegments
+from pallas_kernels.tpu.attention import attend
+from pallas_kernels.tpu.blocks import LANES, PoolBlocks
+from pallas_kernels.tpu.limits import tile_rows
+from pallas_kernels.work_list import WorkList, flatten
+
+
+def ragged_gqa_decode(
+    q: jax.Array,
+    k_pool: Entries,
+    v_pool: Entries,
+    segments: Segments,
+    lengths: jax.Array,
+    scale: float,
+    softcap: float | None,
+    live: jax.Array | None,
+    *,
+    block: int,
+    shares: int,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.ragged_gqa_decode`; returns out in q's dtype or fp32, and lse.
+
+    Segments start, and the pool ends, at whole DMA tiles (`limits.segments`).
+
+    Args:
+        block: rows of a piece, a multiple of 128.
+        shares: cores that share a chip's memory and each take a part of the work.
+    """
+    (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
+    size = block_size(P, block)
+    blocks = PoolBlocks(size, heads=1, segments=K, pool_rows=P, align=tile_rows(k_pool.dtype))
+
+    def one_head(x: jax.Array) -> jax.Array:
+        """[B, P, …] to [B, 1, P, …]; what belongs to rows is padded as `read_rows` needs it."""
+        pad = blocks.padded_rows() - P if x.ndim == 2 else 0
+        return jnp.pad(x[:, None], [(0, 0), (0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)])
+
+    k_pool, v_pool = jax.tree.map(one_head, (k_pool, v_pool))
+    seen = None if live is None else one_head(live.astype(jnp.float32))
+    x = operands((q.reshape(B * K, 1, N // K, H),), (k_pool,), v_pool, seen)
+    work = work_list(segments, lengths, P, size, shares)
+    out, lse = attend(x, work, blocks, scale, softcap, shares)
+    return out.reshape(B, N, -1), lse.reshape(B, N)
+
+
+def block_size(pool_rows: int, block: int) -> int:
+    """Rows of a piece: whole lanes, unless the pool is smaller."""
+    fits = min(block, pool_rows) // LANES * LANES
+    return fits if fits else pool_rows
+
+
+def work_list(
+    segments: Segments, lengths: jax.Array, pool_rows: int, size: int, shares: int
+) -> WorkList:
+    """The pieces of B pools: Σ ceil(length / size) of them."""
+    B, K = lengths.shape
+    if isinstance(segments, StaticSegments):
+        most = sum(-(-capacity // size) for capacity in segments.capacities)
+    else:  # each segment may end in a part of a block
+        most = pool_rows // size + K
+    starts = jnp.broadcast_to(segments.arrays()[0], (B, K)).reshape(-1)
+    return flatten(starts, lengths.reshape(-1), size, max(B * most, 1), shares=shares)

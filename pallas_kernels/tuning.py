@@ -1,0 +1,51 @@
+"""Block sizes of the kernels for each kind of device, from the JSON tables in tables/.
+
+`python -m pallas_kernels.bench --tune` measures them and writes the tables. A device kind that
+has no entry, or not for some size, gets the default's.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.resources import files
+from typing import Any
+
+_CHOSEN: ContextVar[dict[str, int] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def using(**sizes: int) -> Iterator[None]:
+    """Traces take these sizes instead of the tables': for measurements and tests."""
+    token = _CHOSEN.set(sizes)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def sizes(platform: str, operation: str, device_kind: str) -> dict[str, int]:
+    """The sizes that the operation's kernel takes as arguments.
+
+    Args:
+        platform: "tpu" or "gpu", the table.
+        operation: a public function's name.
+        device_kind: as jax names it, such as "TPU v5 lite".
+    """
+    tables = table(platform)
+    found = tables["default"][operation] | tables.get(device_kind, {}).get(operation, {})
+    chosen = _CHOSEN.get() or {}
+    return found | {name: size for name, size in chosen.items() if name in found}
+
+
+@functools.cache
+def table(platform: str) -> dict[str, Any]:
+    """{device kind: {operation: {size: number}}}; the kind "default" is complete."""
+    return json.loads((files("pallas_kernels") / "tables" / f"{platform}.json").read_text())
+
+
+def heads_of_piece(num_heads: int, bytes_per_head: int, piece_bytes: int) -> int:
+    """The most KV heads, a divisor of them all, whose blocks fit into `piece_bytes`; at least 1."""
+    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    return max((n for n in fits if n * bytes_per_head <= piece_bytes), default=1)
