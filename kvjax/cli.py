@@ -1,4 +1,4 @@
-"""The `kvjax` command: info, convert, score, compress, generate, demo.
+"""The `kvjax` command: info, convert, export, score, compress, generate, demo.
 
 Heavy imports wait until a command needs them, so that `kvjax --help` is instant.
 """
@@ -107,6 +107,28 @@ def convert(
     _write_json(json_file, report)
 
 
+def export(
+    model: Model,
+    out: Annotated[Positional[Path], arg(help="directory to write", metavar="OUT")],
+    norm: Annotated[
+        Literal["neutral", "rms"],
+        arg(help="neutral: exact, for transformers; rms: for engines, to be healed by training"),
+    ] = "neutral",
+    calibration: Annotated[
+        Path | None, arg(help="for rms: a text file, or token ids [S, T] in a .npy file")
+    ] = None,
+    calibration_tokens: int = 32_768,
+    dtype: Dtype = "float32",
+    json_file: Json = None,
+) -> None:
+    """Writes a model of the decoupled conversion as transformers' DeepseekV3ForCausalLM."""
+    from kvjax.pipelines.export import export_checkpoint
+
+    report = export_checkpoint(model, out, norm, calibration, calibration_tokens, dtype)
+    _print_rows([report])
+    _write_json(json_file, report)
+
+
 def score(
     model: Model,
     out: Annotated[Positional[Path], arg(help="score file to write", metavar="OUT.json")],
@@ -207,6 +229,7 @@ def demo(
 COMMANDS = {
     "info": info,
     "convert": convert,
+    "export": export,
     "score": score,
     "compress": compress,
     "generate": generate,

@@ -1,5 +1,6 @@
 """The `kvjax` command, end to end on a tiny checkpoint; bad input is one line and exit code 2."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -117,6 +118,50 @@ def test_convert_then_generate(checkpoint, tmp_path):
     assert kvjax.generate(*old, [prompt], 8).tokens == kvjax.generate(*new, [prompt], 8).tokens
     text = kvjax.load_tokenizer(out).decode(prompt)
     assert text == kvjax.load_tokenizer(checkpoint).decode(prompt)
+
+
+def test_export(checkpoint, tmp_path, capsys):
+    model, params = kvjax.load(checkpoint, dtype="float32")
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (8, 32)).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    stats = kvjax.transmla.calibrate(model, params, [tokens])
+    recipe = dataclasses.replace(kvjax.transmla.BEST, centred=False, refit=False)
+    sizes = {"kv_rank": 12, "rope_dim": 4, "exportable": True, "recipe": recipe}
+    converted = kvjax.transmla.convert(model, params, method="decoupled", stats=stats, **sizes)
+    source, out = tmp_path / "mla", tmp_path / "out"
+    kvjax.save(*converted, source)
+    shutil.copy(checkpoint / "tokenizer.json", source)
+    run("export", source, out, "--json", tmp_path / "e.json")
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["relative_logit_change"] < 1e-5
+    assert report["requires"] == ["attention_bias"]
+    assert report["bytes_per_token_before"] == LAYERS * (12 + 4) * 4
+    assert report["bytes_per_token_after"] == LAYERS * (13 + 4) * 4
+    assert (out / "tokenizer.json").is_file()
+    line = fails(capsys, "export", source, tmp_path / "rms", "--norm", "rms")
+    assert "needs a calibration text" in line
+    text = tmp_path / "text.txt"
+    text.write_text("the question is what mary 's favorite thing is ? " * 40)
+    reports = []
+    for calibration in (tmp_path / "tokens.npy", text):
+        out = tmp_path / calibration.stem
+        run(
+            "export",
+            source,
+            out,
+            "--norm",
+            "rms",
+            "--calibration",
+            calibration,
+            "--json",
+            tmp_path / "e.json",
+        )
+        reports.append(json.loads((tmp_path / "e.json").read_text()))
+    changes = [report["relative_logit_change"] for report in reports]
+    assert changes[0] != changes[1] and min(changes) > 1e-3  # random weights: the norm shows
+    assert [report["requires"] for report in reports] == [[], []]
+    assert "grouped-query attention" in fails(capsys, "export", checkpoint, tmp_path / "gqa")
+    assert not (tmp_path / "gqa").exists()
 
 
 def test_compress_then_ask(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: the only place that knows their names."""
 
 from kvjax.hf.config import config_from_hf
+from kvjax.hf.deepseek import latent_rms
 from kvjax.hf.load import (
     layout_of,
     load,
@@ -13,6 +14,7 @@ from kvjax.hf.load import (
 
 __all__ = [
     "config_from_hf",
+    "latent_rms",
     "layout_of",
     "load",
     "load_tokenizer",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from kvjax.config import ModelConfig
 from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
 from kvjax.hf.config import config_from_hf, read_config
+from kvjax.hf.deepseek import to_deepseek
 from kvjax.hf.source import resolve
 from kvjax.hf.tensor_file import StoredTensor
 from kvjax.nn import Transformer
@@ -101,28 +102,32 @@ def save(
     path: str | Path,
     layout: str = "native",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    norm: str = "neutral",
+    latent_rms: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Writes a directory that `load` reads.
 
     Args:
-        layout: "native" (orbax, any model) or "hf" (safetensors and config.json, for models that
-            transformers knows).
-        max_shard_bytes: "hf" splits larger checkpoints into several files.
+        layout: "native" (orbax, any model), "hf" (safetensors and config.json, for models that
+            transformers knows), or "deepseek_v3" (the same, for models of the decoupled
+            conversion, which transformers loads as DeepseekV3ForCausalLM; see docs/export.md).
+        max_shard_bytes: safetensors files are split beyond that.
+        norm, latent_rms: of "deepseek_v3" alone, see `kvjax.hf.deepseek.to_deepseek`.
 
     Raises:
-        ValueError: an unknown layout, a path that already holds a checkpoint, a model that the hf
-            layout cannot express.
-        NotImplementedError: "deepseek_v3".
+        ValueError: an unknown layout, a path that already holds a checkpoint, a model that the
+            layout cannot express; nothing is written then.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if layout == "deepseek_v3":
-        raise NotImplementedError("layout='deepseek_v3' comes with the decoupled conversion")
     directory = Path(path)
     if native.is_native(directory) or (directory / "config.json").exists():
         raise ValueError(f"{directory} already holds a checkpoint")
     if layout == "native":
         native.write(model, params, directory)
+    elif layout == "deepseek_v3":
+        _save_hf(*to_deepseek(model, params, norm, latent_rms), directory, max_shard_bytes)
     else:
         _save_hf(model, params, directory, max_shard_bytes)
 

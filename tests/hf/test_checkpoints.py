@@ -351,8 +351,6 @@ def test_models_that_the_hf_layout_cannot_express(tmp_path):
     )
     with pytest.raises(ValueError, match=r"\(EqualCacheConfig\); use layout='native'"):
         kvjax.save(Transformer(other), params, tmp_path / "a", layout="hf")
-    with pytest.raises(NotImplementedError, match="decoupled conversion"):
-        kvjax.save(model, params, tmp_path / "a", layout="deepseek_v3")
     with pytest.raises(ValueError, match="layout is 'gguf', expected one of native, hf"):
         kvjax.save(model, params, tmp_path / "a", layout="gguf")
     assert not (tmp_path / "a").exists()

@@ -1,0 +1,84 @@
+"""Converted checkpoint in, a checkpoint that transformers loads out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvjax.hf import latent_rms, load, load_tokenizer, save
+from kvjax.pipelines.convert import bytes_per_token, copy_companions, logit_change
+
+SEQUENCE = 256  # calibration tokens in a row
+BATCH = 8
+
+
+def export_checkpoint(
+    source: str,
+    out: Path,
+    norm: str,
+    calibration: Path | None,
+    calibration_tokens: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """Writes the converted model at `source` to `out` in the deepseek_v3 layout.
+
+    Args:
+        norm: "neutral", or "rms", which needs `calibration`: token ids [S, T] in a .npy file, or a
+            text file.
+
+    Returns:
+        The sizes that a loader sees, cache bytes a token before and after, what the checkpoint
+        requires of a loader, and the largest change of a logit on random tokens, relative to the
+        largest logit.
+
+    Raises:
+        ValueError: `out` is not empty, a model that the layout cannot express, no calibration.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty, expected a new directory")
+    model, params = load(source, dtype=dtype)
+    weights = None
+    if norm == "rms":
+        if calibration is None:
+            raise ValueError("norm='rms' needs a calibration text: --calibration FILE")
+        rows = calibration_rows(source, calibration, calibration_tokens)
+        weights = latent_rms(
+            model, params, [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        )
+    save(model, params, out, layout="deepseek_v3", norm=norm, latent_rms=weights)
+    copy_companions(Path(model.config.source), out)
+    new_model, new_params = load(out, dtype=dtype)
+    raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    return {
+        "norm": norm,
+        "kv_lora_rank": raw["kv_lora_rank"],
+        "qk_rope_head_dim": raw["qk_rope_head_dim"],
+        "rope_type": raw["rope_parameters"]["rope_type"],
+        "bytes_per_token_before": bytes_per_token(model, dtype),
+        "bytes_per_token_after": bytes_per_token(new_model, dtype),
+        "relative_logit_change": logit_change(model, params, new_model, new_params),
+        "requires": raw.get("kvjax_requires", []),
+    }
+
+
+def calibration_rows(source: str, path: Path, tokens: int) -> np.ndarray:
+    """About `tokens` token ids of a file, int32 [S, T].
+
+    Raises:
+        ValueError: no such file, ids of another shape, or a text shorter than one sequence.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    if path.suffix == ".npy":
+        rows = np.load(path)
+        if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
+        return rows[: max(1, tokens // rows.shape[1])].astype(np.int32)
+    ids = load_tokenizer(source).encode(path.read_text(encoding="utf-8"))[:tokens]
+    count = len(ids) // SEQUENCE
+    if not count:
+        raise ValueError(f"{path} has {len(ids)} tokens, expected at least {SEQUENCE}")
+    return np.asarray(ids[: count * SEQUENCE], np.int32).reshape(count, SEQUENCE)
