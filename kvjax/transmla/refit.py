@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from kvjax.transmla.latent_layer import LatentLayer
 from kvjax.transmla.layer import Heads, attention_weights, scores
 
 QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
+GROUP = 8  # sequences that are worked on at a time
 ITERATIONS = 20  # of the conjugate gradients that solve the first problem
 SCORE_RIDGE = 1e-3  # pull towards the closed form, relative to the curvature
 OUTPUT_RIDGE = 1e-4
@@ -110,14 +112,17 @@ def _solve_scores(
     def observe(x_pair):
         return score_data(config, base, turn, params, down, key_rope, at, *x_pair)
 
-    data = jax.lax.map(observe, (original, converted))
+    data = jax.lax.map(jax.vmap(observe), (_grouped(original), _grouped(converted)))
 
     def gradient(maps: QueryMaps, with_target: float) -> QueryMaps:
         """Of ½ Σ w·(s − target)²: affine in the maps, linear without the target."""
 
-        def add(total, sequence):
-            one = jax.grad(_score_error)(maps, sequence, with_target, at, base.scale, turn)
-            return jax.tree.map(jnp.add, total, one), None
+        def error(maps, group):
+            each = jax.vmap(_score_error, in_axes=(None, 0, None, None, None, None))
+            return jnp.sum(each(maps, group, with_target, at, base.scale, turn))
+
+        def add(total, group):
+            return jax.tree.map(jnp.add, total, jax.grad(error)(maps, group)), None
 
         zero = jax.tree.map(jnp.zeros_like, maps)
         return jax.lax.scan(add, zero, data)[0]
@@ -205,11 +210,12 @@ class _Curvature(NamedTuple):
 
     @classmethod
     def of(cls, data: ScoreData, scale: float) -> _Curvature:
-        q = jnp.einsum("sqnh,sqng->nhg", data.q, data.q, precision=HIGHEST) * scale**2
-        c = data.c - jnp.mean(data.c, axis=(0, 1), keepdims=True)
-        covariance = jnp.einsum("stl,stm->lm", c, c, precision=HIGHEST) / c.shape[0] / c.shape[1]
-        R = data.k_rope.shape[-1]
-        power = jnp.mean(data.k_rope**2, axis=(0, 1)).reshape(2, R // 2)
+        q, c, k_rope = (_rows(x, n) for x, n in ((data.q, 2), (data.c, 1), (data.k_rope, 1)))
+        q = jnp.einsum("qnh,qng->nhg", q, q, precision=HIGHEST) * scale**2
+        c = c - jnp.mean(c, axis=0, keepdims=True)
+        covariance = jnp.einsum("tl,tm->lm", c, c, precision=HIGHEST) / len(c)
+        R = k_rope.shape[-1]
+        power = jnp.mean(k_rope**2, axis=0).reshape(2, R // 2)
         power = jnp.tile(jnp.mean(power, axis=0), 2)  # RoPE turns the two halves into each other
         return cls(_lifted(q), _lifted(covariance), power + 1e-6 * jnp.mean(power))
 
@@ -226,6 +232,16 @@ class _Curvature(NamedTuple):
             jnp.einsum("lnh,nhg->lng", left.reshape(maps.k_up.shape), inverse),
             jnp.einsum("nhg,ngr->nhr", inverse, maps.query_rope) / self.rope[None, None],
         )
+
+
+def _grouped(x: Float[Array, "S T D"]) -> Float[Array, "groups g T D"]:
+    """A few sequences at a time: one alone keeps no processor busy."""
+    return x.reshape(-1, math.gcd(len(x), GROUP), *x.shape[1:])
+
+
+def _rows(x: jax.Array, inner: int) -> jax.Array:
+    """All axes but the last `inner` as one."""
+    return x.reshape(-1, *x.shape[x.ndim - inner :])
 
 
 def _fp32(x: np.ndarray) -> jax.Array:
@@ -303,8 +319,7 @@ def _output_equations(
     (_, L), N, (_, T, D) = down.shape, base.num_heads, converted.shape
     at = jnp.arange(T, dtype=jnp.int32)
 
-    def add(total, pair):
-        x, y = pair
+    def features(x):
         heads = Heads.of(config, base, params, x[None])
         c, k_rope = cache_entries(heads, down, key_rope, turn)
         s = latent_scores(
@@ -312,14 +327,17 @@ def _output_equations(
         )
         weights = attention_weights(s[None], at, base)[0]
         latents = jnp.einsum("nqt,tl->qnl", weights, c[0]).reshape(T, N * L)
-        features = jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)
-        gram = jnp.einsum("qf,qg->fg", features, features, precision=HIGHEST)
-        product = jnp.einsum("qf,qd->fd", features, y.astype(jnp.float32), precision=HIGHEST)
+        return jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)
+
+    def add(total, group):
+        f, y = _rows(jax.vmap(features)(group[0]), 1), _rows(group[1], 1).astype(jnp.float32)
+        gram = jnp.einsum("qf,qg->fg", f, f, precision=HIGHEST)
+        product = jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
         return (total[0] + gram, total[1] + product), None
 
     width = N * L + 1
     zero = (jnp.zeros((width, width), jnp.float32), jnp.zeros((width, D), jnp.float32))
-    return jax.lax.scan(add, zero, (converted, target))[0]
+    return jax.lax.scan(add, zero, (_grouped(converted), _grouped(target)))[0]
 
 
 def ridge(
