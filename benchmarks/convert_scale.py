@@ -1,6 +1,6 @@
 """Time and memory of a conversion at the shape of Qwen2.5-0.5B, from and to disk.
 
-    python -m benchmarks.convert_scale [--tokens 32768] [--out benchmarks/results/convert_scale.json]
+    python -m benchmarks.convert_scale [--tokens 32768] [--out FILE.json]
 
 A random bf16 checkpoint of that shape is written to a temporary directory and converted by
 `kvjax convert --method decoupled` in a process of its own. The goal: peak memory above that of the
@@ -82,12 +82,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/convert_scale.json"))
     args = parser.parse_args()
+    # First of all: a child's peak begins with what its parent held when it was started.
+    interpreter = int(subprocess.check_output([sys.executable, "-c", IMPORTS + PEAK]))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         nbytes = write_checkpoint(root / "source", args.layers)
         ids = np.random.default_rng(1).integers(0, QWEN["vocab_size"], (args.tokens // 256, 256))
         np.save(root / "tokens.npy", ids.astype(np.int32))
-        interpreter = int(subprocess.check_output([sys.executable, "-c", IMPORTS + PEAK]))
         command = [
             *(sys.executable, "-m", "kvjax.cli", "convert", str(root / "source")),
             *(str(root / "out"), "--method", "decoupled", "--kv-rank", "96", "--rope-dim", "32"),

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 import kvjax
+import kvjax.hf
 
 BATCH = 16
 Logits = Callable[[np.ndarray], np.ndarray]

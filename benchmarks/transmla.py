@@ -133,10 +133,10 @@ class Run:
             for name, steps in STEPS.items():
                 sizes = fixed if steps.placement is not rotary.by_energy else free
                 self._convert(name, share, sizes, recipe=steps)
-            wide = 2 * work.head_dim
-            self._convert("default, v_head_dim 2H", share, {**free, "v_head_dim": wide})
-            self._convert("default, exportable", share, {**fixed, "exportable": True})
             if share == 0.5:
+                self._convert("default, exportable", share, {**fixed, "exportable": True})
+                wide = 2 * work.head_dim
+                self._convert("default, v_head_dim 2H", share, {**free, "v_head_dim": wide})
                 self._convert("default, sizes per layer", share, self._per_layer(free))
                 self._distilled(share, free)
 
@@ -157,9 +157,10 @@ class Run:
             self.work.params,
             self.fit,
             self.choice,
+            kv_rank=sizes["kv_rank"],
+            rope_dim=sizes["rope_dim"],
             step=self.work.step,
             rounds=4,
-            **sizes,
         )
         return {"rope_dim": ropes, "kv_rank": ranks}
 

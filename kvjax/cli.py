@@ -73,7 +73,7 @@ def convert(
     ] = False,
     mode: Annotated[str, arg(help="decoupled: fold, post or auto")] = "auto",
     recipe: Annotated[str, arg(help="decoupled: best or published")] = "best",
-    fold: Annotated[int, arg(help="FreqFold of the published recipe")] = 1,
+    fold: Annotated[int, arg(help="FreqFold of the published recipe; 0: the best")] = 1,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:

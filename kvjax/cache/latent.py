@@ -61,7 +61,8 @@ class LatentCache:
 
         held = self.positions
         if held is not None:
-            held = write(held[..., None], positions[..., None])[..., 0]
+            written: Any = write(held[..., None], positions[..., None])
+            held = written[..., 0]
         with jax.named_scope("cache_update"):
             return dataclasses.replace(
                 self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 import time
@@ -22,8 +23,10 @@ from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, copy_companions
 from kvjax.transmla import BEST, Recipe, Stats, calibrate, published
+from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.calibration import embed, run_block, top_params
 from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
+from kvjax.transmla.sizes import Sizes
 
 BATCH = 8  # sequences that are calibrated on at a time
 STAGES = ("partial_rope", "low_rank", "final")
@@ -35,7 +38,8 @@ class Decoupling:
 
     Attributes:
         kv_rank, rope_dim, v_head_dim, exportable, mode: as of `kvjax.transmla.decoupled`.
-        recipe: "best", or "published" with FreqFold `fold`.
+        recipe: "best", or "published" with FreqFold `fold`; 0 takes the fold with the least loss on
+            the held-out sequences.
         calibration, tokens, length: see `calibration_tokens`.
         stats: keeps the moments, so that an interrupted or another conversion need not read the
             text again; None: they are not kept.
@@ -55,10 +59,23 @@ class Decoupling:
 
     @property
     def parsed_recipe(self) -> Recipe:
-        """The recipe by its name."""
+        """The recipe by its name; FreqFold 0 stands for the first one that will do."""
         if self.recipe not in ("best", "published"):
             raise ValueError(f"recipe is {self.recipe!r}, expected 'best' or 'published'")
         return BEST if self.recipe == "best" else published(self.fold)
+
+    def settled(self, model: Transformer, tokens: np.ndarray) -> tuple[list[Sizes], Recipe, str]:
+        """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.decoupled`."""
+        return settle(
+            model,
+            tokens,
+            self.kv_rank,
+            self.rope_dim,
+            self.v_head_dim,
+            self.exportable,
+            self.mode,
+            self.parsed_recipe,
+        )
 
 
 def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) -> dict[str, Any]:
@@ -80,18 +97,20 @@ def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) 
     fit, held = calibration_tokens(source, wanted.calibration, wanted.tokens, wanted.length)
     batches = [fit[i : i + BATCH] for i in range(0, len(fit), BATCH)]
     # Refused before the calibration, not after it.
-    settle(model, fit, wanted.kv_rank, wanted.rope_dim, wanted.v_head_dim, wanted.exportable,
-           wanted.mode, wanted.parsed_recipe)  # fmt: skip
+    wanted.settled(model, fit)
     stats = calibrate(
         model, params, track(batches, "calibrating", transient=True), resume=wanted.stats
     )
     calibrated = time.monotonic()
+    if wanted.recipe == "published" and wanted.fold == 0:
+        sizes = {"kv_rank": wanted.kv_rank, "rope_dim": wanted.rope_dim}
+        wanted = dataclasses.replace(wanted, fold=choose_fold(model, params, stats, held, **sizes))
     new_model, perplexities = _convert(model, params, stats, wanted, held, out)
     copy_companions(Path(model.config.source), out)
     before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
     return {
         "method": "decoupled",
-        "recipe": wanted.recipe,
+        "recipe": f"published, FreqFold {wanted.fold}" if wanted.recipe != "best" else "best",
         "kv_rank": wanted.kv_rank,
         "rope_dim": wanted.rope_dim,
         "bytes_per_token_before": before,
@@ -121,10 +140,7 @@ def _convert(
     out: Path,
 ) -> tuple[Transformer, dict[str, float]]:
     """Writes the converted model; perplexities on the held-out sequences."""
-    sizes, recipe, mode = settle(
-        model, stats.tokens, wanted.kv_rank, wanted.rope_dim, wanted.v_head_dim,
-        wanted.exportable, wanted.mode, wanted.parsed_recipe,
-    )  # fmt: skip
+    sizes, recipe, mode = wanted.settled(model, stats.tokens)
     streams = HeldOut(model, params, held)
     configs = []
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:

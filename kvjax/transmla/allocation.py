@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
+from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats, embed, run_block, top_params
 from kvjax.transmla.latent_layer import LatentLayer, over_heads
 from kvjax.transmla.layer import gqa_layers
-from kvjax.transmla.recipe import BEST, Recipe, close
+from kvjax.transmla.recipe import BEST, Recipe, close, published
 from kvjax.transmla.sizes import Sizes, checked_stats, layer_sizes
 
 
@@ -91,6 +92,34 @@ def choose_rope_dim(
     trial = _Trial(model, params, stats, tokens, recipe, choices[0])
     losses = [trial.measure(dict(enumerate(sizes))) for sizes in choices]
     return candidates[int(np.argmin(losses))]
+
+
+def choose_fold(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    tokens: Int[np.ndarray, "S T"],
+    *,
+    kv_rank: int,
+    rope_dim: int,
+) -> int:
+    """The FreqFold of the published method with the least loss, of all that are possible.
+
+    Args:
+        stats, tokens: as of `allocate_sizes`.
+
+    Raises:
+        ValueError: no fold is possible with this rope_dim.
+    """
+    bases = gqa_layers(model)
+    sizes = layer_sizes(bases, checked_stats(model, stats).tokens.size, kv_rank, rope_dim, None)
+    turning = {0 if base.rope is None else base.rope.dim // 2 for base in bases}
+    possible = (set(rotary.possible_folds(f, rope_dim // 2)) for f in turning)
+    folds = sorted(set.intersection(*possible))
+    if not folds:
+        raise ValueError(f"no FreqFold keeps {rope_dim // 2} of {sorted(turning)} frequencies")
+    losses = [_Trial(model, params, stats, tokens, published(fold), sizes).loss for fold in folds]
+    return folds[int(np.argmin(losses))]
 
 
 def _transfers(trial: _Trial, step: int) -> Iterator[dict[int, Sizes]]:

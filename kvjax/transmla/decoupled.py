@@ -12,14 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, ModelConfig
+from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from kvjax.nn import Transformer
 from kvjax.transmla.calibration import LayerStats, Stats, embed, merge, observe, run_block
-from kvjax.transmla.latent_layer import LatentLayer, folded, over_heads
+from kvjax.transmla.latent_layer import LatentLayer, folded, low_rank_query, over_heads
 from kvjax.transmla.layer import attention_output, gqa_layers
 from kvjax.transmla.recipe import BEST, Recipe, close
 from kvjax.transmla.refit import refit_outputs, refit_scores
-from kvjax.transmla.sizes import Sizes, checked_stats, exportable_recipe, layer_sizes
+from kvjax.transmla.sizes import (
+    Sizes,
+    check_query_rank,
+    checked_stats,
+    exportable_recipe,
+    layer_sizes,
+)
 
 REPLAY = 8  # sequences that go through a layer at a time
 LAYOUTS = {"fold": folded, "post": over_heads}
@@ -79,6 +85,7 @@ def decoupled(
     kv_rank: int | Sequence[int] = 448,
     rope_dim: int | Sequence[int] = 128,
     v_head_dim: int | None = None,
+    q_rank: int | None = None,
     exportable: bool = False,
     mode: str = "auto",
     recipe: Recipe = BEST,
@@ -95,6 +102,8 @@ def decoupled(
             layer. rope_dim counts where a layer has RoPE; layers without it have none.
         v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
             a larger one is a better fit, at the cost of larger v_up and o.
+        q_rank: rank of the query projection (PCA of the queries); None: full. Needs folded layers
+            and `calibrate(…, input_moments=True)`. It saves weights, no cache.
         exportable: keep to what the DeepSeek-V3 layout can express: one rotating component for
             each of rope_dim / 2 evenly spaced frequencies, in folded form.
         mode: "fold" multiplies the maps into the projections (MLA proper), "post" keeps the
@@ -111,12 +120,19 @@ def decoupled(
             another model.
     """
     stats = checked_stats(model, stats)
+    if q_rank is not None:
+        check_query_rank(model, stats, q_rank)
     sizes, recipe, mode = settle(
         model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
     new, configs = dict(params), []
     for converted in decouple_layers(model, params, stats, sizes, recipe, mode):
         config, attn = converted.layout(converted.final)
+        if q_rank is not None:
+            assert isinstance(config, MLAConfig)
+            second = stats.layers[converted.index].input_second
+            assert second is not None
+            config, attn = low_rank_query(config, attn, q_rank, second)
         configs.append(config)
         name = f"layers_{converted.index}"
         new[name] = {**params[name], "attn": attn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,30 @@ def folded(
         new["q_bias"] = np.einsum("nh,nhr->nr", _fp64(attn["q_bias"]), wide)
         new["kv_a_bias"] = heads_to_latent("_bias")
     return config, _cast(new, attn["o"].dtype)
+
+
+def low_rank_query(
+    config: MLAConfig,
+    attn: Mapping[str, Any],
+    rank: int,
+    input_second: Float[np.ndarray, "D D"],
+) -> tuple[MLAConfig, dict[str, Any]]:
+    """Folded attention whose query projection has a given rank: PCA of the queries it gives.
+
+    Args:
+        input_second: E[yᵀy] of the attention's input.
+    """
+    wide = _fp64(attn["q"]).reshape(len(input_second), -1)
+    values, vectors = np.linalg.eigh(input_second)
+    scale = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
+    root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
+    outputs = root @ wide
+    leading = np.linalg.eigh(outputs @ outputs.T)[1][:, ::-1][:, :rank]
+    q = (leading.T @ outputs).reshape(rank, *attn["q"].shape[1:])
+    new = _cast({"q_a": inverse @ leading, "q": q}, attn["q"].dtype)
+    if config.latent_bias:  # the down-projections share it; the query's own bias comes after
+        new["q_a_bias"] = jnp.zeros((rank,), attn["q"].dtype)
+    return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}
 
 
 def _fp64(x: Any) -> np.ndarray:

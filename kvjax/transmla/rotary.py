@@ -111,12 +111,12 @@ def fold(size: int) -> Placement:
 
     def place(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basis:
         f, K = len(statistics.turning), statistics.num_heads
-        stride = f // count
-        if f % count or size % stride or f % size:
+        if size not in possible_folds(f, count):
             raise ValueError(
-                f"FreqFold {size} of {f} frequencies cannot keep {count} of them: expected "
-                f"a divisor of {f} that is a multiple of {f} / {count}"
+                f"FreqFold {size} of {f} frequencies cannot keep {count} of them, expected one "
+                f"of {possible_folds(f, count)}"
             )
+        stride = f // count
         vectors = _blocks(statistics.keys, rotation, size * K)
         kept = [
             (group * size * K + m, group * size + m * stride)
@@ -126,6 +126,14 @@ def fold(size: int) -> Placement:
         return Basis(vectors, *(tuple(index) for index in zip(*kept, strict=True)))
 
     return place
+
+
+def possible_folds(frequencies: int, count: int) -> list[int]:
+    """FreqFolds that keep `count` components: divisors of f that are multiples of f / count."""
+    if count < 1 or frequencies % count:
+        return []
+    stride = frequencies // count
+    return [m for m in range(stride, frequencies + 1, stride) if frequencies % m == 0]
 
 
 def _blocks(covariance: np.ndarray, rotation: Rotation, size: int) -> np.ndarray:
