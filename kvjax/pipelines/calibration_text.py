@@ -18,32 +18,44 @@ def calibration_tokens(
     """Sequences to calibrate on, and held-out ones that take every eighth place.
 
     Args:
+        source, path, tokens, length: as of `token_rows`.
+
+    Raises:
+        ValueError: what `token_rows` raises, or a single sequence.
+    """
+    rows = token_rows(source, path, tokens, length)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{path} gives one sequence of {rows.size} tokens, expected one to hold out"
+        )
+    held = np.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
+    if not held.any():
+        held[-1] = True
+    return rows[~held], rows[held]
+
+
+def token_rows(source: str, path: Path, tokens: int, length: int) -> Int[np.ndarray, "S T"]:
+    """Token ids of a file, one sequence a row.
+
+    Args:
         source: model whose tokenizer reads the file.
         path: a text, or an .npy file of token ids [S, T], which are taken as they are.
-        tokens: how many tokens to use at most, in all.
+        tokens: how many to use at most, but for a first sequence.
         length: tokens a sequence, for texts.
 
     Raises:
-        ValueError: a file that is missing, or too short for two sequences.
+        ValueError: no such file, ids of another shape, or a text shorter than one sequence.
     """
     if not path.is_file():
         raise ValueError(f"no calibration file {path}")
     if path.suffix == ".npy":
-        ids = np.load(path).astype(np.int32)
-        if ids.ndim != 2:
-            raise ValueError(f"{path} holds an array of shape {ids.shape}, expected [S, T]")
-    else:
-        text = path.read_text(encoding="utf-8")
-        # No more text than can be needed: a token has a character at least.
-        encoded = load_tokenizer(source)(text[: 16 * tokens], add_special_tokens=False)
-        flat = np.asarray(encoded["input_ids"], np.int32)[:tokens]
-        ids = flat[: len(flat) // length * length].reshape(-1, length)
-    ids = ids[: max(tokens // max(ids.shape[1], 1), 2)]
-    if len(ids) < 2:
-        raise ValueError(
-            f"{path} gives {ids.size} tokens, expected at least two sequences of {length}"
-        )
-    held = np.arange(len(ids)) % HELD_OUT == HELD_OUT - 1
-    if not held.any():
-        held[-1] = True
-    return ids[~held], ids[held]
+        rows = np.load(path)
+        if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
+        return rows[: max(1, tokens // rows.shape[1])].astype(np.int32)
+    # No more text than can be needed: few tokens have more than sixteen characters.
+    text = path.read_text(encoding="utf-8")[: 16 * tokens]
+    ids = np.asarray(load_tokenizer(source)(text)["input_ids"], np.int32)[:tokens]
+    if len(ids) < length:
+        raise ValueError(f"{path} has {len(ids)} tokens, expected at least {length}")
+    return ids[: len(ids) // length * length].reshape(-1, length)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kvjax.hf import latent_rms, load, load_tokenizer, save
-from kvjax.pipelines.convert import bytes_per_token, copy_companions, logit_change
+from kvjax.hf import latent_rms, load, save
+from kvjax.pipelines.calibration_text import token_rows
+from kvjax.pipelines.companions import bytes_per_token, copy_companions
+from kvjax.pipelines.convert import logit_change
 
 SEQUENCE = 256  # calibration tokens in a row
 BATCH = 8
@@ -44,7 +44,7 @@ def export_checkpoint(
     if norm == "rms":
         if calibration is None:
             raise ValueError("norm='rms' needs a calibration text: --calibration FILE")
-        rows = calibration_rows(source, calibration, calibration_tokens)
+        rows = token_rows(source, calibration, calibration_tokens, SEQUENCE)
         weights = latent_rms(
             model, params, [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         )
@@ -62,23 +62,3 @@ def export_checkpoint(
         "relative_logit_change": logit_change(model, params, new_model, new_params),
         "requires": raw.get("kvjax_requires", []),
     }
-
-
-def calibration_rows(source: str, path: Path, tokens: int) -> np.ndarray:
-    """About `tokens` token ids of a file, int32 [S, T].
-
-    Raises:
-        ValueError: no such file, ids of another shape, or a text shorter than one sequence.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is no file")
-    if path.suffix == ".npy":
-        rows = np.load(path)
-        if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
-            raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
-        return rows[: max(1, tokens // rows.shape[1])].astype(np.int32)
-    ids = load_tokenizer(source).encode(path.read_text(encoding="utf-8"))[:tokens]
-    count = len(ids) // SEQUENCE
-    if not count:
-        raise ValueError(f"{path} has {len(ids)} tokens, expected at least {SEQUENCE}")
-    return np.asarray(ids[: count * SEQUENCE], np.int32).reshape(count, SEQUENCE)
