@@ -91,6 +91,7 @@ def _step(
         return jnp.mean(missing**2) / jnp.mean(target.astype(jnp.float32) ** 2)
 
     value, gradient = jax.value_and_grad(error)(masters)
-    updates, state = optimizer.update(gradient, state)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+        updates, state = optimizer.update(gradient, state)
     stepped: Any = optax.apply_updates(masters, updates)
     return stepped, state, value

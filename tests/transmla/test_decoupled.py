@@ -1,12 +1,12 @@
 """The decoupled conversion of every family: exact where nothing is cut, consistent where it is."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calibrated_toys import T, build, error, forward, whole
 from tiny_checkpoints import CASES, COMMON
 from toys import random_params
 
@@ -21,36 +21,6 @@ from kvjax.transmla.decoupled import decouple_layers, settle
 FAMILIES = [name for name in CASES if not name.startswith("deepseek")]
 NORMED = {"qwen3", "gemma3_text", "olmo2", "qwen3_moe"}
 CLOSED = dataclasses.replace(BEST, refit=False)
-T = 24
-
-
-@functools.cache
-def build(name):
-    """Model, parameters, their calibration, test tokens, and the logits of these."""
-    config = config_from_hf({**COMMON, **CASES[name], "max_position_embeddings": 96})
-    model = Transformer(config)
-    params = random_params(model)
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, config.vocab_size, (8, T)).astype(np.int32)
-    stats = calibrate(model, params, [ids])
-    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, T)), jnp.int32)
-    return model, params, stats, tokens, forward(model, params, tokens)
-
-
-def forward(model, params, tokens):
-    return np.asarray(jax.jit(model.apply)({"params": params}, tokens)[0])
-
-
-def error(got, want):
-    return np.abs(got - want).max() / np.abs(want).max()
-
-
-def whole(model):
-    """Sizes that cut nothing: kv_rank and rope_dim of every layer."""
-    bases = [layer.attention for layer in model.config.layers]
-    ropes = [b.num_kv_heads * b.rope.dim if b.rope else 0 for b in bases]
-    ranks = [2 * b.num_kv_heads * b.head_dim - rope for b, rope in zip(bases, ropes, strict=True)]
-    return {"kv_rank": ranks, "rope_dim": ropes}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
