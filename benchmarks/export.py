@@ -9,7 +9,6 @@ other rows are random models of two layers, one for each family and RoPE.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -100,7 +99,7 @@ def checkpoint(path: Path, kv_rank: int, rope_dim: int) -> Iterator[dict[str, An
     model, params = kvjax.load(path, dtype="float32")
     stats = kvjax.transmla.calibrate(model, params, batches)
     best = kvjax.transmla.BEST
-    unbiased = dataclasses.replace(best, centred=False, refit=False)
+    unbiased = kvjax.transmla.UNBIASED
     cases = [
         ("neutral, evenly spaced", best, True, "neutral"),
         ("neutral, free placement", best, False, "neutral"),

@@ -72,7 +72,7 @@ def convert(
         bool, arg(help="decoupled: keep to what DeepSeek-V3's layout can express")
     ] = False,
     mode: Annotated[str, arg(help="decoupled: fold, post or auto")] = "auto",
-    recipe: Annotated[str, arg(help="decoupled: best or published")] = "best",
+    recipe: Annotated[str, arg(help="decoupled: best, unbiased or published")] = "best",
     fold: Annotated[int, arg(help="FreqFold of the published recipe; 0: the best")] = 1,
     dtype: Dtype = "float32",
     json_file: Json = None,

@@ -22,7 +22,7 @@ from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, copy_companions
-from kvjax.transmla import BEST, Recipe, Stats, calibrate, published
+from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.calibration import embed, run_block, top_params
 from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
@@ -38,8 +38,8 @@ class Decoupling:
 
     Attributes:
         kv_rank, rope_dim, v_head_dim, exportable, mode: as of `kvjax.transmla.decoupled`.
-        recipe: "best", or "published" with FreqFold `fold`; 0 takes the fold with the least loss on
-            the held-out sequences.
+        recipe: "best", "unbiased", or "published" with FreqFold `fold`; 0 takes the fold with the
+            least loss on the held-out sequences.
         calibration, tokens, length: see `calibration_tokens`.
         stats: keeps the moments, so that an interrupted or another conversion need not read the
             text again; None: they are not kept.
@@ -60,9 +60,10 @@ class Decoupling:
     @property
     def parsed_recipe(self) -> Recipe:
         """The recipe by its name; FreqFold 0 stands for the first one that will do."""
-        if self.recipe not in ("best", "published"):
-            raise ValueError(f"recipe is {self.recipe!r}, expected 'best' or 'published'")
-        return BEST if self.recipe == "best" else published(self.fold)
+        recipes = {"best": BEST, "unbiased": UNBIASED, "published": published(self.fold)}
+        if self.recipe not in recipes:
+            raise ValueError(f"recipe is {self.recipe!r}, expected one of {', '.join(recipes)}")
+        return recipes[self.recipe]
 
     def settled(self, model: Transformer, tokens: np.ndarray) -> tuple[list[Sizes], Recipe, str]:
         """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.decoupled`."""
@@ -110,7 +111,7 @@ def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) 
     before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
     return {
         "method": "decoupled",
-        "recipe": f"published, FreqFold {wanted.fold}" if wanted.recipe != "best" else "best",
+        "recipe": wanted.recipe + f", FreqFold {wanted.fold}" * (wanted.recipe == "published"),
         "kv_rank": wanted.kv_rank,
         "rope_dim": wanted.rope_dim,
         "bytes_per_token_before": before,

@@ -4,12 +4,13 @@ from kvjax.transmla.calibration import LayerStats, Stats, calibrate
 from kvjax.transmla.convert import METHODS, convert
 from kvjax.transmla.factors import Factors, balanced_svd
 from kvjax.transmla.inits import INITS, Init
-from kvjax.transmla.recipe import BEST, Recipe, published
+from kvjax.transmla.recipe import BEST, UNBIASED, Recipe, published
 
 __all__ = [
     "BEST",
     "INITS",
     "METHODS",
+    "UNBIASED",
     "Factors",
     "Init",
     "LayerStats",

@@ -172,7 +172,7 @@ def decouple_layers(
             args = (model.config, base, own)
             final = refit_scores(*args, low, original, converted)
             target = output_target(model.config, layer, own, original, converted)
-            final = refit_outputs(*args, final, converted, target, size.v_head_dim)
+            final = refit_outputs(*args, final, converted, target, size.v_head_dim, recipe.biased)
             original = replay(model.config, layer, own, original)
         if converted is not None:
             config, attn = layout(final if recipe.refit else partial)

@@ -43,6 +43,7 @@ class Recipe:
             a bias of the output.
         refit: fit scores and outputs to the original layer's by least squares, layer after layer
             (kvjax.transmla.refit).
+        biased: the fitted outputs may have a bias.
         recalibrate: take the moments of the joint PCA from the model whose RoPE is already partial,
             as the published code does.
     """
@@ -53,11 +54,16 @@ class Recipe:
     metric: low_rank.Metric = low_rank.aware
     centred: bool = True
     refit: bool = True
+    biased: bool = True
     recalibrate: bool = False
 
 
 BEST = Recipe()
 """What measured best on every model tried (docs/transmla.md)."""
+
+
+UNBIASED = Recipe(centred=False, biased=False)
+"""The best that gives a model without biases none: what `norm="rms"` exports need."""
 
 
 def published(fold: int) -> Recipe:

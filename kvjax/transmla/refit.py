@@ -241,7 +241,8 @@ def _grouped(x: Float[Array, "S T D"]) -> Float[Array, "groups g T D"]:
 
 def _rows(x: jax.Array, inner: int) -> jax.Array:
     """All axes but the last `inner` as one."""
-    return x.reshape(-1, *x.shape[x.ndim - inner :])
+    outer = x.ndim - inner
+    return x.reshape(math.prod(x.shape[:outer]), *x.shape[outer:])  # R may be 0: no −1
 
 
 def _fp32(x: np.ndarray) -> jax.Array:
@@ -264,6 +265,7 @@ def refit_outputs(
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
     v_head_dim: int,
+    biased: bool = True,
     sweeps: int = 3,
 ) -> LatentLayer:
     """Fits value up-projections, output projection and output bias to a target.
@@ -272,6 +274,7 @@ def refit_outputs(
         params, converted: as in `refit_scores`.
         target: what the attention shall add to the residual stream.
         v_head_dim: width V of the product v_up · out of a head.
+        biased: whether the bias is fitted too; it stays as it is otherwise.
         sweeps: alternations between the two factors.
     """
     N, L = layer.k_up.shape[1], layer.k_up.shape[0]
@@ -281,6 +284,8 @@ def refit_outputs(
         converted, target,
     )  # fmt: skip
     gram, product = np.asarray(gram, np.float64), np.asarray(product, np.float64)
+    if not biased:
+        gram, product = _with_bias(gram, product, layer.out_bias)
     start = np.einsum("lnv,nvd->nld", layer.v_up, layer.out).reshape(N * L, -1)
     start = np.concatenate([start, layer.out_bias[None]])
     whole = ridge(gram, product, start)
@@ -338,6 +343,16 @@ def _output_equations(
     width = N * L + 1
     zero = (jnp.zeros((width, width), jnp.float32), jnp.zeros((width, D), jnp.float32))
     return jax.lax.scan(add, zero, (_grouped(converted), _grouped(target)))[0]
+
+
+def _with_bias(
+    gram: Float[np.ndarray, "F F"], product: Float[np.ndarray, "F D"], bias: Float[np.ndarray, " D"]
+) -> tuple[Float[np.ndarray, "F F"], Float[np.ndarray, "F D"]]:
+    """The equations of all but the bias, which they give back as it is."""
+    gram, product = gram.copy(), product - gram[:, -1:] * bias
+    gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, bias
+    gram[-1, -1] = 1.0
+    return gram, product
 
 
 def ridge(

@@ -39,7 +39,6 @@ T = 24
 TOKENS = np.random.default_rng(5).integers(3, 67, (1, T)).astype(np.int32)
 CALIBRATION = np.random.default_rng(6).integers(3, 67, (8, 32)).astype(np.int32)
 FAST = dataclasses.replace(kvjax.transmla.BEST, refit=False)
-UNBIASED = dataclasses.replace(FAST, centred=False)
 SIZES = {"kv_rank": 20, "rope_dim": 4}
 
 LONGROPE = {
@@ -57,7 +56,7 @@ MODELS = {
     "qwen2": ({"model_type": "qwen2"}, {"exportable": True}),
     "free_yarn": ({"model_type": "llama", "rope_parameters": YARN}, {}),
     "longrope": ({"model_type": "llama", "rope_parameters": LONGROPE}, {"exportable": True}),
-    "unbiased": ({"model_type": "llama"}, {"exportable": True, "recipe": UNBIASED}),
+    "unbiased": ({"model_type": "llama"}, {"exportable": True, "recipe": kvjax.transmla.UNBIASED}),
 }
 NEUTRAL = [name for name in MODELS if name != "unbiased"]
 

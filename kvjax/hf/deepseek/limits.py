@@ -157,7 +157,7 @@ def _rms_problems(
             yield (
                 f"{name} is not zero (layers {', '.join(map(str, at))}), and norm='rms' has no "
                 "biases: convert a model without QKV biases by a recipe that makes none "
-                "(centred=False, refit=False), or use norm='neutral'"
+                "(kvjax.transmla.UNBIASED), or use norm='neutral'"
             )
 
 
