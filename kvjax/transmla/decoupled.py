@@ -18,7 +18,8 @@ from kvjax.transmla.calibration import LayerStats, Stats, embed, merge, observe,
 from kvjax.transmla.latent_layer import LatentLayer, folded, low_rank_query, over_heads
 from kvjax.transmla.layer import attention_output, gqa_layers
 from kvjax.transmla.recipe import BEST, Recipe, close
-from kvjax.transmla.refit import refit_outputs, refit_scores
+from kvjax.transmla.refit_outputs import refit_outputs
+from kvjax.transmla.refit_scores import refit_scores
 from kvjax.transmla.sizes import (
     Sizes,
     check_query_rank,

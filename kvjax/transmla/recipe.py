@@ -42,7 +42,7 @@ class Recipe:
             the scores of a query alike (unless they are soft-capped: there it stays), one in v is
             a bias of the output.
         refit: fit scores and outputs to the original layer's by least squares, layer after layer
-            (kvjax.transmla.refit).
+            (kvjax.transmla.refit_scores, refit_outputs).
         biased: the fitted outputs may have a bias.
         recalibrate: take the moments of the joint PCA from the model whose RoPE is already partial,
             as the published code does.

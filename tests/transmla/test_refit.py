@@ -10,7 +10,8 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
-from kvjax.transmla import BEST, calibrate, refit
+from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
+from kvjax.transmla.absorbed import CacheMaps, QueryMaps
 from kvjax.transmla.layer import attention_output
 from kvjax.transmla.recipe import close
 
@@ -34,11 +35,11 @@ def problem():
 
 def score_problem(config, own, latent, original, converted):
     """Weighted, centred features and targets of head 0: rows √w·(z ⊗ q) and √w·s."""
-    at = refit.query_positions(T, T)
-    down, key = (jnp.asarray(x, jnp.float32) for x in (latent.down, latent.key_rope))
+    at = refit_scores.query_positions(T, T)
+    cached, positions = CacheMaps.of(latent), jnp.asarray(at)
 
     def one(a, b):
-        return refit.score_data(config, GQA, latent.rope, own, down, key, jnp.asarray(at), a, b)
+        return refit_scores.score_data(config, GQA, latent.rope, own, cached, positions, a, b)
 
     data = jax.jit(jax.vmap(one))(original, converted)
     rows, targets = [], []
@@ -60,11 +61,11 @@ def score_problem(config, own, latent, original, converted):
 
 
 def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(refit, "SCORE_RIDGE", 0.0)
-    monkeypatch.setattr(refit, "ITERATIONS", 300)
+    monkeypatch.setattr(refit_scores, "RIDGE", 0.0)
+    monkeypatch.setattr(refit_scores, "ITERATIONS", 300)
     features, target = score_problem(*problem)
     config, own, latent, original, converted = problem
-    fitted = refit.refit_scores(config, GQA, own, latent, original, converted)
+    fitted = refit_scores.refit_scores(config, GQA, own, latent, original, converted)
 
     def error(layer):
         k_up = layer.k_up[:, 0]  # [L, H]
@@ -79,14 +80,13 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
 
 
 def test_outputs_are_the_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(refit, "OUTPUT_RIDGE", 1e-12)
+    monkeypatch.setattr(refit_outputs, "RIDGE", 1e-12)
     config, own, latent, original, converted = problem
     layer = LayerConfig(GQA, MLPConfig(16))
     target = jax.jit(attention_output, static_argnums=(0, 1))(config, layer, own, original)
-    maps = refit.QueryMaps(*(jnp.asarray(x, jnp.float32) for x in (latent.k_up, latent.query_rope)))
-    down, key = (jnp.asarray(x, jnp.float32) for x in (latent.down, latent.key_rope))
-    gram, product = refit._output_equations(
-        config, GQA, latent.rope, own, down, key, maps, converted, target
+    maps = CacheMaps.of(latent), QueryMaps.of(latent)
+    gram, product = refit_outputs.output_equations(
+        config, GQA, latent.rope, own, *maps, converted, target
     )
     gram, product = np.asarray(gram, np.float64), np.asarray(product, np.float64)
 
@@ -97,11 +97,11 @@ def test_outputs_are_the_least_squares(problem, monkeypatch):
         return fit + float((np.asarray(target, np.float64) ** 2).sum())
 
     args = (config, GQA, own, latent, converted, target)
-    whole = refit.refit_outputs(*args, v_head_dim=L)
+    whole = refit_outputs.refit_outputs(*args, v_head_dim=L)
     best = np.linalg.solve(gram, product)
     least = float((np.asarray(target, np.float64) ** 2).sum()) - (best * product).sum()
     assert error(whole) == pytest.approx(least, rel=1e-3)
-    narrow = [refit.refit_outputs(*args, v_head_dim=3, sweeps=n) for n in (0, 1, 6)]
+    narrow = [refit_outputs.refit_outputs(*args, v_head_dim=3, sweeps=n) for n in (0, 1, 6)]
     errors = [error(n) for n in narrow]
     assert errors[0] > errors[1] > errors[2] >= least and error(latent) > least
     assert narrow[0].v_up.shape == (L, 2, 3) and narrow[0].out.shape == (2, 3, D)
@@ -112,17 +112,17 @@ def test_factors_of_a_given_width_are_the_best():
     features = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6))
     weight = rng.standard_normal((6, 5))
     for width in (1, 3, 5, 8):
-        a, b = refit.factor(features.T @ features, weight, width)
+        a, b = refit_outputs.factor(features.T @ features, weight, width)
         assert a.shape == (6, width) and b.shape == (width, 5)
         tail = np.linalg.svd(features @ weight, compute_uv=False)[width:]
         error = ((features @ (weight - a @ b)) ** 2).sum()
         np.testing.assert_allclose(error, (tail**2).sum(), rtol=1e-5, atol=1e-5)
 
 
-def test_query_positions_end_at_the_last():
-    np.testing.assert_array_equal(refit.query_positions(10, 3), [3, 6, 9])
-    np.testing.assert_array_equal(refit.query_positions(4, 100), np.arange(4))
-    assert refit.query_positions(4, 100).dtype == np.int32
+def test_query_positions_end_positionsthe_last():
+    np.testing.assert_array_equal(refit_scores.query_positions(10, 3), [3, 6, 9])
+    np.testing.assert_array_equal(refit_scores.query_positions(4, 100), np.arange(4))
+    assert refit_scores.query_positions(4, 100).dtype == np.int32
 
 
 def test_a_layer_without_rope_or_softcap_refits_too(problem):
@@ -131,5 +131,5 @@ def test_a_layer_without_rope_or_softcap_refits_too(problem):
     bare = dataclasses.replace(
         latent, key_rope=latent.key_rope[:, :0], query_rope=latent.query_rope[..., :0], rope=None
     )
-    fitted = refit.refit_scores(config, base, own, bare, original, converted)
+    fitted = refit_scores.refit_scores(config, base, own, bare, original, converted)
     assert fitted.query_rope.shape == (2, 8, 0) and np.isfinite(fitted.k_up).all()

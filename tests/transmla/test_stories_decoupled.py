@@ -11,7 +11,7 @@ import pytest
 
 import kvjax
 from kvjax.tasks import perplexity
-from kvjax.transmla import BEST, calibrate, convert, published, refit
+from kvjax.transmla import BEST, calibrate, convert, published, refit_scores
 
 pytestmark = pytest.mark.data
 
@@ -49,6 +49,6 @@ def test_three_quarters_in_closed_form(stories):
 
 @pytest.mark.parametrize(("rank", "bound"), [(24, 7.2), (10, 13.0)])
 def test_half_and_a_quarter(stories, rank, bound, monkeypatch):
-    monkeypatch.setattr(refit, "QUERIES", 2048)  # fewer than the default, for time
-    monkeypatch.setattr(refit, "ITERATIONS", 12)
+    monkeypatch.setattr(refit_scores, "QUERIES", 2048)  # fewer than the default, for time
+    monkeypatch.setattr(refit_scores, "ITERATIONS", 12)
     assert converted_perplexity(stories, 8, rank, BEST) <= bound

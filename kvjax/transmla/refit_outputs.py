@@ -1,0 +1,165 @@
+"""Values and output fitted to the original's: the second least squares after the closed form.
+
+With attention and cached latents as they are, the output is linear in v_up · out and the bias. What
+is fitted is what the layers that are already converted really give this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kvjax.config import GQAConfig, ModelConfig, RopeConfig
+from kvjax.transmla.absorbed import (
+    HIGHEST,
+    CacheMaps,
+    QueryMaps,
+    cache_entries,
+    grouped,
+    latent_scores,
+    rows,
+)
+from kvjax.transmla.latent_layer import LatentLayer
+from kvjax.transmla.layer import Heads, attention_weights
+
+RIDGE = 1e-4  # pull towards the closed form, relative to the mean of the diagonal
+
+
+def refit_outputs(
+    config: ModelConfig,
+    base: GQAConfig,
+    params: dict[str, Any],
+    layer: LatentLayer,
+    converted: Float[Array, "S T D"],
+    target: Float[Array, "S T D"],
+    v_head_dim: int,
+    biased: bool = True,
+    sweeps: int = 3,
+) -> LatentLayer:
+    """Fits value up-projections, output projection and output bias to a target.
+
+    Args:
+        params, converted: as in `refit_scores`.
+        target: what the attention shall add to the residual stream.
+        v_head_dim: width V of the product v_up · out of a head.
+        biased: whether the bias is fitted too; it stays as it is otherwise.
+        sweeps: alternations between the two factors.
+    """
+    N, L = layer.k_up.shape[1], layer.k_up.shape[0]
+    maps = (CacheMaps.of(layer), QueryMaps.of(layer))
+    gram, product = output_equations(config, base, layer.rope, params, *maps, converted, target)
+    gram, product = np.asarray(gram, np.float64), np.asarray(product, np.float64)
+    if not biased:
+        gram, product = _with_bias(gram, product, layer.out_bias)
+    start = np.einsum("lnv,nvd->nld", layer.v_up, layer.out).reshape(N * L, -1)
+    start = np.concatenate([start, layer.out_bias[None]])
+    whole = ridge(gram, product, start)
+    bias = whole[-1]
+    heads = [slice(h * L, (h + 1) * L) for h in range(N)]
+    factors = [factor(gram[h, h], whole[h], v_head_dim) for h in heads]
+    v_up, out = (np.stack(parts) for parts in zip(*factors, strict=True))
+    if v_head_dim < min(L, out.shape[-1]):
+        for _ in range(sweeps):
+            v_up, out, bias = _alternate(gram, product, v_up, out, bias)
+    return dataclasses.replace(layer, v_up=np.swapaxes(v_up, 0, 1), out=out, out_bias=bias)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def output_equations(
+    config: ModelConfig,
+    base: GQAConfig,
+    turn: RopeConfig | None,
+    params: dict[str, Any],
+    cached: CacheMaps,
+    maps: QueryMaps,
+    converted: Float[Array, "S T D"],
+    target: Float[Array, "S T D"],
+) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
+    """FᵀF and FᵀY, F the attention-weighted latents of all heads and a column of ones."""
+    (_, L), N, (_, T, D) = cached.down.shape, base.num_heads, converted.shape
+    at = jnp.arange(T, dtype=jnp.int32)
+
+    def features(x):
+        heads = Heads.of(config, base, params, x[None])
+        c, k_rope = cache_entries(heads, cached, turn)
+        s = latent_scores(
+            maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, turn
+        )
+        weights = attention_weights(s[None], at, base)[0]
+        latents = jnp.einsum("nqt,tl->qnl", weights, c[0]).reshape(T, N * L)
+        return jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)
+
+    def add(total, group):
+        f, y = rows(jax.vmap(features)(group[0]), 1), rows(group[1], 1).astype(jnp.float32)
+        gram = jnp.einsum("qf,qg->fg", f, f, precision=HIGHEST)
+        product = jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
+        return (total[0] + gram, total[1] + product), None
+
+    width = N * L + 1
+    zero = (jnp.zeros((width, width), jnp.float32), jnp.zeros((width, D), jnp.float32))
+    return jax.lax.scan(add, zero, (grouped(converted), grouped(target)))[0]
+
+
+def _with_bias(
+    gram: Float[np.ndarray, "F F"], product: Float[np.ndarray, "F D"], bias: Float[np.ndarray, " D"]
+) -> tuple[Float[np.ndarray, "F F"], Float[np.ndarray, "F D"]]:
+    """The equations of all but the bias, which they give back as it is."""
+    gram, product = gram.copy(), product - gram[:, -1:] * bias
+    gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, bias
+    gram[-1, -1] = 1.0
+    return gram, product
+
+
+def ridge(
+    gram: Float[np.ndarray, "F F"],
+    product: Float[np.ndarray, "F D"],
+    start: Float[np.ndarray, "F D"],
+) -> Float[np.ndarray, "F D"]:
+    """argmin ‖F·W − Y‖² + ρ·‖W − start‖², ρ relative to the mean of the diagonal."""
+    rho = RIDGE * np.trace(gram) / len(gram) + 1e-30
+    lifted = gram + rho * np.eye(len(gram))
+    return np.linalg.solve(lifted, product + rho * start)
+
+
+def factor(
+    gram: Float[np.ndarray, "L L"], weight: Float[np.ndarray, "L D"], width: int
+) -> tuple[Float[np.ndarray, "L V"], Float[np.ndarray, "V D"]]:
+    """The best factors of a given width: least ‖F·(weight − a·b)‖² for FᵀF = gram."""
+    lifted = gram + (1e-9 * np.trace(gram) / len(gram) + 1e-30) * np.eye(len(gram))
+    root = np.linalg.cholesky(lifted).T
+    u, s, vt = np.linalg.svd(root @ weight, full_matrices=False)
+    a, b = np.linalg.solve(root, u * np.sqrt(s)), np.sqrt(s)[:, None] * vt
+    missing = max(width - len(s), 0)
+    return np.pad(a[:, :width], ((0, 0), (0, missing))), np.pad(b[:width], ((0, missing), (0, 0)))
+
+
+def _alternate(
+    gram: Float[np.ndarray, "F F"],
+    product: Float[np.ndarray, "F D"],
+    v_up: Float[np.ndarray, "N L V"],
+    out: Float[np.ndarray, "N V D"],
+    bias: Float[np.ndarray, " D"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each head's v_up for the others as they are, then the outputs of all heads at once."""
+    N, L, V = v_up.shape
+    whole = np.concatenate([np.einsum("nlv,nvd->nld", v_up, out).reshape(N * L, -1), bias[None]])
+    v_up = v_up.copy()
+    for head in range(N):
+        rows = slice(head * L, (head + 1) * L)
+        rest = product[rows] - gram[rows] @ whole + gram[rows, rows] @ whole[rows]
+        fitted = ridge(gram[rows, rows], rest, whole[rows])
+        v_up[head] = fitted @ np.linalg.pinv(out[head])
+        whole[rows] = v_up[head] @ out[head]
+    wide = np.zeros((N * L + 1, N * V + 1))
+    for head in range(N):
+        wide[head * L : (head + 1) * L, head * V : (head + 1) * V] = v_up[head]
+    wide[-1, -1] = 1.0
+    start = np.concatenate([out.reshape(N * V, -1), bias[None]])
+    solved = ridge(wide.T @ gram @ wide, wide.T @ product, start)
+    return v_up, solved[:-1].reshape(out.shape), solved[-1]

@@ -1,0 +1,198 @@
+"""Queries fitted to the original scores: the first least squares after the closed form.
+
+With the cached latents and rotary keys as they are, scores are linear in the maps from queries to
+them. What is fitted is what the layers that are already converted really give this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.config import GQAConfig, ModelConfig, RopeConfig
+from kvjax.transmla.absorbed import (
+    HIGHEST,
+    CacheMaps,
+    QueryMaps,
+    cache_entries,
+    grouped,
+    latent_scores,
+    rows,
+)
+from kvjax.transmla.latent_layer import LatentLayer
+from kvjax.transmla.layer import Heads, attention_weights, scores
+
+QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
+ITERATIONS = 20  # of the conjugate gradients
+RIDGE = 1e-3  # pull towards the closed form, relative to the curvature
+
+
+class ScoreData(NamedTuple):
+    """One sequence of the problem, Q of its queries.
+
+    Attributes:
+        target, weights: [N, Q, T] original scores, and the attention that they give.
+        q: [Q, N, H] queries of the converted prefix, before RoPE.
+        c, k_rope: [T, L] latents and [T, R] rotated keys of the converted prefix.
+    """
+
+    target: jax.Array
+    weights: jax.Array
+    q: jax.Array
+    c: jax.Array
+    k_rope: jax.Array
+
+
+def refit_scores(
+    config: ModelConfig,
+    base: GQAConfig,
+    params: dict[str, Any],
+    layer: LatentLayer,
+    original: Float[Array, "S T D"],
+    converted: Float[Array, "S T D"],
+) -> LatentLayer:
+    """Fits query maps to the original scores, each score weighted by its share of the attention.
+
+    Scores count up to a constant for each query, which the softmax does not see. Solved by
+    preconditioned conjugate gradients on the normal equations.
+
+    Args:
+        params: of the original layer.
+        original, converted: what this layer gets in the original model, and behind the layers that
+            are already converted.
+    """
+    S, T, _ = original.shape
+    at = query_positions(T, -(-QUERIES // S))
+    maps = (CacheMaps.of(layer), QueryMaps.of(layer))
+    fitted = _solve_scores(config, base, layer.rope, params, *maps, at, original, converted)
+    return dataclasses.replace(
+        layer,
+        k_up=np.asarray(fitted.k_up, np.float64),
+        query_rope=np.asarray(fitted.query_rope, np.float64),
+    )
+
+
+def query_positions(length: int, count: int) -> Int[np.ndarray, " Q"]:
+    """At most `count` positions, evenly spread up to the last."""
+    stride = max(length // count, 1)
+    return np.arange(length - 1, -1, -stride, dtype=np.int32)[:count][::-1].copy()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve_scores(
+    config: ModelConfig,
+    base: GQAConfig,
+    turn: RopeConfig | None,
+    params: dict[str, Any],
+    cached: CacheMaps,
+    start: QueryMaps,
+    at: Int[Array, " Q"],
+    original: Float[Array, "S T D"],
+    converted: Float[Array, "S T D"],
+) -> QueryMaps:
+    def observe(x_pair):
+        return score_data(config, base, turn, params, cached, at, *x_pair)
+
+    data = jax.lax.map(jax.vmap(observe), (grouped(original), grouped(converted)))
+
+    def gradient(maps: QueryMaps, with_target: float) -> QueryMaps:
+        """Of ½ Σ w·(s − target)²: affine in the maps, linear without the target."""
+
+        def error(maps, group):
+            each = jax.vmap(_score_error, in_axes=(None, 0, None, None, None, None))
+            return jnp.sum(each(maps, group, with_target, at, base.scale, turn))
+
+        def add(total, group):
+            return jax.tree.map(jnp.add, total, jax.grad(error)(maps, group)), None
+
+        zero = jax.tree.map(jnp.zeros_like, maps)
+        return jax.lax.scan(add, zero, data)[0]
+
+    curvature = _Curvature.of(data, base.scale)
+
+    def normal(maps: QueryMaps) -> QueryMaps:
+        pull = curvature.times(maps)
+        return jax.tree.map(lambda h, p: h + RIDGE * p, gradient(maps, 0.0), pull)
+
+    step = jax.tree.map(jnp.negative, gradient(start, 1.0))
+    change, _ = jax.scipy.sparse.linalg.cg(normal, step, maxiter=ITERATIONS, M=curvature.solve)
+    return jax.tree.map(jnp.add, start, change)
+
+
+def score_data(
+    config: ModelConfig,
+    base: GQAConfig,
+    turn: RopeConfig | None,
+    params: dict[str, Any],
+    cached: CacheMaps,
+    at: Int[Array, " Q"],
+    original: Float[Array, "T D"],
+    converted: Float[Array, "T D"],
+) -> ScoreData:
+    """Targets from the original stream, queries and cache entries from the converted one."""
+    want = Heads.of(config, base, params, original[None]).rotated(base)
+    target = scores(want.q[:, at], want.k, base.scale)
+    have = Heads.of(config, base, params, converted[None])
+    c, k_rope = cache_entries(have, cached, turn)
+    weights = attention_weights(target, at, base)
+    return ScoreData(target[0], weights[0], have.q[0, at].astype(jnp.float32), c[0], k_rope[0])
+
+
+def _score_error(maps: QueryMaps, data: ScoreData, with_target, at, scale, turn) -> jax.Array:
+    s = latent_scores(maps, data.q, data.c, data.k_rope, at, scale, turn)
+    error = s - with_target * data.target
+    error -= jnp.sum(data.weights * error, axis=-1, keepdims=True)
+    return 0.5 * jnp.sum(data.weights * error * error)
+
+
+class _Curvature(NamedTuple):
+    """The Hessian as if queries and keys were independent: it scales and preconditions.
+
+    Attributes:
+        q: [N, H, H] Σ over the queries of qᵀq · scale².
+        c: [L, L] covariance of the latents.
+        rope: [R] mean square of the rotated keys.
+    """
+
+    q: jax.Array
+    c: jax.Array
+    rope: jax.Array
+
+    @classmethod
+    def of(cls, data: ScoreData, scale: float) -> _Curvature:
+        q, c, k_rope = (rows(x, n) for x, n in ((data.q, 2), (data.c, 1), (data.k_rope, 1)))
+        q = jnp.einsum("qnh,qng->nhg", q, q, precision=HIGHEST) * scale**2
+        c = c - jnp.mean(c, axis=0, keepdims=True)
+        covariance = jnp.einsum("tl,tm->lm", c, c, precision=HIGHEST) / len(c)
+        R = k_rope.shape[-1]
+        power = jnp.mean(k_rope**2, axis=0).reshape(2, R // 2)
+        power = jnp.tile(jnp.mean(power, axis=0), 2)  # RoPE turns the two halves into each other
+        return cls(_lifted(q), _lifted(covariance), power + 1e-6 * jnp.mean(power))
+
+    def times(self, maps: QueryMaps) -> QueryMaps:
+        return QueryMaps(
+            jnp.einsum("lm,mnh,nhg->lng", self.c, maps.k_up, self.q),
+            jnp.einsum("nhg,ngr->nhr", self.q, maps.query_rope) * self.rope[None, None],
+        )
+
+    def solve(self, maps: QueryMaps) -> QueryMaps:
+        inverse = jnp.linalg.inv(self.q)
+        left = jnp.linalg.solve(self.c, maps.k_up.reshape(len(self.c), -1))
+        return QueryMaps(
+            jnp.einsum("lnh,nhg->lng", left.reshape(maps.k_up.shape), inverse),
+            jnp.einsum("nhg,ngr->nhr", inverse, maps.query_rope) / self.rope[None, None],
+        )
+
+
+def _lifted(matrix: Float[Array, "*n W W"]) -> Float[Array, "*n W W"]:
+    """With enough on the diagonal to be inverted in fp32."""
+    size = matrix.shape[-1]
+    mean = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / max(size, 1)
+    unit = jnp.broadcast_to(jnp.eye(size), matrix.shape)
+    return matrix + (1e-5 * mean + 1e-30) * unit
