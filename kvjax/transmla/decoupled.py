@@ -51,6 +51,8 @@ def settle(
     bases = gqa_layers(model)
     if mode != "auto" and mode not in LAYOUTS:
         raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(LAYOUTS)}")
+    if v_head_dim is not None and not recipe.refit:
+        raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
     if exportable:
         recipe = exportable_recipe(recipe, bases, rope_dim)
         mode = "fold" if mode == "auto" else mode
@@ -95,14 +97,15 @@ def decoupled(
     """Converts every GQA layer to latent attention that caches kv_rank + rope_dim numbers a token.
 
     Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
-    on the calibration text. docs/transmla.md has the method and its measurements.
+    on the calibration text. docs/decoupled.md has the method and its measurements.
 
     Args:
         stats: from `calibrate`, on text like that which the model shall read.
         kv_rank, rope_dim: widths of the latent and of the rotary key, one for all layers or one a
             layer. rope_dim counts where a layer has RoPE; layers without it have none.
         v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
-            a larger one is a better fit, at the cost of larger v_up and o.
+            a larger one is a better fit, at the cost of larger v_up and o. Needs a recipe that
+            refits.
         q_rank: rank of the query projection (PCA of the queries); None: full. Needs folded layers
             and `calibrate(…, input_moments=True)`. It saves weights, no cache.
         exportable: keep to what the DeepSeek-V3 layout can express: one rotating component for
@@ -121,11 +124,11 @@ def decoupled(
             another model.
     """
     stats = checked_stats(model, stats)
-    if q_rank is not None:
-        check_query_rank(model, stats, q_rank)
     sizes, recipe, mode = settle(
         model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
+    if q_rank is not None:
+        check_query_rank(model, stats, q_rank, mode)
     new, configs = dict(params), []
     for converted in decouple_layers(model, params, stats, sizes, recipe, mode):
         config, attn = converted.layout(converted.final)
@@ -156,8 +159,7 @@ def decouple_layers(
     layers side by side: the residual streams, [S, T, D] each, are what is held.
     """
     bases = gqa_layers(model)
-    start = embed(model, params, stats.tokens) if recipe.refit or recipe.recalibrate else None
-    original = converted = start
+    original = converted = embed(model, params, stats.tokens)
     for index, (base, size) in enumerate(zip(bases, sizes, strict=True)):
         own, layer = params[f"layers_{index}"], model.config.layers[index]
         layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
@@ -165,17 +167,15 @@ def decouple_layers(
         partial = close(*settings, None, size.rope_dim, recipe)
         seen = None
         if recipe.recalibrate:
-            assert converted is not None
             seen = _observe_replay(model.config, base, own, converted)
         low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
         if recipe.refit:
-            assert original is not None and converted is not None
             args = (model.config, base, own)
             final = refit_scores(*args, low, original, converted)
             target = output_target(model.config, layer, own, original, converted)
             final = refit_outputs(*args, final, converted, target, size.v_head_dim, recipe.biased)
             original = replay(model.config, layer, own, original)
-        if converted is not None:
+        if recipe.refit or recipe.recalibrate:
             config, attn = layout(final if recipe.refit else partial)
             new = LayerConfig(config, layer.mlp)
             converted = replay(model.config, new, {**own, "attn": attn}, converted)

@@ -59,7 +59,7 @@ class Recipe:
 
 
 BEST = Recipe()
-"""What measured best on every model tried (docs/transmla.md)."""
+"""What measured best on every model tried (docs/decoupled.md)."""
 
 
 UNBIASED = Recipe(centred=False, biased=False)

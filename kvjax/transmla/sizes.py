@@ -92,7 +92,7 @@ def checked_stats(model: Transformer, stats: Stats | None) -> Stats:
     return stats
 
 
-def check_query_rank(model: Transformer, stats: Stats, q_rank: int) -> None:
+def check_query_rank(model: Transformer, stats: Stats, q_rank: int, mode: str) -> None:
     """Whether the queries can get a rank of their own.
 
     Raises:
@@ -102,8 +102,8 @@ def check_query_rank(model: Transformer, stats: Stats, q_rank: int) -> None:
     width = model.config.hidden_size
     if not 1 <= q_rank <= width:
         raise ValueError(f"q_rank is {q_rank}, expected 1 to {width}")
-    if any(base.qk_norm is not None for base in gqa_layers(model)):
-        raise ValueError("q_rank needs folded layers, and keys with QK-norm cannot be folded")
+    if mode == "post" or any(base.qk_norm is not None for base in gqa_layers(model)):
+        raise ValueError("q_rank needs folded layers: mode='fold', and no QK-norm")
     if any(layer.input_second is None for layer in stats.layers):
         raise ValueError("q_rank needs stats from calibrate(…, input_moments=True)")
 

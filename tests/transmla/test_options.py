@@ -46,6 +46,8 @@ def test_query_ranks_that_are_refused():
         convert(model, params, **args, q_rank=4)
     with pytest.raises(ValueError, match="q_rank is 33, expected 1 to 32"):
         convert(model, params, **args, q_rank=33)
+    with pytest.raises(ValueError, match="q_rank needs folded layers"):
+        convert(model, params, **args, q_rank=4, mode="post")
 
 
 def test_zeros_that_fill_a_layer_up_change_nothing():
