@@ -34,6 +34,16 @@ from kvjax.transmla.distill import distill
 
 SHARES = (0.75, 0.5, 0.28)
 TASKS = ("needle", "multi_key", "two_hop")
+ALL = (
+    "published",
+    "+ complex unitaries",
+    "+ best constants",
+    "+ placement",
+    "+ centred",
+    "+ aware metric",
+    "+ least squares (default)",
+)
+FEW = (ALL[0], *ALL[-2:])
 SHAPE = {"prompts": 64, "length": 1008}
 
 
@@ -46,6 +56,9 @@ class Workload:
         score: (model, params) → metrics.
         head_dim, cache: rope_dim of the published method, and numbers a token and layer of GQA.
         rope_dims: for each share the candidates of the free placement.
+        steps: the recipes that are scored.
+        step: granularity of sizes per layer at half the cache, with the other variants; None for
+            no variants.
     """
 
     name: str
@@ -56,7 +69,8 @@ class Workload:
     head_dim: int
     cache: int
     rope_dims: tuple[int, ...]
-    step: int
+    steps: tuple[str, ...]
+    step: int | None
 
 
 def stories(data: Path) -> Workload:
@@ -70,7 +84,7 @@ def stories(data: Path) -> Workload:
         return {"perplexity": perplexity(model, params, batches)}
 
     calibration = np.load(directory / "calibration.npy").astype(np.int32)
-    return Workload("stories260k", model, params, calibration, score, 8, 64, (4, 8, 12, 16), 2)
+    return Workload("stories260k", model, params, calibration, score, 8, 64, (4, 8, 12, 16), ALL, 2)
 
 
 def embedded(data: Path) -> Workload:
@@ -94,7 +108,9 @@ def embedded(data: Path) -> Workload:
         return {"perplexity": perplexity(model, params, [held]), **found}
 
     calibration = np.random.default_rng(0).permutation(rows(1000, 12))
-    return Workload("needle", model, params, calibration, score, 32, 256, (16, 32, 48, 64), 8)
+    return Workload(
+        "needle", model, params, calibration, score, 32, 256, (16, 32, 48, 64), FEW, None
+    )
 
 
 STEPS: dict[str, Recipe] = {
@@ -130,14 +146,14 @@ class Run:
             cache = round(share * work.cache)
             fixed = {"rope_dim": work.head_dim, "kv_rank": cache - work.head_dim}
             free = self._free(cache)
-            for name, steps in STEPS.items():
-                sizes = fixed if steps.placement is not rotary.by_energy else free
-                self._convert(name, share, sizes, recipe=steps)
-            if share == 0.5:
+            for name in work.steps:
+                sizes = fixed if STEPS[name].placement is not rotary.by_energy else free
+                self._convert(name, share, sizes, recipe=STEPS[name])
+            if share == 0.5 and work.step is not None:
                 self._convert("default, exportable", share, {**fixed, "exportable": True})
                 wide = 2 * work.head_dim
                 self._convert("default, v_head_dim 2H", share, {**free, "v_head_dim": wide})
-                self._convert("default, sizes per layer", share, self._per_layer(free))
+                self._convert("default, sizes per layer", share, self._per_layer(free, work.step))
                 self._distilled(share, free)
 
     def _free(self, cache: int) -> dict[str, int]:
@@ -151,7 +167,7 @@ class Run:
         )
         return {"rope_dim": width, "kv_rank": cache - width}
 
-    def _per_layer(self, sizes: dict[str, int]) -> dict[str, Any]:
+    def _per_layer(self, sizes: dict[str, int], step: int) -> dict[str, Any]:
         ranks, ropes = allocate_sizes(
             self.work.model,
             self.work.params,
@@ -159,7 +175,7 @@ class Run:
             self.choice,
             kv_rank=sizes["kv_rank"],
             rope_dim=sizes["rope_dim"],
-            step=self.work.step,
+            step=step,
             rounds=4,
         )
         return {"rope_dim": ropes, "kv_rank": ranks}
