@@ -23,11 +23,14 @@ def walk(blocks: Blocks, work: WorkList, shares: int):
 
 
 def test_headkv_budgets_of_llama_3(data_dir):
-    """Blocks visited and rows read in every layer, with the published scores of the heads."""
+    """Blocks visited in every layer, and rows read in some, with the published scores."""
     name = "Meta-Llama-3-8B-Instruct_retrieval_reasoning_heads.json.gz"
     scores = load_scores(data_dir / "head_scores" / "headkv" / name)
     caps = allocate(scores, kv_size=1024, window=8, beta=1.01, num_kv_heads=8) + 8
     assert caps.max() > 20 * caps.min()
+    count = jax.jit(lambda lengths: flatten(jnp.zeros_like(lengths), lengths, BLOCK).bounds[0])
+    for layer in caps:
+        assert int(count(jnp.asarray(layer))) == np.sum(-(-layer // BLOCK))
     for layer in caps[::8]:
         segments, P = static_segments([int(x) for x in layer], 16)
         size = block_size(P, BLOCK)
