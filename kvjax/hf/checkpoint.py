@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvjax.hf.tensor_file import NewTensor, StoredTensor, map_file, read_header, write_file
+from kvjax.hf.tensor_file import NewTensor, StoredTensor, map_file, read_header, release, write_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,6 +38,11 @@ class Checkpoint:
         """A read-only view of one tensor in its mapped file."""
         tensor = self.tensors[name]
         return tensor.view(self._files[tensor.path])
+
+    def release(self) -> None:
+        """Lets go of the pages that were read so far; views stay valid."""
+        for file in self._files.values():
+            release(file)
 
 
 def scan(directory: Path) -> Checkpoint:

@@ -6,9 +6,11 @@ out of it is read. A file is 8 bytes with the length of a JSON header, the heade
 """
 
 import json
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +72,18 @@ class NewTensor:
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file, mapped read-only."""
     return np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
+
+
+def release(file: np.ndarray) -> None:
+    """Lets go of the pages of a mapped file; what is read again comes from the disk or its cache.
+
+    Otherwise a process that reads a checkpoint part by part holds all of it in the end.
+    """
+    mapping: Any = file
+    while isinstance(mapping, np.ndarray):
+        mapping = mapping.base
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -62,6 +62,7 @@ def open_params(
             for path, shape in shapes.items()
             if path[0] == name
         }
+        checkpoint.release()
         return unflatten_dict(part)[name]
 
     return LazyParams(dict.fromkeys(path[0] for path in shapes), read)

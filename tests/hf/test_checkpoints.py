@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -392,3 +394,26 @@ def test_reading_is_lazy(saved):
     tensor = scan(saved[0]).open("lm_head.weight")
     assert not tensor.flags.owndata and not tensor.flags.writeable
     assert set(DTYPES) >= {"F32", "F16", "BF16"}
+
+
+def test_released_pages_are_read_again(saved):
+    checkpoint = scan(saved[0])
+    view = checkpoint.open("lm_head.weight")
+    before = view.copy()
+    if sys.platform == "linux":
+        assert resident_kilobytes(saved[0] / "model.safetensors") > 0
+    checkpoint.release()
+    if sys.platform == "linux":
+        assert resident_kilobytes(saved[0] / "model.safetensors") == 0
+    np.testing.assert_array_equal(view, before)
+
+
+def resident_kilobytes(path):
+    """Pages of a mapped file that this process holds, by the kernel's own account."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(path.resolve()))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
