@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.nn.transformer import Transformer
 
-ROWS = 256  # logits [ROWS, V] exist at a time
+ROWS = 64  # logits [ROWS, V] exist at a time
 
 
 @functools.partial(jax.jit, static_argnums=0)
