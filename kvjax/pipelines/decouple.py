@@ -59,7 +59,7 @@ class Decoupling:
 
     @property
     def parsed_recipe(self) -> Recipe:
-        """The recipe by its name; FreqFold 0 stands for the first one that will do."""
+        """The recipe by its name; FreqFold 0 must have been replaced by a choice to be used."""
         recipes = {"best": BEST, "unbiased": UNBIASED, "published": published(self.fold)}
         if self.recipe not in recipes:
             raise ValueError(f"recipe is {self.recipe!r}, expected one of {', '.join(recipes)}")

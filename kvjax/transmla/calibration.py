@@ -134,6 +134,8 @@ def calibrate(
             state.save(resume)
     if state is None:
         raise ValueError("got no batch to calibrate on")
+    if len(state.tokens) != rows:
+        raise ValueError(f"{resume} holds {len(state.tokens)} sequences, the batches have {rows}")
     return state
 
 

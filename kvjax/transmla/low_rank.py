@@ -71,6 +71,11 @@ class LowRank:
     constant: Float[np.ndarray, " W"]
 
 
+def whole(width: int) -> LowRank:
+    """x as it is: all of the rank, nothing to decompose."""
+    return LowRank(np.eye(width), np.eye(width), np.zeros(width))
+
+
 def joint_pca(moments: JointMoments, metric: Metric, rank: int) -> LowRank:
     """The projection on `rank` components with the least expected error in the metric.
 

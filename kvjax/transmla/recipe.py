@@ -99,7 +99,7 @@ def close(
     split = split_rotary(base, stats, rope_dim, recipe)
     moments = joint_moments(base, attn, stats if seen is None else seen, split, recipe.centred)
     if rank is None:
-        low = low_rank.joint_pca(moments, low_rank.plain, len(moments.mean))
+        low = low_rank.whole(len(moments.mean))
     else:
         low = low_rank.joint_pca(moments, recipe.metric, rank)
     out = np.asarray(attn["o"]).astype(np.float64)

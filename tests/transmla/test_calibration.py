@@ -94,6 +94,8 @@ def test_an_interrupted_run_goes_on(toy, tmp_path):
         np.testing.assert_array_equal(got.tokens, stats.tokens)
     with pytest.raises(ValueError, match="holds the moments of other batches"):
         calibrate(model, params, batches[::-1], resume=path)
+    with pytest.raises(ValueError, match="holds 6 sequences, the batches have 4"):
+        calibrate(model, params, batches[:2], resume=path)
 
 
 def test_under_a_mesh(toy):
