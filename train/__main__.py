@@ -1,14 +1,18 @@
-"""`python -m train`: pretrain a model, export it, evaluate it, plot its curve."""
+"""`python -m train`: pretrain and fine-tune models, export, evaluate, plot."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
+from train.compare.command import compare
 from train.curve import plot_curve
 from train.evaluate import evaluate
 from train.export import export
+from train.finetune import command
 from train.pretrain import pretrain
 from train.recipe import read_recipe
 
@@ -73,7 +77,24 @@ COMMANDS = {
     "export": export_command,
     "evaluate": evaluate_command,
     "curve": curve_command,
+    "finetune": command.tune,
+    "compare": compare,
 }
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; bad input is one line on standard error and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["finetune"]:
+            # Apart: its flags override a file that one of them names.
+            command.tune(command.parse(argv[1:]))
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=argv)
+    except (ValueError, OSError) as error:
+        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(COMMANDS)
+    main()

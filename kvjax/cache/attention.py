@@ -44,24 +44,34 @@ def causal_attention(
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     spec: AttentionSpec,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Softmax attention of every query over the keys at or before its position.
 
     Long query blocks are worked off QUERY_TILE rows at a time, so that the scores of one tile,
     not [T, S], are what memory must hold.
+
+    Args:
+        segments: where the keys are the queries' own (S = T): only those of the same number are
+            seen, so that documents packed into a row stay apart. Positions restart in each.
     """
     T = q_BTNH.shape[1]
 
-    def attend(q, positions):
-        return _attend_block(q, k_BSKH, v_BSKH, visible(positions, k_positions, spec.window), spec)
+    def attend(q, positions, own):
+        mask = visible(positions, k_positions, spec.window)
+        if segments is not None:
+            mask &= own[:, :, None] == segments[:, None, :]
+        return _attend_block(q, k_BSKH, v_BSKH, mask, spec)
 
     if T <= QUERY_TILE:
-        return attend(q_BTNH, q_positions)
+        return attend(q_BTNH, q_positions, segments)
     tiles = -(-T // QUERY_TILE)
     pad = tiles * QUERY_TILE - T
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
     positions = jnp.pad(q_positions, ((0, 0), (0, pad)), constant_values=-1)
-    out = jax.lax.map(lambda tile: attend(*tile), (_split(q, tiles), _split(positions, tiles)))
+    own = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
+    inputs = jax.tree.map(lambda x: _split(x, tiles), (q, positions, own))
+    out = jax.lax.map(lambda tile: attend(*tile), inputs)
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], tiles * QUERY_TILE, *out.shape[3:])[:, :T]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import flax.struct
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -56,8 +57,16 @@ class Cache(Protocol):
         ...
 
 
+@flax.struct.dataclass
 class NoCache:
-    """Attends over the new entries alone and keeps nothing: the full causal forward."""
+    """Attends over the new entries alone and keeps nothing: the full causal forward.
+
+    Attributes:
+        segments: [B, T] int32, the document that each token belongs to, where several are packed
+            into a row: a token attends only within its own. None: one document a row.
+    """
+
+    segments: Any = None
 
     def attend(
         self,
@@ -71,7 +80,7 @@ class NoCache:
         """See `Cache.attend`."""
         if expand is not None:
             k = expand(k, positions)
-        return causal_attention(q, k, v, positions, positions, spec), None
+        return causal_attention(q, k, v, positions, positions, spec, self.segments), None
 
 
 def cache_bytes(cache: Any) -> int:

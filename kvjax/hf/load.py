@@ -33,7 +33,7 @@ def load(
         path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, or
             "builtin:<name>".
         dtype: of the parameters; they are cast once, on their way to the devices.
-        mesh: spreads the parameters over its "model" axis; None: the default device.
+        mesh: spreads the parameters over its axes, see `kvjax.sharding`; None: the default device.
 
     Returns:
         The model and its parameters, a nested dict.
@@ -46,22 +46,26 @@ def load(
     """
     target = _float_dtype(dtype)
     directory = resolve(path)
-    model = read_model(directory)
-    shardings = None if mesh is None else param_shardings(model, mesh)
-    read = native.read_params if native.is_native(directory) else weights.read_params
-    return model, read(model, directory, target, shardings)
+    return read_model(directory), dict(open_params(directory, target, mesh))
 
 
-def open_params(path: str | Path, dtype: Any = "bfloat16") -> Mapping[str, Any]:
+def open_params(
+    path: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None
+) -> Mapping[str, Any]:
     """The parameters of the model at `path`, each layer read when it is asked for.
+
+    Args:
+        dtype, mesh: as of `load`.
 
     Raises:
         ValueError: as `load`.
     """
     target = _float_dtype(dtype)
     directory = resolve(path)
+    model = read_model(directory)
+    shardings = None if mesh is None else param_shardings(model, mesh)
     read = native.open_params if native.is_native(directory) else weights.open_params
-    return read(read_model(path), directory, target)
+    return read(model, directory, target, shardings)
 
 
 def read_model(path: str | Path) -> Transformer:

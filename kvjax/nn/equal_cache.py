@@ -27,9 +27,9 @@ class EqualCacheAttention(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        cache: Cache | None,
+        cache: Cache | NoCache | None,
         lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
         """Attention output and the cache with the new latents; see `Transformer.__call__`."""
         c, base = self.config, self.config.base
         C, N, H = c.latent_heads, base.num_heads, base.head_dim
@@ -64,9 +64,10 @@ class EqualCacheAttention(nn.Module):
                 return up_project(latent_BSCX, k_up)
 
         spec = attention_spec(base)
-        if cache is None:
+        cache = NoCache() if cache is None else cache
+        if isinstance(cache, NoCache):
             k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
-            out_BTNH, _ = NoCache().attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
+            out_BTNH, cache = cache.attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
         else:
             if rotate_after:
                 out_BTNY, cache = cache.attend(q_BTNH, k_BTCX, v_BTCY, positions_BT, spec, keys)

@@ -22,9 +22,9 @@ class GQA(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        cache: Cache | None,
+        cache: Cache | NoCache | None,
         lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
         """Attention output and the cache with the new entries; see `Transformer.__call__`."""
         c = self.config
         with jax.named_scope("qkv"):
@@ -37,7 +37,7 @@ class GQA(nn.Module):
         with jax.named_scope("rope"):
             q_BTNH = rope(q_BTNH, positions_BT, lengths_B, c.rope)
             k_BTKH = rope(k_BTKH, positions_BT, lengths_B, c.rope)
-        out_BTNH, cache = (cache or NoCache()).attend(
+        out_BTNH, cache = (NoCache() if cache is None else cache).attend(
             q_BTNH, k_BTKH, v_BTKH, positions_BT, attention_spec(c)
         )
         with jax.named_scope("out"):

@@ -29,9 +29,9 @@ class MLA(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        cache: LatentCache | PromptCache | None,
+        cache: LatentCache | PromptCache | NoCache | None,
         lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], LatentCache | PromptCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LatentCache | PromptCache | NoCache | None]:
         """Attention output and the cache with the new latents; see `Transformer.__call__`."""
         c = self.config
         N, L = c.num_heads, c.kv_lora_rank
@@ -90,17 +90,18 @@ class LatentHeads(NamedTuple):
     def attend(
         self,
         positions_BT: Int[Array, "B T"],
-        cache: LatentCache | PromptCache | None,
+        cache: LatentCache | PromptCache | NoCache | None,
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N V"], LatentCache | PromptCache | None]:
+    ) -> tuple[Float[Array, "B T N V"], LatentCache | PromptCache | NoCache | None]:
         """Head outputs: keys and values expanded without a cache, projections absorbed with one."""
-        if cache is None:
+        cache = NoCache() if cache is None else cache
+        if isinstance(cache, NoCache):
             q = jnp.concatenate([self.q_nope, self.q_rope], axis=-1)
             k_nope = jnp.einsum("btl,lnh->btnh", self.c, self.k_up)
             shared = jnp.broadcast_to(self.k_rope[:, :, None], self.q_rope.shape)
             k = jnp.concatenate([k_nope, shared], axis=-1)
             v = jnp.einsum("btl,lnh->btnh", self.c, self.v_up)
-            return NoCache().attend(q, k, v, positions_BT, spec)
+            return cache.attend(q, k, v, positions_BT, spec)
         q_latent = jnp.einsum("btnh,lnh->btnl", self.q_nope, self.k_up)
         out_BTNL, cache = cache.attend_absorbed(
             q_latent, self.q_rope, self.c, self.k_rope, positions_BT, spec

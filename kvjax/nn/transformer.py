@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from kvjax.cache import NoCache
 from kvjax.config import (
     AttentionConfig,
     DecoupledConfig,
@@ -99,6 +100,7 @@ class Transformer(nn.Module):
         cache: list[Any] | None = None,
         *,
         rope_lengths: Int[Array, " B"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
         logits_at: str = "all",
     ) -> tuple[Float[Array, "B O V"], list[Any] | None]:
         """Next-token logits.
@@ -111,6 +113,9 @@ class Transformer(nn.Module):
             cache: from `init_cache`, one entry a layer; None for a full causal forward.
             rope_lengths: [B] whole lengths, for RoPE rules that depend on the length. None: the
                 last position + 1 without a cache, the cache's capacity with one.
+            segments: [B, T] int32, without a cache only: the number of the document that each
+                token belongs to, where several are packed into a row. Tokens attend within their
+                own; positions (and so RoPE) should restart in each.
             logits_at: "all", or "last" for the last token that is no padding only.
 
         Returns:
@@ -119,17 +124,20 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: outside jit, more tokens than the cache has room for. Inside jit the
-                surplus is dropped and the cache's lengths exceed its capacity.
+                surplus is dropped and the cache's lengths exceed its capacity. Segments together
+                with a cache.
         """
         if logits_at not in ("all", "last"):
             raise ValueError(f"logits_at is {logits_at!r}, expected 'all' or 'last'")
+        if segments is not None and cache is not None:
+            raise ValueError("got segments and a cache, expected packed documents without a cache")
         at = self._positions(tokens, positions, cache)
         if rope_lengths is None:
             rope_lengths = default_rope_lengths(at, cache)
         x = self.embed(tokens)
         new_cache = []
         for index in range(self.config.num_layers):
-            entry = None if cache is None else cache[index]
+            entry = NoCache(segments) if cache is None else cache[index]
             x, entry = self.layer(index, x, at, entry, rope_lengths)
             new_cache.append(entry)
         if logits_at == "last":

@@ -1,0 +1,1 @@
+"""GQA against MLA under fine-tuning: the figure and the ablation of TransMLA."""

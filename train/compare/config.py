@@ -1,0 +1,139 @@
+"""What is compared: arms that start as the same function, and the schedule of their runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvjax import transmla
+from kvjax.nn import Transformer
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune the same model.
+
+    Attributes:
+        init: of `equal_cache`; None leaves the model with GQA.
+        train: patterns of `train.finetune.labels`.
+    """
+
+    init: str | None
+    train: tuple[str, ...]
+
+    def convert(self, model: Transformer, params: dict[str, Any]) -> tuple[Transformer, Any]:
+        """The model whose K and V train; its logits are the original's."""
+        if self.init is None:
+            return model, params
+        return transmla.convert(model, params, "equal_cache", init=self.init)
+
+
+QO = ("kv_only", "layers_*/attn/q", "layers_*/attn/o")
+
+ARMS = {
+    "gqa": Arm(None, ("kv_only",)),
+    # Where K·H = D, as in the embedded model, W_Q and W_O have as many parameters as the
+    # up-projections that the conversion adds.
+    "gqa_matched": Arm(None, QO),
+    "mla_svd_global": Arm("svd_global", ("kv_only",)),
+    "mla_svd_per_head": Arm("svd_per_head", ("kv_only",)),
+    "mla_identity": Arm("identity", ("kv_only",)),
+}
+"""The paper's figure 2 (GQA against MLA) and its ablation (identity), and a control for capacity."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The comparison of TransMLA's figure 2 (arXiv 2502.07864v2, section 5).
+
+    Every arm's rate is chosen from `rates` by one seed, a quarter of the steps and the loss on
+    held-out problems; then `seeds` runs at that rate and at the paper's. All arms see the same
+    batches in the same order.
+
+    Attributes:
+        model: checkpoint with the project's word vocabulary.
+        families: of `kvjax.tasks.families`, mixed in equal parts.
+        rows: training problems of each family.
+        problems: test problems of each family that answers are generated for.
+        paper_rate: learning rate of the paper.
+        eval_every: steps between two held-out losses.
+        eval_rows: held-out problems of each family for these.
+    """
+
+    model: str = "builtin:needle"
+    families: tuple[str, ...] = ("word_problems", "programs")
+    arms: tuple[str, ...] = tuple(ARMS)
+    rows: int = 20_000
+    problems: int = 200
+    steps: int = 400
+    batch_size: int = 16
+    sequence_length: int = 128
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    paper_rate: float = 2e-5
+    seeds: int = 3
+    warmup: float = 0.03
+    eval_every: int = 20
+    eval_rows: int = 200
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or not self.arms:
+            raise ValueError(f"got arms {unknown}, expected some of {', '.join(ARMS)}")
+        if min(self.steps // 4, self.seeds, self.rows, self.problems, len(self.rates)) < 1:
+            raise ValueError("got a count below 1, expected steps ≥ 4 and every other count ≥ 1")
+
+
+def read_compare(path: Path | None, **changes: Any) -> CompareConfig:
+    """A comparison from a YAML file with the attributes above; the defaults for None.
+
+    Raises:
+        ValueError: a key that there is no attribute for.
+    """
+    raw = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    known = {field.name for field in dataclasses.fields(CompareConfig)}
+    unknown = sorted(raw.keys() - known)
+    if unknown:
+        raise ValueError(f"{path}: got keys {unknown}, expected some of {sorted(known)}")
+    content = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+    return CompareConfig(**{**content, **changes})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the comparison.
+
+    Attributes:
+        arm: name in ARMS.
+        rate: peak learning rate.
+        seed: of the order of the data.
+        steps: it takes.
+        search: whether it only serves to choose the rate; no answers are generated then.
+    """
+
+    arm: str
+    rate: float
+    seed: int
+    steps: int
+    search: bool
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        kind = "search" if self.search else f"seed{self.seed}"
+        return f"{self.arm}-{self.rate:g}-{kind}"
+
+
+def search_jobs(config: CompareConfig, arm: str) -> list[Job]:
+    """The short runs that choose an arm's rate."""
+    # The seed after those of the long runs: no order of data is used to choose and to report.
+    return [Job(arm, rate, config.seeds, config.steps // 4, True) for rate in config.rates]
+
+
+def final_jobs(config: CompareConfig, arm: str, best: float) -> list[Job]:
+    """The runs that are reported."""
+    rates = dict.fromkeys((best, config.paper_rate))
+    return [Job(arm, rate, s, config.steps, False) for rate in rates for s in range(config.seeds)]

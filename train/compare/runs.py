@@ -1,0 +1,191 @@
+"""The runs of a comparison: one file each, so that an interrupted comparison goes on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax.tasks.families import problems
+from kvjax.tasks.problem import Problem
+from train.compare.config import ARMS, CompareConfig, Job, search_jobs
+from train.data import DataConfig, SourceConfig, make_loader
+from train.families import family_accuracy
+from train.finetune.labels import Flat, split, trainable_paths
+from train.finetune.merge import merged
+from train.finetune.step import (
+    CompiledStep,
+    TuneStep,
+    adamw,
+    compile_step,
+    eval_sums,
+    learning_rate,
+)
+
+
+def write_data(config: CompareConfig, out: Path) -> None:
+    """Training and held-out problems as files."""
+    for family in config.families:
+        drawn = {
+            "train": problems(family, config.rows, seed=0),
+            "validation": test_problems(config, family)[config.problems :],
+        }
+        for split_name, found in drawn.items():
+            rows = [{"query": p.query, "response": p.response} for p in found]
+            whole(data_path(out, family, split_name), "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_problems(config: CompareConfig, family: str) -> list[Problem]:
+    """Problems that no training row repeats: those that are asked, then those of the held-out loss."""
+    return problems(family, config.problems + config.eval_rows, seed=0, split="test")
+
+
+def whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def data_path(out: Path, family: str, split_name: str) -> Path:
+    """The file of one family's problems."""
+    return out / "data" / f"{family}-{split_name}.jsonl"
+
+
+@functools.lru_cache(maxsize=2)
+def trainer(config: CompareConfig, out: Path, arm: str) -> Trainer:
+    """A process's trainer of an arm: what it compiled serves the arm's next run."""
+    return Trainer.create(config, out, arm)
+
+
+def best_rate(config: CompareConfig, out: Path, arm: str) -> float:
+    """The rate whose short run ended with the least held-out loss."""
+    results = [read_result(out, job) for job in search_jobs(config, arm)]
+    return min(results, key=lambda result: result["held_out"][-1][1])["rate"]
+
+
+def read_result(out: Path, job: Job) -> dict[str, Any]:
+    """What `Trainer.run_once` wrote."""
+    return json.loads((out / "runs" / f"{job.name}.json").read_text())
+
+
+@dataclass
+class Trainer:
+    """One arm, compiled once: its runs differ in rate and order of data only.
+
+    Attributes:
+        step: the step, in fp32: small models on a CPU gain nothing from bf16.
+        trainable, frozen: where every run starts.
+        held_out: batches whose loss is followed.
+    """
+
+    config: CompareConfig
+    out: Path
+    tokenizer: Any
+    step: TuneStep
+    trainable: Flat
+    frozen: Flat
+    held_out: list[dict[str, jax.Array]]
+    compiled: CompiledStep | None = None
+
+    @classmethod
+    def create(cls, config: CompareConfig, out: Path, arm: str) -> Trainer:
+        """Loads the model and converts it."""
+        model, params = kvjax.load(config.model, dtype="float32")
+        model, params = ARMS[arm].convert(model, params)
+        paths = trainable_paths(model, params, ARMS[arm].train)
+        trainable, frozen = split(params, paths)
+        tokenizer = kvjax.load_tokenizer(config.model)
+        step = TuneStep(model, adamw(0.9, 0.999, 0.0, 1.0), dtype="float32")
+        loader = make_loader(_data(config, out, "validation", seed=0, epochs=1), tokenizer)
+        held_out = [jax.tree.map(jnp.asarray, batch) for batch in loader]
+        return cls(config, out, tokenizer, step, trainable, frozen, held_out)
+
+    def run_once(self, job: Job) -> None:
+        """Trains, measures and writes the run's file, if it is not there."""
+        path = self.out / "runs" / f"{job.name}.json"
+        if path.exists():
+            return
+        started = time.monotonic()
+        state = self.step.init(self.trainable)
+        batches = iter(make_loader(self._endless(job), self.tokenizer))
+        losses, held_out = [], [(0, self.held_out_loss(state.params))]
+        for number in range(job.steps):
+            batch = jax.tree.map(jnp.asarray, next(batches))
+            rate = jnp.float32(learning_rate(number, job.steps, job.rate, self.config.warmup))
+            arguments = state, self.frozen, batch, rate, None
+            if self.compiled is None:
+                self.compiled = compile_step(self.step, *arguments)
+            state, metrics = self.compiled.call(*arguments)
+            losses.append(metrics["loss"])
+            if (number + 1) % self.config.eval_every == 0 or number + 1 == job.steps:
+                held_out.append((number + 1, self.held_out_loss(state.params)))
+        result = {
+            "arm": job.arm,
+            "rate": job.rate,
+            "seed": job.seed,
+            "steps": job.steps,
+            "trainable": sum(leaf.size for leaf in self.trainable.values()),
+            "loss": [round(float(loss), 5) for loss in losses],
+            "held_out": held_out,
+            "accuracy": {} if job.search else self.accuracies(state),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        whole(path, json.dumps(result) + "\n")
+
+    def held_out_loss(self, masters: Flat) -> float:
+        """Mean cross-entropy of the held-out answers, nats a token."""
+        sums = [eval_sums(self.step, masters, self.frozen, batch) for batch in self.held_out]
+        total = sum(float(s.loss) for s in sums) / sum(float(s.weight) for s in sums)
+        return round(total, 5)
+
+    def accuracies(self, state: Any) -> dict[str, Any]:
+        """Share of generated answers that are right, with its standard error, per family."""
+        params = merged(state, self.frozen, "float32")
+        return test_accuracies(self.config, self.step.model, params)
+
+    def _endless(self, job: Job) -> DataConfig:
+        # Packing leaves no row more than one document short of full.
+        needed = job.steps * self.config.batch_size * self.config.sequence_length
+        shortest = 8
+        rows = self.config.rows * len(self.config.families)
+        return _data(self.config, self.out, "train", job.seed, 1 + needed // (shortest * rows))
+
+
+def test_accuracies(config: CompareConfig, model: Any, params: Any) -> dict[str, Any]:
+    """Accuracy of a model on test problems that no training row repeats, with standard errors."""
+    found = {}
+    for family in config.families:
+        asked = test_problems(config, family)[: config.problems]
+        share, error, texts = family_accuracy(model, params, asked)
+        kinds: dict[str, list[bool]] = {}
+        for problem, text in zip(asked, texts, strict=True):
+            kinds.setdefault(problem.kind, []).append(problem.solved(text))
+        found[family] = {
+            "accuracy": round(share, 4),
+            "standard_error": round(error, 4),
+            "kinds": {kind: round(float(np.mean(right)), 3) for kind, right in kinds.items()},
+        }
+    return found
+
+
+def _data(config: CompareConfig, out: Path, split_name: str, seed: int, epochs: int) -> DataConfig:
+    sources = tuple(
+        SourceConfig(str(data_path(out, family, split_name)), "plain") for family in config.families
+    )
+    return DataConfig(
+        sources=sources,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        epochs=epochs,
+        seed=seed,
+    )

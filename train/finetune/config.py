@@ -1,0 +1,152 @@
+"""What a fine-tuning run is: plain data, from flags, from YAML, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from kvjax.sharding import parse_mesh
+from train.data import DataConfig, SourceConfig
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """A fine-tuning run. Defaults are the paper's (TransMLA, arXiv 2502.07864v2, section 5).
+
+    Attributes:
+        model: checkpoint directory, hub id, or builtin:<name>; converted or not.
+        data: sources as FORMAT:PATH or FORMAT:PATH@WEIGHT, e.g. metamath:meta.jsonl@0.5.
+        tokenizer: where the tokenizer is; None: with the model.
+        train: what trains: kv_only, attention, all, or patterns like "layers_*/attn/q".
+        sequence_length: tokens of a packed row.
+        batch_size: packed rows a step.
+        accumulate: micro-batches that a step is done in.
+        epochs: times the data is seen; `steps` overrides it.
+        template: auto (each format's own prompt) or chat (the tokenizer's chat template).
+        learn: answers, or all tokens.
+        learning_rate: peak; linear warm-up over `warmup` of the steps, then a cosine to zero.
+        clip: largest gradient norm.
+        dtype: of activations and frozen weights; what trains is kept in fp32.
+        remat: compute activations again in the backward pass, layer by layer.
+        teacher: the original model, to distil from; with `distill` the weight of the KL divergence.
+        mesh: e.g. data=1,fsdp=4,tensor=2; one −1 takes all devices that remain. None: one device.
+        checkpoint_every, log_every: steps.
+        keep: checkpoints that are kept.
+        merge: write the whole fine-tuned model to OUT/model at the end.
+        tensorboard: also write event files (needs the tensorboardX package).
+    """
+
+    model: str
+    data: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    train: tuple[str, ...] = ("kv_only",)
+    sequence_length: int = 1024
+    batch_size: int = 16
+    accumulate: int = 1
+    epochs: int = 2
+    steps: int | None = None
+    template: str = "auto"
+    learn: Literal["answers", "all"] = "answers"
+    long_rows: Literal["drop", "truncate"] = "drop"
+    learning_rate: float = 2e-5
+    warmup: float = 0.03
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = False
+    teacher: str | None = None
+    distill: float = 1.0
+    mesh: str | None = None
+    checkpoint_every: int = 100
+    log_every: int = 10
+    keep: int = 2
+    seed: int = 0
+    merge: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("sequence_length", "batch_size", "accumulate", "epochs", "learning_rate")
+        positive += ("checkpoint_every", "log_every", "keep", "clip")
+        wrong = [f"{name} {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
+        if self.steps is not None and self.steps < 1:
+            wrong.append(f"steps {self.steps}")
+        if wrong:
+            raise ValueError(f"got {', '.join(wrong)}, expected > 0")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"got batch_size {self.batch_size} and accumulate {self.accumulate}, "
+                "expected a divisor of the batch"
+            )
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+
+    @property
+    def data_config(self) -> DataConfig:
+        """The data, in the terms of `train.data`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.data:
+            raise ValueError("got no data, expected sources of the form FORMAT:PATH[@WEIGHT]")
+        return DataConfig(
+            sources=tuple(parse_source(text) for text in self.data),
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            template=self.template,
+            learn=self.learn,
+            epochs=self.epochs,
+            seed=self.seed,
+            long_rows=self.long_rows,
+        )
+
+
+def parse_source(text: str) -> SourceConfig:
+    """A source from FORMAT:PATH or FORMAT:PATH@WEIGHT.
+
+    Raises:
+        ValueError: text of another form.
+    """
+    kind, colon, path = text.partition(":")
+    path, at, weight = path.rpartition("@") if "@" in path else (path, "", "1")
+    try:
+        if not (kind and colon and path):
+            raise ValueError
+        return SourceConfig(path=path, format=kind, weight=float(weight))
+    except ValueError:
+        raise ValueError(
+            f"got source {text!r}, expected FORMAT:PATH or FORMAT:PATH@WEIGHT, "
+            "e.g. metamath:meta.jsonl@0.5"
+        ) from None
+
+
+def read_config(path: Path, **changes: Any) -> TuneConfig:
+    """A run from a YAML file whose keys are the attributes of `TuneConfig`.
+
+    Args:
+        changes: attributes that override the file's.
+
+    Raises:
+        ValueError: no such file, no mapping, or a key that there is no attribute for.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: got {type(raw).__name__}, expected a mapping of settings")
+    known = {field.name for field in dataclasses.fields(TuneConfig)}
+    unknown = sorted(raw.keys() - known)
+    if unknown:
+        raise ValueError(f"{path}: got keys {unknown}, expected some of {sorted(known)}")
+    content = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+    try:
+        return TuneConfig(**{**content, **changes})
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None

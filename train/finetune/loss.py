@@ -1,0 +1,106 @@
+"""Cross-entropy over packed documents, and distillation, without logits of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from kvjax.cache import NoCache
+from kvjax.nn import Transformer
+from kvjax.nn.transformer import Block
+
+Batch = Mapping[str, jax.Array]
+"""tokens, targets, positions, segments [B, T] int32 and weights [B, T] fp32 of `train.data`."""
+
+LOGITS = 2**26  # numbers of the logits that exist at a time: 256 MB in fp32
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, so that micro-batches add up to the batch that they are parts of.
+
+    Attributes:
+        loss: weighted cross-entropy, nats.
+        divergence: weighted KL(teacher ‖ student), nats; 0 without a teacher.
+        correct: weighted count of targets that are the most likely token.
+        weight: sum of the weights.
+    """
+
+    loss: Float[Array, ""]
+    divergence: Float[Array, ""]
+    correct: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+def hidden(model: Transformer, params: Any, batch: Batch, remat: bool) -> Float[Array, "B T D"]:
+    """Output of the last layer; documents of a row don't see each other.
+
+    Args:
+        remat: keep only the inputs of the layers for the backward pass, and compute the rest again.
+    """
+    c, positions = model.config, batch["positions"]
+    cache = NoCache(batch["segments"])
+    lengths = jnp.max(positions, axis=1) + 1
+    x: Any = model.apply({"params": params}, batch["tokens"], method="embed")
+    for index, layer in enumerate(c.layers):
+
+        def block(own, x, layer=layer):
+            return Block(c, layer).apply({"params": own}, x, positions, cache, lengths)[0]
+
+        block = jax.checkpoint(block) if remat else block
+        x = block(params[f"layers_{index}"], x)
+    return x
+
+
+def token_sums(
+    model: Transformer,
+    params: Any,
+    x: Float[Array, "B T D"],
+    batch: Batch,
+    teacher: tuple[Transformer, Any, Float[Array, "B T D"]] | None = None,
+) -> Sums:
+    """Losses from the last layer's output, a slice of the sequence at a time.
+
+    At most LOGITS logits exist, in the backward pass too: each slice's are computed again there.
+    Slices go along T, so that a batch that is split over devices stays so.
+
+    Args:
+        teacher: the original model, its parameters and its last layer's output.
+    """
+    B, T = batch["tokens"].shape
+    size = max(1, min(T, LOGITS // (B * model.config.vocab_size)))
+    slices = -(-T // size)
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        """[B, T, …] → [slices, B, size, …]; what is added weighs nothing."""
+        pad = [(0, 0), (0, slices * size - T)] + [(0, 0)] * (leaf.ndim - 2)
+        return jnp.moveaxis(jnp.pad(leaf, pad).reshape(B, slices, size, *leaf.shape[2:]), 1, 0)
+
+    def sums(chunk: Any) -> Sums:
+        x, x_teacher, targets, weights = chunk
+        logits: Any = model.apply({"params": params}, x, method="unembed")
+        divergence = jnp.zeros((), jnp.float32)
+        if teacher is not None:
+            wanted = teacher[0].apply({"params": teacher[1]}, x_teacher, method="unembed")
+            divergence = jnp.sum(kl_divergence(wanted, logits) * weights)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        return Sums(jnp.sum(losses * weights), divergence, jnp.sum(right * weights), weights.sum())
+
+    x_teacher = None if teacher is None else teacher[2]
+    chunks = jax.tree.map(cut, (x, x_teacher, batch["targets"], batch["weights"]))
+    if slices == 1:
+        return sums(jax.tree.map(lambda leaf: leaf[0], chunks))
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), jax.lax.map(jax.checkpoint(sums), chunks))
+
+
+def kl_divergence(
+    teacher: Float[Array, "*rows V"], student: Float[Array, "*rows V"]
+) -> Float[Array, "*rows"]:
+    """KL(teacher ‖ student) of logits, in nats (Hinton et al., arXiv 1503.02531, temperature 1)."""
+    p, q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
