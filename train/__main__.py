@@ -1,4 +1,4 @@
-"""`python -m train`: pretrain a model, export it, evaluate it, plot its curve."""
+"""`python -m train`: pretrain a model, export it, evaluate it, plot its curve; data to tune it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tyro
 from train.curve import plot_curve
 from train.evaluate import evaluate
 from train.export import export
+from train.families import write_rows
 from train.pretrain import pretrain
 from train.recipe import read_recipe
 
@@ -68,11 +69,27 @@ def curve_command(config: Path, metrics: Path, out: Path) -> None:
     plot_curve(read_recipe(config), metrics, out)
 
 
+def family_command(
+    name: str, out: Path, count: int = 5000, seed: int = 0, split: str = "train"
+) -> None:
+    """Write problems of a family for fine-tuning, one JSON object with query and response a line.
+
+    Args:
+        name: word_problems or programs.
+        out: the file.
+        count: problems.
+        seed: other seeds give other problems.
+        split: train or test; they share no query.
+    """
+    write_rows(out, name, count, seed, split)
+
+
 COMMANDS = {
     "pretrain": pretrain_command,
     "export": export_command,
     "evaluate": evaluate_command,
     "curve": curve_command,
+    "family": family_command,
 }
 
 if __name__ == "__main__":
