@@ -1,5 +1,7 @@
 """`python -m train`: pretrain and fine-tune models, export, evaluate, plot."""
 
+"""`python -m train`: pretrain a model, export it, evaluate it, plot its curve; data to tune it."""
+
 from __future__ import annotations
 
 import sys
@@ -12,6 +14,7 @@ from train.compare.command import compare
 from train.curve import plot_curve
 from train.evaluate import evaluate
 from train.export import export
+from train.families import write_rows
 from train.finetune import command
 from train.pretrain import pretrain
 from train.recipe import read_recipe
@@ -72,6 +75,21 @@ def curve_command(config: Path, metrics: Path, out: Path) -> None:
     plot_curve(read_recipe(config), metrics, out)
 
 
+def family_command(
+    name: str, out: Path, count: int = 5000, seed: int = 0, split: str = "train"
+) -> None:
+    """Write problems of a family for fine-tuning, one JSON object with query and response a line.
+
+    Args:
+        name: word_problems or programs.
+        out: the file.
+        count: problems.
+        seed: other seeds give other problems.
+        split: train or test; they share no query.
+    """
+    write_rows(out, name, count, seed, split)
+
+
 COMMANDS = {
     "pretrain": pretrain_command,
     "export": export_command,
@@ -79,6 +97,7 @@ COMMANDS = {
     "curve": curve_command,
     "finetune": command.tune,
     "compare": compare,
+    "family": family_command,
 }
 
 

@@ -24,7 +24,7 @@ from train.data import count_batches, make_loader
 from train.finetune import log
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig
-from train.finetune.labels import Flat, flatten, split, trainable_paths
+from train.finetune.labels import Flat, split, trainable_paths
 from train.finetune.step import TuneState, TuneStep, adamw, compile_step, learning_rate
 
 # Settings that a run may be continued with.
