@@ -1,6 +1,4 @@
-"""`python -m train`: pretrain and fine-tune models, export, evaluate, plot."""
-
-"""`python -m train`: pretrain a model, export it, evaluate it, plot its curve; data to tune it."""
+"""`python -m train`: pretrain and fine-tune models, draw data for it, export, evaluate, plot."""
 
 from __future__ import annotations
 

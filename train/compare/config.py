@@ -43,7 +43,7 @@ ARMS = {
     "mla_svd_per_head": Arm("svd_per_head", ("kv_only",)),
     "mla_identity": Arm("identity", ("kv_only",)),
 }
-"""The paper's figure 2 (GQA against MLA) and its ablation (identity), and a control for capacity."""
+"""The paper's figure 2 (GQA, MLA), its ablation (identity), and a control for capacity."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ def report(config: CompareConfig, out: Path, before: dict[str, Any]) -> dict[str
     """
     rows = [row for arm in config.arms for row in arm_rows(config, out, arm)]
     searches = {
-        arm: {f"{job.rate:g}": read_result(out, job)["held_out"][-1][1] for job in search_jobs(config, arm)}
+        arm: {
+            f"{job.rate:g}": read_result(out, job)["held_out"][-1][1]
+            for job in search_jobs(config, arm)
+        }
         for arm in config.arms
-    }  # fmt: skip
+    }
     result = {"before": before, "searches": searches, "rows": rows}
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(table(config, result))

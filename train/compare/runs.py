@@ -44,7 +44,7 @@ def write_data(config: CompareConfig, out: Path) -> None:
 
 
 def test_problems(config: CompareConfig, family: str) -> list[Problem]:
-    """Problems that no training row repeats: those that are asked, then those of the held-out loss."""
+    """Problems that no training row repeats: those to answer, then those of the held-out loss."""
     return problems(family, config.problems + config.eval_rows, seed=0, split="test")
 
 

@@ -114,7 +114,7 @@ def parse_source(text: str) -> SourceConfig:
         ValueError: text of another form.
     """
     kind, colon, path = text.partition(":")
-    path, at, weight = path.rpartition("@") if "@" in path else (path, "", "1")
+    path, _, weight = path.rpartition("@") if "@" in path else (path, "", "1")
     try:
         if not (kind and colon and path):
             raise ValueError

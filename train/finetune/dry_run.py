@@ -1,4 +1,4 @@
-"""The real step, compiled ahead of time for devices that are not here: memory and FLOPs per device."""
+"""The real step, compiled for devices that are not here: memory and FLOPs per device."""
 
 from __future__ import annotations
 

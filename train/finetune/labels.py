@@ -1,4 +1,4 @@
-"""Which parameters train: paths by pattern, and the split that keeps the others out of the gradient.
+"""Which parameters train: paths by pattern, and a split that keeps gradients off the others.
 
 Parameters are flat here: a dict from "layers_0/attn/k_up" to an array.
 """

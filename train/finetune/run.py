@@ -1,4 +1,4 @@
-"""A fine-tuning run: load, train, log, keep; a run that is killed goes on where it was, to the bit."""
+"""A fine-tuning run; killed, it goes on where it was, to the bit."""
 
 from __future__ import annotations
 
