@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from data_rows import CHAT, word_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from train.data.encoding import Encoder
 
@@ -110,6 +112,33 @@ def test_questions_and_answers_in_the_chat_template():
 def test_chat_templates_that_do_not_serve(template, row, message):
     with pytest.raises(ValueError, match=message):
         Encoder(word_tokenizer(template), "chat", "auto", "answers")(row)
+
+
+def test_an_assistant_that_speaks_first_answers_nothing():
+    tokenizer = word_tokenizer(CHAT)
+    greeting = ("assistant", "mary sings")
+    row = chat(greeting, ("user", "who ?"), ("assistant", "anna"))
+    document = Encoder(tokenizer, "chat", "auto", "answers")(row)
+    assert words(tokenizer, document) == (
+        "answer : mary sings <eos> question : who ? answer : anna* <eos>*"
+    )
+    with pytest.raises(ValueError, match="the assistant only speaks first"):
+        Encoder(tokenizer, "chat", "auto", "answers")(chat(greeting))
+
+
+def test_no_space_is_doubled_where_the_tokenizer_adds_one():
+    """As sentencepiece does: any text that is encoded gets a space in front."""
+    vocab = {token: i for i, token in enumerate(("<unk>", "<eos>", "▁", "▁a", "▁who", "▁mary"))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    assert tokenizer.tokenize(" mary") == ["▁", "▁mary"]
+    row = {"query": "who", "response": "mary"}
+    document = Encoder(tokenizer, "plain", "auto", "answers")(row)
+    assert words(tokenizer, document) == "▁who ▁mary* <eos>*"
 
 
 def test_a_tokenizer_without_eos():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -87,25 +88,17 @@ def open_documents(config: DataConfig, tokenizer: Any) -> tuple[Documents, ...]:
     Raises:
         ValueError: as in `open_rows`, `Encoder` and `Documents`.
     """
+    # What is made of the documents makes no others.
+    config = dataclasses.replace(config, batch_size=1, epochs=1, seed=0)
     return tuple(
-        _open(source, _Settings(config), tokenizer, str(tokenizer.chat_template), _stamp(source))
+        _open(
+            dataclasses.replace(config, sources=(dataclasses.replace(source, weight=1.0),)),
+            tokenizer,
+            str(tokenizer.chat_template),
+            _stamp(source),
+        )
         for source in config.sources
     )
-
-
-class _Settings:
-    """The config, equal to others in which documents are the same."""
-
-    def __init__(self, config: DataConfig):
-        self.config = config
-        names = ("sequence_length", "template", "learn", "long_rows", "max_rows")
-        self.values = tuple(getattr(config, name) for name in names)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Settings) and self.values == other.values
-
-    def __hash__(self) -> int:
-        return hash(self.values)
 
 
 def _stamp(source: SourceConfig) -> tuple[int, int] | None:
@@ -118,8 +111,8 @@ def _stamp(source: SourceConfig) -> tuple[int, int] | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(source, settings, tokenizer, chat_template, stamp) -> Documents:
+def _open(config: DataConfig, tokenizer: Any, chat_template: str, stamp: Any) -> Documents:
     del chat_template, stamp  # they only say whether an earlier result still holds
-    config = settings.config
-    encoder = Encoder(tokenizer, source.format, config.template, config.learn)
-    return Documents(source.path, open_rows(source), encoder, config)
+    (source,) = config.sources
+    encode = Encoder(tokenizer, source.format, config.template, config.learn)
+    return Documents(source.path, open_rows(source), encode, config)

@@ -27,7 +27,10 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: "user", "assistant", "system", …; "text" is a text without turns."""
+    """One turn: "user", "assistant", "system", …; "text" is a text without turns.
+
+    Only text is kept of a turn: calls of tools that stand beside it are not rendered.
+    """
 
     role: str
     content: str

@@ -43,12 +43,13 @@ def chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[Piece]:
     """A chat in the tokenizer's template, up to the assistant's last turn.
 
     What the assistant says is what one more of its turns adds to the rendering of the messages
-    before, the start of its turn included: exactly what it would have to write in a chat.
+    before, the start of its turn included: exactly what it would have to write in a chat. A turn
+    that opens the chat answers nothing and is not learned.
 
     Raises:
-        ValueError: the tokenizer has no chat template, the template refuses the messages, or it
-            renders earlier messages differently once more follow (so that what is learned would
-            not be what is asked for).
+        ValueError: the tokenizer has no chat template, the template refuses the messages, the
+            assistant answers nothing, or the template renders earlier messages differently once
+            more follow (so that what is learned would not be what is asked for).
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -59,7 +60,7 @@ def chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[Piece]:
     pieces: list[Piece] = []
     done = ""
     for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or index == 0:
             continue
         before = _render(tokenizer, turns[:index], add_generation_prompt=True)
         after = _render(tokenizer, turns[: index + 1], add_generation_prompt=False)
@@ -68,6 +69,8 @@ def chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[Piece]:
                 raise ValueError(_changed(text, done, index + 1))
             pieces.append(Piece(text[len(done) :], learned))
             done = text
+    if not pieces:
+        raise ValueError("the assistant only speaks first, expected an answer to another turn")
     return pieces
 
 
