@@ -44,8 +44,7 @@ class Checkpoints:
             ValueError: this one, or the one before, could not be written; names the last good one.
         """
         try:
-            content = {"state": state, "data": data}
-            self._orbax.save_checkpointables_async(step, content, force=True)
+            self._orbax.save_async(step, state, force=True, custom_metadata=data)
         except (OSError, ValueError) as error:
             raise self._not_written(error) from error
 
@@ -85,13 +84,12 @@ class Checkpoints:
         state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        self._check(step, like)
-        loaded = self._orbax.load_checkpointables(step, {"state": state, "data": {}})
-        return step, loaded["state"], loaded["data"]
+        metadata = self._orbax.metadata(step)
+        self._check(step, metadata.metadata, like)
+        return step, self._orbax.load(step, state), metadata.custom_metadata
 
-    def _check(self, step: int, like: TuneState) -> None:
-        metadata = self._orbax.checkpointables_metadata(step).metadata
-        stored = {k: tuple(v.shape) for k, v in metadata["state"]["params"].items()}
+    def _check(self, step: int, found: Any, like: TuneState) -> None:
+        stored = {path: tuple(leaf.shape) for path, leaf in found["params"].items()}
         expected = {k: tuple(v.shape) for k, v in like.params.items()}
         if stored != expected:
             different = sorted(stored.items() ^ expected.items())[:4]

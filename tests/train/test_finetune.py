@@ -1,0 +1,285 @@
+"""Runs: exact resume, kill -9, errors that name the step, the merged model, the command."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import random_params
+
+import kvjax
+from kvjax import transmla
+from kvjax.nn import Transformer
+from kvjax.tasks import WordVocabulary
+from kvjax.tasks.families import rows
+from train.__main__ import main
+from train.finetune import checkpoints, log
+from train.finetune.checkpoints import Checkpoints
+from train.finetune.command import parse
+from train.finetune.config import TuneConfig, parse_source, read_config
+from train.finetune.labels import flatten, trainable_paths
+from train.finetune.run import finetune, load, plan
+from train.recipe import ModelShape, model_config
+
+ROOT = Path(__file__).parents[2]
+SHAPE = ModelShape(16, 2, 4, 2, 8, 32, 128)
+QUICK = {
+    "sequence_length": 64,
+    "batch_size": 4,
+    "learning_rate": 3e-3,
+    "dtype": "float32",
+    "log_every": 2,
+    "checkpoint_every": 4,
+    "steps": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with the project's vocabulary, its conversion, and rows to train on."""
+    out = tmp_path_factory.mktemp("tune")
+    vocab = WordVocabulary()
+    model = Transformer(model_config(SHAPE, vocab.size, vocab.bos_id, vocab.eos_id))
+    params = random_params(model)
+    kvjax.save(model, params, out / "gqa", layout="hf")
+    kvjax.save(*transmla.convert(model, params), out / "mla")
+    for name in ("gqa", "mla"):
+        for path in (ROOT / "kvjax" / "builtin" / "needle").glob("tokenizer*"):
+            shutil.copy(path, out / name)
+    lines = [json.dumps(row) + "\n" for row in rows("word_problems", 120, 0)]
+    (out / "rows.jsonl").write_text("".join(lines))
+    return out
+
+
+def settings(folder, **changes):
+    data = (f"plain:{folder / 'rows.jsonl'}",)
+    return TuneConfig(**{"model": str(folder / "mla"), "data": data, **QUICK, **changes})
+
+
+def run(config, out, stop_after=None):
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):  # for orbax
+        warnings.simplefilter("ignore")
+        return finetune(config, out, stop_after)
+
+
+def newest(config, out):
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
+        warnings.simplefilter("ignore")
+        return Checkpoints(out, 2).load_newest(load(config)[1])
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    report = run(settings(folder, merge=True), out)
+    return out, report
+
+
+def same_run(config, one, other):
+    (a_step, a, a_data), (b_step, b, b_data) = newest(config, one), newest(config, other)
+    assert a_step == b_step and a_data == b_data
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    timed = ("seconds", "tokens_per_second")
+    logs = [
+        [
+            {k: v for k, v in line.items() if k not in timed}
+            for line in log.read(out / "metrics.jsonl")
+        ]
+        for out in (one, other)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_run(folder, finished):
+    out, report = finished
+    lines = log.read(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert report["steps"] == report["of"] == 12
+    assert report["learned_tokens"] < report["tokens"] <= 12 * 4 * 64
+    model, params = kvjax.load(folder / "mla", dtype="float32")
+    paths = trainable_paths(model, params, ["kv_only"])
+    assert report["trainable"] == sum(flatten(params)[path].size for path in paths)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = [int(path.name) for path in (out / checkpoints.FOLDER).iterdir()]
+    assert sorted(steps) == [8, 12]
+
+
+def test_merge_is_the_trained_model_and_frozen_weights_are_untouched(folder, finished):
+    out, _ = finished
+    config = settings(folder)
+    model, merged = kvjax.load(out / "model", dtype="float32")
+    _, source = kvjax.load(folder / "mla", dtype="float32")
+    _, state, _ = newest(config, out)
+    for path, leaf in flatten(merged).items():
+        if path in state.params:
+            np.testing.assert_array_equal(leaf, state.params[path])
+            assert not np.array_equal(leaf, flatten(source)[path])
+        else:
+            np.testing.assert_array_equal(leaf, flatten(source)[path])
+    ids = kvjax.load_tokenizer(out / "model")("mary is 14 years old").input_ids
+    assert model.apply({"params": merged}, jnp.asarray([ids], jnp.int32))[0].shape[1] == len(ids)
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_stopped_and_resumed_it_is_the_same_run(folder, finished, tmp_path, stop):
+    config = settings(folder)
+    run(config, tmp_path, stop_after=stop)
+    assert log.read(tmp_path / "metrics.jsonl")[-1]["step"] <= stop
+    run(config, tmp_path)
+    same_run(config, finished[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_is_the_same_run(folder, finished, tmp_path):
+    """kill -9 wherever the run happens to be, and again; then to the end."""
+    config = settings(folder)
+    command = [sys.executable, "-m", "train", "finetune", "--out", str(tmp_path)]
+    command += ["--model", config.model, "--data", *config.data]
+    for name, value in QUICK.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    rng, environment = random.Random(0), {**os.environ, "JAX_PLATFORMS": "cpu"}
+    kills, errors = 0, (tmp_path / "errors").open("w")
+    while kills < 5:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        seen, target = log.read(tmp_path / "metrics.jsonl"), rng.choice([0, 2, 4])
+        wanted = (seen[-1]["step"] if seen else 0) + target
+        while process.poll() is None and not reached(tmp_path, wanted):
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.3)
+        assert process.poll() in (None, 0), (tmp_path / "errors").read_text()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    errors.close()
+    finished_process = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished_process.returncode == 0, finished_process.stderr
+    same_run(config, finished[0], tmp_path)
+
+
+def reached(out, step):
+    lines = log.read(out / "metrics.jsonl")
+    return bool(lines) and lines[-1]["step"] >= step
+
+
+def test_another_run_s_folder_is_refused(folder, finished):
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate: 0.003 there, 0.1 now"):
+        run(settings(folder, learning_rate=0.1), finished[0])
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(folder, tmp_path):
+    config = settings(folder, learning_rate=1e30, warmup=0.5, checkpoint_every=1, clip=1e30)
+    with pytest.raises(
+        ValueError, match=r"step (\d+): loss .*last good checkpoint is of step"
+    ) as e:
+        run(config, tmp_path)
+    step = int(str(e.value).split("step ")[1].split(":")[0])
+    kept = int(str(e.value).rsplit(" ", 1)[1])
+    assert kept == step - 1
+    number, state, _ = newest(config, tmp_path)
+    assert number == kept
+    assert all(np.isfinite(leaf).all() for leaf in state.params.values())
+
+
+def test_a_full_disk_is_one_line_and_names_the_last_good_checkpoint(folder, tmp_path):
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    start = f"{limit}from train.__main__ import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", start, "finetune", "--out", str(tmp_path)]
+    command += ["--model", str(folder / "mla"), "--data", f"plain:{folder / 'rows.jsonl'}"]
+    command += ["--steps", "4", "--checkpoint-every", "2", "--sequence-length", "64"]
+    found = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "cannot write a checkpoint" in found.stderr and "last good one: none" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_steps_follow_from_epochs(folder):
+    tokenizer = kvjax.load_tokenizer(folder / "mla")
+    once, _ = plan(settings(folder, steps=None, epochs=1), tokenizer)
+    thrice, _ = plan(settings(folder, steps=None, epochs=3), tokenizer)
+    assert once >= 2 and abs(thrice - 3 * once) <= 3
+    steps, data = plan(settings(folder, steps=5 * once), tokenizer)
+    assert steps == 5 * once and data.epochs == 6
+
+
+def test_settings_from_a_file_and_flags(tmp_path, folder):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: [metamath:a.jsonl@0.5, 'sc2:b.jsonl']\ntrain: [attention]\n")
+    assert read_config(path).train == ("attention",)
+    flags = ["--config", str(path), "--out", "o", "--learning-rate", "0.5", "--batch-size", "8"]
+    arguments = parse(flags)
+    assert arguments.settings == read_config(path, learning_rate=0.5, batch_size=8)
+    sources = arguments.settings.data_config.sources
+    assert [(s.format, s.path, s.weight) for s in sources] == [
+        ("metamath", "a.jsonl", 0.5),
+        ("sc2", "b.jsonl", 1.0),
+    ]
+    assert (parse(["--model", "m"]).settings.batch_size, TuneConfig("m").learning_rate) == (
+        16,
+        2e-5,
+    )
+    path.write_text("model: m\nlearning-rate: 1\n")
+    with pytest.raises(ValueError, match=r"got keys \['learning-rate'\], expected some of .*b1"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 and accumulate 4"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0, expected > 0"),
+        ({"mesh": "data:2"}, "expected a form like data=1"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TuneConfig("m", ("plain:a",), **changes)
+
+
+@pytest.mark.parametrize("text", ["a.jsonl", "plain:", "plain:a@much", ":a", "plain:a@0"])
+def test_bad_sources(text):
+    with pytest.raises(ValueError, match=r"FORMAT:PATH|expected a positive number"):
+        parse_source(text)
+
+
+def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, finished, tmp_path):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    config = settings(folder, mesh="data=2,fsdp=2,tensor=2")
+    run(config, tmp_path)
+    one, many = (log.read(out / "metrics.jsonl") for out in (finished[0], tmp_path))
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+        assert a["tokens"] == b["tokens"]
+    with pytest.raises(ValueError, match="expected a product of 8 devices"):
+        load(settings(folder, mesh="data=3"))
+
+
+def test_dry_run(folder, capsys):
+    command = ["finetune", "--dry-run", "--model", str(folder / "gqa" / "config.json")]
+    main([*command, "--sequence-length", "32", "--batch-size", "16", "--dtype", "float32"])
+    printed = capsys.readouterr().out
+    assert "bytes_per_device" in printed and "8 × cpu" in printed
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--batch-size", "12"])
+    assert stopped.value.code == 2
+    assert "expected a multiple" in capsys.readouterr().err
