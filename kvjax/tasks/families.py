@@ -12,10 +12,10 @@ from kvjax.tasks.problem import Problem
 from kvjax.tasks.vocabulary import WordVocabulary
 
 FAMILIES: dict[str, tuple[Callable[..., Problem], tuple[int, ...]]] = {
-    "word_problems": (word_problems.generate, tuple(word_problems.LEVELS)),
+    "word_problems": (word_problems.generate, (1, 2, 1, 2, 3)),
     "programs": (programs.generate, tuple(range(programs.COMMANDS[0], programs.COMMANDS[1] + 1))),
 }
-"""The generator of each family, and the difficulties that its data mixes in equal parts."""
+"""The generator of each family, and the difficulties that its data takes in turn."""
 
 SPLITS = ("train", "test")
 TEST_SHARE = 8

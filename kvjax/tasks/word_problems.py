@@ -1,10 +1,10 @@
 """Arithmetic word problems about ages, with the steps of their solution written out.
 
-Numbers are single tokens of 10 to 69. "over" adds, "under" subtracts, and a solution counts: in
-tens, and then what is left. Every number is a step from the one before it:
+Numbers are single tokens of 10 to 69. "over" adds, "under" subtracts, and a solution counts from
+the first number: in tens, and then what is left. Most numbers are ten from the word before them:
 
     mary is 14 years old . john is 23 years over mary . question : how old is john ? answer :
-    → john is 23 over 14 : 24 34 37 . 37
+    → john is 23 over mary : 14 24 34 37 . 37
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _path(
         size, side = abs(step), "over" if step > 0 else "under"
         older = " older ," if step > 0 and rng.random() < 0.5 else ""
         facts.append(f"{one} is{older} {size} years {side} {other} .")
-        solution.append(f"{one} is {size} {side} {ages[index]} : {_count(ages[index], step)} .")
+        solution.append(f"{one} is {size} {side} {other} : {_count(ages[index], step)} .")
     return facts, f"how old is {names[len(steps)]} ?", " ".join([*solution, str(ages[-1])])
 
 
@@ -146,9 +146,9 @@ def _between(
 
 
 def _count(start: int, step: int) -> str:
-    """The numbers on the way from `start` to `start + step`: tens first, then the rest."""
+    """The numbers from `start` to `start + step`: tens first, then the rest."""
     sign = 1 if step > 0 else -1
-    stops = [*range(start + 10 * sign, start + step, 10 * sign), start + step]
+    stops = [*range(start, start + step, 10 * sign), start + step]
     return " ".join(map(str, stops))
 
 
