@@ -69,7 +69,7 @@ class CompareConfig:
     arms: tuple[str, ...] = tuple(ARMS)
     rows: int = 20_000
     problems: int = 200
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 16
     sequence_length: int = 128
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -77,7 +77,7 @@ class CompareConfig:
     seeds: int = 3
     warmup: float = 0.03
     eval_every: int = 20
-    eval_rows: int = 200
+    eval_rows: int = 100
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]
