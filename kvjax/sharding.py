@@ -84,7 +84,7 @@ def param_shardings(model: Transformer, mesh: Mesh) -> Any:
     Raises:
         ValueError: a mesh without any of the axes that split parameters.
     """
-    known = {ALIASES.get(axis, axis): axis for axis in mesh.axis_names}
+    known = {ALIASES.get(axis, axis): axis for axis in map(str, mesh.axis_names)}
     if not known.keys() & set(LOGICAL.values()):
         raise ValueError(
             f"the mesh has axes {mesh.axis_names}, expected some of {MESH_AXES} or {tuple(ALIASES)}"

@@ -24,9 +24,10 @@ class Checkpoints:
         """
         self._directory = (run / FOLDER).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._orbax = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(self._directory),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 
@@ -84,9 +85,10 @@ class Checkpoints:
         state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        metadata = self._orbax.metadata(step)
+        metadata: Any = self._orbax.metadata(step)
         self._check(step, metadata.metadata, like)
-        return step, self._orbax.load(step, state), metadata.custom_metadata
+        loaded: Any = self._orbax.load(step, state)
+        return step, loaded, metadata.custom_metadata
 
     def _check(self, step: int, found: Any, like: TuneState) -> None:
         stored = {path: tuple(leaf.shape) for path, leaf in found["params"].items()}

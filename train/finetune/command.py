@@ -47,7 +47,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(argv)[0].config
     default = None if config is None else Arguments(read_config(config))
-    return tyro.cli(Arguments, prog="python -m train finetune", args=argv, default=default)
+    prog = "python -m train finetune"
+    if default is None:
+        return tyro.cli(Arguments, prog=prog, args=argv)
+    return tyro.cli(Arguments, prog=prog, args=argv, default=default)
 
 
 def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:

@@ -28,6 +28,8 @@ class TuneConfig:
         epochs: times the data is seen; `steps` overrides it.
         template: auto (each format's own prompt) or chat (the tokenizer's chat template).
         learn: answers, or all tokens.
+        long_rows: rows longer than a packed row are dropped (and counted), or truncated.
+        max_rows: the first so many rows of each source.
         learning_rate: peak; linear warm-up over `warmup` of the steps, then a cosine to zero.
         clip: largest gradient norm.
         dtype: of activations and frozen weights; what trains is kept in fp32.
@@ -52,6 +54,7 @@ class TuneConfig:
     template: str = "auto"
     learn: Literal["answers", "all"] = "answers"
     long_rows: Literal["drop", "truncate"] = "drop"
+    max_rows: int | None = None
     learning_rate: float = 2e-5
     warmup: float = 0.03
     b1: float = 0.9
@@ -104,6 +107,7 @@ class TuneConfig:
             epochs=self.epochs,
             seed=self.seed,
             long_rows=self.long_rows,
+            max_rows=self.max_rows,
         )
 
 

@@ -14,7 +14,7 @@ from kvjax.cache import NoCache
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 """tokens, targets, positions, segments [B, T] int32 and weights [B, T] fp32 of `train.data`."""
 
 LOGITS = 2**26  # numbers of the logits that exist at a time: 256 MB in fp32
@@ -85,7 +85,7 @@ def token_sums(
         logits: Any = model.apply({"params": params}, x, method="unembed")
         divergence = jnp.zeros((), jnp.float32)
         if teacher is not None:
-            wanted = teacher[0].apply({"params": teacher[1]}, x_teacher, method="unembed")
+            wanted: Any = teacher[0].apply({"params": teacher[1]}, x_teacher, method="unembed")
             divergence = jnp.sum(kl_divergence(wanted, logits) * weights)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
