@@ -186,7 +186,7 @@ def test_the_same_step_on_four_devices(mesh):
     want, want_metrics = one_step(*prepare(model, params), batch)
     devices = make_mesh(parse_mesh(mesh), jax.devices()[:4])
     spread = jax.device_put(params, param_shardings(model, devices))
-    step, state, frozen = prepare(model, spread)
+    step, state, frozen = prepare(model, spread, place=batch_sharding(devices))
     got, metrics = one_step(step, state, frozen, jax.device_put(batch, batch_sharding(devices)))
     for name in metrics:
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, err_msg=name)

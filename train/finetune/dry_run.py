@@ -52,6 +52,7 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
         dtype=config.dtype,
         accumulate=config.accumulate,
         remat=config.remat,
+        place=batch_sharding(mesh),
     )
     trainable, frozen = abstract_params(model, config, mesh)
     places = state_shardings(step.optimizer, trainable).opt_state

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from kvjax.cache import NoCache
@@ -36,20 +38,29 @@ class Sums(NamedTuple):
     weight: Float[Array, ""]
 
 
-def hidden(model: Transformer, params: Any, batch: Batch, remat: bool) -> Float[Array, "B T D"]:
+def hidden(
+    model: Transformer,
+    params: Any,
+    batch: Batch,
+    remat: bool,
+    place: NamedSharding | None = None,
+) -> Float[Array, "B T D"]:
     """Output of the last layer; documents of a row don't see each other.
 
     Args:
         remat: keep only the inputs of the layers for the backward pass, and compute the rest again.
+        place: how the batch is split over devices. Activations are held to it: otherwise the
+            compiler may gather them, rather than the weights that FSDP splits.
     """
     c, positions = model.config, batch["positions"]
     cache = NoCache(batch["segments"])
     lengths = jnp.max(positions, axis=1) + 1
-    x: Any = model.apply({"params": params}, batch["tokens"], method="embed")
+    x: Any = keep(model.apply({"params": params}, batch["tokens"], method="embed"), place)
     for index, layer in enumerate(c.layers):
 
         def block(own, x, layer=layer):
-            return Block(c, layer).apply({"params": own}, x, positions, cache, lengths)[0]
+            x = Block(c, layer).apply({"params": own}, x, positions, cache, lengths)[0]
+            return keep(x, place)
 
         block = jax.checkpoint(block) if remat else block
         x = block(params[f"layers_{index}"], x)
@@ -62,17 +73,19 @@ def token_sums(
     x: Float[Array, "B T D"],
     batch: Batch,
     teacher: tuple[Transformer, Any, Float[Array, "B T D"]] | None = None,
+    place: NamedSharding | None = None,
 ) -> Sums:
     """Losses from the last layer's output, a slice of the sequence at a time.
 
-    At most LOGITS logits exist, in the backward pass too: each slice's are computed again there.
-    Slices go along T, so that a batch that is split over devices stays so.
+    At most LOGITS logits exist on a device, in the backward pass too: each slice's are computed
+    again there. Slices go along T, so that a batch that is split over devices stays so.
 
     Args:
         teacher: the original model, its parameters and its last layer's output.
+        place: see `hidden`.
     """
     B, T = batch["tokens"].shape
-    size = max(1, min(T, LOGITS // (B * model.config.vocab_size)))
+    size = max(1, min(T, ways(place) * LOGITS // (B * model.config.vocab_size)))
     slices = -(-T // size)
 
     def cut(leaf: jax.Array) -> jax.Array:
@@ -81,7 +94,7 @@ def token_sums(
         return jnp.moveaxis(jnp.pad(leaf, pad).reshape(B, slices, size, *leaf.shape[2:]), 1, 0)
 
     def sums(chunk: Any) -> Sums:
-        x, x_teacher, targets, weights = chunk
+        x, x_teacher, targets, weights = jax.tree.map(lambda leaf: keep(leaf, place), chunk)
         logits: Any = model.apply({"params": params}, x, method="unembed")
         divergence = jnp.zeros((), jnp.float32)
         if teacher is not None:
@@ -104,3 +117,17 @@ def kl_divergence(
     """KL(teacher ‖ student) of logits, in nats (Hinton et al., arXiv 1503.02531, temperature 1)."""
     p, q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def keep(x: jax.Array, place: NamedSharding | None) -> jax.Array:
+    """x, split over devices along its first axis as a batch is."""
+    return x if place is None else jax.lax.with_sharding_constraint(x, place)
+
+
+def ways(place: NamedSharding | None) -> int:
+    """Into how many parts the batch is split."""
+    if place is None:
+        return 1
+    axes = place.spec[0]
+    named = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(place.mesh.shape[axis] for axis in named)

@@ -88,6 +88,7 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
         dtype=config.dtype,
         accumulate=config.accumulate,
         remat=config.remat,
+        place=None if mesh is None else batch_sharding(mesh),
         teacher=teacher,
         distill=config.distill,
     )

@@ -42,7 +42,7 @@ class TuneStep:
         optimizer: up to the learning rate, which is an argument of the step.
         dtype: of activations and of the weights in products; what trains is cast in every step.
         accumulate: micro-batches a step; the batch's first axis is divided by it.
-        remat: see `loss.hidden`.
+        remat, place: see `loss.hidden`.
         teacher: the original model, for distillation.
         distill: weight of KL(teacher ‖ model) beside cross-entropy.
     """
@@ -52,6 +52,7 @@ class TuneStep:
     dtype: str = "bfloat16"
     accumulate: int = 1
     remat: bool = False
+    place: NamedSharding | None = None
     teacher: Transformer | None = None
     distill: float = 0.0
 
@@ -116,12 +117,12 @@ class TuneStep:
         """Losses of a batch; also what an evaluation calls."""
         cast = {path: leaf.astype(self.dtype) for path, leaf in masters.items()}
         params = unflatten({**frozen, **cast})
-        x = hidden(self.model, params, batch, self.remat)
+        x = hidden(self.model, params, batch, self.remat, self.place)
         teacher = None
         if self.teacher is not None:
-            seen = hidden(self.teacher, teacher_params, batch, remat=False)
+            seen = hidden(self.teacher, teacher_params, batch, False, self.place)
             teacher = self.teacher, teacher_params, jax.lax.stop_gradient(seen)
-        return token_sums(self.model, params, x, batch, teacher)
+        return token_sums(self.model, params, x, batch, teacher, self.place)
 
 
 def _split_batch(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
