@@ -1,6 +1,8 @@
 """Tiny models of every attention, and random packed batches, for the tests of fine-tuning."""
 
 import functools
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,13 @@ import numpy as np
 from calibrated_toys import build
 from toys import random_params
 
+import kvjax
 from kvjax import transmla
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from kvjax.hf import read_model
 from kvjax.nn import Transformer
+from kvjax.tasks import WordVocabulary
+from train.recipe import ModelShape, model_config
 
 KINDS = ("gqa", "equal_cache", "fold", "post")
 
@@ -60,3 +66,15 @@ def wide_model(vocab_size=64, layers=2, width=8192):
     layer = LayerConfig(attention, MLPConfig(width))
     model = Transformer(ModelConfig("llama", vocab_size, 64, (layer,) * layers))
     return model, random_params(model)
+
+
+def tiny_checkpoint(out):
+    """Writes a tiny random llama with the project's vocabulary and tokenizer; what was written."""
+    vocab = WordVocabulary()
+    shape = ModelShape(16, 2, 4, 2, 8, 32, 128)
+    model = Transformer(model_config(shape, vocab.size, vocab.bos_id, vocab.eos_id))
+    params = random_params(model)
+    kvjax.save(model, params, out, layout="hf")
+    for path in Path(read_model("builtin:needle").config.source).glob("tokenizer*"):
+        shutil.copy(path, out)
+    return model, params

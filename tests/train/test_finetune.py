@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import random_params
+from tuning_toys import tiny_checkpoint
 
 import kvjax
 from kvjax import transmla
-from kvjax.nn import Transformer
-from kvjax.tasks import WordVocabulary
+from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks.families import rows
 from train.__main__ import main
 from train.finetune import checkpoints, log
@@ -29,10 +27,8 @@ from train.finetune.command import parse
 from train.finetune.config import TuneConfig, parse_source, read_config
 from train.finetune.labels import flatten, trainable_paths
 from train.finetune.run import finetune, load, plan
-from train.recipe import ModelShape, model_config
 
 ROOT = Path(__file__).parents[2]
-SHAPE = ModelShape(16, 2, 4, 2, 8, 32, 128)
 QUICK = {
     "sequence_length": 64,
     "batch_size": 4,
@@ -48,14 +44,9 @@ QUICK = {
 def folder(tmp_path_factory):
     """A tiny model with the project's vocabulary, its conversion, and rows to train on."""
     out = tmp_path_factory.mktemp("tune")
-    vocab = WordVocabulary()
-    model = Transformer(model_config(SHAPE, vocab.size, vocab.bos_id, vocab.eos_id))
-    params = random_params(model)
-    kvjax.save(model, params, out / "gqa", layout="hf")
+    model, params = tiny_checkpoint(out / "gqa")
     kvjax.save(*transmla.convert(model, params), out / "mla")
-    for name in ("gqa", "mla"):
-        for path in (ROOT / "kvjax" / "builtin" / "needle").glob("tokenizer*"):
-            shutil.copy(path, out / name)
+    copy_companions(out / "gqa", out / "mla")
     lines = [json.dumps(row) + "\n" for row in rows("word_problems", 120, 0)]
     (out / "rows.jsonl").write_text("".join(lines))
     return out

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from kvjax import transmla
+from kvjax.config import RopeConfig
 from kvjax.nn import Transformer
+from kvjax.transmla.factors import Factors
+from kvjax.transmla.inits import Init, identity
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,11 @@ class Arm:
     """One way to fine-tune the same model.
 
     Attributes:
-        init: of `equal_cache`; None leaves the model with GQA.
+        init: of `equal_cache`, a name or a function; None leaves the model with GQA.
         train: patterns of `train.finetune.labels`.
     """
 
-    init: str | None
+    init: str | Init | None
     train: tuple[str, ...]
 
     def convert(self, model: Transformer, params: dict[str, Any]) -> tuple[Transformer, Any]:
@@ -30,6 +34,11 @@ class Arm:
         if self.init is None:
             return model, params
         return transmla.convert(model, params, "equal_cache", init=self.init)
+
+
+def dense_identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Factors:
+    """`identity` with the zeros between KV heads as parameters: the paper's W^b is one matrix."""
+    return identity(weight, repeats, rope).wide()
 
 
 QO = ("kv_only", "layers_*/attn/q", "layers_*/attn/o")
@@ -41,7 +50,7 @@ ARMS = {
     "gqa_matched": Arm(None, QO),
     "mla_svd_global": Arm("svd_global", ("kv_only",)),
     "mla_svd_per_head": Arm("svd_per_head", ("kv_only",)),
-    "mla_identity": Arm("identity", ("kv_only",)),
+    "mla_identity": Arm(dense_identity, ("kv_only",)),
 }
 """The paper's figure 2 (GQA, MLA), its ablation (identity), and a control for capacity."""
 
@@ -72,7 +81,7 @@ class CompareConfig:
     steps: int = 300
     batch_size: int = 16
     sequence_length: int = 128
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     paper_rate: float = 2e-5
     seeds: int = 3
     warmup: float = 0.03

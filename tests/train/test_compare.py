@@ -1,0 +1,136 @@
+"""The comparison: fair arms, rates chosen on a seed of their own, runs that are not taken twice."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tuning_toys import packed_batch, tiny_checkpoint
+
+import kvjax
+from train.compare import report as reports
+from train.compare import runs
+from train.compare.command import check_folder
+from train.compare.config import ARMS, CompareConfig, final_jobs, read_compare, search_jobs
+from train.finetune.labels import flatten, split, trainable_paths
+
+SMALL = {
+    "families": ("word_problems",),
+    "arms": ("gqa", "mla_svd_global"),
+    "rows": 60,
+    "problems": 8,
+    "steps": 8,
+    "batch_size": 2,
+    "sequence_length": 64,
+    "rates": (1e-3, 1e-2),
+    "seeds": 2,
+    "eval_every": 4,
+    "eval_rows": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    tiny_checkpoint(out / "model")
+    return CompareConfig(model=str(out / "model"), **SMALL), out
+
+
+def test_every_arm_starts_as_the_same_function():
+    model, params = kvjax.load("builtin:needle", dtype="float32")
+    tokens = packed_batch(model.config.vocab_size, B=1)["tokens"]
+    want = model.apply({"params": params}, tokens)[0]
+    trains = {}
+    for name, arm in ARMS.items():
+        new_model, new_params = arm.convert(model, params)
+        got = new_model.apply({"params": new_params}, tokens)[0]
+        np.testing.assert_allclose(got, want, atol=3e-4, err_msg=name)
+        paths = trainable_paths(new_model, new_params, arm.train)
+        trains[name] = sum(leaf.size for leaf in split(new_params, paths)[0].values())
+        assert len(flatten(new_params)) > len(paths)
+    assert trains["gqa_matched"] == trains["mla_svd_global"] == trains["mla_identity"]
+    assert trains["gqa"] < trains["mla_svd_per_head"] < trains["gqa_matched"]
+
+
+def test_a_rate_is_chosen_on_an_order_of_data_that_no_reported_run_has():
+    config = CompareConfig()
+    searches, finals = search_jobs(config, "gqa"), final_jobs(config, "gqa", config.rates[1])
+    assert {job.rate for job in searches} == set(config.rates)
+    assert {job.steps for job in searches} == {config.steps // 4}
+    assert not {job.seed for job in searches} & {job.seed for job in finals}
+    rates = sorted({job.rate for job in finals})
+    assert rates == sorted({config.rates[1], config.paper_rate})
+    assert len(finals) == 2 * config.seeds
+    assert len({job.name for job in [*searches, *finals]}) == len(searches) + len(finals)
+
+
+def test_problems_of_training_are_no_problems_of_the_tests(small):
+    config, out = small
+    runs.write_data(config, out)
+    rows = {
+        name: [
+            json.loads(line)["query"]
+            for line in runs.data_path(out, "word_problems", name).read_text().splitlines()
+        ]
+        for name in ("train", "validation")
+    }
+    asked = [p.query for p in runs.test_problems(config, "word_problems")[: config.problems]]
+    assert len(rows["train"]) == 60 and len(rows["validation"]) == 8 and len(asked) == 8
+    assert not set(rows["train"]) & set(rows["validation"])
+    assert not set(asked) & (set(rows["train"]) | set(rows["validation"]))
+
+
+def test_runs_and_their_report(small):
+    """A run follows from its job alone, and one that is there is not taken again."""
+    config, out = small
+    runs.write_data(config, out)
+    with jax.numpy_dtype_promotion("standard"):
+        for arm in config.arms:
+            trainer = runs.trainer(config, out, arm)
+            for job in search_jobs(config, arm):
+                trainer.run_once(job)
+            best = runs.best_rate(config, out, arm)
+            for job in final_jobs(config, arm, best):
+                trainer.run_once(job)
+        first = final_jobs(config, "gqa", runs.best_rate(config, out, "gqa"))[0]
+        path = out / "runs" / f"{first.name}.json"
+        before = json.loads(path.read_text())
+        path.unlink()
+        runs.trainer.cache_clear()
+        runs.trainer(config, out, "gqa").run_once(first)
+        again = json.loads(path.read_text())
+        stamp = path.stat().st_mtime_ns
+        runs.trainer(config, out, "gqa").run_once(first)
+    assert path.stat().st_mtime_ns == stamp
+    assert {**before, "seconds": 0} == {**again, "seconds": 0}
+    assert before["held_out"][-1][1] < before["held_out"][0][1]
+    found = reports.report(config, out, {"word_problems": {"accuracy": 0.25}})
+    assert [row["chosen"] for row in found["rows"]] == [True, False] * 2
+    ends = [
+        runs.read_result(out, job)["held_out"][-1][1] for job in final_jobs(config, "gqa", best)
+    ]
+    table = (out / "table.md").read_text()
+    assert table.count("\n") == 2 + 1 + 4 and "0.250" in table
+    if best == found["rows"][0]["rate"]:
+        mean, error = found["rows"][0]["loss_end"]
+        assert mean == pytest.approx(np.mean(ends[:2]), abs=1e-4)
+        assert error == pytest.approx(abs(ends[0] - ends[1]) / 2, abs=1e-4)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_comparison_s_folder_is_refused(tmp_path):
+    check_folder(CompareConfig(), tmp_path)
+    check_folder(CompareConfig(), tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        check_folder(CompareConfig(steps=100), tmp_path)
+
+
+def test_bad_settings(tmp_path):
+    with pytest.raises(ValueError, match=r"got arms \['lora'\], expected some of gqa"):
+        CompareConfig(arms=("gqa", "lora"))
+    with pytest.raises(ValueError, match="got a count below 1"):
+        CompareConfig(steps=3)
+    path = tmp_path / "c.yaml"
+    path.write_text("step: 3\n")
+    with pytest.raises(ValueError, match=r"got keys \['step'\]"):
+        read_compare(path)
