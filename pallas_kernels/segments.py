@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
 BLOCK_SIZES = (64, 32, 16, 8)
 LARGE_BLOCKS = BLOCK_SIZES[:-1]
 """Blocks that cost less for one head than the largest does for two (measured)."""
 NOWHERE = np.iinfo(np.int32).max
-
-
-class Layout(NamedTuple):
-    """How equal blocks of a pool and its segments overlap; Z is 1 where all sequences agree.
-
-    Attributes:
-        heads: [Z, C, M] the heads that own rows of each of C blocks, padded with 0.
-        owned: [Z, C, M, size] bool, the rows that such a head owns.
-        head_of: [Z, K, C·M] bool, one-hot over heads, nothing for padding.
-    """
-
-    heads: Int[Array, "Z C M"]
-    owned: Bool[Array, "Z C M size"]
-    head_of: Bool[Array, "Z K X"]
 
 
 @jax.tree_util.register_static
@@ -76,23 +61,20 @@ class StaticSegments:
         own = [size for size in fits if size in LARGE_BLOCKS and whole % size == 0]
         return next(iter(own or fits), None)
 
-    def layout(self, pool_rows: int) -> Layout:
-        """The blocks; a block seldom has rows of more than two heads."""
+    def block_heads(self, pool_rows: int) -> jax.Array:
+        """[1, C, M] the heads that own rows of each of C equal blocks.
+
+        M is the most that one block has, seldom more than two; others fill up with heads that
+        have no rows in the block.
+        """
         size = self.block_size(pool_rows)
         assert size is not None
-        K, C = self.num_heads, pool_rows // size
-        owned = np.zeros((K, pool_rows), bool)
-        for head, (start, capacity) in enumerate(zip(self.starts, self.capacities, strict=True)):
-            owned[head, start : start + capacity] = True
-        owned = owned.reshape(K, C, size).swapaxes(0, 1)
-        present = owned.any(axis=2)
+        first = np.arange(0, pool_rows, size)
+        ends = np.add(self.starts, self.capacities)
+        present = (np.asarray(self.starts) < first[:, None] + size) & (ends > first[:, None])
         most = max(int(present.sum(axis=1).max()), 1)
         # A stable sort of "absent" brings the heads that are present to the front.
-        heads = np.argsort(~present, axis=1, kind="stable")[:, :most]
-        owned = np.take_along_axis(owned, heads[:, :, None], axis=1)
-        there = np.take_along_axis(present, heads, axis=1)
-        head_of = (heads.reshape(1, -1) == np.arange(K)[:, None]) & there.reshape(1, -1)
-        return Layout(_row(heads.astype(np.int32)), _row(owned), _row(head_of))
+        return _row(np.argsort(~present, axis=1, kind="stable")[:, :most])
 
 
 @jax.tree_util.register_dataclass
@@ -134,12 +116,9 @@ class TracedSegments:
         """`align`, if it divides the pool."""
         return self.align if pool_rows % self.align == 0 else None
 
-    def layout(self, pool_rows: int) -> Layout:
-        """The blocks, each of one head."""
-        heads = self._owners(jnp.arange(0, pool_rows, self.align, dtype=jnp.int32))
-        owned = jnp.ones((*heads.shape, 1, self.align), bool)
-        index = jnp.arange(self.num_heads, dtype=jnp.int32)
-        return Layout(heads[:, :, None], owned, heads[:, None] == index[None, :, None])
+    def block_heads(self, pool_rows: int) -> jax.Array:
+        """[B, C, 1] the head of each block."""
+        return self._owners(jnp.arange(0, pool_rows, self.align, dtype=jnp.int32))[:, :, None]
 
     def _owners(self, rows: jax.Array) -> jax.Array:
         """[B, ·] the last head whose segment begins at or before each row."""
@@ -152,8 +131,7 @@ Segments = StaticSegments | TracedSegments
 
 def _row(values: Any) -> jax.Array:
     """[1, …] of values that are the same for every sequence."""
-    array = np.asarray(values)
-    return jnp.asarray(array.astype(np.int32) if array.dtype != bool else array)[None]
+    return jnp.asarray(np.asarray(values, np.int32))[None]
 
 
 def common_alignment(segments: Segments, pool: Any) -> int:

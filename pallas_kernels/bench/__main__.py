@@ -5,7 +5,8 @@
 For each operation, model, batch and context: the median time of every implementation that serves,
 the bytes of the live entries, and what part of the bandwidth of a copy on the device, measured in
 the same turns, reading them alone would take. Baselines: XLA's einsum ("xla"); for dense caches
-`jax.nn.dot_product_attention`; for ragged ones as many entries in a dense cache ("dense").
+`jax.nn.dot_product_attention` and, where they can run, jax's paged attention and tokamax; for
+ragged ones as many entries in a dense cache ("dense").
 """
 
 import argparse
@@ -23,6 +24,7 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.bench.baselines import baselines
 from pallas_kernels.bench.cases import Case, gqa_case, mla_case, ragged_case
+from pallas_kernels.bench.optional import optional_baselines
 from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.bench.timing import copier, in_turns
 from pallas_kernels.bench.tune import tune, write
@@ -70,9 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         write(TABLES / f"{on.platform}.json", on.device_kind, found)
         print(json.dumps(found, indent=1))
         return 0
-    rows = [row for case in cases(args) for row in measure(case, args)]
+    absent: dict[str, str] = {}
+    rows = [row for case in cases(args) for row in measure(case, args, on.platform, absent)]
+    for name, reason in absent.items():
+        print(f"without {name}: {reason}")
     if args.json:
-        args.json.write_text(json.dumps(result(rows, args, on), indent=1) + "\n")
+        args.json.write_text(json.dumps(result(rows, absent, args, on), indent=1) + "\n")
     return 0
 
 
@@ -108,10 +113,14 @@ def cases(args: argparse.Namespace):
                         yield from (ragged_case(*size, kind) for kind in ("uniform", "skewed"))
 
 
-def measure(case: Case, args: argparse.Namespace) -> list[Row]:
-    """All implementations of a case and the copy, in turns."""
+def measure(
+    case: Case, args: argparse.Namespace, platform: str, absent: dict[str, str]
+) -> list[Row]:
+    """All implementations of a case and the copy, in turns; what is missing goes to `absent`."""
     copy, copied = copier(args.copy_mib * 2**20)
-    runs = {**implementations(case), **baselines(case)}
+    others, missing = optional_baselines(case, platform)
+    absent |= missing
+    runs = {**implementations(case), **baselines(case), **others}
     clock = time.process_time if args.cpu_time else time.perf_counter
     seconds = in_turns({"copy": copy, **runs}, args.repeats, clock)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -165,7 +174,9 @@ def line(row: Row, bandwidth: float) -> str:
     )
 
 
-def result(rows: list[Row], args: argparse.Namespace, on: dispatch.Target) -> dict[str, Any]:
+def result(
+    rows: list[Row], absent: dict[str, str], args: argparse.Namespace, on: dispatch.Target
+) -> dict[str, Any]:
     """What the file holds."""
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -173,6 +184,7 @@ def result(rows: list[Row], args: argparse.Namespace, on: dispatch.Target) -> di
         "platform": on.platform,
         "jax": jax.__version__,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "absent": absent,
         "rows": [asdict(row) for row in rows],
     }
 

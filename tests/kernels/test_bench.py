@@ -39,7 +39,8 @@ def test_command(tmp_path, capsys):
     out = tmp_path / "bench.json"
     sizes = ["--models", "needle", "--contexts", "64", "--repeats", "2", "--copy-mib", "1"]
     assert main([*sizes, "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    found = json.loads(out.read_text())
+    rows = found["rows"]
     got = {(row["operation"], row["budgets"], row["implementation"]) for row in rows}
     assert got == {
         ("gqa_decode", "", "xla"),
@@ -54,7 +55,11 @@ def test_command(tmp_path, capsys):
         assert row["median"] == np.median(row["seconds"]) and len(row["seconds"]) == 2
         if row["implementation"] == "xla":
             assert row["times_xla"] == 1
-    assert capsys.readouterr().out.count("× xla") == len(rows)
+    printed = capsys.readouterr().out
+    assert printed.count("× xla") == len(rows)
+    assert found["absent"]["jax paged"] == "not on this backend (cpu)"
+    assert found["absent"].keys() == {"jax paged", "tokamax"}
+    assert "without jax paged: not on this backend (cpu)" in printed
 
 
 def test_nothing_to_tune_on_a_cpu(capsys):
