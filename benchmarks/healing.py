@@ -22,16 +22,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import kvjax
 from benchmarks.environment import environment
 from benchmarks.transmla import TASKS, embedded
+from kvjax.hf import latent_rms
 from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks import WordVocabulary, make_examples
 from kvjax.transmla import BEST, calibrate, published
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 
+EXPORT = "50% rms export"
+"""DeepSeek-V3's layout with its norm on the latent and no bias: what serving engines load."""
+
 CONVERSIONS = {
     "50% best": {"kv_rank": 64, "rope_dim": 64, "recipe": BEST},
     "28% best": {"kv_rank": 24, "rope_dim": 48, "recipe": BEST},
     "50% published": {"kv_rank": 96, "rope_dim": 32, "recipe": published(1)},
+    EXPORT: {"kv_rank": 96, "rope_dim": 32, "exportable": True},
 }
 ARMS = {
     "answers": {"teacher": None, "learn": "answers"},
@@ -54,12 +59,17 @@ def write_rows(path: Path, count: int, length: int) -> None:
 
 def convert(work: Any, stats: Any, settings: dict[str, Any], out: Path) -> None:
     """The conversion as a directory that a run can load."""
-    if not (out / "kvjax.json").exists() and not out.exists():
-        kvjax.save(
-            *kvjax.transmla.convert(work.model, work.params, "decoupled", stats=stats, **settings),
-            out,
-        )
-        copy_companions(Path(work.model.config.source), out)
+    if out.exists():
+        return
+    model, params = kvjax.transmla.convert(
+        work.model, work.params, "decoupled", stats=stats, **settings
+    )
+    if settings.get("exportable"):
+        rms = latent_rms(model, params, [work.calibration[:8]])
+        kvjax.save(model, params, out, layout="deepseek_v3", norm="rms", latent_rms=rms)
+    else:
+        kvjax.save(model, params, out)
+    copy_companions(Path(work.model.config.source), out)
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ class Arguments:
         stop_after: stop after this many steps in all.
         dry_run: compile the step, print memory and FLOPs of each device, and stop.
         topology: for --dry-run: a TPU topology such as v5e:8x8 or v5p:2x2x4 (needs libtpu).
-        distributed: start jax.distributed first: one process of several, on a TPU pod or as
-            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say.
+        distributed: one process of several: "auto" on TPU pods, Slurm and Open MPI, or
+            HOST:PORT,PROCESSES,INDEX; HOST:PORT is the first process's.
         json: also write the result to this file.
     """
 
@@ -37,7 +37,7 @@ class Arguments:
     stop_after: int | None = None
     dry_run: bool = False
     topology: str | None = None
-    distributed: bool = False
+    distributed: str | None = None
     json: Path | None = None
 
 
@@ -61,10 +61,8 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """
     # orbax logs a traceback of what it raises anyway.
     absl.logging.set_verbosity(absl.logging.FATAL)
-    if arguments.distributed:
-        import jax
-
-        jax.distributed.initialize()
+    if arguments.distributed is not None:
+        join(arguments.distributed)
     if arguments.dry_run:
         from train.finetune.dry_run import dry_run
 
@@ -79,6 +77,27 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print_report(report)
+
+
+def join(text: str) -> None:
+    """Becomes one process of several.
+
+    Raises:
+        ValueError: text of another form.
+    """
+    import jax
+
+    if text == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        address, count, index = text.split(",")
+        numbers = int(count), int(index)
+    except ValueError:
+        raise ValueError(
+            f"got --distributed {text!r}, expected auto or HOST:PORT,PROCESSES,INDEX"
+        ) from None
+    jax.distributed.initialize(address, *numbers)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -48,6 +48,22 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def tensorboard(out: Path, line: dict[str, Any]) -> None:
+    """Adds one line to the event files under `out`/tensorboard.
+
+    Raises:
+        ValueError: the package tensorboardX is missing.
+    """
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError("--tensorboard needs the package: pip install tensorboardX") from None
+    with SummaryWriter(str(out / "tensorboard")) as writer:
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                writer.add_scalar(name, value, line["step"])
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that was torn by a kill, which can only be the last, is left out."""
     lines = []

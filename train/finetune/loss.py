@@ -55,12 +55,13 @@ def hidden(
     c, positions = model.config, batch["positions"]
     cache = NoCache(batch["segments"])
     lengths = jnp.max(positions, axis=1) + 1
-    x: Any = keep(model.apply({"params": params}, batch["tokens"], method="embed"), place)
+    x: Any = model.apply({"params": params}, batch["tokens"], method="embed")
+    x = keep(x, place)
     for index, layer in enumerate(c.layers):
 
         def block(own, x, layer=layer):
-            x = Block(c, layer).apply({"params": own}, x, positions, cache, lengths)[0]
-            return keep(x, place)
+            y: Any = Block(c, layer).apply({"params": own}, x, positions, cache, lengths)
+            return keep(y[0], place)
 
         block = jax.checkpoint(block) if remat else block
         x = block(params[f"layers_{index}"], x)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import kvjax
-from kvjax.config import GQAConfig
 from kvjax.hf import layout_of
 from kvjax.pipelines.companions import copy_companions
 from train.finetune.config import TuneConfig
 from train.finetune.labels import Flat, unflatten
+from train.finetune.setup import Tuning
 from train.finetune.step import TuneState
 
 
@@ -19,20 +19,19 @@ def merged(state: TuneState, frozen: Flat, dtype: str) -> dict:
     return unflatten({**{path: leaf.astype(dtype) for path, leaf in frozen.items()}, **trained})
 
 
-def write_merged(config: TuneConfig, tuning, state: TuneState, out: Path) -> Path:
+def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path) -> Path:
     """Writes a directory that `kvjax.load` reads, the tokenizer included.
 
-    A model that Hugging Face's layout can express and that came in it goes back to it.
+    In the layout that the model came in: Hugging Face's (a healed export included) or the native.
 
     Args:
-        tuning: of `train.finetune.run`.
+        tuning: what the run worked with.
 
     Raises:
         ValueError: `out` already holds a checkpoint.
     """
     model = tuning.step.model
-    plain = all(type(layer.attention) is GQAConfig for layer in model.config.layers)
-    layout = "hf" if plain and layout_of(config.model) == "hf" else "native"
-    kvjax.save(model, merged(state, tuning.frozen, config.dtype), out, layout=layout)
+    params = merged(state, tuning.frozen, config.dtype)
+    kvjax.save(model, params, out, layout=layout_of(config.model))
     copy_companions(Path(model.config.source), out)
     return out
