@@ -279,7 +279,7 @@ def test_dry_run(folder, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run(folder, tmp_path):
+def test_two_processes_are_one_run(folder, finished, tmp_path):
     """Two processes of two devices each: they train together, and go on together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -296,7 +296,8 @@ def test_two_processes_are_one_run(folder, tmp_path):
         both = [
             subprocess.Popen(
                 [*command, *more, "--distributed", f"127.0.0.1:{port},2,{index}"],
-                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
             for index in range(2)
         ]  # fmt: skip
@@ -309,5 +310,5 @@ def test_two_processes_are_one_run(folder, tmp_path):
     lines = log.read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    # As many tokens as in one process's run, within what packing leaves.
-    assert lines[-1]["tokens"] == pytest.approx(12 * 4 * 64, rel=0.15)
+    one = log.read(finished[0] / "metrics.jsonl")[-1]["tokens"]
+    assert lines[-1]["tokens"] == pytest.approx(one, rel=0.2)  # packed apart
