@@ -3,8 +3,9 @@
     python -m benchmarks.healing [--out benchmarks/results/healing.json] [--runs healing_runs]
 
 Each conversion is fine-tuned (`train.finetune`, kv_only) on fresh questions of the kinds that the
-model was pretrained on: on the answers alone, and on all tokens with distillation from the original. Accuracy is teacher-forced exact match of whole answers, on
-questions that neither calibration nor training saw. An interrupted run goes on.
+model was pretrained on: on the answers alone, and on all tokens with distillation from the
+original. Accuracy is teacher-forced exact match of whole answers, on questions that neither
+calibration nor training saw. An interrupted run goes on.
 """
 
 from __future__ import annotations
