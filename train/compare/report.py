@@ -111,7 +111,7 @@ def plot(config: CompareConfig, out: Path) -> None:
     axes[0].set(title="each arm at its chosen rate", ylabel="held-out loss, nats a token")
     axes[1].set(title=f"the paper's rate, {config.paper_rate:g}")
     for axis in axes:
-        axis.set(xlabel="step")
+        axis.set(xlabel="step", yscale="log")
         axis.legend(fontsize=8)
     figure.savefig(out / "loss.png", dpi=110)
     plt.close(figure)
