@@ -1,19 +1,19 @@
 """What a run reports: results.json, made from its predictions.
 
-    {
-      "task", "metric", "model", "protocol", "seed", "items",
-      "policies": [{
-          "policy",
-          "all": {"score", "standard_error", "items"},
-          "groups": {group: the same},
-          "cache_bytes", "full_cache_bytes", "gqa_cache_bytes",     # means over the items
-          "kept": {bucket: [L][K] tokens},                           # where the policy gives them
-          "prompt_tokens": {"least", "mean", "most"}, "truncated",
-          "summary": the task's own numbers,
-      }],
-      "seconds", "computed",     # of the process that finished the run; items of all policies
-      "date", "device", "versions", "commit", "command"
-    }
+{
+  "task", "metric", "model", "protocol", "seed", "items",
+  "policies": [{
+      "policy",
+      "all": {"score", "standard_error", "items"},
+      "groups": {group: the same},
+      "cache_bytes", "full_cache_bytes", "gqa_cache_bytes",     # means over the items
+      "kept": {bucket: [L][K] tokens},                           # where the policy gives them
+      "prompt_tokens": {"least", "mean", "most"}, "truncated",
+      "summary": the task's own numbers,
+  }],
+  "seconds", "computed",     # of the process that finished the run; items of all policies
+  "date", "device", "versions", "commit", "command"
+}
 """
 
 from __future__ import annotations
