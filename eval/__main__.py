@@ -6,14 +6,16 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import tyro
+
 COMMANDS = {
     "perplexity": ("eval.perplexity", "main"),
     "latency": ("eval.latency", "main"),
     "lm-eval": ("eval.lm_eval", "main"),
-    "report": ("eval.report.command", "main"),
+    "report": ("eval.report.command", "report"),
     "run": ("eval.recipes", "main"),
 }
-"""Commands beside the tasks: where their main(arguments) is."""
+"""Commands beside the tasks: where they are. `main` takes the arguments, others are for tyro."""
 
 HELP = """usage: python -m eval COMMAND [OPTIONS]
 
@@ -47,7 +49,11 @@ def dispatch(name: str, argv: list[str]) -> None:
     """Runs a task or a command."""
     if name in COMMANDS:
         module, function = COMMANDS[name]
-        getattr(importlib.import_module(module), function)(argv)
+        command = getattr(importlib.import_module(module), function)
+        if function == "main":
+            command(argv)
+        else:
+            tyro.cli(command, prog=f"python -m eval {name}", args=argv)
         return
     from eval.registry import TASKS
 

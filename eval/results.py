@@ -9,7 +9,7 @@
       "cache_bytes", "full_cache_bytes", "gqa_cache_bytes",     # means over the items
       "kept": {bucket: [L][K] tokens},                           # where the policy gives them
       "prompt_tokens": {"least", "mean", "most"}, "truncated",
-      "summary": the task's own numbers,
+      "summary": the task's own numbers, if it has some,
   }],
   "seconds", "computed",     # of the process that finished the run; items of all policies
   "date", "device", "versions", "commit", "command"
@@ -69,7 +69,7 @@ def of_policy(
         "prompt_tokens": {"least": min(tokens), "mean": _mean(tokens), "most": max(tokens)},
         "truncated": sum(prediction.truncated for prediction in predictions),
     }
-    if task.summary is not None:
+    if task.summary is not None and predictions[0].text is not None:
         triples = [(task_item, p.text or "", p.score) for task_item, p in _pairs(task, predictions)]
         result["summary"] = task.summary(triples)
     return result
