@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from toys import forward
 
-import kvjax
 from eval import losses
 from eval.__main__ import main
 from eval.losses import after_prefix, chunks, dense, perplexity_of
@@ -123,10 +122,7 @@ def test_the_command(folder, tmp_path):
     full, small = report["policies"]
     assert full["all"]["items"] == small["all"]["items"] == 2 * (LENGTH - 40)
     assert small["cache_bytes"] < full["cache_bytes"] == full["full_cache_bytes"]
-    model, params = kvjax.load(folder / "model", dtype="float32")
-    out = kvjax.generate(model, params, [[5] * 48], LENGTH - 48, names[1])
-    again = {**report["policies"][1], "policy": names[1]}
-    assert again["kept"]["40"] and out.cache_bytes > 0
+    assert np.sum(small["kept"]["40"]) == 10 * 2 * 2  # layers and KV heads
 
 
 def test_bad_input_is_one_line(folder, capsys):

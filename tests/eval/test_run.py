@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 
 import kvjax
 from eval import sizes
+from eval.__main__ import main
 from eval.batches import Shape, make_batches, shapes
 from eval.encoding import encode
 from eval.loaded import resolve_all
@@ -232,30 +231,28 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_five_times_it_is_the_same_run(tmp_path):
-    """kill -9 wherever the run happens to be; then to the end."""
+def test_killed_five_times_it_is_the_same_run(tmp_path, monkeypatch):
+    """kill -9 wherever the command happens to be; then to the end."""
     model = toys.checkpoint(tmp_path / "model")
-    command = [sys.executable, "-m", "eval", "needle", "--model", str(model)]
-    command += ["--policy", "full", "--policy", "headkv:kv_size=12", "--dtype", "float32"]
-    command += ["--lengths", "48", "64", "--set", "depths=3", "--count", "20", "--batch-size", "1"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **cache}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = ["needle", "--model", str(model), "--policy", "full", "--policy", "headkv:kv_size=12"]
+    command += ["--dtype", "float32", "--lengths", "48", "--set", "depths=3"]
+    command += ["--count", "40", "--batch-size", "1", "--out"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Processes of their own, forked from one that has done the imports, which take seconds.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["eval.run", "eval.command", "eval.tasks.needle"])
 
     def start(out):
-        return subprocess.Popen(
-            [*command, "--out", str(out)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = processes.Process(target=main, args=([*command, str(out)],))
+        process.start()
+        return process
 
     def finish(out):
         process = start(out)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+        process.join()
+        assert process.exitcode == 0
 
     def lines(out):
         path = out / PREDICTIONS
@@ -266,12 +263,12 @@ def test_killed_five_times_it_is_the_same_run(tmp_path):
     for _ in range(5):
         wanted = lines(out) + rng.randint(1, 30)
         process = start(out)
-        while process.poll() is None and lines(out) < wanted:
+        while process.is_alive() and lines(out) < wanted:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
-        assert process.poll() is None, "it finished before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it finished before it could be killed"
     assert 0 < lines(out) < 240
     finish(out)
     files = [(path / PREDICTIONS).read_bytes() for path in (tmp_path / "whole", out)]
