@@ -245,15 +245,16 @@ def test_a_sandbox_that_fails_is_no_failed_program(nothing_left):
         ask({}, 60)
 
 
-def test_nothing_outlives_the_evaluation(nothing_left):
+def test_nothing_outlives_the_evaluation(nothing_left, tmp_path):
     """The evaluating process is killed in the middle of a program."""
     code = "from eval.sandbox.runner import run; run('print(1)\\nwhile True: pass', timeout=60)"
-    host = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     before = processes.descendants(os.getpid())
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # its folder is left behind
+    host = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
     deadline = time.monotonic() + 60
-    while len(processes.descendants(host.pid)) < 2 and time.monotonic() < deadline:
+    while len(processes.descendants(host.pid)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes.descendants(host.pid)
+    assert len(processes.descendants(host.pid)) >= 3  # supervisor, its child, worker
     host.kill()
     host.wait()
     while (left := processes.descendants(os.getpid()) - before) and time.monotonic() < deadline:
