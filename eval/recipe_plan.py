@@ -151,6 +151,7 @@ def _task(run: RecipeRun, model: Any, policies: dict[str, Any], command: Any) ->
         prompts = encode(task, tokenizer, model.config, command.chat, command.max_length)
     except (ValueError, OSError) as error:
         yield f"items unknown: {_line(error)}"
+        yield f"programs: prefill and decode for each prompt bucket and {len(policies)} policies"
         whole = min(command.max_length or 10**9, model.config.context_length)
         yield from _caches(model, policies, command.dtype, (whole, 0, command.batch_size))
         return

@@ -74,7 +74,7 @@ def against_bytes(runs: Sequence[Run], pictures: Pictures) -> list[str]:
         )
         alt = f"{metric} of {task} against cache bytes for {', '.join(curves)}"
         parts.append(page.figure(file, alt, "Bars are standard errors; bytes are those held."))
-    return [page.section("Accuracy against bytes", *parts)] if parts else []
+    return [page.section("Score against bytes", *parts)] if parts else []
 
 
 def against_context(runs: Sequence[Run], pictures: Pictures) -> list[str]:
