@@ -15,10 +15,15 @@ AOT_GPU_VENV ?= .venv-aot-gpu
 # Most of the suite's time is XLA compiling on one core.
 JOBS ?= 2
 
-.PHONY: demo test test-aot test-aot-gpu lint format bench clean
+.PHONY: demo report test test-aot test-aot-gpu lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvjax demo --out demo_out
+
+# The embedded model's evaluation: runs in report_runs/, pages and pictures in report/index.html.
+report: $(VENV)/.installed
+	$(BIN)/python -m eval run eval/configs/embedded.yaml --out report_runs
+	$(BIN)/python -m eval report report_runs benchmarks/results/needle_metrics.jsonl --out report
 
 test: $(VENV)/.installed-$(TEST)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -75,4 +80,4 @@ $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo_out runs dist build
+	rm -rf $(VENV) demo_out report report_runs runs dist build

@@ -1,0 +1,1 @@
+"""Evaluation through the real compressed cache: `python -m eval TASK --model … --policy …`."""

@@ -1,0 +1,75 @@
+"""`python -m eval`: what a model still knows when its cache is compressed, and what it costs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+COMMANDS = {
+    "perplexity": ("eval.perplexity", "main"),
+    "latency": ("eval.latency", "main"),
+    "lm-eval": ("eval.lm_eval", "main"),
+    "report": ("eval.report.command", "report"),
+    "run": ("eval.recipes", "main"),
+}
+"""Commands beside the tasks: where they are. `main` takes the arguments, others are for tyro."""
+
+HELP = """usage: python -m eval COMMAND [OPTIONS]
+
+tasks:     {tasks}
+           python -m eval TASK --help
+commands:  perplexity  of a text, dense, in a sliding window, or from a compressed prefix
+           latency     time and cache bytes against context and batch
+           lm-eval     lm-evaluation-harness through the compressed cache
+           report      tables and pictures of finished runs
+           run         CONFIG.yaml: several of these
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; bad input is one line on standard error and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    from eval.registry import TASKS
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP.format(tasks=", ".join(TASKS)))
+        sys.exit(0 if argv else 2)
+    try:
+        dispatch(argv[0], argv[1:])
+    except ModuleNotFoundError as error:
+        fail(f"{argv[0]} needs the package {error.name}: pip install 'kvjax[eval]'")
+    except (ValueError, NotImplementedError, OSError) as error:
+        fail(str(error))
+
+
+def dispatch(name: str, argv: list[str]) -> None:
+    """Runs a task or a command."""
+    if name in COMMANDS:
+        module, function = COMMANDS[name]
+        command = getattr(importlib.import_module(module), function)
+        if function == "main":
+            command(argv)
+        else:
+            tyro.cli(command, prog=f"python -m eval {name}", args=argv)
+        return
+    from eval.registry import TASKS
+
+    if name not in TASKS:
+        known = ", ".join([*TASKS, *COMMANDS])
+        raise ValueError(f"no task or command {name!r}, expected one of {known}")
+    from eval.command import run_task
+
+    run_task(name, argv)
+
+
+def fail(message: str) -> None:
+    """One line, and exit code 2."""
+    print(f"eval: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""`python -m eval TASK`: from the command line to a run, and its result on one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import UseAppendAction, arg
+
+Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
+Policies = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(name="policy", metavar="POLICY", help="full, snapkv:kv_size=128, …; repeat for several"),
+]
+Model = Annotated[str, arg(help="checkpoint directory, hub id, or builtin:<name>")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights, activations and cache")
+]
+
+
+@dataclass(frozen=True)
+class TaskCommand:
+    """Runs a task and writes its folder: config.json, predictions.jsonl, results.json.
+
+    The same command goes on with a run that was interrupted.
+
+    Attributes:
+        out: folder of the run.
+        data_dir: folder with the task's files.
+        limit: the first so many items of each subset.
+        lengths: prompt lengths in tokens, for tasks that make their prompts.
+        count: prompts of each length and depth, for the same.
+        subsets: of those that have some; all otherwise.
+        shots: examples in the prompt, where the task has a choice.
+        seed: of generated prompts and of sampled answers.
+        protocol: teacher: feed the right answer through the compressed cache, one prefill for all
+            policies; after: the same, with the question asked after the compression.
+        chat: prompts inside the tokenizer's chat template.
+        max_length: tokens of prompt and answer, where it is less than the model's context.
+        unsafe_execution: run programs that a model wrote without a sandbox, if there is none.
+        dry_run: print items, prompt tokens, compiles and cache bytes, and stop.
+    """
+
+    model: Model
+    policy: Policies = ()
+    out: Path | None = None
+    data_dir: Path | None = None
+    limit: int | None = None
+    lengths: tuple[int, ...] = ()
+    count: int = 20
+    subsets: tuple[str, ...] = ()
+    shots: int | None = None
+    settings: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(name="set", metavar="KEY=VALUE", help="a setting of this task; repeat for several"),
+    ] = ()
+    seed: int = 0
+    protocol: Literal["generate", "teacher", "after"] = "generate"
+    chat: bool = False
+    batch_size: int = 8
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    unsafe_execution: bool = False
+    dry_run: bool = False
+    dtype: Dtype = "bfloat16"
+    json_file: Json = None
+
+
+TASK_FIELDS = ("data_dir", "limit", "lengths", "count", "subsets", "shots", "seed")
+
+
+def run_task(name: str, argv: Sequence[str]) -> None:
+    """The command of the task `name` with these arguments."""
+    from eval.registry import TASKS
+
+    if name not in TASKS:
+        raise ValueError(f"no task or command {name!r}, expected one of {', '.join(TASKS)}")
+    command = tyro.cli(TaskCommand, prog=f"python -m eval {name}", args=list(argv))
+    report = execute(name, command, [name, *argv])
+    (_print_plan if command.dry_run else print_report)(report)
+    write_json(command.json_file, report)
+
+
+def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, Any]:
+    """Runs the task, or plans it.
+
+    Args:
+        argv: for results.json.
+
+    Raises:
+        ValueError: see `eval.run.evaluate`.
+    """
+    from eval.dry_run import dry_run
+    from eval.loaded import Loaded
+    from eval.registry import load_task
+    from eval.run import evaluate
+    from eval.settings import Settings
+    from kvjax.hf import load, load_tokenizer, read_model
+
+    if command.out is None and not command.dry_run:
+        raise ValueError("give --out FOLDER for the run, or --dry-run")
+    names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
+    settings = Settings(
+        policies=command.policy or ("full",), **{n: getattr(command, n) for n in names}
+    )
+    model = read_model(command.model)
+    tokenizer = load_tokenizer(command.model)
+    task = load_task(name, task_options(command, tokenizer))
+    if command.dry_run:
+        return dry_run(model, tokenizer, task, settings, command.dtype)
+    assert command.out is not None
+    loaded = Loaded(command.model, *load(command.model, dtype=command.dtype), tokenizer)
+    # Not data_dir: the items' checksum says what was in it, wherever it lies.
+    described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
+    described |= {"settings": dict(_pairs(command.settings))}
+    return evaluate(loaded, task, settings, command.out, described, argv)
+
+
+def task_options(command: TaskCommand, tokenizer: Any) -> Any:
+    """What the command says about the task, as `eval.task.TaskOptions`."""
+    from eval.task import TaskOptions
+
+    settings = dict(_pairs(command.settings))
+    if command.unsafe_execution:
+        settings["unsafe_execution"] = "true"
+    if command.data_dir is not None and not command.data_dir.is_dir():
+        raise ValueError(f"no folder at {command.data_dir}")
+    values = {name: getattr(command, name) for name in TASK_FIELDS}
+    return TaskOptions(tokenizer=tokenizer, settings=settings, **values)
+
+
+def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [setting.partition("=") for setting in settings]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise ValueError(f"got --set {key}, expected --set KEY=VALUE")
+    return [(key, value) for key, _, value in pairs]
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """A line a policy, and a line a group where there are a few."""
+    title = f"{report['task']}, {report['model']}: {report['metric']}"
+    table = Table("policy", report["metric"], "items", "cache, KiB", "of full", title=title)
+    for row in report["policies"]:
+        share = row["cache_bytes"] / row["full_cache_bytes"]
+        size = f"{row['cache_bytes'] / 1024:.0f}"
+        table.add_row(row["policy"], _score(row["all"]), str(report["items"]), size, f"{share:.1%}")
+        groups = row["groups"] if len(row["groups"]) <= 24 else {}
+        for name, part in groups.items():
+            table.add_row(f"  {name}", _score(part), str(part["items"]), "", "")
+    Console().print(table)
+    truncated = report["policies"][0]["truncated"]
+    if truncated:
+        Console().print(f"{truncated} of {report['items']} prompts were cut to the context.")
+
+
+def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
+    """One line a row, the first row's keys as the header."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Writes the result where one was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    rows = [
+        {
+            "bucket": row["bucket"],
+            "new": row["max_new_tokens"],
+            "items": row["items"],
+            "prompt tokens": f"{row['prompt_tokens']['least']}–{row['prompt_tokens']['most']}",
+            "truncated": row["truncated"],
+            "batch": row["batch"],
+            "full, KiB": f"{row['full_cache_bytes'] / 1024:.0f}",
+            **{name: f"{held / 1024:.0f}" for name, held in row["cache_bytes"].items()},
+        }
+        for row in plan["buckets"]
+    ]
+    print_rows(rows, f"{plan['task']}: {plan['items']} items, {plan['compiles']} compiles")
+
+
+def _score(part: dict[str, Any]) -> str:
+    error = part["standard_error"]
+    return f"{part['score']:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -1,0 +1,141 @@
+"""Log-likelihoods of continuations of different lengths, from compressed contexts or dense."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache import cache_bytes
+from kvjax.decoding import prefill
+from kvjax.generation import full_cache_bytes
+from kvjax.headkv.policy import Policy
+from kvjax.nn import Transformer
+from kvjax.prompts import bucket_length, pad
+
+PIECE = 64  # tokens of a continuation that are fed at a time
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-likelihoods of a batch.
+
+    Attributes:
+        log_likelihood: [B] nats, the sum over a continuation's tokens.
+        greedy: [B] every token is the most likely one.
+        cache_bytes, full_cache_bytes: of the whole batch, with room for the continuations; without
+            a cache, what an uncompressed one would hold.
+    """
+
+    log_likelihood: Float[np.ndarray, " B"]
+    greedy: Bool[np.ndarray, " B"]
+    cache_bytes: int
+    full_cache_bytes: int
+
+
+def compressed(
+    model: Transformer,
+    params: Any,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    policy: Policy,
+) -> Scored:
+    """Reads and compresses the contexts but for their last token, which is fed again with the rest.
+
+    So every token is predicted from the compressed cache; after a whole prefill the first of them,
+    for many tasks the only one, would be the uncompressed model's. Contexts of one token, which
+    leave nothing to compress, are read whole. Both texts are at least one token.
+    """
+    reads = [list(context[:-1] or context) for context in contexts]
+    rests = [[*a[len(r) :], *b] for a, b, r in zip(contexts, continuations, reads, strict=True)]
+    alone = [len(context) == 1 for context in contexts]
+    longest = max(map(len, rests))
+    room = -(-longest // PIECE) * PIECE
+    bucket = min(bucket_length(max(map(len, reads))), model.config.context_length)
+    plan = policy.plan(model.config, bucket, params["embedding"].dtype)
+    tokens, lengths = pad(reads, bucket)
+    logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=room)
+    held = cache_bytes(cache)
+    fed = np.full((len(reads), room + 1), -1, np.int32)
+    for row, ids in enumerate(rests):
+        fed[row, : len(ids)] = ids
+    first = np.where(np.asarray(alone)[:, None], fed[:, :1], -1).astype(np.int32)
+    total, greedy = _judge(logits[:, None], first)
+    for start in range(0, longest - 1, PIECE):
+        piece, after = (fed[:, at : at + PIECE] for at in (start, start + 1))
+        positions = lengths[:, None] + np.arange(start, start + PIECE)
+        positions = np.where(after >= 0, positions, -1).astype(np.int32)
+        rope_lengths = (lengths + room).astype(np.int32)
+        more, right, cache = _feed(
+            model, params, np.maximum(piece, 0), positions, after, cache, rope_lengths
+        )
+        total, greedy = total + more, greedy & right
+    full = full_cache_bytes(model, params, (len(reads), bucket), room)
+    return Scored(np.asarray(total), np.asarray(greedy), held, full)
+
+
+def dense(
+    model: Transformer,
+    params: Any,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> Scored:
+    """The same in one forward pass without a cache."""
+    rows = [[*a, *b] for a, b in zip(contexts, continuations, strict=True)]
+    bucket = min(bucket_length(max(map(len, rows))), model.config.context_length + 1)
+    tokens = np.zeros((len(rows), bucket), np.int32)
+    wanted = np.full((len(rows), bucket - 1), -1, np.int32)
+    for row, (ids, context) in enumerate(zip(rows, contexts, strict=True)):
+        tokens[row, : len(ids)] = ids
+        wanted[row, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
+    total, greedy = _forward(model, params, tokens[:, :-1], wanted)
+    full = full_cache_bytes(model, params, (len(rows), bucket), 0)
+    return Scored(np.asarray(total), np.asarray(greedy), full, full)
+
+
+def check_feedable(policy: Policy) -> None:
+    """Raises ValueError for policies whose cache changes while a continuation is fed."""
+    if getattr(policy, "ring", 0) or getattr(policy, "every", 0):
+        raise ValueError("log-likelihoods do not fit policies with ring or every")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    model: Transformer, params: Any, tokens: Int[Array, "B T"], wanted: Int[Array, "B T"]
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    result: Any = model.apply({"params": params}, tokens)
+    return _judge(result[0], wanted)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _feed(
+    model: Transformer,
+    params: Any,
+    fed: Int[Array, "B P"],
+    positions: Int[Array, "B P"],
+    wanted: Int[Array, "B P"],
+    cache: list[Any],
+    rope_lengths: Int[Array, " B"],
+) -> tuple[Float[Array, " B"], Bool[Array, " B"], list[Any]]:
+    """What follows each token of a piece, judged, and the caches with the piece."""
+    result: Any = model.apply({"params": params}, fed, positions, cache, rope_lengths=rope_lengths)
+    logits, cache = result
+    return *_judge(logits, wanted), cache
+
+
+@jax.jit
+def _judge(
+    logits: Float[Array, "B P V"], wanted: Int[Array, "B P"]
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Sum of log-probabilities where something is wanted, and whether all of it is the argmax."""
+    asked = wanted >= 0
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
+    right = (jnp.argmax(logits, axis=-1) == wanted) | ~asked
+    return jnp.where(asked, chosen, 0.0).sum(axis=-1), right.all(axis=-1)

@@ -1,0 +1,155 @@
+"""Prompts as token ids: raw or inside the chat template, cut to the model's context."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.task import Item, Task
+from kvjax.config import ModelConfig
+
+TEMPLATE = {"enable_thinking": False}
+"""Variables of the chat template: answers are short, so models that can think aloud do not."""
+
+MARK = "@answer@"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An item, ready to be read.
+
+    Attributes:
+        index: of the item in its task.
+        ids: what is read.
+        length: tokens before anything was left out.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    length: int
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something was left out."""
+        return len(self.ids) < self.length
+
+
+def encode(
+    task: Task, tokenizer: Any, config: ModelConfig, chat: bool, max_length: int | None = None
+) -> list[Prompt]:
+    """The prompts of all items.
+
+    Args:
+        chat: inside the tokenizer's chat template; not for tasks, or items (meta "chat"), that
+            say no. Items that are token ids have their text in meta "text" for this.
+        max_length: of prompt and answer together, where it is less than the model's context.
+
+    Raises:
+        ValueError: no chat template, no room beside the answer, or a prompt that is too long for
+            a task that refuses to cut it.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("this model's tokenizer has no chat template: run without --chat")
+    whole = min(config.context_length, max_length or config.context_length)
+    prompts = []
+    for index, item in enumerate(task.items):
+        room = whole - item.max_new_tokens
+        if room < 2:
+            raise ValueError(
+                f"item {item.id} wants {item.max_new_tokens} new tokens of {whole} in all, "
+                "expected room for a prompt"
+            )
+        within = chat and task.chat and item.meta.get("chat", True)
+        make = _in_template if within else _raw
+        try:
+            ids, length = make(item, tokenizer, room, task.truncate)
+        except TooLong as error:
+            raise ValueError(
+                f"item {item.id} has {error.length} tokens, expected at most {room}: a context of "
+                f"{whole} without {item.max_new_tokens} for the answer"
+            ) from None
+        if not ids:
+            raise ValueError(f"item {item.id} has an empty prompt")
+        prompts.append(Prompt(index, tuple(ids), length))
+    return prompts
+
+
+def end_ids(tokenizer: Any, config: ModelConfig, chat: bool) -> tuple[int, ...]:
+    """All ids that end an answer: the model's, the tokenizer's, and the end of a chat turn."""
+    found = [*config.eos_ids]
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        found.append(tokenizer.eos_token_id)
+    if chat:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE)
+        after = tokenizer.encode(text.rpartition(MARK)[2], add_special_tokens=False)
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        found += [index for index in after if index in special][:1]
+    return tuple(dict.fromkeys(found))
+
+
+class TooLong(Exception):
+    """A prompt that must not be cut has `length` tokens."""
+
+    def __init__(self, length: int):
+        super().__init__(length)
+        self.length = length
+
+
+def cut(ids: Sequence[int], room: int, rule: str, keep: int = 0) -> list[int]:
+    """At most `room` of the ids.
+
+    Args:
+        rule: "middle" keeps both ends, as LongBench does (arXiv 2308.14508); "left" the end.
+        keep: ids at the start that "left" keeps too (the beginning-of-sequence token).
+
+    Raises:
+        TooLong: the rule is "refuse".
+    """
+    if len(ids) <= room:
+        return list(ids)
+    if rule == "refuse":
+        raise TooLong(len(ids))
+    head = room // 2 if rule == "middle" else keep
+    return [*ids[:head], *ids[len(ids) - (room - head) :]]
+
+
+def _raw(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], int]:
+    """The ids that are read, and how many there were."""
+    ids = tokenizer.encode(item.prompt) if isinstance(item.prompt, str) else list(item.prompt)
+    starts = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
+    return cut(ids, room, rule, int(starts)), len(ids)
+
+
+def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], int]:
+    """As `_raw`; what is cut is the text inside the template, which stays whole."""
+    text = item.prompt if isinstance(item.prompt, str) else item.meta.get("text")
+    if text is None:
+        raise ValueError(f"item {item.id} is token ids: no text for the chat template")
+    wrap = functools.partial(_wrapped, tokenizer)
+    ids = wrap(text)
+    length = len(ids)
+    if length <= room:
+        return ids, length
+    if rule == "refuse":
+        raise TooLong(length)
+    inner = tokenizer.encode(text, add_special_tokens=False)
+    kept = room - (length - len(inner))
+    # A text that is cut and encoded again can come out a few tokens longer.
+    while kept > 0:
+        ids = wrap(tokenizer.decode(cut(inner, kept, rule)))
+        if len(ids) <= room:
+            return ids, length
+        kept -= len(ids) - room
+    raise TooLong(length)
+
+
+def _wrapped(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a user's turn and the beginning of the answer to it."""
+    turn = [{"role": "user", "content": text}]
+    settings = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE}
+    return tokenizer.encode(
+        tokenizer.apply_chat_template(turn, **settings), add_special_tokens=False
+    )

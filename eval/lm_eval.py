@@ -1,0 +1,204 @@
+"""`python -m eval lm-eval`: tasks of lm-evaluation-harness (0.4.13) from the compressed cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from eval.command import Dtype, Json, Model, Policies, print_report, write_json
+from eval.predictions import CONFIG, RESULTS, check_same
+from eval.predictions import write_json as write_whole
+
+PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
+"""Metrics that stand for a task in the mean, the first that it has."""
+
+
+@dataclass(frozen=True)
+class HarnessCommand:
+    """Runs tasks of lm-evaluation-harness.
+
+    A continuation's log-likelihood is that of its tokens fed after the compressed context: the
+    context is read but for its last token, compressed by the policy, and forgotten.
+
+    Attributes:
+        tasks: names of tasks or groups.
+        include_path: folder with task files (.yaml) of your own; if all tasks are from there,
+            nothing else is looked for.
+        num_fewshot: examples in the prompt; the task's own number otherwise.
+        limit: the first so many documents of each task.
+        dense: score log-likelihoods without a cache, in one forward pass; policy "full" only.
+        chat: prompts inside the tokenizer's chat template.
+        max_length: tokens of context and continuation, where less than the model's context.
+        out: folder for config.json and results.json.
+    """
+
+    model: Model
+    tasks: tuple[str, ...]
+    policy: Policies = ()
+    out: Path | None = None
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    dense: bool = False
+    chat: bool = False
+    batch_size: int = 8
+    max_length: int | None = None
+    dtype: Dtype = "bfloat16"
+    json_file: Json = None
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command with these arguments."""
+    command = tyro.cli(HarnessCommand, prog="python -m eval lm-eval", args=list(argv))
+    report = measure(command, ["lm-eval", *argv])
+    print_report(report)
+    write_json(command.json_file, report)
+
+
+def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
+    """What results.json holds: as of a task, whose groups are the harness's tasks.
+
+    Raises:
+        ModuleNotFoundError: lm_eval is not installed.
+        ValueError: unknown tasks, policies that do not fit, or a folder of another run.
+    """
+    # First, so that a missing package is said before a model is read.
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+
+    import kvjax
+    from eval.environment import environment
+    from eval.harness_model import CompressedLM
+    from eval.loaded import Loaded, resolve_all
+
+    start = time.monotonic()
+    names = command.policy or ("full",)
+    if command.dense and tuple(names) != ("full",):
+        raise ValueError("--dense scores without a cache: no --policy but full")
+    request = _request(command, names)
+    if command.out is not None and (command.out / CONFIG).exists():
+        check_same(command.out / CONFIG, request)
+    manager = task_manager(command.tasks, command.include_path)
+    tokenizer = kvjax.load_tokenizer(command.model)
+    loaded = Loaded(command.model, *kvjax.load(command.model, dtype=command.dtype), tokenizer)
+    entries = []
+    for name, policy in resolve_all(names, loaded.model).items():
+        model = CompressedLM(loaded, policy, command.dense, command.batch_size, command.max_length)
+        found: Any = simple_evaluate(
+            model=model,
+            tasks=list(command.tasks),
+            task_manager=manager,
+            num_fewshot=command.num_fewshot,
+            limit=command.limit,
+            bootstrap_iters=1000,
+            log_samples=False,
+            apply_chat_template=command.chat,
+        )
+        entries.append({"policy": name, **scores(found), **model.bytes(), "truncated": 0})
+    report = {
+        "task": "lm-eval",
+        "metric": "mean of the tasks",
+        **request,
+        "items": entries[0]["all"]["items"],
+        "policies": entries,
+        "lm_eval": version("lm_eval"),
+        "seconds": round(time.monotonic() - start, 1),
+        **environment(argv),
+    }
+    if command.out is not None:
+        command.out.mkdir(parents=True, exist_ok=True)
+        write_whole(command.out / CONFIG, request)
+        write_whole(command.out / RESULTS, report)
+    return report
+
+
+def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
+    """The harness's index of tasks: of the folder alone where that has all of them.
+
+    Raises:
+        ValueError: no such folder, or a task that is not known.
+    """
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    if not tasks:
+        raise ValueError("got no tasks, expected --tasks NAME …")
+    place = None if include_path is None else str(include_path)
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise ValueError(f"no folder at {include_path}")
+        own = TaskManager(include_path=place, include_defaults=False)
+        if set(tasks) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=place)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+    return manager
+
+
+def scores(found: dict[str, Any]) -> dict[str, Any]:
+    """The harness's results as an entry of "policies".
+
+    Returns:
+        all: the mean of the tasks' primary metrics (see PRIMARY), groups: these metrics, and
+        summary: every number of every task.
+    """
+    groups, summary = {}, {}
+    for task, numbers in found["results"].items():
+        values = {
+            key.removesuffix(",none"): value
+            for key, value in numbers.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        counts = found.get("n-samples", {}).get(task)
+        if not counts:
+            continue
+        summary |= {f"{task} {key}": value for key, value in values.items()}
+        metric = next(
+            (key for key in (*PRIMARY, *values) if key in values and "_stderr" not in key), None
+        )
+        if metric is not None:
+            groups[f"{task} ({metric})"] = {
+                "score": float(values[metric]),
+                "standard_error": _error(values.get(f"{metric}_stderr")),
+                "items": counts["effective"],
+            }
+    if not groups:
+        raise ValueError("lm-evaluation-harness gave no scores for these tasks")
+    return {"all": _mean(list(groups.values())), "groups": groups, "summary": summary}
+
+
+def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of independent scores."""
+    errors = [part["standard_error"] for part in parts]
+    known = [error for error in errors if error is not None]
+    complete = len(known) == len(parts)
+    return {
+        "score": sum(part["score"] for part in parts) / len(parts),
+        "standard_error": sum(e * e for e in known) ** 0.5 / len(parts) if complete else None,
+        "items": sum(part["items"] for part in parts),
+    }
+
+
+def _error(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _request(command: HarnessCommand, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "model": command.model,
+        "dtype": command.dtype,
+        "tasks": list(command.tasks),
+        "num_fewshot": command.num_fewshot,
+        "limit": command.limit,
+        "protocol": "dense" if command.dense else "compressed",
+        "prompt": "chat" if command.chat else "raw",
+        "max_length": command.max_length,
+        "batch_size": command.batch_size,
+        "policy_names": list(names),
+    }

@@ -1,0 +1,152 @@
+"""Losses of a text's tokens: dense, in a sliding window, or after a compressed prefix."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from kvjax.decoding import prefill
+from kvjax.headkv.plan import Plan
+from kvjax.headkv.policy import Policy
+from kvjax.nn import Transformer
+from kvjax.tasks.perplexity import chunk_losses
+
+PIECE = 128  # tokens of a continuation that are fed at a time
+
+
+def chunks(
+    ids: Int[np.ndarray, " S"], length: int, stride: int, count: int | None = None
+) -> Int[np.ndarray, "C T"]:
+    """Stretches of `length` tokens, each `stride` after the one before; a rest is left out.
+
+    Args:
+        count: no more than so many.
+
+    Raises:
+        ValueError: a length that the text does not have, or a stride that leaves tokens out.
+    """
+    if not 2 <= length <= len(ids):
+        raise ValueError(f"length is {length}, expected 2 to {len(ids)}: the tokens of the text")
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride is {stride}, expected 1 to {length}: the length")
+    return np.lib.stride_tricks.sliding_window_view(ids, length)[::stride][:count]
+
+
+def dense(
+    model: Transformer, params: Any, rows: Int[np.ndarray, "C T"], stride: int, batch_size: int
+) -> Iterator[list[np.ndarray]]:
+    """Losses without a cache, for each batch one array a row: of all its tokens but the first.
+
+    Args:
+        stride: of the rows; what of a row an earlier one has scored already is left out.
+    """
+    length = rows.shape[1]
+    for start, batch in _batches(rows, batch_size):
+        losses = np.asarray(chunk_losses(model, params, jnp.asarray(batch)))
+        fresh = [row[-stride:] if stride < length else row for row in losses]
+        if start == 0:
+            fresh[0] = losses[0]
+        yield fresh[: len(rows) - start]
+
+
+def after_prefix(
+    model: Transformer,
+    params: Any,
+    rows: Int[np.ndarray, "C T"],
+    prefix: int,
+    policy: Policy,
+    batch_size: int,
+) -> Iterator[list[np.ndarray]]:
+    """Losses of the tokens after the first `prefix`, which are read and then compressed.
+
+    Raises:
+        ValueError: a prefix that leaves nothing to score, or a policy that bounds the growth: its
+            cache would change while a piece of the continuation is read.
+    """
+    if not 1 <= prefix < rows.shape[1]:
+        raise ValueError(f"prefix is {prefix}, expected 1 to {rows.shape[1] - 1}")
+    if getattr(policy, "ring", 0) or getattr(policy, "every", 0):
+        raise ValueError("perplexity after a prefix does not fit policies with ring or every")
+    plan = policy.plan(model.config, prefix, params["embedding"].dtype)
+    for start, batch in _batches(rows, batch_size):
+        losses = continuation_losses(model, params, batch, prefix, plan)
+        yield list(losses)[: len(rows) - start]
+
+
+def continuation_losses(
+    model: Transformer, params: Any, tokens: Int[np.ndarray, "B T"], prefix: int, plan: Plan
+) -> Float[np.ndarray, "B C"]:
+    """Negative log-likelihood, in nats, of the tokens from `prefix` on."""
+    B, T = tokens.shape
+    lengths = np.full(B, prefix, np.int32)
+    logits, cache = prefill(
+        model, params, tokens[:, :prefix], lengths, plan, max_new_tokens=T - prefix
+    )
+    found = [_cross_entropy(logits[:, None], tokens[:, prefix : prefix + 1])]
+    for start in range(prefix, T - 1, PIECE):
+        count = min(PIECE, T - 1 - start)
+        fed = np.zeros((B, PIECE), np.int32)
+        wanted, positions = np.zeros_like(fed), np.full_like(fed, -1)
+        fed[:, :count] = tokens[:, start : start + count]
+        wanted[:, :count] = tokens[:, start + 1 : start + 1 + count]
+        positions[:, :count] = np.arange(start, start + count)
+        losses, cache = _feed(model, params, fed, positions, wanted, cache, np.full(B, T, np.int32))
+        found.append(losses[:, :count])
+    return np.concatenate([np.asarray(part) for part in found], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _feed(
+    model: Transformer,
+    params: Any,
+    fed: Int[Array, "B P"],
+    positions: Int[Array, "B P"],
+    wanted: Int[Array, "B P"],
+    cache: list[Any],
+    rope_lengths: Int[Array, " B"],
+) -> tuple[Float[Array, "B P"], list[Any]]:
+    """Losses of what follows each token of a piece, and the caches with it."""
+    result: Any = model.apply({"params": params}, fed, positions, cache, rope_lengths=rope_lengths)
+    logits, cache = result
+    return _cross_entropy(logits, wanted), cache
+
+
+@jax.jit
+def _cross_entropy(logits: Float[Array, "B P V"], wanted: Int[Array, "B P"]) -> Float[Array, "B P"]:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+
+
+def perplexity_of(losses: list[np.ndarray]) -> dict[str, Any]:
+    """exp of the mean loss of all tokens.
+
+    The standard error takes rows as independent, not tokens (delta method): perplexity times the
+    standard error of their means; None for one row.
+    """
+    every = np.concatenate(losses).astype(np.float64)
+    value = math.exp(every.mean())
+    n, error = len(losses), None
+    if n > 1:
+        means = [float(np.mean(row, dtype=np.float64)) for row in losses]
+        error = value * float(np.std(means, ddof=1)) / math.sqrt(n)
+    return {"score": value, "standard_error": error, "items": int(every.size)}
+
+
+def _batches(
+    rows: Int[np.ndarray, "C T"], batch_size: int
+) -> Iterator[tuple[int, Int[np.ndarray, "B T"]]]:
+    """Batches of one size; the last one is filled with its last row."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
+    size = min(batch_size, len(rows))
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        fill = np.repeat(batch[-1:], size - len(batch), axis=0)
+        yield start, np.concatenate([batch, fill])

@@ -1,0 +1,121 @@
+"""The folder of a run: config.json says what it is, predictions.jsonl holds what is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer under one policy: a line of predictions.jsonl.
+
+    Attributes:
+        prompt_tokens: of the prompt as it was read; truncated: some of it was left out.
+        text: the answer, cut at the task's stops; None where the right answer was teacher-forced.
+        score: 0 to 1.
+        cache_bytes, full_cache_bytes: of one sequence, after prefill; see `kvjax.Generation`.
+    """
+
+    id: str
+    group: str
+    policy: str
+    prompt_tokens: int
+    truncated: bool
+    text: str | None
+    score: float
+    cache_bytes: int
+    full_cache_bytes: int
+
+
+class RunFolder:
+    """Predictions of one run, on disk and in memory; opening it again goes on with the run.
+
+    Attributes:
+        done: (policy, id) → prediction.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any]):
+        """Opens the folder, which is made if it is not there.
+
+        Args:
+            request: all that the predictions depend on; JSON.
+
+        Raises:
+            ValueError: the folder holds another run, or a file that is damaged.
+        """
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        config = path / CONFIG
+        if config.exists():
+            check_same(config, request)
+        elif (path / PREDICTIONS).exists():
+            raise ValueError(f"{path} holds {PREDICTIONS} without {CONFIG}: no run to go on with")
+        else:
+            write_json(config, request)
+        self.done = {(p.policy, p.id): p for p in read(path / PREDICTIONS)}
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Adds finished predictions, one durable write for all of them."""
+        new = list(predictions)
+        with (self.path / PREDICTIONS).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in new))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done |= {(p.policy, p.id): p for p in new}
+
+
+def check_same(config: Path, request: dict[str, Any]) -> None:
+    """Raises ValueError where config.json is not the request: the folder is another run's."""
+    try:
+        held = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise ValueError(f"{config} is no run's configuration; give another --out")
+    wanted = json.loads(json.dumps(request))
+    names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+    if names:
+        changes = ", ".join(f"{n} {held.get(n)!r}, now {wanted.get(n)!r}" for n in names)
+        raise ValueError(
+            f"{config.parent} holds another run ({changes}): repeat its command to go on with it, "
+            "or give another --out"
+        )
+
+
+def read(path: Path) -> list[Prediction]:
+    """The predictions of a file; a last line that a kill tore is cut off the file.
+
+    Raises:
+        ValueError: another line that is no prediction; says which.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+    found = []
+    for number, line in enumerate(content[:end].splitlines(), 1):
+        try:
+            found.append(Prediction(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{path}, line {number} is no prediction: {line[:80].decode(errors='replace')!r}; "
+                "remove that line to have it made again"
+            ) from None
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole file or none of it."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,67 @@
+"""`python -m eval report`: index.html and its pictures from folders of finished runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+PAGE = "index.html"
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Writes index.html, with its pictures beside it, from finished runs.
+
+    Attributes:
+        runs: folders of runs, or folders with such folders in them; a training log (.jsonl) too.
+        out: folder of the page.
+        head_scores: score files whose importance and budgets are shown beside those of the models.
+        kv_size: tokens per KV head that the budgets of these files are made for.
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUNS")]]
+    out: Path = Path("report")
+    title: str = "Evaluation"
+    head_scores: tuple[Path, ...] = ()
+    kv_size: int = 128
+
+
+def report(command: OmitArgPrefixes[ReportCommand]) -> None:
+    """Writes index.html, with its pictures beside it, from finished runs."""
+    Console(soft_wrap=True, highlight=False).print(str(write(command)), markup=False)
+
+
+def write(command: ReportCommand) -> Path:
+    """Writes the page.
+
+    Returns:
+        Path of index.html.
+
+    Raises:
+        ValueError: a folder without results, a damaged file, or no runs at all.
+    """
+    from eval.report import heads, sections
+    from eval.report.page import document
+    from eval.report.pictures import Pictures
+    from eval.report.runs import find
+
+    runs = find(command.runs)
+    command.out.mkdir(parents=True, exist_ok=True)
+    pictures = Pictures(command.out)
+    parts = [
+        sections.overview(runs),
+        *sections.results(runs, pictures),
+        *sections.against_bytes(runs, pictures),
+        *heads.importance(runs, command.head_scores, command.kv_size, pictures),
+        *heads.kept(runs, pictures),
+        *sections.against_context(runs, pictures),
+        *sections.training(runs, pictures),
+        sections.provenance(runs),
+    ]
+    path = command.out / PAGE
+    path.write_text(document(command.title, parts), encoding="utf-8")
+    return path

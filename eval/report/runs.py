@@ -1,0 +1,143 @@
+"""Finished runs, read from their folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.predictions import CONFIG, RESULTS
+
+METRICS = "metrics.jsonl"
+CELL = re.compile(r"(\d+)/(\d*\.?\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: unique on the page.
+        kind: "scores" (tasks, perplexity, lm-eval), "latency" or "training".
+        results: results.json; of a training run its config.json.
+        log: lines of metrics.jsonl.
+    """
+
+    name: str
+    kind: str
+    results: dict[str, Any]
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """What was measured, of which model."""
+        task, model = self.results.get("task", "training"), self.results.get("model", "")
+        return f"{task}: {model}" if model else str(task)
+
+    @property
+    def policies(self) -> list[dict[str, Any]]:
+        """The entries of results.json."""
+        return self.results.get("policies", []) if self.kind == "scores" else []
+
+
+def find(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, in order; a folder that is no run is searched one level deep.
+
+    Raises:
+        ValueError: no runs, folders of unfinished runs (names all of them), or a damaged file.
+    """
+    runs: list[Run] = []
+    lacking: list[str] = []
+    for path in paths:
+        for folder in _folders(path):
+            run = _read(folder, {run.name for run in runs})
+            if run is None:
+                lacking.append(str(folder))
+            else:
+                runs.append(run)
+    if lacking:
+        raise ValueError(
+            f"no {RESULTS} in {', '.join(lacking)}: no finished run; repeat its command, or leave "
+            "it out"
+        )
+    if not runs:
+        raise ValueError("got no runs, expected at least one folder")
+    return runs
+
+
+def cells(groups: dict[str, Any]) -> dict[tuple[int, float], dict[str, Any]] | None:
+    """(length, depth) → score of groups named "LENGTH/DEPTH"; None where one is not."""
+    found = {}
+    for name, part in groups.items():
+        match = CELL.fullmatch(name)
+        if match is None:
+            return None
+        found[int(match[1]), float(match[2])] = part
+    return found or None
+
+
+def _folders(path: Path) -> list[Path]:
+    names = (CONFIG, RESULTS, METRICS)
+    if path.is_file() or any((path / name).exists() for name in names):
+        return [path]
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    return [c for c in children if any((c / name).exists() for name in names)] or [path]
+
+
+def _read(path: Path, taken: set[str]) -> Run | None:
+    """The run, or None where it has no results."""
+    name = path.stem if path.is_file() else path.resolve().name
+    stem, number = name, 2
+    while name in taken:
+        name, number = f"{stem} ({number})", number + 1
+    if path.is_file():
+        return Run(name, "training", {}, _lines(path))
+    if (path / RESULTS).exists():
+        results = _object(path / RESULTS)
+        kind = "latency" if "rows" in results else "scores"
+        _check(path / RESULTS, results, kind)
+        return Run(name, kind, results)
+    if (path / METRICS).exists():
+        config = _object(path / CONFIG) if (path / CONFIG).exists() else {}
+        return Run(name, "training", config, _lines(path / METRICS))
+    return None
+
+
+def _check(path: Path, results: dict[str, Any], kind: str) -> None:
+    """Raises ValueError where an entry lacks what the page shows."""
+    wanted = {"latency": ("policy", "context", "batch", "cache_bytes"), "scores": ("policy", "all")}
+    entries = results.get("rows" if kind == "latency" else "policies")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} has no policies and no rows: not the results of a run")
+    for entry in entries:
+        missing = [n for n in wanted[kind] if not isinstance(entry, dict) or n not in entry]
+        if missing:
+            raise ValueError(f"{path}: an entry lacks {', '.join(missing)}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a training log; a last one that a kill tore is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if isinstance(line, dict) and {"step", "loss"} <= line.keys():
+            lines.append(line)
+    if not lines:
+        raise ValueError(f"{path} has no lines with a step and a loss: no training log")
+    return lines

@@ -1,0 +1,178 @@
+"""Rows, JSON and text of local files, packed or not, and rows of hub datasets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
+KINDS = (".jsonl", ".json", ".txt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it stands, for messages.
+
+    Attributes:
+        where: file and line, or dataset and row, counted from 1.
+        values: column → value.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+    def text(self, *columns: str) -> str:
+        """The text in the first of these columns that the row has.
+
+        Raises:
+            ValueError: none of them, or no text in it.
+        """
+        value = self.value(*columns)
+        if not isinstance(value, str):
+            raise ValueError(f"{self.where}: {columns[0]!r} is {value!r:.60}, expected text")
+        return value
+
+    def value(self, *columns: str) -> Any:
+        """What the first of these columns that the row has holds.
+
+        Raises:
+            ValueError: none of them.
+        """
+        for column in columns:
+            if column in self.values:
+                return self.values[column]
+        raise ValueError(f"{self.where}: no {columns[0]!r}, got {', '.join(self.values)}")
+
+
+def look(folder: Path, name: str, kinds: Sequence[str] = KINDS) -> Path | None:
+    """The file `name` of one of the kinds, plain or packed (.gz, .xz), if the folder has it."""
+    candidates = [folder / f"{name}{kind}{end}" for kind in kinds for end in ("", *PACKED)]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find(folder: Path, name: str, kinds: Sequence[str] = KINDS, of: str = "") -> Path:
+    """As `look`.
+
+    Args:
+        of: what should be there and where it is to be had, for the message.
+
+    Raises:
+        ValueError: no such file.
+    """
+    path = look(folder, name, kinds)
+    if path is None:
+        raise ValueError(
+            f"no {folder / name}{kinds[0]} (nor .gz, .xz)" + (f": expected {of}" if of else "")
+        )
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The whole text, UTF-8.
+
+    Raises:
+        ValueError: no such file, one that cannot be unpacked, or not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file at {path}")
+    data = path.read_bytes()
+    try:
+        return PACKED.get(path.suffix, bytes)(data).decode()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file.
+
+    Raises:
+        ValueError: as `read_text`, or not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from None
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """The JSON objects of a file, one a line; blank lines are no rows.
+
+    Args:
+        limit: the first so many; the rest is not parsed.
+
+    Raises:
+        ValueError: as `read_text`, a line that is no JSON object, or no rows at all.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if limit is not None and len(rows) >= limit:
+            break
+        if line.strip():
+            rows.append(_row(line, f"{path}, line {number}"))
+    if not rows and limit != 0:
+        raise ValueError(f"{path} has no rows, expected at least one")
+    return rows
+
+
+def hub_rows(dataset: str, config: str, split: str) -> list[Row]:
+    """The rows of a hub dataset, through the package `datasets`.
+
+    Raises:
+        ValueError: the package is missing, or the dataset cannot be had.
+    """
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            f"{dataset} comes from the hub, which needs a package: pip install datasets; "
+            "or give local files with --data-dir"
+        ) from None
+    try:
+        found: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{dataset}, {config}, split {split!r}: {error}") from error
+    return [Row(f"{dataset} {config} row {i}", row) for i, row in enumerate(found, 1)]
+
+
+def hub_archive(dataset: str, archive: str, member: str) -> list[Row]:
+    """The rows of a .jsonl inside a .zip of a hub dataset that `datasets` cannot load.
+
+    Raises:
+        ValueError: the archive cannot be had or lacks the member, or a corrupt line.
+    """
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(dataset, archive, repo_type="dataset")
+        with zipfile.ZipFile(path) as packed:
+            lines = packed.read(member).decode().split("\n")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{member} of {dataset}'s {archive} cannot be had ({str(error).splitlines()[0]}): "
+            "give local files with --data-dir"
+        ) from error
+    return list(_parsed(lines, member))
+
+
+def _parsed(lines: Iterable[str], name: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _row(line, f"{name}, line {number}")
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is a JSON {type(values).__name__}, expected an object")
+    return Row(where, values)

@@ -1,0 +1,137 @@
+"""What all of RULER's prompts are made with: tokens of a text, words, haystacks."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval import rows
+from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.tasks import filler, haystack, words
+from kvjax.tasks.prompt import Filler, strew
+
+NOUNS = (*words.FILLER_NOUNS, *words.THINGS)
+POOL = len(words.FILLER_ADJECTIVES) * len(NOUNS)
+"""How many different words there are."""
+
+NOISE = 4  # sentences that are said over and over
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and what the answer should contain."""
+
+    ids: tuple[int, ...]
+    answers: tuple[str, ...]
+
+
+def encode(vocab: TokenizerVocabulary, text: str) -> list[int]:
+    """Ids of a text that does not go on after a space, without special tokens."""
+    return vocab.tokenizer.encode(text, add_special_tokens=False)
+
+
+def compose(
+    rng: np.random.Generator,
+    vocab: TokenizerVocabulary,
+    length: int,
+    intro: str,
+    sentences: Sequence[str],
+    question: str,
+    fill: Filler | None,
+    in_order: bool = False,
+) -> tuple[int, ...]:
+    """Exactly `length` ids: the instruction, sentences strewn over a haystack, the question.
+
+    Args:
+        in_order: the sentences keep their order; else each stands anywhere.
+
+    Raises:
+        ValueError: they do not fit, or the haystack's text is too short.
+    """
+    depths = rng.random(len(sentences))
+    context = strew(
+        rng,
+        vocab,
+        [encode(vocab, intro), *map(vocab.encode, sentences)],
+        length,
+        encode(vocab, question),
+        [0.0, *(np.sort(depths) if in_order else depths)],
+        fill,
+    )
+    return context.ids
+
+
+def words_of(rng: np.random.Generator, count: int) -> list[str]:
+    """Different words, each an adjective and a noun.
+
+    Raises:
+        ValueError: more than POOL.
+    """
+    if count > POOL:
+        raise ValueError(f"got {count} different words, expected ≤ {POOL}")
+    picks = rng.choice(POOL, count, replace=False)
+    pairs = [divmod(int(pick), len(NOUNS)) for pick in picks]
+    return [f"{words.FILLER_ADJECTIVES[a]}-{NOUNS[n]}" for a, n in pairs]
+
+
+def numbers_of(rng: np.random.Generator, count: int) -> list[str]:
+    """Different numbers of seven digits."""
+    return _different(lambda: str(rng.integers(10**6, 10**7)), count)
+
+
+def uuids_of(rng: np.random.Generator, count: int) -> list[str]:
+    """Different random UUIDs."""
+    return _different(lambda: str(uuid.UUID(bytes=rng.bytes(16), version=4)), count)
+
+
+def _different(make: Callable[[], str], count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[make()] = None
+    return list(found)
+
+
+def essay(path: str | Path, vocab: TokenizerVocabulary) -> haystack.Haystack:
+    """The haystack in a text file, plain or packed (.gz, .xz).
+
+    Raises:
+        ValueError: no such file, or not UTF-8.
+    """
+    path = Path(path)
+    sentences = haystack.SENTENCE_END.split(" ".join(rows.read_text(path).split()))
+    # As vocab.encode, but all at once: a book has thousands.
+    pieces = vocab.tokenizer([f" {s}" for s in sentences if s] or [" "], add_special_tokens=False)
+    return haystack.Haystack(path.name, tuple(tuple(p) for p in pieces["input_ids"] if p))
+
+
+def noise(vocab: TokenizerVocabulary) -> Filler:
+    """A haystack of few sentences, repeated."""
+
+    def fill(rng: np.random.Generator, length: int) -> list[list[int]]:
+        said = [vocab.encode(filler.sentence(rng)) for _ in range(NOISE)]
+        return cut(itertools.cycle(said), length)
+
+    return fill
+
+
+def cut(pieces: Iterable[Sequence[int]], length: int) -> list[list[int]]:
+    """The first pieces, of `length` tokens in all; the last is cut.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    found: list[list[int]] = []
+    left = length
+    for piece in pieces:
+        if left <= 0:
+            break
+        found.append(list(piece[:left]))
+        left -= len(found[-1])
+    if left > 0:
+        raise ValueError(f"{length - left} tokens of text around the facts, expected ≥ {length}")
+    return found

@@ -1,0 +1,142 @@
+"""One task, one model, any number of policies, through the compressed cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import decoding, results, sizes, teacher
+from eval.batches import Shape, make_batches, shapes
+from eval.encoding import encode
+from eval.environment import environment
+from eval.loaded import Loaded, resolve_all
+from eval.predictions import RESULTS, RunFolder, write_json
+from eval.progress import progress_bar
+from eval.settings import Settings
+from eval.task import Task
+from kvjax.context import identity
+from kvjax.headkv.policy import Policy
+
+
+def evaluate(
+    loaded: Loaded,
+    task: Task,
+    settings: Settings,
+    out: Path,
+    options: dict[str, Any] | None = None,
+    argv: Sequence[str] = (),
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Answers what is not answered yet, scores it, and writes results.json.
+
+    A run that was interrupted goes on where it stopped, and its files are those of a run that was
+    not, times excepted: batches are the same whatever is finished.
+
+    Args:
+        out: folder of the run.
+        options: of the task, for config.json: what its items depend on.
+        argv: the command, for results.json.
+
+    Returns:
+        What results.json holds, see `eval.results`.
+
+    Raises:
+        ValueError: a policy, prompt or setting that does not fit the model, or a folder of another
+            run.
+    """
+    start = time.monotonic()
+    check_ids(task)
+    policies = resolve_all(settings.policies, loaded.model)
+    prompts = encode(
+        task, loaded.tokenizer, loaded.model.config, settings.chat, settings.max_length
+    )
+    batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
+    folder = RunFolder(out, request(loaded, task, settings, options or {}))
+    before = len(folder.done)
+    with progress_bar(quiet) as progress:
+        total = len(policies) * sum(len(prompt.ids) for prompt in prompts)
+        bar = progress.add_task(task.name, total=total, items=f"{before} answers")
+
+        def finished(tokens: int) -> None:
+            progress.update(bar, advance=tokens, items=f"{len(folder.done)} answers")
+
+        if settings.protocol == "generate":
+            decoding.answer(loaded, task, settings, policies, batches, folder, finished)
+        else:
+            teacher.answer(loaded, task, settings, policies, prompts, folder, finished)
+    if settings.protocol == "generate":
+        read = {shape: len(members) for shape, members in shapes(batches).items()}
+    else:
+        read = teacher.shapes(task, prompts, settings.protocol)
+    rows = [_row(loaded, task, name, policy, read, folder) for name, policy in policies.items()]
+    report = {
+        "task": task.name,
+        "metric": task.metric if settings.protocol == "generate" else teacher.METRIC,
+        "model": loaded.name,
+        "protocol": settings.protocol,
+        "prompt": "chat" if settings.chat and task.chat else "raw",
+        "seed": settings.seed,
+        "items": len(task.items),
+        "policies": rows,
+        "seconds": round(time.monotonic() - start, 1),
+        "computed": len(folder.done) - before,
+        **environment(argv),
+    }
+    write_json(out / RESULTS, report)
+    return report
+
+
+def request(
+    loaded: Loaded, task: Task, settings: Settings, options: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json: all that the predictions depend on."""
+    digest = hashlib.sha256()
+    for item in task.items:
+        text = json.dumps([item.id, item.prompt, item.references, item.max_new_tokens])
+        digest.update(text.encode())
+    return {
+        "task": task.name,
+        "model": loaded.name,
+        "weights": identity(loaded.model, loaded.params),
+        "dtype": str(loaded.dtype),
+        **dataclasses.asdict(settings),
+        "options": options,
+        "items": len(task.items),
+        "items_sha256": digest.hexdigest(),
+    }
+
+
+def check_ids(task: Task) -> None:
+    """Raises ValueError for a task without items, or two with one id: results go by it."""
+    if not task.items:
+        raise ValueError(f"task {task.name} has no items")
+    seen: set[str] = set()
+    for item in task.items:
+        if item.id in seen:
+            raise ValueError(f"task {task.name} has two items with id {item.id!r}")
+        seen.add(item.id)
+
+
+def _row(
+    loaded: Loaded,
+    task: Task,
+    name: str,
+    policy: Policy,
+    read: Mapping[Shape, int],
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """The policy's entry in results.json, with prompts of so many of each shape."""
+    kept, base = {}, []
+    for shape, count in read.items():
+        tokens = sizes.kept_tokens(policy, loaded.model.config, shape.bucket, loaded.dtype)
+        if tokens is not None:
+            kept[str(shape.bucket)] = tokens
+        gqa = sizes.gqa_bytes(loaded.model, loaded.dtype, shape)
+        base += [] if gqa is None else [gqa] * count
+    predictions = [folder.done[name, item.id] for item in task.items]
+    return results.of_policy(task, predictions, kept, base)

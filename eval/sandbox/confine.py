@@ -1,0 +1,152 @@
+"""The layers, as they are put on: namespaces in the supervisor, the others in the worker."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+from collections.abc import Collection
+from contextlib import suppress
+from typing import NamedTuple
+
+from eval.sandbox import landlock, linux, processes, seccomp
+
+LAYERS = (
+    "user_namespace",
+    "network_namespace",
+    "pid_namespace",
+    "mount_namespace",
+    "dropped_root",
+    "no_new_privs",
+    "landlock",
+    "seccomp",
+    "rlimits",
+)
+"""By name, in the order in which they are put on."""
+
+NAMESPACES = {
+    "network_namespace": linux.CLONE_NEWNET | linux.CLONE_NEWIPC,
+    "pid_namespace": linux.CLONE_NEWPID,
+    "mount_namespace": linux.CLONE_NEWNS,
+}
+
+NOBODY = 65534
+
+
+class Limits(NamedTuple):
+    """What one program may use.
+
+    Attributes:
+        timeout: seconds, of wall clock and of CPU.
+        memory_bytes: of address space.
+        output_bytes: written to stdout and stderr together; the program ends where it writes more.
+        file_bytes: of one file; of all its files where there is a mount namespace.
+        processes: and threads, where seccomp does not forbid processes altogether.
+        open_files: descriptors.
+    """
+
+    timeout: float = 10.0
+    memory_bytes: int = 1 << 30
+    output_bytes: int = 1 << 16
+    file_bytes: int = 1 << 24
+    processes: int = 32
+    open_files: int = 64
+
+
+def outside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> None:
+    """Namespaces of this process (pids: of its children), and `scratch` as working directory."""
+    flags = sum(NAMESPACES[name] for name in NAMESPACES if name in layers)
+    if "user_namespace" in layers:
+        user, group = os.geteuid(), os.getegid()
+        linux.unshare(linux.CLONE_NEWUSER | flags)
+        linux.map_user(user, group)
+    elif flags:
+        linux.unshare(flags)
+    if "dropped_root" in layers:
+        os.chown(scratch, uid, uid)
+    if "mount_namespace" in layers:
+        linux.mount_read_only(scratch, limits.file_bytes)
+    os.chdir(scratch)
+
+
+def inside(layers: Collection[str], limits: Limits, uid: int) -> None:
+    """All else, of this process, for good.
+
+    Raises:
+        OSError: a layer that cannot be had.
+    """
+    if "rlimits" in layers:
+        own_count = {"user_namespace", "dropped_root"} & set(layers)
+        others = 0 if own_count else processes.count_of_user(os.getuid())
+        set_limits(limits, others)
+    if "dropped_root" in layers:
+        drop_root(uid)
+    elif {"user_namespace", "no_new_privs"} & set(layers):
+        linux.set_capabilities(0)
+    processes.die_with_parent()
+    if "no_new_privs" in layers:
+        linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+    if "landlock" in layers:
+        landlock.restrict(".")
+    if "seccomp" in layers:
+        seccomp.install()
+
+
+def set_limits(limits: Limits, others: int) -> None:
+    """`others`: processes that count against the same limit."""
+    seconds = math.ceil(limits.timeout)
+    for name, value in {
+        "AS": limits.memory_bytes,
+        "CPU": seconds,
+        "FSIZE": limits.file_bytes,
+        "NOFILE": limits.open_files,
+        "NPROC": limits.processes + others,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+    }.items():
+        number = getattr(resource, f"RLIMIT_{name}", None)
+        if number is None:
+            continue
+        hard = resource.getrlimit(number)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        # macOS refuses some
+        with suppress(*(() if sys.platform == "linux" else (OSError, ValueError))):
+            resource.setrlimit(number, (value, value))
+
+
+def drop_root(uid: int) -> None:
+    """Becomes `uid`, without groups and capabilities.
+
+    Where Python lies in a folder of root's alone, the capability to read stays: its modules are
+    imported afterwards.
+    """
+    reached = all(map(others_reach, (os.path.dirname(os.__file__), sys.prefix)))
+    kept = 0 if reached else 1 << linux.CAP_DAC_READ_SEARCH
+    linux.prctl(linux.PR_SET_KEEPCAPS, 1)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    linux.set_capabilities(kept)
+
+
+def spare_uid() -> int:
+    """A user that nobody is, so that its limit of processes counts this sandbox alone."""
+    uid = 0x70000000 + os.getpid()
+    with suppress(OSError), open("/proc/self/uid_map") as file:
+        for line in file:
+            first, _, count = map(int, line.split())
+            if first <= uid < first + count:
+                return uid
+    return NOBODY
+
+
+def others_reach(folder: str) -> bool:
+    """Whether every user may enter a folder."""
+    folder = os.path.realpath(folder)
+    while folder != "/":
+        if not os.stat(folder).st_mode & 0o001:
+            return False
+        folder = os.path.dirname(folder)
+    return True

@@ -1,0 +1,120 @@
+"""The seccomp filter: no sockets, no new processes, no exec, no hold on other processes.
+
+Classic BPF over `struct seccomp_data` (nr, arch, instruction_pointer, args[6]), as in the kernel's
+Documentation/userspace-api/seccomp_filter.rst. Numbers: the kernel's asm/unistd headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from eval.sandbox import linux
+
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""Machine → its column in the tables, AUDIT_ARCH."""
+
+DENIED: dict[str, tuple[int | None, int | None]] = {
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "io_uring_setup": (425, 425),  # makes sockets and opens files without those calls
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "pidfd_send_signal": (424, 424),
+    "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "unshare": (272, 97),  # a new user namespace would give capabilities back
+    "setns": (308, 268),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "memfd_create": (319, 279),  # memory that no rlimit counts, as the next four
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+}
+"""Answered with EPERM."""
+
+CLONE = (56, 220)
+CLONE3 = (435, 435)
+KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
+
+X32 = 0x40000000
+MODE_FILTER = 2
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+ALLOW, REFUSE, KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_ushort),
+        ("jump_true", ctypes.c_ubyte),
+        ("jump_false", ctypes.c_ubyte),
+        ("k", ctypes.c_uint),
+    )
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(_Instruction)))
+
+
+Code = list[tuple[int, int, int, int]]
+
+
+def install() -> None:
+    """Filters this thread from here on, and what it starts. Needs no_new_privs.
+
+    Raises:
+        OSError: no such kernel, or a machine whose call numbers are not known here.
+    """
+    machine = os.uname().machine
+    if machine not in ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"seccomp: no table of system calls for {machine}")
+    code = program(*ARCHITECTURES[machine], os.getpid())
+    instructions = (_Instruction * len(code))(*code)
+    linux.prctl(linux.PR_SET_SECCOMP, MODE_FILTER, ctypes.byref(_Program(len(code), instructions)))
+
+
+def program(column: int, architecture: int, pid: int) -> Code:
+    """The filter as (code, jump if true, jump if false, k)."""
+    refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
+    code = [
+        (LOAD, 0, 0, 4),
+        (EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, KILL_PROCESS),
+        (LOAD, 0, 0, 0),
+        (AT_LEAST, 0, 1, X32),
+        refuse,
+        (EQUAL, 0, 1, CLONE3[column]),  # its flags are in memory; the C library then uses clone
+        (RETURN, 0, 0, REFUSE | errno.ENOSYS),
+    ]
+    for numbers in DENIED.values():
+        if numbers[column] is not None:
+            code += [(EQUAL, 0, 1, numbers[column]), refuse]
+    threads_only = (ANY_BIT, 0, 1, linux.CLONE_THREAD)
+    for number, allowed in (
+        (CLONE, threads_only),
+        (KILL, (EQUAL, 0, 1, pid)),
+        (TGKILL, (EQUAL, 0, 1, pid)),
+        (PRLIMIT, (EQUAL, 0, 1, 0)),
+    ):
+        first_argument = (LOAD, 0, 0, 16)
+        code += [(EQUAL, 0, 4, number[column]), first_argument, allowed]
+        code += [(RETURN, 0, 0, ALLOW), refuse]
+    return [*code, (RETURN, 0, 0, ALLOW)]

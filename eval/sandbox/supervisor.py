@@ -1,0 +1,213 @@
+"""Runs programs, one after the other, and answers with JSON; a fresh interpreter's main.
+
+It reads a job from stdin and writes for each of its programs {"passed", "reason", "stdout",
+"failure"} to stdout, or with "probe" in the job {layer: why it is missing, or ""}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any
+
+from eval.sandbox import confine, processes, worker
+from eval.sandbox.confine import Limits
+
+POLL_SECONDS = 0.005
+RESULT_BYTES = 1 << 14
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    processes.die_with_parent()
+    if "probe" in job:
+        answer: object = {name: probe(name, job["probe"]) for name in confine.LAYERS}
+    else:
+        limits = Limits(**job["limits"])
+        answer = [
+            json.loads(in_child(supervise, program, job["layers"], limits, scratch))
+            for program, scratch in zip(job["programs"], job["scratch"], strict=True)
+        ]
+    print(json.dumps(answer))
+
+
+def in_child(function: Callable[..., object], *arguments: object) -> str:
+    """What a function returns, as JSON, called in a child: namespaces are for good."""
+    end, other_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = function(*arguments)
+        except BaseException as error:
+            answer = {"failure": f"{type(error).__name__}: {error}"}
+        with open(other_end, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(other_end)
+    with open(end) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text or '{"failure": "the kernel killed the attempt"}'
+
+
+def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> dict[str, Any]:
+    """Starts the worker, watches it, and leaves nothing of it behind.
+
+    Raises:
+        OSError: a namespace that cannot be had.
+    """
+    processes.adopt_orphans()
+    uid = confine.spare_uid()
+    token = os.urandom(16).hex()
+    confine.outside(layers, limits, scratch, uid)
+    output, output_end = os.pipe()
+    result, result_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        if "pid_namespace" in layers:
+            processes.die_with_parent()
+            _fork_below_init((output_end, result_end))
+
+        def put_on() -> None:
+            confine.inside(layers, limits, uid)
+
+        worker.work(program, put_on, output_end, result_end, token)
+    os.close(output_end)
+    os.close(result_end)
+    watch = _Watch(output, result, limits)
+    status = watch.until_end(child)
+    failure = "" if _kill_all(child, status is not None) else "processes are left"
+    watch.drain()
+    answer = watch.answer()
+    passed = not watch.broken and answer.get("passed") == token
+    return {
+        "passed": passed,
+        "reason": "passed" if passed else watch.broken or answer.get("reason") or _end(status),
+        "stdout": watch.text.decode("utf-8", "replace"),
+        "failure": answer.get("setup") or failure,
+    }
+
+
+class _Watch:
+    """What a child wrote to its two pipes, and whether it kept to its limits."""
+
+    def __init__(self, output: int, result: int, limits: Limits):
+        self.output = output
+        self.limits = limits
+        self.deadline = time.monotonic() + limits.timeout
+        self.written = {output: b"", result: b""}
+        self.most = {output: limits.output_bytes, result: RESULT_BYTES}
+        self.broken = ""
+        self.selector = selectors.DefaultSelector()
+        for descriptor in self.written:
+            os.set_blocking(descriptor, False)
+            self.selector.register(descriptor, selectors.EVENT_READ)
+
+    @property
+    def text(self) -> bytes:
+        return self.written[self.output]
+
+    def until_end(self, child: int) -> int | None:
+        """Its wait status; None when it is still there and over a limit."""
+        while not self.broken:
+            self._read(POLL_SECONDS)
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return status
+            if time.monotonic() > self.deadline:
+                self.broken = f"timed out after {self.limits.timeout:g} s"
+        return None
+
+    def drain(self) -> None:
+        """The rest; nobody writes any more."""
+        while not self.broken and self.selector.get_map():
+            if not self._read(0):
+                return
+
+    def answer(self) -> dict[str, str]:
+        (result,) = (text for end, text in self.written.items() if end != self.output)
+        with suppress(ValueError):
+            found = json.loads(result)
+            if isinstance(found, dict):
+                return found
+        return {}
+
+    def _read(self, seconds: float) -> bool:
+        ready = self.selector.select(seconds)
+        for key, _ in ready:
+            data = os.read(key.fd, 1 << 16)
+            if not data:
+                self.selector.unregister(key.fd)
+            room = self.most[key.fd] - len(self.written[key.fd])
+            self.written[key.fd] += data[:room]
+            if len(data) > room:
+                self.broken = f"wrote more than {self.most[key.fd]} bytes"
+        return bool(ready)
+
+
+def _fork_below_init(descriptors: Collection[int]) -> None:
+    """Returns in a child; this process, first of its namespace, waits and ends as that does."""
+    child = os.fork()
+    if child == 0:
+        return
+    for descriptor in descriptors:
+        os.close(descriptor)
+    status = processes.serve_as_init(child)
+    os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
+def _kill_all(child: int, ended: bool) -> bool:
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    if sys.platform == "linux":
+        return processes.sweep()
+    with suppress(ProcessLookupError, PermissionError):  # its group is all that can be found
+        os.killpg(child, signal.SIGKILL)
+    if not ended:
+        os.waitpid(child, 0)
+    return True
+
+
+def _end(status: int | None) -> str:
+    """How a process ended that had no result."""
+    if status is None:
+        return "killed"
+    number = -os.waitstatus_to_exitcode(status) if os.WIFSIGNALED(status) else 0
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+    number = number or max(code - 128, 0)
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(number).name}"
+    return f"ended before its tests did, with status {code}"
+
+
+def probe(name: str, scratch: str) -> str:
+    """Tries one layer, with those it needs, in a child: why it cannot be had, or ""."""
+    root = os.geteuid() == 0
+    if name != "rlimits" and sys.platform != "linux":
+        return "Linux only"
+    if name == "user_namespace" and root:
+        return "not needed: root makes the other namespaces itself"
+    if name == "dropped_root" and not root:
+        return "not needed: not root"
+    layers = {name}
+    if name in confine.NAMESPACES and not root:
+        layers.add("user_namespace")
+    if name in ("landlock", "seccomp"):
+        layers.add("no_new_privs")
+    own = os.path.join(scratch, name)  # its owner may change
+    os.mkdir(own)
+    return json.loads(in_child(_put_on, layers, own))["failure"]
+
+
+def _put_on(layers: Collection[str], scratch: str) -> dict[str, str]:
+    uid = confine.spare_uid()
+    confine.outside(layers, Limits(), scratch, uid)
+    confine.inside(layers, Limits(), uid)
+    return {"failure": ""}

@@ -1,0 +1,1 @@
+"""The tasks, one module each: `load(options) -> Task`."""

@@ -1,0 +1,152 @@
+"""GSM8K (Cobbe et al. 2021): word problems with one number for an answer; 1319 of them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any
+
+from eval.rows import Row
+from eval.statistics import standard_error
+from eval.task import Item, Task, TaskOptions
+from eval.tasks import named_rows
+
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{question}\n\n### Response: Let's think step by step."
+)
+"""MetaMath's prompt (Yu et al. 2023); its models end with "The answer is: " and the number."""
+
+ASK = "{question}\nThink step by step, and end with a line 'The answer is: ' and the number."
+"""For chat models, inside their template."""
+
+HUB = ("openai/gsm8k", "main")
+NUMBER = r"[-+]?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?"
+SETTINGS = ("prompt", "extraction", "max_new_tokens")
+PROMPTS = ("alpaca", "ask")
+EXTRACTIONS = ("strict", "flexible")
+
+
+def load(options: TaskOptions) -> Task:
+    """Zero-shot with MetaMath's prompt, or with `shots` examples of reasoning (8 are usual).
+
+    The examples are the first rows of the training set, whose solutions are part of the data. The
+    usual prompt for chains of thought (Wei et al. 2022) has eight others, so that scores differ a
+    little from those that are reported with it.
+
+    Settings: prompt, zero-shot only: "alpaca" or "ask" (for chat models); extraction: "strict",
+    after "The answer is", or "flexible", the last number; both are in the summary;
+    max_new_tokens (512).
+
+    Raises:
+        ValueError: no data, or a wrong setting.
+    """
+    unknown = [name for name in options.settings if name not in SETTINGS]
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}, expected one of {', '.join(SETTINGS)}")
+    prompt = _choice(options, "prompt", PROMPTS)
+    extraction = _choice(options, "extraction", EXTRACTIONS)
+    length = options.settings.get("max_new_tokens", "512")
+    if not length.isdecimal() or int(length) < 1:
+        raise ValueError(f"max_new_tokens={length}, expected a number above 0")
+    shots = options.shots or 0
+    if shots < 0:
+        raise ValueError(f"got {shots} shots, expected 0 or more")
+    examples = ""
+    if shots:
+        rows = named_rows.read(options.data_dir, "gsm8k/train", HUB, "train")[:shots]
+        examples = "".join(map(example, rows))
+    rows = named_rows.read(options.data_dir, "gsm8k/test", HUB, "test")
+    template = "{question}" if shots else {"alpaca": ALPACA, "ask": ASK}[prompt]
+    if shots:
+        template = "Q: {question}\nA:"
+    items = tuple(
+        Item(
+            id=f"gsm8k/{number}",
+            prompt=examples + template.replace("{question}", row.text("question")),
+            references=(gold(row),),
+            max_new_tokens=int(length),
+        )
+        for number, row in enumerate(rows[: options.limit])
+    )
+    return Task(
+        name="gsm8k",
+        items=items,
+        score=score_strict if extraction == "strict" else score_flexible,
+        metric="exact_match",
+        stops=("\nQ:",) if shots else ("\n### ",),
+        truncate="left",
+        chat=not shots and prompt == "ask",
+        summary=summary,
+    )
+
+
+def gold(row: Row) -> str:
+    """The number after "####", without commas.
+
+    Raises:
+        ValueError: there is none.
+    """
+    answer = row.text("answer")
+    _, mark, number = answer.rpartition("####")
+    number = number.strip().replace(",", "")
+    if not mark or value(number) is None:
+        raise ValueError(f"{row.where}: got an answer ending {answer[-20:]!r}, expected '#### N'")
+    return number
+
+
+def example(row: Row) -> str:
+    """A row of the training set as question and answer, without calculator annotations."""
+    reasoning = re.sub(r"<<.*?>>", "", row.text("answer")).rpartition("####")[0].strip()
+    return f"Q: {row.text('question')}\nA: {reasoning}\nThe answer is: {gold(row)}\n\n"
+
+
+def strict(answer: str) -> str | None:
+    """The number right after the last "The answer is", with or without a colon."""
+    found = re.findall(rf"[Tt]he answer is:?\s*({NUMBER})", answer)
+    return found[-1] if found else None
+
+
+def flexible(answer: str) -> str | None:
+    """The last number."""
+    found = re.findall(rf"(?<![\w.]){NUMBER}", answer)
+    return found[-1] if found else None
+
+
+def value(number: str | None) -> Fraction | None:
+    """Of a number as it is written: "$1,234.50", "-3", "1/2"; None for anything else."""
+    try:
+        return Fraction(re.sub(r"[$,\s]", "", number or ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def score_strict(item: Item, answer: str) -> float:
+    return _equal(strict(answer), item)
+
+
+def score_flexible(item: Item, answer: str) -> float:
+    return _equal(flexible(answer), item)
+
+
+def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
+    """Both extractions, each with its standard error."""
+    found: dict[str, Any] = {}
+    for name, score in (("strict", score_strict), ("flexible", score_flexible)):
+        scores = [score(item, answer) for item, answer, _ in results]
+        found[name] = sum(scores) / len(scores) if scores else None
+        found[f"{name}_standard_error"] = standard_error(scores) if len(scores) > 1 else None
+    return found
+
+
+def _equal(number: str | None, item: Item) -> float:
+    found = value(number)
+    return float(found is not None and found == value(item.references[0]))
+
+
+def _choice(options: TaskOptions, name: str, choices: tuple[str, ...]) -> str:
+    chosen = options.settings.get(name, choices[0])
+    if chosen not in choices:
+        raise ValueError(f"{name}={chosen}, expected one of {', '.join(choices)}")
+    return chosen

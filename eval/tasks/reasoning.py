@@ -1,0 +1,10 @@
+"""Reasoning in a haystack: the favorite thing of the older of two people (HeadKV, 3.1)."""
+
+from eval.task import Task, TaskOptions
+from eval.tasks import grid
+from kvjax.tasks import two_hop
+
+
+def load(options: TaskOptions) -> Task:
+    """See `eval.tasks.grid.load`; depth is that of the answer's sentence."""
+    return grid.load("reasoning", two_hop.generate, options)

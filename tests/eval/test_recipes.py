@@ -1,0 +1,134 @@
+"""Every file of eval/configs says something that can be run; plans say what it takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import eval_toys
+import pytest
+
+from eval.recipe_plan import parse, parse_policies
+from eval.recipes import main, read
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "eval" / "configs").glob("*.yaml"))
+
+TOY = """
+title: Toy
+model: builtin:needle
+runs:
+  - name: needle
+    command: needle
+    policies: [full, "snapkv:kv_size=12", "headkv:kv_size=12,scores={scores}/none.json"]
+    options: {lengths: [96], count: 1, set: {depths: 2}}
+  - name: speed
+    command: latency
+    policies: [full, "headkv_paper:kv_size=12,scores={scores}/none.json,beta=1.1"]
+    options: {contexts: [64, 96], new_tokens: 4, repeats: 1}
+  - name: lost
+    command: longbench
+    options: {subsets: [qasper]}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return eval_toys.checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_fit_the_commands(path):
+    recipe = read(path)
+    for run in recipe.runs:
+        assert parse_policies(run.policies)
+        assert len(set(run.policies)) == len(run.policies)
+        command = parse(run, run.argv(Path("out"), Path("data")))
+        assert command.model == run.model and command.out == Path("out") / run.name
+        for policy in run.policies:
+            assert "{" not in policy
+        for text in getattr(command, "text", ()):
+            assert text.startswith("hub:") or Path(text).is_file()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_subsets_exist(path):
+    from eval.tasks import babilong, longbench, loogle
+
+    known = {
+        "longbench": longbench.SUBSETS,
+        "loogle": loogle.SUBSETS,
+        "babilong": babilong.LABELS,
+    }
+    for run in read(path).runs:
+        if run.command in known:
+            assert set(run.options["subsets"]) <= set(known[run.command])
+
+
+def test_there_is_a_file_for_each_table():
+    names = {path.stem for path in CONFIGS}
+    assert {f"headkv_table{n}" for n in (1, 2, 3, 4)} <= names
+    assert {"embedded", "headkv_figure_latency", "transmla_zeroshot"} <= names
+
+
+def test_plan(toy, checkpoint, tmp_path, capsys):
+    words = [str(toy), "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--dry-run"]
+    main(words)
+    said = capsys.readouterr().out
+    assert "2 items" in said and "programs: 1 shapes × 3 policies" in said
+    assert re.search(r"parameters: [\d.]+ M, [\d.]+ KiB in bfloat16", said)
+    assert said.count("full cache") == 1 + 2 + 1
+    assert "8 measurements" in said
+    assert "items unknown: LongBench's prompts" in said
+    assert not (tmp_path / "out").exists()
+    lines = [line[2:] for line in said.splitlines() if line.startswith("$ ")]
+    assert shlex.split(lines[1])[:4] == ["python", "-m", "eval", "latency"]
+
+
+def test_runs_end_up_in_folders_and_failures_in_one_line(toy, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    head, _, lost = TOY.partition("  - name: lost")
+    first = head.partition("  - name: speed")[0]
+    first = first.replace(', "headkv:kv_size=12,scores={scores}/none.json"', "")
+    toy.write_text(f"{first}  - name: lost{lost}")
+    with pytest.raises(ValueError, match="1 of 2 runs failed: lost"):
+        main([str(toy), "--model", str(checkpoint), "--out", str(out), "--limit", "1"])
+    assert "eval: error: lost: " in capsys.readouterr().err
+    assert (out / "needle" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (("command: latency", "command: speed"), "run 2: no command 'speed'"),
+        (("name: speed", "name: needle"), "two runs named needle"),
+        (("options: {lengths", "opts: {lengths"), "run 1 has opts"),
+        (("title: Toy", "title: [Toy"), "is not YAML"),
+        (("model: builtin:needle", ""), "run 1 has no model"),
+        (("title: Toy", "tables: Toy"), "has tables"),
+    ],
+)
+def test_mistakes_are_named(toy, change, said):
+    toy.write_text(TOY.replace(*change))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read(toy)
+
+
+def test_options_that_a_command_lacks(toy):
+    toy.write_text(TOY.replace("new_tokens: 4", "new_words: 4"))
+    run = read(toy).runs[1]
+    with pytest.raises(ValueError, match=r"speed: .*new-words"):
+        parse(run, run.argv(None))
+
+
+def test_unknown_policies_and_names(toy):
+    with pytest.raises(ValueError, match="snapkw"):
+        parse_policies(["snapkw:kv_size=9"])
+    with pytest.raises(ValueError, match="no run nothing"):
+        main([str(toy), "--only", "nothing", "--dry-run"])

@@ -1,0 +1,278 @@
+"""Runs through the compressed cache: what they say, and that interrupted ones are no different."""
+
+import dataclasses
+import json
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import eval_toys as toys
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from eval import sizes
+from eval.__main__ import main
+from eval.batches import Shape, make_batches, shapes
+from eval.encoding import encode
+from eval.loaded import resolve_all
+from eval.predictions import PREDICTIONS, RESULTS, read
+from eval.results import statistics
+from eval.run import evaluate
+from eval.settings import Settings
+from kvjax import transmla
+
+ROOT = Path(__file__).parents[2]
+POLICIES = ("full", "snapkv:kv_size=12,window=4")
+SETTINGS = Settings(policies=POLICIES, batch_size=3)
+TIMED = ("seconds", "computed", "date", "commit", "command")
+
+
+def run(task, out, settings=SETTINGS, **rest):
+    return evaluate(toys.loaded(), task, settings, out, quiet=True, **rest)
+
+
+def timeless(report):
+    return {key: value for key, value in report.items() if key not in TIMED}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    return out, run(toys.task(), out)
+
+
+def test_each_answer_is_what_generation_gives_for_the_prompt_alone(finished):
+    out, _ = finished
+    task, loaded = toys.task(), toys.loaded()
+    lines = {(p.policy, p.id): p for p in read(out / PREDICTIONS)}
+    assert len(lines) == 2 * len(task.items)
+    for prompt in encode(task, loaded.tokenizer, loaded.model.config, False)[:3]:
+        item = task.items[prompt.index]
+        for policy in POLICIES:
+            alone = kvjax.generate(
+                loaded.model, loaded.params, [prompt.ids], item.max_new_tokens, policy
+            )
+            line = lines[policy, item.id]
+            assert line.text == loaded.tokenizer.decode(alone.tokens[0], skip_special_tokens=True)
+            assert line.score == toys.checksum(item, line.text)
+            assert (line.prompt_tokens, line.group) == (len(prompt.ids), item.group)
+            held = (line.cache_bytes, line.full_cache_bytes)
+            assert held == (alone.cache_bytes, alone.full_cache_bytes)
+
+
+def test_what_the_result_says(finished):
+    out, report = finished
+    assert json.loads((out / RESULTS).read_text()) == report
+    full, small = report["policies"]
+    assert [row["policy"] for row in report["policies"]] == list(POLICIES)
+    scores = [p.score for p in read(out / PREDICTIONS) if p.policy == POLICIES[1]]
+    assert small["all"] == pytest.approx(statistics(scores))
+    assert set(small["groups"]) == {"g0", "g1"}  # the twin has no group
+    assert sum(part["items"] for part in small["groups"].values()) == len(scores) - 1
+    assert full["cache_bytes"] == full["full_cache_bytes"] == full["gqa_cache_bytes"]
+    assert small["cache_bytes"] < 0.6 * small["full_cache_bytes"]
+    assert full["kept"] == {} and all(
+        np.asarray(kept).sum() == 12 * 2 * 2 for kept in small["kept"].values()
+    )
+    assert report["computed"] == 2 * report["items"]
+    assert {"device", "versions", "date", "command", "commit", "seed"} <= report.keys()
+
+
+def test_the_standard_error():
+    values = [0.0, 1.0, 1.0, 0.25]
+    expected = np.sqrt(np.var(values, ddof=1) / 4)
+    assert statistics(values) == {
+        "score": 0.5625,
+        "standard_error": pytest.approx(expected),
+        "items": 4,
+    }
+    assert statistics([1.0])["standard_error"] is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, temperature):
+    """Stopped within a batch, with a torn line; nothing that is finished is scored again."""
+    settings = dataclasses.replace(SETTINGS, temperature=temperature)
+    whole = run(toys.task(), tmp_path / "whole", settings)
+    judged = []
+
+    def score(item, text):
+        if len(judged) == 8:
+            raise KeyboardInterrupt
+        judged.append(item.id)
+        return toys.checksum(item, text)
+
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run(toys.task(score=score), out, settings)
+    before = (out / PREDICTIONS).read_text()
+    assert before.count("\n") == 8
+    with (out / PREDICTIONS).open("a") as file:
+        file.write('{"id": "q')
+    again = []
+
+    def rest(item, text):
+        again.append(item.id)
+        return toys.checksum(item, text)
+
+    report = run(toys.task(score=rest), out, settings)
+    assert len(again) == report["computed"] == 2 * len(toys.task().items) - 8
+    files = [(path / PREDICTIONS).read_text() for path in (tmp_path / "whole", out)]
+    assert files[0] == files[1] and files[1].startswith(before)
+    assert timeless(report) == timeless(whole)
+    if temperature:
+        texts = {p.id: p.text for p in read(out / PREDICTIONS) if p.policy == "full"}
+        assert texts["twin"] != texts["q1"]  # samples of one prompt differ
+
+
+def test_nothing_is_left_to_do(finished):
+    out, report = finished
+
+    def never(item, text):
+        raise AssertionError(item.id)
+
+    again = run(toys.task(score=never), out)
+    assert again["computed"] == 0 and timeless(again) == timeless(report)
+
+
+def test_another_run_is_refused(finished):
+    out, _ = finished
+    other = dataclasses.replace(SETTINGS, seed=1)
+    with pytest.raises(ValueError, match=r"holds another run \(seed 0, now 1\)"):
+        run(toys.task(), out, other)
+    with pytest.raises(ValueError, match=r"holds another run .*items_sha256"):
+        run(toys.task(lengths=(33, 60)), out)
+
+
+def test_a_damaged_line_is_named(tmp_path, finished):
+    for name in ("config.json", PREDICTIONS):
+        (tmp_path / name).write_text((finished[0] / name).read_text())
+    lines = (tmp_path / PREDICTIONS).read_text().splitlines()
+    (tmp_path / PREDICTIONS).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]) + "\n")
+    with pytest.raises(ValueError, match=r"predictions.jsonl, line 2 is no prediction"):
+        run(toys.task(), tmp_path)
+
+
+def test_stops_and_a_summary(tmp_path):
+    def summary(triples):
+        return {"longest": max(len(text.split()) for _, text, _ in triples)}
+
+    report = run(toys.task(stops=(" ",), summary=summary), tmp_path)
+    assert all(" " not in (p.text or "") for p in read(tmp_path / PREDICTIONS))
+    assert report["policies"][0]["summary"] == {"longest": 1}
+
+
+def test_bytes_without_running_are_those_of_generation():
+    loaded = toys.loaded()
+    names = ("full:entries=int8", "h2o:kv_size=16", "knorm:ratio=0.25")
+    policies = resolve_all(names, loaded.model)
+    for policy in policies.values():
+        shape = Shape(48, 5, 2)
+        out = kvjax.generate(loaded.model, loaded.params, [[7] * 40, [8] * 48], 5, policy)
+        assert 2 * sizes.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
+        full = sizes.uncompressed_bytes(loaded.model, jnp.float32, shape)
+        assert 2 * full == out.full_cache_bytes
+
+
+def test_bytes_of_the_gqa_model_that_was_converted(tmp_path):
+    model, params = kvjax.load(toys.checkpoint(tmp_path / "m"), dtype="float32")
+    batches = [np.random.default_rng(0).integers(4, 400, (4, 32))]
+    with jax.numpy_dtype_promotion("standard"):
+        stats = transmla.calibrate(model, params, batches)
+    shape = Shape(64, 4, 1)
+    expected = sizes.uncompressed_bytes(model, jnp.float32, shape)
+    mla = transmla.convert(model, params, method="equal_cache")[0]
+    small = transmla.convert(model, params, method="decoupled", stats=stats, kv_rank=8, rope_dim=8)[
+        0
+    ]
+    for converted in (mla, small):
+        assert sizes.gqa_bytes(converted, jnp.float32, shape) == expected
+    assert sizes.uncompressed_bytes(small, jnp.float32, shape) < expected
+
+
+def test_batches_have_one_shape_a_bucket():
+    task, loaded = toys.task(), toys.loaded()
+    prompts = encode(task, loaded.tokenizer, loaded.model.config, False)
+    batches = make_batches(prompts, task.items, 3)
+    assert sorted(p.index for b in batches for p in b.prompts) == list(range(len(task.items)))
+    for batch in batches:
+        assert len(batch.rows) == batch.shape.batch <= 3
+        for prompt in batch.prompts:
+            assert kvjax.prompts.bucket_length(len(prompt.ids)) == batch.shape.bucket
+            assert task.items[prompt.index].max_new_tokens == batch.shape.max_new_tokens
+    keys = [(shape.bucket, shape.max_new_tokens) for shape in shapes(batches)]
+    assert len(set(keys)) == len(keys) and keys == sorted(keys, reverse=True)
+
+
+def test_tasks_and_settings_that_cannot_run(tmp_path):
+    task = toys.task(2)
+    twice = dataclasses.replace(task, items=(task.items[0], task.items[0]))
+    with pytest.raises(ValueError, match="two items with id 'q0'"):
+        run(twice, tmp_path)
+    with pytest.raises(ValueError, match="has no items"):
+        run(dataclasses.replace(task, items=()), tmp_path)
+    for wrong, message in (
+        ({"policies": ("full", "full")}, "each once"),
+        ({"policies": ()}, "at least one"),
+        ({"batch_size": 0}, "expected ≥ 1"),
+        ({"protocol": "guess"}, "expected one of generate"),
+        ({"protocol": "teacher", "chat": True}, "no chat template"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings(**wrong)
+    with pytest.raises(ValueError, match="is none of full"):
+        run(task, tmp_path, Settings(policies=("best",)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_is_the_same_run(tmp_path, monkeypatch):
+    """kill -9 wherever the command happens to be; then to the end."""
+    model = toys.checkpoint(tmp_path / "model")
+    command = ["needle", "--model", str(model), "--policy", "full", "--policy", "headkv:kv_size=12"]
+    command += ["--dtype", "float32", "--lengths", "48", "--set", "depths=3"]
+    command += ["--count", "40", "--batch-size", "1", "--out"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Processes of their own, forked from one that has done the imports, which take seconds.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["eval.run", "eval.command", "eval.tasks.needle"])
+
+    def start(out):
+        process = processes.Process(target=main, args=([*command, str(out)],))
+        process.start()
+        return process
+
+    def finish(out):
+        process = start(out)
+        process.join()
+        assert process.exitcode == 0
+
+    def lines(out):
+        path = out / PREDICTIONS
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    finish(tmp_path / "whole")
+    out, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(5):
+        wanted = lines(out) + rng.randint(1, 30)
+        process = start(out)
+        while process.is_alive() and lines(out) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it finished before it could be killed"
+    assert 0 < lines(out) < 240
+    finish(out)
+    files = [(path / PREDICTIONS).read_bytes() for path in (tmp_path / "whole", out)]
+    assert files[0] == files[1]
+    reports = [json.loads((path / RESULTS).read_text()) for path in (tmp_path / "whole", out)]
+    assert timeless(reports[0]) == timeless(reports[1])
+    assert reports[1]["computed"] < reports[0]["computed"] == 240

@@ -1,0 +1,84 @@
+"""The commands of docs/tpu_vm.md: plans run, and the others are understood."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import eval_toys
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOC = (ROOT / "docs" / "tpu_vm.md").read_text()
+
+
+def commands():
+    """Words of the document's `python -m eval` commands, variables as they stand."""
+    blocks = re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL)
+    lines = "".join(blocks).splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[3:] for words in split if words[:3] == ["python", "-m", "eval"]]
+
+
+PLANS = [words for words in commands() if "--dry-run" in words]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What the document's variables stand for here: a tiny model, two rows, its head scores."""
+    folder = tmp_path_factory.mktemp("vm")
+    model = eval_toys.checkpoint(folder / "model")
+    data = folder / "data" / "longbench"
+    data.mkdir(parents=True)
+    names = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique")
+    prompts = dict.fromkeys(names, "{context}\nquestion : {input}")
+    (data / "dataset2prompt.json").write_text(json.dumps(prompts))
+    (data / "dataset2maxlen.json").write_text(json.dumps(dict.fromkeys(names, 8)))
+    row = {"input": "who ?", "context": "the fox sees the barn . " * 9, "answers": ["the fox"]}
+    for name in names:
+        (data / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    scores = model / "head_scores.json"
+    return {"MODEL": str(model), "DATA": str(data.parent), "SCORES": str(scores)}
+
+
+def filled(words, places):
+    return [re.sub(r"\$(\w+)", lambda found: places[found[1]], word) for word in words]
+
+
+@pytest.mark.parametrize("number", range(len(PLANS)))
+def test_plans_run(number, places, capsys, monkeypatch):
+    from eval.__main__ import main
+
+    monkeypatch.chdir(ROOT)
+    words = filled(PLANS[number], places)
+    if words[0] == "run":
+        words += ["--model", places["MODEL"]]
+    main(words)
+    said = capsys.readouterr().out
+    assert "longbench" in said and ("compiles" in said or "programs" in said)
+    assert not os.path.exists(ROOT / "runs" / "qasper")
+
+
+def test_a_plan_precedes_every_kind_of_run():
+    assert len(PLANS) >= 3
+    assert {words[0] for words in commands()} == {"longbench", "report", "run"}
+
+
+def test_other_commands_are_understood(places):
+    from eval.recipe_plan import parse
+    from eval.recipes import RecipeRun, read
+
+    for words in commands():
+        words = filled(words, places)
+        if words[0] == "longbench":
+            run = RecipeRun("doc", "longbench", words[words.index("--model") + 1], ())
+            assert parse(run, words).subsets == ("qasper",)
+        elif words[0] == "run":
+            names = [run.name for run in read(ROOT / words[1]).runs]
+            assert words[words.index("--only") + 1] in names
+
+
+def test_exports_name_all_variables():
+    used = {name for words in commands() for word in words for name in re.findall(r"\$(\w+)", word)}
+    assert used <= set(re.findall(r"(\w+)=\S+", "".join(re.findall(r"^export .*$", DOC, re.M))))
