@@ -45,9 +45,10 @@ def test_qwen_7b(tmp_path, topology, devices):
     assert report["bytes_per_device"] < HBM[topology]
     share = (12 * report["trainable"] + 2 * report["frozen"]) / devices
     assert share < report["argument_bytes"] < 1.1 * share
-    # Forward, again for remat, and backward through the activations: 6 · parameters · tokens, and
-    # more for attention and logits; a row of 2048 tokens on each device.
-    assert 6 * 7.6e9 * 2048 < report["flops_per_device"] < 12 * 7.6e9 * 2048
+    # In products with P weights a row of 2048 tokens takes 2·P·T forward, as much backward through
+    # the activations, and up to as much again for remat. Gradients of frozen weights would be a
+    # fourth: there are none.
+    assert 4 * 7.0e9 * 2048 < report["flops_per_device"] < 6 * 7.6e9 * 2048
 
 
 def test_a_topology_that_there_is_not():
