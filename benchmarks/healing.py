@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/healing.json"))
     parser.add_argument("--runs", type=Path, default=Path("healing_runs"))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=1008, help="tokens of a prompt")
     parser.add_argument("--rate", type=float, default=1e-3)
     args = parser.parse_args()
