@@ -44,6 +44,8 @@ class TaskCommand:
             policies; after: the same, with the question asked after the compression.
         chat: prompts inside the tokenizer's chat template.
         max_length: tokens of prompt and answer, where it is less than the model's context.
+        max_new_tokens: longest answer, where it is less than the task's.
+        truncate: cut long prompts in another way than the task's: their middle, or their start.
         unsafe_execution: run programs that a model wrote without a sandbox, if there is none.
         dry_run: print items, prompt tokens, compiles and cache bytes, and stop.
     """
@@ -66,6 +68,8 @@ class TaskCommand:
     chat: bool = False
     batch_size: int = 8
     max_length: int | None = None
+    max_new_tokens: int | None = None
+    truncate: Literal["middle", "left"] | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -114,15 +118,31 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     )
     model = read_model(command.model)
     tokenizer = load_tokenizer(command.model)
-    task = load_task(name, task_options(command, tokenizer))
+    task = adapted(load_task(name, task_options(command, tokenizer)), command)
     if command.dry_run:
         return dry_run(model, tokenizer, task, settings, command.dtype)
     assert command.out is not None
     loaded = Loaded(command.model, *load(command.model, dtype=command.dtype), tokenizer)
     # Not data_dir: the items' checksum says what was in it, wherever it lies.
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
-    described |= {"settings": dict(_pairs(command.settings))}
+    described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     return evaluate(loaded, task, settings, command.out, described, argv)
+
+
+def adapted(task: Any, command: TaskCommand) -> Any:
+    """The task with shorter answers, or prompts cut otherwise, where that was asked for."""
+    if command.truncate is not None:
+        task = dataclasses.replace(task, truncate=command.truncate)
+    most = command.max_new_tokens
+    if most is None:
+        return task
+    if most < 1:
+        raise ValueError(f"max_new_tokens is {most}, expected ≥ 1")
+    items = (
+        dataclasses.replace(item, max_new_tokens=min(item.max_new_tokens, most))
+        for item in task.items
+    )
+    return dataclasses.replace(task, items=tuple(items))
 
 
 def task_options(command: TaskCommand, tokenizer: Any) -> Any:
