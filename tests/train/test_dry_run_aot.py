@@ -46,9 +46,9 @@ def test_qwen_7b(tmp_path, topology, devices):
     share = (12 * report["trainable"] + 2 * report["frozen"]) / devices
     assert share < report["argument_bytes"] < 1.1 * share
     # In products with P weights a row of 2048 tokens takes 2·P·T forward, as much backward through
-    # the activations, and up to as much again for remat. Gradients of frozen weights would be a
-    # fourth: there are none.
-    assert 4 * 7.0e9 * 2048 < report["flops_per_device"] < 6 * 7.6e9 * 2048
+    # the activations, and up to as much again for remat; the compiler counts a loop's body once
+    # (logits, tiles of attention). Gradients of frozen weights would be a fourth: there are none.
+    assert 3 * 6.5e9 * 2048 < report["flops_per_device"] < 6 * 7.6e9 * 2048
 
 
 def test_a_topology_that_there_is_not():

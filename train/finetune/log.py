@@ -26,8 +26,8 @@ def utilisation(flops: float, seconds: float, device_kind: str) -> float | None:
     """FLOP/s over the devices' bf16 peak (MFU); None where the peak is unknown.
 
     Args:
-        flops: of all steps in these seconds on one device, by the compiler's count, which has
-            what rematerialisation computes twice.
+        flops: of all steps in these seconds on one device, by the compiler's count: it has what
+            rematerialisation computes twice, and a loop's body (logits, tiles of attention) once.
     """
     known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     if not known or not seconds:
