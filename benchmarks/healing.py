@@ -25,7 +25,7 @@ from benchmarks.transmla import TASKS, embedded
 from kvjax.hf import latent_rms
 from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks import WordVocabulary, make_examples
-from kvjax.transmla import BEST, calibrate
+from kvjax.transmla import BEST, UNBIASED, calibrate
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 
@@ -35,7 +35,7 @@ EXPORT = "50% rms export"
 CONVERSIONS = {
     "50% best": {"kv_rank": 64, "rope_dim": 64, "recipe": BEST},
     "28% best": {"kv_rank": 24, "rope_dim": 48, "recipe": BEST},
-    EXPORT: {"kv_rank": 96, "rope_dim": 32, "exportable": True},
+    EXPORT: {"kv_rank": 96, "rope_dim": 32, "recipe": UNBIASED, "exportable": True},
 }
 ARMS = {
     "answers": {"teacher": None, "learn": "answers"},

@@ -10,7 +10,7 @@ import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from kvjax.hf.config import config_from_hf
 from kvjax.nn import Transformer
-from kvjax.sharding import param_shardings
+from kvjax.sharding import batch_sharding, make_mesh, param_shardings, parse_mesh
 
 RAW = {
     "model_type": "mixtral",
@@ -28,6 +28,35 @@ def mesh(count):
     if len(jax.devices()) < count:
         pytest.skip(f"needs {count} devices, there are {len(jax.devices())}")
     return Mesh(np.array(jax.devices()[:count]), ("model",))
+
+
+def test_mesh_of_named_sizes():
+    devices = jax.devices()[:8]
+    if len(devices) < 8:
+        pytest.skip("needs 8 devices")
+    made = make_mesh(parse_mesh("data=2, tensor=2,fsdp=-1"), devices)
+    assert dict(made.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert batch_sharding(made).spec == PartitionSpec(("data", "fsdp"))
+    assert dict(make_mesh({"fsdp": 4}, devices[:4]).shape) == {"data": 1, "fsdp": 4, "tensor": 1}
+    with pytest.raises(ValueError, match=r"got mesh axes \['model'\], expected some of"):
+        make_mesh({"model": 8}, devices)
+    with pytest.raises(ValueError, match=r"data=3, fsdp=1, tensor=1, expected a product of 8"):
+        make_mesh({"data": 3}, devices)
+    with pytest.raises(ValueError, match="expected a form like data=1"):
+        parse_mesh("data:2")
+
+
+def test_fsdp_splits_what_tensor_leaves():
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    model = Transformer(config_from_hf(RAW))
+    both = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(model, both))
+    assert specs["embedding"] == PartitionSpec("tensor", "fsdp")
+    attention = specs["layers_0"]["attn"]
+    assert attention["q"] == PartitionSpec("fsdp", "tensor")
+    assert attention["o"] == PartitionSpec("tensor", None, "fsdp")
+    assert specs["final_norm"] == PartitionSpec()
 
 
 def test_specs():
@@ -75,8 +104,8 @@ def test_equal_logits(tmp_path):
     np.testing.assert_allclose(one, many, atol=1e-5)
 
 
-def test_a_mesh_needs_a_model_axis():
+def test_a_mesh_needs_an_axis_that_splits_parameters():
     model = Transformer(config_from_hf(RAW))
     wrong = Mesh(np.array(jax.devices()[:1]), ("data",))
-    with pytest.raises(ValueError, match=r"mesh has axes \('data',\), expected one named 'model'"):
+    with pytest.raises(ValueError, match=r"mesh has axes \('data',\), expected some of .*'fsdp'"):
         param_shardings(model, wrong)
