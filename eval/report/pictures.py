@@ -64,7 +64,7 @@ class Pictures:
         """One line for each label.
 
         Args:
-            log: whether the x and the y axis are logarithmic.
+            log: whether the x and the y axis are logarithmic, where values spread enough.
             level: label and height of a horizontal line.
         """
         figure, axes = _figure(6.4, 4.2)
@@ -75,8 +75,11 @@ class Pictures:
             axes.errorbar(x, y, errors, label=_short(label), capsize=3 if errors else 0, **shape)
         if level is not None:
             axes.axhline(level[1], color="grey", linestyle="--", label=_short(level[0]))
-        axes.set_xscale("log" if log[0] else "linear")
-        axes.set_yscale("log" if log[1] else "linear")
+        for index, scale in enumerate((axes.set_xscale, axes.set_yscale)):
+            values: list[Any] = [p[index] for points in curves.values() for p in points]
+            # Over less than a factor of three a logarithmic axis has no round numbers to show.
+            wide = min(values) > 0 and max(values) > 3 * min(values)
+            scale("log" if log[index] and wide else "linear")
         axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
         axes.set_title(title, fontsize=10, wrap=True)
         axes.grid(alpha=0.3)

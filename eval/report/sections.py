@@ -67,7 +67,7 @@ def against_bytes(runs: Sequence[Run], pictures: Pictures) -> list[str]:
         file = pictures.lines(
             f"bytes {task} {model}",
             curves,
-            ("cache of a sequence, KiB (log scale)", metric),
+            ("cache of a sequence, KiB", metric),
             f"{task}, {model}",
             log=(True, False),
             level=level,
