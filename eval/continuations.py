@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from eval.loaded import bounds_growth
 from kvjax.cache import cache_bytes
 from kvjax.decoding import prefill
 from kvjax.generation import full_cache_bytes
@@ -101,7 +102,7 @@ def dense(
 
 def check_feedable(policy: Policy) -> None:
     """Raises ValueError for policies whose cache changes while a continuation is fed."""
-    if getattr(policy, "ring", 0) or getattr(policy, "every", 0):
+    if bounds_growth(policy):
         raise ValueError("log-likelihoods do not fit policies with ring or every")
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import tyro
 
 from eval.command import Dtype, Json, Model, Policies, print_report, write_json
-from eval.predictions import CONFIG, RESULTS, check_same
-from eval.predictions import write_json as write_whole
+from eval.predictions import check_folder, write_measured
 
 PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
 """Metrics that stand for a task in the mean, the first that it has."""
@@ -81,8 +80,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     if command.dense and tuple(names) != ("full",):
         raise ValueError("--dense scores without a cache: no --policy but full")
     request = _request(command, names)
-    if command.out is not None and (command.out / CONFIG).exists():
-        check_same(command.out / CONFIG, request)
+    check_folder(command.out, request)
     manager = task_manager(command.tasks, command.include_path)
     tokenizer = kvjax.load_tokenizer(command.model)
     loaded = Loaded(command.model, *kvjax.load(command.model, dtype=command.dtype), tokenizer)
@@ -110,10 +108,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
         "seconds": round(time.monotonic() - start, 1),
         **environment(argv),
     }
-    if command.out is not None:
-        command.out.mkdir(parents=True, exist_ok=True)
-        write_whole(command.out / CONFIG, request)
-        write_whole(command.out / RESULTS, report)
+    write_measured(command.out, request, report)
     return report
 
 

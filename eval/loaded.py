@@ -26,6 +26,11 @@ class Loaded:
         return self.params["embedding"].dtype
 
 
+def bounds_growth(policy: Policy) -> bool:
+    """Whether entries leave its cache while tokens come in: those fed in pieces don't show it."""
+    return bool(getattr(policy, "ring", 0) or getattr(policy, "every", 0))
+
+
 def resolve_all(names: Sequence[str], model: Transformer) -> dict[str, Policy]:
     """Policies by name, with the model's head scores where they need some."""
     scores = default_scores(model.config)

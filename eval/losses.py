@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from eval.loaded import bounds_growth
 from kvjax.decoding import prefill
 from kvjax.headkv.plan import Plan
 from kvjax.headkv.policy import Policy
@@ -73,7 +74,7 @@ def after_prefix(
     """
     if not 1 <= prefix < rows.shape[1]:
         raise ValueError(f"prefix is {prefix}, expected 1 to {rows.shape[1] - 1}")
-    if getattr(policy, "ring", 0) or getattr(policy, "every", 0):
+    if bounds_growth(policy):
         raise ValueError("perplexity after a prefix does not fit policies with ring or every")
     plan = policy.plan(model.config, prefix, params["embedding"].dtype)
     for start, batch in _batches(rows, batch_size):

@@ -11,8 +11,7 @@ from typing import Any
 import tyro
 
 from eval.command import Dtype, Json, Model, Policies, print_report, write_json
-from eval.predictions import CONFIG, RESULTS, check_same
-from eval.predictions import write_json as write_whole
+from eval.predictions import check_folder, write_measured
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
         )
     policies = resolve_all(names, model)
     request = _request(command, names, len(rows))
-    if command.out is not None and (command.out / CONFIG).exists():
-        check_same(command.out / CONFIG, request)
+    check_folder(command.out, request)
     entries = []
     with progress_bar() as progress:
         bar = progress.add_task("perplexity", total=len(rows) * len(names), items="")
@@ -105,10 +103,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
         "seconds": round(time.monotonic() - start, 1),
         **environment(argv),
     }
-    if command.out is not None:
-        command.out.mkdir(parents=True, exist_ok=True)
-        write_whole(command.out / CONFIG, request)
-        write_whole(command.out / RESULTS, report)
+    write_measured(command.out, request, report)
     return report
 
 

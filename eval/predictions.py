@@ -90,6 +90,20 @@ def check_same(config: Path, request: dict[str, Any]) -> None:
         )
 
 
+def check_folder(out: Path | None, request: dict[str, Any]) -> None:
+    """Raises ValueError where `out` holds another measurement; see `check_same`."""
+    if out is not None and (out / CONFIG).exists():
+        check_same(out / CONFIG, request)
+
+
+def write_measured(out: Path | None, request: dict[str, Any], report: dict[str, Any]) -> None:
+    """Writes the folder of a measurement, which has no predictions: config.json, results.json."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / CONFIG, request)
+        write_json(out / RESULTS, report)
+
+
 def read(path: Path) -> list[Prediction]:
     """The predictions of a file; a last line that a kill tore is cut off the file.
 

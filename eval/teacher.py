@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eval.batches import Shape
 from eval.encoding import Prompt
-from eval.loaded import Loaded
+from eval.loaded import Loaded, bounds_growth
 from eval.predictions import Prediction, RunFolder
 from eval.settings import Settings
 from eval.task import Item, Task
@@ -84,7 +84,7 @@ def comparable(policies: Mapping[str, Policy]) -> dict[str, Compress]:
     """
     compressing = {}
     for name, policy in policies.items():
-        if isinstance(policy, Compress) and not policy.ring and not policy.every:
+        if isinstance(policy, Compress) and not bounds_growth(policy):
             compressing[name] = policy
         elif policy != Full():
             raise ValueError(f"policy {name!r} cannot be teacher-forced: use protocol 'generate'")

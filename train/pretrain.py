@@ -15,7 +15,7 @@ import optax
 
 from kvjax.nn import Transformer
 from kvjax.tasks.vocabulary import WordVocabulary
-from train import checkpoints
+from train import checkpoints, log
 from train.checkpoints import Progress
 from train.episodes import KINDS, Batch, make_batch
 from train.recipe import Recipe, Stage, model_config
@@ -121,29 +121,21 @@ def pretrain(recipe: Recipe, out: Path, max_steps: int | None = None) -> TrainSt
     state, progress = initial_state(run), Progress()
     if checkpoints.steps(out):
         state, progress = checkpoints.load_newest(out, state)
-    log = truncated_log(out / "metrics.jsonl", progress.step)
+    metrics = out / "metrics.jsonl"
+    log.truncate(metrics, progress.step)
     started = time.monotonic()
     while progress.stage < len(recipe.stages) and progress.step != max_steps:
         state, progress = advance(run, state, progress)
         if progress.step % recipe.report_every:
             continue
         accuracy = accuracies(state)
-        log_line(log, recipe, state, progress, accuracy, time.monotonic() - started)
+        log_line(metrics, recipe, state, progress, accuracy, time.monotonic() - started)
         started = time.monotonic()
         state = state.reset()
         if stage_done(recipe.stages[progress.stage], progress, accuracy):
             progress = dataclasses.replace(progress, stage=progress.stage + 1, stage_step=0)
         checkpoints.save(out, state, progress)
     return state
-
-
-def truncated_log(path: Path, step: int) -> Path:
-    """The log without lines after `step`: those steps are taken again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in kept))
-    return path
 
 
 def log_line(
@@ -164,7 +156,5 @@ def log_line(
         "learning_rate": learning_rate(recipe, progress),
         "seconds": round(seconds, 1),
     }
-    text = json.dumps(line)
-    with path.open("a") as file:
-        file.write(text + "\n")
-    print(text, flush=True)
+    log.append(path, line)
+    print(json.dumps(line), flush=True)

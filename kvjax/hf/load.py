@@ -46,7 +46,8 @@ def load(
     """
     target = _float_dtype(dtype)
     directory = resolve(path)
-    return read_model(directory), dict(open_params(directory, target, mesh))
+    model = read_model(directory)
+    return model, dict(_open(model, directory, target, mesh))
 
 
 def open_params(
@@ -62,10 +63,7 @@ def open_params(
     """
     target = _float_dtype(dtype)
     directory = resolve(path)
-    model = read_model(directory)
-    shardings = None if mesh is None else param_shardings(model, mesh)
-    read = native.open_params if native.is_native(directory) else weights.open_params
-    return read(model, directory, target, shardings)
+    return _open(read_model(directory), directory, target, mesh)
 
 
 def read_model(path: str | Path) -> Transformer:
@@ -141,6 +139,14 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(resolve(path))
+
+
+def _open(
+    model: Transformer, directory: Path, dtype: np.dtype, mesh: Mesh | None
+) -> Mapping[str, Any]:
+    shardings = None if mesh is None else param_shardings(model, mesh)
+    read = native.open_params if native.is_native(directory) else weights.open_params
+    return read(model, directory, dtype, shardings)
 
 
 def _float_dtype(dtype: Any) -> np.dtype:

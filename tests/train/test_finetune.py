@@ -21,8 +21,9 @@ import kvjax
 from kvjax import transmla
 from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks.families import rows
+from train import log
 from train.__main__ import main
-from train.finetune import checkpoints, log
+from train.finetune import checkpoints
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.command import parse
 from train.finetune.config import TuneConfig, parse_source, read_config

@@ -10,7 +10,7 @@ import pytest
 import kvjax
 from kvjax import transmla
 from kvjax.pipelines.companions import copy_companions
-from train.finetune import log
+from train import log
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 

@@ -132,7 +132,7 @@ def test_no_buffer_for_a_frozen_weight():
     compiled = {}
     for which in ("kv_only", "all"):
         step, state, frozen = prepare(model, params, (which,))
-        compiled[which] = compile_step(step, state, frozen, batch, jnp.float32(0.1)).compiled
+        compiled[which] = compile_step(step, state, frozen, batch, jnp.float32(0.1)).call
         if which == "kv_only":
             size["trainable"] = 4 * sum(leaf.size for leaf in state.params.values())
             size["frozen"] = 4 * sum(leaf.size for leaf in frozen.values())

@@ -16,9 +16,14 @@ from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, param_shardings, parse_mesh
 from train.finetune.config import TuneConfig
 from train.finetune.labels import Flat, flatten, trainable_paths
-from train.finetune.step import TuneState, TuneStep, adamw, compile_step, state_shardings
+from train.finetune.setup import check_rows, make_step
+from train.finetune.step import TuneState, compile_step, state_shardings
 
-BATCH = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32"}
+BATCH = {
+    **dict.fromkeys(("tokens", "targets", "positions", "segments"), "int32"),
+    "weights": "float32",
+}
+"""The arrays of a batch, all [B, T], and their dtypes."""
 
 
 def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
@@ -40,20 +45,8 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
     devices = jax.devices() if topology is None else topology_devices(topology)
     sizes = {"fsdp": -1} if config.mesh is None else parse_mesh(config.mesh)
     mesh = make_mesh(sizes, devices)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if (config.batch_size // config.accumulate) % ways:
-        raise ValueError(
-            f"got {config.batch_size // config.accumulate} rows at a time on {ways} devices of "
-            "data · fsdp, expected a multiple; give --batch-size or --mesh"
-        )
-    step = TuneStep(
-        model=model,
-        optimizer=adamw(config.b1, config.b2, config.weight_decay, config.clip),
-        dtype=config.dtype,
-        accumulate=config.accumulate,
-        remat=config.remat,
-        place=batch_sharding(mesh),
-    )
+    check_rows(config, mesh)
+    step = make_step(config, model, mesh)
     trainable, frozen = abstract_params(model, config, mesh)
     places = state_shardings(step.optimizer, trainable).opt_state
     opt_state = jax.tree.map(
@@ -62,15 +55,14 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
         places,
     )
     size, rows = (config.batch_size, config.sequence_length), batch_sharding(mesh)
-    kinds = {**BATCH, "weights": "float32"}
     batch = {
         name: jax.ShapeDtypeStruct(size, jnp.dtype(kind), sharding=rows)
-        for name, kind in kinds.items()
+        for name, kind in BATCH.items()
     }
     started = time.monotonic()
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     compiled = compile_step(step, TuneState(trainable, opt_state), frozen, batch, rate)
-    memory = compiled.compiled.memory_analysis()
+    memory = compiled.call.memory_analysis()
     held = memory.argument_size_in_bytes
     # What is donated is written in place.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes

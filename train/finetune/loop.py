@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.finetune import log
+from train import log
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig
 from train.finetune.setup import Tuning

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 import kvjax
+from train import log
 from train.data import count_batches, make_loader
-from train.finetune import log
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig
 from train.finetune.loop import Loop, Position

@@ -53,13 +53,7 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
         ValueError: no such model, patterns that match nothing, a mesh that does not fit.
     """
     mesh = None if config.mesh is None else make_mesh(parse_mesh(config.mesh))
-    if mesh is not None:
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        if (config.batch_size // config.accumulate) % ways:
-            raise ValueError(
-                f"got {config.batch_size // config.accumulate} rows at a time and data · fsdp = "
-                f"{ways}, expected a multiple"
-            )
+    check_rows(config, mesh)
     model = read_model(config.model)
     trainable, frozen = read_split(config, model, mesh)
     teacher, teacher_params = None, None
@@ -70,7 +64,26 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
                 f"teacher {config.teacher} has {teacher.config.vocab_size} tokens, expected the "
                 f"model's {model.config.vocab_size}"
             )
-    step = TuneStep(
+    step = make_step(config, model, mesh, teacher)
+    return Tuning(step, frozen, teacher_params, mesh), step.init(trainable)
+
+
+def check_rows(config: TuneConfig, mesh: Mesh | None) -> None:
+    """Raises ValueError for rows that the mesh cannot split evenly."""
+    rows = config.batch_size // config.accumulate
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise ValueError(
+            f"got {rows} rows at a time and data · fsdp = {ways}, expected a multiple; give "
+            "another --batch-size or --mesh"
+        )
+
+
+def make_step(
+    config: TuneConfig, model: Transformer, mesh: Mesh | None, teacher: Transformer | None = None
+) -> TuneStep:
+    """The step that a run's settings ask for."""
+    return TuneStep(
         model=model,
         optimizer=adamw(config.b1, config.b2, config.weight_decay, config.clip),
         dtype=config.dtype,
@@ -80,7 +93,6 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
         teacher=teacher,
         distill=config.distill,
     )
-    return Tuning(step, frozen, teacher_params, mesh), step.init(trainable)
 
 
 def read_split(config: TuneConfig, model: Transformer, mesh: Mesh | None) -> tuple[Flat, Flat]:

@@ -88,13 +88,13 @@ class TuneStep:
             sums = self.sums(masters, frozen, part, teacher_params)
             return (sums.loss + self.distill * sums.divergence) / total, sums
 
+        gradient = jax.grad(loss, has_aux=True)
+
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
-            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+            return jax.tree.map(jnp.add, carry, gradient(state.params, part)), None
 
         if self.accumulate == 1:
-            one = jax.tree.map(lambda leaf: leaf[0], parts)
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, one)
+            grads, sums = gradient(state.params, jax.tree.map(lambda leaf: leaf[0], parts))
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             zero = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
@@ -157,13 +157,12 @@ class CompiledStep(NamedTuple):
     """A step for arrays of certain shapes and shardings.
 
     Attributes:
-        call: (state, frozen, batch, rate, teacher_params) → (state, metrics); donates the state.
-        compiled: the program, for its memory analysis.
+        call: (state, frozen, batch, rate, teacher_params) → (state, metrics); donates the state. A
+            `jax.stages.Compiled`, which has a memory analysis.
         flops: of one device; None where the backend does not say.
     """
 
     call: Any
-    compiled: Any
     flops: float | None
 
 
@@ -180,7 +179,7 @@ def compile_step(
     run = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     compiled = run.lower(state, frozen, batch, rate, teacher).compile()
     cost = compiled.cost_analysis() or {}
-    return CompiledStep(compiled, compiled, cost.get("flops"))
+    return CompiledStep(compiled, cost.get("flops"))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run, and its pictures."""
+"""metrics.jsonl of a run, and the pictures of fine-tuning."""
 
 from __future__ import annotations
 
