@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eval.loaded import bounds_growth
 from kvjax.cache import cache_bytes
 from kvjax.decoding import prefill
-from kvjax.generation import full_cache_bytes
+from kvjax.generation import full_cache_bytes, make_plan
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
 from kvjax.prompts import bucket_length, pad
@@ -59,7 +59,7 @@ def compressed(
     longest = max(map(len, rests))
     room = -(-longest // PIECE) * PIECE
     bucket = min(bucket_length(max(map(len, reads))), model.config.context_length)
-    plan = policy.plan(model.config, bucket, params["embedding"].dtype)
+    plan = make_plan(policy, model, params, bucket)
     tokens, lengths = pad(reads, bucket)
     logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=room)
     held = cache_bytes(cache)
@@ -121,9 +121,9 @@ def _feed(
     fed: Int[Array, "B P"],
     positions: Int[Array, "B P"],
     wanted: Int[Array, "B P"],
-    cache: list[Any],
+    cache: Any,
     rope_lengths: Int[Array, " B"],
-) -> tuple[Float[Array, " B"], Bool[Array, " B"], list[Any]]:
+) -> tuple[Float[Array, " B"], Bool[Array, " B"], Any]:
     """What follows each token of a piece, judged, and the caches with the piece."""
     result: Any = model.apply({"params": params}, fed, positions, cache, rope_lengths=rope_lengths)
     logits, cache = result

@@ -123,10 +123,11 @@ def time_one(
     from eval import sizes
     from eval.batches import Shape
     from kvjax.cache import cache_bytes
+    from kvjax.generation import make_plan
 
     rng = np.random.default_rng(command.seed)
     tokens = rng.integers(0, model.config.vocab_size, (batch, context), dtype=np.int32)
-    plan = policy.plan(model.config, context, params["embedding"].dtype)
+    plan = make_plan(policy, model, params, context)
     firsts, steps, held = [], [], 0
     for _ in range(1 + command.repeats):
         start = time.perf_counter()
@@ -158,6 +159,7 @@ def _read(model: Any, params: Any, tokens: Any, plan: Any, new_tokens: int) -> A
     import numpy as np
 
     from kvjax.decoding import first_token, prefill
+    from kvjax.mesh import mesh_of
     from kvjax.sampling import Sampling
 
     batch, context = tokens.shape
@@ -166,7 +168,7 @@ def _read(model: Any, params: Any, tokens: Any, plan: Any, new_tokens: int) -> A
     keys = jax.random.split(jax.random.key(0), batch)
     never = np.asarray((), np.int32)
     greedy = Sampling.create(0.0, 0, 1.0)
-    state = first_token(logits, keys, greedy, never, lengths, new_tokens)
+    state = first_token(logits, keys, greedy, never, lengths, new_tokens, mesh_of(params))
     return jax.block_until_ready(dataclasses.replace(state, cache=cache))
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from eval.loaded import bounds_growth
 from kvjax.decoding import prefill
+from kvjax.generation import make_plan
 from kvjax.headkv.plan import Plan
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
@@ -76,7 +77,7 @@ def after_prefix(
         raise ValueError(f"prefix is {prefix}, expected 1 to {rows.shape[1] - 1}")
     if bounds_growth(policy):
         raise ValueError("perplexity after a prefix does not fit policies with ring or every")
-    plan = policy.plan(model.config, prefix, params["embedding"].dtype)
+    plan = make_plan(policy, model, params, prefix)
     for start, batch in _batches(rows, batch_size):
         losses = continuation_losses(model, params, batch, prefix, plan)
         yield list(losses)[: len(rows) - start]
@@ -111,9 +112,9 @@ def _feed(
     fed: Int[Array, "B P"],
     positions: Int[Array, "B P"],
     wanted: Int[Array, "B P"],
-    cache: list[Any],
+    cache: Any,
     rope_lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B P"], list[Any]]:
+) -> tuple[Float[Array, "B P"], Any]:
     """Losses of what follows each token of a piece, and the caches with it."""
     result: Any = model.apply({"params": params}, fed, positions, cache, rope_lengths=rope_lengths)
     logits, cache = result

@@ -10,10 +10,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.room import repeat, with_room
 from kvjax.headkv.plan import Plan, sliding_windows
+from kvjax.mesh import Layout
 from kvjax.nn import Transformer
 from kvjax.sampling import Sampling, sample
 
@@ -25,22 +27,24 @@ class DecodeState:
     """State of the decode loop.
 
     Attributes:
-        cache: one cache a layer.
+        cache: one cache a layer, see `kvjax.cache.with_layer`.
         token: [B] the newest token, not yet in the cache.
         finished: [B] an EOS was produced.
         output: [B, max_new_tokens] tokens so far.
         step: tokens produced so far.
         keys: [B] random keys, one a sequence.
         rope_lengths: [B] prompt + max_new_tokens, for RoPE rules that depend on the length.
+        layout: of the batch on a mesh; None for one device.
     """
 
-    cache: list[Any]
+    cache: Any
     token: Any
     finished: Any
     output: Any
     step: Any
     keys: Any
     rope_lengths: Any
+    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "max_new_tokens", "chunk"))
@@ -52,7 +56,7 @@ def prefill(
     plan: Plan,
     max_new_tokens: int,
     chunk: int = CHUNK,
-) -> tuple[jax.Array, list[Any]]:
+) -> tuple[jax.Array, Any]:
     """Reads the prompts layer by layer; each layer's cache is compressed as soon as it is full.
 
     Within a layer the tokens come in chunks: the keys and values of one layer exist at a time,
@@ -77,7 +81,7 @@ def prefill(
         x, cache = in_one_piece(read, x, jnp.any(lengths > 0))
         caches.append(cache)
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return _call(model, params, "unembed", x)[:, 0], caches
+    return _call(model, params, "unembed", x)[:, 0], plan.join(caches)
 
 
 def in_one_piece(
@@ -207,7 +211,7 @@ def extend(
 def compress_again(state: DecodeState, plan: Plan) -> DecodeState:
     """The caches cut down to their budgets, which gives room for `plan.every` new tokens."""
     caches = [plan.refresh(layer, cache) for layer, cache in enumerate(state.cache)]
-    return replace(state, cache=caches)
+    return replace(state, cache=plan.join(caches))
 
 
 def push_token(
@@ -215,6 +219,9 @@ def push_token(
 ) -> DecodeState:
     """Samples the next token of every sequence and records it."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    if state.layout is not None:
+        # Sampling ranks all tokens of a sequence.
+        logits = state.layout.place(logits, "batch")
     token = sample(logits, keys, sampling)
     return replace(
         state,
@@ -225,11 +232,16 @@ def push_token(
     )
 
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens")
-def first_token(logits, keys, sampling, eos, lengths, max_new_tokens: int) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
+def first_token(
+    logits, keys, sampling, eos, lengths, max_new_tokens: int, mesh: Mesh | None = None
+) -> DecodeState:
     """The loop state after the token that the prompt itself predicts.
 
     It has no caches yet: without them the program is the same whatever the policy.
+
+    Args:
+        mesh: of the parameters.
     """
     B = logits.shape[0]
     state = DecodeState(
@@ -240,5 +252,6 @@ def first_token(logits, keys, sampling, eos, lengths, max_new_tokens: int) -> De
         step=jnp.zeros((), jnp.int32),
         keys=keys,
         rope_lengths=lengths + max_new_tokens,
+        layout=None if mesh is None else Layout.create(mesh, B),
     )
     return push_token(state, logits, sampling, eos)

@@ -24,6 +24,8 @@ from kvjax.decoding import (
 from kvjax.headkv.plan import FullPlan, Plan
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
+from kvjax.headkv.split_plan import on_mesh
+from kvjax.mesh import mesh_of
 from kvjax.nn import Transformer
 from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys, prompt_words
 from kvjax.sampling import Sampling
@@ -73,6 +75,7 @@ def generate(
 
     Args:
         prompts: token ids; lengths may differ.
+        params: where they lie on a mesh (`kvjax.load(…, mesh=…)`), caches lie on it too.
         policy: what the cache keeps after prefill, e.g. "full", "snapkv:kv_size=128",
             "headkv:kv_size=128,beta=1.2,scores=heads.json". Without scores= a headkv policy uses
             head_scores.json of the model's directory.
@@ -92,7 +95,7 @@ def generate(
     before = 0 if context is None else context.length
     check_prompts(model.config, prompts, max_new_tokens, before)
     sampling = Sampling.create(temperature, top_k, top_p)
-    read = _reader(model, params, policy, context, max_new_tokens)
+    read, mesh = _reader(model, params, policy, context, max_new_tokens), mesh_of(params)
     eos = np.asarray(model.config.eos_ids if eos_ids is None else eos_ids, np.int32)
     key, words = jax.random.key(seed), prompt_words(prompts)
     result = Generation(tokens=[[] for _ in prompts])
@@ -104,7 +107,7 @@ def generate(
         shape = (len(indices), bucket + before)
         result.full_cache_bytes += full_cache_bytes(model, params, shape, max_new_tokens)
         keys = prompt_keys(key, words[indices])
-        state = first_token(logits, keys, sampling, eos, before + lengths, max_new_tokens)
+        state = first_token(logits, keys, sampling, eos, before + lengths, max_new_tokens, mesh)
         state = replace(state, cache=cache)
         for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens, plan):
             for index, ids in zip(indices, new, strict=True):
@@ -114,7 +117,7 @@ def generate(
     return result
 
 
-Reader = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[Any], Plan]]
+Reader = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, Any, Plan]]
 """Padded prompts [B, T] and lengths [B] to the logits after them, caches with room, and the plan
 that may compress these again."""
 
@@ -129,19 +132,25 @@ def _reader(
     """How prompts are read: from the start, or after a context."""
     if context is not None:
 
-        def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, list[Any], Plan]:
+        def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
             logits, cache = extend(model, params, tokens, lengths, context.cache, max_new_tokens)
             return logits, cache, FullPlan(model.config)
 
         return go_on
     resolved = resolve(policy, model.config, default_scores(model.config))
 
-    def from_start(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, list[Any], Plan]:
-        plan = resolved.plan(model.config, tokens.shape[1], params["embedding"].dtype)
+    def from_start(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
+        plan = make_plan(resolved, model, params, tokens.shape[1])
         logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
         return logits, cache, plan
 
     return from_start
+
+
+def make_plan(policy: Policy, model: Transformer, params: Any, prompt_len: int) -> Plan:
+    """What prefill does with the caches of these parameters, on their mesh if they lie on one."""
+    plan = policy.plan(model.config, prompt_len, params["embedding"].dtype)
+    return on_mesh(plan, mesh_of(params))
 
 
 def decode_chunks(

@@ -1,78 +1,49 @@
-"""Logical axes of the parameters → axes of a device mesh."""
+"""Where the parameters lie on a mesh; the axes are in kvjax.mesh."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kvjax.mesh import (
+    ALIASES,
+    LOGICAL,
+    MESH_AXES,
+    batch_sharding,
+    make_mesh,
+    mesh_of,
+    own_names,
+    parse_mesh,
+)
 from kvjax.nn import Transformer
 
-MESH_AXES = ("data", "fsdp", "tensor")
-"""Batches are split over "data" and "fsdp", parameters over "fsdp" and "tensor"."""
-
-LOGICAL = {
-    "heads": "tensor",
-    "kv": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "expert": "tensor",
-    "embed": "fsdp",
-}
-"""Mesh axis of every logical axis that is split; all others are replicated."""
-
-ALIASES = {"model": "tensor"}
-"""Other names under which a mesh may have these axes."""
-
-
-def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
-    """A mesh with all of MESH_AXES.
-
-    Args:
-        sizes: devices along each axis, 1 where it is missing; −1 for one axis: all that remain.
-        devices: default all there are.
-
-    Raises:
-        ValueError: an unknown axis, or sizes whose product is not the number of devices.
-    """
-    devices = np.array(jax.devices() if devices is None else devices)
-    unknown = sizes.keys() - set(MESH_AXES)
-    if unknown:
-        raise ValueError(f"got mesh axes {sorted(unknown)}, expected some of {MESH_AXES}")
-    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-    if shape.count(-1) == 1:
-        shape[shape.index(-1)] = devices.size // int(-np.prod(shape))
-    if min(shape) < 1 or np.prod(shape) != devices.size:
-        named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-        raise ValueError(f"got a mesh of {named}, expected a product of {devices.size} devices")
-    return Mesh(devices.reshape(shape), MESH_AXES)
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes from "data=1,fsdp=4,tensor=2"; see `make_mesh`.
-
-    Raises:
-        ValueError: text of another form.
-    """
-    try:
-        pairs = [part.split("=") for part in text.split(",") if part]
-        return {axis.strip(): int(size) for axis, size in pairs}
-    except ValueError:
-        raise ValueError(
-            f"got mesh {text!r}, expected a form like data=1,fsdp=4,tensor=2"
-        ) from None
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(tuple(a for a in ("data", "fsdp") if a in mesh.shape)))
+__all__ = [
+    "batch_sharding",
+    "logical_axes",
+    "make_mesh",
+    "mesh_of",
+    "param_shapes",
+    "param_shardings",
+    "parse_mesh",
+    "place_params",
+]
 
 
 def param_shapes(model: Transformer) -> Any:
     """The parameters as a pytree of `jax.ShapeDtypeStruct`; nothing is computed."""
     return jax.tree.map(lambda box: box.unbox(), _boxed_shapes(model), is_leaf=_is_box)
+
+
+def logical_axes(model: Transformer) -> Any:
+    """The names of the parameters' axes, a tuple each; see `kvjax.mesh.LOGICAL`."""
+    return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(model), is_leaf=_is_box)
+
+
+def place_params(model: Transformer, params: Any, mesh: Mesh | None) -> Any:
+    """Parameters where they belong on a mesh; as they are for None."""
+    return params if mesh is None else jax.device_put(params, param_shardings(model, mesh))
 
 
 def param_shardings(model: Transformer, mesh: Mesh) -> Any:
@@ -84,8 +55,8 @@ def param_shardings(model: Transformer, mesh: Mesh) -> Any:
     Raises:
         ValueError: a mesh without any of the axes that split parameters.
     """
-    known = {ALIASES.get(axis, axis): axis for axis in map(str, mesh.axis_names)}
-    if not known.keys() & set(LOGICAL.values()):
+    known = own_names(mesh)
+    if not known.keys() & {axis for axis in LOGICAL.values() if isinstance(axis, str)}:
         raise ValueError(
             f"the mesh has axes {mesh.axis_names}, expected some of {MESH_AXES} or {tuple(ALIASES)}"
         )
@@ -102,7 +73,7 @@ def _spec(
     """The split of one parameter; `known` has the mesh's own names of its axes."""
     spec: list[str | None] = []
     for name, length in zip(names, shape, strict=True):
-        axis = known.get(LOGICAL.get(name or "", ""))
+        axis = known.get(str(LOGICAL.get(name or "")))
         free = axis is not None and axis not in spec and length % mesh.shape[axis] == 0
         spec.append(axis if free else None)
     while spec and spec[-1] is None:

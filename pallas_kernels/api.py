@@ -77,6 +77,7 @@ def ragged_gqa_decode(
     *,
     capacities: Sequence[int] | jax.Array | None = None,
     align: int = 8,
+    span: int | None = None,
     live: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -89,10 +90,13 @@ def ragged_gqa_decode(
         q: [B, N, H].
         k_pool, v_pool: [B, P, H], or `Quantized`; head k owns rows starts[k] … starts[k] +
             capacities[k].
-        starts: K static ints, ascending; or [B, K] int32 where sequences differ, the first 0.
+        starts: K static ints, ascending; or [B, K] int32 where sequences or devices differ, the
+            first 0.
         lengths: [B, K] int32, live rows of each segment.
         capacities: as starts; default: up to the next segment.
         align: starts that are arrays are multiples of it; P too.
+        span: for starts that are arrays, in a pool that holds other segments besides: rows from
+            the first start on, which need not be 0, that hold all of these; see `TracedSegments`.
         live: [B, P] bool, rows that may be seen (sliding windows over kept entries); default all.
         scale, softcap, implementation, return_lse: as in `gqa_decode`.
 
@@ -104,7 +108,7 @@ def ragged_gqa_decode(
         NotImplementedError: the named implementation cannot serve these arguments.
     """
     (B, N, H), P = q.shape, k_pool.shape[1]
-    segments = _segments(starts, capacities, align, P)
+    segments = _segments(starts, capacities, align, span, P)
     K = segments.num_heads
     _check(k_pool.shape == (B, P, H), f"k_pool is {k_pool.shape}, expected {(B, P, H)}")
     _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
@@ -132,14 +136,14 @@ def ragged_gqa_decode(
     return _result(out.astype(q.dtype), lse, return_lse)
 
 
-def _segments(starts: Any, capacities: Any, align: int, rows: int) -> Segments:
+def _segments(starts: Any, capacities: Any, align: int, span: int | None, rows: int) -> Segments:
     """The segments, checked where they are static."""
     if not isinstance(starts, Sequence):
         _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
         if capacities is None:
             ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=rows)
             capacities = ends - starts
-        return TracedSegments(starts, capacities, align)
+        return TracedSegments(starts, capacities, align, span)
     if capacities is None:
         capacities = [end - start for start, end in zip(starts, [*starts[1:], rows], strict=True)]
     K = len(starts)

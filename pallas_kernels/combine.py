@@ -19,3 +19,24 @@ def merge(
     total = weight_a + weight_b
     out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
     return out, top + jnp.log(total)
+
+
+def exchange(
+    out: Float[Array, "..."], lse: Float[Array, "..."], mesh_axis: str, axis: int
+) -> Float[Array, "..."]:
+    """Under `jax.shard_map`: results of all heads over each device's keys, to results of each
+    device's heads over all keys. One all-to-all.
+
+    Args:
+        out, lse: [..., N, ..., H] and [..., N, ...].
+        mesh_axis: whose devices hold disjoint sets of keys.
+        axis: of the heads.
+
+    Returns:
+        out, fp32, of this device's N / devices heads.
+    """
+    both = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
+    parts = jax.lax.all_to_all(both[None], mesh_axis, axis + 1, 0, tiled=True)
+    out, lse = parts[..., :-1], parts[..., -1]
+    weight = jnp.exp(lse - jnp.max(lse, axis=0, keepdims=True))
+    return jnp.sum(out * weight[..., None], axis=0) / jnp.sum(weight, axis=0)[..., None]

@@ -1,93 +1,69 @@
-"""Which device holds which heads of a ragged pool, so that the bytes balance."""
+"""Which device holds which heads of ragged pools, so that the bytes balance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Int
 
-from pallas_kernels.segments import StaticSegments
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """Heads of each device, and where their segments lie in its part of the pool.
-
-    Attributes:
-        heads: of each device, ascending.
-        starts, capacities: of these heads, in the device's rows.
-        rows: of every device, as many as the fullest needs.
-        align: starts and rows are multiples of it.
-    """
-
-    heads: tuple[tuple[int, ...], ...]
-    starts: tuple[tuple[int, ...], ...]
-    capacities: tuple[tuple[int, ...], ...]
-    rows: int
-    align: int
-
-    def spread(
-        self, pool: Shaped[Array, "B P *H"], segments: StaticSegments
-    ) -> Shaped[Array, "B R *H"]:
-        """A pool of all heads as the devices hold it, device after device; zeros fill it up."""
-        parts = []
-        for heads, starts in zip(self.heads, self.starts, strict=True):
-            at = 0
-            for head, start in zip(heads, starts, strict=True):
-                parts.append(_zeros(pool, start - at))
-                first, size = segments.starts[head], segments.capacities[head]
-                parts.append(pool[:, first : first + size])
-                at = start + size
-            parts.append(_zeros(pool, self.rows - at))
-        return jnp.concatenate(parts, axis=1)
+from pallas_kernels.segments import DeviceSegments
 
 
-def plan_heads(capacities: Sequence[int], devices: int, align: int = 32) -> HeadPlan:
-    """As many heads for every device, and nearly as many rows.
+def assign_heads(sizes: Int[np.ndarray, "L K"], devices: int) -> Int[np.ndarray, "L K"]:
+    """For every layer an order of its heads in which the first K / devices go to the first device,
+    and so on, so that all devices hold nearly as many rows of all layers together.
 
-    The largest head goes to the emptiest device that has a place left; then pairs change places
-    as long as that lowers the fuller of two devices.
+    One layer alone may not balance (with as many heads as devices its largest head decides), all
+    layers do: greedily, layers by their largest head, and in each layer the largest heads to the
+    devices that hold least (longest processing time first: Graham, 1969).
+
+    Args:
+        sizes: rows of every head.
 
     Raises:
         ValueError: the devices do not divide the heads.
     """
-    K = len(capacities)
+    L, K = sizes.shape
     if K % devices:
-        raise ValueError(f"{K} KV heads, expected a multiple of {devices} devices")
-    sizes = -(-np.asarray(capacities, np.int64) // align) * align
-    groups: list[list[int]] = [[] for _ in range(devices)]
-    for head in np.argsort(-sizes, kind="stable"):
-        free = [group for group in groups if len(group) < K // devices]
-        min(free, key=lambda group: sizes[group].sum()).append(int(head))
-    while _exchange(groups, sizes):
-        pass
-    heads = tuple(tuple(sorted(group)) for group in groups)
-    ends = [np.cumsum(sizes[list(group)]) for group in heads]
-    return HeadPlan(
-        heads=heads,
-        starts=tuple((0, *map(int, end[:-1])) for end in ends),
-        capacities=tuple(tuple(int(capacities[head]) for head in group) for group in heads),
-        rows=max(int(end[-1]) for end in ends),
-        align=align,
+        raise ValueError(f"got {K} KV heads, expected a multiple of {devices} devices")
+    load, orders = np.zeros(devices, np.int64), np.zeros((L, K), np.int64)
+    for layer in np.argsort(-sizes.max(axis=1), kind="stable"):
+        places: list[list[int]] = [[] for _ in range(devices)]
+        for head in np.argsort(-sizes[layer], kind="stable"):
+            free = [d for d in range(devices) if len(places[d]) < K // devices]
+            device = min(free, key=lambda d: load[d])
+            places[device].append(int(head))
+            load[device] += sizes[layer, head]
+        orders[layer] = [head for heads in places for head in sorted(heads)]
+    return orders
+
+
+def lay_out(
+    capacities: tuple[tuple[int, ...], ...], devices: int, align: int
+) -> tuple[tuple[DeviceSegments, ...], int]:
+    """The segments of all layers in one pool on every device, and the rows of that pool.
+
+    Args:
+        capacities: rows of every head of every layer; each device's heads stand together.
+        align: starts, spans and the pool's end are multiples of it.
+
+    Raises:
+        ValueError: the devices do not divide the heads.
+    """
+    at, layers = np.zeros(devices, np.int64), []
+    for layer in capacities:
+        if len(layer) % devices:
+            raise ValueError(f"got {len(layer)} KV heads, expected a multiple of {devices} devices")
+        own = np.asarray(layer, np.int64).reshape(devices, -1)
+        sizes = -(-own // align) * align
+        ends = np.cumsum(sizes, axis=1)
+        layers.append((at[:, None] + ends - sizes, own, int(ends[:, -1].max())))
+        at = at + ends[:, -1]
+    segments = (
+        DeviceSegments(_nested(starts), _nested(own), align, max(span, align))
+        for starts, own, span in layers
     )
+    return tuple(segments), max(int(at.max()), align)
 
 
-def _exchange(groups: list[list[int]], sizes: np.ndarray) -> bool:
-    """Lets two heads change places if that lowers the fuller of their devices."""
-    for a, b in product(groups, groups):
-        gap = sizes[a].sum() - sizes[b].sum()
-        for i, j in product(range(len(a)), range(len(b))):
-            moved = sizes[a[i]] - sizes[b[j]]
-            if 0 < moved < gap:
-                a[i], b[j] = b[j], a[i]
-                return True
-    return False
-
-
-def _zeros(pool: jax.Array, rows: int) -> jax.Array:
-    return jnp.zeros((pool.shape[0], rows, *pool.shape[2:]), pool.dtype)
+def _nested(table: Int[np.ndarray, "D K"]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(value) for value in row) for row in table)

@@ -5,13 +5,15 @@ rows, whatever segments they belong to. A block meets the queries of every head 
 its rows (two, seldom more), one batched product serves all blocks, and masks sort out the rows.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.quantized import Entries, Quantized, plain
 from pallas_kernels.reference import NEG_INF, clean_if_needed, soft_cap
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import Segments, TracedSegments
 
 
 def attend(
@@ -34,6 +36,12 @@ def attend(
     Returns:
         out and lse, fp32.
     """
+    if isinstance(segments, TracedSegments) and segments.span is not None:
+        first, cut = segments.window(k_pool.shape[1])
+        window = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=segments.span)
+        k_pool, v_pool = jax.tree.map(lambda leaf: window(leaf, axis=1), (k_pool, v_pool))
+        live = None if live is None else window(live, axis=2)
+        segments = cut
     (B, T, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     G, size = N // K, segments.block_size(P)
     assert size is not None

@@ -30,6 +30,15 @@ class StaticSegments:
         return 1
 
     @property
+    def span(self) -> None:
+        """The pool is theirs alone."""
+        return None
+
+    def on(self, device: Any, batch: int) -> StaticSegments:
+        """The same on every device; see `DeviceSegments`."""
+        return self
+
+    @property
     def num_heads(self) -> int:
         """K."""
         return len(self.starts)
@@ -80,16 +89,20 @@ class StaticSegments:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TracedSegments:
-    """Segments that differ from sequence to sequence.
+    """Segments that differ from sequence to sequence, or from device to device.
 
     Attributes:
-        starts, capacities: [B, K] int32, ascending, the first start is 0.
+        starts, capacities: [B, K] int32, ascending.
         align: starts are multiples of it, so that a block of `align` rows has one head.
+        span: rows from the first start on that hold all segments, where the pool holds others'
+            too, a multiple of `align`; the first start is then the same for all sequences. None:
+            the pool is theirs alone, and the first start is 0.
     """
 
     starts: Any
     capacities: Any
     align: int = field(metadata={"static": True})
+    span: int | None = field(default=None, metadata={"static": True})
 
     @property
     def num_heads(self) -> int:
@@ -106,11 +119,17 @@ class TracedSegments:
         head = self._owners(row)
         rank = row[None] - jnp.take_along_axis(self.starts, head, axis=1)
         capacity = jnp.take_along_axis(self.capacities, head, axis=1)
-        return head, jnp.where(rank < capacity, rank, NOWHERE)
+        return head, jnp.where((rank >= 0) & (rank < capacity), rank, NOWHERE)
 
     def longest(self, pool_rows: int) -> int:
         """Rows that a segment cannot exceed."""
-        return pool_rows
+        return pool_rows if self.span is None else self.span
+
+    def window(self, pool_rows: int) -> tuple[jax.Array, TracedSegments]:
+        """The first of `span` pool rows that hold all segments, and the segments in these rows."""
+        assert self.span is not None
+        first = jnp.minimum(self.starts[0, 0], pool_rows - self.span)
+        return first, TracedSegments(self.starts - first, self.capacities, self.align)
 
     def block_size(self, pool_rows: int) -> int | None:
         """`align`, if it divides the pool."""
@@ -121,9 +140,41 @@ class TracedSegments:
         return self._owners(jnp.arange(0, pool_rows, self.align, dtype=jnp.int32))[:, :, None]
 
     def _owners(self, rows: jax.Array) -> jax.Array:
-        """[B, ·] the last head whose segment begins at or before each row."""
+        """[B, ·] the last head whose segment begins at or before each row; the first before all."""
         begun = self.starts[:, :, None] <= rows[None, None]
-        return jnp.sum(begun, axis=1, dtype=jnp.int32) - 1
+        return jnp.maximum(jnp.sum(begun, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class DeviceSegments:
+    """Segments that are part of the program, other ones on every device of a mesh axis.
+
+    Attributes:
+        starts, capacities: of each device's heads, in the rows of that device's pool.
+        align: starts are multiples of it.
+        span: rows from a device's first start on that hold its segments, on every device.
+    """
+
+    starts: tuple[tuple[int, ...], ...]
+    capacities: tuple[tuple[int, ...], ...]
+    align: int
+    span: int
+
+    @property
+    def num_heads(self) -> int:
+        """K, of all devices."""
+        return sum(map(len, self.starts))
+
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """Starts and capacities, [1, K] int32, device after device."""
+        return _row(sum(self.starts, ())), _row(sum(self.capacities, ()))
+
+    def on(self, device: Any, batch: int) -> TracedSegments:
+        """The segments of one device, for so many sequences."""
+        tables = (jnp.asarray(np.asarray(t, np.int32)) for t in (self.starts, self.capacities))
+        starts, capacities = (jnp.tile(table[device][None], (batch, 1)) for table in tables)
+        return TracedSegments(starts, capacities, self.align, self.span)
 
 
 Segments = StaticSegments | TracedSegments

@@ -5,6 +5,8 @@ from kvjax.cache.head_budget import HeadBudgetCache
 from kvjax.cache.latent import LatentCache
 from kvjax.cache.prompt import PromptCache
 from kvjax.cache.protocol import AttentionSpec, Cache, NoCache, cache_bytes
+from kvjax.cache.shared_pool import SharedPool, join_layers, with_layer
+from kvjax.cache.split import SplitHeads, SplitSlots
 
 __all__ = [
     "AttentionSpec",
@@ -14,5 +16,10 @@ __all__ = [
     "LatentCache",
     "NoCache",
     "PromptCache",
+    "SharedPool",
+    "SplitHeads",
+    "SplitSlots",
     "cache_bytes",
+    "join_layers",
+    "with_layer",
 ]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import slots
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
 from kvjax.cache.entries import empty
-from pallas_kernels import gqa_decode
+from pallas_kernels import dequantize, gqa_decode
 
 
 @flax.struct.dataclass
@@ -93,3 +93,7 @@ class DenseCache:
                 at, held = positions, cache.positions
             out, _ = cached_attention(q, cache.k, cache.v, at, held, spec, expand)
             return out.astype(q.dtype), cache
+
+    def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
+        """[B, K, S, ·] what queries meet, and what is weighed; in their own dtype for None."""
+        return dequantize(self.k, dtype or self.k.dtype), dequantize(self.v, dtype or self.v.dtype)

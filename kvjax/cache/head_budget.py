@@ -175,6 +175,7 @@ class HeadBudgetCache:
             self.live_heads(),
             capacities=segments.capacities,
             align=segments.align,
+            span=segments.span,
             live=None if seen is None else seen[:, 0],
             scale=spec.scale,
             softcap=spec.softcap,
@@ -215,7 +216,7 @@ def static_segments(capacities: Sequence[int], align: int) -> tuple[StaticSegmen
     if align < 1:
         raise ValueError(f"align is {align}, expected at least 1")
     if align == 1:
-        align = next((size for size in LARGE_BLOCKS if _padding(capacities, size) < 1 / 12), 1)
+        align = next((size for size in LARGE_BLOCKS if padding(capacities, size) < 1 / 12), 1)
     ends = np.cumsum([-(-capacity // align) * align for capacity in capacities])
     block = next((size for size in BLOCK_SIZES if ends[-1] >= 16 * size), BLOCK_SIZES[-1])
     if align in LARGE_BLOCKS:
@@ -224,11 +225,16 @@ def static_segments(capacities: Sequence[int], align: int) -> tuple[StaticSegmen
     return StaticSegments(starts, tuple(capacities)), -(-int(ends[-1]) // block) * block
 
 
-def _padding(capacities: Sequence[int], align: int) -> float:
+def padding(capacities: Sequence[int], align: int) -> float:
     """What multiples of `align` add to a pool, as a share of it."""
     return sum(-capacity % align for capacity in capacities) / max(sum(capacities), 1)
 
 
-def pool_alignment(dtype) -> int:
-    """Rows that a segment's start must be a multiple of: a DMA tile, or 1 on CPUs."""
-    return 1 if jax.default_backend() == "cpu" else 32 // jnp.dtype(dtype).itemsize
+def pool_alignment(dtype, platform: str | None = None) -> int:
+    """Rows that a segment's start must be a multiple of: a DMA tile, or 1 on CPUs.
+
+    Args:
+        platform: of the devices; None for the default ones'.
+    """
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    return 1 if on_cpu else 32 // jnp.dtype(dtype).itemsize

@@ -87,29 +87,50 @@ class LatentCache:
             [B, T, N, L] attention-weighted latents, before the value up-projection; the cache.
         """
         cache = self.append(latent, k_rope, positions)
+        out, _ = cache.attend_held(q_latent, q_rope, positions, self.used, spec)
+        return out.astype(q_latent.dtype), cache
+
+    def attend_held(
+        self,
+        q_latent: Float[Array, "B T N L"],
+        q_rope: Float[Array, "B T N R"],
+        positions: Int[Array, "B T"],
+        before: Int[Array, " B"],
+        spec: AttentionSpec,
+    ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
+        """Attends over what is held, the new entries included; stores nothing.
+
+        Args:
+            before: [B] slots given out before these queries' own tokens. Where this is a part of
+                all slots, those of later numbers, it is less by as many as come before the part,
+                as `used` is, and may be negative. A sliding window then needs `positions`.
+
+        Returns:
+            Attention-weighted latents and logsumexp; 0 and −1e30 for queries that see nothing.
+        """
         S = self.latent.shape[1]
-        live = jnp.minimum(cache.used, S)
+        live = jnp.clip(self.used, 0, S)
         with jax.named_scope("attend"):
             if q_latent.shape[1] == 1 and self.positions is None:
-                out = mla_decode(
+                out, lse = mla_decode(
                     q_latent[:, 0],
                     q_rope[:, 0],
-                    cache.latent,
-                    cache.k_rope,
+                    self.latent,
+                    self.k_rope,
                     live,
                     spec.scale,
                     window=spec.window,
                     softcap=spec.softcap,
+                    return_lse=True,
                 )
-                return out[:, None], cache
+                return out[:, None], lse[:, None]
             q = jnp.concatenate([q_latent, q_rope], axis=-1)
-            keys, values = cache.keys_and_values(q.dtype)
-            if cache.positions is None:
-                at, held = slots.query_slots(self.used, positions), slots.live_slots(live, S)
+            keys, values = self.keys_and_values(q.dtype)
+            if self.positions is None:
+                at, held = slots.query_slots(before, positions), slots.live_slots(live, S)
             else:
-                at, held = positions, cache.positions
-            out, _ = cached_attention(q, keys, values, at, held, spec)
-            return out.astype(q.dtype), cache
+                at, held = positions, self.positions
+            return cached_attention(q, keys, values, at, held, spec)
 
     def keys_and_values(
         self, dtype: Any

@@ -83,14 +83,12 @@ class PromptCache:
     @property
     def keys(self) -> Float[Array, "B K S X"]:
         """The keys that queries meet."""
-        if self.expanded is not None:
-            return self.expanded.k
-        return self.base.k if isinstance(self.base, DenseCache) else self._latents()[0]
+        return self._held()[0] if self.expanded is None else self.expanded.k
 
     @property
     def values(self) -> Float[Array, "B K S Y"]:
         """The values, or latents of values."""
-        return self.base.v if isinstance(self.base, DenseCache) else self._latents()[1]
+        return self._held()[1]
 
     def attend(
         self,
@@ -133,7 +131,7 @@ class PromptCache:
         seen = self.observer.watch(self.seen, q, positions, cache.keys, base.lengths, spec)
         return dataclasses.replace(cache, seen=seen)
 
-    def _latents(self) -> tuple[jax.Array, jax.Array]:
+    def _held(self) -> tuple[jax.Array, jax.Array]:
         return self.base.keys_and_values(self.queries.dtype)
 
 

@@ -18,11 +18,13 @@ def token_slots(
     """Slots of the new tokens and the lengths after them.
 
     Valid tokens (position ≥ 0) take consecutive slots from the current length; padding and tokens
-    beyond `capacity` get the slot `capacity`, which a scatter in mode "drop" discards.
+    beyond `capacity` get the slot `capacity`, which a scatter in mode "drop" discards. So do those
+    before slot 0, where a device holds later slots of a sequence and lengths may be negative.
     """
     valid = positions_BT >= 0
     counts = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    slots = jnp.where(valid, lengths_B[:, None] + counts - 1, capacity)
+    slots = lengths_B[:, None] + counts - 1
+    slots = jnp.where(valid & (slots >= 0), slots, capacity)
     return jnp.minimum(slots, capacity), lengths_B + counts[:, -1]
 
 

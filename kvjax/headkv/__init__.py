@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from kvjax.headkv.balance import balance
 from kvjax.headkv.budgets import allocate
 from kvjax.headkv.importance import score_examples
 from kvjax.headkv.policy import Compress, Policy
@@ -15,6 +16,7 @@ __all__ = [
     "HeadScores",
     "Policy",
     "allocate",
+    "balance",
     "load_scores",
     "score_examples",
     "score_heads",

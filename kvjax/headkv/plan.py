@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, PromptCache
+from kvjax.cache import AttentionSpec, DenseCache, PromptCache
 from kvjax.config import (
     AttentionConfig,
     DecoupledConfig,
@@ -21,14 +21,7 @@ from kvjax.config import (
 from kvjax.headkv.prompt import Prompt, Scorer
 from kvjax.headkv.scorers import SinksAndRecent
 from kvjax.headkv.scores import attention_heads
-from kvjax.headkv.selection import (
-    Caps,
-    Keep,
-    compress_heads,
-    compress_tokens,
-    refresh,
-    store,
-)
+from kvjax.headkv.selection import Caps, Keep, compress_heads, compress_tokens, store
 from kvjax.headkv.split import Split
 from kvjax.nn.transformer import init_layer_cache
 
@@ -44,12 +37,31 @@ class Plan(ABC):
         """The empty cache that a layer's prefill fills."""
 
     @abstractmethod
+    def heads(self, layer: int, cache: Any, room: int) -> tuple[Prompt, Keep] | None:
+        """The prompt that a layer's cache has read, and what its heads keep of it; None where
+        heads keep no tokens of their own."""
+
+    @abstractmethod
+    def rest(self, layer: int, cache: Any, room: int) -> Any:
+        """`finish` where heads keep no tokens of their own."""
+
     def finish(self, layer: int, cache: Any, room: int) -> Any:
         """The cache that decode uses, with room for `room` new tokens."""
+        found = self.heads(layer, cache, room)
+        return self.rest(layer, cache, room) if found is None else compress_heads(*found)
+
+    def join(self, caches: list[Any]) -> Any:
+        """The caches of all layers as decode takes them."""
+        return caches
+
+    def grown(self, layer: int, cache: Any) -> tuple[Prompt, Keep] | None:
+        """What a cache holds after `every` new tokens, and what its heads keep; None for all."""
+        return None
 
     def refresh(self, layer: int, cache: Any) -> Any:
         """The cache compressed again after `every` new tokens."""
-        return cache
+        found = self.grown(layer, cache)
+        return cache if found is None else compress_heads(*found)
 
 
 @dataclass(frozen=True)
@@ -68,26 +80,25 @@ class FullPlan(Plan):
         attention = self.config.layers[layer].attention
         return init_layer_cache(attention, batch, prompt_len + room, dtype)
 
-    def finish(self, layer: int, cache: Any, room: int) -> Any:
-        """See `Plan.finish`."""
+    def heads(self, layer: int, cache: Any, room: int) -> tuple[Prompt, Keep] | None:
+        """See `Plan.heads`; layers with a sliding window keep the last tokens, in rings."""
         attention = self.config.layers[layer].attention
-        if isinstance(cache, DenseCache) and no_head_budget(attention) is None:
-            spec = attention_spec(attention)
-            if spec.window is not None and spec.window < cache.k.shape[2]:
-                return recent_only(cache, spec, self.dtype)
+        spec = attention_spec(attention)
+        if spec.window is None or no_head_budget(attention) is not None:
+            return None
+        prompt = Prompt.of_dense(cache, spec, spec.window)
+        K, slots = prompt.keys.shape[1:3]
+        if spec.window >= slots:
+            return None
+        return prompt, Keep((0,) * K, SinksAndRecent(), None, self.dtype, (0,) * K, (True,) * K)
+
+    def rest(self, layer: int, cache: Any, room: int) -> Any:
+        """See `Plan.rest`."""
         if self.dtype is None:
             return cache
         names = ("k", "v") if isinstance(cache, DenseCache) else ("latent", "k_rope")
         parts = {name: store(getattr(cache, name), self.dtype) for name in names}
         return dataclasses.replace(cache, **parts)
-
-
-def recent_only(cache: DenseCache, spec: AttentionSpec, dtype: str | None) -> HeadBudgetCache:
-    """The last tokens that a sliding window sees, in rings."""
-    assert spec.window is not None
-    K = cache.k.shape[1]
-    keep = Keep((0,) * K, SinksAndRecent(), None, dtype, (0,) * K, (True,) * K)
-    return compress_heads(Prompt.of_dense(cache, spec, spec.window), keep)
 
 
 @dataclass(frozen=True)
@@ -120,19 +131,27 @@ class CompressedPlan(Plan):
         observer = None if watching is None else watching(attention)
         return start_prompt(attention, batch, prompt_len, self.queries, dtype, observer)
 
-    def finish(self, layer: int, cache: PromptCache, room: int) -> Any:
-        """See `Plan.finish`."""
-        attention = self.config.layers[layer].attention
-        prompt = Prompt.create(cache, attention_spec(attention), self.kept_window(layer))
-        if no_head_budget(attention) is not None:
-            return compress_tokens(cache, prompt, self.keep_tokens(layer, room))
-        return compress_heads(prompt, self.keep(layer, room))
+    def heads(self, layer: int, cache: PromptCache, room: int) -> tuple[Prompt, Keep] | None:
+        """See `Plan.heads`."""
+        if no_head_budget(self.config.layers[layer].attention) is not None:
+            return None
+        return self._prompt(layer, cache), self.keep(layer, room)
 
-    def refresh(self, layer: int, cache: Any) -> Any:
-        """See `Plan.refresh`."""
+    def rest(self, layer: int, cache: PromptCache, room: int) -> Any:
+        """See `Plan.rest`: all heads of a layer keep the same tokens."""
+        return compress_tokens(cache, self._prompt(layer, cache), self.keep_tokens(layer, room))
+
+    def grown(self, layer: int, cache: Any) -> tuple[Prompt, Keep] | None:
+        """See `Plan.grown`."""
         assert self.every is not None
-        spec = attention_spec(self.config.layers[layer].attention)
-        return refresh(cache, spec, self.kept_window(layer), self.keep(layer, self.every))
+        return Prompt.of_pool(cache, *self.compared(layer)), self.keep(layer, self.every)
+
+    def compared(self, layer: int) -> tuple[AttentionSpec, int]:
+        """How a layer attends, and the last tokens that stay, with which the others compete."""
+        return attention_spec(self.config.layers[layer].attention), self.kept_window(layer)
+
+    def _prompt(self, layer: int, cache: PromptCache) -> Prompt:
+        return Prompt.create(cache, *self.compared(layer))
 
     def keep(self, layer: int, room: int) -> Keep:
         """What stays of a layer whose heads have budgets."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, PromptCache
+from kvjax.cache import AttentionSpec, HeadBudgetCache, PromptCache
 from kvjax.cache.entries import take_rows
 from pallas_kernels import dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
@@ -61,10 +61,12 @@ class Prompt:
         return cls(keys, values, queries, lengths, held, positions, seen, spec, window)
 
     @classmethod
-    def of_dense(cls, cache: DenseCache, spec: AttentionSpec, window: int) -> Prompt:
+    def of_dense(cls, cache: Any, spec: AttentionSpec, window: int) -> Prompt:
         """An uncompressed cache, for scorers that ask for no queries."""
-        none = jnp.zeros((cache.k.shape[0], 0, cache.k.shape[1], cache.k.shape[3]), cache.k.dtype)
-        return cls.of_arrays(cache.k, cache.v, none, cache.lengths, None, spec, window)
+        keys, values = cache.keys_and_values()
+        B, K, _, X = keys.shape
+        none = jnp.zeros((B, 0, K, X), keys.dtype)
+        return cls.of_arrays(keys, values, none, cache.lengths, None, spec, window)
 
     @classmethod
     def of_pool(cls, cache: HeadBudgetCache, spec: AttentionSpec, window: int) -> Prompt:

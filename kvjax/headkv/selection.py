@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +55,14 @@ def compress_heads(prompt: Prompt, keep: Keep) -> HeadBudgetCache:
 
     A sequence of n tokens keeps min(cap, n − w) + w entries in a head, n if it is shorter than w.
     """
+    kept, counts = choose(prompt, keep)
+    with jax.named_scope("pack"):
+        segments, rows = segments_for(prompt, keep, counts)
+        return pack(prompt, kept, counts, segments, rows, keep)
+
+
+def choose(prompt: Prompt, keep: Keep) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+    """The slots that every head keeps besides the window, ascending, and how many they are."""
     K = prompt.keys.shape[1]
     with jax.named_scope("select"):
         scores = prompt_scores(prompt, keep.scorer)
@@ -65,10 +72,7 @@ def compress_heads(prompt: Prompt, keep: Keep) -> HeadBudgetCache:
             counts, most = jnp.minimum(caps, available), max(keep.caps)
         else:
             counts, most = keep.split(scores, prompt.candidates, keep.caps), sum(keep.caps)
-        kept = select(scores, prompt.candidates, counts, most)
-    with jax.named_scope("pack"):
-        segments, rows = segments_for(prompt, keep, counts)
-        return pack(prompt, kept, counts, keep, segments, rows)
+        return select(scores, prompt.candidates, counts, most), counts
 
 
 def compress_tokens(cache: PromptCache, prompt: Prompt, keep: Keep) -> DenseCache | LatentCache:
@@ -139,17 +143,38 @@ def select(
 def segments_for(prompt: Prompt, keep: Keep, counts_BK: Int[Array, "B K"]) -> tuple[Segments, int]:
     """Segments for what heads keep, the window and their rooms, and the rows of the pool."""
     dtype = keep.dtype or prompt.keys.dtype
+    if keep.split is None:
+        return static_segments(capacities_for(prompt, keep), pool_alignment(dtype))
+    extra = jnp.asarray([prompt.window + room for room in keep.rooms], jnp.int32)
+    return counted_segments(prompt, keep, counts_BK, extra, pool_alignment(dtype))
+
+
+def capacities_for(prompt: Prompt, keep: Keep) -> list[int]:
+    """Rows of every head whose budget is its cap."""
     limit = capacity_limit(prompt, keep)
     most = zip(keep.caps, keep.rooms, strict=True)
-    capacities = [min(cap + prompt.window + room, limit) for cap, room in most]
-    if keep.split is None:
-        return static_segments(capacities, pool_alignment(dtype))
-    align = max(split_alignment(capacities), pool_alignment(dtype))
-    extra = jnp.asarray([prompt.window + room for room in keep.rooms], jnp.int32)
-    wanted = jnp.minimum(counts_BK + extra[None], limit)
+    return [min(cap + prompt.window + room, limit) for cap, room in most]
+
+
+def counted_segments(
+    prompt: Prompt,
+    keep: Keep,
+    counts_BK: Int[Array, "B K"],
+    extra_K: Int[Array, " K"],
+    align: int,
+) -> tuple[TracedSegments, int]:
+    """Segments where heads share a budget by the scores of each prompt.
+
+    Args:
+        counts_BK, extra_K: rows of the heads at hand, kept and for the window and new tokens; the
+            pool has room for all of the layer's budget.
+        align: what the platform asks for.
+    """
+    align = max(split_alignment(capacities_for(prompt, keep)), align)
+    wanted = jnp.minimum(counts_BK + extra_K[None], capacity_limit(prompt, keep))
     rounded = -(-wanted // align) * align
     total = sum(keep.caps) + sum(prompt.window + room for room in keep.rooms)
-    rows = -(-(total + len(capacities) * (align - 1)) // align) * align
+    rows = -(-(total + len(keep.caps) * (align - 1)) // align) * align
     return TracedSegments(jnp.cumsum(rounded, axis=1) - rounded, wanted, align), rows
 
 
@@ -174,11 +199,16 @@ def pack(
     prompt: Prompt,
     kept_BKC: Int[Array, "B K C"],
     counts_BK: Int[Array, "B K"],
-    keep: Keep,
     segments: Segments,
     rows: int,
+    keep: Keep,
+    rings_K: Bool[Array, " K"] | None = None,
 ) -> HeadBudgetCache:
-    """Gathers the kept tokens and the window of every head into one flat pool."""
+    """Gathers the kept tokens and the window of every head into one flat pool.
+
+    Args:
+        rings_K: keep.rings of the heads at hand; None where they are all of the layer's.
+    """
     B, K, S, _ = prompt.keys.shape
     head_P, rank_P = segments.rows(rows)
     head_P = jnp.broadcast_to(head_P, (B, rows))
@@ -191,7 +221,7 @@ def pack(
 
     held = counts_BK + jnp.minimum(prompt.held, prompt.window)
     _, capacities = segments.arrays()
-    rings = jnp.asarray(keep.rings)[None]
+    rings = (jnp.asarray(keep.rings) if rings_K is None else rings_K)[None]
     # A sliding window's ring is the whole segment: what falls out of sight is the oldest.
     first = jnp.zeros_like(held) if prompt.spec.window is not None else held
     ring_starts = jnp.where(rings, first, capacities) if any(keep.rings) else None
@@ -238,8 +268,3 @@ def store(entries: Entries, dtype: str | None) -> Entries:
     if dtype is None or isinstance(entries, Quantized):
         return entries
     return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
-
-
-def refresh(cache: HeadBudgetCache, spec: Any, window: int, keep: Keep) -> HeadBudgetCache:
-    """A cache that has grown, cut down to its budgets again: room for as many tokens once more."""
-    return compress_heads(Prompt.of_pool(cache, spec, window), keep)

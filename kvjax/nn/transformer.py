@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import NoCache
+from kvjax.cache import NoCache, with_layer
 from kvjax.config import (
     AttentionConfig,
     DecoupledConfig,
@@ -97,12 +96,12 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
-        cache: list[Any] | None = None,
+        cache: Any = None,
         *,
         rope_lengths: Int[Array, " B"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         logits_at: str = "all",
-    ) -> tuple[Float[Array, "B O V"], list[Any] | None]:
+    ) -> tuple[Float[Array, "B O V"], Any]:
         """Next-token logits.
 
         Args:
@@ -135,14 +134,14 @@ class Transformer(nn.Module):
         if rope_lengths is None:
             rope_lengths = default_rope_lengths(at, cache)
         x = self.embed(tokens)
-        new_cache = []
         for index in range(self.config.num_layers):
             entry = NoCache(segments) if cache is None else cache[index]
             x, entry = self.layer(index, x, at, entry, rope_lengths)
-            new_cache.append(entry)
+            if cache is not None:
+                cache = with_layer(cache, index, entry)
         if logits_at == "last":
             x = last_valid(x, at)
-        return self.unembed(x), (None if cache is None else new_cache)
+        return self.unembed(x), cache
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Input embeddings."""
@@ -201,7 +200,7 @@ def init_layer_cache(config: AttentionConfig, batch_size: int, max_len: int, dty
     return ATTENTION[type(config)].init_cache(config, batch_size, max_len, jnp.dtype(dtype))
 
 
-def check_room(cache: Sequence[Any], positions: jax.Array) -> None:
+def check_room(cache: Any, positions: jax.Array) -> None:
     """Outside jit: raises ValueError if the new tokens don't fit into the cache."""
     entry = cache[0]
     if isinstance(positions, Tracer) or isinstance(entry.lengths, Tracer):
@@ -215,7 +214,7 @@ def check_room(cache: Sequence[Any], positions: jax.Array) -> None:
         )
 
 
-def default_rope_lengths(positions: jax.Array, cache: Sequence[Any] | None) -> jax.Array:
+def default_rope_lengths(positions: jax.Array, cache: Any) -> jax.Array:
     """[B] whole lengths: up to the last position, or what the cache was made for."""
     if cache is None:
         return jnp.max(positions, axis=1) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvjax.nn import Transformer
+from kvjax.sharding import mesh_of, place_params
 from kvjax.transmla.decoupled import decoupled
 from kvjax.transmla.equal_cache import equal_cache
 
@@ -21,6 +22,7 @@ def convert(
     Args:
         method: "equal_cache": the cache keeps its size, see `kvjax.transmla.equal_cache`;
             "decoupled": a smaller cache, see `kvjax.transmla.decoupled`.
+        params: of `model`; where they lie on a mesh, the result lies on it too.
         options: of the method.
 
     Raises:
@@ -28,4 +30,5 @@ def convert(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    return METHODS[method](model, params, **options)
+    new_model, new_params = METHODS[method](model, params, **options)
+    return new_model, place_params(new_model, new_params, mesh_of(params))

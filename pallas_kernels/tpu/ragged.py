@@ -64,6 +64,6 @@ def work_list(
     if isinstance(segments, StaticSegments):
         most = sum(-(-capacity // size) for capacity in segments.capacities)
     else:  # each segment may end in a part of a block
-        most = pool_rows // size + K
+        most = segments.longest(pool_rows) // size + K
     starts = jnp.broadcast_to(segments.arrays()[0], (B, K)).reshape(-1)
     return flatten(starts, lengths.reshape(-1), size, max(B * most, 1), shares=shares)

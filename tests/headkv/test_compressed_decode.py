@@ -10,7 +10,7 @@ import pytest
 from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, PromptCache
 from kvjax.headkv.prompt import Prompt
 from kvjax.headkv.scorers import ObservationWindow
-from kvjax.headkv.selection import Keep, compress_heads, refresh
+from kvjax.headkv.selection import Keep, compress_heads
 from kvjax.headkv.split import Adaptive
 
 W, K, G, H, S, NEW = 8, 2, 2, 8, 48, 50
@@ -164,13 +164,13 @@ def test_compressing_again_keeps_the_budget_and_the_newest_tokens(split):
     cache = compressed(setting)
     q, k, v = tokens()
     shapes = [leaf.shape for leaf in jax.tree.leaves(cache)]
-    again = jax.jit(refresh, static_argnames=("spec", "window", "keep"))
+    again = jax.jit(lambda cache: compress_heads(Prompt.of_pool(cache, SPEC, W), setting))
     for start in (0, 10, 20):
         for step in range(start, start + 10):
             positions = (LENGTHS + step)[:, None]
             _, cache = attend(cache, *(at(x, positions) for x in (q, k, v)), positions, SPEC)
         before = {(b, h): set(held(cache, b, h)) for b in range(B) for h in range(K)}
-        cache = again(cache, SPEC, W, setting)
+        cache = again(cache)
         assert [leaf.shape for leaf in jax.tree.leaves(cache)] == shapes
         total = np.zeros(B, int)
         for (b, h), found in before.items():

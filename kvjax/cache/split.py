@@ -1,0 +1,282 @@
+"""Caches over the devices of a mesh: each device stores and attends to its part, by itself.
+
+The part that a device holds is a cache like any other; what is here cuts queries and new entries
+to it. Heads need no communication. Latents have no heads: their slots are split, every device
+meets all queries with its slots, and partial results are merged by their logsumexp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache.attention import AttentionSpec, Expand
+from kvjax.cache.dense import DenseCache
+from kvjax.cache.head_budget import HeadBudgetCache
+from kvjax.cache.latent import LatentCache
+from kvjax.mesh import Layout
+from pallas_kernels.combine import exchange
+from pallas_kernels.segments import DeviceSegments, TracedSegments
+
+
+@flax.struct.dataclass
+class SplitHeads:
+    """A cache whose sequences and KV heads lie on different devices.
+
+    Attributes:
+        inner: the cache of all heads, `copies` times each; a pool's rows are those of the first
+            device, then those of the second, and so on.
+        layout: which axes of the mesh split what.
+        copies: devices that hold the same KV head, where there are more devices than heads.
+    """
+
+    inner: Any
+    layout: Layout = flax.struct.field(pytree_node=False)
+    copies: int = flax.struct.field(pytree_node=False, default=1)
+
+    @classmethod
+    def create(cls, cache: DenseCache, layout: Layout) -> SplitHeads:
+        """An empty cache, spread out.
+
+        Raises:
+            ValueError: neither do the devices divide the heads, nor the heads the devices.
+        """
+        copies = head_copies(cache.k.shape[1], layout.ways)
+        if copies > 1:
+            k, v = (
+                jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=1), entries)
+                for entries in (cache.k, cache.v)
+            )
+            cache = dataclasses.replace(cache, k=k, v=v)
+        return cls(place(cache, layout), layout, copies)
+
+    @property
+    def lengths(self) -> jax.Array:
+        return self.inner.lengths
+
+    @property
+    def capacity(self) -> int | jax.Array:
+        return self.inner.capacity
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K X"],
+        v: Float[Array, "B T K Y"],
+        positions: Int[Array, "B T"],
+        spec: AttentionSpec,
+        expand: Expand | None = None,
+    ) -> tuple[Float[Array, "B T N Hv"], SplitHeads]:
+        """See `Cache.attend`.
+
+        Raises:
+            NotImplementedError: keys are to be rebuilt from latents with `expand`.
+            ValueError: the devices do not divide the query heads.
+        """
+        if expand is not None:
+            raise NotImplementedError("keys of latents are rebuilt on all devices, not by heads")
+        if q.shape[2] % self.layout.ways:
+            raise ValueError(
+                f"got {q.shape[2]} query heads over {self.layout.ways} devices, expected a multiple"
+            )
+        if self.copies > 1:
+            k, v = (jnp.repeat(x, self.copies, axis=2) for x in (k, v))
+
+        def run(cache, q, k, v, positions):
+            return cache.attend(q, k, v, positions, spec)
+
+        heads, rows = self.layout.spec("batch", None, "tensor"), self.layout.spec("batch")
+        out, inner = self._run(run, (heads, heads, heads, rows), heads)(q, k, v, positions)
+        return out, dataclasses.replace(self, inner=inner)
+
+    def _run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """function(the device's cache, …) to a result and a cache of the same shapes."""
+        stored = getattr(self.inner, "segments", None)
+        parts = specs(self.inner, self.layout)
+
+        def run(cache: Any, *arrays: Any) -> tuple[Any, Any]:
+            out, cache = function(on_device(cache, self.layout), *arrays)
+            return out, with_segments(cache, stored)
+
+        call = self.layout.run(run, (parts, *in_specs), (out_specs, parts))
+        return functools.partial(call, self.inner)
+
+    def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
+        """[B, K, S, ·] of an uncompressed cache, each head once."""
+        keys, values = self.inner.keys_and_values(dtype)
+        return keys[:, :: self.copies], values[:, :: self.copies]
+
+
+@flax.struct.dataclass
+class SplitSlots:
+    """Latents whose sequences and slots lie on different devices, each a stretch of slots.
+
+    Attributes:
+        inner: the cache of all slots, a multiple of the devices.
+        layout: which axes of the mesh split what.
+    """
+
+    inner: LatentCache
+    layout: Layout = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, cache: LatentCache, layout: Layout, window: int | None) -> SplitSlots:
+        """A cache, spread out; `window` is the layer's sliding window."""
+        B, S = cache.latent.shape[:2]
+        if window is not None and cache.positions is None and layout.ways > 1:
+            # Where a window begins is on another device.
+            cache = dataclasses.replace(cache, positions=jnp.full((B, S), -1, jnp.int32))
+
+        def pad(leaf: jax.Array, value: int = 0) -> jax.Array:
+            room = (0, -S % layout.ways)
+            return jnp.pad(
+                leaf, ((0, 0), room, *((0, 0),) * (leaf.ndim - 2)), constant_values=value
+            )
+
+        latent, k_rope = (jax.tree.map(pad, part) for part in (cache.latent, cache.k_rope))
+        positions = None if cache.positions is None else pad(cache.positions, -1)
+        cache = dataclasses.replace(cache, latent=latent, k_rope=k_rope, positions=positions)
+        return cls(place(cache, layout), layout)
+
+    @property
+    def lengths(self) -> jax.Array:
+        return self.inner.lengths
+
+    @property
+    def capacity(self) -> int | jax.Array:
+        return self.inner.capacity
+
+    def attend_absorbed(
+        self,
+        q_latent: Float[Array, "B T N L"],
+        q_rope: Float[Array, "B T N R"],
+        latent: Float[Array, "B T L"],
+        k_rope: Float[Array, "B T R"],
+        positions: Int[Array, "B T"],
+        spec: AttentionSpec,
+    ) -> tuple[Float[Array, "B T N L"], SplitSlots]:
+        """See `LatentCache.attend_absorbed`.
+
+        Raises:
+            ValueError: the devices do not divide the query heads.
+        """
+        layout = self.layout
+        if q_latent.shape[2] % layout.ways:
+            raise ValueError(
+                f"got {q_latent.shape[2]} query heads over {layout.ways} devices, expected a "
+                "multiple"
+            )
+
+        def run(cache, q_latent, q_rope, latent, k_rope, positions):
+            first = layout.device() * cache.latent.shape[1]
+            part = dataclasses.replace(cache, lengths=cache.lengths - first)
+            before, part = part.used, part.append(latent, k_rope, positions)
+            q_latent, q_rope = (gather_heads(x, layout) for x in (q_latent, q_rope))
+            out, lse = part.attend_held(q_latent, q_rope, positions, before, spec)
+            if layout.tensor is not None:
+                out = exchange(out, lse, layout.tensor, axis=2)
+            return out.astype(q_latent.dtype), dataclasses.replace(
+                part, lengths=part.lengths + first
+            )
+
+        heads, rows = layout.spec("batch", None, "tensor"), layout.spec("batch")
+        parts = specs(self.inner, layout)
+        call = layout.run(run, (parts, heads, heads, rows, rows, rows), (heads, parts))
+        out, inner = call(self.inner, q_latent, q_rope, latent, k_rope, positions)
+        return out, dataclasses.replace(self, inner=inner)
+
+    def keys_and_values(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """See `LatentCache.keys_and_values`."""
+        return self.inner.keys_and_values(dtype)
+
+
+def head_copies(heads: int, devices: int) -> int:
+    """Devices that must hold the same KV head: 1 where there are as many heads or more.
+
+    Raises:
+        ValueError: neither number divides the other.
+    """
+    if heads % devices and devices % heads:
+        raise ValueError(
+            f"got {heads} KV heads over {devices} devices of the tensor axis, expected that one "
+            "divides the other"
+        )
+    return max(devices // heads, 1)
+
+
+def gather_heads(x: Float[Array, "B T n X"], layout: Layout) -> Float[Array, "B T N X"]:
+    """All devices' query heads."""
+    if layout.tensor is None:
+        return x
+    return jax.lax.all_gather(x, layout.tensor, axis=2, tiled=True)
+
+
+@functools.singledispatch
+def specs(cache: Any, layout: Layout) -> Any:
+    """How a cache's arrays are split: the cache with `PartitionSpec`s in their place."""
+    raise TypeError(f"no split of a {type(cache).__name__}")
+
+
+@specs.register
+def _(cache: DenseCache, layout: Layout) -> DenseCache:
+    heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+    return _with_specs(cache, {"k": heads, "v": heads}, rows)
+
+
+@specs.register
+def _(cache: LatentCache, layout: Layout) -> LatentCache:
+    slots, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+    return _with_specs(cache, dict.fromkeys(("latent", "k_rope", "positions"), slots), rows)
+
+
+@specs.register
+def _(cache: HeadBudgetCache, layout: Layout) -> HeadBudgetCache:
+    heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+    own = {"lengths": rows, "queries": layout.spec("batch", None, "tensor")}
+    segments = jax.tree.map(lambda _: heads, cache.segments)
+    return dataclasses.replace(_with_specs(cache, own, heads), segments=segments)
+
+
+def _with_specs(cache: Any, own: dict[str, PartitionSpec], rest: PartitionSpec) -> Any:
+    """A spec for every field that is not None; for entries in 8 bits one serves all parts."""
+    fields = [field.name for field in dataclasses.fields(cache)]
+    present = [name for name in fields if getattr(cache, name) is not None]
+    return dataclasses.replace(cache, **{name: own.get(name, rest) for name in present})
+
+
+def place(cache: Any, layout: Layout) -> Any:
+    """The cache, its arrays where they belong."""
+
+    def put(spec: PartitionSpec, part: Any) -> Any:
+        sharding = jax.sharding.NamedSharding(layout.mesh, spec)
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), part)
+
+    return jax.tree.map(put, specs(cache, layout), cache, is_leaf=_is_spec)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def on_device(cache: Any, layout: Layout) -> Any:
+    """Inside `Layout.run`: the part of a cache with the segments that this device has."""
+    segments = getattr(cache, "segments", None)
+    if isinstance(segments, DeviceSegments):
+        own = segments.on(layout.device(), cache.lengths.shape[0])
+        return dataclasses.replace(cache, segments=own)
+    return cache
+
+
+def with_segments(cache: Any, segments: Any) -> Any:
+    """The cache as it is stored: segments of all devices are part of the program."""
+    if segments is None or isinstance(segments, TracedSegments):
+        return cache
+    return dataclasses.replace(cache, segments=segments)

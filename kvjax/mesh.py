@@ -1,0 +1,149 @@
+"""Meshes: their axes, what is split over which, and where the parts of a cache lie."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Batches are split over "data" and "fsdp", parameters over "fsdp" and "tensor"."""
+
+LOGICAL = {
+    "batch": ("data", "fsdp"),
+    "heads": "tensor",
+    "kv": "tensor",
+    "slots": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": "tensor",
+    "embed": "fsdp",
+}
+"""Mesh axes of every logical axis that is split; all others are replicated. "slots" are those of
+latents, which have no heads."""
+
+ALIASES = {"model": "tensor"}
+"""Other names under which a mesh may have these axes."""
+
+
+def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
+    """A mesh with all of MESH_AXES.
+
+    Args:
+        sizes: devices along each axis, 1 where it is missing; −1 for one axis: all that remain.
+        devices: default all there are.
+
+    Raises:
+        ValueError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = np.array(jax.devices() if devices is None else devices)
+    unknown = sizes.keys() - set(MESH_AXES)
+    if unknown:
+        raise ValueError(f"got mesh axes {sorted(unknown)}, expected some of {MESH_AXES}")
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = devices.size // int(-np.prod(shape))
+    if min(shape) < 1 or np.prod(shape) != devices.size:
+        named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"got a mesh of {named}, expected a product of {devices.size} devices")
+    return Mesh(devices.reshape(shape), MESH_AXES)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes from "data=1,fsdp=4,tensor=2"; see `make_mesh`.
+
+    Raises:
+        ValueError: text of another form.
+    """
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part]
+        return {axis.strip(): int(size) for axis, size in pairs}
+    except ValueError:
+        raise ValueError(
+            f"got mesh {text!r}, expected a form like data=1,fsdp=4,tensor=2"
+        ) from None
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where they lie on one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            mesh: Any = sharding.mesh
+            return mesh
+    return None
+
+
+def own_names(mesh: Mesh) -> dict[str, str]:
+    """The mesh's own names of its axes, by ours."""
+    return {ALIASES.get(axis, axis): axis for axis in map(str, mesh.axis_names)}
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that batches are split over."""
+    return tuple(axis for axis in LOGICAL["batch"] if axis in mesh.shape)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch of sequences, and its caches, lie on a mesh; hashable.
+
+    Attributes:
+        mesh: of all devices.
+        batch: axes that the sequences are split over; () where these don't divide them, and every
+            device holds them all.
+        tensor: axis that heads, or the slots of latents, are split over; None for none.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    tensor: str | None
+
+    @classmethod
+    def create(cls, mesh: Mesh, batch_size: int) -> Layout:
+        """The layout of so many sequences."""
+        axes = batch_axes(mesh)
+        fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        tensor = own_names(mesh).get("tensor")
+        split = tensor is not None and mesh.shape[tensor] > 1
+        return cls(mesh, axes if fits else (), tensor if split else None)
+
+    @property
+    def ways(self) -> int:
+        """Devices along the tensor axis."""
+        return 1 if self.tensor is None else self.mesh.shape[self.tensor]
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: "cpu", "tpu", "gpu" or "cuda"."""
+        return self.mesh.devices.flat[0].platform
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The split of an array by what its axes are: "batch", "tensor" or None."""
+        names: dict[str | None, Any] = {"batch": self.batch or None, "tensor": self.tensor}
+        return PartitionSpec(*(names.get(axis) for axis in axes))
+
+    def place(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """x, to lie so."""
+        sharding = NamedSharding(self.mesh, self.spec(*axes))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def device(self) -> Any:
+        """Inside `run`: this device's place along the tensor axis."""
+        return 0 if self.tensor is None else jax.lax.axis_index(self.tensor)
+
+    def run(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        """The function of each device's parts: what kernels need, which are not partitioned."""
+        # What a kernel returns does not say over which axes it varies.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )

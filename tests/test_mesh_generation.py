@@ -1,0 +1,194 @@
+"""Prefill, compression and decode on eight devices are what they are on one."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from meshes import (
+    GQA,
+    HEAD_LATENTS,
+    LATENTS,
+    MLA,
+    SHAPES,
+    WINDOWED,
+    WINDOWED_MLA,
+    ragged_prompts,
+    spread,
+    toy,
+)
+
+import kvjax
+from kvjax.cache import SharedPool
+from kvjax.decoding import prefill
+from kvjax.generation import make_plan
+from kvjax.headkv import HeadScores, Policy, balance
+from kvjax.headkv.allocators import HeadImportance
+from kvjax.headkv.named import snapkv
+from kvjax.prompts import pad
+from pallas_kernels.segments import DeviceSegments
+
+NEW = 6
+COMPRESSED = "kv_size=14,window=4"
+KINDS = {
+    "gqa": (GQA,) * 3,
+    "windowed": (WINDOWED, GQA, WINDOWED),
+    "mla": (MLA,) * 2,
+    "windowed_mla": (WINDOWED_MLA, MLA),
+    "latents": (LATENTS,) * 2,
+    "head_latents": (HEAD_LATENTS,) * 2,
+}
+
+
+@functools.cache
+def model_of(kind):
+    return toy(*KINDS[kind])
+
+
+def uneven(num_layers=3, **settings):
+    """HeadKV with budgets that differ from head to head."""
+    scores = np.random.default_rng(3).random((num_layers, 8, 1)) ** 4
+    allocator = HeadImportance(1.2, HeadScores(scores))
+    return dataclasses.replace(
+        snapkv(pool=3), allocator=allocator, kv_size=14, window=4, **settings
+    )
+
+
+def policy_of(name):
+    return uneven() if name == "headkv" else name
+
+
+@functools.cache
+def on_one_device(kind, policy):
+    model, params = model_of(kind)
+    return kvjax.generate(model, params, ragged_prompts(), NEW, policy_of(policy), eos_ids=())
+
+
+def read(model, params, policy):
+    """Logits after the prompts, and the caches that decode begins with."""
+    tokens, lengths = pad(ragged_prompts(), 48)
+    plan = make_plan(policy, model, params, 48)
+    return prefill(model, params, tokens, lengths, plan, max_new_tokens=NEW)
+
+
+def rows_of_heads(cache, order):
+    """Live keys of each head [layer][sequence][head], heads in the model's order."""
+    found = []
+    for layer, heads in zip(cache, order, strict=True):
+        inner = getattr(layer, "inner", layer)
+        starts, pool = np.array(inner.segments.arrays()[0])[0], np.asarray(inner.k_pool)
+        if isinstance(inner.segments, DeviceSegments):
+            devices = len(inner.segments.starts)
+            own = np.repeat(np.arange(devices), len(starts) // devices)
+            starts = starts + own * (pool.shape[1] // devices)
+        live = np.asarray(inner.live_heads())
+        copies = len(starts) // len(heads)
+        back = np.argsort(heads) * copies
+        found.append(
+            [[pool[b, starts[k] : starts[k] + live[b, k]] for k in back] for b in range(len(pool))]
+        )
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "kind, policy",
+    [("gqa", "full"), ("gqa", "headkv"), ("mla", "full"), ("mla", f"snapkv:{COMPRESSED}")],
+)
+def test_the_same_tokens(kind, policy, shape):
+    model, params = model_of(kind)
+    many = spread(model, params, shape)
+    got = kvjax.generate(model, many, ragged_prompts(), NEW, policy_of(policy), eos_ids=())
+    assert got.tokens == on_one_device(kind, policy).tokens
+
+
+@pytest.mark.parametrize(
+    "kind, policy",
+    [
+        ("gqa", "full:entries=int8"),
+        ("gqa", f"headkv_adaptive:{COMPRESSED}"),
+        ("gqa", f"tova:{COMPRESSED}"),
+        ("gqa", f"h2o:{COMPRESSED}"),
+        ("gqa", f"snapkv:{COMPRESSED},every=3"),
+        ("gqa", f"snapkv:{COMPRESSED},ring=2,entries=int8"),
+        ("windowed", "full"),
+        ("windowed", f"snapkv:{COMPRESSED}"),
+        ("windowed_mla", "full"),
+        ("latents", "full"),
+        ("latents", f"snapkv:{COMPRESSED}"),
+        ("head_latents", f"snapkv:{COMPRESSED}"),
+    ],
+)
+def test_every_cache_over_heads_and_sequences(kind, policy):
+    model, params = model_of(kind)
+    if policy.startswith("headkv_adaptive"):
+        policy = dataclasses.replace(
+            Policy.parse(policy), allocator=HeadImportance(1.2, HeadScores(np.ones((3, 8, 1))))
+        )
+    want = kvjax.generate(model, params, ragged_prompts(), NEW, policy, eos_ids=())
+    many = spread(model, params, "data=2,tensor=4")
+    got = kvjax.generate(model, many, ragged_prompts(), NEW, policy, eos_ids=())
+    assert got.tokens == want.tokens
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_entries_stay(shape):
+    """With heads as they are, and with heads assigned to devices by their bytes."""
+    model, params = model_of("gqa")
+    order = [range(4)] * 3
+    logits, one = read(model, params, uneven())
+    want = rows_of_heads(one, order)
+    assert len({len(head) for layer in want for head in layer[0]}) > 3
+    many = spread(model, params, shape)
+    moved, policy = balance(model, many, uneven(), 48)
+    orders = getattr(policy.allocator, "orders", order)
+    for params_there, policy_there, heads in ((many, uneven(), order), (moved, policy, orders)):
+        got_logits, cache = read(model, params_there, policy_there)
+        np.testing.assert_allclose(got_logits, logits, atol=1e-4)
+        got = rows_of_heads(cache, heads)
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_balanced_heads_take_less():
+    """One head a device and layer: a pool a layer would be as large as its largest head."""
+    model, params = model_of("gqa")
+    many = spread(model, params, "data=2,tensor=4")
+    _, plain = read(model, many, uneven())
+    _, balanced = read(model, *balance(model, many, uneven(), 48))
+    assert isinstance(plain, SharedPool) and isinstance(balanced, SharedPool)
+    rows = [cache.pools["k_pool"].shape[1] for cache in (plain, balanced)]
+    layers = [layer.inner.segments for layer in balanced]
+    largest = sum(max(max(heads) for heads in layer.capacities) for layer in layers) * 4
+    assert rows[1] < rows[0] and rows[1] < 0.85 * largest
+    assert {shard.data.shape[1] for shard in balanced.pools["k_pool"].addressable_shards} == {
+        rows[1] // 4
+    }
+
+
+def test_sampling_on_a_mesh():
+    model, params = model_of("gqa")
+    settings = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "eos_ids": ()}
+    want = kvjax.generate(model, params, ragged_prompts(), NEW, **settings)
+    many = spread(model, params, "data=2,tensor=4")
+    assert kvjax.generate(model, many, ragged_prompts(), NEW, **settings).tokens == want.tokens
+
+
+def test_sequences_that_devices_do_not_divide():
+    model, params = model_of("gqa")
+    prompts = ragged_prompts()[:3]
+    want = kvjax.generate(model, params, prompts, NEW, eos_ids=())
+    many = spread(model, params, "data=2,tensor=4")
+    assert kvjax.generate(model, many, prompts, NEW, eos_ids=()).tokens == want.tokens
+
+
+def test_what_a_mesh_cannot_serve():
+    model, params = model_of("gqa")
+    many = spread(model, params, "tensor=8")
+    with pytest.raises(NotImplementedError, match="8 devices along the tensor axis share"):
+        kvjax.generate(model, many, ragged_prompts(), NEW, f"h2o:{COMPRESSED}")
+    odd, odd_params = toy(dataclasses.replace(GQA, num_heads=6, num_kv_heads=3))
+    many = spread(odd, odd_params, "data=4,tensor=2")
+    with pytest.raises(ValueError, match=r"3 KV heads over 2 devices .* one divides the other"):
+        kvjax.generate(odd, many, ragged_prompts(), NEW)
