@@ -18,8 +18,8 @@ OF_ITS_WRITER = ("transformers_version", "_from_model_config")
 NEEDS = {
     "attention_bias": "Its kv_a_proj_with_mqa and o_proj have biases, and q_a_proj may have one. "
     "Engines without such parameters write wrong text, some of them without an error.",
-    "rope_parameters": "Its rotary frequencies follow `rope_parameters`. Engines that take every "
-    "scaled RoPE for YaRN write wrong text, without an error.",
+    "rope_parameters": "Its rotary frequencies follow `rope_parameters`. Engines that take them "
+    "for others, such as YaRN's, write wrong text without an error.",
 }
 
 
