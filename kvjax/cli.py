@@ -118,14 +118,21 @@ def export(
         Path | None, arg(help="for rms: a text file, or token ids [S, T] in a .npy file")
     ] = None,
     calibration_tokens: int = 32_768,
+    max_shard_bytes: Annotated[int, arg(help="split the weights into files of this size")] = 5
+    * 10**9,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Writes a model of the decoupled conversion as transformers' DeepseekV3ForCausalLM."""
+    """Writes a model of the decoupled conversion as transformers' DeepseekV3ForCausalLM.
+
+    Tokenizer and generation defaults come along; what was written is checked in the end.
+    """
     from kvjax.pipelines.export import export_checkpoint
 
-    report = export_checkpoint(model, out, norm, calibration, calibration_tokens, dtype)
-    _print_rows([report])
+    report = export_checkpoint(
+        model, out, norm, calibration, calibration_tokens, dtype, max_shard_bytes
+    )
+    _print_facts(f"{model} → {out}", report)
     _write_json(json_file, report)
 
 

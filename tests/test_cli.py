@@ -130,14 +130,17 @@ def test_export(checkpoint, tmp_path, capsys):
     converted = kvjax.transmla.convert(model, params, method="decoupled", stats=stats, **sizes)
     source, out = tmp_path / "mla", tmp_path / "out"
     kvjax.save(*converted, source)
-    shutil.copy(checkpoint / "tokenizer.json", source)
-    run("export", source, out, "--json", tmp_path / "e.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, source)
+    run("export", source, out, "--max-shard-bytes", 20_000, "--json", tmp_path / "e.json")
     report = json.loads((tmp_path / "e.json").read_text())
     assert report["relative_logit_change"] < 1e-5
     assert report["requires"] == ["attention_bias"]
     assert report["bytes_per_token_before"] == LAYERS * (12 + 4) * 4
     assert report["bytes_per_token_after"] == LAYERS * (13 + 4) * 4
-    assert (out / "tokenizer.json").is_file()
+    assert report["files"] == len(list(out.glob("*.safetensors"))) > 1
+    assert (report["eos"], report["notes"]) == ([2], [])
+    assert report["tokenizer"] == type(kvjax.load_tokenizer(out)).__name__
     line = fails(capsys, "export", source, tmp_path / "rms", "--norm", "rms")
     assert "needs a calibration text" in line
     text = tmp_path / "text.txt"

@@ -2,6 +2,7 @@
 
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.deepseek import latent_rms
+from kvjax.hf.export_check import check_export
 from kvjax.hf.load import (
     layout_of,
     load,
@@ -13,6 +14,7 @@ from kvjax.hf.load import (
 )
 
 __all__ = [
+    "check_export",
     "config_from_hf",
     "latent_rms",
     "layout_of",

@@ -15,7 +15,7 @@ from kvjax.config import ModelConfig
 from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
 from kvjax.hf.config import config_from_hf, read_config
-from kvjax.hf.deepseek import to_deepseek
+from kvjax.hf.deepseek import to_deepseek, write_serving_files
 from kvjax.hf.source import resolve
 from kvjax.hf.tensor_file import StoredTensor
 from kvjax.nn import Transformer
@@ -108,7 +108,11 @@ def save(
     norm: str = "neutral",
     latent_rms: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Writes a directory that `load` reads.
+    """Writes a directory that `load` reads: the model, and no tokenizer but for "deepseek_v3".
+
+    That layout is for engines, which want one directory: it also gets generation_config.json, and
+    where `model.config.source` names the directory that the model came from, the tokenizer and its
+    other companions.
 
     Args:
         layout: "native" (orbax, any model), "hf" (safetensors and config.json, for models that
@@ -129,7 +133,9 @@ def save(
     if layout == "native":
         native.write(model, params, directory)
     elif layout == "deepseek_v3":
-        _save_hf(*to_deepseek(model, params, norm, latent_rms), directory, max_shard_bytes)
+        exported, arrays = to_deepseek(model, params, norm, latent_rms)
+        _save_hf(exported, arrays, directory, max_shard_bytes)
+        write_serving_files(model.config, json.loads(exported.config.hf_json), directory)
     else:
         _save_hf(model, params, directory, max_shard_bytes)
 

@@ -4,7 +4,18 @@ from pathlib import Path
 
 BUILTIN = "builtin:"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
-PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
+PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 def resolve(path: str | Path) -> Path:

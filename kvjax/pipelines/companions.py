@@ -1,27 +1,12 @@
-"""What every converted checkpoint gets or tells: companion files, cache bytes a token."""
+"""What every converted checkpoint gets and tells: companion files, cache bytes a token."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import jax
 
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "head_scores*",
-)
+from kvjax.hf.companions import copy_companions
 
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copies what belongs to a model beside its weights: tokenizer files and head scores."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            shutil.copy(path, out)
+__all__ = ["bytes_per_token", "copy_companions"]
 
 
 def bytes_per_token(model, dtype: str) -> int:

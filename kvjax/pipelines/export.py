@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvjax.hf import latent_rms, load, save
+from kvjax.hf import check_export, latent_rms, load, save
+from kvjax.hf.checkpoint import MAX_SHARD_BYTES
 from kvjax.pipelines.calibration_text import token_rows
-from kvjax.pipelines.companions import bytes_per_token, copy_companions
+from kvjax.pipelines.companions import bytes_per_token
 from kvjax.pipelines.convert import logit_change
 
 SEQUENCE = 256  # calibration tokens in a row
@@ -22,20 +23,23 @@ def export_checkpoint(
     calibration: Path | None,
     calibration_tokens: int,
     dtype: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Writes the converted model at `source` to `out` in the deepseek_v3 layout.
 
     Args:
         norm: "neutral", or "rms", which needs `calibration`: token ids [S, T] in a .npy file, or a
             text file.
+        max_shard_bytes: as of `kvjax.save`.
 
     Returns:
         The sizes that a loader sees, cache bytes a token before and after, what the checkpoint
-        requires of a loader, and the largest change of a logit on random tokens, relative to the
-        largest logit.
+        requires of a loader, the largest change of a logit on random tokens, relative to the
+        largest logit, and what `kvjax.hf.check_export` says of the files.
 
     Raises:
-        ValueError: `out` is not empty, a model that the layout cannot express, no calibration.
+        ValueError: `out` is not empty, a model that the layout cannot express, no calibration, or
+            what was written is not whole.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, expected a new directory")
@@ -48,8 +52,9 @@ def export_checkpoint(
         weights = latent_rms(
             model, params, [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         )
-    save(model, params, out, layout="deepseek_v3", norm=norm, latent_rms=weights)
-    copy_companions(Path(model.config.source), out)
+    settings = {"norm": norm, "latent_rms": weights, "max_shard_bytes": max_shard_bytes}
+    save(model, params, out, layout="deepseek_v3", **settings)
+    checked = check_export(out, source=model.config.source)
     new_model, new_params = load(out, dtype=dtype)
     raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
     return {
@@ -61,4 +66,5 @@ def export_checkpoint(
         "bytes_per_token_after": bytes_per_token(new_model, dtype),
         "relative_logit_change": logit_change(model, params, new_model, new_params),
         "requires": raw.get("kvjax_requires", []),
+        **checked,
     }

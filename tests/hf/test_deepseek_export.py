@@ -198,11 +198,12 @@ def test_config_json():
         "tie_word_embeddings": False,
         "rope_interleave": True,
         "num_nextn_predict_layers": 0,
-        "kvjax_requires": ["attention_bias"],
         "dtype": "float32",
     }
     for config in raw.values():
         assert {key: config[key] for key in expected} == expected
+    assert raw["qwen2"]["kvjax_requires"] == ["attention_bias"]
+    assert raw["llama3"]["kvjax_requires"] == ["attention_bias", "rope_parameters"]
     assert (raw["qwen2"]["q_lora_rank"], raw["llama3"]["q_lora_rank"]) == (33, None)
     assert raw["llama3"]["rope_parameters"] == LLAMA3
     assert raw["qwen2"]["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}

@@ -75,6 +75,4 @@ def describe(c: ModelConfig, rope: SharedRope, params: Mapping[str, Any], norm: 
 
 def _requires(norm: str, default_rope: bool) -> list[str]:
     """Keys of config.json that this checkpoint needs obeyed and that some engines pass over."""
-    if norm == "neutral":
-        return ["attention_bias"]
-    return [] if default_rope else ["rope_parameters"]
+    return ["attention_bias"] * (norm == "neutral") + ["rope_parameters"] * (not default_rope)
