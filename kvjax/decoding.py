@@ -67,7 +67,7 @@ def prefill(
         for `max_new_tokens`.
     """
     B, T = tokens.shape
-    x = _call(model, params, "embed", tokens)
+    x = embed_chunks(functools.partial(_call, model, params, "embed"), tokens, chunk, plan.between)
     rope_lengths = lengths + max_new_tokens
     caches = []
     for layer in range(model.config.num_layers):
@@ -75,13 +75,34 @@ def prefill(
         def read(x: jax.Array, layer: int = layer) -> tuple[jax.Array, Any]:
             call = functools.partial(_call, model, params, "layer", layer)
             cache = plan.start(layer, B, T, max_new_tokens, x.dtype)
-            x, cache = read_layer(call, x, lengths, cache, rope_lengths, chunk)
+            x, cache = read_layer(call, x, lengths, cache, rope_lengths, chunk, plan.between)
             return x, plan.finish(layer, cache, max_new_tokens)
 
         x, cache = in_one_piece(read, x, jnp.any(lengths > 0))
         caches.append(cache)
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return _call(model, params, "unembed", x)[:, 0], plan.join(caches)
+
+
+def embed_chunks(
+    embed: Callable[[jax.Array], jax.Array],
+    tokens: Int[Array, "B T"],
+    chunk: int,
+    place: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "B T D"]:
+    """The prompts' embeddings, where `place` puts them; on a mesh a lookup in a table that is
+    split gives all features on every device, so it is done a chunk at a time."""
+    T = tokens.shape[1]
+    if chunk >= T:
+        return place(embed(tokens))
+
+    def read(index: jax.Array, x: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * chunk, T - chunk)
+        part = embed(jax.lax.dynamic_slice_in_dim(tokens, start, chunk, 1))
+        return place(jax.lax.dynamic_update_slice_in_dim(x, part, start, 1))
+
+    one = jax.eval_shape(embed, tokens)
+    return jax.lax.fori_loop(0, -(-T // chunk), read, place(jnp.zeros(one.shape, one.dtype)))
 
 
 def in_one_piece(
@@ -111,32 +132,35 @@ def read_layer(
     cache: Any,
     rope_lengths: Int[Array, " B"],
     chunk: int,
+    place: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer over the whole prompt, in chunks that end with the longest sequence.
 
     Args:
         call: (x, positions, cache, rope lengths) to (x, cache).
         chunk: tokens at a time; the last chunk may be shorter.
+        place: puts x where it is to lie, see `Plan.between`.
     """
     T = x.shape[1]
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(positions < lengths[:, None], positions, -1)
     whole = T // chunk * chunk
     if chunk >= T:
-        return call(x, positions, cache, rope_lengths)
+        x, cache = call(x, positions, cache, rope_lengths)
+        return place(x), cache
 
     def read(index: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         x, cache = state
         part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
         at = jax.lax.dynamic_slice_in_dim(positions, index * chunk, chunk, 1)
         part, cache = call(part, at, cache, rope_lengths)
-        return jax.lax.dynamic_update_slice_in_dim(x, part, index * chunk, 1), cache
+        return place(jax.lax.dynamic_update_slice_in_dim(x, part, index * chunk, 1)), cache
 
     filled = jnp.minimum(-(-jnp.max(lengths) // chunk), whole // chunk)
     x, cache = jax.lax.fori_loop(0, filled, read, (x, cache))
     if whole < T:
         part, cache = call(x[:, whole:], positions[:, whole:], cache, rope_lengths)
-        x = x.at[:, whole:].set(part)
+        x = place(x.at[:, whole:].set(part))
     return x, cache
 
 

@@ -216,7 +216,7 @@ def static_segments(capacities: Sequence[int], align: int) -> tuple[StaticSegmen
     if align < 1:
         raise ValueError(f"align is {align}, expected at least 1")
     if align == 1:
-        align = next((size for size in LARGE_BLOCKS if padding(capacities, size) < 1 / 12), 1)
+        align = next((size for size in LARGE_BLOCKS if _padding(capacities, size) < 1 / 12), 1)
     ends = np.cumsum([-(-capacity // align) * align for capacity in capacities])
     block = next((size for size in BLOCK_SIZES if ends[-1] >= 16 * size), BLOCK_SIZES[-1])
     if align in LARGE_BLOCKS:
@@ -225,7 +225,7 @@ def static_segments(capacities: Sequence[int], align: int) -> tuple[StaticSegmen
     return StaticSegments(starts, tuple(capacities)), -(-int(ends[-1]) // block) * block
 
 
-def padding(capacities: Sequence[int], align: int) -> float:
+def _padding(capacities: Sequence[int], align: int) -> float:
     """What multiples of `align` add to a pool, as a share of it."""
     return sum(-capacity % align for capacity in capacities) / max(sum(capacities), 1)
 

@@ -57,6 +57,34 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
+class AbsorbedCache(Protocol):
+    """A cache of latents that all heads share, for multi-head latent attention."""
+
+    @property
+    def lengths(self) -> jax.Array: ...
+
+    def attend_absorbed(
+        self,
+        q_latent: jax.Array,
+        q_rope: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        positions: jax.Array,
+        spec: AttentionSpec,
+    ) -> tuple[jax.Array, Any]:
+        """Stores the new latents [B, T, L] and rotary keys [B, T, R] and attends in the latent
+        space (arXiv 2405.04434, section 2.1).
+
+        Args:
+            q_latent, q_rope: [B, T, N, L] and [B, T, N, R].
+
+        Returns:
+            [B, T, N, L] attention-weighted latents, before the value up-projection; the cache.
+        """
+        ...
+
+
 @flax.struct.dataclass
 class NoCache:
     """Attends over the new entries alone and keeps nothing: the full causal forward.

@@ -52,15 +52,10 @@ class SharedPool:
 
     @classmethod
     def join(cls, caches: Sequence[SplitHeads]) -> SharedPool:
-        """The same entries in one pool a device.
-
-        Raises:
-            NotImplementedError: layers whose entries differ in width or kind.
-        """
+        """The same entries in one pool a device; they are alike, see `alike`."""
+        if any(cache.inner.positions is not None for cache in caches):
+            caches = [_with_positions(cache) for cache in caches]
         first = caches[0].inner
-        kinds = {_entry_kind(cache.inner) for cache in caches}
-        if len(kinds) > 1:
-            raise NotImplementedError(f"layers have entries of {len(kinds)} kinds, expected one")
         layout, align = caches[0].layout, first.segments.align
         capacities = tuple(sum(cache.inner.segments.capacities, ()) for cache in caches)
         tables, rows = lay_out(capacities, layout.ways, align)
@@ -96,19 +91,31 @@ def join_layers(first: Any, caches: list[Any]) -> Any:
 
 @join_layers.register
 def _(first: SplitHeads, caches: list[Any]) -> Any:
-    pooled = all(isinstance(_segments(cache), DeviceSegments) for cache in caches)
-    return SharedPool.join(caches) if pooled else caches
+    return SharedPool.join(caches) if alike(caches) else caches
 
 
-def _segments(cache: Any) -> Any:
-    return getattr(getattr(cache, "inner", None), "segments", None)
+def alike(caches: list[Any]) -> bool:
+    """Whether one pool can hold the entries of all layers: all are pools whose segments are part
+    of the program, with entries of one width and kind."""
+    inner = [getattr(cache, "inner", None) for cache in caches]
+    if not all(isinstance(getattr(c, "segments", None), DeviceSegments) for c in inner):
+        return False
+    kinds = set()
+    for cache in inner:
+        leaves, tree = jax.tree.flatten((cache.k_pool, cache.v_pool))
+        align = cache.segments.align
+        kinds.add((tree, align, tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)))
+    return len(kinds) == 1
 
 
-def _entry_kind(cache: HeadBudgetCache) -> Any:
-    """What must be the same in one pool."""
-    pools = {name: getattr(cache, name) for name in POOLS}
-    leaves, tree = jax.tree.flatten(pools)
-    return tree, tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)
+def _with_positions(cache: SplitHeads) -> SplitHeads:
+    """For layers without a sliding window, beside some that have one; nobody reads them."""
+    inner = cache.inner
+    if inner.positions is not None:
+        return cache
+    leaf = jax.tree.leaves(inner.k_pool)[0]
+    positions = cache.layout.place(jnp.full(leaf.shape[:2], -1, jnp.int32), "batch", "tensor")
+    return dataclasses.replace(cache, inner=dataclasses.replace(inner, positions=positions))
 
 
 def _empty(pool: Any, rows: int, name: str, layout: Layout) -> Any:

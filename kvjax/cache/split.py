@@ -179,7 +179,7 @@ class SplitSlots:
             first = layout.device() * cache.latent.shape[1]
             part = dataclasses.replace(cache, lengths=cache.lengths - first)
             before, part = part.used, part.append(latent, k_rope, positions)
-            q_latent, q_rope = (gather_heads(x, layout) for x in (q_latent, q_rope))
+            q_latent, q_rope = gather_heads(q_latent, q_rope, layout)
             out, lse = part.attend_held(q_latent, q_rope, positions, before, spec)
             if layout.tensor is not None:
                 out = exchange(out, lse, layout.tensor, axis=2)
@@ -212,11 +212,15 @@ def head_copies(heads: int, devices: int) -> int:
     return max(devices // heads, 1)
 
 
-def gather_heads(x: Float[Array, "B T n X"], layout: Layout) -> Float[Array, "B T N X"]:
+def gather_heads(
+    q_latent: Float[Array, "B T n L"], q_rope: Float[Array, "B T n R"], layout: Layout
+) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N R"]]:
     """All devices' query heads."""
     if layout.tensor is None:
-        return x
-    return jax.lax.all_gather(x, layout.tensor, axis=2, tiled=True)
+        return q_latent, q_rope
+    both = jnp.concatenate([q_latent, q_rope], axis=-1)
+    every = jax.lax.all_gather(both, layout.tensor, axis=2, tiled=True)
+    return every[..., : q_latent.shape[-1]], every[..., q_latent.shape[-1] :]
 
 
 @functools.singledispatch

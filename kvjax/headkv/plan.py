@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kvjax.cache import AttentionSpec, DenseCache, PromptCache
 from kvjax.config import (
@@ -36,14 +37,18 @@ class Plan(ABC):
     def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> Any:
         """The empty cache that a layer's prefill fills."""
 
-    @abstractmethod
     def heads(self, layer: int, cache: Any, room: int) -> tuple[Prompt, Keep] | None:
         """The prompt that a layer's cache has read, and what its heads keep of it; None where
         heads keep no tokens of their own."""
+        return None
 
-    @abstractmethod
     def rest(self, layer: int, cache: Any, room: int) -> Any:
         """`finish` where heads keep no tokens of their own."""
+        return cache
+
+    def between(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual stream of prompts, where it lies between layers."""
+        return x
 
     def finish(self, layer: int, cache: Any, room: int) -> Any:
         """The cache that decode uses, with room for `room` new tokens."""

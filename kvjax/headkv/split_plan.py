@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, PromptCache, join_layers
-from kvjax.cache.head_budget import padding, pool_alignment, static_segments
+from kvjax.cache.head_budget import pool_alignment, static_segments
 from kvjax.cache.split import SplitHeads, SplitSlots, on_device, place, specs, with_segments
 from kvjax.config import EqualCacheConfig
 from kvjax.headkv.plan import Plan, sliding_windows
@@ -28,7 +29,7 @@ from kvjax.headkv.selection import (
 )
 from kvjax.mesh import Layout
 from pallas_kernels.head_plan import lay_out
-from pallas_kernels.segments import LARGE_BLOCKS, DeviceSegments, StaticSegments, TracedSegments
+from pallas_kernels.segments import BLOCK_SIZES, DeviceSegments, StaticSegments, TracedSegments
 
 
 def on_mesh(plan: Plan, mesh: Mesh | None) -> Plan:
@@ -88,6 +89,13 @@ class SplitPlan(Plan):
             return self.rest(layer, cache, room)
         assert isinstance(base, SplitHeads)
         return compress_split(*found, base.inner.keys_and_values(), base)
+
+    def between(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """See `Plan.between`: features over the tensor axis, so that a long prompt's stream is not
+        on every device. A layer gathers one chunk of it at a time."""
+        layout = Layout.create(self.mesh, x.shape[0])
+        split = x.shape[2] % layout.ways == 0
+        return layout.place(x, "batch", None, "tensor" if split else None)
 
     def join(self, caches: list[Any]) -> Any:
         """See `Plan.join`."""
@@ -163,8 +171,8 @@ def device_segments(
     """
     if devices == 1:
         return static_segments(capacities, tile)
-    blocks = (size for size in LARGE_BLOCKS if padding(capacities, size) < 1 / 12)
-    (table,), rows = lay_out((tuple(capacities),), devices, next(blocks, 8) if tile == 1 else tile)
+    # The same for all layers, whose pools are joined; the smallest of `BLOCK_SIZES`.
+    (table,), rows = lay_out((tuple(capacities),), devices, max(tile, BLOCK_SIZES[-1]))
     return table, rows
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import LatentCache, NoCache, PromptCache
+from kvjax.cache import AbsorbedCache, LatentCache, NoCache
 from kvjax.config import DecoupledConfig
 from kvjax.nn.gqa import attention_spec, output, projection, qk_norm, qk_norm_weight
 from kvjax.nn.matmul import matmul
@@ -29,9 +29,9 @@ class DecoupledAttention(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        cache: LatentCache | PromptCache | NoCache | None,
+        cache: AbsorbedCache | NoCache | None,
         lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], LatentCache | PromptCache | NoCache | None]:
+    ) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
         """Attention output and the cache with the new latents; see `Transformer.__call__`."""
         c, base = self.config, self.config.base
         N, K, H, L, R = base.num_heads, base.num_kv_heads, base.head_dim, c.rank, c.rope_dim

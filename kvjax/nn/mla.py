@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import AttentionSpec, LatentCache, NoCache, PromptCache
+from kvjax.cache import AbsorbedCache, AttentionSpec, LatentCache, NoCache
 from kvjax.config import MLAConfig, NormConfig
 from kvjax.nn.gqa import norm_weight, output, projection
 from kvjax.nn.matmul import matmul
@@ -29,9 +29,9 @@ class MLA(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        cache: LatentCache | PromptCache | NoCache | None,
+        cache: AbsorbedCache | NoCache | None,
         lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], LatentCache | PromptCache | NoCache | None]:
+    ) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
         """Attention output and the cache with the new latents; see `Transformer.__call__`."""
         c = self.config
         N, L = c.num_heads, c.kv_lora_rank
@@ -90,9 +90,9 @@ class LatentHeads(NamedTuple):
     def attend(
         self,
         positions_BT: Int[Array, "B T"],
-        cache: LatentCache | PromptCache | NoCache | None,
+        cache: AbsorbedCache | NoCache | None,
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N V"], LatentCache | PromptCache | NoCache | None]:
+    ) -> tuple[Float[Array, "B T N V"], AbsorbedCache | NoCache | None]:
         """Head outputs: keys and values expanded without a cache, projections absorbed with one."""
         cache = NoCache() if cache is None else cache
         if isinstance(cache, NoCache):
