@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 """Batches are split over "data" and "fsdp", parameters over "fsdp" and "tensor"."""
@@ -78,12 +78,12 @@ def mesh_of(params: Any) -> Mesh | None:
     return None
 
 
-def own_names(mesh: Mesh) -> dict[str, str]:
+def own_names(mesh: Mesh | AbstractMesh) -> dict[str, str]:
     """The mesh's own names of its axes, by ours."""
     return {ALIASES.get(axis, axis): axis for axis in map(str, mesh.axis_names)}
 
 
-def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes that batches are split over."""
     return tuple(axis for axis in LOGICAL["batch"] if axis in mesh.shape)
 
@@ -104,12 +104,12 @@ class Layout:
         tensor: axis that heads, or the slots of latents, are split over; None for none.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     batch: tuple[str, ...]
     tensor: str | None
 
     @classmethod
-    def create(cls, mesh: Mesh, batch_size: int) -> Layout:
+    def create(cls, mesh: Mesh | AbstractMesh, batch_size: int) -> Layout:
         """The layout of so many sequences."""
         axes = batch_axes(mesh)
         fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0
@@ -125,6 +125,9 @@ class Layout:
     @property
     def platform(self) -> str:
         """Of the devices: "cpu", "tpu", "gpu" or "cuda"."""
+        if isinstance(self.mesh, AbstractMesh):
+            device = self.mesh.abstract_device
+            return jax.default_backend() if device is None else device.platform or "tpu"
         return self.mesh.devices.flat[0].platform
 
     def spec(self, *axes: str | None) -> PartitionSpec:

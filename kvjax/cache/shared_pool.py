@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.head_budget import HeadBudgetCache
-from kvjax.cache.split import SplitHeads, specs
+from kvjax.cache.split import SplitHeads, places, specs
 from kvjax.mesh import Layout
 from pallas_kernels.head_plan import lay_out
 from pallas_kernels.segments import DeviceSegments
@@ -97,7 +97,7 @@ def _(first: SplitHeads, caches: list[Any]) -> Any:
 def alike(caches: list[Any]) -> bool:
     """Whether one pool can hold the entries of all layers: all are pools whose segments are part
     of the program, with entries of one width and kind."""
-    inner = [getattr(cache, "inner", None) for cache in caches]
+    inner: list[Any] = [getattr(cache, "inner", None) for cache in caches]
     if not all(isinstance(getattr(c, "segments", None), DeviceSegments) for c in inner):
         return False
     kinds = set()
@@ -116,6 +116,14 @@ def _with_positions(cache: SplitHeads) -> SplitHeads:
     leaf = jax.tree.leaves(inner.k_pool)[0]
     positions = cache.layout.place(jnp.full(leaf.shape[:2], -1, jnp.int32), "batch", "tensor")
     return dataclasses.replace(cache, inner=dataclasses.replace(inner, positions=positions))
+
+
+@places.register
+def _(caches: SharedPool) -> Any:
+    layout = caches.layout
+    pools = jax.tree.map(lambda _: layout.spec("batch", "tensor"), caches.pools)
+    layers = tuple(specs(layer, layout) for layer in caches.layers)
+    return dataclasses.replace(caches, pools=pools, layers=layers), layout
 
 
 def _empty(pool: Any, rows: int, name: str, layout: Layout) -> Any:

@@ -258,12 +258,39 @@ def _with_specs(cache: Any, own: dict[str, PartitionSpec], rest: PartitionSpec) 
 
 def place(cache: Any, layout: Layout) -> Any:
     """The cache, its arrays where they belong."""
+    return with_shardings(
+        jax.lax.with_sharding_constraint, specs(cache, layout), cache, layout.mesh
+    )
+
+
+def with_shardings(function: Callable[[Any, Any], Any], parts: Any, cache: Any, mesh: Any) -> Any:
+    """function(array, sharding) of every array of a cache; `parts` has the specs, see `specs`."""
 
     def put(spec: PartitionSpec, part: Any) -> Any:
-        sharding = jax.sharding.NamedSharding(layout.mesh, spec)
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), part)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: function(x, sharding), part)
 
-    return jax.tree.map(put, specs(cache, layout), cache, is_leaf=_is_spec)
+    return jax.tree.map(put, parts, cache, is_leaf=_is_spec)
+
+
+@functools.singledispatch
+def places(cache: Any) -> tuple[Any, Layout]:
+    """The specs of a cache that lies on a mesh, and its layout.
+
+    Raises:
+        TypeError: another cache.
+    """
+    raise TypeError(f"a {type(cache).__name__} does not say where it lies")
+
+
+@places.register
+def _(cache: SplitHeads) -> tuple[Any, Layout]:
+    return dataclasses.replace(cache, inner=specs(cache.inner, cache.layout)), cache.layout
+
+
+@places.register
+def _(cache: SplitSlots) -> tuple[Any, Layout]:
+    return dataclasses.replace(cache, inner=specs(cache.inner, cache.layout)), cache.layout
 
 
 def _is_spec(leaf: Any) -> bool:

@@ -9,6 +9,7 @@ from kvjax.hf.load import (
     load_tokenizer,
     open_params,
     read_model,
+    read_shape,
     save,
     stored_tensors,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "load_tokenizer",
     "open_params",
     "read_model",
+    "read_shape",
     "save",
     "stored_tensors",
 ]

@@ -77,6 +77,22 @@ def read_model(path: str | Path) -> Transformer:
     return Transformer(dataclasses.replace(read(directory), source=str(directory)))
 
 
+def read_shape(source: str) -> Transformer:
+    """The model of a config.json, or at a path or hub id: its shape, for which no weights exist.
+
+    Raises:
+        ValueError: no such model, or an unsupported one.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return read_model(source)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    return Transformer(config_from_hf(raw))
+
+
 def layout_of(path: str | Path) -> str:
     """ "native" or "hf", the layout that `save` was asked for."""
     return "native" if native.is_native(resolve(path)) else "hf"

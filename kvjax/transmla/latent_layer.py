@@ -84,6 +84,28 @@ def over_heads(
     return config, kept | _cast(new, attn["o"].dtype)
 
 
+def folded_config(
+    base: GQAConfig, rank: int, rope: RopeConfig | None, v_head_dim: int
+) -> MLAConfig:
+    """The attention that `folded` gives: a latent of width `rank`, a rotary key of rope.dim."""
+    return MLAConfig(
+        num_heads=base.num_heads,
+        qk_nope_head_dim=base.head_dim,
+        qk_rope_head_dim=0 if rope is None else rope.dim,
+        v_head_dim=v_head_dim,
+        kv_lora_rank=rank,
+        q_lora_rank=None,
+        scale=base.scale,
+        rope=rope,
+        latent_norm=None,
+        query_bias=base.qkv_bias,
+        latent_bias=base.qkv_bias,
+        out_bias=True,
+        window=base.window,
+        softcap=base.softcap,
+    )
+
+
 def folded(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[MLAConfig, dict[str, Any]]:
@@ -94,23 +116,8 @@ def folded(
     """
     if base.qk_norm is not None:
         raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
-    N, H, R = layer.query_rope.shape
-    config = MLAConfig(
-        num_heads=N,
-        qk_nope_head_dim=H,
-        qk_rope_head_dim=R,
-        v_head_dim=layer.out.shape[1],
-        kv_lora_rank=layer.down.shape[1],
-        q_lora_rank=None,
-        scale=base.scale,
-        rope=layer.rope,
-        latent_norm=None,
-        query_bias=base.qkv_bias,
-        latent_bias=base.qkv_bias,
-        out_bias=True,
-        window=base.window,
-        softcap=base.softcap,
-    )
+    N, H, _ = layer.query_rope.shape
+    config = folded_config(base, layer.down.shape[1], layer.rope, layer.out.shape[1])
     joint = np.concatenate([layer.down, layer.key_rope], axis=1)
     wide = np.concatenate([np.broadcast_to(np.eye(H), (N, H, H)), layer.query_rope], axis=2)
 

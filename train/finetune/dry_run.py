@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.hf import config_from_hf, read_model
+from kvjax.hf import read_shape
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, param_shardings, parse_mesh
+from kvjax.topologies import topology_devices
 from train.finetune.config import TuneConfig
 from train.finetune.labels import Flat, flatten, trainable_paths
 from train.finetune.setup import check_rows, make_step
@@ -41,7 +40,7 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
     Raises:
         ValueError: no such model, a topology that is not known, a mesh or batch that does not fit.
     """
-    model = _model(config.model)
+    model = read_shape(config.model)
     devices = jax.devices() if topology is None else topology_devices(topology)
     sizes = {"fsdp": -1} if config.mesh is None else parse_mesh(config.mesh)
     mesh = make_mesh(sizes, devices)
@@ -81,24 +80,6 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
     }
 
 
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU topology, which only compile.
-
-    Raises:
-        ValueError: libtpu is not installed, or does not know it.
-    """
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except Exception as error:  # jaxlib raises its own, of several kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"cannot compile for {name!r}: {reason}; expected a topology like v5e:8x8, with libtpu "
-            "installed (pip install 'jax[tpu]')"
-        ) from None
-
-
 def abstract_params(model: Transformer, config: TuneConfig, mesh: Any) -> tuple[Flat, Flat]:
     """Shapes with shardings of what trains (fp32) and of what does not (compute dtype)."""
     shapes, places = param_shapes(model), flatten(param_shardings(model, mesh))
@@ -111,13 +92,3 @@ def abstract_params(model: Transformer, config: TuneConfig, mesh: Any) -> tuple[
             leaf.shape, np.dtype(jnp.dtype(dtype)), sharding=places[path]
         )
     return trainable, frozen
-
-
-def _model(source: str) -> Transformer:
-    path = Path(source)
-    if path.is_file():
-        try:
-            return Transformer(config_from_hf(json.loads(path.read_text(encoding="utf-8"))))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
-    return read_model(source)

@@ -1,0 +1,118 @@
+"""Devices that are not here: TPU topologies that only compile, and the memory of each kind."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from kvjax.mesh import MESH_AXES
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of device.
+
+    Attributes:
+        device_kind: as jax names it.
+        platform: "tpu" or "gpu".
+        memory: bytes of a device, as its maker states them.
+    """
+
+    device_kind: str
+    platform: str
+    memory: int
+
+
+GIB = 2**30
+KINDS = {
+    # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: HBM a chip; jax calls a chip a device.
+    "v4": Kind("TPU v4", "tpu", 32 * GIB),
+    "v5e": Kind("TPU v5 lite", "tpu", 16 * GIB),
+    "v5p": Kind("TPU v5", "tpu", 95 * GIB),
+    "v6e": Kind("TPU v6 lite", "tpu", 32 * GIB),
+    # NVIDIA's data sheets give 80 and 141 GB.
+    "h100": Kind("NVIDIA H100 80GB HBM3", "gpu", 80 * 10**9),
+    "h200": Kind("NVIDIA H200", "gpu", 141 * 10**9),
+}
+RESERVED = 0.03
+"""Share of the memory that the runtime keeps: of a v5e's 16 GiB XLA gives out 15.75, and some
+goes to fragmentation."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many devices of a kind, such as "v5e:4x4" or "h200:8"."""
+
+    name: str
+    kind: Kind
+    count: int
+
+    @classmethod
+    def parse(cls, name: str) -> Topology:
+        """A topology by its name: a kind, and its shape or number of devices.
+
+        Raises:
+            ValueError: another form, or a kind that is not in `KINDS`.
+        """
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+        if found is None or found[1] not in KINDS:
+            raise ValueError(
+                f"got topology {name!r}, expected KIND:SHAPE like v5e:4x4 or h200:8, with a kind of "
+                f"{', '.join(KINDS)}"
+            )
+        return cls(name, KINDS[found[1]], math.prod(map(int, found[2].split("x"))))
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a device that programs can have."""
+        return int(self.kind.memory * (1 - RESERVED))
+
+    def devices(self) -> list[Any]:
+        """The devices, which only compile.
+
+        Raises:
+            ValueError: no compiler for them is installed, or it does not know the topology.
+        """
+        if self.kind.platform != "tpu":
+            raise ValueError(f"cannot compile for {self.name}: only for TPUs, with libtpu")
+        return topology_devices(self.name)
+
+    def abstract_mesh(self, sizes: dict[str, int]) -> AbstractMesh:
+        """A mesh of such devices for shapes alone, which needs no compiler."""
+        device = AbstractDevice(self.kind.device_kind, 1, self.kind.platform)
+        shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+        types = (AxisType.Auto,) * len(MESH_AXES)
+        return AbstractMesh(shape, MESH_AXES, axis_types=types, abstract_device=device)
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU topology, which only compile.
+
+    Raises:
+        ValueError: libtpu is not installed, or does not know it.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # jaxlib raises its own, of several kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"cannot compile for {name!r}: {reason}; expected a topology like v5e:8x8, with libtpu "
+            "installed (pip install 'jax[tpu]')"
+        ) from None
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of shapes with shardings."""
+
+    def size(leaf: Any) -> int:
+        own = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(own) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
