@@ -1,4 +1,4 @@
-"""The `kvjax` command: info, convert, export, score, compress, generate, demo.
+"""The `kvjax` command: info, convert, export, score, compress, generate, plan, demo.
 
 Heavy imports wait until a command needs them, so that `kvjax --help` is instant.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Model = Annotated[
@@ -233,6 +233,57 @@ def demo(
     _write_json(json_file, run_demo(out, samples=samples, seed=seed))
 
 
+def plan(
+    config: Annotated[
+        Positional[str], arg(help="config.json, checkpoint directory or hub id", metavar="CONFIG")
+    ],
+    topology: Annotated[str, arg(help="devices, such as v5e:4x4, v5p:2x2x4 or h200:8")],
+    batch: Annotated[int | None, arg(help="sequences; default: one a group of devices")] = None,
+    context: Annotated[int, arg(help="prompt tokens of each")] = 32_768,
+    new_tokens: int = 128,
+    mesh: Annotated[
+        str | None, arg(help="such as data=2,tensor=8; default: heads over the KV heads' number")
+    ] = None,
+    policies: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(name="policy", metavar="POLICY", help="beside full and 8-bit caches; repeat for more"),
+    ] = (),
+    latent: Annotated[
+        tuple[int, int], arg(help="latent and rotary key of the converted model; 0 0 for none")
+    ] = (512, 128),
+    check: Annotated[bool, arg(help="also compile all layers, and compare")] = False,
+    dtype: Dtype = "bfloat16",
+    json_file: Json = None,
+) -> None:
+    """What fits on devices that are not here: bytes, collectives, largest batch and context.
+
+    With libtpu installed, prefill and decode are compiled for the topology, without weights.
+    """
+    from kvjax.pipelines import plan as pipeline
+
+    request = pipeline.Request(
+        config,
+        topology,
+        context,
+        new_tokens,
+        batch,
+        mesh,
+        policies or pipeline.Request.policies,
+        latent if any(latent) else None,
+        dtype,
+    )
+    report = pipeline.plan_capacity(request, check)
+    rows, notes = report.pop("rows"), report.pop("notes")
+    checked = report.pop("check", None)
+    _print_facts(config, report)
+    _print_rows(pipeline.readable(rows))
+    if checked is not None:
+        _print_facts("decode, all layers", checked)
+    for note in notes:
+        Console().print(note)
+    _write_json(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
+
+
 COMMANDS = {
     "info": info,
     "convert": convert,
@@ -240,6 +291,7 @@ COMMANDS = {
     "score": score,
     "compress": compress,
     "generate": generate,
+    "plan": plan,
     "demo": demo,
 }
 

@@ -19,7 +19,6 @@ from kvjax.decoding import (
     decode,
     extend,
     first_token,
-    prefill,
 )
 from kvjax.headkv.plan import FullPlan, Plan
 from kvjax.headkv.policy import Policy, resolve
@@ -27,6 +26,7 @@ from kvjax.headkv.scores import default_scores
 from kvjax.headkv.split_plan import on_mesh
 from kvjax.mesh import mesh_of
 from kvjax.nn import Transformer
+from kvjax.prefill_groups import prefill_in_groups
 from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys, prompt_words
 from kvjax.sampling import Sampling
 
@@ -65,6 +65,7 @@ def generate(
     batch_size: int | None = None,
     on_tokens: OnTokens | None = None,
     context: Context | None = None,
+    prefill_size: int | None = None,
 ) -> Generation:
     """Continues every prompt.
 
@@ -83,6 +84,7 @@ def generate(
         top_k, top_p: see `kvjax.sampling.Sampling`.
         eos_ids: ids that end a sequence; None for the model's own, () for none.
         batch_size: sequences at a time; None for a whole bucket.
+        prefill_size: sequences that are read at a time, see `kvjax.prefill_groups`; None for all.
         on_tokens: called with (prompt index, new tokens) as chunks of tokens are ready.
         context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. The
             policy is the context's then, and what the prompts add is kept in full.
@@ -95,7 +97,8 @@ def generate(
     before = 0 if context is None else context.length
     check_prompts(model.config, prompts, max_new_tokens, before)
     sampling = Sampling.create(temperature, top_k, top_p)
-    read, mesh = _reader(model, params, policy, context, max_new_tokens), mesh_of(params)
+    read = _reader(model, params, policy, context, max_new_tokens, prefill_size)
+    mesh = mesh_of(params)
     eos = np.asarray(model.config.eos_ids if eos_ids is None else eos_ids, np.int32)
     key, words = jax.random.key(seed), prompt_words(prompts)
     result = Generation(tokens=[[] for _ in prompts])
@@ -128,6 +131,7 @@ def _reader(
     policy: str | Policy,
     context: Context | None,
     max_new_tokens: int,
+    prefill_size: int | None,
 ) -> Reader:
     """How prompts are read: from the start, or after a context."""
     if context is not None:
@@ -141,7 +145,8 @@ def _reader(
 
     def from_start(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
         plan = make_plan(resolved, model, params, tokens.shape[1])
-        logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
+        settings = (plan, max_new_tokens, prefill_size)
+        logits, cache = prefill_in_groups(model, params, tokens, lengths, *settings)
         return logits, cache, plan
 
     return from_start

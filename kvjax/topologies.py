@@ -62,7 +62,7 @@ class Topology:
         found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
         if found is None or found[1] not in KINDS:
             raise ValueError(
-                f"got topology {name!r}, expected KIND:SHAPE like v5e:4x4 or h200:8, with a kind of "
+                f"got topology {name!r}, expected KIND:SHAPE like v5e:4x4 or h200:8 with one of "
                 f"{', '.join(KINDS)}"
             )
         return cls(name, KINDS[found[1]], math.prod(map(int, found[2].split("x"))))

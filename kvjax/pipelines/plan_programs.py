@@ -21,7 +21,9 @@ from kvjax.sharding import param_shapes, param_shardings
 from kvjax.topologies import device_bytes
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-CALL = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)")
+CALL = re.compile(
+    rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+).*?(?:op_name=\"([^\"]*)|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ def located(caches: Any) -> Any:
     return [one(cache) for cache in caches] if isinstance(caches, list) else one(caches)
 
 
-def compile_prefill(
-    model: Transformer, params: Any, plan: Plan, size: Size, mesh: Mesh
-) -> Program:
+def compile_prefill(model: Transformer, params: Any, plan: Plan, size: Size, mesh: Mesh) -> Program:
     """The program that reads `size.batch` prompts of `size.context` tokens."""
     rows = NamedSharding(mesh, Layout.create(mesh, size.batch).spec("batch"))
     tokens = jax.ShapeDtypeStruct((size.batch, size.context), jnp.int32, sharding=rows)
@@ -124,8 +124,8 @@ def _compiled(lowered: Any) -> Program:
 
 
 def count_collectives(text: str) -> Counter[str]:
-    """Collectives of a compiled program; pieces of one that is done in the background count once."""
-    return Counter(kind for kind, _ in set(CALL.findall(text)))
+    """Collectives of a compiled program; one that is done in pieces counts once."""
+    return Counter(kind for kind, *_ in {call.groups() for call in CALL.finditer(text)})
 
 
 def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,144 @@
+"""How many sequences, and how long ones, a device has room for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax.decoding import CHUNK
+from kvjax.mesh import batch_axes, own_names
+from kvjax.nn import Transformer
+from kvjax.pipelines.plan_programs import Program, Size, bytes_of
+
+QUERY_TILE, KEY_TILE = 256, 512  # scores that exist at a time: see kvjax.cache.attention
+LONGEST = 2**20  # tokens; contexts beyond are not told apart
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of one device as a function of what is served.
+
+    Attributes:
+        ways: devices that the batch is split over; batches are multiples of it.
+        weights: bytes.
+        fixed, per_token: bytes of the caches of `ways` sequences: fixed + per_token · context.
+        decode: bytes of a decode step's temporaries for `ways` sequences.
+        prefill: the same of prefill, for each token of context; `ways` sequences are read at a
+            time (`kvjax.prefill_groups`), while the caches of all lie there already.
+    """
+
+    ways: int
+    weights: int
+    fixed: float
+    per_token: float
+    decode: float = 0.0
+    prefill: float = 0.0
+
+    @classmethod
+    def measure(
+        cls, model: Transformer, plan: Callable[[int], Any], size: Size, mesh: Any, dtype: Any
+    ) -> Room:
+        """Weights and caches; their bytes are linear in the context, at least from half of it on.
+
+        Args:
+            plan: prompt length to the plan of a variant.
+        """
+        group = ways(mesh)
+
+        def caches(context: int) -> tuple[int, int]:
+            one = dataclasses.replace(size, batch=group, context=context)
+            return bytes_of(model, plan(context), one, mesh, dtype)
+
+        half = max(size.context // 2, 1)
+        (weights, less), (_, more) = caches(half), caches(size.context)
+        slope = (more - less) / max(size.context - half, 1)
+        return cls(group, weights, more - slope * size.context, slope)
+
+    def with_temporaries(self, size: Size, decode: float, prefill: float) -> Room:
+        """With the temporaries of a decode step for `size`, and of prefill for `ways` sequences."""
+        groups = max(size.batch / self.ways, 1)
+        return dataclasses.replace(self, decode=decode / groups, prefill=prefill / size.context)
+
+    def prefill_bytes(self, context: int) -> int:
+        """What reading `ways` sequences takes besides the caches of the batch."""
+        own = self.cache(self.ways, context)
+        return round(self.prefill * context + own)
+
+    def cache(self, batch: int, context: int) -> int:
+        """Bytes of the caches; a batch that the devices do not divide lies on all of them."""
+        groups = batch // self.ways if batch % self.ways == 0 else batch
+        return round(groups * (self.fixed + self.per_token * context))
+
+    def needed(self, batch: int, context: int) -> int:
+        """Bytes of the larger of prefill and decode."""
+        groups = batch // self.ways if batch % self.ways == 0 else batch
+        more = max(groups * self.decode, self.prefill_bytes(context))
+        return round(self.weights + self.cache(batch, context) + more)
+
+    def most_sequences(self, context: int, usable: int) -> int:
+        """The largest batch of this context."""
+        groups = 0
+        step = 2**20
+        while step:
+            if self.needed((groups + step) * self.ways, context) <= usable:
+                groups += step
+            else:
+                step //= 2
+        return groups * self.ways
+
+    def longest(self, batch: int, usable: int) -> int:
+        """The longest context of this batch, up to LONGEST; prefill and decode both fit."""
+        if self.needed(batch, LONGEST) <= usable:
+            return LONGEST
+        low, high = 0, LONGEST
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.needed(batch, middle) <= usable:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+def extrapolate(
+    programs: Sequence[Program], depths: tuple[int, int], layers: int, name: str
+) -> float:
+    """Bytes of the program of all layers, by the line through those of two depths."""
+    first, second = (getattr(program, name) for program in programs)
+    slope = (second - first) / (depths[1] - depths[0])
+    return max(first + slope * (layers - depths[0]), first, second)
+
+
+def ways(mesh: Any) -> int:
+    """Devices that batches are split over."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def estimate(
+    model: Transformer, size: Size, group: int, mesh: Any, dtype: Any
+) -> tuple[float, float]:
+    """Bytes of the temporaries of decode, and of prefill of `group` sequences, by counting what
+    exists at a time.
+
+    Two copies of the residual stream, one layer's keys and values, a chunk's activations and a
+    tile of scores; no more than a guide, within about a factor of two of what compilers need.
+    """
+    c, tensor = model.config, mesh.shape.get(own_names(mesh).get("tensor"), 1)
+    rows, item = size.batch / group, jnp.dtype(dtype).itemsize
+    layer = c.layers[0]
+    base: Any = getattr(layer.attention, "base", layer.attention)
+    heads = base.num_heads / tensor
+    width = getattr(layer.mlp, "width", c.hidden_size) / tensor
+    token = item * (4 * c.hidden_size + 3 * width) + 4 * heads * 2 * QUERY_TILE
+    scores = 4 * heads * QUERY_TILE * KEY_TILE * 3
+    kept = getattr(base, "num_kv_heads", 1) * getattr(base, "head_dim", 0) * 2
+    kept = kept or base.kv_lora_rank + base.qk_rope_head_dim
+    stream = 2 * item * size.context * c.hidden_size / tensor
+    own = item * size.context * kept / tensor
+    logits = 4 * c.vocab_size / tensor
+    return rows * (token + logits), stream + own + CHUNK * token + scores + logits
