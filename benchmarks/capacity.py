@@ -1,0 +1,118 @@
+"""What fits where: `kvjax plan --check` of four models on three TPU topologies, as one page.
+
+    python -m benchmarks.capacity [--context 32768]
+
+Needs libtpu (pip install "jax[tpu]"), and no TPU. Every plan is a process of its own; finished ones
+are kept in the result file and not made again. Writes benchmarks/results/capacity.json and the tables
+of docs/capacity.md, between its two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+
+MODELS = ("llama-3-8b", "qwen2.5-7b", "qwen2.5-72b", "llama-3-70b")
+TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+SHAPES, PAGE = Path("benchmarks/shapes"), Path("docs/capacity.md")
+MARKERS = ("<!-- made by benchmarks.capacity -->", "<!-- end -->")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/capacity.json"))
+    args = parser.parse_args()
+    found = json.loads(args.out.read_text()) if args.out.exists() else {"plans": {}}
+    for model in MODELS:
+        for topology in TOPOLOGIES:
+            name = f"{model} {topology} {args.context}"
+            if name not in found["plans"]:
+                found["plans"][name] = plan(model, topology, args.context)
+                found |= {"environment": environment("benchmarks.capacity")}
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
+                print(name, found["plans"][name]["check"], flush=True)
+    write_page(found["plans"])
+
+
+def plan(model: str, topology: str, context: int) -> dict[str, Any]:
+    """The report of `kvjax plan`, and the seconds it took."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "plan.json"
+        command = [sys.executable, "-m", "kvjax.cli", "plan", str(SHAPES / f"{model}.json")]
+        command += ["--topology", topology, "--context", str(context), "--check"]
+        quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        subprocess.run(
+            [*command, "--json", str(out)],
+            check=True,
+            env=os.environ | quiet,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        report = json.loads(out.read_text())
+    return {**report, "seconds": round(time.monotonic() - start, 1)}
+
+
+def write_page(plans: dict[str, Any]) -> None:
+    """Puts the tables between the page's markers."""
+    before, rest = PAGE.read_text().split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    text = "\n\n".join(table(name, report) for name, report in plans.items())
+    PAGE.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+
+
+def table(name: str, report: dict[str, Any]) -> str:
+    """One model on one topology."""
+    model, *_ = name.split()
+    check = report["check"]
+    mesh = ", ".join(part for part in report["mesh"].split(", ") if not part.endswith("=1"))
+    lines = [
+        f"### {model} on {report['topology']}, {mesh}",
+        "",
+        "| cache | weights | caches | decode | prefill | a layer's collectives | besides "
+        "| most sequences | longest context |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        sizes = (row[key] / 2**30 for key in ("weights", "cache"))
+        small = (row[key] / 2**20 for key in ("decode_temporaries", "prefill"))
+        cells = [
+            row["variant"],
+            *(f"{size:.2f}" for size in sizes),
+            *(f"{size:.0f}" for size in small),
+            *(counts(row[key]) for key in ("collectives_layer", "collectives_outside")),
+            *(factor(row, key) for key in ("batch", "context")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    error = f"{check['relative_error']:.2%}"
+    lines += ["", f"All layers compiled: {error} from the extrapolation. " + notes(report)]
+    return "\n".join(lines)
+
+
+def counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "–"
+
+
+def factor(row: dict[str, Any], key: str) -> str:
+    value, times = row[key], row[f"{key}_factor"]
+    shown = "over a million" if key == "context" and value >= 2**20 else f"{value:,}"
+    return shown if times is None else f"{shown} ({times:g}×)"
+
+
+def notes(report: dict[str, Any]) -> str:
+    """What is said of this plan alone."""
+    return " ".join(note for note in report["notes"] if note.startswith("tensor="))
+
+
+if __name__ == "__main__":
+    main()
