@@ -1,0 +1,174 @@
+"""Notices at once when another process of a run is gone, and ends this one with a line about it.
+
+jax alone notices a killed process after 100 s of missed heartbeats, while the others hang in a
+collective; where process 0 is killed, which has jax's coordination service, jax's clients abort the
+others at once with a C++ stack. So every process keeps a connection to process 0 that carries
+nothing until the end: the system closes it when its owner dies, however it dies, and gives it up
+when a host no longer answers. And jax's client reaches the service through a relay, which keeps
+quiet when process 0 is gone, until there is a line that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+
+GONE = 75
+"""Exit code of a process whose peer is gone: "try again" (EX_TEMPFAIL)."""
+
+GRACE = 1.0
+"""Seconds for this process to end on an error of its own, the same one most likely."""
+
+CONNECT = 20.0
+"""Seconds to reach another process."""
+
+QUIET = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""A host that does not answer for half a minute is gone; names as far as the system has them."""
+
+LINE = (
+    "error: process {index} is gone (killed, out of memory, an error of its own, or its host is "
+    "down), so this one stops; start all processes again with the same command, and the run goes "
+    "on where it was\n"
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
+class Peers:
+    """One process's connections to the others of its run."""
+
+    def __init__(self):
+        self._joined = threading.Event()
+        self._leaving = threading.Event()
+        self._speaking = threading.Lock()
+        self._others: list[socket.socket] = []
+
+    def joined(self) -> None:
+        """From now on connections of jax's client stay open when process 0 is gone."""
+        self._joined.set()
+
+    def leave(self) -> None:
+        """From now on others may end."""
+        self._leaving.set()
+
+    def serve(self, host: str) -> tuple[int, str]:
+        """Process 0 waits for the others' connections.
+
+        Args:
+            host: under which the others reach it.
+
+        Returns:
+            The port, and the word by which they are known.
+        """
+        server = _listen("127.0.0.1" if is_loopback(host) else "")
+        word = secrets.token_hex(8)
+        _start(self._accept, server, word)
+        return server.getsockname()[1], word
+
+    def connect(self, host: str, port: int, word: str, index: int) -> None:
+        """Process `index` watches process 0, and is watched.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
+        connection = socket.create_connection((host.strip("[]"), port), CONNECT)
+        connection.sendall(f"{word} {index}\n".encode())
+        _start(self._watch, connection, "0")
+
+    def relay(self, host: str, port: int) -> int:
+        """Passes connections on to host:port; returns the port of this machine to connect to."""
+        server = _listen("127.0.0.1")
+        _start(self._pass_on, server, (host.strip("[]"), port))
+        return server.getsockname()[1]
+
+    def _accept(self, server: socket.socket, word: str) -> None:
+        while True:
+            connection, _ = server.accept()
+            _start(self._greet, connection, word)
+
+    def _greet(self, connection: socket.socket, word: str) -> None:
+        # Anyone may knock: who does not know the word is nobody's process.
+        try:
+            connection.settimeout(CONNECT)
+            known, _, index = connection.makefile("r").readline().strip().partition(" ")
+        except (OSError, ValueError):
+            known, index = "", ""
+        if secrets.compare_digest(known.encode(), word.encode()):
+            self._others.append(connection)
+            self._watch(connection, index)
+        connection.close()
+
+    def _watch(self, connection: socket.socket, index: str) -> None:
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in QUIET.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        said = b""
+        with contextlib.suppress(OSError):
+            said = connection.recv(16)
+        if not self._leaving.is_set():
+            self._stop(said.decode() or index)
+
+    def _stop(self, index: str) -> None:
+        for connection in self._others:  # these see process 0 go next, which is not to blame
+            with contextlib.suppress(OSError):
+                connection.sendall(index.encode())
+        time.sleep(GRACE)
+        with self._speaking:  # never let go of: the first one ends the process
+            os.write(2, LINE.format(index=index).encode())
+            os._exit(GONE)
+
+    def _pass_on(self, server: socket.socket, target: tuple[str, int]) -> None:
+        while True:
+            near, _ = server.accept()
+            _start(self._carry, near, target)
+
+    def _carry(self, near: socket.socket, target: tuple[str, int]) -> None:
+        try:
+            far = socket.create_connection(target, CONNECT)
+        except OSError:
+            self._hold()
+            near.close()
+            return
+        far.settimeout(None)
+        _start(self._pump, near, far, far)
+        self._pump(far, near, far)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, far: socket.socket) -> None:
+        while True:
+            broken = source
+            try:
+                data = source.recv(1 << 16)
+                if not data:
+                    break
+                broken = sink
+                sink.sendall(data)
+            except OSError:
+                break
+        if broken is far:
+            self._hold()
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _hold(self) -> None:
+        if self._joined.is_set():
+            self._leaving.wait()
+
+
+def _listen(host: str) -> socket.socket:
+    if not host and socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server((host, 0))
+
+
+def _start(function, *arguments) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
