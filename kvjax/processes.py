@@ -13,9 +13,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
@@ -24,6 +24,7 @@ from kvjax.peers import CONNECT, Peers, is_loopback
 VARIABLE = "KVJAX_DISTRIBUTED"
 FORM = "auto or HOST:PORT,PROCESSES,INDEX"
 DAY = 24 * 3600.0
+T = TypeVar("T")
 _numbers = itertools.count()
 
 
@@ -145,6 +146,11 @@ def on_writer(call: Callable[[], Any]) -> Any:
         raise
     _client().key_value_set(key, json.dumps([None, value]))
     return value
+
+
+def share(parts: Sequence[T]) -> Sequence[T]:
+    """Those of the parts of some work that this process does: every n-th of n processes."""
+    return parts[jax.process_index() :: jax.process_count()] if several() else parts
 
 
 @contextmanager
