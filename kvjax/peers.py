@@ -139,6 +139,8 @@ class Peers:
             near.close()
             return
         far.settimeout(None)
+        for end in (near, far):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _start(self._pump, near, far, far)
         self._pump(far, near, far)
 

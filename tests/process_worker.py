@@ -1,4 +1,4 @@
-"""One of two processes: `python -m process_worker FOLDER --distributed …`; see test_processes.py."""
+"""One of two processes, `python -m process_worker FOLDER`; test_processes.py starts them."""
 
 import os
 import signal
