@@ -16,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 GONE = 75
 """Exit code of a process whose peer is gone: "try again" (EX_TEMPFAIL)."""
@@ -39,6 +40,33 @@ LINE = (
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own."""
     return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises ValueError where process 0 cannot have the port; some versions of jax crash then."""
+    try:
+        _listen(host.strip("[]") if is_loopback(host) else "", port).close()
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot have port {port} ({error.strerror}), expected a free one"
+        ) from None
+
+
+@contextlib.contextmanager
+def limited(seconds: float, otherwise: str) -> Iterator[None]:
+    """Ends the process, with one line, when what is inside takes longer; it may hang in C++."""
+
+    def stop() -> None:
+        os.write(2, f"error: {otherwise}\n".encode())
+        os._exit(GONE)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Peers:
@@ -67,7 +95,7 @@ class Peers:
         Returns:
             The port, and the word by which they are known.
         """
-        server = _listen("127.0.0.1" if is_loopback(host) else "")
+        server = _listen(host.strip("[]") if is_loopback(host) else "")
         word = secrets.token_hex(8)
         _start(self._accept, server, word)
         return server.getsockname()[1], word
@@ -97,7 +125,7 @@ class Peers:
         # Anyone may knock: who does not know the word is nobody's process.
         try:
             connection.settimeout(CONNECT)
-            known, _, index = connection.makefile("r").readline().strip().partition(" ")
+            known, _, index = connection.makefile("r").readline(64).strip().partition(" ")
         except (OSError, ValueError):
             known, index = "", ""
         if secrets.compare_digest(known.encode(), word.encode()):
@@ -166,10 +194,11 @@ class Peers:
             self._leaving.wait()
 
 
-def _listen(host: str) -> socket.socket:
-    if not host and socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server((host, 0))
+def _listen(host: str, port: int = 0) -> socket.socket:
+    if host or not socket.has_dualstack_ipv6():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
 
 
 def _start(function, *arguments) -> None:

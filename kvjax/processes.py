@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-from kvjax.peers import CONNECT, Peers, is_loopback
+from kvjax.peers import CONNECT, Peers, check_free, is_loopback, limited
 
 VARIABLE = "KVJAX_DISTRIBUTED"
 FORM = "auto or HOST:PORT,PROCESSES,INDEX"
@@ -61,16 +61,18 @@ def parse(text: str) -> tuple[str, int, int]:
     return address, count, index
 
 
-def join(text: str | None = None) -> None:
+def join(text: str | None = None, timeout: float = 300.0) -> None:
     """Becomes one process of several; nothing happens without a text.
 
     Args:
         text: "auto" on TPU pods, under Slurm and Open MPI, or HOST:PORT,PROCESSES,INDEX, where
             HOST:PORT is a free port of the first process's host that the others reach; None or
             empty: the environment variable KVJAX_DISTRIBUTED.
+        timeout: seconds to wait for the others; then the process ends.
 
     Raises:
-        ValueError: text of another form, or no such environment for "auto".
+        ValueError: text of another form, no such environment for "auto", or a port that process 0
+            cannot have.
     """
     text = text or os.environ.get(VARIABLE, "")
     if not text:
@@ -82,9 +84,19 @@ def join(text: str | None = None) -> None:
     (address, count, index), peers = found, Peers()
     host, _, port = address.rpartition(":")
     target, bind = address, address if is_loopback(host) else None
-    if index > 0:
+    if index == 0:
+        check_free(host, int(port))
+    else:
         target = f"127.0.0.1:{peers.relay(host, int(port))}"
-    jax.distributed.initialize(target, count, index, coordinator_bind_address=bind)
+    late = f"process {index} waited {timeout:g} s for all {count} at {address}"
+    with limited(timeout, late):  # jax would abort with a C++ stack
+        jax.distributed.initialize(
+            target,
+            count,
+            index,
+            coordinator_bind_address=bind,
+            initialization_timeout=round(timeout) + 60,
+        )
     if count > 1:
         peers.joined()
         _watch(peers, host, index)

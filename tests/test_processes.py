@@ -1,6 +1,9 @@
 """Several processes as one run: their start, who writes, loading and saving, a lost peer."""
 
 import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +28,23 @@ def test_the_text_of_the_flag(monkeypatch):
         processes.join()
     with pytest.raises(ValueError, match="'flag'"):  # which wins
         processes.join("flag")
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot have port {port}.*expected a free one"):
+            processes.join(f"127.0.0.1:{port},2,0")
+
+
+def test_a_process_that_waits_too_long_for_the_others_says_so():
+    start = f"processes.join('127.0.0.1:{several.free_port()},2,1', 1.0)"
+    found = subprocess.run(
+        [sys.executable, "-c", f"from kvjax import processes; {start}"],
+        cwd=several.ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == peers.GONE
+    assert "process 1 waited 1 s for all 2 at 127.0.0.1" in found.stderr.splitlines()[-1]
 
 
 def test_the_flag_is_taken_from_the_arguments():
