@@ -12,7 +12,7 @@ from jax.tree_util import tree_leaves
 from tuning_toys import tiny_checkpoint
 
 import kvjax
-from kvjax import peers, processes
+from kvjax import processes
 
 
 def test_the_text_of_the_flag(monkeypatch):
@@ -43,7 +43,7 @@ def test_a_process_that_waits_too_long_for_the_others_says_so():
         [sys.executable, "-c", f"from kvjax import processes; {start}"],
         cwd=several.ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert found.returncode == peers.GONE
+    assert found.returncode == processes.GONE
     assert "process 1 waited 1 s for all 2 at 127.0.0.1" in found.stderr.splitlines()[-1]
 
 
@@ -75,7 +75,7 @@ def test_two_processes(tmp_path):
     _, params = tiny_checkpoint(tmp_path / "gqa")
     with several.started(["-m", "process_worker", tmp_path], tmp_path) as (first, second):
         assert second.wait(200) == -signal.SIGKILL, several.lines(tmp_path, 1)
-        assert first.wait(60) == peers.GONE, several.lines(tmp_path, 0)
+        assert first.wait(60) == processes.GONE, several.lines(tmp_path, 0)
     (line,) = several.lines(tmp_path, 0)
     assert line.startswith("error: process 1 is gone") and "the same command" in line
     for layout in ("hf", "native"):

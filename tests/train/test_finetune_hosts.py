@@ -12,7 +12,7 @@ import several
 from tuning_toys import tiny_checkpoint
 
 import kvjax
-from kvjax import peers, transmla
+from kvjax import processes, transmla
 from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks.families import rows
 from train import log
@@ -70,7 +70,7 @@ def killed(words, out, victim, ready):
             time.sleep(0.002)
         both[victim].send_signal(signal.SIGKILL)
         other = 1 - victim
-        assert both[other].wait(60) == peers.GONE, several.lines(out, other)
+        assert both[other].wait(60) == processes.GONE, several.lines(out, other)
         assert both[victim].wait(10) == -signal.SIGKILL, several.lines(out, victim)
     (line,) = several.lines(out, other)
     assert line.startswith(f"error: process {victim} is gone") and "same command" in line

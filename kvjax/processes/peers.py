@@ -4,8 +4,7 @@ jax alone notices a killed process after 100 s of missed heartbeats, while the o
 collective; where process 0 is killed, which has jax's coordination service, jax's clients abort the
 others at once with a C++ stack. So every process keeps a connection to process 0 that carries
 nothing until the end: the system closes it when its owner dies, however it dies, and gives it up
-when a host no longer answers. And jax's client reaches the service through a relay, which keeps
-quiet when process 0 is gone, until there is a line that says so.
+when a host no longer answers. jax's own connection goes through `kvjax.processes.relay`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ import threading
 import time
 from collections.abc import Iterator
 
+from kvjax.processes.sockets import CONNECT, in_thread, listen
+
 GONE = 75
 """Exit code of a process whose peer is gone: "try again" (EX_TEMPFAIL)."""
 
 GRACE = 1.0
 """Seconds for this process to end on an error of its own, the same one most likely."""
-
-CONNECT = 20.0
-"""Seconds to reach another process."""
 
 QUIET = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """A host that does not answer for half a minute is gone; names as far as the system has them."""
@@ -35,21 +33,6 @@ LINE = (
     "down), so this one stops; start all processes again with the same command, and the run goes "
     "on where it was\n"
 )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
-
-
-def check_free(host: str, port: int) -> None:
-    """Raises ValueError where process 0 cannot have the port; some versions of jax crash then."""
-    try:
-        _listen(host.strip("[]") if is_loopback(host) else "", port).close()
-    except OSError as error:
-        raise ValueError(
-            f"process 0 cannot have port {port} ({error.strerror}), expected a free one"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -72,19 +55,11 @@ def limited(seconds: float, otherwise: str) -> Iterator[None]:
 class Peers:
     """One process's connections to the others of its run."""
 
-    def __init__(self):
-        self._joined = threading.Event()
-        self._leaving = threading.Event()
+    def __init__(self, leaving: threading.Event):
+        """Once `leaving` is set, the others may end."""
+        self._leaving = leaving
         self._speaking = threading.Lock()
         self._others: list[socket.socket] = []
-
-    def joined(self) -> None:
-        """From now on connections of jax's client stay open when process 0 is gone."""
-        self._joined.set()
-
-    def leave(self) -> None:
-        """From now on others may end."""
-        self._leaving.set()
 
     def serve(self, host: str) -> tuple[int, str]:
         """Process 0 waits for the others' connections.
@@ -95,9 +70,9 @@ class Peers:
         Returns:
             The port, and the word by which they are known.
         """
-        server = _listen(host.strip("[]") if is_loopback(host) else "")
+        server = listen(host)
         word = secrets.token_hex(8)
-        _start(self._accept, server, word)
+        in_thread(self._accept, server, word)
         return server.getsockname()[1], word
 
     def connect(self, host: str, port: int, word: str, index: int) -> None:
@@ -108,18 +83,12 @@ class Peers:
         """
         connection = socket.create_connection((host.strip("[]"), port), CONNECT)
         connection.sendall(f"{word} {index}\n".encode())
-        _start(self._watch, connection, "0")
-
-    def relay(self, host: str, port: int) -> int:
-        """Passes connections on to host:port; returns the port of this machine to connect to."""
-        server = _listen("127.0.0.1")
-        _start(self._pass_on, server, (host.strip("[]"), port))
-        return server.getsockname()[1]
+        in_thread(self._watch, connection, "0")
 
     def _accept(self, server: socket.socket, word: str) -> None:
         while True:
             connection, _ = server.accept()
-            _start(self._greet, connection, word)
+            in_thread(self._greet, connection, word)
 
     def _greet(self, connection: socket.socket, word: str) -> None:
         # Anyone may knock: who does not know the word is nobody's process.
@@ -153,53 +122,3 @@ class Peers:
         with self._speaking:  # never let go of: the first one ends the process
             os.write(2, LINE.format(index=index).encode())
             os._exit(GONE)
-
-    def _pass_on(self, server: socket.socket, target: tuple[str, int]) -> None:
-        while True:
-            near, _ = server.accept()
-            _start(self._carry, near, target)
-
-    def _carry(self, near: socket.socket, target: tuple[str, int]) -> None:
-        try:
-            far = socket.create_connection(target, CONNECT)
-        except OSError:
-            self._hold()
-            near.close()
-            return
-        far.settimeout(None)
-        for end in (near, far):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _start(self._pump, near, far, far)
-        self._pump(far, near, far)
-
-    def _pump(self, source: socket.socket, sink: socket.socket, far: socket.socket) -> None:
-        while True:
-            broken = source
-            try:
-                data = source.recv(1 << 16)
-                if not data:
-                    break
-                broken = sink
-                sink.sendall(data)
-            except OSError:
-                break
-        if broken is far:
-            self._hold()
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def _hold(self) -> None:
-        if self._joined.is_set():
-            self._leaving.wait()
-
-
-def _listen(host: str, port: int = 0) -> socket.socket:
-    if host or not socket.has_dualstack_ipv6():
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-
-
-def _start(function, *arguments) -> None:
-    threading.Thread(target=function, args=arguments, daemon=True).start()
