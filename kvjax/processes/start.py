@@ -67,6 +67,8 @@ def join(text: str | None = None, timeout: float = 300.0) -> None:
     text = text or os.environ.get(VARIABLE, "")
     if not text:
         return
+    # With it, SIGTERM would not end a process: it waits for a program that asks.
+    jax.config.update("jax_enable_preemption_service", False)
     found = _detect() if text == "auto" else parse(text)
     if found is None:  # a jax whose detection is another's
         jax.distributed.initialize()
