@@ -17,6 +17,9 @@ COMMANDS = {
 }
 """Commands beside the tasks: where they are. `main` takes the arguments, others are for tyro."""
 
+SHARED = ("run",)
+"""Commands that several processes share, as they do tasks; the others process 0 runs alone."""
+
 HELP = """usage: python -m eval COMMAND [OPTIONS]
 
 tasks:     {tasks}
@@ -26,6 +29,9 @@ commands:  perplexity  of a text, dense, in a sliding window, or from a compress
            lm-eval     lm-evaluation-harness through the compressed cache
            report      tables and pictures of finished runs
            run         CONFIG.yaml: several of these
+
+--distributed auto|HOST:PORT,PROCESSES,INDEX (or KVJAX_DISTRIBUTED): one of several processes, which
+share the items of each task
 """
 
 
@@ -37,8 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP.format(tasks=", ".join(TASKS)))
         sys.exit(0 if argv else 2)
+    from kvjax import processes
+
     try:
-        dispatch(argv[0], argv[1:])
+        distributed, argv = processes.take_flag(argv)
+        processes.join(distributed)
+        with processes.together():
+            dispatch(argv[0], argv[1:])
     except ModuleNotFoundError as error:
         fail(f"{argv[0]} needs the package {error.name}: pip install 'kvjax[eval]'")
     except (ValueError, NotImplementedError, OSError) as error:
@@ -47,9 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def dispatch(name: str, argv: list[str]) -> None:
     """Runs a task or a command."""
+    from kvjax import processes
+
     if name in COMMANDS:
         module, function = COMMANDS[name]
         command = getattr(importlib.import_module(module), function)
+        if name not in SHARED and not processes.is_writer():
+            return
         if function == "main":
             command(argv)
         else:
@@ -67,8 +82,10 @@ def dispatch(name: str, argv: list[str]) -> None:
 
 def fail(message: str) -> None:
     """One line, and exit code 2."""
+    from kvjax import processes
+
     print(f"eval: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    processes.stop(2)
 
 
 if __name__ == "__main__":

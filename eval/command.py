@@ -85,11 +85,14 @@ TASK_FIELDS = ("data_dir", "limit", "lengths", "count", "subsets", "shots", "see
 def run_task(name: str, argv: Sequence[str]) -> None:
     """The command of the task `name` with these arguments."""
     from eval.registry import TASKS
+    from kvjax import processes
 
     if name not in TASKS:
         raise ValueError(f"no task or command {name!r}, expected one of {', '.join(TASKS)}")
     command = tyro.cli(TaskCommand, prog=f"python -m eval {name}", args=list(argv))
     report = execute(name, command, [name, *argv])
+    if not processes.is_writer():
+        return
     (_print_plan if command.dry_run else print_report)(report)
     write_json(command.json_file, report)
 

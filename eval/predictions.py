@@ -1,4 +1,8 @@
-"""The folder of a run: config.json says what it is, predictions.jsonl holds what is finished."""
+"""The folder of a run: config.json says what it is, predictions.jsonl holds what is finished.
+
+Of several processes, all but process 0 write to files of their own, predictions.1.jsonl, …; those
+lines come into predictions.jsonl when all have finished, or when the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
+
+from kvjax import processes
 
 CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
 
@@ -52,24 +60,55 @@ class RunFolder:
             ValueError: the folder holds another run, or a file that is damaged.
         """
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        config = path / CONFIG
+        processes.on_writer(lambda: self._prepare(request))
+        self.done = self._read()
+        processes.barrier("predictions read")  # only then may one be added
+        writer = processes.is_writer()
+        self._own = path / (PREDICTIONS if writer else f"predictions.{jax.process_index()}.jsonl")
+
+    def finish(self) -> None:
+        """Waits for all processes; then what each has finished is in one file and in memory."""
+        if processes.several():
+            processes.barrier("predictions")
+            processes.on_writer(self._gather)
+            self.done = self._read()
+
+    def _prepare(self, request: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = self.path / CONFIG
         if config.exists():
             check_same(config, request)
-        elif (path / PREDICTIONS).exists():
-            raise ValueError(f"{path} holds {PREDICTIONS} without {CONFIG}: no run to go on with")
+        elif (self.path / PREDICTIONS).exists():
+            raise ValueError(
+                f"{self.path} holds {PREDICTIONS} without {CONFIG}: no run to go on with"
+            )
         else:
             write_json(config, request)
-        self.done = {(p.policy, p.id): p for p in read(path / PREDICTIONS)}
+        self._gather()
+
+    def _gather(self) -> None:
+        for part in sorted(self.path.glob("predictions.*.jsonl")):
+            there = self._read()
+            # Some are there if a kill came before the file went.
+            new = (p for p in read(part) if (p.policy, p.id) not in there)
+            _append(self.path / PREDICTIONS, new)
+            part.unlink()
+
+    def _read(self) -> dict[tuple[str, str], Prediction]:
+        return {(p.policy, p.id): p for p in read(self.path / PREDICTIONS)}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Adds finished predictions, one durable write for all of them."""
         new = list(predictions)
-        with (self.path / PREDICTIONS).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in new))
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self._own, new)
         self.done |= {(p.policy, p.id): p for p in new}
+
+
+def _append(path: Path, predictions: Iterable[Prediction]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in predictions))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_same(config: Path, request: dict[str, Any]) -> None:

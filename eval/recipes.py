@@ -28,6 +28,8 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from kvjax import processes
+
 COMMANDS = ("perplexity", "latency", "lm-eval")
 """Commands beside the tasks that a file may name."""
 
@@ -103,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     missing = set(command.only) - {run.name for run in runs}
     if missing:
         raise ValueError(f"{command.config} has no run {', '.join(sorted(missing))}")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, quiet=not processes.is_writer())
     console.print(f"{recipe.title}: {len(runs)} runs", markup=False)
     failed = []
     for run in runs:
@@ -114,6 +116,8 @@ def main(argv: Sequence[str]) -> None:
         try:
             _do(run, words, command.dry_run, console)
         except (ValueError, NotImplementedError, OSError) as error:
+            if processes.several():
+                raise  # the others may be waiting in this run
             print(f"eval: error: {run.name}: {' '.join(str(error).split())}", file=sys.stderr)
             failed.append(run.name)
     if failed:

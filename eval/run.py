@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from eval import decoding, results, sizes, teacher
 from eval.batches import Shape, make_batches, shapes
 from eval.encoding import encode
@@ -19,6 +21,7 @@ from eval.predictions import RESULTS, RunFolder, write_json
 from eval.progress import progress_bar
 from eval.settings import Settings
 from eval.task import Task
+from kvjax import processes
 from kvjax.context import identity
 from kvjax.headkv.policy import Policy
 
@@ -35,7 +38,8 @@ def evaluate(
     """Answers what is not answered yet, scores it, and writes results.json.
 
     A run that was interrupted goes on where it stopped, and its files are those of a run that was
-    not, times excepted: batches are the same whatever is finished.
+    not, times excepted: batches are the same whatever is finished. Each of several processes
+    answers a share of the batches on a device of its own; process 0 puts the answers together.
 
     Args:
         out: folder of the run.
@@ -58,17 +62,24 @@ def evaluate(
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
     folder = RunFolder(out, request(loaded, task, settings, options or {}))
     before = len(folder.done)
-    with progress_bar(quiet) as progress:
-        total = len(policies) * sum(len(prompt.ids) for prompt in prompts)
+    with progress_bar(quiet or not processes.is_writer()) as progress:
+        total = len(policies) * sum(len(prompt.ids) for prompt in prompts) / jax.process_count()
         bar = progress.add_task(task.name, total=total, items=f"{before} answers")
 
         def finished(tokens: int) -> None:
             progress.update(bar, advance=tokens, items=f"{len(folder.done)} answers")
 
         if settings.protocol == "generate":
-            decoding.answer(loaded, task, settings, policies, batches, folder, finished)
+            mine = processes.share(batches)
+            decoding.answer(loaded, task, settings, policies, mine, folder, finished)
         else:
             teacher.answer(loaded, task, settings, policies, prompts, folder, finished)
+    folder.finish()
+    lacking = len(policies) * len(task.items) - len(folder.done)
+    if lacking > 0:
+        raise ValueError(
+            f"{out} lacks {lacking} predictions, expected a folder that all hosts share"
+        )
     if settings.protocol == "generate":
         read = {shape: len(members) for shape, members in shapes(batches).items()}
     else:
@@ -87,7 +98,8 @@ def evaluate(
         "computed": len(folder.done) - before,
         **environment(argv),
     }
-    write_json(out / RESULTS, report)
+    if processes.is_writer():
+        write_json(out / RESULTS, report)
     return report
 
 

@@ -11,6 +11,7 @@ from eval.loaded import Loaded, bounds_growth
 from eval.predictions import Prediction, RunFolder
 from eval.settings import Settings
 from eval.task import Item, Task
+from kvjax import processes
 from kvjax.example import Example
 from kvjax.headkv.policy import Compress, Full, Policy
 from kvjax.pipelines.compare import AFTER, FULL, INSIDE, compare, round_up
@@ -27,7 +28,7 @@ def answer(
     folder: RunFolder,
     finished: Callable[[int], None],
 ) -> None:
-    """Appends the predictions that are missing; score 1 where every token is right, else 0.
+    """Appends what is missing of this process's share; score 1 where every token is right, else 0.
 
     Bytes are those of the prompt's entries, without room for the answer.
 
@@ -48,21 +49,24 @@ def answer(
         asked = example.question_length if protocol == AFTER else 0
         key = round_up(len(example.prompt) - asked), round_up(len(example.answer) + asked)
         groups.setdefault(key, []).append(index)
-    for _, members in sorted(groups.items(), reverse=True):
-        for start in range(0, len(members), settings.batch_size):
-            part = members[start : start + settings.batch_size]
-            ids = [task.items[prompts[index].index].id for index in part]
-            if any((name, item_id) not in folder.done for name in policies for item_id in ids):
-                chosen = [examples[index] for index in part]
-                model, params = loaded.model, loaded.params
-                found = compare(model, params, chosen, compressing, protocol, settings.batch_size)
-                new = [
-                    _judged(task, prompts[index], name, bool(right), found.cache_bytes)
-                    for name in policies
-                    for index, right in zip(part, found.right[_key(policies, name)], strict=True)
-                ]
-                folder.append(p for p in new if (p.policy, p.id) not in folder.done)
-            finished(len(policies) * sum(len(prompts[index].ids) for index in part))
+    parts = [
+        members[start : start + settings.batch_size]
+        for _, members in sorted(groups.items(), reverse=True)
+        for start in range(0, len(members), settings.batch_size)
+    ]
+    for part in processes.share(parts):
+        ids = [task.items[prompts[index].index].id for index in part]
+        if any((name, item_id) not in folder.done for name in policies for item_id in ids):
+            chosen = [examples[index] for index in part]
+            model, params = loaded.model, loaded.params
+            found = compare(model, params, chosen, compressing, protocol, settings.batch_size)
+            new = [
+                _judged(task, prompts[index], name, bool(right), found.cache_bytes)
+                for name in policies
+                for index, right in zip(part, found.right[_key(policies, name)], strict=True)
+            ]
+            folder.append(p for p in new if (p.policy, p.id) not in folder.done)
+        finished(len(policies) * sum(len(prompts[index].ids) for index in part))
 
 
 def shapes(task: Task, prompts: Sequence[Prompt], protocol: str) -> dict[Shape, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from kvjax import processes
 from train.compare.command import compare
 from train.curve import plot_curve
 from train.evaluate import evaluate
@@ -105,12 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if argv[:1] == ["finetune"]:
             # Apart: its flags override a file that one of them names.
-            command.tune(command.parse(argv[1:]))
+            arguments = command.parse(argv[1:])
+            with processes.together():
+                command.tune(arguments)
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=argv)
     except (ValueError, OSError) as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        processes.stop(2)
 
 
 if __name__ == "__main__":

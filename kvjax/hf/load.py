@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kvjax import processes
 from kvjax.config import ModelConfig
 from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
@@ -130,6 +131,9 @@ def save(
     where `model.config.source` names the directory that the model came from, the tokenizer and its
     other companions.
 
+    With several processes (`kvjax.processes`) all call it, with arrays on a mesh of all of them and
+    a directory that all of them see.
+
     Args:
         layout: "native" (orbax, any model), "hf" (safetensors and config.json, for models that
             transformers knows), or "deepseek_v3" (the same, for models of the decoupled
@@ -139,13 +143,13 @@ def save(
 
     Raises:
         ValueError: an unknown layout, a path that already holds a checkpoint, a model that the
-            layout cannot express; nothing is written then.
+            layout cannot express; nothing is written then. With several processes, all raise it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     directory = Path(path)
-    if native.is_native(directory) or (directory / "config.json").exists():
-        raise ValueError(f"{directory} already holds a checkpoint")
+    _check_spread(params, layout)
+    processes.on_writer(lambda: _check_free(directory))
     if layout == "native":
         native.write(model, params, directory)
     elif layout == "deepseek_v3":
@@ -154,6 +158,7 @@ def save(
         write_serving_files(model.config, json.loads(exported.config.hf_json), directory)
     else:
         _save_hf(model, params, directory, max_shard_bytes)
+    processes.barrier(f"saved {directory}")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -181,10 +186,26 @@ def _float_dtype(dtype: Any) -> np.dtype:
     return found
 
 
+def _check_free(directory: Path) -> None:
+    if native.is_native(directory) or (directory / "config.json").exists():
+        raise ValueError(f"{directory} already holds a checkpoint")
+
+
+def _check_spread(params: Any, layout: str) -> None:
+    if not processes.several():
+        return
+    if layout == "deepseek_v3":
+        raise ValueError("layout 'deepseek_v3' needs one process: save 'native', and export that")
+    if any(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(params)):
+        raise ValueError("got parameters of one process, expected arrays on a mesh of all of them")
+
+
 def _save_hf(model: Transformer, params: Any, directory: Path, max_shard_bytes: int) -> None:
     text = _hf_config(model.config, params)
     directory.mkdir(parents=True, exist_ok=True)
     weights.write_params(model, params, directory, max_shard_bytes)
+    if not processes.is_writer():
+        return
     (directory / "config.json").write_text(text, encoding="utf-8")
     eos = list(model.config.eos_ids)
     if eos and eos != list(config_from_hf(json.loads(text)).eos_ids):

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 import kvjax.config
+from kvjax import processes
 from kvjax.config import ModelConfig
 from kvjax.hf.lazy import LazyParams
 from kvjax.nn import Transformer
@@ -72,7 +73,7 @@ def open_params(
     with ocp.StandardCheckpointer() as checkpointer:
         stored = {
             part.name: checkpointer.metadata(part).item_metadata.tree[part.name]
-            for part in path.iterdir()
+            for part in sorted(path.iterdir())
         }
     problems = _compare(expected, stored)
     if problems:
@@ -94,7 +95,8 @@ def write(model: Transformer, params: Any, directory: Path) -> None:
     """Writes a model to a new directory."""
     for name in params:
         write_part(directory, name, params[name])
-    write_config(model, directory)
+    if processes.is_writer():
+        write_config(model, directory)
 
 
 def write_part(directory: Path, name: str, part: Any) -> None:

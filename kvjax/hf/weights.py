@@ -8,8 +8,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from kvjax import processes
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, Checkpoint, scan, write
 from kvjax.hf.layout import ParamPath, Shape, Tensor, layouts, tensors
 from kvjax.hf.lazy import LazyParams
@@ -73,6 +75,8 @@ def write_params(
 ) -> None:
     """Writes safetensors in the family's layout, in the dtype of the parameters.
 
+    Of several processes one writes, and all bring their parts of one tensor after the other.
+
     Raises:
         ValueError: the layout cannot express the model.
     """
@@ -85,11 +89,22 @@ def write_params(
             leaves = [flat[path] for path in tensor.params]
             if tensor.expert is not None:  # only this one comes to the host
                 leaves = [leaf[tensor.expert] for leaf in leaves]
-            return tensor.merge([np.asarray(leaf) for leaf in leaves])
+            return tensor.merge([_to_host(leaf) for leaf in leaves])
 
         return NewTensor(tensor.name, np.dtype(flat[tensor.params[0]].dtype), tensor.shape, values)
 
-    write(directory, [new(tensor) for tensor in expected], max_shard_bytes)
+    written = [new(tensor) for tensor in expected]
+    if processes.is_writer():
+        write(directory, written, max_shard_bytes)
+        return
+    for tensor in written:
+        tensor.values()
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _flatten(tree: Any) -> dict[ParamPath, Any]:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -278,39 +277,3 @@ def test_dry_run(folder, capsys):
         main([*command, "--batch-size", "12"])
     assert stopped.value.code == 2
     assert "expected a multiple" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_run(folder, finished, tmp_path):
-    """Two processes of two devices each: they train together, and go on together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "train", "finetune", "--out", str(tmp_path)]
-    command += ["--model", str(folder / "mla"), "--data", f"plain:{folder / 'rows.jsonl'}"]
-    command += ["--mesh", "data=2,fsdp=2"]
-    for name, value in QUICK.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-
-    def start(*more):
-        both = [
-            subprocess.Popen(
-                [*command, *more, "--distributed", f"127.0.0.1:{port},2,{index}"],
-                cwd=ROOT, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-            for index in range(2)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=240)[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0], said
-
-    start("--stop-after", "6")
-    assert log.read(tmp_path / "metrics.jsonl")[-1]["step"] == 6
-    start()
-    lines = log.read(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    one = log.read(finished[0] / "metrics.jsonl")[-1]["tokens"]
-    assert lines[-1]["tokens"] == pytest.approx(one, rel=0.2)  # packed apart

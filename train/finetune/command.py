@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import absl.logging
 import tyro
 
+from kvjax import processes
 from train.finetune.config import TuneConfig, read_config
 
 
@@ -27,7 +28,8 @@ class Arguments:
         dry_run: compile the step, print memory and FLOPs of each device, and stop.
         topology: for --dry-run: a TPU topology such as v5e:8x8 or v5p:2x2x4 (needs libtpu).
         distributed: one process of several: "auto" on TPU pods, Slurm and Open MPI, or
-            HOST:PORT,PROCESSES,INDEX; HOST:PORT is the first process's.
+            HOST:PORT,PROCESSES,INDEX; HOST:PORT is the first process's. Otherwise the
+            environment variable KVJAX_DISTRIBUTED, if there is one.
         json: also write the result to this file.
     """
 
@@ -61,8 +63,7 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """
     # orbax logs a traceback of what it raises anyway.
     absl.logging.set_verbosity(absl.logging.FATAL)
-    if arguments.distributed is not None:
-        join(arguments.distributed)
+    processes.join(arguments.distributed)
     if arguments.dry_run:
         from train.finetune.dry_run import dry_run
 
@@ -73,31 +74,12 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         if arguments.out is None:
             raise ValueError("got no --out, expected a folder for the run")
         report = finetune(arguments.settings, arguments.out, arguments.stop_after)
+    if not processes.is_writer():
+        return
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print_report(report)
-
-
-def join(text: str) -> None:
-    """Becomes one process of several.
-
-    Raises:
-        ValueError: text of another form.
-    """
-    import jax
-
-    if text == "auto":
-        jax.distributed.initialize()
-        return
-    try:
-        address, count, index = text.split(",")
-        numbers = int(count), int(index)
-    except ValueError:
-        raise ValueError(
-            f"got --distributed {text!r}, expected auto or HOST:PORT,PROCESSES,INDEX"
-        ) from None
-    jax.distributed.initialize(address, *numbers)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvjax import processes
 from train import log
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig
@@ -109,7 +110,7 @@ class Loop:
             "mfu": flops and log.utilisation(flops * (at.step - before.step), seconds, device),
             "seconds": round(seconds, 2),
         }
-        if jax.process_index() == 0:
+        if processes.is_writer():
             log.append(self.out / "metrics.jsonl", line)
             if self.config.tensorboard:
                 log.tensorboard(self.out, line)
@@ -140,5 +141,5 @@ def progress_bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
-        disable=jax.process_index() != 0,
+        disable=not processes.is_writer(),
     )

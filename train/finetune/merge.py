@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import kvjax
+from kvjax import processes
 from kvjax.hf import layout_of
 from kvjax.pipelines.companions import copy_companions
 from train.finetune.config import TuneConfig
@@ -33,5 +34,5 @@ def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path
     model = tuning.step.model
     params = merged(state, tuning.frozen, config.dtype)
     kvjax.save(model, params, out, layout=layout_of(config.model))
-    copy_companions(Path(model.config.source), out)
+    processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
     return out

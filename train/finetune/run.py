@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import kvjax
+from kvjax import processes
 from train import log
 from train.data import count_batches, make_loader
 from train.finetune.checkpoints import Checkpoints
@@ -39,8 +40,7 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
         ValueError: bad settings or data; another run's folder; a loss that is no number, whose
             step it names; a checkpoint that could not be written.
     """
-    if jax.process_index() == 0:
-        check_folder(config, out)
+    processes.on_writer(lambda: check_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
     tuning, state = load(config)
     steps, data = plan(config, tokenizer)
@@ -50,14 +50,15 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     if checkpoints.steps():
         number, state, saved = checkpoints.load_newest(state)
         at = Position(number, *(saved[name] for name in ("tokens", "learned")))
+        check_processes(len(saved["iterators"]), out)
         batches.set_state(saved["iterators"][jax.process_index()])
-    if jax.process_index() == 0:
+    if processes.is_writer():
         log.truncate(out / "metrics.jsonl", at.step)
     loop = Loop(config, out, tuning, steps, checkpoints, batches)
     started, last = time.monotonic(), steps if stop_after is None else min(steps, stop_after)
     state, at = loop.run(state, at, last)
     checkpoints.close()
-    if jax.process_index() == 0:
+    if processes.is_writer():
         log.plot(out / "metrics.jsonl", out / "loss.png")
     lines = log.read(out / "metrics.jsonl")
     report = {
@@ -84,6 +85,15 @@ def plan(config: TuneConfig, tokenizer: Any) -> tuple[int, Any]:
     # One more: packing may leave a little less of each epoch.
     epochs = math.ceil(config.steps / once) + 1
     return config.steps, dataclasses.replace(data, epochs=epochs)
+
+
+def check_processes(saved: int, out: Path) -> None:
+    """Raises ValueError where other processes took other shares of the data."""
+    if saved != jax.process_count():
+        raise ValueError(
+            f"{out} holds a run of {saved} processes, got {jax.process_count()}: each has its "
+            "share of the data, so start as many"
+        )
 
 
 def check_folder(config: TuneConfig, out: Path) -> None:

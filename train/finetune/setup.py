@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import kvjax
+from kvjax import processes
 from kvjax.hf import open_params, read_model
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, parse_mesh
@@ -52,6 +53,11 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
     Raises:
         ValueError: no such model, patterns that match nothing, a mesh that does not fit.
     """
+    if config.mesh is None and processes.several():
+        raise ValueError(
+            f"got {jax.process_count()} processes and no --mesh: each would train a model of its "
+            "own; give one over all devices, such as --mesh fsdp=-1"
+        )
     mesh = None if config.mesh is None else make_mesh(parse_mesh(config.mesh))
     check_rows(config, mesh)
     model = read_model(config.model)
