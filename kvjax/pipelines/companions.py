@@ -1,8 +1,10 @@
-"""What every converted checkpoint gets or tells: companion files, cache bytes a token."""
+"""What every converted checkpoint gets or tells: companion files, cache bytes a token, memory."""
 
 from __future__ import annotations
 
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -32,3 +34,9 @@ def bytes_per_token(model, dtype: str) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     return total(2) - total(1)
+
+
+def peak_memory() -> int:
+    """The process's peak resident set, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +19,10 @@ from kvjax.hf.native import write_config, write_part
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines.calibration_text import calibration_tokens
-from kvjax.pipelines.companions import bytes_per_token, copy_companions
+from kvjax.pipelines.companions import bytes_per_token, copy_companions, peak_memory
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.calibration import embed, run_block, top_params
+from kvjax.transmla.calibration import embed, run_block
 from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
 from kvjax.transmla.sizes import Sizes
 
@@ -126,12 +124,6 @@ def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) 
     }
 
 
-def peak_memory() -> int:
-    """The process's peak resident set, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _convert(
     model: Transformer,
     params: Mapping[str, Any],
@@ -154,7 +146,7 @@ def _convert(
             write_part(out, name, {**own, "attn": attn})
             streams.advance(own, layer)
             bar.advance(task)
-    top = top_params(params)
+    top = {name: params[name] for name in params if not name.startswith("layers_")}
     for name, part in top.items():
         write_part(out, name, part)
     new_model = Transformer(model.config.with_attention(tuple(configs)))
