@@ -10,7 +10,7 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
-from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
+from kvjax.transmla import BEST, calibrate, least_squares, refit_outputs, refit_scores
 from kvjax.transmla.absorbed import CacheMaps, QueryMaps
 from kvjax.transmla.layer import attention_output
 from kvjax.transmla.recipe import close
@@ -80,7 +80,7 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
 
 
 def test_outputs_are_the_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(refit_outputs, "RIDGE", 1e-12)
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-12)
     config, own, latent, original, converted = problem
     layer = LayerConfig(GQA, MLPConfig(16))
     target = jax.jit(attention_output, static_argnums=(0, 1))(config, layer, own, original)
