@@ -43,8 +43,7 @@ class Normal:
     def without_bias(self, bias: Float[np.ndarray, " D"]) -> Normal:
         """The equations of all but the last row of W; `ridge` leaves it as it starts."""
         gram, product = self.gram.copy(), self.product - self.gram[:, -1:] * bias
-        gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, bias
-        gram[-1, -1] = 1.0
+        gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, 0.0
         return Normal(gram, product)
 
 
