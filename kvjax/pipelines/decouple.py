@@ -156,8 +156,9 @@ def _write_layers(
         text = Streams(*(output.finished.streams[name] for name in Streams._fields))
         steps = {name: output.finished.streams[name] for name in HELD_OUT}
     else:
-        text = Streams.embedded(model, params, fit)
-        steps = dict.fromkeys(HELD_OUT, embed(model, params, held))
+        x = embed(model, params, np.concatenate([fit, held]))  # the embedding is read once
+        text = Streams(x[: len(fit)], x[: len(fit)])
+        steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, text, done)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task("converting", total=model.config.num_layers, completed=done)

@@ -68,7 +68,8 @@ class Output:
         if kind is None or not issubclass(kind, ValueError) or not self._begun or self._resumed:
             return
         shutil.rmtree(self.out / native.PARAMS, ignore_errors=True)
-        (self.out / FILE).unlink(missing_ok=True)
+        for name in (FILE, PART):
+            (self.out / name).unlink(missing_ok=True)
         if not self._existed:
             self.out.rmdir()
 

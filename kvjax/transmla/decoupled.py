@@ -72,14 +72,6 @@ class Streams(NamedTuple):
     original: jax.Array
     converted: jax.Array
 
-    @classmethod
-    def embedded(
-        cls, model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "S T"]
-    ) -> Streams:
-        """In front of the first layer."""
-        x = embed(model, params, tokens)
-        return cls(x, x)
-
 
 @dataclass(frozen=True)
 class ConvertedLayer:
@@ -154,8 +146,8 @@ def decoupled(
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
     new, configs = dict(params), []
-    streams = Streams.embedded(model, params, stats.tokens)
-    for converted in decouple_layers(model, params, stats, sizes, recipe, mode, streams):
+    x = embed(model, params, stats.tokens)
+    for converted in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
         config, attn = converted.layout(converted.final)
         if q_rank is not None:
             assert isinstance(config, MLAConfig)
