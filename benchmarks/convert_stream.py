@@ -1,12 +1,13 @@
 """Memory and time of conversions at the shape of Qwen2.5-14B, whose 29.5 GB need not fit anywhere.
 
-    python -m benchmarks.convert_stream equal_cache|decoupled [--layers 48] [--small]
+    python -m benchmarks.convert_stream equal_cache|decoupled [--layers 48] [--small] [--work DIR]
 
 A shard of the checkpoint, one layer, holds random weights only while `kvjax convert` reads it;
 otherwise its file is a hole. This process looks through every layer that is written, and deletes
 it: its untouched weights must be those of the source bit for bit, its attention must be finite and,
 for equal_cache, give the keys and values of the source. `kvjax convert` runs in a process of its
-own, whose peak memory is reported. The goal: below 6 GB.
+own, whose peak memory is reported. The goal: below 6 GB. With --work, a run that was stopped, the
+converting process too, goes on with the same command.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# On a busy machine, threads that wait for each other made the SVDs ten times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import ml_dtypes
@@ -37,7 +41,7 @@ from kvjax.hf import config_from_hf, open_params
 from kvjax.hf.checkpoint import INDEX
 from kvjax.hf.layout import Tensor, layouts, tensors
 from kvjax.hf.lazy import LazyParams
-from kvjax.hf.tensor_file import NewTensor, read_header, write_file
+from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
@@ -164,18 +168,29 @@ def convert(directory: Path, arguments: list[str]) -> None:
 class Checker:
     """Looks through what is written, and deletes it."""
 
-    def __init__(self, shards: Shards, out: Path):
+    def __init__(self, shards: Shards, out: Path, progress: Progress):
         self.source = shards.open(shards.directory, "bfloat16")
-        self.out, self.checked = out / "params", []
-        self.errors: list[float] = []
+        self.out, self.progress = out / "params", progress
 
     def sweep(self) -> None:
         """All parts that are complete: orbax gives a part its name when it is."""
         for part in sorted(self.out.iterdir()) if self.out.is_dir() else ():
-            if part.name in self.source and part.name not in self.checked:
+            done = self.progress.checked
+            if part.name in self.source and part.name not in done and self.counted(part.name):
                 self.check(part)
-                self.checked.append(part.name)
+                done.append(part.name)
                 shutil.rmtree(part)
+                print(f"{self.progress.seconds:7.0f} s", part.name, flush=True)
+
+    def counted(self, name: str) -> bool:
+        """Whether the conversion would not write a layer again."""
+        if not name.startswith("layers_"):
+            return True
+        try:
+            metadata = read_metadata(self.out.parent / "unfinished.safetensors")
+        except FileNotFoundError:  # all is written
+            return True
+        return int(name[7:]) < len(json.loads(metadata["attention"]))
 
     def check(self, part: Path) -> None:
         """Raises AssertionError where a part is not what it must be."""
@@ -193,7 +208,7 @@ class Checker:
             assert np.isfinite(np.asarray(leaf, np.float32)).all(), part.name
         if "k_down" in attn:
             assert _same(attn["q"], base["q"]) and _same(attn["o"], base["o"]), part.name
-            self.errors += [_factor_error(attn, base, name) for name in "kv"]
+            self.progress.errors += [_factor_error(attn, base, name) for name in "kv"]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -214,38 +229,65 @@ def _factor_error(attn: dict[str, Any], base: dict[str, Any], name: str) -> floa
     return float(np.abs(got.reshape(want.shape) - want).max() / np.abs(want).max())
 
 
-def measure(method: str, raw: dict[str, Any], ranks: tuple[int, int]) -> dict[str, Any]:
+class Progress:
+    """What is known of a conversion, over all processes that worked on it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.checked: list[str] = []
+        self.errors: list[float] = []
+        self.seconds, self.peak, self.stops = 0.0, 0, 0
+        if file.exists():
+            vars(self).update(json.loads(file.read_text()))
+            self.stops += 1
+        self._before, self._start = self.seconds, time.monotonic()
+
+    def note(self, pid: int) -> None:
+        """Keeps the time, and the peak memory of a process that works."""
+        self.seconds = self._before + time.monotonic() - self._start
+        status = Path(f"/proc/{pid}/status").read_text()
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            self.peak = max(self.peak, int(found[1]) * 1024)
+        kept = ("checked", "errors", "seconds", "peak", "stops")
+        self.file.write_text(json.dumps({name: getattr(self, name) for name in kept}))
+
+
+def measure(method: str, raw: dict[str, Any], ranks: tuple[int, int], root: Path) -> dict[str, Any]:
     """One conversion, and what was found of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        source, out, report = root / "source", root / "out", root / "report.json"
-        nbytes = Shards.lay_out(source, raw)
-        Shards.lay_out(root / "again", raw)  # two processes would fill the same files
-        options = ["--method", method, "--dtype", "bfloat16", "--json", str(report)]
-        if method == "decoupled":
-            rng = np.random.default_rng(1)
-            np.save(root / "tokens.npy", rng.integers(0, raw["vocab_size"], CALIBRATION))
-            options += ["--kv-rank", str(ranks[0]), "--rope-dim", str(ranks[1])]
-            options += ["--calibration", str(root / "tokens.npy")]
-        command = [sys.executable, "-m", "benchmarks.convert_stream", "--child", str(source)]
-        start, checker = time.monotonic(), Checker(Shards(root / "again"), out)
-        with subprocess.Popen([*command, str(out), *options], stdout=subprocess.DEVNULL) as child:
-            while child.poll() is None:
-                before = len(checker.checked)
-                checker.sweep()
-                if len(checker.checked) == before:
-                    time.sleep(0.5)
-                else:
-                    print(f"{time.monotonic() - start:7.0f} s", checker.checked[-1], flush=True)
-        assert child.returncode == 0, f"kvjax convert exited with {child.returncode}"
-        checker.sweep()
-        assert sorted(checker.checked) == sorted(checker.source), "a part was not written"
-        return {
-            "checkpoint_bytes": nbytes,
-            "parts_checked": len(checker.checked),
-            **({"largest_factor_error": max(checker.errors)} if checker.errors else {}),
-            **json.loads(report.read_text()),
-        }
+    source, again, out = root / "source", root / "again", root / "out"
+    report = root / "report.json"
+    root.mkdir(parents=True, exist_ok=True)
+    for directory in (source, again):  # two processes would fill the same files
+        shutil.rmtree(directory, ignore_errors=True)
+        nbytes = Shards.lay_out(directory, raw)
+    options = ["--method", method, "--dtype", "bfloat16", "--json", str(report)]
+    if method == "decoupled":
+        rng = np.random.default_rng(1)
+        np.save(root / "tokens.npy", rng.integers(0, raw["vocab_size"], CALIBRATION))
+        options += ["--kv-rank", str(ranks[0]), "--rope-dim", str(ranks[1])]
+        options += ["--calibration", str(root / "tokens.npy")]
+    command = [sys.executable, "-m", "benchmarks.convert_stream", "--child", str(source), str(out)]
+    progress = Progress(root / "progress.json")
+    checker = Checker(Shards(again), out, progress)
+    with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None:
+            checker.sweep()
+            progress.note(child.pid)
+            time.sleep(0.5)
+    if child.returncode:
+        raise SystemExit(f"kvjax convert exited with {child.returncode}")
+    checker.sweep()
+    assert sorted(progress.checked) == sorted(checker.source), "a part was not written"
+    found = json.loads(report.read_text())
+    found["seconds"] = round(progress.seconds, 1)
+    found["peak_memory_bytes"] = max(progress.peak, found["peak_memory_bytes"])
+    return {
+        "checkpoint_bytes": nbytes,
+        "parts_checked": len(progress.checked),
+        "stops": progress.stops,
+        **({"largest_factor_error": max(progress.errors)} if progress.errors else {}),
+        **found,
+    }
 
 
 def main() -> None:
@@ -256,12 +298,16 @@ def main() -> None:
     parser.add_argument("method", choices=["equal_cache", "decoupled"])
     parser.add_argument("--layers", type=int, default=QWEN["num_hidden_layers"])
     parser.add_argument("--small", action="store_true", help="a sixteenth of every width")
+    parser.add_argument("--work", type=Path, help="directory to work in, and to go on in")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     where = environment("benchmarks.convert_stream")  # before the commit can change
     raw = {**QWEN, **(SMALL if args.small else {}), "num_hidden_layers": args.layers}
     ranks = (48, 16) if args.small else (448, 128)
-    result = {"environment": where, "layers": args.layers, **measure(args.method, raw, ranks)}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "work" if args.work is None else args.work
+        found = measure(args.method, raw, ranks, root)
+    result = {"environment": where, "layers": args.layers, **found}
     print(json.dumps(result, indent=1))
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results[args.method] = result

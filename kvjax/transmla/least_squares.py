@@ -25,11 +25,9 @@ class Normal:
         """FᵀF of some of the features."""
         return self.gram[columns, columns]
 
-    def gradient(
-        self, columns: slice, weight: Float[np.ndarray, "F D"]
-    ) -> Float[np.ndarray, "C D"]:
-        """Fᵀ(Y − F·W) of some of the features."""
-        return self.product[columns] - self.gram[columns] @ weight
+    def at(self, weight: Float[np.ndarray, "F D"]) -> NormalAt:
+        """Where a search begins; it takes the weight over."""
+        return NormalAt(self, weight)
 
     def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
         """argmin ‖F·W − Y‖² + ρ·‖W − start‖², ρ relative to the mean of the diagonal."""
@@ -57,10 +55,9 @@ class Rows:
     def block(self, columns: slice) -> Float[np.ndarray, "C C"]:
         return self.features[:, columns].T @ self.features[:, columns]
 
-    def gradient(
-        self, columns: slice, weight: Float[np.ndarray, "F D"]
-    ) -> Float[np.ndarray, "C D"]:
-        return self.features[:, columns].T @ (self.target - self.features @ weight)
+    def at(self, weight: Float[np.ndarray, "F D"]) -> RowsAt:
+        """Where a search begins; it takes the weight over."""
+        return RowsAt(self, weight, self.target - self.features @ weight)
 
     def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
         # (FᵀF + ρ)⁻¹ Fᵀ = Fᵀ (FFᵀ + ρ)⁻¹
@@ -81,6 +78,41 @@ class Rows:
 
 
 Equations = Normal | Rows
+
+
+@dataclass(frozen=True)
+class NormalAt:
+    """A weight whose parts are replaced one after the other."""
+
+    equations: Normal
+    weight: Float[np.ndarray, "F D"]
+
+    def gradient(self, columns: slice) -> Float[np.ndarray, "C D"]:
+        """Fᵀ(Y − F·W) of some of the features."""
+        return self.equations.product[columns] - self.equations.gram[columns] @ self.weight
+
+    def replace(self, columns: slice, part: Float[np.ndarray, "C D"]) -> None:
+        """Other rows of W for some of the features."""
+        self.weight[columns] = part
+
+
+@dataclass(frozen=True)
+class RowsAt:
+    """As `NormalAt`, with what is missing so far, Y − F·W, at hand."""
+
+    equations: Rows
+    weight: Float[np.ndarray, "F D"]
+    missing: Float[np.ndarray, "M D"]
+
+    def gradient(self, columns: slice) -> Float[np.ndarray, "C D"]:
+        """Fᵀ(Y − F·W) of some of the features."""
+        return self.equations.features[:, columns].T @ self.missing
+
+    def replace(self, columns: slice, part: Float[np.ndarray, "C D"]) -> None:
+        """Other rows of W for some of the features."""
+        features = self.equations.features[:, columns]
+        self.missing[...] -= features @ (part - self.weight[columns])
+        self.weight[columns] = part
 
 
 def ridge(

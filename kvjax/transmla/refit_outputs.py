@@ -58,13 +58,11 @@ def refit_outputs(
     equations: Equations = form(*(np.asarray(x, np.float64) for x in arrays))
     if not biased:
         equations = equations.without_bias(layer.out_bias)
-    start = np.einsum("lnv,nvd->nld", layer.v_up, layer.out).reshape(N * L, -1)
-    start = np.concatenate([start, layer.out_bias[None]])
-    whole = equations.ridge(start)
+    whole = equations.ridge(_whole(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias))
     bias = whole[-1].copy()
     heads = [slice(h * L, (h + 1) * L) for h in range(N)]
     factors = [factor(equations.block(h), whole[h], v_head_dim) for h in heads]
-    del start, whole  # the largest arrays of a layer
+    del whole  # the largest array of a layer
     v_up, out = (np.stack(parts) for parts in zip(*factors, strict=True))
     if v_head_dim < min(L, out.shape[-1]):
         for _ in range(sweeps):
@@ -140,10 +138,15 @@ def factor(
     """The best factors of a given width: least ‖F·(weight − a·b)‖² for FᵀF = gram."""
     lifted = gram + (1e-9 * np.trace(gram) / len(gram) + 1e-30) * np.eye(len(gram))
     root = np.linalg.cholesky(lifted).T
-    u, s, vt = np.linalg.svd(root @ weight, full_matrices=False)
-    a, b = np.linalg.solve(root, u * np.sqrt(s)), np.sqrt(s)[:, None] * vt
-    missing = max(width - len(s), 0)
-    return np.pad(a[:, :width], ((0, 0), (0, missing))), np.pad(b[:width], ((0, missing), (0, 0)))
+    seen = root @ weight
+    # The left singular vectors alone, from a matrix that is no wider than high.
+    squares, u = np.linalg.eigh(seen @ seen.T)
+    u, squares = u[:, ::-1][:, :width], squares[::-1][:width]
+    # Below the floor there is rounding only; b is as small there.
+    scale = np.maximum(squares, 1e-20 * squares[0] + 1e-60) ** 0.25
+    a, b = np.linalg.solve(root, u * scale), u.T @ seen / scale[:, None]
+    missing = max(width - len(gram), 0)
+    return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
 
 
 def _alternate(
@@ -154,16 +157,30 @@ def _alternate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each head's v_up for the others as they are, then the outputs of all heads at once."""
     N, L, V = v_up.shape
-    whole = np.concatenate([np.einsum("nlv,nvd->nld", v_up, out).reshape(N * L, -1), bias[None]])
+    at = equations.at(_whole(v_up, out, bias))
     v_up = v_up.copy()
     for head in range(N):
         columns = slice(head * L, (head + 1) * L)
-        gram = equations.block(columns)
-        rest = equations.gradient(columns, whole) + gram @ whole[columns]
-        fitted = ridge(gram, rest, whole[columns])
-        v_up[head] = fitted @ np.linalg.pinv(out[head])
-        whole[columns] = v_up[head] @ out[head]
-    del whole
+        gram, own = equations.block(columns), at.weight[columns]
+        fitted = ridge(gram, at.gradient(columns) + gram @ own, own)
+        v_up[head] = fitted @ out[head].T @ _inverse(out[head] @ out[head].T)
+        at.replace(columns, v_up[head] @ out[head])
+    del at
     start = np.concatenate([out.reshape(N * V, -1), bias[None]])
     solved = equations.narrowed(v_up).ridge(start)
     return v_up, solved[:-1].reshape(out.shape), solved[-1]
+
+
+def _inverse(symmetric: Float[np.ndarray, "V V"]) -> Float[np.ndarray, "V V"]:
+    return np.linalg.pinv(symmetric, rcond=1e-12, hermitian=True)
+
+
+def _whole(
+    v_up: Float[np.ndarray, "N L V"], out: Float[np.ndarray, "N V D"], bias: Float[np.ndarray, " D"]
+) -> Float[np.ndarray, "F D"]:
+    """The products of all heads one below the other, and the bias: F = N·L + 1."""
+    N, L, _ = v_up.shape
+    whole = np.empty((N * L + 1, out.shape[-1]))
+    np.matmul(v_up, out, out=whole[:-1].reshape(N, L, -1))
+    whole[-1] = bias
+    return whole
