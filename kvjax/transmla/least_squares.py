@@ -15,6 +15,38 @@ RIDGE = 1e-4  # pull towards the start, relative to the mean of the diagonal
 
 
 @dataclass(frozen=True)
+class HeadMaps:
+    """W of rank V a head: the products v_up · out one below the other, and the bias.
+
+    Attributes:
+        v_up, out, bias: [N, L, V], [N, V, D] and [D].
+    """
+
+    v_up: Float[np.ndarray, "N L V"]
+    out: Float[np.ndarray, "N V D"]
+    bias: Float[np.ndarray, " D"]
+
+    @property
+    def rows(self) -> Float[np.ndarray, "W D"]:
+        """W behind the maps of the heads: N·V + 1 rows."""
+        return np.concatenate([self.out.reshape(-1, len(self.bias)), self.bias[None]])
+
+    @property
+    def weight(self) -> Float[np.ndarray, "F D"]:
+        """W itself."""
+        N, L, _ = self.v_up.shape
+        whole = np.empty((N * L + 1, len(self.bias)))
+        np.matmul(self.v_up, self.out, out=whole[:-1].reshape(N, L, -1))
+        whole[-1] = self.bias
+        return whole
+
+    def columns(self, head: int) -> slice:
+        """The features of one head."""
+        L = self.v_up.shape[1]
+        return slice(head * L, (head + 1) * L)
+
+
+@dataclass(frozen=True)
 class Normal:
     """Of any number of rows: FᵀF and FᵀY."""
 
@@ -24,10 +56,6 @@ class Normal:
     def block(self, columns: slice) -> Float[np.ndarray, "C C"]:
         """FᵀF of some of the features."""
         return self.gram[columns, columns]
-
-    def at(self, weight: Float[np.ndarray, "F D"]) -> NormalAt:
-        """Where a search begins; it takes the weight over."""
-        return NormalAt(self, weight)
 
     def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
         """argmin ‖F·W − Y‖² + ρ·‖W − start‖², ρ relative to the mean of the diagonal."""
@@ -44,6 +72,10 @@ class Normal:
         gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, 0.0
         return Normal(gram, product)
 
+    def search(self, heads: HeadMaps) -> NormalSearch:
+        """Takes the maps over, to replace v_up a head at a time."""
+        return NormalSearch(self, heads)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,15 +87,10 @@ class Rows:
     def block(self, columns: slice) -> Float[np.ndarray, "C C"]:
         return self.features[:, columns].T @ self.features[:, columns]
 
-    def at(self, weight: Float[np.ndarray, "F D"]) -> RowsAt:
-        """Where a search begins; it takes the weight over."""
-        return RowsAt(self, weight, self.target - self.features @ weight)
-
     def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
         # (FᵀF + ρ)⁻¹ Fᵀ = Fᵀ (FFᵀ + ρ)⁻¹
-        rho = _pull(np.sum(self.features**2), self.features.shape[1])
         gram = self.features @ self.features.T
-        gram[np.diag_indices_from(gram)] += rho
+        gram[np.diag_indices_from(gram)] += _pull(np.trace(gram), self.features.shape[1])
         change = self.features.T @ np.linalg.solve(gram, self.target - self.features @ start)
         change += start
         return change
@@ -76,43 +103,50 @@ class Rows:
         features[:, -1] = 0.0
         return Rows(features, self.target - self.features[:, -1:] * bias)
 
+    def search(self, heads: HeadMaps) -> RowsSearch:
+        missing = self.target - self.narrowed(heads.v_up).features @ heads.rows
+        return RowsSearch(self, heads, missing)
+
 
 Equations = Normal | Rows
 
 
 @dataclass(frozen=True)
-class NormalAt:
-    """A weight whose parts are replaced one after the other."""
+class NormalSearch:
+    """Heads whose maps are replaced one after the other."""
 
     equations: Normal
-    weight: Float[np.ndarray, "F D"]
+    heads: HeadMaps
 
-    def gradient(self, columns: slice) -> Float[np.ndarray, "C D"]:
-        """Fᵀ(Y − F·W) of some of the features."""
-        return self.equations.product[columns] - self.equations.gram[columns] @ self.weight
+    def gradient(self, head: int) -> Float[np.ndarray, "L V"]:
+        """Fᵀ(Y − F·W)·outᵀ for the features and the output of one head."""
+        columns, out = self.heads.columns(head), self.heads.out[head].T
+        each = self.heads.v_up @ (self.heads.out @ out)
+        weight = np.concatenate([each.reshape(-1, out.shape[1]), self.heads.bias[None] @ out])
+        return self.equations.product[columns] @ out - self.equations.gram[columns] @ weight
 
-    def replace(self, columns: slice, part: Float[np.ndarray, "C D"]) -> None:
-        """Other rows of W for some of the features."""
-        self.weight[columns] = part
+    def replace(self, head: int, v_up: Float[np.ndarray, "L V"]) -> None:
+        """Another map of one head."""
+        self.heads.v_up[head] = v_up
 
 
 @dataclass(frozen=True)
-class RowsAt:
-    """As `NormalAt`, with what is missing so far, Y − F·W, at hand."""
+class RowsSearch:
+    """As `NormalSearch`, with what is missing so far, Y − F·W, at hand."""
 
     equations: Rows
-    weight: Float[np.ndarray, "F D"]
+    heads: HeadMaps
     missing: Float[np.ndarray, "M D"]
 
-    def gradient(self, columns: slice) -> Float[np.ndarray, "C D"]:
-        """Fᵀ(Y − F·W) of some of the features."""
-        return self.equations.features[:, columns].T @ self.missing
+    def gradient(self, head: int) -> Float[np.ndarray, "L V"]:
+        features = self.equations.features[:, self.heads.columns(head)]
+        return features.T @ (self.missing @ self.heads.out[head].T)
 
-    def replace(self, columns: slice, part: Float[np.ndarray, "C D"]) -> None:
-        """Other rows of W for some of the features."""
-        features = self.equations.features[:, columns]
-        self.missing[...] -= features @ (part - self.weight[columns])
-        self.weight[columns] = part
+    def replace(self, head: int, v_up: Float[np.ndarray, "L V"]) -> None:
+        features = self.equations.features[:, self.heads.columns(head)]
+        change = features @ (v_up - self.heads.v_up[head])
+        self.missing[...] -= change @ self.heads.out[head]
+        self.heads.v_up[head] = v_up
 
 
 def ridge(
@@ -127,7 +161,7 @@ def ridge(
 
 
 def _pull(trace: float, features: int) -> float:
-    return RIDGE * trace / features + 1e-30
+    return RIDGE * float(trace) / features + 1e-30
 
 
 def _narrow(

@@ -27,7 +27,7 @@ from kvjax.transmla.absorbed import (
 )
 from kvjax.transmla.latent_layer import LatentLayer
 from kvjax.transmla.layer import Heads, attention_weights
-from kvjax.transmla.least_squares import Equations, Normal, Rows, ridge
+from kvjax.transmla.least_squares import Equations, HeadMaps, Normal, Rows, ridge
 
 
 def refit_outputs(
@@ -58,16 +58,18 @@ def refit_outputs(
     equations: Equations = form(*(np.asarray(x, np.float64) for x in arrays))
     if not biased:
         equations = equations.without_bias(layer.out_bias)
-    whole = equations.ridge(_whole(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias))
-    bias = whole[-1].copy()
-    heads = [slice(h * L, (h + 1) * L) for h in range(N)]
-    factors = [factor(equations.block(h), whole[h], v_head_dim) for h in heads]
-    del whole  # the largest array of a layer
+    heads = HeadMaps(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias)
+    whole = equations.ridge(heads.weight)
+    columns = map(heads.columns, range(N))
+    factors = [factor(equations.block(c), whole[c], v_head_dim) for c in columns]
     v_up, out = (np.stack(parts) for parts in zip(*factors, strict=True))
+    heads = HeadMaps(v_up, out, whole[-1].copy())
+    del whole  # the largest array of a layer
     if v_head_dim < min(L, out.shape[-1]):
         for _ in range(sweeps):
-            v_up, out, bias = _alternate(equations, v_up, out, bias)
-    return dataclasses.replace(layer, v_up=np.swapaxes(v_up, 0, 1), out=out, out_bias=bias)
+            heads = _alternate(equations, heads)
+    v_up = np.swapaxes(heads.v_up, 0, 1)
+    return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -149,38 +151,15 @@ def factor(
     return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
 
 
-def _alternate(
-    equations: Equations,
-    v_up: Float[np.ndarray, "N L V"],
-    out: Float[np.ndarray, "N V D"],
-    bias: Float[np.ndarray, " D"],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _alternate(equations: Equations, heads: HeadMaps) -> HeadMaps:
     """Each head's v_up for the others as they are, then the outputs of all heads at once."""
-    N, L, V = v_up.shape
-    at = equations.at(_whole(v_up, out, bias))
-    v_up = v_up.copy()
-    for head in range(N):
-        columns = slice(head * L, (head + 1) * L)
-        gram, own = equations.block(columns), at.weight[columns]
-        fitted = ridge(gram, at.gradient(columns) + gram @ own, own)
-        v_up[head] = fitted @ out[head].T @ _inverse(out[head] @ out[head].T)
-        at.replace(columns, v_up[head] @ out[head])
-    del at
-    start = np.concatenate([out.reshape(N * V, -1), bias[None]])
-    solved = equations.narrowed(v_up).ridge(start)
-    return v_up, solved[:-1].reshape(out.shape), solved[-1]
-
-
-def _inverse(symmetric: Float[np.ndarray, "V V"]) -> Float[np.ndarray, "V V"]:
-    return np.linalg.pinv(symmetric, rcond=1e-12, hermitian=True)
-
-
-def _whole(
-    v_up: Float[np.ndarray, "N L V"], out: Float[np.ndarray, "N V D"], bias: Float[np.ndarray, " D"]
-) -> Float[np.ndarray, "F D"]:
-    """The products of all heads one below the other, and the bias: F = N·L + 1."""
-    N, L, _ = v_up.shape
-    whole = np.empty((N * L + 1, out.shape[-1]))
-    np.matmul(v_up, out, out=whole[:-1].reshape(N, L, -1))
-    whole[-1] = bias
-    return whole
+    heads = dataclasses.replace(heads, v_up=heads.v_up.copy())
+    search = equations.search(heads)
+    for head, out in enumerate(heads.out):
+        # The fit of the head's v_up · out, times outᵀ on both sides: V numbers wide, not D.
+        gram, metric = equations.block(heads.columns(head)), out @ out.T
+        own = heads.v_up[head] @ metric
+        fitted = ridge(gram, search.gradient(head) + gram @ own, own)
+        search.replace(head, fitted @ np.linalg.pinv(metric, rcond=1e-12, hermitian=True))
+    solved = equations.narrowed(heads.v_up).ridge(heads.rows)
+    return HeadMaps(heads.v_up, solved[:-1].reshape(heads.out.shape), solved[-1])
