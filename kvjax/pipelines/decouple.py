@@ -90,8 +90,8 @@ def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) 
 
     One layer's parameters and moments exist at a time, and then one of the matrices of the
     vocabulary; besides them the residual streams of the calibration and the held-out text. The
-    moments of all layers exist where they are kept in a file or FreqFold is to be chosen. The same
-    call after it was stopped goes on behind the last layer that was written.
+    moments of all layers exist where they are kept in a file, and all layers too where FreqFold is
+    to be chosen. The same call after it was stopped goes on behind the last layer that was written.
 
     Returns:
         Settings, perplexity on held-out sequences before and after every step, cache bytes a token
