@@ -32,9 +32,11 @@ PART = f"{FILE}.part"
 
 @dataclass(frozen=True)
 class Finished:
-    """Attributes:
-    attention: of the layers that are written.
-    streams: residual streams [S, T, D] behind them, by name.
+    """How far a conversion has come.
+
+    Attributes:
+        attention: of the layers that are written.
+        streams: residual streams [S, T, D] behind them, by name.
     """
 
     attention: tuple[AttentionConfig, ...] = ()
