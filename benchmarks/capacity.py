@@ -2,9 +2,9 @@
 
     python -m benchmarks.capacity [--context 32768]
 
-Needs libtpu (pip install "jax[tpu]"), and no TPU. Every plan is a process of its own; finished ones
-are kept in the result file and not made again. Writes benchmarks/results/capacity.json and the tables
-of docs/capacity.md, between its two markers.
+Needs libtpu (pip install "jax[tpu]"), and no TPU. Every plan is a process of its own; finished
+ones are kept in the result file and not made again. Writes benchmarks/results/capacity.json and
+the tables of docs/capacity.md, between its two markers.
 """
 
 from __future__ import annotations

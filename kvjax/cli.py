@@ -77,7 +77,10 @@ def convert(
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Converts a GQA checkpoint to latent attention (TransMLA) and writes it."""
+    """Converts a GQA checkpoint to latent attention (TransMLA), a layer at a time from and to disk.
+
+    An interrupted run continues where it stopped when the same command is given again.
+    """
     if method == "equal_cache":
         from kvjax.pipelines.convert import convert_checkpoint
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from kvjax.sharding import param_shapes
 
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Tensors that some checkpoints hold though they are no parameters."""
+PIECE_BYTES = 4 << 20  # also what transposes fastest
+ALIGNMENT = 64
 
 
 def read_params(
@@ -60,7 +63,7 @@ def open_params(
 
     def read(name: str) -> Any:
         part = {
-            path: _place(views[path], shape, dtype, targets[path])
+            path: _place(views[path], shape, dtype, targets[path], checkpoint.release)
             for path, shape in shapes.items()
             if path[0] == name
         }
@@ -151,14 +154,45 @@ def _views(expected: list[Tensor], checkpoint: Checkpoint) -> dict[ParamPath, li
 
 
 def _place(
-    views: list[np.ndarray], shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding
+    views: list[np.ndarray],
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    release: Callable[[], None],
 ) -> jax.Array:
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         """The part of the parameter that one device holds: the only copy on the host."""
         index = index or (slice(None),) * len(shape)
         if views[0].ndim == len(shape):
-            return np.array(views[0][index], dtype, order="C")
-        experts = [np.asarray(view[index[1:]], dtype) for view in views[index[0]]]
-        return np.stack(experts)
+            part = views[0][index]
+            out = _aligned(part.shape, dtype)
+            _copy(part, out, release)
+            return out
+        experts = [view[index[1:]] for view in views[index[0]]]
+        out = _aligned((len(experts), *experts[0].shape), dtype)
+        for expert, view in zip(out, experts, strict=True):
+            _copy(view, expert, release)
+        return out
 
     return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An empty array that the CPU backend takes over as it is, where it would copy any other."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(source: np.ndarray, out: np.ndarray, release: Callable[[], None]) -> None:
+    """A view of a mapped file into memory, of which never more than a piece is in both."""
+    if source.nbytes <= PIECE_BYTES:
+        out[...] = source
+        return
+    axis = int(np.argmax(source.strides))  # the one along which the file goes on
+    step = max(1, PIECE_BYTES * source.shape[axis] // source.nbytes)
+    for start in range(0, source.shape[axis], step):
+        piece = (slice(None),) * axis + (slice(start, start + step),)
+        out[piece] = source[piece]
+        release()

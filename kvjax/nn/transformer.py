@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -145,9 +146,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Input embeddings."""
-        x = jnp.take(self.embedding, tokens, axis=0)
-        # Gemma rounds the factor to the activations' dtype.
-        return x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return embed_tokens(self.config, self.embedding, tokens)
 
     def layer(
         self,
@@ -162,13 +161,8 @@ class Transformer(nn.Module):
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output logits, fp32."""
-        c = self.config
-        x = rms_norm(x, self.final_norm, c.norm)
-        weight = self.embedding.T if c.tie_embeddings else self.lm_head
-        logits = matmul(x, weight, jnp.float32)
-        if c.final_softcap is not None:
-            logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
-        return logits
+        weight = self.embedding.T if self.config.tie_embeddings else self.lm_head
+        return output_logits(self.config, self.final_norm, weight, x)
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,6 +187,42 @@ class Transformer(nn.Module):
         if cache is not None:
             check_room(cache, positions)
         return positions
+
+
+def embed_tokens(
+    config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Input embeddings."""
+    x = jnp.take(embedding, tokens, axis=0)
+    # Gemma rounds the factor to the activations' dtype.
+    return x * jnp.asarray(config.embedding_scale, x.dtype)
+
+
+def output_logits(
+    config: ModelConfig,
+    final_norm: Float[Array, " D"],
+    weight: Float[Array, "D V"],
+    x: Float[Array, "B T D"],
+) -> Float[Array, "B T V"]:
+    """Final norm and output logits, fp32."""
+    logits = matmul(rms_norm(x, final_norm, config.norm), weight, jnp.float32)
+    if config.final_softcap is not None:
+        logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    return logits
+
+
+def output_params(config: ModelConfig) -> tuple[str, str]:
+    """Names of the parameters behind the last layer: the norm's, and the output matrix's."""
+    return "final_norm", "embedding" if config.tie_embeddings else "lm_head"
+
+
+def hidden_logits(
+    config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Logits of the last layer's output; of `params` only those of `output_params` are read."""
+    norm, matrix = output_params(config)
+    weight = params[matrix].T if config.tie_embeddings else params[matrix]
+    return output_logits(config, params[norm], weight, x)
 
 
 def init_layer_cache(config: AttentionConfig, batch_size: int, max_len: int, dtype: Any) -> Any:

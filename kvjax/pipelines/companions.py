@@ -1,12 +1,15 @@
-"""What every converted checkpoint gets and tells: companion files, cache bytes a token."""
+"""What every converted checkpoint gets or tells: companion files, cache bytes a token, memory."""
 
 from __future__ import annotations
+
+import resource
+import sys
 
 import jax
 
 from kvjax.hf.companions import copy_companions
 
-__all__ = ["bytes_per_token", "copy_companions"]
+__all__ = ["bytes_per_token", "copy_companions", "peak_memory"]
 
 
 def bytes_per_token(model, dtype: str) -> int:
@@ -17,3 +20,9 @@ def bytes_per_token(model, dtype: str) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     return total(2) - total(1)
+
+
+def peak_memory() -> int:
+    """The process's peak resident set, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

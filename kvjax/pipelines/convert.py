@@ -1,9 +1,10 @@
-"""Checkpoint in, converted checkpoint out."""
+"""A checkpoint → its equal-cache conversion, read, converted and written layer by layer."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.hf import load, save
-from kvjax.pipelines.companions import bytes_per_token, copy_companions
-from kvjax.transmla import convert
+from kvjax.config import LayerConfig, ModelConfig
+from kvjax.hf import open_params, read_model
+from kvjax.nn import Transformer
+from kvjax.nn.transformer import hidden_logits, output_params
+from kvjax.pipelines.companions import bytes_per_token, peak_memory
+from kvjax.pipelines.unfinished import Output, describe
+from kvjax.sharding import param_shapes
+from kvjax.transmla.calibration import embed, run_block
+from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
+from kvjax.transmla.layer import gqa_layers
 
 PROBE_TOKENS = 64
+STREAMS = ("original", "converted")
 
 
 def convert_checkpoint(
@@ -23,31 +32,73 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Converts the checkpoint at `source` and writes it to `out` in the native layout.
 
+    One layer's parameters exist at a time, and then one of the matrices of the vocabulary. The same
+    call after it was stopped goes on behind the last layer that was written.
+
     Returns:
-        Method and settings, cache bytes a token before and after, parameters before and after, and
-        the largest change of a logit on random tokens, relative to the largest logit.
+        Method and settings, cache bytes a token before and after, parameters before and after, the
+        largest change of a logit on random tokens, relative to the largest logit, seconds, and the
+        process's peak memory.
 
     Raises:
-        ValueError: `out` is not empty, or the conversion is not possible.
+        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; or
+            the conversion is not possible.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty, expected a new directory")
     start = time.monotonic()
-    model, params = load(source, dtype=dtype)
-    new_model, new_params = convert(model, params, method=method, init=init, rope_site=rope_site)
-    save(new_model, new_params, out, layout="native")
-    copy_companions(Path(model.config.source), out)
+    model = read_model(source)
+    inits = checked_inits(init, None, rope_site)
+    gqa_layers(model)
+    settings = {"method": method, "init": init, "rope_site": rope_site}
+    with Output(out, settings | describe(model, dtype)) as output:
+        params = open_params(source, dtype)
+        _write_layers(model, params, output, inits, rope_site)
+        top = write_top(model, params, output)
+        streams = output.finished.streams
+        change = relative_change(*(_logits(model.config, top, streams[name]) for name in STREAMS))
+        new_model = output.complete(model, model.config.source)
     return {
-        "method": method,
-        "init": init,
-        "rope_site": rope_site,
+        **settings,
         "bytes_per_token_before": bytes_per_token(model, dtype),
         "bytes_per_token_after": bytes_per_token(new_model, dtype),
-        "parameters_before": count(params),
-        "parameters_after": count(new_params),
-        "relative_logit_change": logit_change(model, params, new_model, new_params),
+        "parameters_before": count(param_shapes(model)),
+        "parameters_after": count(param_shapes(new_model)),
+        "relative_logit_change": change,
         "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_bytes": peak_memory(),
     }
+
+
+def _write_layers(
+    model: Transformer, params: Mapping[str, Any], output: Output, inits: Any, rope_site: str
+) -> None:
+    """Converts and writes the layers that are not finished, random tokens through both models."""
+    streams = output.finished.streams
+    if not output.finished.attention:
+        streams = dict.fromkeys(STREAMS, embed(model, params, probe_tokens(model.config)))
+    for index in range(len(output.finished.attention), model.config.num_layers):
+        own, layer = params[f"layers_{index}"], model.config.layers[index]
+        base = gqa_layers(model)[index]
+        config, attn = equal_cache_layer(index, base, own["attn"], inits, rope_site)
+        new, new_own = LayerConfig(config, layer.mlp), {**own, "attn": attn}
+        streams = {
+            "original": run_block(model.config, layer, own, streams["original"]),
+            "converted": run_block(model.config, new, new_own, streams["converted"]),
+        }
+        output.write_layer(new_own, config, streams)
+        del own, attn, new_own  # before the next one is read
+
+
+def write_top(model: Transformer, params: Mapping[str, Any], output: Output) -> dict[str, Any]:
+    """Writes what belongs to no layer, one after the other; gives back what makes the logits."""
+    needed, kept = output_params(model.config), {}
+    names = [name for name in params if not name.startswith("layers_")]
+    for name in sorted(names, key=lambda name: name in needed):
+        value = params[name]
+        output.write_top(name, value)
+        if name in needed:
+            kept[name] = value
+        del value
+    return kept
 
 
 def count(params) -> int:
@@ -55,15 +106,26 @@ def count(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def probe_tokens(config: ModelConfig) -> np.ndarray:
+    """Random tokens [1, T] int32, always the same ones."""
+    length = min(PROBE_TOKENS, config.context_length)
+    return np.random.default_rng(0).integers(0, config.vocab_size, (1, length)).astype(np.int32)
+
+
 def logit_change(model, params, new_model, new_params) -> float:
     """max |new − old| / max |old| over the logits of random tokens."""
-    length = min(PROBE_TOKENS, model.config.context_length)
-    rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, length)), jnp.int32)
-    old, new = _logits(model, params, tokens), _logits(new_model, new_params, tokens)
+    tokens = jnp.asarray(probe_tokens(model.config))
+    return relative_change(_forward(model, params, tokens), _forward(new_model, new_params, tokens))
+
+
+def relative_change(old: jax.Array, new: jax.Array) -> float:
+    """max |new − old| / max |old|."""
     return float(jnp.max(jnp.abs(new - old)) / jnp.max(jnp.abs(old)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, tokens) -> jax.Array:
+def _forward(model, params, tokens) -> jax.Array:
     return model.apply({"params": params}, tokens)[0]
+
+
+_logits = jax.jit(hidden_logits, static_argnums=0)

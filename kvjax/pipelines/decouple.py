@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,22 @@ import jax
 import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
-from kvjax.config import LayerConfig
+from kvjax.config import LayerConfig, ModelConfig
 from kvjax.hf import open_params, read_model
-from kvjax.hf.native import write_config, write_part
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines.calibration_text import calibration_tokens
-from kvjax.pipelines.companions import bytes_per_token, copy_companions
+from kvjax.pipelines.companions import bytes_per_token, peak_memory
+from kvjax.pipelines.convert import write_top
+from kvjax.pipelines.unfinished import Output, describe
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.calibration import embed, run_block, top_params
-from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
+from kvjax.transmla.calibration import embed, run_block
+from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
 from kvjax.transmla.sizes import Sizes
 
-BATCH = 8  # sequences that are calibrated on at a time
 STAGES = ("partial_rope", "low_rank", "final")
+HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
 
 
 @dataclass(frozen=True)
@@ -78,36 +78,50 @@ class Decoupling:
             self.parsed_recipe,
         )
 
+    def request(self, fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
+        """All that the result depends on beside the model, as JSON values."""
+        settings = {k: v for k, v in vars(self).items() if k not in ("calibration", "stats")}
+        text = hashlib.sha256(fit.tobytes() + held.tobytes()).hexdigest()[:12]
+        return {"method": "decoupled", **settings, "text": text}
+
 
 def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) -> dict[str, Any]:
     """Converts the checkpoint at `source` and writes it to `out` in the native layout.
 
-    One layer's parameters exist at a time; besides them the calibration's residual streams.
+    One layer's parameters and moments exist at a time, and then one of the matrices of the
+    vocabulary; besides them the residual streams of the calibration and the held-out text. The
+    moments of all layers exist where they are kept in a file, and all layers too where FreqFold is
+    to be chosen. The same call after it was stopped goes on behind the last layer that was written.
 
     Returns:
         Settings, perplexity on held-out sequences before and after every step, cache bytes a token
         before and after, seconds, and the process's peak memory.
 
     Raises:
-        ValueError: `out` is not empty, or the conversion is not possible.
+        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; or
+            the conversion is not possible.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty, expected a new directory")
     start = time.monotonic()
-    model, params = read_model(source), open_params(source, dtype)
+    model = read_model(source)
     fit, held = calibration_tokens(source, wanted.calibration, wanted.tokens, wanted.length)
-    batches = [fit[i : i + BATCH] for i in range(0, len(fit), BATCH)]
-    # Refused before the calibration, not after it.
-    wanted.settled(model, fit)
-    stats = calibrate(
-        model, params, track(batches, "calibrating", transient=True), resume=wanted.stats
-    )
-    calibrated = time.monotonic()
-    if wanted.recipe == "published" and wanted.fold == 0:
-        sizes = {"kv_rank": wanted.kv_rank, "rope_dim": wanted.rope_dim}
-        wanted = dataclasses.replace(wanted, fold=choose_fold(model, params, stats, held, **sizes))
-    new_model, perplexities = _convert(model, params, stats, wanted, held, out)
-    copy_companions(Path(model.config.source), out)
+    wanted.settled(model, fit)  # refused before anything is computed
+    with Output(out, wanted.request(fit, held) | describe(model, dtype)) as output:
+        params, stats = open_params(source, dtype), None
+        choose = wanted.recipe == "published" and wanted.fold == 0
+        if wanted.stats is not None or choose:
+            batches = [fit[i : i + REPLAY] for i in range(0, len(fit), REPLAY)]
+            shown = track(batches, "calibrating", transient=True)
+            stats = calibrate(model, params, shown, resume=wanted.stats)
+        calibrated = time.monotonic()
+        if choose:
+            assert stats is not None
+            ranks = {"kv_rank": wanted.kv_rank, "rope_dim": wanted.rope_dim}
+            fold = choose_fold(model, params, stats, held, **ranks)
+            wanted = dataclasses.replace(wanted, fold=fold)
+        _write_layers(model, params, stats, wanted, fit, held, output)
+        top = write_top(model, params, output)
+        perplexities = _perplexities(model, top, output.finished.streams, held)
+        new_model = output.complete(model, model.config.source)
     before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
     return {
         "method": "decoupled",
@@ -120,74 +134,61 @@ def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) 
         **perplexities,
         "calibration_tokens": int(fit.size),
         "held_out_tokens": int(held.size),
-        "seconds_calibration": round(calibrated - start, 1),
+        **({} if stats is None else {"seconds_calibration": round(calibrated - start, 1)}),
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_bytes": peak_memory(),
     }
 
 
-def peak_memory() -> int:
-    """The process's peak resident set, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _convert(
+def _write_layers(
     model: Transformer,
     params: Mapping[str, Any],
-    stats: Stats,
+    stats: Stats | None,
     wanted: Decoupling,
+    fit: np.ndarray,
     held: np.ndarray,
-    out: Path,
-) -> tuple[Transformer, dict[str, float]]:
-    """Writes the converted model; perplexities on the held-out sequences."""
-    sizes, recipe, mode = wanted.settled(model, stats.tokens)
-    streams = HeldOut(model, params, held)
-    configs = []
+    output: Output,
+) -> None:
+    """Converts and writes the layers that are not finished, the held-out text through all steps."""
+    sizes, recipe, mode = wanted.settled(model, fit)
+    done = len(output.finished.attention)
+    if done:
+        text = Streams(*(output.finished.streams[name] for name in Streams._fields))
+        steps = {name: output.finished.streams[name] for name in HELD_OUT}
+    else:
+        x = embed(model, params, np.concatenate([fit, held]))  # the embedding is read once
+        text = Streams(x[: len(fit)], x[: len(fit)])
+        steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
+    layers = decouple_layers(model, params, stats, sizes, recipe, mode, text, done)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task("converting", total=model.config.num_layers)
-        for layer in decouple_layers(model, params, stats, sizes, recipe, mode):
-            name = f"layers_{layer.index}"
-            own = params[name]
+        task = bar.add_task("converting", total=model.config.num_layers, completed=done)
+        for layer in layers:
+            steps = _advance(model.config, layer, steps)
             config, attn = layer.layout(layer.final)
-            configs.append(config)
-            write_part(out, name, {**own, "attn": attn})
-            streams.advance(own, layer)
+            streams = layer.streams._asdict() | steps
+            output.write_layer({**layer.source, "attn": attn}, config, streams)
             bar.advance(task)
-    top = top_params(params)
-    for name, part in top.items():
-        write_part(out, name, part)
-    new_model = Transformer(model.config.with_attention(tuple(configs)))
-    write_config(new_model, out)
-    return new_model, streams.perplexities(top)
+            del layer, attn  # before the next one is read
 
 
-class HeldOut:
-    """Held-out text in the original model and in each step of the conversion, layer by layer."""
+def _advance(
+    config: ModelConfig, converted: ConvertedLayer, steps: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The held-out text through one layer of the original model and of each step's."""
+    layer, own = config.layers[converted.index], converted.source
+    new = {HELD_OUT[0]: run_block(config, layer, own, steps[HELD_OUT[0]])}
+    for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
+        attention, attn = converted.layout(getattr(converted, stage))
+        changed = LayerConfig(attention, layer.mlp)
+        new[name] = run_block(config, changed, {**own, "attn": attn}, steps[name])
+    return new
 
-    def __init__(self, model: Transformer, params: Mapping[str, Any], tokens: np.ndarray):
-        self.model, self.tokens = model, tokens
-        x = embed(model, params, tokens)
-        self.streams: dict[str, jax.Array] = dict.fromkeys(("original", *STAGES), x)
 
-    def advance(self, own: dict[str, Any], converted: ConvertedLayer) -> None:
-        """All streams through one layer."""
-        layer = self.model.config.layers[converted.index]
-        run = self.model.config
-        self.streams["original"] = run_block(run, layer, own, self.streams["original"])
-        for stage in STAGES:
-            config, attn = converted.layout(getattr(converted, stage))
-            new = LayerConfig(config, layer.mlp)
-            self.streams[stage] = run_block(run, new, {**own, "attn": attn}, self.streams[stage])
-
-    def perplexities(self, top: dict[str, Any]) -> dict[str, float]:
-        """perplexity_<stage> for every stream."""
-        names: Sequence[str] = tuple(self.streams)
-        losses = (
-            next_token_losses(self.model, top, self.streams[name], self.tokens) for name in names
-        )
-        means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
-        return {
-            f"perplexity_{name}": round(float(mean), 4)
-            for name, mean in zip(names, means, strict=True)
-        }
+def _perplexities(
+    model: Transformer, top: dict[str, Any], streams: Mapping[str, jax.Array], held: np.ndarray
+) -> dict[str, float]:
+    """perplexity_<step> of the held-out text."""
+    losses = (next_token_losses(model, top, streams[name], held) for name in HELD_OUT)
+    means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
+    names = ("original", *STAGES)
+    return {f"perplexity_{n}": round(float(mean), 4) for n, mean in zip(names, means, strict=True)}

@@ -44,7 +44,7 @@ def resume(path: Path, request: dict[str, Any]) -> list[BatchScores]:
         ) from None
     if header != request:
         raise ValueError(
-            f"{path} holds an unfinished run with other settings ({_differences(header, request)}):"
+            f"{path} holds an unfinished run with other settings ({differences(header, request)}):"
             " repeat that command to finish it, or remove the file to start over"
         )
     return batches
@@ -73,7 +73,8 @@ def _whole_lines(path: Path) -> list[bytes]:
     return content[:end].splitlines()
 
 
-def _differences(header: Any, request: dict[str, Any]) -> str:
+def differences(header: Any, request: dict[str, Any]) -> str:
+    """What another request has set otherwise, "dtype float32, now bfloat16"."""
     got = header if isinstance(header, dict) else {}
     names = [name for name in request if got.get(name) != request[name]]
     return ", ".join(f"{name} {got.get(name)}, now {request[name]}" for name in names)

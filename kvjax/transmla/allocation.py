@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
+from kvjax.nn.transformer import output_params
 from kvjax.transmla import rotary
-from kvjax.transmla.calibration import Stats, embed, run_block, top_params
+from kvjax.transmla.calibration import Stats, embed, run_block
 from kvjax.transmla.latent_layer import LatentLayer, over_heads
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.recipe import BEST, Recipe, close, published
@@ -211,7 +212,8 @@ class _Trial:
         return outputs
 
     def _loss(self, hidden: Float[Array, "S T D"]) -> float:
-        losses = next_token_losses(self.model, top_params(self.params), hidden, self.tokens)
+        top = {name: self.params[name] for name in output_params(self.model.config)}
+        losses = next_token_losses(self.model, top, hidden, self.tokens)
         return float(np.mean(np.asarray(losses)))
 
 

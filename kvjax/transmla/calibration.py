@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.config import GQAConfig, ModelConfig
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import embed_tokens
 from kvjax.transmla.layer import (
     Heads,
     attention_input,
@@ -143,18 +144,10 @@ def embed(
     model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "B T"]
 ) -> jax.Array:
     """Input embeddings [B, T, D] of the model."""
-    return _embed(model, top_params(params), jnp.asarray(tokens))
+    return _embed(model.config, params["embedding"], jnp.asarray(tokens))
 
 
-_embed = jax.jit(
-    lambda model, top, tokens: model.apply({"params": top}, tokens, method="embed"),
-    static_argnums=0,
-)
-
-
-def top_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Embeddings, final norm and output matrix: all that belongs to no layer."""
-    return {name: params[name] for name in params if not name.startswith("layers_")}
+_embed = jax.jit(embed_tokens, static_argnums=0)
 
 
 def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from kvjax.transmla.sizes import (
     layer_sizes,
 )
 
-REPLAY = 8  # sequences that go through a layer at a time
+REPLAY = 8  # sequences that are calibrated on, or go through a layer, at a time
 LAYOUTS = {"fold": folded, "post": over_heads}
 """mode → layout of the converted layer."""
 
@@ -61,12 +61,26 @@ def settle(
     return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
 
 
+class Streams(NamedTuple):
+    """The calibration text in front of a layer: residual streams [S, T, D].
+
+    Attributes:
+        original: in the original model.
+        converted: behind the layers that are converted already.
+    """
+
+    original: jax.Array
+    converted: jax.Array
+
+
 @dataclass(frozen=True)
 class ConvertedLayer:
     """One layer after each step of its conversion.
 
     Attributes:
         index: which layer.
+        source: its parameters before.
+        streams: behind it; they are moved on where the recipe or the moments need them.
         partial_rope: RoPE on fewer components, all of the rank.
         low_rank: the latent cut to its rank.
         final: after the least squares.
@@ -74,6 +88,8 @@ class ConvertedLayer:
     """
 
     index: int
+    source: dict[str, Any]
+    streams: Streams
     partial_rope: LatentLayer
     low_rank: LatentLayer
     final: LatentLayer
@@ -130,7 +146,8 @@ def decoupled(
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
     new, configs = dict(params), []
-    for converted in decouple_layers(model, params, stats, sizes, recipe, mode):
+    x = embed(model, params, stats.tokens)
+    for converted in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
         config, attn = converted.layout(converted.final)
         if q_rank is not None:
             assert isinstance(config, MLAConfig)
@@ -139,7 +156,7 @@ def decoupled(
             config, attn = low_rank_query(config, attn, q_rank, second)
         configs.append(config)
         name = f"layers_{converted.index}"
-        new[name] = {**params[name], "attn": attn}
+        new[name] = {**converted.source, "attn": attn}
         if progress is not None:
             progress(converted)
     return Transformer(model.config.with_attention(tuple(configs))), new
@@ -148,38 +165,66 @@ def decoupled(
 def decouple_layers(
     model: Transformer,
     params: Mapping[str, Any],
-    stats: Stats,
+    stats: Stats | None,
     sizes: Sequence[Sizes],
     recipe: Recipe,
     mode: str,
+    streams: Streams,
+    first: int = 0,
 ) -> Iterator[ConvertedLayer]:
     """Converts one layer after the other; each is read when its turn comes, and then let go.
 
     With a recipe that refits, the calibration text runs through the original and the converted
-    layers side by side: the residual streams, [S, T, D] each, are what is held.
+    layers side by side: the residual streams are what is held.
+
+    Args:
+        stats: None: the moments of each layer are taken from its stream, `REPLAY` sequences at a
+            time: the same as those of `calibrate` on such batches, and never those of all layers.
+        streams: in front of layer `first`.
     """
     bases = gqa_layers(model)
-    original = converted = embed(model, params, stats.tokens)
-    for index, (base, size) in enumerate(zip(bases, sizes, strict=True)):
-        own, layer = params[f"layers_{index}"], model.config.layers[index]
-        layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
-        settings = (base, own["attn"], stats.layers[index])
-        partial = close(*settings, None, size.rope_dim, recipe)
-        seen = None
-        if recipe.recalibrate:
-            seen = _observe_replay(model.config, base, own, converted)
-        low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
-        if recipe.refit:
-            args = (model.config, base, own)
-            final = refit_scores(*args, low, original, converted)
-            target = output_target(model.config, layer, own, original, converted)
-            final = refit_outputs(*args, final, converted, target, size.v_head_dim, recipe.biased)
-            original = replay(model.config, layer, own, original)
-        if recipe.refit or recipe.recalibrate:
-            config, attn = layout(final if recipe.refit else partial)
-            new = LayerConfig(config, layer.mlp)
-            converted = replay(model.config, new, {**own, "attn": attn}, converted)
-        yield ConvertedLayer(index, partial, low, final, layout)
+    for index in range(first, len(bases)):
+        converted = _decouple_layer(
+            model.config, params, index, stats, sizes[index], recipe, mode, streams
+        )
+        streams = converted.streams
+        yield converted
+        del converted  # before the next one is read
+
+
+def _decouple_layer(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    index: int,
+    stats: Stats | None,
+    size: Sizes,
+    recipe: Recipe,
+    mode: str,
+    streams: Streams,
+) -> ConvertedLayer:
+    """One layer; see `decouple_layers`."""
+    original, converted = streams
+    own, layer = params[f"layers_{index}"], config.layers[index]
+    base = layer.attention
+    assert isinstance(base, GQAConfig)
+    layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
+    moments = _observe_replay(config, base, own, original) if stats is None else stats.layers[index]
+    settings = (base, own["attn"], moments)
+    partial = close(*settings, None, size.rope_dim, recipe)
+    seen = _observe_replay(config, base, own, converted) if recipe.recalibrate else None
+    low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
+    if recipe.refit:
+        args = (config, base, own)
+        final = refit_scores(*args, low, original, converted)
+        target = output_target(config, layer, own, original, converted)
+        final = refit_outputs(*args, final, converted, target, size.v_head_dim, recipe.biased)
+    if recipe.refit or stats is None:
+        original = replay(config, layer, own, original)
+    if recipe.refit or recipe.recalibrate:
+        attention, attn = layout(final if recipe.refit else partial)
+        new = LayerConfig(attention, layer.mlp)
+        converted = replay(config, new, {**own, "attn": attn}, converted)
+    return ConvertedLayer(index, own, Streams(original, converted), partial, low, final, layout)
 
 
 def mode_of(mode: str, base: GQAConfig) -> str:

@@ -43,31 +43,65 @@ def equal_cache(
         ValueError: an unknown name, a layer that is not GQA, or an init that is not exact with
             this rope_site.
     """
+    inits = checked_inits(init, value_init, rope_site)
+    configs, converted = [], dict(params)
+    for index, base in enumerate(gqa_layers(model)):
+        name = f"layers_{index}"
+        own = params[name]
+        config, attn = equal_cache_layer(index, base, own["attn"], inits, rope_site)
+        configs.append(config)
+        converted[name] = {**own, "attn": attn}
+    return Transformer(model.config.with_attention(tuple(configs))), converted
+
+
+def checked_inits(
+    init: str | Init, value_init: str | Init | None, rope_site: str
+) -> tuple[Init, Init]:
+    """The inits of keys and values by their names; see `equal_cache`.
+
+    Raises:
+        ValueError: an unknown name, of an init or of the rope_site.
+    """
     if rope_site not in ROPE_SITES:
         raise ValueError(f"rope_site {rope_site!r} is none of {', '.join(ROPE_SITES)}")
     key_init = resolve_init(init)
-    value_init = key_init if value_init is None else resolve_init(value_init)
-    bases = gqa_layers(model)
-    configs, converted = [], dict(params)
-    for index, base in enumerate(bases):
-        name = f"layers_{index}"
-        attn = params[name]["attn"]
-        keys = _factor(attn, "k", key_init, base)
-        values = _factor(attn, "v", value_init, base, rotates=False)
-        if rope_site == "before_up":
-            _check_before_up(keys, base, index)
-        if keys.up.shape[0] != values.up.shape[0]:
-            keys, values = keys.wide(), values.wide()
-        config = EqualCacheConfig(
-            base,
-            latent_heads=keys.up.shape[0],
-            key_rank=keys.up.shape[1],
-            value_rank=values.up.shape[1],
-            rope_site=rope_site,
-        )
-        configs.append(config)
-        converted[name] = {**params[name], "attn": _convert_params(attn, keys, values, config)}
-    return Transformer(model.config.with_attention(tuple(configs))), converted
+    return key_init, key_init if value_init is None else resolve_init(value_init)
+
+
+def equal_cache_layer(
+    index: int,
+    base: GQAConfig,
+    attn: dict[str, Any],
+    inits: tuple[Init, Init],
+    rope_site: str,
+) -> tuple[EqualCacheConfig, dict[str, Any]]:
+    """Converts the attention of one layer, which depends on no other.
+
+    Args:
+        index: of the layer, for errors.
+        base, attn: its attention and the parameters of that.
+        inits, rope_site: from `checked_inits`.
+
+    Returns:
+        The converted attention and its parameters, in the dtype of the source.
+
+    Raises:
+        ValueError: an init that is not exact with this rope_site.
+    """
+    keys = _factor(attn, "k", inits[0], base)
+    values = _factor(attn, "v", inits[1], base, rotates=False)
+    if rope_site == "before_up":
+        _check_before_up(keys, base, index)
+    if keys.up.shape[0] != values.up.shape[0]:
+        keys, values = keys.wide(), values.wide()
+    config = EqualCacheConfig(
+        base,
+        latent_heads=keys.up.shape[0],
+        key_rank=keys.up.shape[1],
+        value_rank=values.up.shape[1],
+        rope_site=rope_site,
+    )
+    return config, _convert_params(attn, keys, values, config)
 
 
 def _factor(

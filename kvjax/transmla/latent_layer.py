@@ -57,7 +57,7 @@ def assemble(
         down=basis @ low_rank.down,
         key_rope=np.concatenate([split.key_rope, np.zeros_like(split.key_rope)]),
         query_rope=split.query_rope,
-        k_up=np.einsum("lw,nhw->lnh", key_up, split.query_nope),
+        k_up=np.einsum("lw,nhw->lnh", key_up, split.query_nope, optimize=True),
         v_up=np.repeat(value_up, N // K, axis=1),
         out=out,
         out_bias=out_bias + np.einsum("nh,nhd->d", np.repeat(constant, N // K, axis=0), out),
@@ -119,7 +119,11 @@ def folded(
     N, H, _ = layer.query_rope.shape
     config = folded_config(base, layer.down.shape[1], layer.rope, layer.out.shape[1])
     joint = np.concatenate([layer.down, layer.key_rope], axis=1)
-    wide = np.concatenate([np.broadcast_to(np.eye(H), (N, H, H)), layer.query_rope], axis=2)
+
+    def with_rope(q: np.ndarray) -> np.ndarray:
+        """Queries [X, N, H], and behind them their rotary parts."""
+        turning = np.swapaxes(q, 0, 1) @ layer.query_rope
+        return np.concatenate([q, np.swapaxes(turning, 0, 1)], axis=2)
 
     def heads_to_latent(name: str) -> np.ndarray:
         """k and v (weights or biases) of all heads through the joint map."""
@@ -127,7 +131,7 @@ def folded(
         return np.concatenate([p.reshape(*p.shape[:-2], -1) for p in parts], axis=-1) @ joint
 
     new = {
-        "q": np.einsum("dnh,nhr->dnr", _fp64(attn["q"]), wide),
+        "q": with_rope(_fp64(attn["q"])),
         "kv_a": heads_to_latent(""),
         "k_up": layer.k_up,
         "v_up": layer.v_up,
@@ -135,7 +139,7 @@ def folded(
         "o_bias": layer.out_bias,
     }
     if base.qkv_bias:
-        new["q_bias"] = np.einsum("nh,nhr->nr", _fp64(attn["q_bias"]), wide)
+        new["q_bias"] = with_rope(_fp64(attn["q_bias"])[None])[0]
         new["kv_a_bias"] = heads_to_latent("_bias")
     return config, _cast(new, attn["o"].dtype)
 

@@ -166,7 +166,7 @@ def joint_moments(
     out = np.asarray(attn["o"]).astype(np.float64).reshape(K, -1, H, attn["o"].shape[-1])
     value_metric = np.zeros((K, H, K, H))
     for head in range(K):
-        value_metric[head, :, head] = np.einsum("ghd,gfd->hf", out[head], out[head])
+        value_metric[head, :, head] = np.tensordot(out[head], out[head], ((0, 2), (0, 2)))
     return low_rank.JointMoments(
         basis.T @ covariance @ basis, mean @ basis, key_metric, value_metric.reshape(W, W)
     )

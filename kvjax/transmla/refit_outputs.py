@@ -27,8 +27,7 @@ from kvjax.transmla.absorbed import (
 )
 from kvjax.transmla.latent_layer import LatentLayer
 from kvjax.transmla.layer import Heads, attention_weights
-
-RIDGE = 1e-4  # pull towards the closed form, relative to the mean of the diagonal
+from kvjax.transmla.least_squares import Equations, HeadMaps, Normal, Rows, ridge
 
 
 def refit_outputs(
@@ -53,21 +52,24 @@ def refit_outputs(
     """
     N, L = layer.k_up.shape[1], layer.k_up.shape[0]
     maps = (CacheMaps.of(layer), QueryMaps.of(layer))
-    gram, product = output_equations(config, base, layer.rope, params, *maps, converted, target)
-    gram, product = np.asarray(gram, np.float64), np.asarray(product, np.float64)
+    few = converted.shape[0] * converted.shape[1] <= N * L
+    form, solve_for = (Rows, output_rows) if few else (Normal, output_equations)
+    arrays = solve_for(config, base, layer.rope, params, *maps, converted, target)
+    equations: Equations = form(*(np.asarray(x, np.float64) for x in arrays))
     if not biased:
-        gram, product = _with_bias(gram, product, layer.out_bias)
-    start = np.einsum("lnv,nvd->nld", layer.v_up, layer.out).reshape(N * L, -1)
-    start = np.concatenate([start, layer.out_bias[None]])
-    whole = ridge(gram, product, start)
-    bias = whole[-1]
-    heads = [slice(h * L, (h + 1) * L) for h in range(N)]
-    factors = [factor(gram[h, h], whole[h], v_head_dim) for h in heads]
+        equations = equations.without_bias(layer.out_bias)
+    heads = HeadMaps(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias)
+    whole = equations.ridge(heads.weight)
+    columns = map(heads.columns, range(N))
+    factors = [factor(equations.block(c), whole[c], v_head_dim) for c in columns]
     v_up, out = (np.stack(parts) for parts in zip(*factors, strict=True))
+    heads = HeadMaps(v_up, out, whole[-1].copy())
+    del whole  # the largest array of a layer
     if v_head_dim < min(L, out.shape[-1]):
         for _ in range(sweeps):
-            v_up, out, bias = _alternate(gram, product, v_up, out, bias)
-    return dataclasses.replace(layer, v_up=np.swapaxes(v_up, 0, 1), out=out, out_bias=bias)
+            heads = _alternate(equations, heads)
+    v_up = np.swapaxes(heads.v_up, 0, 1)
+    return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -82,18 +84,7 @@ def output_equations(
     target: Float[Array, "S T D"],
 ) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
     """FᵀF and FᵀY, F the attention-weighted latents of all heads and a column of ones."""
-    (_, L), N, (_, T, D) = cached.down.shape, base.num_heads, converted.shape
-    at = jnp.arange(T, dtype=jnp.int32)
-
-    def features(x):
-        heads = Heads.of(config, base, params, x[None])
-        c, k_rope = cache_entries(heads, cached, turn)
-        s = latent_scores(
-            maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, turn
-        )
-        weights = attention_weights(s[None], at, base)[0]
-        latents = jnp.einsum("nqt,tl->qnl", weights, c[0]).reshape(T, N * L)
-        return jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)
+    features = functools.partial(_features, config, base, turn, params, cached, maps)
 
     def add(total, group):
         f, y = rows(jax.vmap(features)(group[0]), 1), rows(group[1], 1).astype(jnp.float32)
@@ -101,30 +92,46 @@ def output_equations(
         product = jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
         return (total[0] + gram, total[1] + product), None
 
-    width = N * L + 1
-    zero = (jnp.zeros((width, width), jnp.float32), jnp.zeros((width, D), jnp.float32))
-    return jax.lax.scan(add, zero, (grouped(converted), grouped(target)))[0]
+    width = base.num_heads * cached.down.shape[1] + 1
+    zero = jnp.zeros((width, width), jnp.float32)
+    start = (zero, jnp.zeros((width, converted.shape[-1]), jnp.float32))
+    return jax.lax.scan(add, start, (grouped(converted), grouped(target)))[0]
 
 
-def _with_bias(
-    gram: Float[np.ndarray, "F F"], product: Float[np.ndarray, "F D"], bias: Float[np.ndarray, " D"]
-) -> tuple[Float[np.ndarray, "F F"], Float[np.ndarray, "F D"]]:
-    """The equations of all but the bias, which they give back as it is."""
-    gram, product = gram.copy(), product - gram[:, -1:] * bias
-    gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, bias
-    gram[-1, -1] = 1.0
-    return gram, product
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def output_rows(
+    config: ModelConfig,
+    base: GQAConfig,
+    turn: RopeConfig | None,
+    params: dict[str, Any],
+    cached: CacheMaps,
+    maps: QueryMaps,
+    converted: Float[Array, "S T D"],
+    target: Float[Array, "S T D"],
+) -> tuple[Float[Array, "M F"], Float[Array, "M D"]]:
+    """F and Y themselves, M = S·T; see `output_equations`."""
+    features = functools.partial(_features, config, base, turn, params, cached, maps)
+    return rows(jax.lax.map(features, converted), 1), rows(target, 1).astype(jnp.float32)
 
 
-def ridge(
-    gram: Float[np.ndarray, "F F"],
-    product: Float[np.ndarray, "F D"],
-    start: Float[np.ndarray, "F D"],
-) -> Float[np.ndarray, "F D"]:
-    """argmin ‖F·W − Y‖² + ρ·‖W − start‖², ρ relative to the mean of the diagonal."""
-    rho = RIDGE * np.trace(gram) / len(gram) + 1e-30
-    lifted = gram + rho * np.eye(len(gram))
-    return np.linalg.solve(lifted, product + rho * start)
+def _features(
+    config: ModelConfig,
+    base: GQAConfig,
+    turn: RopeConfig | None,
+    params: dict[str, Any],
+    cached: CacheMaps,
+    maps: QueryMaps,
+    x: Float[Array, "T D"],
+) -> Float[Array, "T F"]:
+    """Attention-weighted latents of all heads of one sequence, and a column of ones."""
+    T = len(x)
+    at = jnp.arange(T, dtype=jnp.int32)
+    heads = Heads.of(config, base, params, x[None])
+    c, k_rope = cache_entries(heads, cached, turn)
+    s = latent_scores(maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, turn)
+    weights = attention_weights(s[None], at, base)[0]
+    latents = jnp.einsum("nqt,tl->qnl", weights, c[0]).reshape(T, -1)
+    return jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)
 
 
 def factor(
@@ -133,33 +140,26 @@ def factor(
     """The best factors of a given width: least ‖F·(weight − a·b)‖² for FᵀF = gram."""
     lifted = gram + (1e-9 * np.trace(gram) / len(gram) + 1e-30) * np.eye(len(gram))
     root = np.linalg.cholesky(lifted).T
-    u, s, vt = np.linalg.svd(root @ weight, full_matrices=False)
-    a, b = np.linalg.solve(root, u * np.sqrt(s)), np.sqrt(s)[:, None] * vt
-    missing = max(width - len(s), 0)
-    return np.pad(a[:, :width], ((0, 0), (0, missing))), np.pad(b[:width], ((0, missing), (0, 0)))
+    seen = root @ weight
+    # The left singular vectors alone, from a matrix that is no wider than high.
+    squares, u = np.linalg.eigh(seen @ seen.T)
+    u, squares = u[:, ::-1][:, :width], squares[::-1][:width]
+    # Below the floor there is rounding only; b is as small there.
+    scale = np.maximum(squares, 1e-20 * squares[0] + 1e-60) ** 0.25
+    a, b = np.linalg.solve(root, u * scale), u.T @ seen / scale[:, None]
+    missing = max(width - len(gram), 0)
+    return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
 
 
-def _alternate(
-    gram: Float[np.ndarray, "F F"],
-    product: Float[np.ndarray, "F D"],
-    v_up: Float[np.ndarray, "N L V"],
-    out: Float[np.ndarray, "N V D"],
-    bias: Float[np.ndarray, " D"],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _alternate(equations: Equations, heads: HeadMaps) -> HeadMaps:
     """Each head's v_up for the others as they are, then the outputs of all heads at once."""
-    N, L, V = v_up.shape
-    whole = np.concatenate([np.einsum("nlv,nvd->nld", v_up, out).reshape(N * L, -1), bias[None]])
-    v_up = v_up.copy()
-    for head in range(N):
-        rows = slice(head * L, (head + 1) * L)
-        rest = product[rows] - gram[rows] @ whole + gram[rows, rows] @ whole[rows]
-        fitted = ridge(gram[rows, rows], rest, whole[rows])
-        v_up[head] = fitted @ np.linalg.pinv(out[head])
-        whole[rows] = v_up[head] @ out[head]
-    wide = np.zeros((N * L + 1, N * V + 1))
-    for head in range(N):
-        wide[head * L : (head + 1) * L, head * V : (head + 1) * V] = v_up[head]
-    wide[-1, -1] = 1.0
-    start = np.concatenate([out.reshape(N * V, -1), bias[None]])
-    solved = ridge(wide.T @ gram @ wide, wide.T @ product, start)
-    return v_up, solved[:-1].reshape(out.shape), solved[-1]
+    heads = dataclasses.replace(heads, v_up=heads.v_up.copy())
+    search = equations.search(heads)
+    for head, out in enumerate(heads.out):
+        # The fit of the head's v_up · out, times outᵀ on both sides: V numbers wide, not D.
+        gram, metric = equations.block(heads.columns(head)), out @ out.T
+        own = heads.v_up[head] @ metric
+        fitted = ridge(gram, search.gradient(head) + gram @ own, own)
+        search.replace(head, fitted @ np.linalg.pinv(metric, rcond=1e-12, hermitian=True))
+    solved = equations.narrowed(heads.v_up).ridge(heads.rows)
+    return HeadMaps(heads.v_up, solved[:-1].reshape(heads.out.shape), solved[-1])

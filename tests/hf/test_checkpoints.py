@@ -14,7 +14,8 @@ from toys import random_params
 
 import kvjax
 from kvjax.config import EqualCacheConfig
-from kvjax.hf.checkpoint import scan
+from kvjax.hf import weights
+from kvjax.hf.checkpoint import Checkpoint, scan
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.tensor_file import DTYPES, NewTensor, map_file, read_header, write_file
 from kvjax.nn import Transformer
@@ -406,6 +407,19 @@ def test_released_pages_are_read_again(saved):
     if sys.platform == "linux":
         assert resident_kilobytes(saved[0] / "model.safetensors") == 0
     np.testing.assert_array_equal(view, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_are_read_in_pieces(tmp_path, monkeypatch, family, dtype):
+    model, params = toy(model_type=family, **FAMILIES[family])
+    kvjax.save(model, params, tmp_path / "model", layout="hf", max_shard_bytes=4_000)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 200)
+    released = []
+    monkeypatch.setattr(Checkpoint, "release", lambda self: released.append(self))
+    _, loaded = kvjax.load(tmp_path / "model", dtype=dtype)
+    assert equal(loaded, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+    assert len(released) > 2 * len(jax.tree.leaves(params))
 
 
 def resident_kilobytes(path):

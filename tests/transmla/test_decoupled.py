@@ -16,7 +16,8 @@ from kvjax.config import DecoupledConfig, MLAConfig, RopeConfig
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
 from kvjax.transmla import BEST, calibrate, convert, published
-from kvjax.transmla.decoupled import decouple_layers, settle
+from kvjax.transmla.calibration import embed
+from kvjax.transmla.decoupled import Streams, decouple_layers, settle
 
 FAMILIES = [name for name in CASES if not name.startswith("deepseek")]
 NORMED = {"qwen3", "gemma3_text", "olmo2", "qwen3_moe"}
@@ -95,7 +96,9 @@ def test_partial_rope_is_full_rank_mla():
         sizes, recipe, mode = settle(model, stats.tokens, rank, 8, None, False, mode, recipe)
         for stage in ("partial_rope", "low_rank"):
             new, attentions = dict(params), []
-            for layer in decouple_layers(model, params, stats, sizes, recipe, mode):
+            x = embed(model, params, stats.tokens)
+            streams = Streams(x, x)
+            for layer in decouple_layers(model, params, stats, sizes, recipe, mode, streams):
                 config, attn = layer.layout(getattr(layer, stage))
                 attentions.append(config)
                 new[f"layers_{layer.index}"] = {**params[f"layers_{layer.index}"], "attn": attn}

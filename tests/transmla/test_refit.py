@@ -10,7 +10,7 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
-from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
+from kvjax.transmla import BEST, calibrate, least_squares, refit_outputs, refit_scores
 from kvjax.transmla.absorbed import CacheMaps, QueryMaps
 from kvjax.transmla.layer import attention_output
 from kvjax.transmla.recipe import close
@@ -80,7 +80,7 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
 
 
 def test_outputs_are_the_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(refit_outputs, "RIDGE", 1e-12)
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-12)
     config, own, latent, original, converted = problem
     layer = LayerConfig(GQA, MLPConfig(16))
     target = jax.jit(attention_output, static_argnums=(0, 1))(config, layer, own, original)
@@ -133,3 +133,18 @@ def test_a_layer_without_rope_or_softcap_refits_too(problem):
     )
     fitted = refit_scores.refit_scores(config, base, own, bare, original, converted)
     assert fitted.query_rope.shape == (2, 8, 0) and np.isfinite(fitted.k_up).all()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("width", [3, L])
+def test_rows_and_normal_equations_have_the_same_solution(problem, monkeypatch, biased, width):
+    config, own, latent, original, converted = problem
+    target = original[:1] - converted[:1]
+    args = (config, GQA, own, latent, converted[:1, :10], target[:, :10])
+    few = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
+    monkeypatch.setattr(refit_outputs, "Rows", least_squares.Normal)
+    monkeypatch.setattr(refit_outputs, "output_rows", refit_outputs.output_equations)
+    many = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
+    product = [np.einsum("lnv,nvd->nld", fitted.v_up, fitted.out) for fitted in (few, many)]
+    np.testing.assert_allclose(*product, atol=1e-3 * np.abs(product[1]).max())
+    np.testing.assert_allclose(few.out_bias, many.out_bias, atol=1e-3)
