@@ -23,6 +23,10 @@ Model = Annotated[str, arg(help="checkpoint directory, hub id, or builtin:<name>
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights, activations and cache")
 ]
+MeshText = Annotated[
+    str | None,
+    arg(name="mesh", help="devices of a process to spread over, such as data=2,tensor=2"),
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class TaskCommand:
     top_k: int = 0
     unsafe_execution: bool = False
     dry_run: bool = False
+    mesh: MeshText = None
     dtype: Dtype = "bfloat16"
     json_file: Json = None
 
@@ -112,6 +117,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from eval.run import evaluate
     from eval.settings import Settings
     from kvjax.hf import load, load_tokenizer, read_model
+    from kvjax.mesh import named_mesh
 
     if command.out is None and not command.dry_run:
         raise ValueError("give --out FOLDER for the run, or --dry-run")
@@ -125,7 +131,9 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     if command.dry_run:
         return dry_run(model, tokenizer, task, settings, command.dtype)
     assert command.out is not None
-    loaded = Loaded(command.model, *load(command.model, dtype=command.dtype), tokenizer)
+    loaded = Loaded(
+        command.model, *load(command.model, command.dtype, named_mesh(command.mesh)), tokenizer
+    )
     # Not data_dir: the items' checksum says what was in it, wherever it lies.
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}

@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from eval.command import Dtype, Json, Model, Policies, print_rows, write_json
+from eval.command import Dtype, Json, MeshText, Model, Policies, print_rows, write_json
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class LatencyCommand:
     new_tokens: int = 32
     repeats: int = 5
     seed: int = 0
+    mesh: MeshText = None
     dtype: Dtype = "bfloat16"
     json_file: Json = None
 
@@ -64,11 +65,12 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from eval.predictions import RESULTS
     from eval.predictions import write_json as write_whole
     from eval.progress import progress_bar
+    from kvjax.mesh import named_mesh
 
     least = min([*command.contexts, *command.batches, command.repeats, command.new_tokens - 1])
     if least < 1:
         raise ValueError("contexts, batches and repeats are expected ≥ 1, new_tokens ≥ 2")
-    model, params = kvjax.load(command.model, dtype=command.dtype)
+    model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     policies = resolve_all(command.policy or ("full",), model)
     longest = max(command.contexts) + command.new_tokens
     if longest > model.config.context_length:

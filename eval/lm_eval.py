@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from eval.command import Dtype, Json, Model, Policies, print_report, write_json
+from eval.command import Dtype, Json, MeshText, Model, Policies, print_report, write_json
 from eval.predictions import check_folder, write_measured
 
 PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
@@ -48,6 +48,7 @@ class HarnessCommand:
     chat: bool = False
     batch_size: int = 8
     max_length: int | None = None
+    mesh: MeshText = None
     dtype: Dtype = "bfloat16"
     json_file: Json = None
 
@@ -74,6 +75,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from eval.environment import environment
     from eval.harness_model import CompressedLM
     from eval.loaded import Loaded, resolve_all
+    from kvjax.mesh import named_mesh
 
     start = time.monotonic()
     names = command.policy or ("full",)
@@ -83,7 +85,8 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     check_folder(command.out, request)
     manager = task_manager(command.tasks, command.include_path)
     tokenizer = kvjax.load_tokenizer(command.model)
-    loaded = Loaded(command.model, *kvjax.load(command.model, dtype=command.dtype), tokenizer)
+    model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
+    loaded = Loaded(command.model, model, params, tokenizer)
     entries = []
     for name, policy in resolve_all(names, loaded.model).items():
         model = CompressedLM(loaded, policy, command.dense, command.batch_size, command.max_length)

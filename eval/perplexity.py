@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from eval.command import Dtype, Json, Model, Policies, print_report, write_json
+from eval.command import Dtype, Json, MeshText, Model, Policies, print_report, write_json
 from eval.predictions import check_folder, write_measured
 
 
@@ -38,6 +38,7 @@ class PerplexityCommand:
     prefix: int | None = None
     limit: int | None = None
     batch_size: int = 4
+    mesh: MeshText = None
     dtype: Dtype = "bfloat16"
     json_file: Json = None
 
@@ -62,6 +63,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     from eval.loaded import resolve_all
     from eval.progress import progress_bar
     from eval.texts import read_ids
+    from kvjax.mesh import named_mesh
 
     start = time.monotonic()
     names = command.policy or ("full",)
@@ -69,7 +71,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     stride = command.stride or command.length
     ids = read_ids(command.text, kvjax.load_tokenizer(command.model))
     rows = losses.chunks(ids, command.length, stride, command.limit)
-    model, params = kvjax.load(command.model, dtype=command.dtype)
+    model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     if command.length > model.config.context_length:
         raise ValueError(
             f"length is {command.length}, expected at most {model.config.context_length}: the "

@@ -24,6 +24,10 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights, activations and cache")
 ]
 
+MeshText = Annotated[
+    str | None, arg(name="mesh", help="devices to spread over, such as data=2,fsdp=1,tensor=4")
+]
+
 
 def info(
     model: Model,
@@ -74,6 +78,7 @@ def convert(
     mode: Annotated[str, arg(help="decoupled: fold, post or auto")] = "auto",
     recipe: Annotated[str, arg(help="decoupled: best, unbiased or published")] = "best",
     fold: Annotated[int, arg(help="FreqFold of the published recipe; 0: the best")] = 1,
+    mesh: MeshText = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
@@ -85,7 +90,7 @@ def convert(
         from kvjax.pipelines.convert import convert_checkpoint
 
         report = convert_checkpoint(
-            model, out, method=method, init=init, rope_site=rope_site, dtype=dtype
+            model, out, method=method, init=init, rope_site=rope_site, dtype=dtype, mesh=mesh
         )
     else:
         from kvjax.pipelines.decouple import Decoupling, decouple_checkpoint
@@ -105,7 +110,7 @@ def convert(
             length=calibration_length,
             stats=stats,
         )
-        report = decouple_checkpoint(model, out, wanted, dtype)
+        report = decouple_checkpoint(model, out, wanted, dtype, mesh)
     _print_facts(f"{model} → {out}", report)
     _write_json(json_file, report)
 
@@ -152,6 +157,7 @@ def score(
     haystack: Annotated[
         Path | None, arg(help="text file to hide the facts in, instead of generated sentences")
     ] = None,
+    mesh: MeshText = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
@@ -163,7 +169,7 @@ def score(
     from kvjax.pipelines.score import score_checkpoint
 
     grid = Grid(estimator, samples, length, seed, haystack)
-    report = score_checkpoint(model, out, grid, batch_size=batch_size, dtype=dtype)
+    report = score_checkpoint(model, out, grid, batch_size, dtype, mesh)
     _print_rows([report])
     _write_json(json_file, report)
 
@@ -180,6 +186,7 @@ def generate(
     context: Annotated[
         Path | None, arg(help="go on from a text that `kvjax compress` read; its policy holds")
     ] = None,
+    mesh: MeshText = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
@@ -197,6 +204,7 @@ def generate(
         seed=seed,
         context=context,
         dtype=dtype,
+        mesh=mesh,
         write=lambda text: print(text, end="", flush=True),
     )
     print()

@@ -68,6 +68,17 @@ def parse_mesh(text: str) -> dict[str, int]:
         ) from None
 
 
+def named_mesh(text: str | None) -> Mesh | None:
+    """The mesh that a command line asks for, of this process's devices; None for one device.
+
+    Of several processes each has a mesh of its own, and its share of the work.
+
+    Raises:
+        ValueError: see `parse_mesh` and `make_mesh`.
+    """
+    return None if text is None else make_mesh(parse_mesh(text), jax.local_devices())
+
+
 def mesh_of(params: Any) -> Mesh | None:
     """The mesh that parameters lie on; None where they lie on one device."""
     for leaf in jax.tree.leaves(params):

@@ -14,6 +14,7 @@ from kvjax.mesh import (
     batch_sharding,
     make_mesh,
     mesh_of,
+    named_mesh,
     own_names,
     parse_mesh,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "logical_axes",
     "make_mesh",
     "mesh_of",
+    "named_mesh",
     "param_shapes",
     "param_shardings",
     "parse_mesh",

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvjax.config import LayerConfig, ModelConfig
 from kvjax.hf import open_params, read_model
+from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits, output_params
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
@@ -28,12 +29,21 @@ STREAMS = ("original", "converted")
 
 
 def convert_checkpoint(
-    source: str, out: Path, method: str, init: str, rope_site: str, dtype: str
+    source: str,
+    out: Path,
+    method: str,
+    init: str,
+    rope_site: str,
+    dtype: str,
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """Converts the checkpoint at `source` and writes it to `out` in the native layout.
 
     One layer's parameters exist at a time, and then one of the matrices of the vocabulary. The same
     call after it was stopped goes on behind the last layer that was written.
+
+    Args:
+        mesh: devices that each layer is spread over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
         Method and settings, cache bytes a token before and after, parameters before and after, the
@@ -50,7 +60,7 @@ def convert_checkpoint(
     gqa_layers(model)
     settings = {"method": method, "init": init, "rope_site": rope_site}
     with Output(out, settings | describe(model, dtype)) as output:
-        params = open_params(source, dtype)
+        params = open_params(source, dtype, named_mesh(mesh))
         _write_layers(model, params, output, inits, rope_site)
         top = write_top(model, params, output)
         streams = output.finished.streams

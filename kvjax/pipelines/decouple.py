@@ -16,6 +16,7 @@ from rich.progress import Progress, TimeElapsedColumn, track
 
 from kvjax.config import LayerConfig, ModelConfig
 from kvjax.hf import open_params, read_model
+from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines.calibration_text import calibration_tokens
@@ -85,13 +86,18 @@ class Decoupling:
         return {"method": "decoupled", **settings, "text": text}
 
 
-def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) -> dict[str, Any]:
+def decouple_checkpoint(
+    source: str, out: Path, wanted: Decoupling, dtype: str, mesh: str | None = None
+) -> dict[str, Any]:
     """Converts the checkpoint at `source` and writes it to `out` in the native layout.
 
     One layer's parameters and moments exist at a time, and then one of the matrices of the
     vocabulary; besides them the residual streams of the calibration and the held-out text. The
     moments of all layers exist where they are kept in a file, and all layers too where FreqFold is
     to be chosen. The same call after it was stopped goes on behind the last layer that was written.
+
+    Args:
+        mesh: devices that each layer is spread over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
         Settings, perplexity on held-out sequences before and after every step, cache bytes a token
@@ -106,7 +112,7 @@ def decouple_checkpoint(source: str, out: Path, wanted: Decoupling, dtype: str) 
     fit, held = calibration_tokens(source, wanted.calibration, wanted.tokens, wanted.length)
     wanted.settled(model, fit)  # refused before anything is computed
     with Output(out, wanted.request(fit, held) | describe(model, dtype)) as output:
-        params, stats = open_params(source, dtype), None
+        params, stats = open_params(source, dtype, named_mesh(mesh)), None
         choose = wanted.recipe == "published" and wanted.fold == 0
         if wanted.stats is not None or choose:
             batches = [fit[i : i + REPLAY] for i in range(0, len(fit), REPLAY)]

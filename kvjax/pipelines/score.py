@@ -19,6 +19,7 @@ from kvjax.headkv.importance import BatchScores, score_examples
 from kvjax.headkv.scores import HeadScores
 from kvjax.headkv.stability import split_half
 from kvjax.hf import load, load_tokenizer
+from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.pipelines import partial
 from kvjax.pipelines.questions import Grid, make_examples
@@ -71,12 +72,20 @@ def model_name(model: Transformer) -> str:
 
 
 def score_checkpoint(
-    path: str, out: Path, grid: Grid, batch_size: int = 8, dtype: str = "float32"
+    path: str,
+    out: Path,
+    grid: Grid,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """Scores the checkpoint at `path` and writes the score file `out`.
 
     Finished batches are kept beside `out` until it is written: the same call after an interruption
     goes on where it stopped, and writes the same file.
+
+    Args:
+        mesh: devices to spread over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
         estimator, examples accepted and asked, the most important head, split-half stability,
@@ -86,7 +95,7 @@ def score_checkpoint(
         ValueError: see `score_heads`; or an unfinished run with other settings has the same `out`.
     """
     start = time.monotonic()
-    model, params = load(path, dtype=dtype)
+    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
     out.parent.mkdir(parents=True, exist_ok=True)

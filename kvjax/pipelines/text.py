@@ -9,6 +9,7 @@ from typing import Any
 from kvjax.context import compress, load_context
 from kvjax.generation import generate
 from kvjax.hf import load, load_tokenizer
+from kvjax.mesh import named_mesh
 
 
 def generate_text(
@@ -18,12 +19,14 @@ def generate_text(
     write: Callable[[str], None] | None = None,
     context: Path | None = None,
     policy: str = "full",
+    mesh: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Continues `prompt` with the checkpoint at `path`.
 
     Args:
         write: called with pieces of the new text as they are ready.
+        mesh: devices to spread over, see `kvjax.mesh.parse_mesh`; None for one.
         context: a file that `compress_text` wrote; the prompt goes on from it.
         settings: of `kvjax.generate`.
 
@@ -36,7 +39,7 @@ def generate_text(
     if not prompt:
         raise ValueError("the prompt is empty, expected text")
     tokenizer = load_tokenizer(path)
-    model, params = load(path, dtype=dtype)
+    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)
     ids = tokenizer(prompt, add_special_tokens=held is None)["input_ids"]
     printed, new_ids = "", []

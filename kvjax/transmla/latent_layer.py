@@ -116,7 +116,6 @@ def folded(
     """
     if base.qk_norm is not None:
         raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
-    N, H, _ = layer.query_rope.shape
     config = folded_config(base, layer.down.shape[1], layer.rope, layer.out.shape[1])
     joint = np.concatenate([layer.down, layer.key_rope], axis=1)
 

@@ -177,14 +177,17 @@ def test_distillation_pulls_towards_the_teacher():
     assert found[-1] < 0.7 * found[0]
 
 
-@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "tensor=4", "data=2,tensor=2"])
-def test_the_same_step_on_four_devices(mesh):
+@pytest.mark.parametrize("kind", ["equal_cache", "fold"])
+@pytest.mark.parametrize(
+    "mesh", ["data=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2", "tensor=8"]
+)
+def test_the_same_step_on_eight_devices(mesh, kind):
     from kvjax.sharding import batch_sharding, make_mesh, param_shardings, parse_mesh
 
-    model, params = toy("equal_cache")
-    batch = packed_batch(model.config.vocab_size)
+    model, params = toy(kind)
+    batch = packed_batch(model.config.vocab_size, B=8)
     want, want_metrics = one_step(*prepare(model, params), batch)
-    devices = make_mesh(parse_mesh(mesh), jax.devices()[:4])
+    devices = make_mesh(parse_mesh(mesh), jax.devices()[:8])
     spread = jax.device_put(params, param_shardings(model, devices))
     step, state, frozen = prepare(model, spread, place=batch_sharding(devices))
     got, metrics = one_step(step, state, frozen, jax.device_put(batch, batch_sharding(devices)))
