@@ -21,7 +21,8 @@ class LatentCache:
     """Latents and rotary keys, in the order of time.
 
     Attributes:
-        latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`.
+        latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`; on TPUs with zeros up to
+            whole lanes, see `stored_width`.
         lengths: [B] int32, tokens given so far; what does not fit is dropped.
         evicted: [B] int32, tokens of the prompt that were not kept; None for none.
         positions: [B, S] int32 of the entries, −1 for none, where a sliding window must know them
@@ -38,8 +39,8 @@ class LatentCache:
     def create(cls, batch: int, capacity: int, rank: int, rope_dim: int, dtype) -> LatentCache:
         """An empty cache for `capacity` tokens a sequence."""
         return cls(
-            latent=empty((batch, capacity, rank), dtype),
-            k_rope=empty((batch, capacity, rope_dim), dtype),
+            latent=empty((batch, capacity, stored_width(rank)), dtype),
+            k_rope=empty((batch, capacity, stored_width(rope_dim)), dtype),
             lengths=jnp.zeros((batch,), jnp.int32),
         )
 
@@ -57,6 +58,7 @@ class LatentCache:
         where, used = slots.token_slots(self.used, positions, self.latent.shape[1])
 
         def write(buffer, new):
+            new = widened(new, buffer.shape[-1])
             return slots.write_pool(buffer, new[:, :, None], where[:, :, None])
 
         held = self.positions
@@ -108,9 +110,11 @@ class LatentCache:
         Returns:
             Attention-weighted latents and logsumexp; 0 and −1e30 for queries that see nothing.
         """
-        S = self.latent.shape[1]
+        S, L = self.latent.shape[1], q_latent.shape[-1]
         live = jnp.clip(self.used, 0, S)
         with jax.named_scope("attend"):
+            q_latent = widened(q_latent, self.latent.shape[-1])
+            q_rope = widened(q_rope, self.k_rope.shape[-1])
             if q_latent.shape[1] == 1 and self.positions is None:
                 out, lse = mla_decode(
                     q_latent[:, 0],
@@ -123,14 +127,22 @@ class LatentCache:
                     softcap=spec.softcap,
                     return_lse=True,
                 )
-                return out[:, None], lse[:, None]
-            q = jnp.concatenate([q_latent, q_rope], axis=-1)
+                return out[:, None, :, :L], lse[:, None]
+            q = self.joint(q_latent, q_rope)
             keys, values = self.keys_and_values(q.dtype)
             if self.positions is None:
                 at, held = slots.query_slots(before, positions), slots.live_slots(live, S)
             else:
                 at, held = positions, self.positions
-            return cached_attention(q, keys, values, at, held, spec)
+            out, lse = cached_attention(q, keys, values, at, held, spec)
+            return out[..., :L], lse
+
+    def joint(
+        self, q_latent: Float[Array, "B T N L"], q_rope: Float[Array, "B T N R"]
+    ) -> Float[Array, "B T N X"]:
+        """Queries that meet the keys of `keys_and_values`."""
+        parts = widened(q_latent, self.latent.shape[-1]), widened(q_rope, self.k_rope.shape[-1])
+        return jnp.concatenate(parts, axis=-1)
 
     def keys_and_values(
         self, dtype: Any
@@ -138,3 +150,21 @@ class LatentCache:
         """Latents beside rotary keys, and latents: what a head with all of both would cache."""
         latent = dequantize(self.latent, dtype)[:, None]
         return jnp.concatenate([latent, dequantize(self.k_rope, dtype)[:, None]], axis=-1), latent
+
+
+def stored_width(width: int, platform: str | None = None) -> int:
+    """Numbers that a width takes in memory: whole lanes of 128 on TPUs, which pad them anyway.
+
+    Of other widths XLA:TPU makes the slots the minor dimension, and copies a cache for every kernel
+    that reads its rows (a third of a cache's bytes a layer in temporaries, at 448 + 64).
+
+    Args:
+        platform: of the devices; None for the default ones'.
+    """
+    lanes = 128 if (platform or jax.default_backend()) == "tpu" else 1
+    return -(-width // lanes) * lanes
+
+
+def widened(x: jax.Array, width: int) -> jax.Array:
+    """Zeros behind the last axis, up to `width`."""
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))

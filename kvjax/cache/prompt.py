@@ -120,7 +120,7 @@ class PromptCache:
     ) -> tuple[Float[Array, "B T N L"], PromptCache]:
         """See `LatentCache.attend_absorbed`."""
         out, base = self.base.attend_absorbed(q_latent, q_rope, latent, k_rope, positions, spec)
-        q = jnp.concatenate([q_latent, q_rope], axis=-1)
+        q = self.base.joint(q_latent, q_rope)
         return out, self._after(base, None, q, positions, spec)
 
     def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:

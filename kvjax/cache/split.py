@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.dense import DenseCache
 from kvjax.cache.head_budget import HeadBudgetCache
-from kvjax.cache.latent import LatentCache
+from kvjax.cache.latent import LatentCache, stored_width, widened
 from kvjax.mesh import Layout
 from pallas_kernels.combine import exchange
 from pallas_kernels.segments import DeviceSegments, TracedSegments
@@ -136,12 +136,17 @@ class SplitSlots:
             cache = dataclasses.replace(cache, positions=jnp.full((B, S), -1, jnp.int32))
 
         def pad(leaf: jax.Array, value: int = 0) -> jax.Array:
-            room = (0, -S % layout.ways)
-            return jnp.pad(
-                leaf, ((0, 0), room, *((0, 0),) * (leaf.ndim - 2)), constant_values=value
-            )
+            rooms = ((0, 0), (0, -S % layout.ways), *((0, 0),) * (leaf.ndim - 2))
+            return jnp.pad(leaf, rooms, constant_values=value)
 
-        latent, k_rope = (jax.tree.map(pad, part) for part in (cache.latent, cache.k_rope))
+        def lanes(leaf: jax.Array) -> jax.Array:
+            wide = leaf.ndim == 3  # scales of entries in 8 bits are one a slot
+            return widened(leaf, stored_width(leaf.shape[-1], layout.platform)) if wide else leaf
+
+        latent, k_rope = (
+            jax.tree.map(lambda leaf: pad(lanes(leaf)), part)
+            for part in (cache.latent, cache.k_rope)
+        )
         positions = None if cache.positions is None else pad(cache.positions, -1)
         cache = dataclasses.replace(cache, latent=latent, k_rope=k_rope, positions=positions)
         return cls(place(cache, layout), layout)
@@ -196,6 +201,12 @@ class SplitSlots:
     def keys_and_values(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """See `LatentCache.keys_and_values`."""
         return self.inner.keys_and_values(dtype)
+
+    def joint(
+        self, q_latent: Float[Array, "B T N L"], q_rope: Float[Array, "B T N R"]
+    ) -> Float[Array, "B T N X"]:
+        """See `LatentCache.joint`."""
+        return self.inner.joint(q_latent, q_rope)
 
 
 def head_copies(heads: int, devices: int) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, PromptCache, join_layers
 from kvjax.cache.head_budget import pool_alignment, static_segments
+from kvjax.cache.latent import widened
 from kvjax.cache.split import SplitHeads, SplitSlots, on_device, place, specs, with_segments
 from kvjax.config import EqualCacheConfig
 from kvjax.headkv.plan import Plan, sliding_windows
@@ -227,6 +228,9 @@ def _(cache: PromptCache, layout: Layout, window: int | None) -> PromptCache:
             f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
             "as KV heads"
         )
+    if isinstance(base, SplitSlots):
+        width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
+        return dataclasses.replace(cache, base=base, queries=widened(cache.queries, width))
     return dataclasses.replace(cache, base=base)
 
 
