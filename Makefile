@@ -28,10 +28,10 @@ report: $(VENV)/.installed
 test: $(VENV)/.installed-$(TEST)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-# The kernels through the compiler for TPUs, which needs no TPU but a package of 200 MB.
+# Kernels, the training step and plans through the compiler for TPUs: no TPU, a package of 200 MB.
 test-aot: $(AOT_VENV)/.installed
 	TPU_SKIP_MDS_QUERY=1 $(AOT_VENV)/bin/python -m pytest tests/kernels/test_tpu_compiler.py \
-	  tests/train/test_dry_run_aot.py $(PYTEST_ARGS)
+	  tests/train/test_dry_run_aot.py tests/test_plan_aot.py $(PYTEST_ARGS)
 
 # The same for GPUs, with jax's CUDA plugin; needs Python 3.12: PYTHON=python3.12 make test-aot-gpu.
 test-aot-gpu: $(AOT_GPU_VENV)/.installed

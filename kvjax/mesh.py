@@ -26,6 +26,9 @@ LOGICAL = {
 """Mesh axes of every logical axis that is split; all others are replicated. "slots" are those of
 latents, which have no heads."""
 
+AnyMesh = Mesh | AbstractMesh
+"""Devices, or for shapes alone what they would be."""
+
 ALIASES = {"model": "tensor"}
 """Other names under which a mesh may have these axes."""
 
@@ -89,12 +92,12 @@ def mesh_of(params: Any) -> Mesh | None:
     return None
 
 
-def own_names(mesh: Mesh | AbstractMesh) -> dict[str, str]:
+def own_names(mesh: AnyMesh) -> dict[str, str]:
     """The mesh's own names of its axes, by ours."""
     return {ALIASES.get(axis, axis): axis for axis in map(str, mesh.axis_names)}
 
 
-def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def batch_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The axes that batches are split over."""
     return tuple(axis for axis in LOGICAL["batch"] if axis in mesh.shape)
 
@@ -115,12 +118,12 @@ class Layout:
         tensor: axis that heads, or the slots of latents, are split over; None for none.
     """
 
-    mesh: Mesh | AbstractMesh
+    mesh: AnyMesh
     batch: tuple[str, ...]
     tensor: str | None
 
     @classmethod
-    def create(cls, mesh: Mesh | AbstractMesh, batch_size: int) -> Layout:
+    def create(cls, mesh: AnyMesh, batch_size: int) -> Layout:
         """The layout of so many sequences."""
         axes = batch_axes(mesh)
         fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0

@@ -11,6 +11,7 @@ from kvjax.mesh import (
     ALIASES,
     LOGICAL,
     MESH_AXES,
+    AnyMesh,
     batch_sharding,
     make_mesh,
     mesh_of,
@@ -48,7 +49,7 @@ def place_params(model: Transformer, params: Any, mesh: Mesh | None) -> Any:
     return params if mesh is None else jax.device_put(params, param_shardings(model, mesh))
 
 
-def param_shardings(model: Transformer, mesh: Mesh) -> Any:
+def param_shardings(model: Transformer, mesh: AnyMesh) -> Any:
     """How the parameters lie on a mesh, as a pytree of `NamedSharding`.
 
     Each mesh axis splits the first logical axis of LOGICAL that it divides; a parameter without
@@ -70,7 +71,7 @@ def param_shardings(model: Transformer, mesh: Mesh) -> Any:
 
 
 def _spec(
-    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, known: dict[str, str]
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh, known: dict[str, str]
 ) -> PartitionSpec:
     """The split of one parameter; `known` has the mesh's own names of its axes."""
     spec: list[str | None] = []

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, PromptCache, join_layers
@@ -28,12 +27,12 @@ from kvjax.headkv.selection import (
     pack,
     split_alignment,
 )
-from kvjax.mesh import Layout
+from kvjax.mesh import AnyMesh, Layout
 from pallas_kernels.head_plan import lay_out
 from pallas_kernels.segments import BLOCK_SIZES, DeviceSegments, StaticSegments, TracedSegments
 
 
-def on_mesh(plan: Plan, mesh: Mesh | None) -> Plan:
+def on_mesh(plan: Plan, mesh: AnyMesh | None) -> Plan:
     """The plan for parameters that lie on a mesh; the plan itself where that is None."""
     return plan if mesh is None else SplitPlan(plan, mesh)
 
@@ -53,7 +52,7 @@ class SplitPlan(Plan):
     """
 
     plan: Any  # a Plan with a `config`
-    mesh: Mesh
+    mesh: AnyMesh
 
     @property
     def every(self) -> int | None:  # type: ignore[override]

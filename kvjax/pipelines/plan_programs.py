@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from kvjax.cache.split import places, with_shardings
 from kvjax.decoding import CHUNK, prefill
 from kvjax.headkv.plan import Plan
-from kvjax.mesh import Layout
+from kvjax.mesh import AnyMesh, Layout
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes, param_shardings
 from kvjax.topologies import device_bytes
@@ -133,7 +133,7 @@ def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def bytes_of(
-    model: Transformer, plan: Plan, size: Size, mesh: Mesh | AbstractMesh, dtype: Any
+    model: Transformer, plan: Plan, size: Size, mesh: AnyMesh, dtype: Any
 ) -> tuple[int, int]:
     """Bytes of a device: weights, and caches after prefill."""
     caches = abstract_caches(plan, size, model.config.num_layers, dtype)

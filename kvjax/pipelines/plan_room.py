@@ -107,11 +107,11 @@ class Room:
 
 def extrapolate(
     programs: Sequence[Program], depths: tuple[int, int], layers: int, name: str
-) -> float:
+) -> int:
     """Bytes of the program of all layers, by the line through those of two depths."""
     first, second = (getattr(program, name) for program in programs)
     slope = (second - first) / (depths[1] - depths[0])
-    return max(first + slope * (layers - depths[0]), first, second)
+    return round(max(first + slope * (layers - depths[0]), first, second))
 
 
 def ways(mesh: Any) -> int:

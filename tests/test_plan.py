@@ -1,0 +1,187 @@
+"""What `kvjax plan` says, without a compiler for the devices it is about."""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshes import GQA, MLA, mesh_of_eight, toy
+
+from kvjax.cli import main
+from kvjax.decoding import prefill
+from kvjax.headkv.policy import Policy
+from kvjax.headkv.split_plan import on_mesh
+from kvjax.hf import read_shape
+from kvjax.pipelines import plan as plans
+from kvjax.pipelines.plan_programs import (
+    Program,
+    Size,
+    abstract_caches,
+    abstract_params,
+    bytes_of,
+    compile_prefill,
+    compile_step,
+    count_collectives,
+    located,
+)
+from kvjax.pipelines.plan_room import LONGEST, Room, extrapolate
+from kvjax.topologies import Topology, device_bytes
+
+SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    "model, topology, tensor",
+    [
+        ("llama-3-8b", "v5e:4x4", 8),
+        ("qwen2.5-7b", "v5p:2x2x4", 4),
+        ("qwen2.5-72b", "v6e:4x4", 8),
+        ("llama-3-70b", "v5e:4x4", 16),  # 8 KV heads, but eight chips cannot hold the weights
+        ("llama-3-8b", "h200:1", 1),
+    ],
+)
+def test_the_mesh_that_is_taken(model, topology, tensor):
+    topology = Topology.parse(topology)
+    mesh = plans.default_mesh(read_shape(str(SHAPES / f"{model}.json")), topology, "bfloat16")
+    assert mesh == {"data": topology.count // tensor, "tensor": tensor}
+
+
+def test_bytes_of_a_device():
+    """Weights and caches of Llama-3-8B over 2 × 8 devices, counted by hand."""
+    model = read_shape(str(SHAPES / "llama-3-8b.json"))
+    mesh = Topology.parse("v5p:2x2x4").abstract_mesh({"data": 2, "tensor": 8})
+    layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    split = 2 * (32 * layer + 2 * 128256 * 4096) / 8
+    norms = 2 * 65 * 4096
+    size = Size(32, 4096, 128)
+    plan = on_mesh(Policy.parse("full").plan(model.config, 4096, "bfloat16"), mesh)
+    weights, caches = bytes_of(model, plan, size, mesh, "bfloat16")
+    assert weights == split + norms
+    # 16 sequences, one KV head, 128 numbers, keys and values, 2 bytes; and a length a sequence.
+    assert caches == 32 * 16 * ((4096 + 128) * 128 * 2 * 2 + 4)
+    eight_bits = on_mesh(Policy.parse("full:entries=int8").plan(model.config, 4096), mesh)
+    _, fewer = bytes_of(model, eight_bits, size, mesh, "bfloat16")
+    assert fewer == 32 * 16 * ((4096 + 128) * (128 + 4) * 2 + 4)
+
+
+@pytest.mark.parametrize("kind, policy", [(GQA, "full"), (MLA, "full"), (GQA, "snapkv:kv_size=16")])
+def test_shapes_are_those_of_real_programs(kind, policy):
+    """Of caches, and of what they are compiled with: on eight devices that are here."""
+    model, _ = toy(kind, kind)
+    mesh = mesh_of_eight("data=2,tensor=4")
+    size = Size(4, 48, 8)
+    plan = on_mesh(Policy.parse(policy).plan(model.config, 48, jnp.float32), mesh)
+    params = abstract_params(model, mesh, "float32")
+    caches = abstract_caches(plan, size, 2, "float32")
+    tokens, lengths = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4, 48), (4,)))
+    lowered = prefill.lower(model, params, tokens, lengths, plan, max_new_tokens=8)
+    assert jax.tree.map(shape_of, lowered.out_info[1]) == jax.tree.map(shape_of, caches)
+    real = prefill.eval_shape(model, params, tokens, lengths, plan, max_new_tokens=8)[1]
+    assert device_bytes(located(real)) == device_bytes(caches)
+    step = compile_step(model, params, caches, size, mesh)
+    held = device_bytes(params) + device_bytes(caches)
+    assert held < step.arguments < held + 64  # a token and a length a sequence, in whole words
+    assert compile_prefill(model, params, plan, size, mesh).arguments < step.arguments + 4 * 48 * 4
+
+
+def shape_of(leaf):
+    return leaf.shape, jnp.dtype(leaf.dtype)
+
+
+def test_a_layer_has_two_all_reduces():
+    model, mesh = toy(GQA, GQA, GQA)[0], mesh_of_eight("data=2,tensor=4")
+    size, found = Size(4, 48, 8), []
+    for depth in (1, 3):
+        shallow = plans.shallower(plans.Variant("", model, Policy.parse("full")), depth)
+        found.append(plans.compile_decode(shallow, size, "float32", mesh).collectives)
+    assert found[1] - found[0] == Counter({"all-reduce": 4})
+    assert found[0].total() <= 2 + 3
+
+
+def test_collectives_in_a_program():
+    text = """
+  %a = bf16[8] all-reduce-start(%x), channel_id=1, metadata={op_name="layers_0/out"}
+  %b = bf16[8] all-reduce-done(%a)
+  %c = bf16[8] all-gather(%x), channel_id=2, metadata={op_name="layers_0/attn"}
+  %d = bf16[8] all-gather(%x), channel_id=2, metadata={op_name="layers_0/attn"}
+  %e = bf16[8] all-gather(%x), channel_id=2, metadata={op_name="layers_1/attn"}
+  %f = bf16[8] all-to-all(%x), channel_id=3
+"""
+    assert count_collectives(text) == Counter({"all-reduce": 1, "all-gather": 2, "all-to-all": 1})
+
+
+def test_room_is_used_up():
+    """One group of sequences more, or one token more, does not fit."""
+    room = Room(4, 10 * GIB, fixed=1e6, per_token=2e4, decode=3e6, prefill=1e4)
+    usable = 15 * GIB
+    batch = room.most_sequences(32768, usable)
+    assert batch % 4 == 0 and room.needed(batch, 32768) <= usable
+    assert room.needed(batch + 4, 32768) > usable
+    longest = room.longest(8, usable)
+    assert room.needed(8, longest) <= usable < room.needed(8, longest + 1)
+    assert room.most_sequences(32768, 10 * GIB) == room.longest(8, 10 * GIB) == 0
+    assert Room(1, 0, 1.0, 0.0).longest(1, 10) == LONGEST
+    programs = [Program(100, 10, 0, Counter()), Program(140, 16, 0, Counter())]
+    assert extrapolate(programs, (2, 4), 32, "arguments") == 100 + 30 * 20
+    assert extrapolate(programs[::-1], (2, 4), 32, "temporaries") == 16
+
+
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    command = ["plan", str(SHAPES / "llama-3-8b.json"), "--topology", "h200:8", "--json", str(out)]
+    main([*command, "--context", "16384", "--batch", "8", "--policy", "snapkv:kv_size=1024"])
+    report = json.loads(out.read_text())
+    assert report["mesh"] == "data=1, fsdp=1, tensor=8" and report["check"] is None
+    assert any("estimated, not compiled" in note for note in report["notes"])
+    assert any("made for 8192 tokens" in note for note in report["notes"])
+    rows = {row["variant"]: row for row in report["rows"]}
+    full, latent, snapkv = (rows[n] for n in ("full", "MLA 512 + 128", "snapkv:kv_size=1024"))
+    assert full["cache"] == 32 * 8 * ((16384 + 128) * 512 + 4)
+    assert full["batch_factor"] == full["context_factor"] == 1.0
+    assert full["collectives_layer"] is None
+    assert 3 < latent["batch_factor"] < 3.3  # 2048 numbers a token against 640, weights the same
+    assert snapkv["batch_factor"] > 12
+    assert all(row["fits"] for row in report["rows"])
+    assert "not compiled" in capsys.readouterr().out
+
+
+def test_more_devices_than_heads(tmp_path):
+    out = tmp_path / "plan.json"
+    command = [
+        "plan",
+        str(SHAPES / "llama-3-70b.json"),
+        "--topology",
+        "h100:16",
+        "--json",
+        str(out),
+    ]
+    main([*command, "--mesh", "tensor=16", "--context", "8192"])
+    report = json.loads(out.read_text())
+    assert any("2 devices hold each" in note for note in report["notes"])
+    assert report["rows"][0]["cache"] == 80 * ((8192 + 128) * 512 + 4)
+    assert math.isclose(report["usable_bytes"], 0.97 * 80e9)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--topology", "v5e"], r"got topology 'v5e', expected KIND:SHAPE like v5e:4x4"),
+        (["--topology", "tpu:4"], r"got topology 'tpu:4', expected KIND:SHAPE"),
+        (["--mesh", "data=3"], r"got a mesh of 3 devices, expected 8 for h200:8"),
+        (["--mesh", "tensor=8,data=1", "--latent", "0", "7"], r"got kv_rank 0 and rope_dim 7"),
+        (["--policy", "nothing"], r"policy 'nothing' is none of"),
+    ],
+)
+def test_bad_requests(change, message, capsys):
+    command = ["plan", str(SHAPES / "llama-3-8b.json"), "--topology", "h200:8"]
+    if change[0] == "--topology":
+        command = command[:2]
+    with pytest.raises(SystemExit):
+        main([*command, *change])
+
+    assert re.search(message, capsys.readouterr().err)
