@@ -16,7 +16,7 @@ from kvjax.decoding import prefill
 from kvjax.headkv.policy import Policy
 from kvjax.headkv.split_plan import on_mesh
 from kvjax.hf import read_shape
-from kvjax.pipelines import plan as plans
+from kvjax.pipelines.plan import compile_decode
 from kvjax.pipelines.plan_programs import (
     Program,
     Size,
@@ -47,7 +47,7 @@ GIB = 2**30
 )
 def test_the_mesh_that_is_taken(model, topology, tensor):
     topology = Topology.parse(topology)
-    mesh = plans.default_mesh(read_shape(str(SHAPES / f"{model}.json")), topology, "bfloat16")
+    mesh = default_mesh(read_shape(str(SHAPES / f"{model}.json")), topology, "bfloat16")
     assert mesh == {"data": topology.count // tensor, "tensor": tensor}
 
 
@@ -97,8 +97,8 @@ def test_a_layer_has_two_all_reduces():
     model, mesh = toy(GQA, GQA, GQA)[0], mesh_of_eight("data=2,tensor=4")
     size, found = Size(4, 48, 8), []
     for depth in (1, 3):
-        shallow = plans.shallower(plans.Variant("", model, Policy.parse("full")), depth)
-        found.append(plans.compile_decode(shallow, size, "float32", mesh).collectives)
+        shallow = shallower(Variant("", model, Policy.parse("full")), depth)
+        found.append(compile_decode(shallow, size, "float32", mesh).collectives)
     assert found[1] - found[0] == Counter({"all-reduce": 4})
     assert found[0].total() <= 2 + 3
 

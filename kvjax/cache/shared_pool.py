@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.head_budget import HeadBudgetCache
-from kvjax.cache.split import SplitHeads, places, specs
+from kvjax.cache.specs import specs
+from kvjax.cache.split import SplitHeads, places
 from kvjax.mesh import Layout
 from pallas_kernels.head_plan import lay_out
 from pallas_kernels.segments import DeviceSegments

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, PromptCache, join_layers
 from kvjax.cache.head_budget import pool_alignment, static_segments
 from kvjax.cache.latent import widened
-from kvjax.cache.split import SplitHeads, SplitSlots, on_device, place, specs, with_segments
+from kvjax.cache.specs import on_device, place, specs, with_segments
+from kvjax.cache.split import SplitHeads, SplitSlots
 from kvjax.config import EqualCacheConfig
 from kvjax.headkv.plan import Plan, sliding_windows
 from kvjax.headkv.prompt import Prompt

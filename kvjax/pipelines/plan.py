@@ -8,18 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.plan import unconverted
-from kvjax.headkv.policy import Compress, Policy, resolve
-from kvjax.headkv.scores import HeadScores, attention_heads, default_scores
-from kvjax.headkv.split_plan import on_mesh
 from kvjax.hf import read_shape
 from kvjax.mesh import make_mesh, parse_mesh
-from kvjax.nn import Transformer
 from kvjax.pipelines.plan_programs import (
     Program,
     Size,
@@ -29,8 +21,15 @@ from kvjax.pipelines.plan_programs import (
     compile_step,
 )
 from kvjax.pipelines.plan_room import Room, estimate, extrapolate, ways
-from kvjax.topologies import Topology, device_bytes
-from kvjax.transmla.shape import decoupled_shape
+from kvjax.pipelines.plan_variants import (
+    Variant,
+    default_mesh,
+    head_notes,
+    planner,
+    shallower,
+    variants,
+)
+from kvjax.topologies import Topology
 
 DEPTHS = (2, 4)
 """Layers that are compiled; what they add to a program is what every further layer adds."""
@@ -62,15 +61,6 @@ class Request:
     dtype: str = "bfloat16"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to cache: a model and what stays of its prompts."""
-
-    name: str
-    model: Transformer
-    policy: Policy
-
-
 def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
     """Bytes of a device, collectives of a layer and what fits, for every variant.
 
@@ -100,7 +90,7 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
     size = Size(request.batch or ways(mesh), request.context, request.new_tokens)
     if size.context + size.new_tokens > model.config.context_length:
         notes.append(f"The model is made for {model.config.context_length} tokens.")
-    found = variants(model, request, notes)
+    found = variants(model, request.policies, request.latent, notes)
     rows, programs = [], None
     for variant in found:
         row, compiled = plan_variant(variant, size, request.dtype, mesh, topology)
@@ -123,52 +113,6 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
     if check and programs is not None:
         report["check"] = full_depth(found[0], size, request.dtype, mesh, programs)
     return report
-
-
-def default_mesh(model: Transformer, topology: Topology, dtype: str) -> dict[str, int]:
-    """Heads over as many devices as there are KV heads, or more where the weights need it; the
-    batch over the rest."""
-    attention = model.config.layers[0].attention
-    query_heads, _ = attention_heads(attention)
-    heads = getattr(unconverted(attention), "num_kv_heads", query_heads)
-    ways = [n for n in range(1, topology.count + 1) if topology.count % n == query_heads % n == 0]
-    fits = [n for n in ways if heads % n == 0 or n % heads == 0]
-    tensor = max(n for n in fits if n <= heads)
-
-    def too_large(tensor: int) -> bool:
-        shape = topology.abstract_mesh({"data": topology.count // tensor, "tensor": tensor})
-        return device_bytes(abstract_params(model, shape, dtype)) > 0.8 * topology.usable
-
-    while too_large(tensor) and tensor < max(fits):
-        tensor = min(n for n in fits if n > tensor)
-    return {"data": topology.count // tensor, "tensor": tensor}
-
-
-def variants(model: Transformer, request: Request, notes: list[str]) -> list[Variant]:
-    """Full cache, 8-bit entries, the policies, and the converted model."""
-    found = [
-        Variant("full", model, Policy.parse("full")),
-        Variant("int8", model, Policy.parse("full:entries=int8")),
-    ]
-    for text in request.policies:
-        policy = Policy.parse(text)
-        scores = default_scores(model.config)
-        if scores is None and lacks_scores(policy):
-            heads, _ = attention_heads(model.config.layers[0].attention)
-            scores = HeadScores(np.ones((model.config.num_layers, heads, 1)))
-            notes.append(f"{text}: no head scores, so all heads have the same budget.")
-        found.append(Variant(text, model, resolve(policy, model.config, scores)))
-    if request.latent is not None:
-        rank, rope = request.latent
-        latent = decoupled_shape(model, rank, rope)
-        found.append(Variant(f"MLA {rank} + {rope}", latent, Policy.parse("full")))
-    return found
-
-
-def lacks_scores(policy: Policy) -> bool:
-    """Whether budgets go by head scores that the policy does not name."""
-    allocator = policy.allocator if isinstance(policy, Compress) else None
-    return isinstance(allocator, HeadImportance) and allocator.scores is None
 
 
 def plan_variant(
@@ -210,29 +154,6 @@ def plan_variant(
     return row, decodes  # type: ignore[return-value]
 
 
-def planner(variant: Variant, mesh: Any, dtype: str) -> Any:
-    """Prompt length to the variant's plan on the mesh."""
-
-    def plan(prompt_len: int) -> Any:
-        return on_mesh(
-            variant.policy.plan(variant.model.config, prompt_len, jnp.dtype(dtype)), mesh
-        )
-
-    return plan
-
-
-def shallower(variant: Variant, depth: int) -> Variant:
-    """The variant with the first layers only; head scores too."""
-    config, policy = variant.model.config, variant.policy
-    model = Transformer(dataclasses.replace(config, layers=config.layers[:depth]))
-    if isinstance(policy, Compress) and isinstance(policy.allocator, HeadImportance):
-        assert policy.allocator.scores is not None
-        scores = HeadScores(policy.allocator.scores.samples[:depth])
-        allocator = dataclasses.replace(policy.allocator, scores=scores)
-        policy = dataclasses.replace(policy, allocator=allocator)
-    return Variant(variant.name, model, policy)
-
-
 def compile_both(variant: Variant, size: Size, dtype: str, mesh: Any) -> tuple[Program, Program]:
     """Prefill of one group of sequences, and a decode step of all."""
     group = dataclasses.replace(size, batch=ways(mesh))
@@ -264,18 +185,6 @@ def add_factors(rows: list[dict[str, Any]]) -> None:
         for key in ("batch", "context"):
             full = rows[0][key]
             row[f"{key}_factor"] = round(row[key] / full, 1) if full else None
-
-
-def head_notes(model: Transformer, sizes: dict[str, int]) -> list[str]:
-    """Where there are more devices along the tensor axis than KV heads."""
-    tensor = sizes.get("tensor", 1)
-    heads = {getattr(layer.attention, "num_kv_heads", tensor) for layer in model.config.layers}
-    return [
-        f"tensor={tensor} is more than the {count} KV heads: {tensor // count} devices hold each, "
-        f"so caches of heads take {tensor // count} times their bytes."
-        for count in sorted(heads)
-        if count < tensor
-    ]
 
 
 def full_depth(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from kvjax.cache.split import places, with_shardings
+from kvjax.cache.specs import with_shardings
+from kvjax.cache.split import places
 from kvjax.decoding import CHUNK, prefill
 from kvjax.headkv.plan import Plan
 from kvjax.mesh import AnyMesh, Layout
