@@ -29,6 +29,7 @@ from kvjax.pipelines.plan_programs import (
     located,
 )
 from kvjax.pipelines.plan_room import LONGEST, Room, extrapolate
+from kvjax.pipelines.plan_variants import Variant, default_mesh, shallower
 from kvjax.topologies import Topology, device_bytes
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
