@@ -118,7 +118,7 @@ def test_collectives_in_a_program():
 
 def test_room_is_used_up():
     """One group of sequences more, or one token more, does not fit."""
-    room = Room(4, 10 * GIB, fixed=1e6, per_token=2e4, decode=3e6, prefill=1e4)
+    room = Room(4, 10 * GIB, fixed=1e6, per_token=2e4, decode=3e6, decode_more=2e5, prefill=1e4)
     usable = 15 * GIB
     batch = room.most_sequences(32768, usable)
     assert batch % 4 == 0 and room.needed(batch, 32768) <= usable

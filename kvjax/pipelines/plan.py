@@ -20,7 +20,7 @@ from kvjax.pipelines.plan_programs import (
     compile_prefill,
     compile_step,
 )
-from kvjax.pipelines.plan_room import Room, estimate, extrapolate, ways
+from kvjax.pipelines.plan_room import Room, Temporaries, estimate, extrapolate, ways
 from kvjax.pipelines.plan_variants import (
     Variant,
     default_mesh,
@@ -31,6 +31,7 @@ from kvjax.pipelines.plan_variants import (
 )
 from kvjax.topologies import Topology
 
+MORE = 8  # sequences a group of devices, by which temporaries are seen to grow
 DEPTHS = (2, 4)
 """Layers that are compiled; what they add to a program is what every further layer adds."""
 
@@ -121,8 +122,9 @@ def plan_variant(
     """Bytes of one device, and what fits.
 
     Returns:
-        weights, cache, decode_temporaries: bytes at the requested size; prefill: bytes that
-        reading one sequence a device group takes besides, its cache included;
+        weights, cache, decode_temporaries: bytes at the requested size;
+        decode_temporaries_more: what one more sequence a group of devices adds; prefill: bytes
+        that reading one sequence a group takes besides, its cache included;
         fits: whether they do; collectives_layer and collectives_outside: of a decode step, None
         where nothing was compiled; batch: the most sequences of the requested context;
         context: the longest of the requested batch. And the shallow decode programs.
@@ -135,17 +137,22 @@ def plan_variant(
         pairs = [compile_both(each, size, dtype, mesh) for each in shallow]
         layers = variant.model.config.num_layers
         prefills, decodes = (tuple(part) for part in zip(*pairs, strict=True))
-        temporaries = [extrapolate(p, DEPTHS, layers, "temporaries") for p in (decodes, prefills)]
+        decode, prefill = (
+            extrapolate(p, DEPTHS, layers, "temporaries") for p in (decodes, prefills)
+        )
+        more = growth(shallow[1], decodes[1], size, dtype, mesh)
+        temporaries = Temporaries(decode, more, prefill)
         per_layer = per_step(decodes)
         outside = decodes[0].collectives - Counter({k: DEPTHS[0] * n for k, n in per_layer.items()})
         row |= {"collectives_layer": dict(per_layer), "collectives_outside": dict(outside)}
     else:
         temporaries = estimate(variant.model, size, room.ways, mesh, dtype)
         row |= {"collectives_layer": None, "collectives_outside": None}
-    room = room.with_temporaries(size, *temporaries)
+    room = room.with_temporaries(size, temporaries)
     row |= {
         "cache": room.cache(size.batch, size.context),
-        "decode_temporaries": temporaries[0],
+        "decode_temporaries": round(temporaries.decode),
+        "decode_temporaries_more": round(temporaries.decode_more),
         "prefill": room.prefill_bytes(size.context),
         "fits": room.needed(size.batch, size.context) <= topology.usable,
         "batch": room.most_sequences(size.context, topology.usable),
@@ -171,6 +178,13 @@ def compile_decode(variant: Variant, size: Size, dtype: str, mesh: Any) -> Progr
     caches = abstract_caches(plan, size, variant.model.config.num_layers, dtype)
     params = abstract_params(variant.model, mesh, dtype)
     return compile_step(variant.model, params, caches, size, mesh)
+
+
+def growth(variant: Variant, step: Program, size: Size, dtype: str, mesh: Any) -> float:
+    """Bytes that one more sequence a group of devices adds to a decode step's temporaries."""
+    wider = dataclasses.replace(size, batch=size.batch + MORE * ways(mesh))
+    wide = compile_decode(variant, wider, dtype, mesh)
+    return max(wide.temporaries - step.temporaries, 0) / MORE
 
 
 def per_step(decodes: tuple[Program, ...]) -> Counter[str]:

@@ -20,6 +20,16 @@ LONGEST = 2**20  # tokens; contexts beyond are not told apart
 
 
 @dataclass(frozen=True)
+class Temporaries:
+    """Bytes of one device: of a decode step, what one more sequence a group of devices adds to
+    it, and of prefill of one sequence a group."""
+
+    decode: float
+    decode_more: float
+    prefill: float
+
+
+@dataclass(frozen=True)
 class Room:
     """Bytes of one device as a function of what is served.
 
@@ -27,7 +37,8 @@ class Room:
         ways: devices that the batch is split over; batches are multiples of it.
         weights: bytes.
         fixed, per_token: bytes of the caches of `ways` sequences: fixed + per_token · context.
-        decode: bytes of a decode step's temporaries for `ways` sequences.
+        decode, decode_more: bytes of a decode step's temporaries, and what `ways` more sequences
+            add to them; most of it are copies of weights that don't depend on the batch.
         prefill: the same of prefill, for each token of context; `ways` sequences are read at a
             time (`kvjax.prefill_groups`), while the caches of all lie there already.
     """
@@ -37,6 +48,7 @@ class Room:
     fixed: float
     per_token: float
     decode: float = 0.0
+    decode_more: float = 0.0
     prefill: float = 0.0
 
     @classmethod
@@ -59,10 +71,15 @@ class Room:
         slope = (more - less) / max(size.context - half, 1)
         return cls(group, weights, more - slope * size.context, slope)
 
-    def with_temporaries(self, size: Size, decode: float, prefill: float) -> Room:
-        """With the temporaries of a decode step for `size`, and of prefill for `ways` sequences."""
-        groups = max(size.batch / self.ways, 1)
-        return dataclasses.replace(self, decode=decode / groups, prefill=prefill / size.context)
+    def with_temporaries(self, size: Size, temporaries: Temporaries) -> Room:
+        """With the temporaries that programs for `size` have; prefill is of `ways` sequences."""
+        groups = size.batch / self.ways
+        return dataclasses.replace(
+            self,
+            decode=max(temporaries.decode - groups * temporaries.decode_more, 0.0),
+            decode_more=temporaries.decode_more,
+            prefill=temporaries.prefill / size.context,
+        )
 
     def prefill_bytes(self, context: int) -> int:
         """What reading `ways` sequences takes besides the caches of the batch."""
@@ -77,7 +94,8 @@ class Room:
     def needed(self, batch: int, context: int) -> int:
         """Bytes of the larger of prefill and decode."""
         groups = batch // self.ways if batch % self.ways == 0 else batch
-        more = max(groups * self.decode, self.prefill_bytes(context))
+        decode = self.decode + groups * self.decode_more
+        more = max(decode, self.prefill_bytes(context))
         return round(self.weights + self.cache(batch, context) + more)
 
     def most_sequences(self, context: int, usable: int) -> int:
@@ -119,11 +137,8 @@ def ways(mesh: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
-def estimate(
-    model: Transformer, size: Size, group: int, mesh: Any, dtype: Any
-) -> tuple[float, float]:
-    """Bytes of the temporaries of decode, and of prefill of `group` sequences, by counting what
-    exists at a time.
+def estimate(model: Transformer, size: Size, group: int, mesh: Any, dtype: Any) -> Temporaries:
+    """The temporaries, by counting what exists at a time.
 
     Two copies of the residual stream, one layer's keys and values, a chunk's activations and a
     tile of scores; no more than a guide, within about a factor of two of what compilers need.
@@ -141,4 +156,5 @@ def estimate(
     stream = 2 * item * size.context * c.hidden_size / tensor
     own = item * size.context * kept / tensor
     logits = 4 * c.vocab_size / tensor
-    return rows * (token + logits), stream + own + CHUNK * token + scores + logits
+    prefill = stream + own + CHUNK * token + scores + logits
+    return Temporaries(rows * (token + logits), token + logits, prefill)
