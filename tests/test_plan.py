@@ -132,9 +132,17 @@ def test_room_is_used_up():
     assert extrapolate(programs[::-1], (2, 4), 32, "temporaries") == 16
 
 
+def shallow_shape(folder, name, layers):
+    """A config.json with fewer layers."""
+    raw = json.loads((SHAPES / f"{name}.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return str(folder / "config.json")
+
+
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "plan.json"
-    command = ["plan", str(SHAPES / "llama-3-8b.json"), "--topology", "h200:8", "--json", str(out)]
+    command = ["plan", shallow_shape(tmp_path, "llama-3-8b", 4), "--topology", "h200:8"]
+    command += ["--json", str(out)]
     main([*command, "--context", "16384", "--batch", "8", "--policy", "snapkv:kv_size=1024"])
     report = json.loads(out.read_text())
     assert report["mesh"] == "data=1, fsdp=1, tensor=8" and report["check"] is None
@@ -142,7 +150,7 @@ def test_the_command(tmp_path, capsys):
     assert any("made for 8192 tokens" in note for note in report["notes"])
     rows = {row["variant"]: row for row in report["rows"]}
     full, latent, snapkv = (rows[n] for n in ("full", "MLA 512 + 128", "snapkv:kv_size=1024"))
-    assert full["cache"] == 32 * 8 * ((16384 + 128) * 512 + 4)
+    assert full["cache"] == 4 * 8 * ((16384 + 128) * 512 + 4)
     assert full["batch_factor"] == full["context_factor"] == 1.0
     assert full["collectives_layer"] is None
     assert 3 < latent["batch_factor"] < 3.3  # 2048 numbers a token against 640, weights the same
@@ -164,7 +172,7 @@ def test_more_devices_than_heads(tmp_path):
     main([*command, "--mesh", "tensor=16", "--context", "8192"])
     report = json.loads(out.read_text())
     assert any("2 devices hold each" in note for note in report["notes"])
-    assert report["rows"][0]["cache"] == 80 * ((8192 + 128) * 512 + 4)
+    assert report["rows"][0]["cache"] == 2 * ((8192 + 128) * 512 + 4)
     assert math.isclose(report["usable_bytes"], 0.97 * 80e9)
 
 
