@@ -163,7 +163,7 @@ def test_more_devices_than_heads(tmp_path):
     out = tmp_path / "plan.json"
     command = [
         "plan",
-        str(SHAPES / "llama-3-70b.json"),
+        shallow_shape(tmp_path, "llama-3-70b", 2),
         "--topology",
         "h100:16",
         "--json",
