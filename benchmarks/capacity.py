@@ -95,7 +95,7 @@ def table(name: str, report: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     error = f"{check['relative_error']:.2%}"
-    lines += ["", f"All layers compiled: {error} from the extrapolation. " + notes(report)]
+    lines += ["", f"All layers compiled: {error} from the extrapolation. {notes(report)}".strip()]
     return "\n".join(lines)
 
 
@@ -105,8 +105,9 @@ def counts(found: dict[str, int]) -> str:
 
 def factor(row: dict[str, Any], key: str) -> str:
     value, times = row[key], row[f"{key}_factor"]
-    shown = "over a million" if key == "context" and value >= 2**20 else f"{value:,}"
-    return shown if times is None else f"{shown} ({times:g}×)"
+    if key == "context" and value >= 2**20:
+        return "over a million"
+    return f"{value:,}" if times is None else f"{value:,} ({times:g}×)"
 
 
 def notes(report: dict[str, Any]) -> str:

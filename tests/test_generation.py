@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import forward, random_params
 
-from kvjax import generation
+from kvjax import decoding, generation
 from kvjax.cache import cache_bytes
 from kvjax.config import (
     DynamicScaling,
@@ -95,9 +95,9 @@ def test_equal_prompts_are_sampled_independently():
 def test_lengths_within_a_bucket_do_not_recompile():
     model, params = build()
     generate(model, params, prompts_of(33, 40), max_new_tokens=4, eos_ids=())
-    before = generation.prefill._cache_size(), generation.decode._cache_size()
+    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
     generate(model, params, prompts_of(48, 35, seed=5), 4, eos_ids=(), temperature=0.7, top_k=5)
-    assert (generation.prefill._cache_size(), generation.decode._cache_size()) == before
+    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
 
 
 def test_buckets():

@@ -17,7 +17,7 @@ from kvjax.config import (
     ModelConfig,
     RopeConfig,
 )
-from kvjax.generation import prefill
+from kvjax.decoding import prefill
 from kvjax.headkv import HeadScores, Policy
 from kvjax.headkv.allocators import HeadImportance, Pyramid, Request, Uniform
 from kvjax.headkv.policy import Compress, Full, resolve

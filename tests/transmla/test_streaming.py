@@ -211,8 +211,8 @@ def test_one_layer_is_alive_at_a_time(source, tmp_path, monkeypatch, method):
     alive: list[weakref.ref] = []
     most = {"layers": 0, "vocabulary": 0}
 
-    def counted(path, dtype):
-        params = open_params(path, dtype)
+    def counted(path, dtype, mesh):
+        params = open_params(path, dtype, mesh)
 
         def read(name):
             part = params[name]
