@@ -119,10 +119,12 @@ class _Watch:
         while not self.broken:
             self._read(POLL_SECONDS)
             pid, status = os.waitpid(child, os.WNOHANG)
+            late = time.monotonic() > self.deadline
+            # Where this process got no processor, the limit on the child's may come first.
+            if late and (not pid or _signal(status) in (signal.SIGKILL, signal.SIGXCPU)):
+                self.broken = f"timed out after {self.limits.timeout:g} s"
             if pid:
                 return status
-            if time.monotonic() > self.deadline:
-                self.broken = f"timed out after {self.limits.timeout:g} s"
         return None
 
     def drain(self) -> None:
@@ -179,12 +181,17 @@ def _end(status: int | None) -> str:
     """How a process ended that had no result."""
     if status is None:
         return "killed"
-    number = -os.waitstatus_to_exitcode(status) if os.WIFSIGNALED(status) else 0
-    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
-    number = number or max(code - 128, 0)
     with suppress(ValueError):
-        return f"killed by {signal.Signals(number).name}"
+        return f"killed by {signal.Signals(_signal(status)).name}"
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
     return f"ended before its tests did, with status {code}"
+
+
+def _signal(status: int) -> int:
+    """The signal that ended a process, or the one below an init; 0 for none."""
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status)
+    return max(os.WEXITSTATUS(status) - 128, 0) if os.WIFEXITED(status) else 0
 
 
 def probe(name: str, scratch: str) -> str:
