@@ -141,7 +141,7 @@ def plan_variant(
             extrapolate(p, DEPTHS, layers, "temporaries") for p in (decodes, prefills)
         )
         more = growth(shallow[1], decodes[1], size, dtype, mesh)
-        temporaries = Temporaries(decode, more, prefill)
+        temporaries = Temporaries(float(decode), more, float(prefill))
         per_layer = per_step(decodes)
         outside = decodes[0].collectives - Counter({k: DEPTHS[0] * n for k, n in per_layer.items()})
         row |= {"collectives_layer": dict(per_layer), "collectives_outside": dict(outside)}
