@@ -38,7 +38,8 @@ def prefill_in_groups(
     Returns:
         As `prefill`.
     """
-    rows = group_rows(len(tokens), size, batch_ways(params, len(tokens)))
+    ways = batch_ways(params, len(tokens))
+    rows = group_rows(len(tokens), size, ways)
     if len(rows) == 1:
         return prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
     whole: Any = None
@@ -47,7 +48,7 @@ def prefill_in_groups(
             model, params, tokens[group], lengths[group], plan, max_new_tokens=max_new_tokens
         )
         whole = jax.tree.map(functools.partial(_empty, len(rows)), part) if index == 0 else whole
-        whole = _put(whole, part, jnp.asarray(index, jnp.int32), batch_ways(params, len(tokens)))
+        whole = _put(whole, part, jnp.asarray(index, jnp.int32), ways)
     return whole
 
 

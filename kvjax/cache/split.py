@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -81,31 +80,21 @@ class SplitHeads:
         """
         if expand is not None:
             raise NotImplementedError("keys of latents are rebuilt on all devices, not by heads")
-        if q.shape[2] % self.layout.ways:
-            raise ValueError(
-                f"got {q.shape[2]} query heads over {self.layout.ways} devices, expected a multiple"
-            )
+        check_query_heads(q.shape[2], self.layout)
         if self.copies > 1:
             k, v = (jnp.repeat(x, self.copies, axis=2) for x in (k, v))
 
+        layout, stored = self.layout, getattr(self.inner, "segments", None)
+
         def run(cache, q, k, v, positions):
-            return cache.attend(q, k, v, positions, spec)
-
-        heads, rows = self.layout.spec("batch", None, "tensor"), self.layout.spec("batch")
-        out, inner = self._run(run, (heads, heads, heads, rows), heads)(q, k, v, positions)
-        return out, dataclasses.replace(self, inner=inner)
-
-    def _run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
-        """function(the device's cache, …) to a result and a cache of the same shapes."""
-        stored = getattr(self.inner, "segments", None)
-        parts = specs(self.inner, self.layout)
-
-        def run(cache: Any, *arrays: Any) -> tuple[Any, Any]:
-            out, cache = function(on_device(cache, self.layout), *arrays)
+            out, cache = on_device(cache, layout).attend(q, k, v, positions, spec)
             return out, with_segments(cache, stored)
 
-        call = self.layout.run(run, (parts, *in_specs), (out_specs, parts))
-        return functools.partial(call, self.inner)
+        heads, rows = layout.spec("batch", None, "tensor"), layout.spec("batch")
+        parts = specs(self.inner, layout)
+        call = layout.run(run, (parts, heads, heads, heads, rows), (heads, parts))
+        out, inner = call(self.inner, q, k, v, positions)
+        return out, dataclasses.replace(self, inner=inner)
 
     def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
         """[B, K, S, ·] of an uncompressed cache, each head once."""
@@ -172,11 +161,7 @@ class SplitSlots:
             ValueError: the devices do not divide the query heads.
         """
         layout = self.layout
-        if q_latent.shape[2] % layout.ways:
-            raise ValueError(
-                f"got {q_latent.shape[2]} query heads over {layout.ways} devices, expected a "
-                "multiple"
-            )
+        check_query_heads(q_latent.shape[2], layout)
 
         def run(cache, q_latent, q_rope, latent, k_rope, positions):
             first = layout.device() * cache.latent.shape[1]
@@ -219,6 +204,12 @@ def head_copies(heads: int, devices: int) -> int:
             "divides the other"
         )
     return max(devices // heads, 1)
+
+
+def check_query_heads(heads: int, layout: Layout) -> None:
+    """Raises ValueError where the devices do not divide the query heads."""
+    if heads % layout.ways:
+        raise ValueError(f"got {heads} query heads over {layout.ways} devices, expected a multiple")
 
 
 def gather_heads(
