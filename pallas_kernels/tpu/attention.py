@@ -20,6 +20,7 @@ from pallas_kernels.tpu.blocks import Blocks, Piece
 from pallas_kernels.work_list import WorkList, combine
 
 
+@functools.partial(jax.jit, static_argnames=("blocks", "scale", "softcap", "shares"))
 def attend(
     x: Operands,
     work: WorkList,
@@ -59,8 +60,22 @@ def attend(
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="decode_attention",
-    )(*work, x)
+    )(*work, _in_hbm(x))
     return combine(out, lse, work, blocks.size)
+
+
+def _in_hbm(x: Operands) -> Operands:
+    """The operands, with the entries left where they lie.
+
+    XLA would otherwise move a cache that fits into VMEM there before the update, dead rows too, and
+    all of it back afterwards: twice what a cache without dead rows needs.
+    """
+
+    def stay(entries):
+        return jax.tree.map(lambda e: pltpu.with_memory_space_constraint(e, pltpu.HBM), entries)
+
+    names = ("keys", "values", "key_scales", "value_scale")
+    return x._replace(**{name: stay(getattr(x, name)) for name in names})
 
 
 def _specs(x: Operands, blocks: Blocks) -> Operands:

@@ -6,6 +6,7 @@ import re
 COPY = re.compile(
     r"= \w+\[([\d,]+)\]\S* (?:(?:copy|transpose|convert)\(|fusion\(.*calls=%wrapped_copy)"
 )
+MOVE = re.compile(r"= \(\w+\[([\d,]+)\]\S*, .*?\) (?:copy|slice)-start\(")
 LOOP = re.compile(r"while\(.*body=%([\w.-]+)")
 
 
@@ -24,6 +25,13 @@ def copies(hlo: str, size: int, where: str = "anywhere") -> list[str]:
     else:
         chosen = [name for name in computations if where == "anywhere" or name != entry]
     return [line for name in chosen for line in computations[name] if _numbers(line) >= size]
+
+
+def moves(hlo: str, size: int) -> list[str]:
+    """Lines that start to move at least `size` numbers from one memory to another."""
+    lines = (line.strip() for line in hlo.splitlines())
+    found = ((line, MOVE.search(line)) for line in lines)
+    return [line for line, m in found if m and math.prod(map(int, m[1].split(","))) >= size]
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
-from kernels.hlo import copies
+from kernels.hlo import copies, moves
 from kernels.loops import KINDS, decode_loop, largest
 
 import pallas_kernels
@@ -129,3 +129,12 @@ def test_decode_loop_writes_in_place(kind, dtype):
     decode, cache, x = decode_loop(kind, dtype, slots=4096)
     compiled = compile_for("v5e:2x2", decode, cache, x, donate_argnums=0)
     assert not copies(compiled.as_text(), largest(cache) // 4, where="not entry")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_fits_into_vmem_stays_where_it_lies(kind, dtype):
+    """A kernel reads live rows alone, and a step writes one: XLA is not to move the rest."""
+    decode, cache, x = decode_loop(kind, dtype, slots=512)
+    compiled = compile_for("v5e:2x2", decode, cache, x, donate_argnums=0)
+    assert not moves(compiled.as_text(), largest(cache) // 4)
