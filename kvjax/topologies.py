@@ -1,4 +1,4 @@
-"""Devices that are not here: TPU topologies that only compile, and the memory of each kind."""
+"""Devices that are not here: topologies that only compile, and the memory of each kind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kvjax.mesh import MESH_AXES
+from kvjax.virtual_gpu import shape, target_config
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Kind:
     Attributes:
         device_kind: as jax names it.
         platform: "tpu" or "gpu".
-        memory: bytes of a device, as its maker states them.
+        memory: bytes of a device.
     """
 
     device_kind: str
@@ -28,16 +29,16 @@ class Kind:
     memory: int
 
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 KINDS = {
     # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: HBM a chip; jax calls a chip a device.
     "v4": Kind("TPU v4", "tpu", 32 * GIB),
     "v5e": Kind("TPU v5 lite", "tpu", 16 * GIB),
     "v5p": Kind("TPU v5", "tpu", 95 * GIB),
     "v6e": Kind("TPU v6 lite", "tpu", 32 * GIB),
-    # NVIDIA's data sheets give 80 and 141 GB.
-    "h100": Kind("NVIDIA H100 80GB HBM3", "gpu", 80 * 10**9),
-    "h200": Kind("NVIDIA H200", "gpu", 141 * 10**9),
+    # nvidia-smi's totals; the data sheets' 80 and 141 GB are GiB.
+    "h100": Kind("NVIDIA H100 80GB HBM3", "gpu", 81_559 * MIB),
+    "h200": Kind("NVIDIA H200", "gpu", 143_771 * MIB),
 }
 RESERVED = 0.03
 """Share of the memory that the runtime keeps: of a v5e's 16 GiB XLA gives out 15.75, and some
@@ -72,15 +73,23 @@ class Topology:
         """Bytes of a device that programs can have."""
         return int(self.kind.memory * (1 - RESERVED))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What jax must be told to have that much."""
+        if self.kind.platform == "tpu":
+            return ()
+        fraction = 1 - RESERVED
+        return (f"jax takes 75 % of a GPU's memory; XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g}.",)
+
     def devices(self) -> list[Any]:
         """The devices, which only compile.
 
         Raises:
             ValueError: no compiler for them is installed, or it does not know the topology.
         """
-        if self.kind.platform != "tpu":
-            raise ValueError(f"cannot compile for {self.name}: only for TPUs, with libtpu")
-        return topology_devices(self.name)
+        if self.kind.platform == "tpu":
+            return topology_devices(self.name)
+        return gpu_devices(self)
 
     def abstract_mesh(self, sizes: dict[str, int]) -> AbstractMesh:
         """A mesh of such devices for shapes alone, which needs no compiler."""
@@ -96,16 +105,35 @@ def topology_devices(name: str) -> list[Any]:
     Raises:
         ValueError: libtpu is not installed, or does not know it.
     """
+    expected = "a topology like v5e:8x8, with libtpu installed (pip install 'jax[tpu]')"
+    return _compile_only(name, expected, topology_name=name, platform="tpu")
+
+
+def gpu_devices(topology: Topology) -> list[Any]:
+    """The devices of a GPU topology, which only compile.
+
+    Raises:
+        ValueError: jax's CUDA plugin is not installed, or older than 0.12.
+    """
+    kind, name = topology.kind, shape(topology.count)
+    return _compile_only(
+        topology.name,
+        "jax 0.12 with its CUDA plugin (pip install 'jax[cuda13]>=0.12'; no GPU is needed)",
+        topology_name=name,
+        topology=name,
+        platform="cuda",
+        target_config=target_config(kind.device_kind, kind.memory),
+    )
+
+
+def _compile_only(name: str, expected: str, **described: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(**described).devices)
     except Exception as error:  # jaxlib raises its own, of several kinds
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"cannot compile for {name!r}: {reason}; expected a topology like v5e:8x8, with libtpu "
-            "installed (pip install 'jax[tpu]')"
-        ) from None
+        raise ValueError(f"cannot compile for {name!r}: {reason}; expected {expected}") from None
 
 
 def device_bytes(tree: Any) -> int:

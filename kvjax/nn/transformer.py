@@ -193,7 +193,12 @@ def embed_tokens(
     config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """Input embeddings."""
-    x = jnp.take(embedding, tokens, axis=0)
+    if tokens.size == 1:
+        # One row is a slice, for which XLA:GPU hands a table that devices share to each of them
+        # whole (1 GB a step for Llama-3-8B). Of two rows it sends the rows.
+        x = jnp.take(embedding, jnp.concatenate([tokens, tokens]), axis=0)[:1]
+    else:
+        x = jnp.take(embedding, tokens, axis=0)
     # Gemma rounds the factor to the activations' dtype.
     return x * jnp.asarray(config.embedding_scale, x.dtype)
 

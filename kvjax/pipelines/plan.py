@@ -78,7 +78,7 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
     model, topology = read_shape(request.config), Topology.parse(request.topology)
     sizes = default_mesh(model, topology, request.dtype)
     sizes = sizes if request.mesh is None else parse_mesh(request.mesh)
-    mesh, notes = topology.abstract_mesh(sizes), []
+    mesh, notes = topology.abstract_mesh(sizes), [*topology.notes]
     if math.prod(mesh.axis_sizes) != topology.count:
         raise ValueError(
             f"got a mesh of {math.prod(mesh.axis_sizes)} devices, expected {topology.count} for "

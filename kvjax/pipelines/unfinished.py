@@ -23,7 +23,7 @@ from kvjax.config import AttentionConfig
 from kvjax.hf import native
 from kvjax.hf.tensor_file import NewTensor, map_file, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
-from kvjax.pipelines.companions import copy_companions
+from kvjax.pipelines.companions import copy_companions, trim_memory
 from kvjax.pipelines.partial import differences
 
 FILE = "unfinished.safetensors"
@@ -84,6 +84,7 @@ class Output:
         native.write_part(self.out, f"layers_{len(done)}", params)
         self.finished = Finished((*done, attention), streams)
         self._keep()
+        trim_memory()
 
     def write_top(self, name: str, value: Any) -> None:
         """Writes a parameter that belongs to no layer; after a stop it is written again."""

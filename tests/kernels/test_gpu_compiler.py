@@ -9,14 +9,13 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from kernels.h200 import TARGET_CONFIG
 from kernels.hlo import copies
 from kernels.loops import KINDS, decode_loop, largest
 from kernels.oracle import on
 
 import pallas_kernels
+from kvjax.topologies import Topology
 from pallas_kernels import Quantized
 from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.quantized import is_quantized
@@ -140,7 +139,4 @@ def test_decode_loop_writes_in_place(kind):
 
 @functools.cache
 def virtual_h200():
-    topology = topologies.get_topology_desc(
-        topology_name="1x1x1", platform="cuda", target_config=TARGET_CONFIG, topology="1x1x1"
-    )
-    return topology.devices[0]
+    return Topology.parse("h200:1").devices()[0]

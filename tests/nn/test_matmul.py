@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.nn.matmul import matmul
+from kvjax.nn.matmul import FEW, _two_of_each, matmul
 
 IN, HEADS, HEAD_DIM = 256, 4, 64
 
@@ -42,3 +42,21 @@ def test_bfloat16_weights_are_not_converted_on_a_cpu(rows):
     x, weight = operands(rows, "bfloat16")
     compiled = jax.jit(matmul).lower(x, weight).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes // 2
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 3)])
+def test_a_row_of_zeros_after_each_changes_nothing(rows):
+    """What GPUs and TPUs run, on this machine's backend."""
+    x, weight = operands(rows, "float32")
+    y = _two_of_each(x, weight)
+    want = np.einsum("...i,inh->...nh", np.asarray(x, np.float64), np.asarray(weight, np.float64))
+    assert y.shape == want.shape
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, padded", [(1, True), (FEW, True), (FEW + 1, False)])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_two_of_few_rows(rows, padded, platform):
+    x, weight = operands((rows, 1), "bfloat16")
+    lowered = jax.jit(matmul).trace(x, weight).lower(lowering_platforms=(platform,))
+    assert ("stablehlo.pad" in lowered.as_text()) == padded
