@@ -1,10 +1,12 @@
-"""What fits where: `kvjax plan --check` of four models on three TPU topologies, as one page.
+"""What fits where: `kvjax plan --check` of four models on TPUs and GPUs, as one page.
 
-    python -m benchmarks.capacity [--context 32768]
+    python -m benchmarks.capacity [--context 32768] [--topologies v5e:4x4 v5p:2x2x4 v6e:4x4]
+    python -m benchmarks.capacity --topologies h200:8
 
-Needs libtpu (pip install "jax[tpu]"), and no TPU. Every plan is a process of its own; finished
-ones are kept in the result file and not made again. Writes benchmarks/results/capacity.json and
-the tables of docs/capacity.md, between its two markers.
+Needs libtpu (pip install "jax[tpu]") and no TPU; for GPUs, jax 0.12 with its CUDA plugin and no
+GPU. Every plan is a process of its own; finished ones are kept in the result file and not made
+again. Writes benchmarks/results/capacity.json and the tables of docs/capacity.md, between its two
+markers.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ MARKERS = ("<!-- made by benchmarks.capacity -->", "<!-- end -->")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/capacity.json"))
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {"plans": {}}
     for model in MODELS:
-        for topology in TOPOLOGIES:
+        for topology in args.topologies:
             name = f"{model} {topology} {args.context}"
             if name not in found["plans"]:
-                found["plans"][name] = plan(model, topology, args.context)
-                found |= {"environment": environment("benchmarks.capacity")}
+                report = plan(model, topology, args.context)
+                found["plans"][name] = report | {"environment": environment("benchmarks.capacity")}
                 args.out.write_text(json.dumps(found, indent=1) + "\n")
                 print(name, found["plans"][name]["check"], flush=True)
     write_page(found["plans"])
@@ -67,7 +70,8 @@ def write_page(plans: dict[str, Any]) -> None:
     """Puts the tables between the page's markers."""
     before, rest = PAGE.read_text().split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    text = "\n\n".join(table(name, report) for name, report in plans.items())
+    ordered = sorted(plans, key=lambda name: MODELS.index(name.split()[0]))
+    text = "\n\n".join(table(name, plans[name]) for name in ordered)
     PAGE.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
 
 
@@ -83,13 +87,15 @@ def table(name: str, report: dict[str, Any]) -> str:
         "| most sequences | longest context |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    full = report["rows"][0]["cache"]
     for row in report["rows"]:
         sizes = (row[key] / 2**30 for key in ("weights", "cache"))
-        small = (row[key] / 2**20 for key in ("decode_temporaries", "prefill"))
+        decode, prefill = (row[key] for key in ("decode_temporaries", "prefill"))
         cells = [
             row["variant"],
             *(f"{size:.2f}" for size in sizes),
-            *(f"{size:.0f}" for size in small),
+            f"{decode / 2**20:.0f} ({decode / full:.1%})",
+            f"{prefill / 2**20:.0f}",
             *(counts(row[key]) for key in ("collectives_layer", "collectives_outside")),
             *(factor(row, key) for key in ("batch", "context")),
         ]

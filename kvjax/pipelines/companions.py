@@ -10,7 +10,7 @@ import jax
 
 from kvjax.hf.companions import copy_companions
 
-__all__ = ["bytes_per_token", "copy_companions", "peak_memory"]
+__all__ = ["bytes_per_token", "copy_companions", "peak_memory", "trim_memory"]
 
 
 def bytes_per_token(model, dtype: str) -> int:
