@@ -268,7 +268,8 @@ def plan(
 ) -> None:
     """What fits on devices that are not here: bytes, collectives, largest batch and context.
 
-    With libtpu installed, prefill and decode are compiled for the topology, without weights.
+    Prefill and decode are compiled for the topology, without weights or devices, where its
+    compiler is installed: libtpu, or jax's CUDA plugin.
     """
     from kvjax.pipelines import plan as pipeline
 

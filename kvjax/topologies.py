@@ -78,8 +78,8 @@ class Topology:
         """What jax must be told to have that much."""
         if self.kind.platform == "tpu":
             return ()
-        fraction = 1 - RESERVED
-        return (f"jax takes 75 % of a GPU's memory; XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g}.",)
+        needed = f"XLA_PYTHON_CLIENT_MEM_FRACTION={1 - RESERVED:g}"
+        return (f"jax takes 75 % of a GPU's memory by itself: this needs {needed}.",)
 
     def devices(self) -> list[Any]:
         """The devices, which only compile.
