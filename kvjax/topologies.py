@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kvjax.mesh import MESH_AXES
-from kvjax.virtual_gpu import shape, target_config
+from kvjax.virtual_gpu import target_config, topology_shape
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
     Raises:
         ValueError: jax's CUDA plugin is not installed, or older than 0.12.
     """
-    kind, name = topology.kind, shape(topology.count)
+    kind, name = topology.kind, topology_shape(topology.count)
     return _compile_only(
         topology.name,
         "jax 0.12 with its CUDA plugin (pip install 'jax[cuda13]>=0.12'; no GPU is needed)",

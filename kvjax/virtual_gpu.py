@@ -49,7 +49,7 @@ def target_config(device_kind: str, memory: int) -> str:
     return HOPPER.format(bandwidth=bandwidth, memory=memory, device_kind=device_kind)
 
 
-def shape(count: int) -> str:
+def topology_shape(count: int) -> str:
     """Partitions × hosts × GPUs of each, as XLA names a topology of so many GPUs."""
     hosts = count // NODE if count % NODE == 0 else 1
     return f"1x{hosts}x{count // hosts}"

@@ -1,20 +1,14 @@
 """`kvjax plan` through XLA's compiler for GPUs that are not here: `make test-aot-gpu`."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from cuda import needs_cuda
 
 from kvjax.pipelines.plan import Request, plan_capacity
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(
-        find_spec("jax_plugins.xla_cuda13") is None if find_spec("jax_plugins") else True,
-        reason="needs jax's CUDA plugin: make test-aot-gpu",
-    ),
-]
+pytestmark = [pytest.mark.aot, needs_cuda]
 
 
 @pytest.mark.parametrize("mesh", ["tensor=8", "data=2,tensor=4"])

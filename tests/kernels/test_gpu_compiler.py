@@ -4,11 +4,11 @@
 """
 
 import functools
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import pytest
+from cuda import needs_cuda
 from jax.sharding import SingleDeviceSharding
 from kernels.hlo import copies
 from kernels.loops import KINDS, decode_loop, largest
@@ -22,10 +22,6 @@ from pallas_kernels.quantized import is_quantized
 
 ENTRIES = ["bfloat16", "int8", "float8_e4m3fn"]
 CAPACITIES = (32, 3200, 64, 512, 2080, 96, 1024, 1184)
-needs_cuda = pytest.mark.skipif(
-    find_spec("jax_plugins.xla_cuda13") is None if find_spec("jax_plugins") else True,
-    reason="needs jax's CUDA plugin: make test-aot-gpu",
-)
 
 
 def shape(size, dtype="bfloat16"):
