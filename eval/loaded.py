@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvjax.headkv.policy import Policy, resolve
+from kvjax.headkv.allocators import HeadImportance
+from kvjax.headkv.policy import Compress, Policy, resolve
 from kvjax.headkv.scores import default_scores
+from kvjax.identity import array_digest
 from kvjax.nn import Transformer
 
 
@@ -35,3 +37,13 @@ def resolve_all(names: Sequence[str], model: Transformer) -> dict[str, Policy]:
     """Policies by name, with the model's head scores where they need some."""
     scores = default_scores(model.config)
     return {name: resolve(name, model.config, scores) for name in names}
+
+
+def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
+    """What the head scores of each policy that has some contain, as a digest."""
+    found = {}
+    for name, policy in policies.items():
+        allocator = policy.allocator if isinstance(policy, Compress) else None
+        if isinstance(allocator, HeadImportance) and allocator.scores is not None:
+            found[name] = array_digest(allocator.scores.samples)
+    return found

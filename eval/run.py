@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from eval import decoding, results, sizes, teacher
 from eval.batches import Shape, make_batches, shapes
-from eval.encoding import encode
+from eval.encoding import Prompt, encode, end_ids
 from eval.environment import environment
-from eval.loaded import Loaded, resolve_all
+from eval.loaded import Loaded, resolve_all, score_digests
 from eval.predictions import RESULTS, RunFolder, write_json
 from eval.progress import progress_bar
 from eval.settings import Settings
 from eval.task import Task
 from kvjax import processes
-from kvjax.context import identity
 from kvjax.headkv.policy import Policy
+from kvjax.identity import array_digest, identity
 
 
 def evaluate(
@@ -60,7 +61,8 @@ def evaluate(
         task, loaded.tokenizer, loaded.model.config, settings.chat, settings.max_length
     )
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
-    folder = RunFolder(out, request(loaded, task, settings, options or {}))
+    wanted = request(loaded, task, settings, options or {}, policies, prompts)
+    folder = RunFolder(out, wanted)
     before = len(folder.done)
     with progress_bar(quiet or not processes.is_writer()) as progress:
         total = len(policies) * sum(len(prompt.ids) for prompt in prompts) / jax.process_count()
@@ -104,23 +106,42 @@ def evaluate(
 
 
 def request(
-    loaded: Loaded, task: Task, settings: Settings, options: dict[str, Any]
+    loaded: Loaded,
+    task: Task,
+    settings: Settings,
+    options: dict[str, Any],
+    policies: Mapping[str, Policy],
+    prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
-    """config.json: all that the predictions depend on."""
-    digest = hashlib.sha256()
-    for item in task.items:
-        text = json.dumps([item.id, item.prompt, item.references, item.max_new_tokens])
-        digest.update(text.encode())
+    """config.json: all that the predictions and their scores depend on.
+
+    Names alone would not do: a checkpoint, a tokenizer or a score file of the same name may hold
+    something else by the time that the run goes on.
+    """
+    items = [
+        [item.id, item.prompt, item.references, item.max_new_tokens, item.group, dict(item.meta)]
+        for item in task.items
+    ]
+    model = identity(loaded.model.config, loaded.params)
+    chat = settings.chat and task.chat
     return {
         "task": task.name,
         "model": loaded.name,
-        "weights": identity(loaded.model, loaded.params),
-        "dtype": str(loaded.dtype),
+        "config": model.config,
+        "weights": model.digest,
+        "dtype": model.dtype,
         **dataclasses.asdict(settings),
         "options": options,
+        "head_scores": score_digests(policies),
+        "eos_ids": list(end_ids(loaded.tokenizer, loaded.model.config, chat)),
         "items": len(task.items),
-        "items_sha256": digest.hexdigest(),
+        "items_sha256": _digest([items, task.stops]),
+        "prompt_ids": array_digest(np.concatenate([(len(p.ids), *p.ids) for p in prompts])),
     }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def check_ids(task: Task) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from kvjax.decoding import prefill
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
+from kvjax.identity import Identity, identity
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
 from kvjax.prompts import bucket_length, check_prompts, pad
 from pallas_kernels import Quantized
 from pallas_kernels.segments import StaticSegments, TracedSegments
@@ -35,7 +36,8 @@ PARTS = {
         TracedSegments,
     )
 }
-FORMAT = "kvjax context 1"
+FORMAT = "kvjax context 2"
+"""Format 1 knew a model by its configuration and final norm only."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Context:
         cache: one cache a layer, of one sequence, without room for more tokens.
         length: tokens that were read.
         policy: how it was compressed, in words.
-        model: what identifies the model.
+        model: the model that read it.
     """
 
     cache: list[Any]
     length: int
     policy: str
-    model: str
+    model: Identity
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +65,8 @@ class Context:
         """Writes one safetensors file."""
         tensors: dict[str, np.ndarray] = {}
         layers = [_describe(cache, f"{i}", tensors) for i, cache in enumerate(self.cache)]
-        facts = {"length": self.length, "policy": self.policy, "model": self.model}
+        model = dataclasses.asdict(self.model)
+        facts = {"length": self.length, "policy": self.policy, "model": model}
         content = json.dumps({"format": FORMAT, "layers": layers, **facts})
         new = [
             NewTensor(name, array.dtype, array.shape, lambda array=array: array)
@@ -84,7 +87,7 @@ def compress(
 
     Raises:
         ValueError: no tokens, more than the model's context holds, a policy that cannot be
-            resolved, or one that bounds the growth (ring, every).
+            resolved, one that bounds the growth (ring, every), or logits that are not finite.
     """
     check_prompts(model.config, [tokens], 1, 0)
     resolved = resolve(policy, model.config, default_scores(model.config))
@@ -93,9 +96,11 @@ def compress(
     bucket = bucket_length(len(tokens))
     ids, lengths = pad([tokens], bucket)
     plan = resolved.plan(model.config, bucket, params["embedding"].dtype)
-    _, cache = prefill(model, params, ids, lengths, plan, max_new_tokens=0)
+    logits, cache = prefill(model, params, ids, lengths, plan, max_new_tokens=0)
+    if not np.isfinite(np.asarray(logits)).all():
+        raise not_finite("the logits after the text", model, params, tokens)
     name = policy if isinstance(policy, str) else type(policy).__name__
-    return Context(cache, len(tokens), name, identity(model, params))
+    return Context(cache, len(tokens), name, identity(model.config, params))
 
 
 def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
@@ -111,19 +116,23 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
     content = json.loads(metadata.get("kvjax", "{}"))
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} is no context: got {content.get('format')}, expected {FORMAT}")
-    mine = identity(model, params)
-    if content["model"] != mine:
-        raise ValueError(f"{path} is a context of model {content['model']}, this one is {mine}")
+    made_with = Identity(**content["model"])
     cache = [_rebuild(layer, stored) for layer in content["layers"]]
-    return Context(cache, content["length"], content["policy"], content["model"])
+    context = Context(cache, content["length"], content["policy"], made_with)
+    check_model(context, model, params, str(path))
+    return context
 
 
-def identity(model: Transformer, params: Any) -> str:
-    """A short fingerprint of the configuration and of the final norm's weights."""
-    config = dataclasses.replace(model.config, source="", hf_json="")
-    weights = np.asarray(params["final_norm"]).tobytes()
-    digest = hashlib.sha256(repr(config).encode() + weights).hexdigest()
-    return f"{model.config.model_type}-{digest[:12]}"
+def check_model(
+    context: Context, model: Transformer, params: Any, name: str = "the context"
+) -> None:
+    """Raises ValueError, which says what differs, unless this very model read the context.
+
+    All weights are read once, which takes about as long as one step of decoding.
+    """
+    found = identity(model.config, params).differences(context.model)
+    if found:
+        raise ValueError(f"{name} is of another model: {found}")
 
 
 def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from toys import random_params
 import kvjax
 from kvjax import transmla
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.hf.tensor_file import write_file
 from kvjax.nn import Transformer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
@@ -88,6 +90,32 @@ def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tm
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_context_is_of_these_very_weights(tmp_path):
+    """Training the key and value projections changes neither configuration nor final norm."""
+    model, params = build(GQA, GQA)
+    path = tmp_path / "text.kv"
+    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    context.save(path)
+    attention = params["layers_1"]["attn"]
+    tuned = params["layers_1"] | {"attn": attention | {"k": attention["k"].at[3, 1, 2].add(1e-6)}}
+    tuned = params | {"layers_1": tuned}
+    with pytest.raises(ValueError, match=r"text.kv is of another model: other weights in layers_1"):
+        kvjax.load_context(path, model, tuned)
+    with pytest.raises(ValueError, match=r"the context is of another model: other weights in lay"):
+        kvjax.generate(model, tuned, QUESTIONS, context=context)
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    with pytest.raises(ValueError, match=r"another model: dtype float32, expected bfloat16$"):
+        kvjax.load_context(path, model, half)
+
+
+def test_a_context_of_the_first_format_is_refused(tmp_path):
+    model, params = build(GQA)
+    content = json.dumps({"format": "kvjax context 1", "model": "llama-0123456789ab"})
+    write_file(tmp_path / "old.kv", [], {"kvjax": content})
+    with pytest.raises(ValueError, match=r"got kvjax context 1, expected kvjax context 2"):
+        kvjax.load_context(tmp_path / "old.kv", model, params)
+
+
 def test_errors(tmp_path):
     model, params = build(GQA)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
@@ -98,7 +126,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"prompt 0 has .* expected at most 256 in all"):
         kvjax.generate(model, params, [[1] * 180], max_new_tokens=10, context=context)
     context.save(tmp_path / "text.kv")
-    with pytest.raises(ValueError, match="context of model llama-"):
+    with pytest.raises(ValueError, match=r"text.kv is of another model: configuration llama-"):
         kvjax.load_context(tmp_path / "text.kv", *build(GQA, GQA))
     with pytest.raises(ValueError, match="no context at"):
         kvjax.load_context(tmp_path / "nothing.kv", model, params)

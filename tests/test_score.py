@@ -103,6 +103,12 @@ def test_a_run_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
         score(out)
     line = fails(capsys, out, f"{ARGUMENTS} --seed 7")
     assert "holds an unfinished run with other settings (seed 0, now 7" in line
+    lines = (tmp_path / "heads.partial.jsonl").read_text().splitlines(keepends=True)
+    request = json.loads(lines[0])
+    changed = json.dumps(request | {"weights": "0" * 12}) + "\n"  # as if trained in between
+    (tmp_path / "heads.partial.jsonl").write_text(changed + "".join(lines[1:]))
+    named = f"other settings (weights 000000000000, now {request['weights']})"
+    assert named in fails(capsys, out, ARGUMENTS)
     (tmp_path / "heads.partial.jsonl").write_text("[]\n{}\n")
     assert "remove it to start over" in fails(capsys, out, ARGUMENTS)
 

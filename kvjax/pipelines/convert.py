@@ -18,7 +18,7 @@ from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits, output_params
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
-from kvjax.pipelines.unfinished import Output, describe
+from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.sharding import param_shapes
 from kvjax.transmla.calibration import embed, run_block
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
@@ -55,12 +55,13 @@ def convert_checkpoint(
             the conversion is not possible.
     """
     start = time.monotonic()
+    check_out(out)
     model = read_model(source)
     inits = checked_inits(init, None, rope_site)
     gqa_layers(model)
     settings = {"method": method, "init": init, "rope_site": rope_site}
-    with Output(out, settings | describe(model, dtype)) as output:
-        params = open_params(source, dtype, named_mesh(mesh))
+    params = open_params(source, dtype, named_mesh(mesh))
+    with Output(out, settings | describe(model, params, dtype)) as output:
         _write_layers(model, params, output, inits, rope_site)
         top = write_top(model, params, output)
         streams = output.finished.streams

@@ -22,7 +22,7 @@ from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.convert import write_top
-from kvjax.pipelines.unfinished import Output, describe
+from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.calibration import embed, run_block
@@ -108,11 +108,12 @@ def decouple_checkpoint(
             the conversion is not possible.
     """
     start = time.monotonic()
+    check_out(out)
     model = read_model(source)
     fit, held = calibration_tokens(source, wanted.calibration, wanted.tokens, wanted.length)
     wanted.settled(model, fit)  # refused before anything is computed
-    with Output(out, wanted.request(fit, held) | describe(model, dtype)) as output:
-        params, stats = open_params(source, dtype, named_mesh(mesh)), None
+    params, stats = open_params(source, dtype, named_mesh(mesh)), None
+    with Output(out, wanted.request(fit, held) | describe(model, params, dtype)) as output:
         choose = wanted.recipe == "published" and wanted.fold == 0
         if wanted.stats is not None or choose:
             batches = [fit[i : i + REPLAY] for i in range(0, len(fit), REPLAY)]

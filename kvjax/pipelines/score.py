@@ -19,6 +19,7 @@ from kvjax.headkv.importance import BatchScores, score_examples
 from kvjax.headkv.scores import HeadScores
 from kvjax.headkv.stability import split_half
 from kvjax.hf import load, load_tokenizer
+from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.pipelines import partial
@@ -100,7 +101,9 @@ def score_checkpoint(
     total = len(bucketed(examples, batch_size))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial.partial_path(out)
-    finished = partial.resume(unfinished, request(model, grid, examples, batch_size, dtype))
+    weights = identity(model.config, params).digest
+    wanted = request(model, grid, examples, batch_size, dtype) | {"weights": weights}
+    finished = partial.resume(unfinished, wanted)
     with progress_bar() as progress:
         task = progress.add_task("head importance", total=total, completed=len(finished))
 
@@ -133,7 +136,7 @@ def score_checkpoint(
 def request(
     model: Transformer, grid: Grid, examples: Sequence[Example], batch_size: int, dtype: str
 ) -> dict[str, Any]:
-    """All that the batches of a run depend on, as JSON values."""
+    """All that the batches of a run depend on besides the weights, as JSON values."""
     digest = hashlib.sha256(repr([(e.prompt, e.answer, e.span) for e in examples]).encode())
     return {
         "model": model_name(model),

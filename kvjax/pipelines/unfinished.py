@@ -22,6 +22,7 @@ import numpy as np
 from kvjax.config import AttentionConfig
 from kvjax.hf import native
 from kvjax.hf.tensor_file import NewTensor, map_file, read_header, read_metadata, write_file
+from kvjax.identity import identity
 from kvjax.nn import Transformer
 from kvjax.pipelines.companions import copy_companions, trim_memory
 from kvjax.pipelines.partial import differences
@@ -124,20 +125,27 @@ class Output:
         (self.out / PART).replace(self.out / FILE)
 
 
-def describe(model: Transformer, dtype: str) -> dict[str, Any]:
-    """The part of a request that says what is converted."""
+def describe(model: Transformer, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The part of a request that says what is converted; every weight is read once for it."""
     raw = {**native.encode(model.config), "source": ""}
     digest = hashlib.sha256(json.dumps(raw).encode()).hexdigest()[:12]
-    return {"model": Path(model.config.source).name, "config": digest, "dtype": dtype}
+    weights = identity(model.config, params).digest
+    name = Path(model.config.source).name
+    return {"model": name, "config": digest, "dtype": dtype, "weights": weights}
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError for a directory that holds something else; before weights are read."""
+    present = {path.name for path in out.iterdir()} if out.exists() else set()
+    if FILE not in present and present - {PART}:
+        raise ValueError(f"{out} is not empty, expected a new directory")
 
 
 def _read(out: Path, request: dict[str, Any]) -> Finished:
-    present = {path.name for path in out.iterdir()} if out.exists() else set()
-    if FILE not in present:
-        if present - {PART}:
-            raise ValueError(f"{out} is not empty, expected a new directory")
-        return Finished()
+    check_out(out)
     path = out / FILE
+    if not path.exists():
+        return Finished()
     try:
         tensors, metadata = read_header(path), read_metadata(path)
         other, attention = json.loads(metadata["request"]), json.loads(metadata["attention"])

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import GQAConfig, ModelConfig
+from kvjax.identity import identity
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import embed_tokens
 from kvjax.transmla.layer import (
@@ -27,7 +28,7 @@ from kvjax.transmla.layer import (
 )
 
 QUERY_ROWS = 128  # queries whose attention over all keys exists at a time
-FORMAT = 1
+FORMAT = 2  # 1 did not say whose moments they are
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ class Stats:
     Attributes:
         layers: one entry a layer.
         tokens: int32 [S, T], the calibration text: refits replay it.
+        model: digest of the model's identity, where `calibrate` was given a file; else "".
     """
 
     layers: tuple[LayerStats, ...]
     tokens: Int[np.ndarray, "S T"]
+    model: str = ""
 
     def save(self, path: str | Path) -> None:
         """Writes one .npz file, whole or not at all."""
-        arrays: dict[str, Any] = {"format": FORMAT, "tokens": self.tokens}
+        arrays: dict[str, Any] = {"format": FORMAT, "tokens": self.tokens, "model": self.model}
         for index, layer in enumerate(self.layers):
             for name, value in vars(layer).items():
                 if value is not None:
@@ -86,12 +89,12 @@ class Stats:
                 arrays = dict(file)
             if int(arrays.pop("format")) != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
-            tokens = arrays.pop("tokens")
+            tokens, model = arrays.pop("tokens"), str(arrays.pop("model"))
             parts: dict[int, dict[str, np.ndarray]] = {}
             for name, value in arrays.items():
                 index, field = name.split("/")
                 parts.setdefault(int(index), {})[field] = value
-            return cls(tuple(LayerStats(**parts[i]) for i in range(len(parts))), tokens)
+            return cls(tuple(LayerStats(**parts[i]) for i in range(len(parts))), tokens, model)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{path} holds no calibration: {error}") from None
 
@@ -118,10 +121,15 @@ def calibrate(
 
     Raises:
         ValueError: no batch, batches of different lengths or with ids that the model does not
-            have, layers without GQA, or a `resume` file of other batches.
+            have, layers without GQA, or a `resume` file of other batches or another model.
     """
     bases = gqa_layers(model)
+    owner = "" if resume is None else identity(model.config, params).digest
     state = Stats.load(resume) if resume is not None and Path(resume).exists() else None
+    if state is not None and state.model != owner:
+        raise ValueError(
+            f"{resume} holds the moments of model {state.model or '–'}, this one is {owner}"
+        )
     rows = 0
     for batch in batches:
         tokens = _checked(model, batch, state)
@@ -130,7 +138,8 @@ def calibrate(
             if not np.array_equal(state.tokens[start:rows], tokens):
                 raise ValueError(f"{resume} holds the moments of other batches")
             continue
-        state = _add(state, _observe_batch(model, params, bases, tokens, input_moments))
+        new = _observe_batch(model, params, bases, tokens, input_moments)
+        state = dataclasses.replace(_add(state, new), model=owner)
         if resume is not None:
             state.save(resume)
     if state is None:

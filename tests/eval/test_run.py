@@ -25,6 +25,7 @@ from eval.results import statistics
 from eval.run import evaluate
 from eval.settings import Settings
 from kvjax import transmla
+from kvjax.headkv.scores import HeadScores
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ("full", "snapkv:kv_size=12,window=4")
@@ -147,6 +148,50 @@ def test_another_run_is_refused(finished):
         run(toys.task(), out, other)
     with pytest.raises(ValueError, match=r"holds another run .*items_sha256"):
         run(toys.task(lengths=(33, 60)), out)
+
+
+def test_a_run_on_other_weights_is_another_run(finished):
+    """Fine-tuned projections change neither configuration nor final norm."""
+    out, _ = finished
+    loaded = toys.loaded()
+    layer = loaded.params["layers_0"]
+    attention = layer["attn"] | {"v": layer["attn"]["v"].at[0, 0, 0].add(1e-5)}
+    tuned = loaded.params | {"layers_0": layer | {"attn": attention}}
+    tuned = dataclasses.replace(loaded, params=tuned)
+    with pytest.raises(ValueError, match=r"holds another run \(weights '\w{12}', now '\w{12}'\)"):
+        evaluate(tuned, toys.task(), SETTINGS, out, quiet=True)
+
+
+def test_other_head_scores_are_another_run(tmp_path):
+    """Under the name that they had: a score file, and the model's own."""
+    heads, own = tmp_path / "heads.json", tmp_path / "model" / "head_scores.json"
+    toys.SCORES.save(heads)
+    toys.checkpoint(own.parent)
+    model, params = kvjax.load(own.parent, dtype="float32")
+    loaded = dataclasses.replace(toys.loaded(), model=model, params=params)
+    names = (f"headkv:kv_size=12,window=4,scores={heads}", "headkv:kv_size=12,window=4")
+    settings, task = dataclasses.replace(SETTINGS, policies=names), toys.task(2)
+    evaluate(loaded, task, settings, tmp_path / "run", quiet=True)
+    other = HeadScores(toys.SCORES.samples[::-1])
+    for path in (heads, own):
+        other.save(path)
+        with pytest.raises(ValueError, match=r"holds another run \(head_scores \{"):
+            evaluate(loaded, task, settings, tmp_path / "run", quiet=True)
+        toys.SCORES.save(path)
+    again = evaluate(loaded, task, settings, tmp_path / "run", quiet=True)
+    assert again["computed"] == 0
+
+
+def test_what_judges_the_answers_is_part_of_the_run(finished):
+    out, _ = finished
+    task = toys.task()
+    item = dataclasses.replace(task.items[0], meta={"test": "assert True"})
+    for other in (
+        dataclasses.replace(task, stops=(".",)),
+        dataclasses.replace(task, items=(item, *task.items[1:])),
+    ):
+        with pytest.raises(ValueError, match=r"holds another run \(items_sha256"):
+            run(other, out)
 
 
 def test_a_damaged_line_is_named(tmp_path, finished):

@@ -96,6 +96,10 @@ def test_an_interrupted_run_goes_on(toy, tmp_path):
         calibrate(model, params, batches[::-1], resume=path)
     with pytest.raises(ValueError, match="holds 6 sequences, the batches have 4"):
         calibrate(model, params, batches[:2], resume=path)
+    layer = params["layers_0"]
+    other = params | {"layers_0": layer | {"attn": jax.tree.map(lambda x: -x, layer["attn"])}}
+    with pytest.raises(ValueError, match=r"holds the moments of model \w{12}, this one is \w{12}"):
+        calibrate(model, other, batches, resume=path)
 
 
 def test_under_a_mesh(toy):

@@ -179,6 +179,13 @@ def test_other_settings_are_refused(source, tmp_path):
     wanted = decouple.Decoupling(calibration=tokens, **SIZES)
     with pytest.raises(ValueError, match=r"text \w+, now \w+"):
         decouple.decouple_checkpoint(str(source / "model"), out, wanted, "float32")
+    model, params = kvjax.load(source / "model", dtype="float32")
+    norm = params["layers_1"]["attn_pre_norm"].at[0].add(1e-5)
+    tuned = params | {"layers_1": params["layers_1"] | {"attn_pre_norm": norm}}
+    kvjax.save(model, tuned, tmp_path / "model")
+    (tmp_path / "tokens.npy").write_bytes((source / "tokens.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"weights \w+, now \w+"):
+        run(tmp_path, out, "decoupled")
     assert sorted(out.rglob("*")) == before
     assert_same(source, out, "decoupled", run(source, out, "decoupled"))
 
