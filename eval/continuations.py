@@ -18,6 +18,7 @@ from kvjax.decoding import prefill
 from kvjax.generation import full_cache_bytes, make_plan
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
 from kvjax.prompts import bucket_length, pad
 
 PIECE = 64  # tokens of a continuation that are fed at a time
@@ -78,7 +79,8 @@ def compressed(
         )
         total, greedy = total + more, greedy & right
     full = full_cache_bytes(model, params, (len(reads), bucket), room)
-    return Scored(np.asarray(total), np.asarray(greedy), held, full)
+    sums = _checked(np.asarray(total), model, params, contexts, continuations)
+    return Scored(sums, np.asarray(greedy), held, full)
 
 
 def dense(
@@ -97,7 +99,24 @@ def dense(
         wanted[row, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
     total, greedy = _forward(model, params, tokens[:, :-1], wanted)
     full = full_cache_bytes(model, params, (len(rows), bucket), 0)
-    return Scored(np.asarray(total), np.asarray(greedy), full, full)
+    sums = _checked(np.asarray(total), model, params, contexts, continuations)
+    return Scored(sums, np.asarray(greedy), full, full)
+
+
+def _checked(
+    sums: Float[np.ndarray, " B"],
+    model: Transformer,
+    params: Any,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> Float[np.ndarray, " B"]:
+    """The log-likelihoods; raises ValueError for those that are not finite."""
+    bad = ~np.isfinite(sums)
+    if bad.any():
+        row = int(np.argmax(bad))
+        ids = [*contexts[row], *continuations[row]]
+        raise not_finite("the log-likelihoods", model, params, ids)
+    return sums
 
 
 def check_feedable(policy: Policy) -> None:

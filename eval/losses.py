@@ -19,7 +19,7 @@ from kvjax.generation import make_plan
 from kvjax.headkv.plan import Plan
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
-from kvjax.tasks.perplexity import chunk_losses
+from kvjax.tasks.perplexity import check_losses, chunk_losses
 
 PIECE = 128  # tokens of a continuation that are fed at a time
 
@@ -53,6 +53,7 @@ def dense(
     length = rows.shape[1]
     for start, batch in _batches(rows, batch_size):
         losses = np.asarray(chunk_losses(model, params, jnp.asarray(batch)))
+        check_losses(losses, model, params, batch)
         fresh = [row[-stride:] if stride < length else row for row in losses]
         if start == 0:
             fresh[0] = losses[0]
@@ -102,7 +103,9 @@ def continuation_losses(
         positions[:, :count] = np.arange(start, start + count)
         losses, cache = _feed(model, params, fed, positions, wanted, cache, np.full(B, T, np.int32))
         found.append(losses[:, :count])
-    return np.concatenate([np.asarray(part) for part in found], axis=1)
+    losses = np.concatenate([np.asarray(part) for part in found], axis=1)
+    check_losses(losses, model, params, tokens)
+    return losses
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)

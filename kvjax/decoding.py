@@ -17,7 +17,7 @@ from kvjax.cache.room import repeat, with_room
 from kvjax.headkv.plan import Plan, sliding_windows
 from kvjax.mesh import Layout
 from kvjax.nn import Transformer
-from kvjax.sampling import Sampling, sample
+from kvjax.sampling import NO_TOKEN, Sampling, sample
 
 CHUNK = 512  # prompt tokens that a layer reads at a time
 
@@ -29,7 +29,7 @@ class DecodeState:
     Attributes:
         cache: one cache a layer, see `kvjax.cache.with_layer`.
         token: [B] the newest token, not yet in the cache.
-        finished: [B] an EOS was produced.
+        finished: [B] an EOS was produced, or NO_TOKEN.
         output: [B, max_new_tokens] tokens so far.
         step: tokens produced so far.
         keys: [B] random keys, one a sequence.
@@ -247,10 +247,11 @@ def push_token(
         # Sampling ranks all tokens of a sequence.
         logits = state.layout.place(logits, "batch")
     token = sample(logits, keys, sampling)
+    ends = (token == NO_TOKEN) | jnp.any(token[:, None] == eos[None], axis=1)
     return replace(
         state,
         token=token,
-        finished=state.finished | jnp.any(token[:, None] == eos[None], axis=1),
+        finished=state.finished | ends,
         output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, state.step)),
         step=state.step + 1,
     )

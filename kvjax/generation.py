@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import cache_bytes
-from kvjax.context import Context
+from kvjax.context import Context, check_model
 from kvjax.decoding import (
     DecodeState,
     compress_again,
@@ -26,9 +26,10 @@ from kvjax.headkv.scores import default_scores
 from kvjax.headkv.split_plan import on_mesh
 from kvjax.mesh import mesh_of
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
 from kvjax.prefill_groups import prefill_in_groups
 from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys, prompt_words
-from kvjax.sampling import Sampling
+from kvjax.sampling import NO_TOKEN, Sampling
 
 STREAM_CHUNK = 32  # decode steps between two looks of the host
 
@@ -92,7 +93,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a prompt that with
             max_new_tokens exceeds the context, a sampling setting out of range, a policy that
-            cannot be resolved.
+            cannot be resolved, a context of another model, logits that are not finite.
     """
     before = 0 if context is None else context.length
     check_prompts(model.config, prompts, max_new_tokens, before)
@@ -114,6 +115,9 @@ def generate(
         state = replace(state, cache=cache)
         for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens, plan):
             for index, ids in zip(indices, new, strict=True):
+                if NO_TOKEN in ids:
+                    read_ids = [*prompts[index], *result.tokens[index]]
+                    raise not_finite(f"the logits of prompt {index}", model, params, read_ids)
                 result.tokens[index] += ids
                 if on_tokens is not None and ids:
                     on_tokens(index, ids)
@@ -135,6 +139,7 @@ def _reader(
 ) -> Reader:
     """How prompts are read: from the start, or after a context."""
     if context is not None:
+        check_model(context, model, params)
 
         def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
             logits, cache = extend(model, params, tokens, lengths, context.cache, max_new_tokens)

@@ -7,7 +7,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+NO_TOKEN = -1
+"""Stands where logits are not finite: without it the answer would be token 0 for ever."""
 
 
 @flax.struct.dataclass
@@ -50,12 +53,27 @@ def sample(
     keys_B: Key[Array, " B"] | UInt32[Array, "B _"],
     sampling: Sampling,
 ) -> Int[Array, " B"]:
-    """One token a sequence, int32; each with its own key, so that rows don't see each other."""
-    return jax.lax.cond(
+    """One token a sequence, int32; each with its own key, so that rows don't see each other.
+
+    NO_TOKEN where a logit is not finite.
+    """
+    token_B = jax.lax.cond(
         sampling.temperature > 0,
         lambda: jax.vmap(_sample_row, (0, 0, None))(logits_BV, keys_B, sampling),
         lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
     )
+    return jnp.where(finite_rows(logits_BV), token_B, jnp.int32(NO_TOKEN))
+
+
+def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """The id with the largest logit, int32; NO_TOKEN where a logit is not finite."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
+
+
+def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
+    """Whether all numbers of a row are finite."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

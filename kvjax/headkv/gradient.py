@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.headkv.batches import Batch, positions, step_positions
 from kvjax.headkv.scores import query_heads
 from kvjax.nn import Transformer
+from kvjax.sampling import most_likely
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -66,7 +67,7 @@ def answer_loss(
     loss = -jnp.take_along_axis(log_p, batch.answers[..., None], axis=-1)[..., 0]
     sizes = jnp.sum(batch.steps, axis=1, dtype=jnp.int32).astype(jnp.float32)
     loss = jnp.sum(jnp.where(batch.steps, loss, 0.0), axis=1) / sizes
-    return jnp.sum(loss), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.sum(loss), most_likely(logits)
 
 
 def gate_heads(params: Any, layer: int, gates: Float[Array, " N"]) -> Any:

@@ -25,6 +25,8 @@ from kvjax.headkv.prompt import Prompt, query_attention
 from kvjax.headkv.reductions import Reduce, attended, copied, induced
 from kvjax.headkv.scores import HeadScores, query_heads
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
+from kvjax.sampling import NO_TOKEN, most_likely
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
 """Model, params, batch to scores of every head [B, L, N] and the token expected at each step
@@ -86,7 +88,7 @@ def score_examples(
 
     Raises:
         ValueError: an unknown estimator, no example, a span outside of its prompt, or no example
-            that counts.
+            that counts; scores or logits that are not finite.
     """
     name, chosen = _estimator(estimator)
     check_examples(examples, chosen.needs_span)
@@ -134,11 +136,19 @@ def measure_batches(
     for indices in batches:
         chunk = [examples[i] for i in indices]
         values, predicted = estimator.measure(model, params, make_batch(chunk, steps, batch_size))
-        answers = [
-            estimator.answer_score(row[steps - len(example.answer) :].tolist(), example.answer)
+        heads = np.asarray(values, np.float64)[: len(chunk)]
+        said = [
+            row[steps - len(example.answer) :].tolist()
             for example, row in zip(chunk, np.asarray(predicted), strict=False)
         ]
-        heads = np.asarray(values, np.float64)[: len(chunk)]
+        for index, answer, scores in zip(indices, said, heads, strict=True):
+            if NO_TOKEN in answer or not np.isfinite(scores).all():
+                what = f"the scores of example {index}"
+                raise not_finite(what, model, params, examples[index].prompt)
+        answers = [
+            estimator.answer_score(answer, example.answer)
+            for answer, example in zip(said, chunk, strict=True)
+        ]
         yield BatchScores(indices, heads, np.asarray(answers, np.float64))
 
 
@@ -163,7 +173,7 @@ def score_batch(
         scores.append(reduce(query_attention(prompt), batch))
     x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
     logits = apply(x, method="unembed")
-    return jnp.stack(scores, axis=1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.stack(scores, axis=1), most_likely(logits)
 
 
 def attention_estimator(reduce: Reduce, **rest: Any) -> Estimator:

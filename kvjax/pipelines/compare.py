@@ -26,6 +26,8 @@ from kvjax.headkv.policy import Compress
 from kvjax.headkv.prompt import Scorer
 from kvjax.headkv.scorers import ObservationWindow
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
+from kvjax.sampling import NO_TOKEN, most_likely
 
 INSIDE, AFTER = "inside", "after"
 PROTOCOLS = (INSIDE, AFTER)
@@ -84,8 +86,8 @@ def compare(
         on_batch: called with the number of examples done.
 
     Raises:
-        ValueError: an unknown protocol, policies of different windows, or examples that do not
-            say how long their question is.
+        ValueError: an unknown protocol, policies of different windows, examples that do not say
+            how long their question is, or logits that are not finite.
     """
     _check(examples, policies, protocol)
     everything = Compress(Uniform(), ObservationWindow(), kv_size=model.config.context_length)
@@ -108,6 +110,12 @@ def compare(
             chosen = tuple(_seen_by(cache, scorers, plan.scorer) for cache in caches)
             found = answer(model, params, chosen, batch.fed, batch.positions, plan)
             found = np.concatenate([np.asarray(first)[:, None], np.asarray(found)], axis=1)
+            lost = ((found == NO_TOKEN) & (batch.wanted >= 0)).any(axis=1)
+            if lost.any():
+                row = int(np.argmax(lost))
+                ids = [*padded[row].prompt, *padded[row].answer]
+                what = f"the logits of example {start + row} under policy {name!r}"
+                raise not_finite(what, model, params, ids)
             hits = ((found == batch.wanted) | (batch.wanted < 0)).all(axis=1)
             right[name][start : part.stop] = hits[: len(part)]
             if name not in sizes:
@@ -141,7 +149,7 @@ def read(
         x, cache = read_layer(layer_call, x, lengths, cache, lengths, CHUNK)
         caches.append(cache)
     x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return caches, jnp.argmax(call("unembed", x)[:, 0], axis=-1).astype(jnp.int32)
+    return caches, most_likely(call("unembed", x)[:, 0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
@@ -156,7 +164,7 @@ def answer(
     """The most likely token after each fed one, over the compressed caches."""
     small = finish(caches, plan, fed.shape[1])
     logits, _ = model.apply({"params": params}, fed, positions, small)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return most_likely(logits)
 
 
 def finish(caches: Sequence[PromptCache], plan: CompressedPlan, room: int) -> list[Any]:

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -29,12 +30,26 @@ def perplexity(model: Transformer, params: Any, batches: Iterable[np.ndarray]) -
         batches: int32 [B, T] each; T (and B) may differ, every shape compiles once.
 
     Raises:
-        ValueError: no batch, or chunks of a single token: nothing to predict.
+        ValueError: no batch, or chunks of a single token: nothing to predict; or losses that are
+            not finite.
     """
     total, count = 0.0, 0
     for tokens in batches:
         losses = np.asarray(chunk_losses(model, params, jnp.asarray(tokens)), np.float64)
+        check_losses(losses, model, params, tokens)
         total, count = total + losses.sum(), count + losses.size
     if count == 0:
         raise ValueError("got no token to predict, expected chunks of at least two tokens")
     return float(np.exp(total / count))
+
+
+def check_losses(
+    losses: Float[np.ndarray, "B C"],
+    model: Transformer,
+    params: Any,
+    tokens: Int[np.ndarray, "B T"],
+) -> None:
+    """Raises ValueError for losses that are not finite, and says where they come from."""
+    bad = ~np.isfinite(losses).all(axis=1)
+    if bad.any():
+        raise not_finite("the losses of the text", model, params, tokens[np.argmax(bad)])

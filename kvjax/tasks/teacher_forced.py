@@ -15,12 +15,14 @@ from jaxtyping import Array, Int
 
 from kvjax.example import Example
 from kvjax.nn import Transformer
+from kvjax.numerics import not_finite
+from kvjax.sampling import NO_TOKEN, most_likely
 
 BUCKET = 128  # lengths are rounded up to a multiple, so that few shapes compile
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _argmax(
+def _most_likely(
     model: Transformer,
     params: Any,
     tokens: Int[Array, "B T"],
@@ -29,8 +31,7 @@ def _argmax(
 ) -> Int[Array, "B A"]:
     """The most likely next token after each position `at`."""
     logits, _ = model.apply({"params": params}, tokens, positions)
-    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.take_along_axis(predicted, at, axis=1)
+    return jnp.take_along_axis(most_likely(logits), at, axis=1)
 
 
 def predictions(
@@ -40,6 +41,9 @@ def predictions(
 
     Returns:
         len(answer) + 1 ids each; the last one should be `eos_id`.
+
+    Raises:
+        ValueError: logits that are not finite.
     """
     longest_answer = max((len(example.answer) for example in examples), default=0) + 1
     out: list[list[int]] = []
@@ -55,10 +59,14 @@ def predictions(
             positions[index, : len(row)] = np.arange(len(row))
             count = len(example.answer) + 1
             at[index, :count] = len(example.prompt) - 1 + np.arange(count)
-        found = np.asarray(_argmax(model, params, tokens, positions, at))
-        out += [
-            found[index, : len(example.answer) + 1].tolist() for index, example in enumerate(chunk)
-        ]
+        found = np.asarray(_most_likely(model, params, tokens, positions, at))
+        for index, example in enumerate(chunk):
+            answer = found[index, : len(example.answer) + 1].tolist()
+            if NO_TOKEN in answer:
+                raise not_finite(
+                    f"the logits of example {first + index}", model, params, rows[index]
+                )
+            out.append(answer)
     return out
 
 
