@@ -7,7 +7,8 @@
       "all": {"score", "standard_error", "items"},
       "groups": {group: the same},
       "cache_bytes", "full_cache_bytes", "gqa_cache_bytes",     # means over the items
-      "kept": {bucket: [L][K] tokens},                           # where the policy gives them
+      "kept": {bucket: [L][K] tokens},     # of a prompt that fills it, where the policy gives them
+      "kept_share": mean share of a prompt's tokens that a head keeps; of protocol "generate"
       "prompt_tokens": {"least", "mean", "most"}, "truncated",
       "summary": the task's own numbers, if it has some,
   }],

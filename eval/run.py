@@ -87,6 +87,11 @@ def evaluate(
     else:
         read = teacher.shapes(task, prompts, settings.protocol)
     rows = [_row(loaded, task, name, policy, read, folder) for name, policy in policies.items()]
+    if settings.protocol == "generate":
+        lengths = [len(prompt.ids) for prompt in prompts]
+        for row, policy in zip(rows, policies.values(), strict=True):
+            config, dtype = loaded.model.config, loaded.dtype
+            row["kept_share"] = sizes.kept_share(policy, config, lengths, dtype)
     report = {
         "task": task.name,
         "metric": task.metric if settings.protocol == "generate" else teacher.METRIC,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from kvjax.headkv.plan import CompressedPlan, unconverted
 from kvjax.headkv.policy import Policy
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
+from kvjax.prompts import bucket_length
 from kvjax.sharding import param_shapes
 
 
@@ -61,16 +63,23 @@ def gqa_config(config: ModelConfig) -> ModelConfig | None:
     return base if _is_gqa(base) else None
 
 
-def kept_tokens(policy: Policy, config: ModelConfig, bucket: int, dtype: Any) -> Any:
+def kept_tokens(policy: Policy, config: ModelConfig, prompt_len: int, dtype: Any) -> Any:
     """[L][K] tokens that each head keeps of a prompt, its window included; None: everything.
 
     Of policies with a split these are the budgets that the heads of a layer share.
     """
-    plan = policy.plan(config, bucket, jnp.dtype(dtype))
-    if not isinstance(plan, CompressedPlan):
-        return None
-    windows = [plan.kept_window(layer) for layer in range(config.num_layers)]
-    return [[cap + w for cap in caps] for caps, w in zip(plan.caps, windows, strict=True)]
+    plan = policy.plan(config, prompt_len, jnp.dtype(dtype))
+    return plan.kept(prompt_len).tolist() if isinstance(plan, CompressedPlan) else None
+
+
+def kept_share(policy: Policy, config: ModelConfig, lengths: Sequence[int], dtype: Any) -> float:
+    """Share of a prompt's tokens that a head keeps, the mean over heads and prompts."""
+    shares = {}
+    for length in set(lengths):
+        plan = policy.plan(config, bucket_length(length), jnp.dtype(dtype))
+        compresses = isinstance(plan, CompressedPlan)
+        shares[length] = float(plan.kept(length).mean()) / length if compresses else 1.0
+    return sum(shares[length] for length in lengths) / len(lengths)
 
 
 def _is_gqa(config: ModelConfig) -> bool:

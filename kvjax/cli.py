@@ -5,9 +5,10 @@ Heavy imports wait until a command needs them, so that `kvjax --help` is instant
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,6 +87,9 @@ def convert(
 
     An interrupted run continues where it stopped when the same command is given again.
     """
+    given = locals()
+    _refuse_others(convert, given, OF_METHOD, method, "--method")
+    _refuse_others(convert, given, {"published": ("fold",)}, recipe, "--recipe")
     if method == "equal_cache":
         from kvjax.pipelines.convert import convert_checkpoint
 
@@ -135,6 +139,8 @@ def export(
 
     Tokenizer and generation defaults come along; what was written is checked in the end.
     """
+    of_norm = {"rms": ("calibration", "calibration_tokens")}
+    _refuse_others(export, locals(), of_norm, norm, "--norm")
     from kvjax.pipelines.export import export_checkpoint
 
     report = export_checkpoint(
@@ -191,6 +197,9 @@ def generate(
     json_file: Json = None,
 ) -> None:
     """Continues a text; tokens appear as they are made."""
+    if temperature == 0:
+        of_sampling = {"above 0": ("top_p", "top_k")}
+        _refuse_others(generate, locals(), of_sampling, "0", "--temperature")
     from kvjax.pipelines.text import generate_text
 
     report = generate_text(
@@ -294,6 +303,41 @@ def plan(
     for note in notes:
         Console().print(note)
     _write_json(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
+
+
+OF_METHOD = {
+    "equal_cache": ("init", "rope_site"),
+    "decoupled": (
+        *("kv_rank", "rope_dim", "v_head_dim", "calibration", "calibration_tokens"),
+        *("calibration_length", "stats", "exportable", "mode", "recipe", "fold"),
+    ),
+}
+"""Settings of `convert` that only one method reads."""
+
+
+def _refuse_others(
+    command: Callable[..., None],
+    given: Mapping[str, Any],
+    readers: Mapping[str, Sequence[str]],
+    chosen: str,
+    option: str,
+) -> None:
+    """Raises ValueError for settings that were changed and that nothing would read.
+
+    Args:
+        given: the command's arguments.
+        readers: a choice of `option` to the settings that no other choice reads.
+    """
+    defaults = inspect.signature(command).parameters
+    unread = [
+        f"--{name.replace('_', '-')} (of {option} {choice})"
+        for choice, names in readers.items()
+        if choice != chosen
+        for name in names
+        if given[name] != defaults[name].default
+    ]
+    if unread:
+        raise ValueError(f"{option} is {chosen}, which does not read {', '.join(unread)}")
 
 
 COMMANDS = {

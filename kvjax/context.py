@@ -19,6 +19,7 @@ from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.identity import Identity, identity
+from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.prompts import bucket_length, check_prompts, pad
@@ -90,6 +91,7 @@ def compress(
             resolved, one that bounds the growth (ring, every), or logits that are not finite.
     """
     check_prompts(model.config, [tokens], 1, 0)
+    params = on_automatic_mesh(params)
     resolved = resolve(policy, model.config, default_scores(model.config))
     if getattr(resolved, "ring", 0) or getattr(resolved, "every", 0):
         raise ValueError("a context has no growth to bound: policies with ring or every don't fit")

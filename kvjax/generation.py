@@ -24,7 +24,7 @@ from kvjax.headkv.plan import FullPlan, Plan
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.headkv.split_plan import on_mesh
-from kvjax.mesh import mesh_of
+from kvjax.mesh import mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.prefill_groups import prefill_in_groups
@@ -87,17 +87,20 @@ def generate(
         batch_size: sequences at a time; None for a whole bucket.
         prefill_size: sequences that are read at a time, see `kvjax.prefill_groups`; None for all.
         on_tokens: called with (prompt index, new tokens) as chunks of tokens are ready.
-        context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. The
-            policy is the context's then, and what the prompts add is kept in full.
+        context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. What
+            the prompts add is kept in full, so that neither `policy` nor `prefill_size` can be
+            given with it.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a prompt that with
             max_new_tokens exceeds the context, a sampling setting out of range, a policy that
-            cannot be resolved, a context of another model, logits that are not finite.
+            cannot be resolved, a context of another model or beside a policy, logits that are not
+            finite.
     """
     before = 0 if context is None else context.length
     check_prompts(model.config, prompts, max_new_tokens, before)
     sampling = Sampling.create(temperature, top_k, top_p)
+    params = on_automatic_mesh(params)
     read = _reader(model, params, policy, context, max_new_tokens, prefill_size)
     mesh = mesh_of(params)
     eos = np.asarray(model.config.eos_ids if eos_ids is None else eos_ids, np.int32)
@@ -139,6 +142,11 @@ def _reader(
 ) -> Reader:
     """How prompts are read: from the start, or after a context."""
     if context is not None:
+        if policy != "full" or prefill_size is not None:
+            raise ValueError(
+                f"got policy {policy!r} and prefill_size {prefill_size} with a context, expected "
+                "neither: a context is compressed already, and what prompts add stays"
+            )
         check_model(context, model, params)
 
         def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:

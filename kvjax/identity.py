@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from kvjax.config import ModelConfig
+from kvjax.mesh import on_automatic_mesh
 
 SHOWN = 4  # names of changed parameters in a message
 
@@ -73,7 +74,7 @@ def identity(config: ModelConfig, params: Mapping[str, Any]) -> Identity:
     own = dataclasses.replace(config, source="", hf_json="{}")
     weights, dtype = {}, ""
     for name in params:
-        part = params[name]
+        part = on_automatic_mesh(params[name])
         weights[name] = part_checksum(part)
         if name == "embedding":
             dtype = jnp.dtype(part.dtype).name

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 """Batches are split over "data" and "fsdp", parameters over "fsdp" and "tensor"."""
@@ -82,13 +82,41 @@ def named_mesh(text: str | None) -> Mesh | None:
     return None if text is None else make_mesh(parse_mesh(text), jax.local_devices())
 
 
+def automatic(mesh: Any) -> Any:
+    """The same devices with automatic axes, for which XLA completes the shardings.
+
+    `jax.make_mesh` makes explicit axes since jax 0.9. With these every product of split arrays
+    would have to name the sharding of its result.
+    """
+    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update(axis_types=types)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def on_automatic_mesh(params: Any) -> Any:
+    """Parameters that lie where they did, on a mesh with automatic axes; nothing is copied."""
+
+    def place(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return leaf
+        mesh = automatic(sharding.mesh)
+        if mesh is sharding.mesh:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
+    return jax.tree.map(place, params)
+
+
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None where they lie on one device."""
+    """The mesh that parameters lie on, with automatic axes; None where they lie on one device."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            mesh: Any = sharding.mesh
-            return mesh
+            return automatic(sharding.mesh)
     return None
 
 
@@ -104,7 +132,7 @@ def batch_axes(mesh: AnyMesh) -> tuple[str, ...]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+    return NamedSharding(automatic(mesh), PartitionSpec(batch_axes(mesh)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +157,7 @@ class Layout:
         fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0
         tensor = own_names(mesh).get("tensor")
         split = tensor is not None and mesh.shape[tensor] > 1
-        return cls(mesh, axes if fits else (), tensor if split else None)
+        return cls(automatic(mesh), axes if fits else (), tensor if split else None)
 
     @property
     def ways(self) -> int:

@@ -12,6 +12,7 @@ from kvjax.mesh import (
     LOGICAL,
     MESH_AXES,
     AnyMesh,
+    automatic,
     batch_sharding,
     make_mesh,
     mesh_of,
@@ -56,10 +57,10 @@ def param_shardings(model: Transformer, mesh: AnyMesh) -> Any:
     one is replicated (the K and V projections of 4 heads on 8 devices).
 
     Raises:
-        ValueError: a mesh without any of the axes that split parameters.
+        ValueError: a mesh without any axis of `MESH_AXES`.
     """
-    known = own_names(mesh)
-    if not known.keys() & {axis for axis in LOGICAL.values() if isinstance(axis, str)}:
+    mesh, known = automatic(mesh), own_names(mesh)
+    if not known.keys() & set(MESH_AXES):
         raise ValueError(
             f"the mesh has axes {mesh.axis_names}, expected some of {MESH_AXES} or {tuple(ALIASES)}"
         )

@@ -120,6 +120,24 @@ def test_convert_then_generate(checkpoint, tmp_path):
     assert text == kvjax.load_tokenizer(checkpoint).decode(prompt)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("convert OUT --kv-rank 8", "--method is equal_cache, which does not read --kv-rank (of"),
+        ("convert OUT --fold 4 --exportable", "does not read --exportable (of --method decoupled)"),
+        ("convert OUT --method decoupled --init identity", "does not read --init (of --method equ"),
+        ("convert OUT --method decoupled --fold 8", "--recipe is best, which does not read --fold"),
+        ("export OUT --calibration text.txt", "--norm is neutral, which does not read --calibrat"),
+        ("generate hello --top-p 0.9", "--temperature is 0, which does not read --top-p (of --te"),
+        ("generate hello --top-k 3", "--temperature is 0, which does not read --top-k"),
+    ],
+)
+def test_settings_that_nothing_would_read(checkpoint, tmp_path, capsys, command, message):
+    name, *rest = command.replace("OUT", str(tmp_path / "out")).split()
+    assert message in fails(capsys, name, checkpoint, *rest)
+    assert not (tmp_path / "out").exists()
+
+
 def test_export(checkpoint, tmp_path, capsys):
     model, params = kvjax.load(checkpoint, dtype="float32")
     tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (8, 32)).astype(np.int32)

@@ -108,6 +108,14 @@ def test_a_context_is_of_these_very_weights(tmp_path):
         kvjax.load_context(path, model, half)
 
 
+@pytest.mark.parametrize("setting", [{"policy": "snapkv:kv_size=16"}, {"prefill_size": 1}])
+def test_what_a_context_would_not_heed_is_refused(setting):
+    model, params = build(GQA)
+    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    with pytest.raises(ValueError, match="with a context, expected neither"):
+        kvjax.generate(model, params, QUESTIONS, context=context, **setting)
+
+
 def test_a_context_of_the_first_format_is_refused(tmp_path):
     model, params = build(GQA)
     content = json.dumps({"format": "kvjax context 1", "model": "llama-0123456789ab"})
@@ -121,7 +129,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         kvjax.compress(model, params, [], "full")
     with pytest.raises(ValueError, match="ring or every don't fit"):
-        kvjax.compress(model, params, TEXT, "snapkv:kv_size=16,ring=8")
+        kvjax.compress(model, params, TEXT, "pyramidkv:kv_size=16,ring=8")
     context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
     with pytest.raises(ValueError, match=r"prompt 0 has .* expected at most 256 in all"):
         kvjax.generate(model, params, [[1] * 180], max_new_tokens=10, context=context)

@@ -112,7 +112,7 @@ def test_the_same_tokens(kind, policy, shape):
         ("gqa", f"tova:{COMPRESSED}"),
         ("gqa", f"h2o:{COMPRESSED}"),
         ("gqa", f"snapkv:{COMPRESSED},every=3"),
-        ("gqa", f"snapkv:{COMPRESSED},ring=2,entries=int8"),
+        ("gqa", f"pyramidkv:{COMPRESSED},ring=2,entries=int8"),
         ("windowed", "full"),
         ("windowed", f"snapkv:{COMPRESSED}"),
         ("windowed_mla", "full"),

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from toys import random_params
 
 import kvjax
@@ -104,8 +104,33 @@ def test_equal_logits(tmp_path):
     np.testing.assert_allclose(one, many, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("data", "tensor"), ("fsdp", "model"), ("data",)])
+def test_a_mesh_as_jax_makes_it(tmp_path, names):
+    """Its axes are explicit; a mesh without an axis for parameters has them on every device."""
+    mesh(8)
+    shape = (2, 4) if len(names) == 2 else (8,)
+    made = jax.make_mesh(shape, names)
+    model = Transformer(config_from_hf(RAW))
+    params = random_params(model)
+    kvjax.save(model, params, tmp_path / "a", layout="hf")
+    _, sharded = kvjax.load(tmp_path / "a", dtype="float32", mesh=made)
+    prompts = [[5, 6, 7, 8, 9], [1, 2]] * 4
+    settings = {"max_new_tokens": 5, "eos_ids": ()}
+    want = kvjax.generate(model, params, prompts, **settings).tokens
+    assert kvjax.generate(model, sharded, prompts, **settings).tokens == want
+    shardings = jax.tree.map(lambda x: NamedSharding(made, x.sharding.spec), sharded)
+    placed = jax.device_put(params, shardings)  # as a user does it who knows nothing of kvjax
+    assert AxisType.Explicit in jax.tree.leaves(placed)[0].sharding.mesh.axis_types
+    assert kvjax.generate(model, placed, prompts, **settings).tokens == want
+    policy = "snapkv:kv_size=4,window=2"
+    context = kvjax.compress(model, placed, prompts[0], policy)
+    alone = kvjax.compress(model, params, prompts[0], policy)
+    assert context.model == alone.model
+    np.testing.assert_allclose(context.cache[0].k_pool, alone.cache[0].k_pool, atol=1e-5)
+
+
 def test_a_mesh_needs_an_axis_that_splits_parameters():
     model = Transformer(config_from_hf(RAW))
-    wrong = Mesh(np.array(jax.devices()[:1]), ("data",))
-    with pytest.raises(ValueError, match=r"mesh has axes \('data',\), expected some of .*'fsdp'"):
+    wrong = Mesh(np.array(jax.devices()[:1]), ("x",))
+    with pytest.raises(ValueError, match=r"mesh has axes \('x',\), expected some of .*'fsdp'"):
         param_shardings(model, wrong)

@@ -24,6 +24,7 @@ from kvjax.headkv.plan import attention_spec, kv_heads, start_prompt
 from kvjax.headkv.prompt import Prompt, query_attention
 from kvjax.headkv.reductions import Reduce, attended, copied, induced
 from kvjax.headkv.scores import HeadScores, query_heads
+from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
@@ -92,6 +93,7 @@ def score_examples(
     """
     name, chosen = _estimator(estimator)
     check_examples(examples, chosen.needs_span)
+    params = on_automatic_mesh(params)
     done = {batch.indices: batch for batch in finished}
     plan = [tuple(indices) for indices in bucketed(examples, batch_size)]
     todo = [indices for indices in plan if indices not in done]

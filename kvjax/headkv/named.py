@@ -155,7 +155,7 @@ def parse(text: str) -> Policy:
     common = {key: value for key, value in values.items() if key not in own}
     if "bytes" in common:
         common["nbytes"] = common.pop("bytes")
-    if common.get("ratio") or common.get("nbytes"):
+    if "ratio" in common or "nbytes" in common:
         common.setdefault("kv_size", 0)
     return dataclasses.replace(policy, **common)
 

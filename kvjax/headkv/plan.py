@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AttentionSpec, DenseCache, PromptCache
 from kvjax.config import (
@@ -19,10 +20,12 @@ from kvjax.config import (
     MLAConfig,
     ModelConfig,
 )
+from kvjax.headkv.budgets import used_tokens
 from kvjax.headkv.prompt import Prompt, Scorer
 from kvjax.headkv.scorers import SinksAndRecent
 from kvjax.headkv.scores import attention_heads
 from kvjax.headkv.selection import Caps, Keep, compress_heads, compress_tokens, store
+from kvjax.headkv.share import PromptShare, prompt_caps
 from kvjax.headkv.split import Split
 from kvjax.nn.transformer import init_layer_cache
 
@@ -117,6 +120,7 @@ class CompressedPlan(Plan):
         scorer, split, dtype: see `Keep`.
         ring: heads whose budget is below the mean of all keep only so many new tokens.
         every: see `Plan.every`.
+        share: see `Keep`.
     """
 
     config: ModelConfig
@@ -128,6 +132,7 @@ class CompressedPlan(Plan):
     dtype: str | None = None
     ring: int | None = None
     every: int | None = None
+    share: PromptShare | None = None
 
     def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> PromptCache:
         """See `Plan.start`."""
@@ -168,14 +173,23 @@ class CompressedPlan(Plan):
         rooms = tuple(min(room, self.ring or 0) if is_small else room for is_small in small)
         rings = tuple(sliding or is_small for is_small in small)
         remember = self.every is not None
-        return Keep(caps, self.scorer, self.split, self.dtype, rooms, rings, remember)
+        return Keep(caps, self.scorer, self.split, self.dtype, rooms, rings, remember, self.share)
 
     def keep_tokens(self, layer: int, room: int) -> Keep:
         """What stays of a layer whose heads share tokens: the mean of its heads' budgets."""
         caps = self.caps[layer]
-        return Keep(
-            (round(sum(caps) / len(caps)),), self.scorer, None, self.dtype, (room,), (False,)
-        )
+        mean = (round(sum(caps) / len(caps)),)
+        settings = (self.scorer, None, self.dtype, (room,), (False,))
+        return Keep(mean, *settings, share=self.share)
+
+    def kept(self, prompt_len: int) -> Int[np.ndarray, "L K"]:
+        """Tokens that each head keeps of a prompt, the window included; of policies with a split
+        these are the budgets that the heads of a layer share."""
+        lengths = jnp.asarray([prompt_len], jnp.int32)
+        rows = [np.asarray(prompt_caps(self.share, caps, lengths))[0] for caps in self.caps]
+        windows = [self.kept_window(layer) for layer in range(len(rows))]
+        pairs = zip(rows, windows, strict=True)
+        return np.stack([used_tokens(caps, window, prompt_len) for caps, window in pairs])
 
     def kept_window(self, layer: int) -> int:
         """Last tokens that stay in this layer: no more than its sliding window."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import ModelConfig
-from kvjax.headkv.allocators import Allocator, HeadImportance, Request
+from kvjax.headkv.allocators import Allocator, HeadImportance, Request, Uniform
 from kvjax.headkv.plan import (
     CompressedPlan,
     FullPlan,
@@ -22,6 +22,7 @@ from kvjax.headkv.plan import (
 )
 from kvjax.headkv.prompt import Scorer
 from kvjax.headkv.scores import HeadScores, check_shape
+from kvjax.headkv.share import PromptShare
 from kvjax.headkv.size import bytes_to_tokens
 from kvjax.headkv.split import Split
 from pallas_kernels.quantized import DTYPES
@@ -80,12 +81,14 @@ class Compress(Policy):
     Attributes:
         allocator: divides the KV size among the heads, on the host.
         scorer: rates the tokens of a prompt, inside jit; both must be hashable.
-        kv_size: C, mean tokens a KV head, the window included; 0 for another way.
+        kv_size: C, mean tokens a KV head, the window included; 0 where the size is given otherwise.
         window: w, last tokens that always stay; their queries are what scorers see.
         split: moves budgets between the heads of a layer by the scores of each prompt.
-        ratio: KV size as a share of the prompt's bucket.
+        ratio: KV size as a share of each prompt, 0 < ratio ≤ 1. The rows of the cache are those of
+            the prompt's bucket, of which a shorter prompt leaves some empty.
         nbytes: bytes of all layers' entries of one sequence, after prefill.
-        recent: share of the budget that goes to the most recent tokens.
+        recent: share of the budget that goes to the most recent tokens; with a ratio, of the
+            bucket's budget.
         entries: "int8" or "fp8" for entries in 8 bits; "" for the model's dtype.
         ring: bounds the growth: heads with a budget below the mean keep only so many new tokens,
             the most recent; 0 for no bound.
@@ -97,8 +100,8 @@ class Compress(Policy):
     kv_size: int = 128
     window: int = 8
     split: Split | None = None
-    ratio: float = 0.0
-    nbytes: int = 0
+    ratio: float | None = None
+    nbytes: int | None = None
     recent: float = 0.0
     entries: str = ""
     ring: int = 0
@@ -107,17 +110,25 @@ class Compress(Policy):
     def __post_init__(self):
         if self.window < 1:
             raise ValueError(f"window is {self.window}, expected at least 1")
-        if sum(bool(size) for size in (self.kv_size, self.ratio, self.nbytes)) != 1:
+        given = [self.kv_size != 0, self.ratio is not None, self.nbytes is not None]
+        if sum(given) != 1:
             raise ValueError(
                 f"kv_size is {self.kv_size}, ratio {self.ratio} and bytes {self.nbytes}, expected "
                 "one of them"
             )
-        if not 0 <= self.recent < 1 or not 0 <= self.ratio <= 1:
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio}, expected above 0 and at most 1")
+        if self.nbytes is not None and self.nbytes < 1:
+            raise ValueError(f"bytes is {self.nbytes}, expected at least 1")
+        if not 0 <= self.recent < 1:
+            raise ValueError(f"recent is {self.recent}, expected 0 to below 1")
+        if min(self.kv_size, self.ring, self.every) < 0:
+            raise ValueError("kv_size, ring and every are sizes, expected at least 0")
+        if self.ring and isinstance(self.allocator, Uniform):
             raise ValueError(
-                f"ratio is {self.ratio} and recent {self.recent}, expected 0 to 1 (recent below 1)"
+                f"ring is {self.ring}, which bounds heads whose budget is below the mean: uniform "
+                "budgets have none; expected every=, or a policy with budgets for each head"
             )
-        if min(self.kv_size, self.nbytes, self.ring, self.every) < 0:
-            raise ValueError("kv_size, bytes, ring and every are sizes, expected at least 0")
         if self.ring and self.every:
             raise ValueError("ring and every both bound the growth, expected one of them")
         if self.kv_size:
@@ -149,13 +160,21 @@ class Compress(Policy):
             entries,
             self.ring or None,
             self.every or None,
+            self._share(size, window),
         )
 
     def size(self, config: ModelConfig, prompt_len: int, dtype: Any) -> int:
-        """C, mean tokens a KV head."""
-        if self.nbytes:
+        """C, mean tokens a KV head, for a prompt of `prompt_len` tokens."""
+        if self.nbytes is not None:
             return bytes_to_tokens(self.nbytes, config, dtype)
-        return self.kv_size or max(round(self.ratio * prompt_len), self.window + 1)
+        if self.ratio is not None:
+            return max(round(self.ratio * prompt_len), self.window + 1)
+        return self.kv_size
+
+    def _share(self, size: int, window: int) -> PromptShare | None:
+        if self.ratio is None:
+            return None
+        return PromptShare(self.ratio, window, self.window, size - window)
 
 
 def check_again(config: ModelConfig, scorer: Scorer) -> None:

@@ -17,6 +17,7 @@ from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, PromptCache
 from kvjax.cache.entries import take_rows
 from kvjax.cache.head_budget import pool_alignment, static_segments
 from kvjax.headkv.prompt import Prompt, Scorer
+from kvjax.headkv.share import PromptShare, prompt_caps
 from kvjax.headkv.split import Split
 from pallas_kernels.quantized import Entries, Quantized, is_quantized, quantize
 from pallas_kernels.segments import Segments, TracedSegments
@@ -39,6 +40,7 @@ class Keep:
         rooms: rows for new tokens of each head.
         rings: whether a head's new tokens, beyond its room, take the place of older ones.
         remember: whether the last queries stay, for compression while decoding.
+        share: makes the caps a share of each prompt; None: they hold as they are.
     """
 
     caps: Caps
@@ -48,6 +50,11 @@ class Keep:
     rooms: tuple[int, ...]
     rings: tuple[bool, ...]
     remember: bool = False
+    share: PromptShare | None = None
+
+    def caps_of(self, prompt: Prompt) -> Int[Array, "#B K"]:
+        """The budgets that hold for each sequence."""
+        return prompt_caps(self.share, self.caps, prompt.lengths)
 
 
 def compress_heads(prompt: Prompt, keep: Keep) -> HeadBudgetCache:
@@ -67,11 +74,11 @@ def choose(prompt: Prompt, keep: Keep) -> tuple[Int[Array, "B K C"], Int[Array, 
     with jax.named_scope("select"):
         scores = prompt_scores(prompt, keep.scorer)
         available = available_tokens(prompt.candidates, K)
-        caps = jnp.asarray(keep.caps, jnp.int32)[None]
+        caps = keep.caps_of(prompt)
         if keep.split is None:
             counts, most = jnp.minimum(caps, available), max(keep.caps)
         else:
-            counts, most = keep.split(scores, prompt.candidates, keep.caps), sum(keep.caps)
+            counts, most = keep.split(scores, prompt.candidates, caps), sum(keep.caps)
         return select(scores, prompt.candidates, counts, most), counts
 
 
@@ -83,7 +90,7 @@ def compress_tokens(cache: PromptCache, prompt: Prompt, keep: Keep) -> DenseCach
     with jax.named_scope("select"):
         scores = jnp.mean(prompt_scores(prompt, keep.scorer), axis=1, keepdims=True)
         cap = keep.caps[0]
-        counts = jnp.minimum(cap, available_tokens(prompt.candidates, 1))
+        counts = jnp.minimum(keep.caps_of(prompt), available_tokens(prompt.candidates, 1))
         kept = select(scores, prompt.candidates, counts, cap)
     with jax.named_scope("pack"):
         rows = cap + prompt.window + keep.rooms[0]

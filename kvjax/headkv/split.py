@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Split = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
-"""(scores [B, K, S], candidates [B, Z, S], caps) to counts [B, K], whose sum is at most that of
-the caps and no count above a head's candidates."""
+Split = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K], whose sum is at
+most that of the caps and no count above a head's candidates."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Adaptive:
         self,
         scores_BKS: Float[Array, "B K S"],
         candidates_BZS: Bool[Array, "B Z S"],
-        caps: tuple[int, ...],
+        caps: tuple[int, ...] | Int[Array, "_ K"],
     ) -> Int[Array, "B K"]:
         B, K, S = scores_BKS.shape
+        caps_BK = jnp.broadcast_to(jnp.asarray(caps, jnp.int32), (B, K))
         candidates = jnp.broadcast_to(candidates_BZS, (B, K, S))
         available = jnp.sum(candidates, axis=2, dtype=jnp.int32)
-        own = jnp.minimum(jnp.asarray(caps, jnp.int32)[None], available)
+        own = jnp.minimum(caps_BK, available)
         # What heads with too few candidates leave over goes to the others.
-        total = jnp.minimum(sum(caps), jnp.sum(available, axis=1, dtype=jnp.int32))
+        total, most = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (caps_BK, available))
+        total = jnp.minimum(total, most)
         scores = jnp.where(candidates, scores_BKS, -jnp.inf).reshape(B, -1)
         order = jnp.argsort(scores, axis=1, descending=True, stable=True)
         taken = jnp.arange(K * S, dtype=jnp.int32)[None] < total[:, None]

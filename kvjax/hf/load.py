@@ -147,6 +147,8 @@ def save(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout != "deepseek_v3" and (norm != "neutral" or latent_rms is not None):
+        raise ValueError(f"norm and latent_rms are of layout 'deepseek_v3', got layout {layout!r}")
     directory = Path(path)
     _check_spread(params, layout)
     processes.on_writer(lambda: _check_free(directory))

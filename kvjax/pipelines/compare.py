@@ -25,6 +25,7 @@ from kvjax.headkv.plan import CompressedPlan, start_prompt
 from kvjax.headkv.policy import Compress
 from kvjax.headkv.prompt import Scorer
 from kvjax.headkv.scorers import ObservationWindow
+from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
@@ -90,6 +91,7 @@ def compare(
             how long their question is, or logits that are not finite.
     """
     _check(examples, policies, protocol)
+    params = on_automatic_mesh(params)
     everything = Compress(Uniform(), ObservationWindow(), kv_size=model.config.context_length)
     window = next((policy.window for policy in policies.values()), 8)
     policies = {FULL: dataclasses.replace(everything, window=window), **policies}

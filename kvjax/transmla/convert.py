@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.sharding import mesh_of, place_params
 from kvjax.transmla.decoupled import decoupled
@@ -30,5 +31,6 @@ def convert(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    params = on_automatic_mesh(params)
     new_model, new_params = METHODS[method](model, params, **options)
     return new_model, place_params(new_model, new_params, mesh_of(params))

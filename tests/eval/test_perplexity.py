@@ -132,7 +132,7 @@ def test_bad_input_is_one_line(folder, capsys):
         (("--prefix", 9, "--stride", 5), "expected one of them"),
         (("--stride", 61), "stride is 61, expected 1 to 60"),
         (("--length", 500), "length is 500, expected 2 to 131"),
-        (("--prefix", 30, "--policy", "snapkv:kv_size=9,ring=4"), "ring or every"),
+        (("--prefix", 30, "--policy", "pyramidkv:kv_size=9,ring=4"), "ring or every"),
     ):
         with pytest.raises(SystemExit) as stopped:
             command(folder, *rest)

@@ -11,6 +11,7 @@ from toys import random_params
 from kvjax import transmla
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.context import compress
 from kvjax.decoding import prefill
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
@@ -181,6 +182,35 @@ def test_sizes_in_tokens_ratio_and_bytes():
     assert caps[0] == caps[1] == caps[2] == ((8, 8), (8, 8))
     with pytest.raises(ValueError, match="kv_size is 3 and window is 8"):
         resolve("snapkv:bytes=1000", model.config, None).plan(model.config, 64, "float32")
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+@pytest.mark.parametrize("name", ["snapkv", "headkv", "adasnapkv", "pyramidkv", "h2o"])
+def test_a_ratio_is_a_share_of_the_prompt_and_not_of_its_bucket(name, kind):
+    """Buckets hold 48 and 96 tokens; each is compiled once."""
+    model, params = build(kind)
+    policy = resolve(f"{name}:ratio=0.5,window=4", model.config, SCORES)
+    for n in (33, 40, 48, 65, 80, 96):
+        text = np.random.default_rng(n).integers(0, 61, n).tolist()
+        context = compress(model, params, text, policy)
+        if kind == "gqa":
+            kept = np.mean([np.asarray(cache.head_lengths).mean() for cache in context.cache])
+        else:
+            kept = np.mean([n - int(cache.evicted[0]) for cache in context.cache])
+        assert abs(kept - n / 2) <= 1, n
+
+
+def test_a_ratio_keeps_what_so_many_tokens_would():
+    model, params = build("gqa")
+    text = [np.random.default_rng(3).integers(0, 61, 34).tolist()]
+    settings = {"max_new_tokens": 24, "eos_ids": ()}
+    got, want = (
+        generate(model, params, text, policy=f"snapkv:{size},window=4", **settings).tokens
+        for size in ("ratio=0.5", "kv_size=17")
+    )
+    assert got == want
+    bucket = generate(model, params, text, policy="snapkv:kv_size=24,window=4", **settings).tokens
+    assert got != bucket
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 16, 17, 32])
