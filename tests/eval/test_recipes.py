@@ -71,10 +71,12 @@ def test_subsets_exist(path):
             assert set(run.options["subsets"]) <= set(known[run.command])
 
 
-def test_there_is_a_file_for_each_table():
+def test_there_is_a_file_for_each_table_and_figure():
     names = {path.stem for path in CONFIGS}
-    assert {f"headkv_table{n}" for n in (1, 2, 3, 4)} <= names
-    assert {"embedded", "headkv_figure_latency", "transmla_zeroshot"} <= names
+    assert {f"headkv_table{n}" for n in (1, 2, 3)} <= names
+    assert {f"headkv_figure_{name}" for name in ("beta", "latency", "needle")} <= names
+    assert {f"transmla_{name}" for name in ("finetuning", "perplexity", "zeroshot")} <= names
+    assert "embedded" in names
 
 
 def test_plan(toy, checkpoint, tmp_path, capsys):
