@@ -2,8 +2,9 @@
 
     python -m benchmarks.importance [--out benchmarks/results/importance.json]
 
-Every estimator on the grid that `kvjax score` asks (prompts up to --length tokens), and the paper's
-again with every prompt at full length. Seconds include compilation, which is also given apart.
+Every estimator on the grid that `kvjax score` asks (prompts up to --length tokens), and HeadKV-R2's
+(retrieval_reasoning) again with every prompt at full length. Seconds include compilation, which is
+also given apart.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def arguments() -> argparse.Namespace:
 
 
 def full_length(tokenizer: object, samples: int, length: int) -> list[Example]:
-    """The paper's questions, every prompt of `length` tokens, depths evenly from start to end."""
+    """Questions of retrieval_reasoning: prompts of `length` tokens, depths from start to end."""
     vocab, rng = TokenizerVocabulary(tokenizer), np.random.default_rng(0)
     ask = QUESTIONS["retrieval_reasoning"]
     depths = np.linspace(0.0, 1.0, samples).tolist()

@@ -1,4 +1,4 @@
-"""Answers by decoding from the compressed cache."""
+"""Answers by decoding: the first token from the prefill, the others from the compressed cache."""
 
 from __future__ import annotations
 

@@ -70,6 +70,9 @@ def after_prefix(
 ) -> Iterator[list[np.ndarray]]:
     """Losses of the tokens after the first `prefix`, which are read and then compressed.
 
+    The prefill predicts the first of them, before anything is dropped; the compressed cache
+    predicts the others.
+
     Raises:
         ValueError: a prefix that leaves nothing to score, or a policy that bounds the growth: its
             cache would change while a piece of the continuation is read.

@@ -20,7 +20,8 @@ class PerplexityCommand:
 
     Dense: every token given those before it in its chunk. With --stride, chunks overlap and only
     new tokens count, so that each has length − stride before it. With --prefix, that many tokens
-    of a chunk are read and compressed by each policy, and the rest is scored from what is left.
+    of a chunk are read and compressed by each policy, and the rest is scored from what is left, but
+    for its first token, which the prefill predicts before anything is dropped.
 
     Attributes:
         text: .txt files, .jsonl files with a "text" a line, packed (.gz, .xz) or not, or

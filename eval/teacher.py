@@ -1,4 +1,9 @@
-"""Right answers, teacher-forced through the compressed caches of all policies after one prefill."""
+"""Right answers, teacher-forced through the compressed caches of all policies after one prefill.
+
+Protocol "teacher": the prefill predicts the first token, before anything is dropped, and so the
+same one for every policy. Protocol "after": the question follows the compression, and the whole
+answer comes from the compressed cache.
+"""
 
 from __future__ import annotations
 

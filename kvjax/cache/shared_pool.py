@@ -2,7 +2,7 @@
 
 All devices run one program, so an array has the same shape on each. With a pool a layer, the
 device with the layer's largest head decides for all of them: at one KV head a device that is three
-times what the published Llama-3 budgets need. All layers together balance.
+times what the budgets of the published Llama-3 scores need. All layers together balance.
 """
 
 from __future__ import annotations

@@ -190,8 +190,9 @@ ESTIMATORS = {
     "copying": attention_estimator(induced, answer_score=token_f1, accept_above=-1.0),
     "gradient": Estimator(loss_gradient, token_f1, accept_above=-1.0, needs_span=False),
 }
-"""The HeadKV paper's three (the last two of them differ in their examples: reasoning, plain
-needles), and two for which every example counts, answered or not."""
+"""The formulas of the HeadKV paper's three (the last two of them differ in their examples:
+reasoning, plain needles), and two for which every example counts, answered or not. The paper
+decodes the answers; here they are teacher-forced."""
 
 
 def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, Any]:

@@ -86,14 +86,18 @@ def headkv(
     Args:
         ahead, behind, falloff: see `SpanWindow`.
         beta: 0 for `growing_beta`.
-        scores: a score file, whose estimator tells HeadKV-R from -R2; empty for the model's own.
+        scores: a score file of any estimator; empty for the model's own.
     """
     importance = HeadImportance(beta or None, _file(scores))
     return Compress(importance, SpanWindow(ahead, behind, falloff))
 
 
 def headkv_paper(pool: int = 7, beta: float = 1.2, scores: str = "") -> Compress:
-    """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens."""
+    """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens.
+
+    It is HeadKV-R with scores of the estimator "retrieval", HeadKV-R2 with "retrieval_reasoning".
+    Budgets and choice are per KV head; the published code has both for every query head.
+    """
     return Compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool))
 
 

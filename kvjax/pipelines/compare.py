@@ -2,6 +2,8 @@
 
 Answers are teacher-forced through the compressed cache: every token of the right answer, and the
 end after it, must be what the model finds most likely. That is when greedy decoding writes it.
+Where the question is part of the prompt, the prefill predicts the answer's first token, before
+anything is dropped, as it does in decoding.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ QUESTIONS: dict[str, Question] = {
     "copying": _random_span,
     "gradient": _facts(two_hop.generate),
 }
-"""What each estimator asks: the first three as in the HeadKV paper (arXiv 2410.19258, 3.1)."""
+"""What each estimator asks. The first three ask the kinds of questions of the HeadKV paper (arXiv
+2410.19258, 3.1), but not its prompts or answers: docs/headkv.md lists what differs."""
 
 
 def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
