@@ -70,6 +70,20 @@ def test_the_question_inside(loaded, examples):
     assert got.cache_bytes["snapkv:kv_size=16"] < 0.2 * got.cache_bytes["full"]
 
 
+def test_the_first_token_is_the_uncompressed_model_s(loaded):
+    """What docs/evaluation.md says of decoded answers: only later tokens see the compression."""
+    model, params = loaded
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, VOCAB, 128).tolist() for _ in range(12)]
+    settings = {"max_new_tokens": 6, "eos_ids": (), "batch_size": 6}
+    full, small = (
+        kvjax.generate(model, params, prompts, policy=policy, **settings).tokens
+        for policy in ("full", "snapkv:kv_size=10,window=4")
+    )
+    assert [tokens[0] for tokens in small] == [tokens[0] for tokens in full]
+    assert small != full
+
+
 def test_the_question_after(loaded, examples):
     model, params = loaded
     chosen = policies(model)

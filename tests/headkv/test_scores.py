@@ -50,6 +50,9 @@ def test_published_files(data_dir, model, samples):
     name = f"{model}_retrieval_reasoning_heads.json.gz"
     scores = load_scores(data_dir / "head_scores" / "headkv" / name, model_config(32, 32))
     assert scores.samples.shape == (32, 32, samples)
+    # What docs/headkv.md says: two prompts were asked ten times each.
+    counts = np.unique(scores.samples.reshape(-1, samples), axis=1, return_counts=True)[1]
+    assert sorted(counts.tolist())[-3:] == [1, 10, 10]
 
 
 def test_scores_of_another_model_name_both_shapes(tmp_path, scores):
