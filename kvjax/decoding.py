@@ -252,7 +252,7 @@ def push_token(
         state,
         token=token,
         finished=state.finished | ends,
-        output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, state.step)),
+        output=jax.lax.dynamic_update_slice_in_dim(state.output, token[:, None], state.step, 1),
         step=state.step + 1,
     )
 

@@ -57,6 +57,7 @@ def sample(
 
     NO_TOKEN where a logit is not finite.
     """
+    logits_BV = logits_BV.astype(jnp.float32)
     token_B = jax.lax.cond(
         sampling.temperature > 0,
         lambda: jax.vmap(_sample_row, (0, 0, None))(logits_BV, keys_B, sampling),

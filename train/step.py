@@ -91,13 +91,13 @@ def count_answers(
     Teacher-forced: an answer counts exactly when greedy decoding would write it.
     """
     wrong = (jnp.argmax(logits, axis=-1) != targets) & (question >= 0)
-    rows = jnp.arange(kind.shape[0])[:, None]
+    rows = jnp.arange(kind.shape[0], dtype=jnp.int32)[:, None]
     errors = (
         jnp.zeros(kind.shape, jnp.int32)
         .at[rows, question]
         .add(wrong.astype(jnp.int32), mode="drop")
     )
-    of_kind = kind[..., None] == jnp.arange(kinds)[None, None]
+    of_kind = kind[..., None] == jnp.arange(kinds, dtype=jnp.int32)[None, None]
     right = of_kind & (errors == 0)[..., None]
     return (
         jnp.sum(right, axis=(0, 1)).astype(jnp.float32),

@@ -75,8 +75,9 @@ def _grown(segments: Segments, room: int, window: int | None, pool: Any) -> tupl
     if window is not None:
         wanted = jnp.maximum(segments.capacities, jnp.minimum(wanted, window))
     rounded = -(-wanted // align) * align
+    starts = jnp.cumsum(rounded, axis=1, dtype=jnp.int32) - rounded
     rows = pool.shape[1] + K * -(-room // align) * align
-    return TracedSegments(jnp.cumsum(rounded, axis=1) - rounded, wanted, align), rows
+    return TracedSegments(starts, wanted, align), rows
 
 
 def _pad_positions(positions: jax.Array | None, room: int) -> jax.Array | None:

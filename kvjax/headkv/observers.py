@@ -147,7 +147,7 @@ class Moments:
     def _mean_rotation(self, lengths: jax.Array) -> Float[Array, "B X X"]:
         """The mean of RoPE's matrices at the next positions."""
         X = self.first.shape[-1]
-        units = jnp.broadcast_to(jnp.eye(X)[None, None], (1, self.future, X, X))
+        units = jnp.broadcast_to(jnp.eye(X, dtype=jnp.float32)[None, None], (1, self.future, X, X))
         steps = jnp.arange(self.future, dtype=jnp.int32)[None]
         ahead = jnp.mean(rope(units, steps, jnp.ones((1,), jnp.int32), self.rope), axis=1)
         # Rotations add up: first by the mean of the steps ahead, then by the length. Row y of

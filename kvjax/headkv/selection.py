@@ -180,9 +180,10 @@ def counted_segments(
     align = max(split_alignment(capacities_for(prompt, keep)), align)
     wanted = jnp.minimum(counts_BK + extra_K[None], capacity_limit(prompt, keep))
     rounded = -(-wanted // align) * align
+    starts = jnp.cumsum(rounded, axis=1, dtype=jnp.int32) - rounded
     total = sum(keep.caps) + sum(prompt.window + room for room in keep.rooms)
     rows = -(-(total + len(keep.caps) * (align - 1)) // align) * align
-    return TracedSegments(jnp.cumsum(rounded, axis=1) - rounded, wanted, align), rows
+    return TracedSegments(starts, wanted, align), rows
 
 
 def split_alignment(capacities: Sequence[int]) -> int:

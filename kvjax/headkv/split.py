@@ -39,7 +39,7 @@ class Adaptive:
         total, most = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (caps_BK, available))
         total = jnp.minimum(total, most)
         scores = jnp.where(candidates, scores_BKS, -jnp.inf).reshape(B, -1)
-        order = jnp.argsort(scores, axis=1, descending=True, stable=True)
+        order = jnp.argsort(scores, axis=1, descending=True, stable=True).astype(jnp.int32)
         taken = jnp.arange(K * S, dtype=jnp.int32)[None] < total[:, None]
         heads = jnp.where(taken, order // S, K)
         one_hot = heads[:, :, None] == jnp.arange(K, dtype=jnp.int32)[None, None]

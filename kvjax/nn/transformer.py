@@ -258,5 +258,5 @@ def default_rope_lengths(positions: jax.Array, cache: Any) -> jax.Array:
 
 def last_valid(x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B 1 D"]:
     """Each sequence's last token that is no padding (right padding)."""
-    last = jnp.maximum(jnp.sum(positions >= 0, axis=1) - 1, 0)
+    last = jnp.maximum(jnp.sum(positions >= 0, axis=1, dtype=jnp.int32) - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)

@@ -194,5 +194,5 @@ def _lifted(matrix: Float[Array, "*n W W"]) -> Float[Array, "*n W W"]:
     """With enough on the diagonal to be inverted in fp32."""
     size = matrix.shape[-1]
     mean = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / max(size, 1)
-    unit = jnp.broadcast_to(jnp.eye(size), matrix.shape)
+    unit = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
     return matrix + (1e-5 * mean + 1e-30) * unit
