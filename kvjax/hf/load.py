@@ -17,9 +17,10 @@ from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.deepseek import to_deepseek, write_serving_files
-from kvjax.hf.source import resolve
+from kvjax.hf.source import resolve, with_weights
 from kvjax.hf.tensor_file import StoredTensor
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.sharding import param_shardings
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
@@ -32,7 +33,7 @@ def load(
 
     Args:
         path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, or
-            "builtin:<name>".
+            "builtin:<name>"; no URL.
         dtype: of the parameters; they are cast once, on their way to the devices.
         mesh: spreads the parameters over its axes, see `kvjax.sharding`; None: the default device.
 
@@ -46,8 +47,7 @@ def load(
     >>> model, params = kvjax.load("Qwen/Qwen3-0.6B")
     """
     target = _float_dtype(dtype)
-    directory = resolve(path)
-    model = read_model(directory)
+    model, directory = _with_weights(path)
     return model, dict(_open(model, directory, target, mesh))
 
 
@@ -63,12 +63,12 @@ def open_params(
         ValueError: as `load`.
     """
     target = _float_dtype(dtype)
-    directory = resolve(path)
-    return _open(read_model(directory), directory, target, mesh)
+    model, directory = _with_weights(path)
+    return _open(model, directory, target, mesh)
 
 
 def read_model(path: str | Path) -> Transformer:
-    """The model at `path` without its parameters.
+    """The model at `path` without its parameters, which are not downloaded either.
 
     Raises:
         ValueError: no such model, or an unsupported one.
@@ -109,6 +109,7 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     directory = resolve(path)
     if native.is_native(directory):
         raise ValueError(f"{directory} is in the native layout, expected safetensors")
+    directory = with_weights(path, directory)
     found = scan(directory)
     if found.problems:
         raise ValueError(f"cannot read {directory}: {'; '.join(found.problems)}")
@@ -142,14 +143,15 @@ def save(
         norm, latent_rms: of "deepseek_v3" alone, see `kvjax.hf.deepseek.to_deepseek`.
 
     Raises:
-        ValueError: an unknown layout, a path that already holds a checkpoint, a model that the
-            layout cannot express; nothing is written then. With several processes, all raise it.
+        ValueError: an unknown layout, a URL, a path that already holds a checkpoint, a model that
+            the layout cannot express; nothing is written then. With several processes, all raise
+            it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout != "deepseek_v3" and (norm != "neutral" or latent_rms is not None):
         raise ValueError(f"norm and latent_rms are of layout 'deepseek_v3', got layout {layout!r}")
-    directory = Path(path)
+    directory = local_path(path, "the path to save to")
     _check_spread(params, layout)
     processes.on_writer(lambda: _check_free(directory))
     if layout == "native":
@@ -168,6 +170,17 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(resolve(path))
+
+
+def _with_weights(path: str | Path) -> tuple[Transformer, Path]:
+    """The model at `path`, and its directory with the weights.
+
+    The configuration is read first: a model that is not supported is refused, not downloaded.
+    """
+    directory = resolve(path)
+    model = read_model(directory)
+    found = with_weights(path, directory)
+    return (model if found == directory else read_model(found)), found
 
 
 def _open(

@@ -2,37 +2,49 @@
 
 from pathlib import Path
 
+from kvjax.hf import hub
+from kvjax.paths import local_path
+
 BUILTIN = "builtin:"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
-PATTERNS = (
-    "*.json",
-    "*.safetensors",
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory of a model; one from the hub is downloaded.
+    """The directory of a model; of one from the hub all but the weights is downloaded.
 
     Raises:
-        ValueError: neither a directory nor a model of the package or of the hub, or the hub
-            cannot be reached.
+        ValueError: neither a directory nor a model of the package or of the hub, a URL, or the
+            hub cannot be reached.
     """
-    directory = Path(path)
-    if isinstance(path, str) and path.startswith(BUILTIN):
-        return _builtin(path.removeprefix(BUILTIN))
+    if _is_builtin(path):
+        return _builtin(str(path).removeprefix(BUILTIN))
+    directory = local_path(path, "the model")
     if directory.is_dir():
         return directory
     if directory.exists():
         raise ValueError(f"{path} is a file, expected a directory")
-    return _download(str(path))
+    return hub.look(str(path))
+
+
+def with_weights(path: str | Path, directory: Path) -> Path:
+    """The directory of the model at `path` with its weights, downloaded if it is on the hub.
+
+    Args:
+        directory: what `resolve(path)` gave.
+
+    Raises:
+        ValueError: see `resolve`, or weights that are not to be had.
+    """
+    return hub.weights(str(path), directory) if on_hub(path) else directory
+
+
+def on_hub(path: str | Path) -> bool:
+    """Whether a path that `resolve` knows is a hub id."""
+    return not _is_builtin(path) and not Path(path).is_dir()
+
+
+def _is_builtin(path: str | Path) -> bool:
+    return isinstance(path, str) and path.startswith(BUILTIN)
 
 
 def _builtin(name: str) -> Path:
@@ -41,20 +53,3 @@ def _builtin(name: str) -> Path:
     if name not in names:
         raise ValueError(f"no builtin model {name!r}, expected one of {', '.join(names) or '–'}")
     return BUILTIN_DIRECTORY / name
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
-    except HFValidationError:
-        raise ValueError(f"{name} is neither a directory nor a hub id") from None
-    except LocalEntryNotFoundError:
-        raise ValueError(
-            f"{name} is no directory, is not in the local hub cache, and the hub is unreachable"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} is no directory, and the hub says: {line}") from None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from kvjax.hf import layout_of, read_model, stored_tensors
+from kvjax.hf.hub import missing_weights
+from kvjax.hf.source import on_hub, resolve
+from kvjax.nn import Transformer
 from kvjax.pipelines.convert import bytes_per_token
 from kvjax.sharding import param_shapes
 
@@ -17,12 +22,15 @@ from kvjax.sharding import param_shapes
 def describe(path: str) -> dict[str, Any]:
     """Family, shapes, parameters and KV cache bytes, from the config and the file headers.
 
+    Weights that are on the hub alone are not downloaded: their dtype is what the config says.
+
     Raises:
         ValueError: no such model, or files that don't fit together.
     """
-    model, layout = read_model(path), layout_of(path)
+    directory = resolve(path)
+    model, layout = read_model(directory), layout_of(directory)
     config = model.config
-    stored = stored_tensors(path).values() if layout == "hf" else ()
+    dtypes = _dtypes(model, directory, on_hub(path)) if layout == "hf" else []
     shapes = jax.tree.leaves(param_shapes(model))
     per_token = bytes_per_token(model, "bfloat16")
     return {
@@ -33,10 +41,19 @@ def describe(path: str) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "context": config.context_length,
         "parameters": sum(leaf.size for leaf in shapes),
-        "layout": ", ".join([layout, *sorted({tensor.dtype.name for tensor in stored})]),
+        "layout": ", ".join([layout, *dtypes]),
         "cache bytes a token (bfloat16)": per_token,
         "cache bytes at full context": per_token * config.context_length,
     }
+
+
+def _dtypes(model: Transformer, directory: Path, on_hub: bool) -> list[str]:
+    """Of the weights, by their files' headers; or of the config, where the hub has the weights."""
+    if not on_hub or not missing_weights(directory):
+        return sorted({tensor.dtype.name for tensor in stored_tensors(directory).values()})
+    raw = json.loads(model.config.hf_json)
+    said = raw.get("dtype") or raw.get("torch_dtype")
+    return [f"{said} by its config, weights not downloaded" if said else "weights not downloaded"]
 
 
 def describe_attention(attention: Any) -> str:

@@ -317,21 +317,6 @@ def test_paths_that_hold_no_model(tmp_path, monkeypatch):
         kvjax.load("builtin:nothing")
 
 
-def test_hub_ids_are_downloaded(saved, monkeypatch):
-    directory, model, _ = saved
-    asked = []
-
-    def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(directory)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert kvjax.load("somebody/llama")[0] == model
-    [(name, patterns)] = asked
-    assert name == "somebody/llama"
-    assert "*.safetensors" in patterns and "*.bin" not in patterns
-
-
 def test_builtin_names(tmp_path, monkeypatch):
     model, params = toy()
     kvjax.save(model, params, tmp_path / "tiny")

@@ -1,0 +1,144 @@
+"""What is downloaded of a model on the hub: a few small files, and weights only to be read."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvjax.hf.checkpoint import INDEX, SINGLE
+from kvjax.hf.native import CONFIG, PARAMS, is_native
+
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "tekken.json", "*.tiktoken", "spiece.model")
+LOOK = (
+    "config.json",
+    "generation_config.json",
+    CONFIG,
+    INDEX,
+    *TOKENIZER,
+    "sentencepiece*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "head_scores*",
+    "LICENSE*",
+    "NOTICE*",
+    "KVJAX_NOTICE*",
+    "USE_POLICY*",
+)
+"""The small files of a model. The patterns of the hub's client let `*` stand for folders too, so
+"*.json" or "*.model" would also bring the files of original/ and of checkpoints of a training."""
+FOREIGN = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
+
+
+def look(name: str) -> Path:
+    """The folder with the small files of the model `name`: all but the weights.
+
+    Raises:
+        ValueError: no such model, the hub cannot be reached, or neither a configuration nor a
+            tokenizer.
+    """
+    directory = _download(name, LOOK)
+    useful = ("config.json", CONFIG, *TOKENIZER)
+    if not any(file for pattern in useful for file in directory.glob(pattern)):
+        raise _not_found(name, "config.json", CONFIG)
+    return directory
+
+
+def weights(name: str, directory: Path) -> Path:
+    """The folder of the model `name` with its weights.
+
+    They are params/ of the native layout, model.safetensors, or else what the index names, as
+    transformers has it. Other copies of them (original/, consolidated.safetensors, variants) stay
+    on the hub.
+
+    Args:
+        directory: what `look` gave.
+
+    Raises:
+        ValueError: see `look`; no safetensors under these names, or some that are not to be had.
+    """
+    if is_native(directory):
+        return _download(name, [*LOOK, f"{PARAMS}/*"])
+    # Without the small files a new commit of the model would have its weights in a folder alone.
+    directory = _download(name, [*LOOK, SINGLE])
+    if (directory / SINGLE).is_file():
+        return directory
+    shards = index_files(directory)
+    if not shards:
+        raise _not_found(name, SINGLE, INDEX)
+    directory = _download(name, [*LOOK, *map(glob.escape, shards)])
+    missing = missing_weights(directory)
+    if missing:
+        raise ValueError(
+            f"found no {_first(missing)} of {name}, on the hub or in the local hub cache, though "
+            f"its {INDEX} names them"
+        )
+    return directory
+
+
+def index_files(directory: Path) -> list[str]:
+    """The files that the index names; none without an index.
+
+    Raises:
+        ValueError: an index that is none.
+    """
+    path = directory / INDEX
+    if not path.is_file():
+        return []
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(file) for file in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index: {error}") from None
+
+
+def missing_weights(directory: Path) -> list[str]:
+    """Files of weights that a folder lacks; for one without an index that is model.safetensors."""
+    if (directory / SINGLE).is_file():
+        return []
+    files = index_files(directory) or [SINGLE]
+    return [file for file in files if not (directory / file).is_file()]
+
+
+def _download(name: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except HFValidationError:
+        raise ValueError(f"{name} is neither a directory nor a hub id") from None
+    except LocalEntryNotFoundError as error:
+        # Newer clients raise this for a cached model that lacks one file, be it the licence.
+        cached = getattr(error, "snapshot_path", None)
+        if cached is not None:
+            return Path(cached)
+        raise ValueError(
+            f"{name} is no directory, is not in the local hub cache, and the hub is unreachable"
+        ) from None
+    except Exception as error:  # those of the HTTP library have no base of the hub's
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} is no directory, and the hub says: {line}") from None
+
+
+def _not_found(name: str, *files: str) -> ValueError:
+    """Neither of two files is there; says what the model has instead, where the hub tells."""
+    import huggingface_hub
+
+    try:
+        listed = huggingface_hub.model_info(name, timeout=10).siblings or ()
+        found = sorted(file.rfilename for file in listed if file.rfilename.endswith(FOREIGN))
+    except Exception:  # the message does without
+        found = []
+    return ValueError(
+        f"found neither {' nor '.join(files)} of {name}, on the hub or in the local hub cache"
+        + (f"; it has {_first(found)}, which kvjax does not read" if found else "")
+    )
+
+
+def _first(files: Sequence[str]) -> str:
+    """Three names, and how many more there are."""
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

@@ -1,0 +1,79 @@
+"""Local paths. kvjax neither reads nor writes URLs, and this module is where it says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# At least two letters: "C:/models" is a drive. One slash: Path("gs://b") has become "gs:/b".
+URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)
+ADVICE = {
+    "gs": "copy it with `gcloud storage cp --recursive`, or mount the bucket as a folder",
+    "s3": "copy it with `aws s3 cp --recursive`, or mount the bucket as a folder",
+    "hf": "for a model of the hub give its id alone, such as org/name",
+    "http": "download it first; for a model of the hub give its id alone, such as org/name",
+    "https": "download it first; for a model of the hub give its id alone, such as org/name",
+    "file": "give the path alone",
+}
+"""What to do instead, by scheme. These are refused even where a folder has such a name."""
+
+
+def local_path(path: str | os.PathLike[str], what: str = "path") -> Path:
+    """The path, unless it is a URL such as gs://bucket/model.
+
+    Args:
+        what: names the path in the message.
+
+    Raises:
+        ValueError: a URL, also one that pathlib has made "gs:/bucket/model" of.
+    """
+    text = str(path)
+    match = URL.match(text)
+    if match is None:
+        return Path(path)
+    scheme, slashes, rest = match[1].lower(), match[2], match[3]
+    if scheme not in ADVICE and slashes == "/" and Path(f"{match[1]}:").is_dir():
+        return Path(path)  # a folder whose name ends with a colon
+    advice = ADVICE.get(scheme, "copy it to a local folder, or mount it as one")
+    raise ValueError(f"{what} is the URL {match[1]}://{rest}, expected a local path: {advice}")
+
+
+def check_local(value: Any, name: str = "path") -> None:
+    """Refuses URLs among the paths of a command's arguments, before the command does any work.
+
+    Args:
+        value: arguments by name, a dataclass of them, or one of them. Every `Path` in them is
+            checked; a text is not, since it may be a prompt or a hub id.
+
+    Raises:
+        ValueError: see `local_path`.
+    """
+    if isinstance(value, Path):
+        local_path(value, name.replace("_", " "))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_local(item, str(key))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            check_local(item, name)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            check_local(getattr(value, field.name), field.name)
+
+
+def local_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, with `check_local` of its arguments before it begins."""
+    signature = inspect.signature(command)
+
+    @functools.wraps(command)
+    def checked(*args: Any, **settings: Any) -> Any:
+        check_local(signature.bind(*args, **settings).arguments)
+        return command(*args, **settings)
+
+    return checked
