@@ -30,10 +30,12 @@ MARKERS = ("<!-- made by benchmarks.capacity -->", "<!-- end -->")
 
 
 def main() -> None:
+    from kvjax.paths import local_path
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/capacity.json"))
+    parser.add_argument("--out", type=local_path, default=Path("benchmarks/results/capacity.json"))
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {"plans": {}}
     for model in MODELS:

@@ -31,6 +31,7 @@ from kvjax.hf.checkpoint import write
 from kvjax.hf.layout import layouts, tensors
 from kvjax.hf.tensor_file import NewTensor
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.sharding import param_shapes
 
 QWEN = {
@@ -80,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/convert_scale.json"))
+    parser.add_argument(
+        "--out", type=local_path, default=Path("benchmarks/results/convert_scale.json")
+    )
     args = parser.parse_args()
     # First of all: a child's peak begins with what its parent held when it was started.
     interpreter = int(subprocess.check_output([sys.executable, "-c", IMPORTS + PEAK]))

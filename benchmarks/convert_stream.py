@@ -43,6 +43,7 @@ from kvjax.hf.layout import Tensor, layouts, tensors
 from kvjax.hf.lazy import LazyParams
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.sharding import param_shapes
 
 RESULTS = Path("benchmarks/results/convert_stream.json")
@@ -298,8 +299,8 @@ def main() -> None:
     parser.add_argument("method", choices=["equal_cache", "decoupled"])
     parser.add_argument("--layers", type=int, default=QWEN["num_hidden_layers"])
     parser.add_argument("--small", action="store_true", help="a sixteenth of every width")
-    parser.add_argument("--work", type=Path, help="directory to work in, and to go on in")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=local_path, help="directory to work in, and to go on in")
+    parser.add_argument("--out", type=local_path, default=RESULTS)
     args = parser.parse_args()
     where = environment("benchmarks.convert_stream")  # before the commit can change
     raw = {**QWEN, **(SMALL if args.small else {}), "num_hidden_layers": args.layers}

@@ -90,8 +90,12 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    from kvjax.paths import local_path
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_cpu.json"))
+    parser.add_argument(
+        "--out", type=local_path, default=Path("benchmarks/results/decode_cpu.json")
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=512)

@@ -27,6 +27,7 @@ from kvjax.cache import DenseCache, HeadBudgetCache, cache_bytes
 from kvjax.cache.head_budget import pool_alignment
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from pallas_kernels import dispatch
 from pallas_kernels.bench.cases import head_budgets
 
@@ -86,7 +87,9 @@ def arguments() -> argparse.Namespace:
     """A small model and few steps by default where the device is a CPU."""
     cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_model.json"))
+    parser.add_argument(
+        "--out", type=local_path, default=Path("benchmarks/results/decode_model.json")
+    )
     parser.add_argument("--layers", type=int, default=1 if cpu else 32)
     parser.add_argument("--batch", type=int, default=1 if cpu else 16)
     parser.add_argument("--context", type=int, default=1024 if cpu else 8192)

@@ -22,6 +22,7 @@ import numpy as np
 import kvjax
 from benchmarks.environment import environment
 from kvjax.hf import config_from_hf, latent_rms
+from kvjax.paths import local_path
 
 BATCH = 16
 Logits = Callable[[np.ndarray], np.ndarray]
@@ -57,10 +58,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=local_path)
     parser.add_argument("--kv-rank", type=int, required=True)
     parser.add_argument("--rope-dim", type=int, required=True)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=local_path)
     args = parser.parse_args()
     rows = [*families(), *checkpoint(args.checkpoint, args.kv_rank, args.rope_dim)]
     for row in rows:

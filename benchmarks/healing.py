@@ -23,6 +23,7 @@ import kvjax
 from benchmarks.environment import environment
 from benchmarks.transmla import TASKS, embedded
 from kvjax.hf import latent_rms
+from kvjax.paths import local_path
 from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks import WordVocabulary, make_examples
 from kvjax.transmla import BEST, UNBIASED, calibrate
@@ -72,8 +73,8 @@ def convert(work: Any, stats: Any, settings: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/healing.json"))
-    parser.add_argument("--runs", type=Path, default=Path("healing_runs"))
+    parser.add_argument("--out", type=local_path, default=Path("benchmarks/results/healing.json"))
+    parser.add_argument("--runs", type=local_path, default=Path("healing_runs"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=1008, help="tokens of a prompt")
     parser.add_argument("--rate", type=float, default=1e-3)

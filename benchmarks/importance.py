@@ -28,6 +28,7 @@ import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
 from kvjax.headkv.stability import split_half
+from kvjax.paths import local_path
 from kvjax.pipelines.questions import QUESTIONS, Grid, TokenizerVocabulary, make_examples
 
 MODEL = "builtin:needle"
@@ -101,7 +102,9 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/importance.json"))
+    parser.add_argument(
+        "--out", type=local_path, default=Path("benchmarks/results/importance.json")
+    )
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--estimators", nargs="+", default=list(QUESTIONS))

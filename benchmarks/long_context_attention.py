@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks.environment import environment
 from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache
 from kvjax.headkv.budgets import allocate
+from kvjax.paths import local_path
 
 GOAL = 0.15  # of the full cache's time, for 5 % of its entries
 
@@ -95,7 +96,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     out = Path("benchmarks/results/long_context_attention.json")
-    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--out", type=local_path, default=out)
     parser.add_argument("--tokens", type=int, default=Size.tokens)
     parser.add_argument("--layers", type=int, default=Size.layers)
     parser.add_argument("--repeats", type=int, default=Size.repeats)

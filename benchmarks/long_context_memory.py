@@ -35,6 +35,7 @@ from kvjax.headkv.plan import FullPlan, Plan
 from kvjax.headkv.policy import resolve
 from kvjax.headkv.scores import HeadScores
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.sampling import Sampling
 
 SETTINGS = ("no cache", "full", "headkv")
@@ -152,7 +153,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     out = Path("benchmarks/results/long_context_memory.json")
-    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--out", type=local_path, default=out)
     parser.add_argument("--tokens", type=int, default=Size.tokens)
     parser.add_argument("--more-layers", type=int, nargs="*", default=[16, 32])
     parser.add_argument("--run", choices=SETTINGS, help="only run this setting, print its memory")

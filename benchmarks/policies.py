@@ -25,6 +25,7 @@ from kvjax.example import Example
 from kvjax.headkv.named import parse
 from kvjax.headkv.policy import Compress, resolve
 from kvjax.headkv.scores import HeadScores, default_scores
+from kvjax.paths import local_path
 from kvjax.pipelines.compare import FULL, PROTOCOLS, compare
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks import make_examples
@@ -52,7 +53,7 @@ POLICIES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policies.json"))
+    parser.add_argument("--out", type=local_path, default=Path("benchmarks/results/policies.json"))
     parser.add_argument("--prompts", type=int, default=168, help="of each seed and protocol")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))

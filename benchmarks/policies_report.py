@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.policies import label
+from kvjax.paths import local_path
 from kvjax.pipelines.compare import FULL
 
 RESULT = Path("benchmarks/results/policies.json")
@@ -21,7 +22,7 @@ REFERENCE = "headkv"
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULT
+    path = local_path(sys.argv[1]) if len(sys.argv) > 1 else RESULT
     result = json.loads(path.read_text())
     table = path.with_suffix(".md")
     table.write_text("\n".join(page(result)) + "\n")

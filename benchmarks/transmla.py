@@ -27,6 +27,7 @@ import numpy as np
 
 import kvjax
 from benchmarks.environment import environment
+from kvjax.paths import local_path
 from kvjax.tasks import WordVocabulary, accuracy, make_examples, perplexity
 from kvjax.transmla import BEST, Recipe, calibrate, low_rank, published, recipe, rotary
 from kvjax.transmla.allocation import allocate_sizes, choose_rope_dim
@@ -223,8 +224,8 @@ def _batches(tokens: np.ndarray) -> list[np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/transmla.json"))
+    parser.add_argument("--data", type=local_path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=local_path, default=Path("benchmarks/results/transmla.json"))
     args = parser.parse_args()
     result = {"environment": environment("benchmarks.transmla"), "rows": []}
     if args.out.exists():

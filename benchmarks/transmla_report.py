@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from kvjax.paths import local_path
 
 METRICS = ("perplexity", "needle", "multi_key", "two_hop")
 
@@ -38,7 +39,7 @@ def sizes(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/transmla.json")
+    path = local_path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/transmla.json")
     result = json.loads(path.read_text())
     about = result["environment"]
     print("# The decoupled conversion, part by part\n")

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import UseAppendAction, arg
 
+from kvjax.paths import check_local, local_path
+
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Policies = Annotated[
     UseAppendAction[tuple[str, ...]],
@@ -109,7 +111,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
         argv: for results.json.
 
     Raises:
-        ValueError: see `eval.run.evaluate`.
+        ValueError: see `check_arguments` and `eval.run.evaluate`.
     """
     from eval.dry_run import dry_run
     from eval.loaded import Loaded
@@ -119,6 +121,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
 
+    check_arguments(command)
     if command.out is None and not command.dry_run:
         raise ValueError("give --out FOLDER for the run, or --dry-run")
     names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
@@ -138,6 +141,20 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     return evaluate(loaded, task, settings, command.out, described, argv)
+
+
+def check_arguments(command: Any) -> None:
+    """What a command can refuse before it reads a model.
+
+    Raises:
+        ValueError: a path that is a URL, or a policy that does not exist or whose score file
+            cannot be read.
+    """
+    from kvjax.headkv import Policy
+
+    check_local(command)
+    for policy in command.policy:
+        Policy.parse(policy)
 
 
 def adapted(task: Any, command: TaskCommand) -> Any:
@@ -171,9 +188,10 @@ def task_options(command: TaskCommand, tokenizer: Any) -> Any:
 
 def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
     pairs = [setting.partition("=") for setting in settings]
-    for key, equals, _ in pairs:
+    for key, equals, value in pairs:
         if not key or not equals:
             raise ValueError(f"got --set {key}, expected --set KEY=VALUE")
+        local_path(value, key)
     return [(key, value) for key, _, value in pairs]
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import tyro
 
-from eval.command import Dtype, Json, MeshText, Model, Policies, print_rows, write_json
+from eval.command import (
+    Dtype,
+    Json,
+    MeshText,
+    Model,
+    Policies,
+    check_arguments,
+    print_rows,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
         `time_one` returns, with its policy, context and batch.
 
     Raises:
-        ValueError: a size below its least, a prompt that exceeds the model's context.
+        ValueError: see `check_arguments`; a size below its least, or a prompt that exceeds the
+            model's context.
     """
     import kvjax
     from eval.environment import environment
@@ -67,6 +77,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from eval.progress import progress_bar
     from kvjax.mesh import named_mesh
 
+    check_arguments(command)
     least = min([*command.contexts, *command.batches, command.repeats, command.new_tokens - 1])
     if least < 1:
         raise ValueError("contexts, batches and repeats are expected ≥ 1, new_tokens ≥ 2")

@@ -11,7 +11,16 @@ from typing import Any
 
 import tyro
 
-from eval.command import Dtype, Json, MeshText, Model, Policies, print_report, write_json
+from eval.command import (
+    Dtype,
+    Json,
+    MeshText,
+    Model,
+    Policies,
+    check_arguments,
+    print_report,
+    write_json,
+)
 from eval.predictions import check_folder, write_measured
 
 PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
@@ -79,6 +88,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
 
     start = time.monotonic()
     names = command.policy or ("full",)
+    check_arguments(command)
     if command.dense and tuple(names) != ("full",):
         raise ValueError("--dense scores without a cache: no --policy but full")
     request = _request(command, names)

@@ -10,8 +10,18 @@ from typing import Any
 
 import tyro
 
-from eval.command import Dtype, Json, MeshText, Model, Policies, print_report, write_json
+from eval.command import (
+    Dtype,
+    Json,
+    MeshText,
+    Model,
+    Policies,
+    check_arguments,
+    print_report,
+    write_json,
+)
 from eval.predictions import check_folder, write_measured
+from kvjax.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,9 @@ def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> 
 
 
 def _check(command: PerplexityCommand, names: Sequence[str]) -> None:
+    check_arguments(command)
+    for name in command.text:
+        local_path(name, "text")
     if command.prefix is None and tuple(names) != ("full",):
         raise ValueError("policies compress a prefix: give --prefix TOKENS, or no --policy")
     if command.prefix is not None and command.stride is not None:

@@ -29,6 +29,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from kvjax import processes
+from kvjax.paths import check_local, local_path
 
 COMMANDS = ("perplexity", "latency", "lm-eval")
 """Commands beside the tasks that a file may name."""
@@ -100,6 +101,7 @@ class RunCommand:
 def main(argv: Sequence[str]) -> None:
     """The command with these arguments; a run that fails is reported, and the next begins."""
     command = tyro.cli(RunCommand, prog="python -m eval run", args=list(argv))
+    check_local(command)
     recipe = read(command.config, command.scores, command.model)
     runs = [run for run in recipe.runs if not command.only or run.name in command.only]
     missing = set(command.only) - {run.name for run in runs}
@@ -132,7 +134,8 @@ def read(path: Path, scores: Path = Path("scores"), model: str | None = None) ->
         model: instead of every run's.
 
     Raises:
-        ValueError: no such file, or an entry that is not understood; says which.
+        ValueError: no such file, an entry that is not understood, or a URL among the paths of
+            the runs; says which.
     """
     import yaml
 
@@ -177,7 +180,25 @@ def _run(entry: Any, default: str | None, instead: str | None, where: str) -> Re
     options = entry.get("options") or {}
     if not isinstance(options, dict):
         raise ValueError(f"{where}: options are {options!r}, expected names and values")
+    _check_paths(where, {"model": model, "scores": [_scores(p) for p in policies], **options})
     return RecipeRun(entry["name"], entry["command"], model, tuple(policies), options)
+
+
+def _check_paths(where: str, value: Any, name: str = "") -> None:
+    """Raises ValueError where a text in the value is a URL: no option of a command wants one."""
+    if isinstance(value, str):
+        local_path(value, f"{where}: {name}")
+    elif isinstance(value, list):
+        for part in value:
+            _check_paths(where, part, name)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_paths(where, part, str(key))
+
+
+def _scores(policy: str) -> str:
+    """The score file that a policy names, or an empty text."""
+    return policy.partition("scores=")[2].partition(",")[0]
 
 
 def _do(run: RecipeRun, words: list[str], dry: bool, console: Console) -> None:

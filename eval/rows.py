@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvjax.paths import local_path
+
 PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
 KINDS = (".jsonl", ".json", ".txt")
 
@@ -77,9 +79,9 @@ def read_text(path: Path) -> str:
     """The whole text, UTF-8.
 
     Raises:
-        ValueError: no such file, one that cannot be unpacked, or not UTF-8.
+        ValueError: no such file, a URL, one that cannot be unpacked, or not UTF-8.
     """
-    if not path.is_file():
+    if not local_path(path, "the file").is_file():
         raise ValueError(f"no file at {path}")
     data = path.read_bytes()
     try:

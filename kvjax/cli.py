@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
+from kvjax.paths import local_arguments
+
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Model = Annotated[
     Positional[str], arg(help="checkpoint directory, hub id, or builtin:<name>", metavar="MODEL")
@@ -354,9 +356,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; bad input is one line on standard error and exit code 2."""
+    commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="kvjax", description="Smaller KV caches for existing LLMs.", args=argv
+            commands, prog="kvjax", description="Smaller KV caches for existing LLMs.", args=argv
         )
     except (ValueError, NotImplementedError, OSError) as error:
         message = " ".join(str(error).split())

@@ -22,6 +22,7 @@ from kvjax.identity import Identity, identity
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
+from kvjax.paths import local_path
 from kvjax.prompts import bucket_length, check_prompts, pad
 from pallas_kernels import Quantized
 from pallas_kernels.segments import StaticSegments, TracedSegments
@@ -63,7 +64,12 @@ class Context:
         return cache_bytes(self.cache)
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
+        """Writes one safetensors file.
+
+        Raises:
+            ValueError: the path is a URL.
+        """
+        path = local_path(path, "the context")
         tensors: dict[str, np.ndarray] = {}
         layers = [_describe(cache, f"{i}", tensors) for i, cache in enumerate(self.cache)]
         model = dataclasses.asdict(self.model)
@@ -73,7 +79,7 @@ class Context:
             NewTensor(name, array.dtype, array.shape, lambda array=array: array)
             for name, array in tensors.items()
         ]
-        write_file(Path(path), new, {"kvjax": content})
+        write_file(path, new, {"kvjax": content})
 
 
 def compress(
@@ -111,7 +117,7 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
     Raises:
         ValueError: no such file, another file, or a context of another model.
     """
-    path = Path(path)
+    path = local_path(path, "the context")
     if not path.is_file():
         raise ValueError(f"no context at {path}")
     stored, metadata = read_header(path), read_metadata(path)

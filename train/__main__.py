@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from kvjax import processes
+from kvjax.paths import local_arguments
 from train.compare.command import compare
 from train.curve import plot_curve
 from train.evaluate import evaluate
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with processes.together():
                 command.tune(arguments)
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=argv)
+            commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
+            tyro.extras.subcommand_cli_from_dict(commands, prog="python -m train", args=argv)
     except (ValueError, OSError) as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         processes.stop(2)

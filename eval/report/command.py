@@ -9,6 +9,8 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from kvjax.paths import check_local
+
 PAGE = "index.html"
 
 
@@ -42,13 +44,14 @@ def write(command: ReportCommand) -> Path:
         Path of index.html.
 
     Raises:
-        ValueError: a folder without results, a damaged file, or no runs at all.
+        ValueError: a URL, a folder without results, a damaged file, or no runs at all.
     """
     from eval.report import heads, sections
     from eval.report.page import document
     from eval.report.pictures import Pictures
     from eval.report.runs import find
 
+    check_local(command)
     runs = find(command.runs)
     command.out.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(command.out)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from kvjax.config import ModelConfig
+from kvjax.paths import local_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +51,19 @@ class HeadScores:
         return self.samples.mean(axis=2)
 
     def save(self, path: str | Path) -> None:
-        """Writes the score file (gzipped if the name ends in .gz) and its meta companion."""
+        """Writes the score file (gzipped if the name ends in .gz) and its meta companion.
+
+        Raises:
+            ValueError: the path is a URL.
+        """
+        path = local_path(path, "the score file")
         layers, heads, _ = self.samples.shape
         table = {
             f"{layer}-{head}": self.samples[layer, head].tolist()
             for layer in range(layers)
             for head in range(heads)
         }
-        _write_json(Path(path), table)
+        _write_json(path, table)
         meta = self.meta | {"num_layers": layers, "num_heads": heads}
         _write_json(meta_path(path), meta)
 
@@ -72,7 +78,7 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
     Raises:
         ValueError: no such file, not the format, or scores of a model of another shape.
     """
-    path = Path(path)
+    path = local_path(path, "the score file")
     if not path.is_file():
         raise ValueError(f"no head score file at {path}")
     scores = HeadScores(_samples(path, _read_json(path)), _read_meta(path))

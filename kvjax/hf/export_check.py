@@ -10,6 +10,7 @@ from typing import Any
 from kvjax.hf.checkpoint import INDEX, SINGLE, Checkpoint, scan
 from kvjax.hf.deepseek.stock import stock_tensors
 from kvjax.hf.load import load_tokenizer
+from kvjax.paths import local_path
 
 GENERATION = "generation_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -33,7 +34,7 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
     Raises:
         ValueError: one error lists everything that is wrong.
     """
-    directory = Path(path)
+    directory = local_path(path, "the export")
     raw = _read(directory / "config.json")
     if raw.get("architectures") != ["DeepseekV3ForCausalLM"]:
         raise ValueError(
@@ -103,7 +104,7 @@ def _tokenizer_problems(tokenizer: Any, raw: dict, source: str | Path | None) ->
     if len(tokenizer) > raw["vocab_size"]:
         yield f"the tokenizer has {len(tokenizer)} tokens, the model {raw['vocab_size']}"
     # Without that file a directory of ours does not say which class its tokenizer has.
-    if source is None or not (Path(source) / "tokenizer_config.json").is_file():
+    if source is None or not (local_path(source, "source") / "tokenizer_config.json").is_file():
         return
     was, now = (t(PROBE)["input_ids"] for t in (load_tokenizer(source), tokenizer))
     if was != now:

@@ -22,6 +22,7 @@ from kvjax.hf import load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.pipelines import partial
 from kvjax.pipelines.questions import Grid, make_examples
 
@@ -52,7 +53,7 @@ def score_heads(
         ValueError: an unknown estimator, a length that cannot hold the facts, no example that
             the model answers, or a haystack that is missing or too short.
     """
-    path = None if haystack is None else Path(haystack)
+    path = None if haystack is None else local_path(haystack, "the haystack")
     grid = Grid(estimator, samples, length, seed, path)
     examples = make_examples(tokenizer, grid)
     scores = score_examples(model, params, examples, estimator=estimator, batch_size=batch_size)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvjax.context import compress, load_context
 from kvjax.generation import generate
+from kvjax.headkv import Policy
 from kvjax.hf import load, load_tokenizer
 from kvjax.mesh import named_mesh
 
@@ -38,6 +39,8 @@ def generate_text(
     """
     if not prompt:
         raise ValueError("the prompt is empty, expected text")
+    if context is None:
+        Policy.parse(policy)  # a policy that cannot be had is refused before a model is read
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)
@@ -87,6 +90,7 @@ def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> 
     """
     if not text.is_file():
         raise ValueError(f"no text file at {text}")
+    Policy.parse(policy)
     model, params = load(path, dtype=dtype)
     ids = load_tokenizer(path)(text.read_text(encoding="utf-8"))["input_ids"]
     context = compress(model, params, ids, policy)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvjax.paths import local_path
 from kvjax.tasks.vocabulary import Vocabulary
 
 SENTENCE_END = re.compile(r"""(?:(?<=[.!?…])|(?<=[.!?…]["'”’)]))\s+""")
@@ -54,9 +55,9 @@ def read(path: str | Path, vocab: Vocabulary) -> Haystack:
     """The haystack in a text file, UTF-8.
 
     Raises:
-        ValueError: no such file, not UTF-8, or nothing in it.
+        ValueError: no such file, a URL, not UTF-8, or nothing in it.
     """
-    path = Path(path)
+    path = local_path(path, "the haystack")
     if not path.is_file():
         raise ValueError(f"no haystack file at {path}")
     try:

@@ -18,6 +18,7 @@ from kvjax.config import GQAConfig, ModelConfig
 from kvjax.identity import identity
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import embed_tokens
+from kvjax.paths import local_path
 from kvjax.transmla.layer import (
     Heads,
     attention_input,
@@ -65,13 +66,17 @@ class Stats:
     model: str = ""
 
     def save(self, path: str | Path) -> None:
-        """Writes one .npz file, whole or not at all."""
+        """Writes one .npz file, whole or not at all.
+
+        Raises:
+            ValueError: the path is a URL.
+        """
+        path = local_path(path, "the calibration")
         arrays: dict[str, Any] = {"format": FORMAT, "tokens": self.tokens, "model": self.model}
         for index, layer in enumerate(self.layers):
             for name, value in vars(layer).items():
                 if value is not None:
                     arrays[f"{index}/{name}"] = value
-        path = Path(path)
         part = path.with_name(f"{path.name}.part")
         with part.open("wb") as file:
             np.savez(file, **arrays)
@@ -82,8 +87,9 @@ class Stats:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: another file.
+            ValueError: another file, or a URL.
         """
+        path = local_path(path, "the calibration")
         try:
             with np.load(path) as file:
                 arrays = dict(file)
@@ -121,11 +127,14 @@ def calibrate(
 
     Raises:
         ValueError: no batch, batches of different lengths or with ids that the model does not
-            have, layers without GQA, or a `resume` file of other batches or another model.
+            have, layers without GQA, or a `resume` that is a URL or a file of other batches or of
+            another model.
     """
-    bases = gqa_layers(model)
-    owner = "" if resume is None else identity(model.config, params).digest
-    state = Stats.load(resume) if resume is not None and Path(resume).exists() else None
+    bases, owner = gqa_layers(model), ""
+    if resume is not None:
+        resume = local_path(resume, "resume")
+        owner = identity(model.config, params).digest
+    state = Stats.load(resume) if resume is not None and resume.exists() else None
     if state is not None and state.model != owner:
         raise ValueError(
             f"{resume} holds the moments of model {state.model or '–'}, this one is {owner}"

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kvjax.paths import local_path
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 
 
@@ -23,6 +24,7 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
         workers: processes, each with one arm at a time on a core of its own.
     """
     settings = read_compare(config)
+    local_path(settings.model, "model")
     check_folder(settings, out)
     from train.compare.runs import best_rate, write_data
 

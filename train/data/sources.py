@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kvjax.paths import local_path
 from train.data.config import SourceConfig
 from train.data.text_files import JsonArray, JsonLines, Paragraphs
 
@@ -38,10 +39,10 @@ def open_rows(source: SourceConfig) -> Rows:
     .json that is one array is parsed whole, parquet stays in Arrow's columns.
 
     Raises:
-        ValueError: no such file, an unknown kind of file, one that cannot be unpacked or parsed,
-            one without rows, or a hub dataset without the package that loads it.
+        ValueError: no such file, a URL, an unknown kind of file, one that cannot be unpacked or
+            parsed, one without rows, or a hub dataset without the package that loads it.
     """
-    path = Path(source.path)
+    path = local_path(source.path, "data")
     rows = _open_file(path) if path.is_file() else _open_hub(source)
     if len(rows) == 0:
         raise ValueError(f"{source.path}: no rows, expected at least one")

@@ -13,6 +13,7 @@ import absl.logging
 import tyro
 
 from kvjax import processes
+from kvjax.paths import check_local
 from train.finetune.config import TuneConfig, read_config
 
 
@@ -61,6 +62,7 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     Raises:
         ValueError: see `train.finetune.run.finetune`.
     """
+    check_local(arguments)
     # orbax logs a traceback of what it raises anyway.
     absl.logging.set_verbosity(absl.logging.FATAL)
     processes.join(arguments.distributed)

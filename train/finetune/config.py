@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from kvjax.paths import local_path
 from kvjax.sharding import parse_mesh
 from train.data import DataConfig, SourceConfig
 
@@ -130,6 +131,14 @@ def parse_source(text: str) -> SourceConfig:
         ) from None
 
 
+def check_paths(config: TuneConfig) -> None:
+    """Raises ValueError where a model, a tokenizer or data is a URL; nothing is read for it."""
+    for name in ("model", "tokenizer", "teacher"):
+        local_path(getattr(config, name) or "", name)
+    for text in config.data:
+        local_path(parse_source(text).path, "data")
+
+
 def read_config(path: Path, **changes: Any) -> TuneConfig:
     """A run from a YAML file whose keys are the attributes of `TuneConfig`.
 
@@ -137,8 +146,9 @@ def read_config(path: Path, **changes: Any) -> TuneConfig:
         changes: attributes that override the file's.
 
     Raises:
-        ValueError: no such file, no mapping, or a key that there is no attribute for.
+        ValueError: no such file, a URL, no mapping, or a key that there is no attribute for.
     """
+    path = local_path(path, "config")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -13,10 +13,11 @@ import jax
 
 import kvjax
 from kvjax import processes
+from kvjax.paths import local_path
 from train import log
 from train.data import count_batches, make_loader
 from train.finetune.checkpoints import Checkpoints
-from train.finetune.config import TuneConfig
+from train.finetune.config import TuneConfig, check_paths
 from train.finetune.loop import Loop, Position
 from train.finetune.merge import write_merged
 from train.finetune.setup import load
@@ -37,9 +38,11 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
         Steps, last loss, parameters that train, tokens and learned tokens seen, seconds.
 
     Raises:
-        ValueError: bad settings or data; another run's folder; a loss that is no number, whose
-            step it names; a checkpoint that could not be written.
+        ValueError: bad settings or data; a URL; another run's folder; a loss that is no number,
+            whose step it names; a checkpoint that could not be written.
     """
+    check_paths(config)
+    out = local_path(out, "out")
     processes.on_writer(lambda: check_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
     tuning, state = load(config)
