@@ -122,6 +122,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from kvjax.mesh import named_mesh
 
     check_arguments(command)
+    _pairs(command.settings)
     if command.out is None and not command.dry_run:
         raise ValueError("give --out FOLDER for the run, or --dry-run")
     names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}

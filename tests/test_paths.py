@@ -244,6 +244,7 @@ TASK = ("needle", "--model", NONE, "--out", "out")
         ("needle", "--model", BUCKET, "--out", "out"),
         ("needle", "--model", NONE, "--out", BUCKET),
         (*TASK, "--data-dir", BUCKET),
+        (*TASK, "--set", f"haystack={BUCKET}"),
         (*TASK, "--json-file.json", BUCKET),
         (*TASK, "--policy", f"headkv:kv_size=16,scores={BUCKET}"),
         ("latency", "--model", NONE, "--out", BUCKET),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ LOOK = (
 )
 """The small files of a model. The patterns of the hub's client let `*` stand for folders too, so
 "*.json" or "*.model" would also bring the files of original/ and of checkpoints of a training."""
+UNREACHABLE = "; the hub is unreachable"
 FOREIGN = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
 
 
@@ -74,7 +76,7 @@ def weights(name: str, directory: Path) -> Path:
     if missing:
         raise ValueError(
             f"found no {_first(missing)} of {name}, on the hub or in the local hub cache, though "
-            f"its {INDEX} names them"
+            f"its {INDEX} names them{UNREACHABLE if _listing(name) is None else ''}"
         )
     return directory
 
@@ -100,7 +102,7 @@ def missing_weights(directory: Path) -> list[str]:
     if (directory / SINGLE).is_file():
         return []
     files = index_files(directory) or [SINGLE]
-    return [file for file in files if not (directory / file).is_file()]
+    return [file for file in files if not os.path.isfile(directory / file)]  # "\0" included
 
 
 def _download(name: str, patterns: Sequence[str]) -> Path:
@@ -126,17 +128,24 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
 
 def _not_found(name: str, *files: str) -> ValueError:
     """Neither of two files is there; says what the model has instead, where the hub tells."""
+    listed = _listing(name)
+    found = [file for file in listed or () if file.endswith(FOREIGN)]
+    instead = f"; it has {_first(found)}, which kvjax does not read" if found else ""
+    return ValueError(
+        f"found neither {' nor '.join(files)} of {name}, on the hub or in the local hub cache"
+        f"{UNREACHABLE if listed is None else instead}"
+    )
+
+
+def _listing(name: str) -> list[str] | None:
+    """The files of a model on the hub, for messages; None where the hub cannot be asked."""
     import huggingface_hub
 
     try:
-        listed = huggingface_hub.model_info(name, timeout=10).siblings or ()
-        found = sorted(file.rfilename for file in listed if file.rfilename.endswith(FOREIGN))
-    except Exception:  # the message does without
-        found = []
-    return ValueError(
-        f"found neither {' nor '.join(files)} of {name}, on the hub or in the local hub cache"
-        + (f"; it has {_first(found)}, which kvjax does not read" if found else "")
-    )
+        files = huggingface_hub.model_info(name, timeout=10).siblings or ()
+        return sorted(file.rfilename for file in files)
+    except Exception:  # whatever it is, the message is about another error
+        return None
 
 
 def _first(files: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.deepseek import to_deepseek, write_serving_files
-from kvjax.hf.source import resolve, with_weights
+from kvjax.hf.source import on_hub, resolve, with_weights
 from kvjax.hf.tensor_file import StoredTensor
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
@@ -179,8 +179,11 @@ def _with_weights(path: str | Path) -> tuple[Transformer, Path]:
     """
     directory = resolve(path)
     model = read_model(directory)
-    found = with_weights(path, directory)
-    return (model if found == directory else read_model(found)), found
+    if not on_hub(path):
+        return model, directory
+    # Read again: the weights may be of a newer commit, whose configuration came with them.
+    directory = with_weights(path, directory)
+    return read_model(directory), directory
 
 
 def _open(

@@ -230,7 +230,7 @@ def test_a_model_that_is_not_supported_is_not_downloaded(fake, repository, small
 def test_a_missing_shard(fake, repository):
     lost = sorted(shards(repository))[-1]
     (repository / lost).unlink()
-    with pytest.raises(ValueError, match=rf"^found no {lost} of org/name, on the hub or .* names"):
+    with pytest.raises(ValueError, match=rf"^found no {lost} of org/name, .* names them$"):
         kvjax.load(ID)
 
 
@@ -272,7 +272,7 @@ def test_a_hub_that_lists_nothing(fake, repository, monkeypatch):
     monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     for file in (*shards(repository), INDEX):
         (repository / file).unlink()
-    with pytest.raises(ValueError, match=r"found neither model.safetensors nor .* cache$"):
+    with pytest.raises(ValueError, match=r"^found neither model.* cache; the hub is unre"):
         kvjax.load(ID)
 
 
@@ -305,14 +305,14 @@ def test_offline_a_look_needs_no_weights(cached):
         (cached / file).unlink()
     assert read_model(ID).config.num_layers == 2
     assert describe(ID)["layout"] == "hf, float32 by its config, weights not downloaded"
-    with pytest.raises(ValueError, match=r"^found no model-0.* and \d+ more of org/name, on"):
+    with pytest.raises(ValueError, match=r"^found no model-0.* and \d+ more .* the hub is unre"):
         kvjax.load(ID)
 
 
 def test_offline_neither_weights_nor_an_index(cached):
     for file in (*shards(cached), INDEX):
         (cached / file).unlink()
-    with pytest.raises(ValueError, match=r"^found neither model.safetensors nor .* hub cache$"):
+    with pytest.raises(ValueError, match=r"^found neither model.* cache; the hub is unre"):
         kvjax.load(ID)
 
 
