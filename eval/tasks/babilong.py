@@ -88,7 +88,7 @@ def score(item: Item, answer: str) -> float:
 
 
 def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text))
+    return set(re.findall(r"[^\W_]+", text))
 
 
 def _lengths(lengths: tuple[int, ...], folder: Path | None) -> list[str]:

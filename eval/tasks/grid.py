@@ -100,6 +100,6 @@ def word_ids(*texts: str) -> list[list[int]]:
     """Lower-case words without punctuation, each a number, for the scores of `kvjax.answers`."""
     ids: dict[str, int] = {}
     return [
-        [ids.setdefault(word, len(ids)) for word in re.findall(r"\w+", text.lower())]
+        [ids.setdefault(word, len(ids)) for word in re.findall(r"[^\W_]+", text.lower())]
         for text in texts
     ]

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from eval.numbers import plain
 from eval.rows import Row
 from eval.statistics import standard_error
 from eval.task import Item, Task, TaskOptions
@@ -22,7 +23,10 @@ ASK = "{question}\nThink step by step, and end with a line 'The answer is: ' and
 """For chat models, inside their template."""
 
 HUB = ("openai/gsm8k", "main")
-NUMBER = r"[-+]?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?"
+CURRENCY = "$€£¥₹"
+WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+),?"
+NUMBER = rf"[-+]?(?:[{CURRENCY}] ?)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
+"""In the plain text of `eval.numbers`. Commas stand before three digits; else they part numbers."""
 SETTINGS = ("prompt", "extraction", "max_new_tokens")
 PROMPTS = ("alpaca", "ask")
 EXTRACTIONS = ("strict", "flexible")
@@ -103,21 +107,24 @@ def example(row: Row) -> str:
 
 
 def strict(answer: str) -> str | None:
-    """The number right after the last "The answer is", with or without a colon."""
-    found = re.findall(rf"[Tt]he answer is:?\s*({NUMBER})", answer)
+    """The number right after the last "The answer is", with or without a colon.
+
+    How the number is dressed does not matter, see `eval.numbers`: "**The answer is:** $72$".
+    """
+    found = re.findall(rf"[Tt]he answer is\s*:?\s*({NUMBER})", plain(answer, spaces=True))
     return found[-1] if found else None
 
 
 def flexible(answer: str) -> str | None:
     """The last number."""
-    found = re.findall(rf"(?<![\w.]){NUMBER}", answer)
+    found = re.findall(rf"(?<![\w.]){NUMBER}", plain(answer, spaces=True))
     return found[-1] if found else None
 
 
 def value(number: str | None) -> Fraction | None:
     """Of a number as it is written: "$1,234.50", "-3", "1/2"; None for anything else."""
     try:
-        return Fraction(re.sub(r"[$,\s]", "", number or ""))
+        return Fraction(re.sub(rf"[{CURRENCY},\s]", "", plain(number or "", spaces=True)))
     except (ValueError, ZeroDivisionError):
         return None
 

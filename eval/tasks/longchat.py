@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from eval import rows
+from eval.numbers import whole_numbers
 from eval.task import Item, Task, TaskOptions
 
 MAX_NEW_TOKENS = 32
@@ -51,7 +52,5 @@ def load(options: TaskOptions) -> Task:
 
 def score(item: Item, answer: str) -> float:
     """Whether the answer's number is the reference."""
-    numbers = next(
-        (found for line in answer.split("\n") if (found := re.findall(r"\d+", line))), []
-    )
-    return float(bool(numbers) and int(numbers[-1]) == int(item.references[0]))
+    numbers = next((found for line in answer.split("\n") if (found := whole_numbers(line))), [])
+    return float(bool(numbers) and numbers[-1] == int(item.references[0]))

@@ -75,6 +75,13 @@ def test_settings(tmp_path):
     assert list(TASKS)[:2] == ["needle", "reasoning"]
 
 
+def test_emphasis_is_no_part_of_a_word():
+    task = load_task("needle", options(count=1))
+    item = task.items[0]
+    for dress in ("{}", "**{}**", "__{}__", "_{}_."):
+        assert task.score(item, dress.format(item.references[0])) == 1
+
+
 def test_chat_models_get_text():
     task = load_task("needle", options(tokenizer=toys.loaded(chat=True).tokenizer))
     item = task.items[0]

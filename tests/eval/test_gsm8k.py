@@ -36,7 +36,7 @@ def folder(tmp_path):
         ("The answer is: .5 or so", ".5", ".5"),
         ("The answer is: 5. Wait. The answer is: 6", "6", "6"),
         ("The answer is: 5 and then 9 more", "5", "9"),
-        ("The answer is: \\boxed{18}", None, "18"),
+        ("The answer is: \\boxed{18}", "18", "18"),
         ("so **18** apples", None, "18"),
         ("16-3", None, "3"),
         ("= 10,", None, "10,"),
@@ -48,6 +48,68 @@ def folder(tmp_path):
 def test_extraction(answer, strict, flexible):
     assert gsm8k.strict(answer) == strict
     assert gsm8k.flexible(answer) == flexible
+
+
+DRESSED = [
+    *(
+        ("\u221218", -18),
+        ("\u201318", -18),
+        ("\u201118", -18),
+        ("\u2212$18", -18),
+        ("$\u221218$", -18),
+    ),
+    *((r"\boxed{18}", 18), ("$18$", 18), ("$$18$$", 18), (r"\$18", 18), (r"\(18\)", 18)),
+    *((r"\[ 18 \]", 18), (r"$\boxed{\$1{,}234}$", 1234), (r"\boxed{\text{18 apples}}", 18)),
+    *((r"18\text{ apples}", 18), (r"\textbf{18}\%", 18), (r"$\mathbf{-18}$", -18), ("{18}", 18)),
+    *((r"\frac{36}{2}", 18), (r"\boxed{\dfrac{36}{2}}", 18), (r"-\frac{36}{2}", -18)),
+    *((r"1{,}234", 1234), (r"1\,234{,}567", 1234567), (r"1,\!234", 1234), ("1,234,567", 1234567)),
+    *(("1\u2009234", 1234), ("1\u202f234", 1234), ("1\u00a0234", 1234), ("1 234", 1234)),
+    *(("10 000", 10000), ("1_234", 1234), ("1\u2019234.50", 1234.5), ("1,00,000", 100000)),
+    *(("**18**", 18), ("*18*", 18), ("__18__", 18), ("`18`", 18), ("***$18***.", 18), ("18.", 18)),
+    *(("18 dollars", 18), ("18%", 18), ("\u20ac18", 18), ("\u00a3 18", 18), ("\uff11\uff18", 18)),
+]
+
+
+@pytest.mark.parametrize(("written", "number"), DRESSED)
+def test_how_a_number_is_dressed_does_not_matter(written, number):
+    item = Item("0", "", (str(number),), 1)
+    for start in (
+        "The answer is: ",
+        "**The answer is:** ",
+        "so\n*The answer is* ",
+        "The answer is:\n",
+    ):
+        assert gsm8k.score_strict(item, start + written) == 1
+        assert gsm8k.score_flexible(item, f"First 2.\n{start}{written}") == 1
+    assert gsm8k.score_strict(item, f"That makes {written}") == 0  # its form is another
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict", "flexible"),
+    [
+        ("The answer is: 1,2", 1, 2),  # a list
+        ("The answer is: 1, 2 and 3", 1, 3),
+        ("The answer is: 3-4", 3, 4),  # ranges
+        ("The answer is: 3\u20134", 3, 4),
+        ("The answer is: 2*3", 2, 3),  # products and powers
+        ("The answer is: 5 *300", 5, 300),
+        ("The answer is: 2**3", 2, 3),
+        ("The answer is: 10^{2}", 10, 2),
+        (r"The answer is: \sqrt{16}", None, 16),
+        ("The answer is: x = 5", None, 5),
+        ("The answer is probably 5", None, 5),
+        ("1. First", None, 1),
+        ("on 2021-03-04", None, 4),
+        ("On 2/3/2024", None, 2024),
+        ("12 100-dollar bills", None, 100),
+        ("In 2021 100 came", None, 100),
+        (r"x_{1}", None, 1),
+        ("\u201418 it is", None, 18),  # a dash between clauses is no sign
+    ],
+)
+def test_what_is_no_dress_stays(answer, strict, flexible):
+    assert gsm8k.value(gsm8k.strict(answer)) == strict
+    assert gsm8k.value(gsm8k.flexible(answer)) == flexible
 
 
 @pytest.mark.parametrize(

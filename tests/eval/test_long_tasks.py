@@ -227,6 +227,8 @@ class TestBABILong:
             (babi("qa6", "no"), "I know: yes", 0),
             (babi("qa6", "yes"), "I know: yes", 1),
             (babi("qa7", "none"), "none", 1),
+            (babi("qa1", "kitchen"), "__kitchen__", 1),
+            (babi("qa1", "kitchen"), "**Kitchen**", 1),
             (babi("qa8", "apple,football"), "football and apple", 1),
             (babi("qa8", "apple,football"), "apple", 0),
             (babi("qa19", "s,e"), "s,e", 1),
@@ -262,6 +264,10 @@ class TestLongChat:
         (item,) = longchat.load(options(tmp_path)).items
         assert longchat.score(item, "In line 3 it is <42>.\nIn line 4 it is 7.") == 1
         assert longchat.score(item, "421") == 0
+        large = Item("", "", ("12345",), 1)
+        for written in ("12,345", "**12345**", r"\boxed{12{,}345}", "12\u202f345", "<12345>."):
+            assert longchat.score(large, f"In line 3 it is {written}") == 1
+        assert longchat.score(Item("", "", ("2",), 1), "1,2") == 1  # a list
         assert longchat.score(item, "none") == 0
         with pytest.raises(ValueError, match=r"lines_30\.jsonl"):
             longchat.load(options(tmp_path, lengths=(30,)))
