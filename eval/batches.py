@@ -29,7 +29,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are read together; the last of its shape may hold fewer than `shape.batch`.
+    """Prompts of one shape and one form that are read together, at most `shape.batch` of them.
 
     Attributes:
         seed: of its random numbers.
@@ -38,6 +38,11 @@ class Batch:
     shape: Shape
     prompts: tuple[Prompt, ...]
     seed: int
+
+    @property
+    def chat(self) -> bool:
+        """Whether its prompts are inside the chat template."""
+        return self.prompts[0].chat
 
     @property
     def rows(self) -> list[list[int]]:
@@ -49,7 +54,7 @@ class Batch:
 def make_batches(
     prompts: Sequence[Prompt], items: Sequence[Item], batch_size: int, seed: int = 0
 ) -> list[Batch]:
-    """Batches of prompts that share a bucket and a longest answer, the largest bucket first.
+    """Batches of one bucket, longest answer and form (raw or chat), the largest bucket first.
 
     A bucket with fewer than `batch_size` prompts has batches as small as that, so that every shape
     is compiled once and what does not fit in memory shows at the start.
@@ -59,12 +64,13 @@ def make_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
-    by_shape: dict[tuple[int, int], list[Prompt]] = {}
+    by_shape: dict[tuple[int, int, bool], list[Prompt]] = {}
     for prompt in sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.index)):
-        key = bucket_length(len(prompt.ids)), items[prompt.index].max_new_tokens
+        new = items[prompt.index].max_new_tokens
+        key = bucket_length(len(prompt.ids)), new, prompt.chat
         by_shape.setdefault(key, []).append(prompt)
     batches: list[Batch] = []
-    for (bucket, new), members in sorted(by_shape.items(), reverse=True):
+    for (bucket, new, _), members in sorted(by_shape.items(), reverse=True):
         size = min(batch_size, len(members))
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])

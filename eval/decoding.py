@@ -31,7 +31,8 @@ def answer(
     Args:
         finished: called with the tokens of the prompts of each batch and policy.
     """
-    eos = end_ids(loaded.tokenizer, loaded.model.config, settings.chat and task.chat)
+    forms = {batch.chat for batch in batches}
+    eos = {form: end_ids(loaded.tokenizer, loaded.model.config, form) for form in forms}
     for name, policy in policies.items():
         for batch in batches:
             missing = [
@@ -47,7 +48,7 @@ def answer(
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     top_k=settings.top_k,
-                    eos_ids=eos,
+                    eos_ids=eos[batch.chat],
                     seed=batch.seed,
                 )
                 held = out.cache_bytes // batch.shape.batch
@@ -61,7 +62,7 @@ def answer(
 
 def _judged(task: Task, prompt: Prompt, policy: str, text: str, held: int, full: int) -> Prediction:
     item = task.items[prompt.index]
-    answer = until_stop(text, task.stops)
+    answer = until_stop(text, task.chat_stops if prompt.chat else task.stops)
     return Prediction(
         id=item.id,
         group=item.group,

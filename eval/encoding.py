@@ -24,11 +24,13 @@ class Prompt:
         index: of the item in its task.
         ids: what is read.
         length: tokens before anything was left out.
+        chat: whether it is inside the chat template: this decides what ends its answer.
     """
 
     index: int
     ids: tuple[int, ...]
     length: int
+    chat: bool = False
 
     @property
     def truncated(self) -> bool:
@@ -61,7 +63,7 @@ def encode(
                 f"item {item.id} wants {item.max_new_tokens} new tokens of {whole} in all, "
                 "expected room for a prompt"
             )
-        within = chat and task.chat and item.meta.get("chat", True)
+        within = bool(chat and task.chat and item.meta.get("chat", True))
         make = _in_template if within else _raw
         try:
             ids, length = make(item, tokenizer, room, task.truncate)
@@ -72,7 +74,7 @@ def encode(
             ) from None
         if not ids:
             raise ValueError(f"item {item.id} has an empty prompt")
-        prompts.append(Prompt(index, tuple(ids), length))
+        prompts.append(Prompt(index, tuple(ids), length, within))
     return prompts
 
 

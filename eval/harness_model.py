@@ -34,11 +34,14 @@ class CompressedLM(TemplateLM):
         dense: bool = False,
         batch_size: int = 8,
         max_length: int | None = None,
+        chat: bool = False,
     ):
         """
         Args:
             dense: log-likelihoods by one forward pass without a cache.
             max_length: of context and continuation, where less than the model's context.
+            chat: whether the harness puts prompts inside the chat template: the end of a turn then
+                ends an answer too.
 
         Raises:
             ValueError: a policy that changes the cache while a continuation is fed, a batch size
@@ -49,7 +52,7 @@ class CompressedLM(TemplateLM):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
         self.loaded, self.policy, self.dense = loaded, policy, dense
-        self.batch_size = batch_size
+        self.batch_size, self.chat = batch_size, chat
         context = loaded.model.config.context_length
         self.max_length = min(context, max_length or context)
         self.tokenizer: Any = loaded.tokenizer
@@ -140,7 +143,7 @@ class CompressedLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, cut at the first of the stops; an EOS ends them earlier."""
         found: dict[int, str] = {}
-        eos = end_ids(self.tokenizer, self.loaded.model.config, chat=False)
+        eos = end_ids(self.tokenizer, self.loaded.model.config, self.chat)
         with progress_bar() as progress:
             bar = progress.add_task("answers", total=len(requests), items="")
             for settings, members in _grouped(requests):

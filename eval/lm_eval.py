@@ -99,7 +99,11 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     loaded = Loaded(command.model, model, params, tokenizer)
     entries = []
     for name, policy in resolve_all(names, loaded.model).items():
-        model = CompressedLM(loaded, policy, command.dense, command.batch_size, command.max_length)
+        model = CompressedLM(
+            *(loaded, policy, command.dense, command.batch_size),
+            max_length=command.max_length,
+            chat=command.chat,
+        )
         found: Any = simple_evaluate(
             model=model,
             tasks=list(command.tasks),

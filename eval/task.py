@@ -38,10 +38,13 @@ class Task:
         items: in the order of the data.
         score: (item, answer text) → 0 to 1; called outside of jit, may be slow.
         metric: name of that number, e.g. "exact_match", "qa_f1", "pass@1".
-        stops: texts at which an answer ends (they are cut off); the model's EOS ids always end it.
+        stops: texts at which an answer to a raw prompt ends (they are cut off), such as the
+            beginning of the next example; the model's EOS ids always end it.
         truncate: what becomes of prompts longer than the context: "middle" keeps both ends
             (LongBench's protocol), "left" the end, "refuse" is an error.
         chat: whether instruct models get the prompt inside their chat template.
+        chat_stops: as `stops`, of answers inside the template. The end of the turn ends these, so
+            a text that an answer may contain, such as a line end or a heading, is none of them.
         summary: further numbers from all (item, answer, score), for results.json.
     """
 
@@ -52,6 +55,7 @@ class Task:
     stops: tuple[str, ...] = ()
     truncate: Literal["middle", "left", "refuse"] = "middle"
     chat: bool = True
+    chat_stops: tuple[str, ...] = ()
     summary: Callable[[list[tuple[Item, str, float]]], dict[str, Any]] | None = None
 
 

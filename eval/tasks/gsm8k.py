@@ -79,7 +79,7 @@ def load(options: TaskOptions) -> Task:
         items=items,
         score=score_strict if extraction == "strict" else score_flexible,
         metric="exact_match",
-        stops=("\nQ:",) if shots else ("\n### ",),
+        stops=_stops(shots, prompt),
         truncate="left",
         chat=not shots and prompt == "ask",
         summary=summary,
@@ -150,6 +150,13 @@ def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
 def _equal(number: str | None, item: Item) -> float:
     found = value(number)
     return float(found is not None and found == value(item.references[0]))
+
+
+def _stops(shots: int, prompt: str) -> tuple[str, ...]:
+    """Where the next example or instruction of a raw prompt would begin; "ask" has no such text."""
+    if shots:
+        return ("\nQ:",)
+    return ("\n### ",) if prompt == "alpaca" else ()
 
 
 def _choice(options: TaskOptions, name: str, choices: tuple[str, ...]) -> str:

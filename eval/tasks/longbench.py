@@ -38,7 +38,8 @@ class Subset:
 
     Attributes:
         metric: a name of METRICS, or "classification".
-        first_line: only the answer's first line counts, since few-shot prompts invite more.
+        first_line: only the answer's first line counts, since few-shot prompts invite more. No
+            stop does this: line ends before the answer are skipped, as in the benchmark.
         chat: whether the prompt may stand inside a chat template.
     """
 

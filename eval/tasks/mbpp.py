@@ -65,7 +65,7 @@ def load(options: TaskOptions) -> Task:
         items=code_tasks.with_samples(problems, options),
         score=code_tasks.judge(program, options),
         metric=code_tasks.METRIC,
-        stops=STOPS,
+        stops=STOPS if shots else (),
         truncate="left",
         chat=not shots,
         summary=code_tasks.summary,

@@ -86,6 +86,7 @@ def test_chat_models_get_text():
     task = load_task("needle", options(tokenizer=toys.loaded(chat=True).tokenizer))
     item = task.items[0]
     assert item.max_new_tokens == 64
+    assert task.stops == ("\n",) and task.chat_stops == ()  # chats begin with line ends
     assert toys.VOCAB.encode(item.meta["text"]) == list(item.prompt[1:])
 
 

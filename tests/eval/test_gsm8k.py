@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval.decoding import until_stop
 from eval.rows import Row
 from eval.task import Item, TaskOptions
 from eval.tasks import gsm8k, named_rows
@@ -149,6 +150,17 @@ def test_examples_of_reasoning(folder):
         "Q: test?\nA:"
     )
     assert task.stops == ("\nQ:",)
+    # Where the model goes on with an example of its own.
+    answer = until_stop(" 5 and 7.\nThe answer is: 12\n\nQ: next?\nA: 9", task.stops)
+    assert gsm8k.flexible(answer) == gsm8k.strict(answer) == "12"
+
+
+def test_each_form_has_stops_of_its_own(folder):
+    steps = "### Step 1\n5 + 7\n\n### Result\nThe answer is: 12"
+    ask = gsm8k.load(TaskOptions(folder, settings={"prompt": "ask"}))
+    assert until_stop(steps, ask.stops) == until_stop(steps, ask.chat_stops) == steps
+    alpaca = gsm8k.load(TaskOptions(folder))
+    assert until_stop("It is 7.\n### Instruction:\n8", alpaca.stops) == "It is 7."
 
 
 def test_summary_has_both_extractions(folder):

@@ -117,6 +117,7 @@ def test_mbpp_prompts(folder):
         text=MBPP_ROW["text"], tests="\n".join(MBPP_ROW["test_list"])
     )
     assert (few.chat, none.chat) == (False, True)
+    assert (few.stops, none.stops, none.chat_stops) == (("[DONE]",), (), ())
     with pytest.raises(ValueError, match="got 4 shots, expected 0 to 3"):
         mbpp.load(TaskOptions(folder, shots=4))
 

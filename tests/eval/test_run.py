@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from eval import sizes
+from eval import decoding, sizes
 from eval.__main__ import main
 from eval.batches import Shape, make_batches, shapes
 from eval.encoding import encode
@@ -210,6 +210,40 @@ def test_stops_and_a_summary(tmp_path):
     report = run(toys.task(stops=(" ",), summary=summary), tmp_path)
     assert all(" " not in (p.text or "") for p in read(tmp_path / PREDICTIONS))
     assert report["policies"][0]["summary"] == {"longest": 1}
+
+
+def mixed_task(**settings):
+    """Items of one length: every second one stays raw, whatever is asked for."""
+    items = tuple(
+        dataclasses.replace(item, prompt=toys.VOCAB.decode(range(5 + n, 45 + n)), meta=meta)
+        for n, item in enumerate(toys.task(6).items)
+        for meta in [{"chat": False} if n % 2 else {}]
+    )
+    items = tuple(dataclasses.replace(item, max_new_tokens=6) for item in items)
+    return dataclasses.replace(toys.task(6, **settings), items=items)
+
+
+def test_each_form_has_stops_and_ends_of_its_own(tmp_path, monkeypatch):
+    loaded, asked = toys.loaded(chat=True), []
+
+    def generate(model, params, rows, **settings):
+        asked.append((rows, settings["eos_ids"]))
+        return kvjax.generate(model, params, rows, **settings)
+
+    monkeypatch.setattr(decoding, "generate", generate)
+    monkeypatch.setattr(decoding, "end_ids", lambda tokenizer, config, chat: (2, 3)[: 1 + chat])
+    settings = Settings(chat=True, batch_size=8)
+    for stops, chat_stops in (((" ",), ()), ((), (" ",))):
+        out = tmp_path / str(len(stops))
+        task = mixed_task(stops=stops, chat_stops=chat_stops)
+        evaluate(loaded, task, settings, out, quiet=True)
+        raw = {item.id for item in task.items if item.meta}
+        for line in read(out / PREDICTIONS):
+            assert (" " in (line.text or "")) == ((line.id in raw) != bool(stops))
+    start = loaded.tokenizer.encode("<bos> user :", add_special_tokens=False)
+    for rows, eos in asked:  # a batch has one form
+        assert {row[: len(start)] == start for row in rows} == {eos == (2, 3)}
+    assert {eos for _, eos in asked} == {(2,), (2, 3)}
 
 
 def test_bytes_without_running_are_those_of_generation():
