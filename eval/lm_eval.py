@@ -21,10 +21,8 @@ from eval.command import (
     print_report,
     write_json,
 )
+from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
-
-PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
-"""Metrics that stand for a task in the mean, the first that it has."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class HarnessCommand:
     context is read but for its last token, compressed by the policy, and forgotten.
 
     Attributes:
-        tasks: names of tasks or groups.
+        tasks: names of tasks, groups or tags; each counts once in the mean.
         include_path: folder with task files (.yaml) of your own; if all tasks are from there,
             nothing else is looked for.
         num_fewshot: examples in the prompt; the task's own number otherwise.
@@ -71,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """What results.json holds: as of a task, whose groups are the harness's tasks.
+    """What results.json holds: as of a task, whose groups are the requested tasks and groups.
 
     Raises:
         ModuleNotFoundError: lm_eval is not installed.
@@ -94,6 +92,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     request = _request(command, names)
     check_folder(command.out, request)
     manager = task_manager(command.tasks, command.include_path)
+    requested = _requested(manager, command.tasks)
     tokenizer = kvjax.load_tokenizer(command.model)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     loaded = Loaded(command.model, model, params, tokenizer)
@@ -106,7 +105,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
         )
         found: Any = simple_evaluate(
             model=model,
-            tasks=list(command.tasks),
+            tasks=list(requested),
             task_manager=manager,
             num_fewshot=command.num_fewshot,
             limit=command.limit,
@@ -114,7 +113,9 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
             log_samples=False,
             apply_chat_template=command.chat,
         )
-        entries.append({"policy": name, **scores(found), **model.bytes(), "truncated": 0})
+        entries.append(
+            {"policy": name, **scores(found, requested), **model.bytes(), "truncated": 0}
+        )
     report = {
         "task": "lm-eval",
         "metric": "mean of the tasks",
@@ -153,52 +154,10 @@ def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     return manager
 
 
-def scores(found: dict[str, Any]) -> dict[str, Any]:
-    """The harness's results as an entry of "policies".
-
-    Returns:
-        all: the mean of the tasks' primary metrics (see PRIMARY), groups: these metrics, and
-        summary: every number of every task.
-    """
-    groups, summary = {}, {}
-    for task, numbers in found["results"].items():
-        values = {
-            key.removesuffix(",none"): value
-            for key, value in numbers.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        counts = found.get("n-samples", {}).get(task)
-        if not counts:
-            continue
-        summary |= {f"{task} {key}": value for key, value in values.items()}
-        metric = next(
-            (key for key in (*PRIMARY, *values) if key in values and "_stderr" not in key), None
-        )
-        if metric is not None:
-            groups[f"{task} ({metric})"] = {
-                "score": float(values[metric]),
-                "standard_error": _error(values.get(f"{metric}_stderr")),
-                "items": counts["effective"],
-            }
-    if not groups:
-        raise ValueError("lm-evaluation-harness gave no scores for these tasks")
-    return {"all": _mean(list(groups.values())), "groups": groups, "summary": summary}
-
-
-def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of independent scores."""
-    errors = [part["standard_error"] for part in parts]
-    known = [error for error in errors if error is not None]
-    complete = len(known) == len(parts)
-    return {
-        "score": sum(part["score"] for part in parts) / len(parts),
-        "standard_error": sum(e * e for e in known) ** 0.5 / len(parts) if complete else None,
-        "items": sum(part["items"] for part in parts),
-    }
-
-
-def _error(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _requested(manager: Any, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Names, and the tasks of those that are tags."""
+    tags = set(manager.all_tags)
+    return {n: sorted(manager.task_index[n].tags) if n in tags else [] for n in tasks}
 
 
 def _request(command: HarnessCommand, names: Sequence[str]) -> dict[str, Any]:
