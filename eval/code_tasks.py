@@ -13,7 +13,9 @@ from eval.statistics import pass_at_k, standard_error
 from eval.task import Item, TaskOptions
 
 PASS_AT = (1, 10, 100)
-YES = ("1", "true", "yes")
+YES, NO = ("1", "true", "yes"), ("", "0", "false", "no")
+SETTINGS = ("samples", "timeout", "max_new_tokens", "unsafe", "unsafe_execution")
+SCORING = ("samples", "timeout")
 METRIC = "pass@1"
 
 
@@ -31,14 +33,6 @@ def positive(options: TaskOptions, name: str, default: str, kind: type = int) ->
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}={text}, expected a number above 0")
     return value
-
-
-def known_settings(options: TaskOptions, *own: str) -> None:
-    """Raises ValueError for a setting that nothing reads."""
-    known = ("samples", "timeout", "max_new_tokens", "unsafe", "unsafe_execution", *own)
-    unknown = [name for name in options.settings if name not in known]
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}, expected one of {', '.join(known)}")
 
 
 def with_samples(problems: Iterable[Item], options: TaskOptions) -> tuple[Item, ...]:
@@ -62,9 +56,7 @@ def judge(program: Callable[[Item, str], str], options: TaskOptions) -> Callable
     Raises:
         ValueError: now, not at the first answer, if nothing here can confine a program.
     """
-    unsafe = any(
-        options.settings.get(name, "").lower() in YES for name in ("unsafe", "unsafe_execution")
-    )
+    unsafe = any(_flag(options, name) for name in ("unsafe", "unsafe_execution"))
     timeout = positive(options, "timeout", "10", float)
     runner.require(probe(), unsafe)
 
@@ -72,6 +64,13 @@ def judge(program: Callable[[Item, str], str], options: TaskOptions) -> Callable
         return float(runner.run(program(item, answer), timeout=timeout, unsafe=unsafe).passed)
 
     return score
+
+
+def _flag(options: TaskOptions, name: str) -> bool:
+    text = options.settings.get(name, "").lower()
+    if text not in (*YES, *NO):
+        raise ValueError(f"{name}={text}, expected 1 or 0")
+    return text in YES
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:

@@ -35,14 +35,15 @@ MeshText = Annotated[
 class TaskCommand:
     """Runs a task and writes its folder: config.json, predictions.jsonl, results.json.
 
-    The same command goes on with a run that was interrupted.
+    The same command goes on with a run that was interrupted. An option that the task would ignore
+    is an error.
 
     Attributes:
         out: folder of the run.
         data_dir: folder with the task's files.
         limit: the first so many items of each subset.
         lengths: prompt lengths in tokens, for tasks that make their prompts.
-        count: prompts of each length and depth, for the same.
+        count: prompts of each length and depth, for the same; 20 otherwise.
         subsets: of those that have some; all otherwise.
         shots: examples in the prompt, where the task has a choice.
         seed: of generated prompts and of sampled answers.
@@ -53,7 +54,8 @@ class TaskCommand:
         max_new_tokens: longest answer, where it is less than the task's.
         truncate: cut long prompts in another way than the task's: their middle, or their start.
         unsafe_execution: run programs that a model wrote without a sandbox, if there is none.
-        dry_run: print items, prompt tokens, compiles and cache bytes, and stop.
+        dry_run: print items, prompt tokens, compiles and cache bytes, and stop. They are those of
+            one device, whatever --mesh says.
     """
 
     model: Model
@@ -62,7 +64,7 @@ class TaskCommand:
     data_dir: Path | None = None
     limit: int | None = None
     lengths: tuple[int, ...] = ()
-    count: int = 20
+    count: int | None = None
     subsets: tuple[str, ...] = ()
     shots: int | None = None
     settings: Annotated[
@@ -117,7 +119,6 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from eval.loaded import Loaded
     from eval.registry import load_task
     from eval.run import evaluate
-    from eval.settings import Settings
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
 
@@ -125,10 +126,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     _pairs(command.settings)
     if command.out is None and not command.dry_run:
         raise ValueError("give --out FOLDER for the run, or --dry-run")
-    names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
-    settings = Settings(
-        policies=command.policy or ("full",), **{n: getattr(command, n) for n in names}
-    )
+    settings, read = checked(name, command)
     model = read_model(command.model)
     tokenizer = load_tokenizer(command.model)
     task = adapted(load_task(name, task_options(command, tokenizer)), command)
@@ -140,6 +138,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     )
     # Not data_dir: the items' checksum says what was in it, wherever it lies.
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
+    described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     return evaluate(loaded, task, settings, command.out, described, argv)
 
@@ -156,6 +155,44 @@ def check_arguments(command: Any) -> None:
     check_local(command)
     for policy in command.policy:
         Policy.parse(policy)
+
+
+def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
+    """The command's `Settings`, and the names of the options that the task reads.
+
+    Raises:
+        ValueError: settings that do not fit each other, or an option without an effect.
+    """
+    from eval import reads
+    from eval.registry import reads as reads_of
+    from eval.settings import Settings
+
+    names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
+    settings = Settings(
+        policies=command.policy or ("full",), **{n: getattr(command, n) for n in names}
+    )
+    options = task_options(command, None)
+    read = reads_of(name, options)
+    reads.check(name, options, read)
+    if settings.protocol != "generate":
+        idle = [key for key in options.settings if key in read.scoring]
+        if idle:
+            raise ValueError(
+                f"--set {idle[0]} is for decoded answers, expected --protocol generate with it"
+            )
+    if not settings.temperature:
+        if settings.seed and "seed" not in read.options:
+            raise ValueError(
+                f"--seed is {settings.seed}, but task {name} draws no prompts and answers are "
+                "greedy: expected a temperature above 0 with it"
+            )
+        samples = options.settings.get("samples", "1")
+        if samples.isdecimal() and int(samples) > 1:
+            raise ValueError(
+                f"samples={samples} at temperature 0 would be one answer {samples} times, expected "
+                "a temperature above 0 with it"
+            )
+    return settings, read.options
 
 
 def adapted(task: Any, command: TaskCommand) -> Any:
@@ -189,9 +226,11 @@ def task_options(command: TaskCommand, tokenizer: Any) -> Any:
 
 def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
     pairs = [setting.partition("=") for setting in settings]
-    for key, equals, value in pairs:
+    for place, (key, equals, value) in enumerate(pairs):
         if not key or not equals:
             raise ValueError(f"got --set {key}, expected --set KEY=VALUE")
+        if key in {other for other, *_ in pairs[:place]}:
+            raise ValueError(f"got --set {key} twice, expected it once")
         local_path(value, key)
     return [(key, value) for key, _, value in pairs]
 

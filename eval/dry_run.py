@@ -10,7 +10,7 @@ from eval.encoding import encode
 from eval.loaded import resolve_all
 from eval.run import check_ids
 from eval.settings import Settings
-from eval.task import Task
+from eval.task import Task, check_form
 from kvjax.nn import Transformer
 
 
@@ -31,6 +31,7 @@ def dry_run(
         ValueError: as `eval.run.evaluate`.
     """
     check_ids(task)
+    check_form(task, settings.chat)
     policies = resolve_all(settings.policies, model)
     prompts = encode(task, tokenizer, model.config, settings.chat, settings.max_length)
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)

@@ -54,7 +54,7 @@ def encode(
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: run without --chat")
-    whole = min(config.context_length, max_length or config.context_length)
+    whole = min(config.context_length, config.context_length if max_length is None else max_length)
     prompts = []
     for index, item in enumerate(task.items):
         room = whole - item.max_new_tokens

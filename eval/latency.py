@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from eval import checks
 from eval.command import (
     Dtype,
     Json,
@@ -21,6 +22,8 @@ from eval.command import (
     print_rows,
     write_json,
 )
+
+KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": checks.whole(0)}
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from kvjax.mesh import named_mesh
 
     check_arguments(command)
-    least = min([*command.contexts, *command.batches, command.repeats, command.new_tokens - 1])
-    if least < 1:
-        raise ValueError("contexts, batches and repeats are expected ≥ 1, new_tokens ≥ 2")
+    check(command)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     policies = resolve_all(command.policy or ("full",), model)
     longest = max(command.contexts) + command.new_tokens
@@ -116,6 +117,15 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
         command.out.mkdir(parents=True, exist_ok=True)
         write_whole(command.out / RESULTS, report)
     return report
+
+
+def check(command: LatencyCommand) -> None:
+    """Raises ValueError for a size below its least, or nothing to measure."""
+    checks.check(KINDS, repeats=command.repeats, new_tokens=command.new_tokens, seed=command.seed)
+    for name in ("contexts", "batches"):
+        values = getattr(command, name)
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} are {values}, expected at least one and all ≥ 1")
 
 
 def time_one(

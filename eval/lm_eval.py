@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from eval import checks
 from eval.command import (
     Dtype,
     Json,
@@ -23,6 +24,13 @@ from eval.command import (
 )
 from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
+
+KINDS = {
+    "num_fewshot": checks.whole(0),
+    "limit": checks.whole(1),
+    "batch_size": checks.whole(1),
+    "max_length": checks.whole(2),
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     start = time.monotonic()
     names = command.policy or ("full",)
     check_arguments(command)
-    if command.dense and tuple(names) != ("full",):
-        raise ValueError("--dense scores without a cache: no --policy but full")
+    check(command)
     request = _request(command, names)
     check_folder(command.out, request)
     manager = task_manager(command.tasks, command.include_path)
@@ -128,6 +135,14 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     }
     write_measured(command.out, request, report)
     return report
+
+
+def check(command: HarnessCommand) -> None:
+    """Raises ValueError for settings without a meaning, or that do not fit each other."""
+    names = ("num_fewshot", "limit", "batch_size", "max_length")
+    checks.check(KINDS, **{name: getattr(command, name) for name in names})
+    if command.dense and (command.policy or ("full",)) != ("full",):
+        raise ValueError("--dense scores without a cache: no --policy but full")
 
 
 def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:

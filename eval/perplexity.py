@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from eval import checks
 from eval.command import (
     Dtype,
     Json,
@@ -22,6 +23,11 @@ from eval.command import (
 )
 from eval.predictions import check_folder, write_measured
 from kvjax.paths import local_path
+
+KINDS = {
+    **dict.fromkeys(("stride", "prefix", "limit", "batch_size"), checks.whole(1)),
+    "length": checks.whole(2),
+}
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
 
     start = time.monotonic()
     names = command.policy or ("full",)
-    _check(command, names)
-    stride = command.stride or command.length
+    check(command)
+    stride = command.length if command.stride is None else command.stride
     ids = read_ids(command.text, kvjax.load_tokenizer(command.model))
     rows = losses.chunks(ids, command.length, stride, command.limit)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
@@ -128,7 +134,7 @@ def _request(command: PerplexityCommand, names: Sequence[str], count: int) -> di
         "text": [name.rpartition("/")[2] for name in command.text],
         "protocol": "dense" if command.prefix is None else "prefix",
         "length": command.length,
-        "stride": command.stride or command.length,
+        "stride": command.length if command.stride is None else command.stride,
         "prefix": command.prefix,
         "items": count,
     }
@@ -154,11 +160,14 @@ def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> 
     }
 
 
-def _check(command: PerplexityCommand, names: Sequence[str]) -> None:
+def check(command: PerplexityCommand) -> None:
+    """Raises ValueError for settings without a meaning, or that do not fit each other."""
     check_arguments(command)
     for name in command.text:
         local_path(name, "text")
-    if command.prefix is None and tuple(names) != ("full",):
+    names = ("length", "stride", "prefix", "limit", "batch_size")
+    checks.check(KINDS, **{name: getattr(command, name) for name in names})
+    if command.prefix is None and (command.policy or ("full",)) != ("full",):
         raise ValueError("policies compress a prefix: give --prefix TOKENS, or no --policy")
     if command.prefix is not None and command.stride is not None:
         raise ValueError("got --prefix and --stride, expected one of them")

@@ -26,6 +26,7 @@ def plan(run: RecipeRun, words: Sequence[str]) -> Iterator[str]:
     from kvjax.hf import read_model
 
     command = parse(run, words)
+    _check(run.command, command)
     policies = parse_policies(run.policies)
     try:
         model = read_model(run.model)
@@ -77,6 +78,18 @@ def parse(run: RecipeRun, words: Sequence[str]) -> Any:
     except SystemExit:
         text = " ".join(re.sub(r"[─│╭╮╰╯]", " ", said.getvalue()).split())
         raise ValueError(f"{run.name}: {text[:300]}") from None
+
+
+def _check(name: str, command: Any) -> None:
+    """Raises ValueError for options that the command would refuse."""
+    from eval import command as task
+    from eval import latency, lm_eval, perplexity
+
+    checks = {"latency": latency.check, "perplexity": perplexity.check, "lm-eval": lm_eval.check}
+    if name in checks:
+        checks[name](command)
+    else:
+        task.checked(name, command)
 
 
 def parse_policies(names: Sequence[str]) -> dict[str, Any]:
@@ -140,21 +153,23 @@ def _latency(model: Any, policies: dict[str, Any], command: Any) -> Iterator[str
 def _task(run: RecipeRun, model: Any, policies: dict[str, Any], command: Any) -> Iterator[str]:
     """Items, shapes and programs; where the data cannot be read, the largest cache alone."""
     from eval.batches import make_batches, shapes
-    from eval.command import task_options
+    from eval.command import adapted, task_options
     from eval.encoding import encode
     from eval.registry import load_task
+    from eval.task import check_form
     from kvjax.hf import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(run.model)
-        task = load_task(run.command, task_options(command, tokenizer))
-        prompts = encode(task, tokenizer, model.config, command.chat, command.max_length)
+        task = adapted(load_task(run.command, task_options(command, tokenizer)), command)
     except (ValueError, OSError) as error:
         yield f"items unknown: {_line(error)}"
         yield f"programs: prefill and decode for each prompt bucket and {len(policies)} policies"
         whole = min(command.max_length or 10**9, model.config.context_length)
         yield from _caches(model, policies, command.dtype, (whole, 0, command.batch_size))
         return
+    check_form(task, command.chat)
+    prompts = encode(task, tokenizer, model.config, command.chat, command.max_length)
     found = shapes(make_batches(prompts, task.items, command.batch_size, command.seed))
     tokens = sum(len(prompt.ids) for prompt in prompts)
     cut = sum(prompt.truncated for prompt in prompts)

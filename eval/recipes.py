@@ -36,7 +36,6 @@ COMMANDS = ("perplexity", "latency", "lm-eval")
 
 ABOUT = ("title", "paper", "notes", "model", "runs")
 RUN = ("name", "command", "model", "policies", "options")
-NO_DATA = ("perplexity", "latency", "lm-eval")
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,15 @@ class RecipeRun:
             words += ["--policy", policy]
         for name, value in self.options.items():
             words += _option(name, value)
-        if data_dir is not None and self.command not in NO_DATA:
+        if data_dir is not None and self._reads_data():
             words += ["--data-dir", str(data_dir)]
         return words + (["--out", str(out / self.name)] if out is not None else [])
+
+    def _reads_data(self) -> bool:
+        from eval.registry import TASKS, reads
+        from eval.task import TaskOptions
+
+        return self.command in TASKS and "data_dir" in reads(self.command, TaskOptions()).options
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class RunCommand:
         config: see eval/configs.
         out: folder of the runs' folders.
         model: instead of the file's model, in every run.
-        data_dir: folder with the tasks' files.
+        data_dir: folder with the tasks' files, for the tasks that read some.
         scores: folder of head score files, for policies that name {scores}/….
         only: names of runs; all otherwise.
         limit: the first so many items of each subset of a task.

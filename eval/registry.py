@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
+from eval.reads import Reads
 from eval.task import Task, TaskOptions
 
 TASKS = {
@@ -18,15 +20,28 @@ TASKS = {
     "humaneval": "eval.tasks.humaneval",
     "mbpp": "eval.tasks.mbpp",
 }
-"""Name → module with `load(options: TaskOptions) -> Task`."""
+"""Name → module with `load(options: TaskOptions) -> Task` and `reads(options) -> Reads`."""
+
+
+def reads(name: str, options: TaskOptions) -> Reads:
+    """What the task reads of options like these.
+
+    Raises:
+        ValueError: no such task.
+    """
+    return _module(name).reads(options)
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
     """The task of this name.
 
     Raises:
-        ValueError: no such task, or data that it cannot read.
+        ValueError: no such task, options that it would ignore, or data that it cannot read.
     """
+    return _module(name).load(options)
+
+
+def _module(name: str) -> Any:
     if name not in TASKS:
         raise ValueError(f"no task {name!r}, expected one of {', '.join(TASKS)}")
-    return importlib.import_module(TASKS[name]).load(options)
+    return importlib.import_module(TASKS[name])

@@ -21,7 +21,7 @@ from eval.loaded import Loaded, resolve_all, score_digests
 from eval.predictions import RESULTS, RunFolder, write_json
 from eval.progress import progress_bar
 from eval.settings import Settings
-from eval.task import Task
+from eval.task import Task, check_form
 from kvjax import processes
 from kvjax.headkv.policy import Policy
 from kvjax.identity import array_digest, identity
@@ -56,6 +56,7 @@ def evaluate(
     """
     start = time.monotonic()
     check_ids(task)
+    check_form(task, settings.chat)
     policies = resolve_all(settings.policies, loaded.model)
     prompts = encode(
         task, loaded.tokenizer, loaded.model.config, settings.chat, settings.max_length
@@ -97,7 +98,7 @@ def evaluate(
         "metric": task.metric if settings.protocol == "generate" else teacher.METRIC,
         "model": loaded.name,
         "protocol": settings.protocol,
-        "prompt": "chat" if settings.chat and task.chat else "raw",
+        "prompt": form(prompts, task),
         "seed": settings.seed,
         "items": len(task.items),
         "policies": rows,
@@ -128,7 +129,7 @@ def request(
         for item in task.items
     ]
     model = identity(loaded.model.config, loaded.params)
-    chat = settings.chat and task.chat
+    forms = sorted({prompt.chat for prompt in prompts})
     return {
         "task": task.name,
         "model": loaded.name,
@@ -138,15 +139,23 @@ def request(
         **dataclasses.asdict(settings),
         "options": options,
         "head_scores": score_digests(policies),
-        "eos_ids": list(end_ids(loaded.tokenizer, loaded.model.config, chat)),
+        "eos_ids": [list(end_ids(loaded.tokenizer, loaded.model.config, chat)) for chat in forms],
         "items": len(task.items),
-        "items_sha256": _digest([items, task.stops]),
+        "items_sha256": _digest([items, task.stops, task.chat_stops]),
         "prompt_ids": array_digest(np.concatenate([(len(p.ids), *p.ids) for p in prompts])),
     }
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def form(prompts: Sequence[Prompt], task: Task) -> str:
+    """ "raw" or "chat", with the groups that stay raw inside a run with a chat template."""
+    raw = {task.items[prompt.index].group: None for prompt in prompts if not prompt.chat}
+    if len(raw) and any(prompt.chat for prompt in prompts):
+        return f"chat, but raw: {', '.join(raw)}"
+    return "raw" if raw else "chat"
 
 
 def check_ids(task: Task) -> None:

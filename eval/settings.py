@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eval import checks
+
+KINDS = {
+    "batch_size": checks.whole(1),
+    "max_length": checks.whole(2),
+    "temperature": checks.number(0),
+    "top_p": checks.Kind("above 0 and ≤ 1", lambda p: checks.number(0, 1).fits(p) and p > 0),
+    "top_k": checks.whole(0),
+    "seed": checks.whole(0),
+}
 PROTOCOLS = ("generate", "teacher", "after")
 
 
@@ -35,6 +45,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
+        checks.check(
+            KINDS,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
         if self.protocol not in PROTOCOLS:
             raise ValueError(
                 f"protocol is {self.protocol!r}, expected one of {', '.join(PROTOCOLS)}"
@@ -43,10 +62,13 @@ class Settings:
             raise ValueError("got no policies, expected at least one")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies are {', '.join(self.policies)}, expected each once")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, expected ≥ 1")
         if self.protocol != "generate" and (self.chat or self.temperature):
             raise ValueError(
                 f"protocol {self.protocol!r} feeds the right answer after the raw prompt, "
                 "expected no chat template and temperature 0"
+            )
+        if not self.temperature and (self.top_p < 1 or self.top_k):
+            raise ValueError(
+                f"top_p is {self.top_p} and top_k is {self.top_k} at temperature 0, which takes "
+                "the most likely token: expected a temperature above 0, or neither"
             )

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 from eval import rows
+from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 
 HUB = "RMT-team/babilong"
@@ -49,12 +50,18 @@ FORM = {
 }
 
 
+def reads(options: TaskOptions) -> Reads:
+    """Nothing but which rows to take."""
+    return Reads(("data_dir", "limit", "lengths", "subsets"))
+
+
 def load(options: TaskOptions) -> Task:
     """The rows of the lengths and tasks.
 
     Raises:
         ValueError: an unknown length or task, a missing file, or a corrupt row.
     """
+    check("babilong", options, reads(options))
     unknown = [name for name in options.subsets if name not in LABELS]
     if unknown:
         raise ValueError(f"BABILong has no {', '.join(unknown)}, expected some of qa1 … qa20")

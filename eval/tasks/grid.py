@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 from kvjax.answers import exact_match, rouge1_recall
 from kvjax.example import Example
@@ -20,13 +21,17 @@ DEPTHS = 10
 MORE_TOKENS = 4  # than the longest answer: room for an EOS, and for other spellings
 CHAT_TOKENS = 64  # models that chat answer in a sentence
 METRICS = {"exact_match": exact_match, "rouge1_recall": rouge1_recall}
-SETTINGS = {"haystack", "depths", "distractors", "answer_length", "metric"}
+READS = Reads(
+    ("limit", "lengths", "count", "seed"),
+    ("haystack", "depths", "distractors", "answer_length", "metric"),
+    scoring=("metric",),
+)
 
 
 def load(
     name: str, generate: Callable[..., Example], options: TaskOptions, distractors: int = 0
 ) -> Task:
-    """A task whose groups are "length/depth", `options.count` prompts each.
+    """A task whose groups are "length/depth", `options.prompts_each` prompts each.
 
     Args:
         generate: `kvjax.tasks.needle.generate`, or another with its arguments.
@@ -38,11 +43,9 @@ def load(
     Raises:
         ValueError: no tokenizer, an unknown setting, or a length that cannot hold the facts.
     """
+    check(name, options, READS)
     if options.tokenizer is None:
         raise ValueError(f"task {name} makes prompts of a length in tokens: it needs a tokenizer")
-    unknown = sorted(options.settings.keys() - SETTINGS)
-    if unknown:
-        raise ValueError(f"task {name} has no setting {unknown[0]!r}, expected one of {SETTINGS}")
     metric = options.settings.get("metric", "exact_match")
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
@@ -53,7 +56,6 @@ def load(
         "distractors": number(options, "distractors", distractors, 0),
         "answer_length": number(options, "answer_length", 4, 1),
     }
-    count = options.count if options.limit is None else min(options.count, options.limit)
     depths = np.linspace(0.0, 1.0, number(options, "depths", DEPTHS, 1)).tolist()
     examples: list[tuple[str, Example]] = []
     for length in options.lengths or LENGTHS:
@@ -62,7 +64,8 @@ def load(
             rng = np.random.default_rng(cell)
             group = f"{length}/{depth:.2f}"
             examples += [
-                (group, generate(rng, vocab, length, depth=depth, **rest)) for _ in range(count)
+                (group, generate(rng, vocab, length, depth=depth, **rest))
+                for _ in range(options.prompts_each)
             ]
     return _task(name, examples, options.tokenizer, metric)
 

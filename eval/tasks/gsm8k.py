@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from eval.numbers import plain
+from eval.reads import Reads, check
 from eval.rows import Row
 from eval.statistics import standard_error
 from eval.task import Item, Task, TaskOptions
@@ -28,8 +29,17 @@ WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+),?"
 NUMBER = rf"[-+]?(?:[{CURRENCY}] ?)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
 """In the plain text of `eval.numbers`. Commas stand before three digits; else they part numbers."""
 SETTINGS = ("prompt", "extraction", "max_new_tokens")
+SCORING = ("extraction",)
 PROMPTS = ("alpaca", "ask")
 EXTRACTIONS = ("strict", "flexible")
+
+
+def reads(options: TaskOptions) -> Reads:
+    """Examples fix the prompt's form: with some of them there is no choice of a prompt."""
+    names = ("data_dir", "limit", "shots")
+    if options.shots:
+        return Reads(names, SETTINGS[1:], SCORING, why="prompt is for --shots 0")
+    return Reads(names, SETTINGS, SCORING)
 
 
 def load(options: TaskOptions) -> Task:
@@ -46,9 +56,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: no data, or a wrong setting.
     """
-    unknown = [name for name in options.settings if name not in SETTINGS]
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}, expected one of {', '.join(SETTINGS)}")
+    check("gsm8k", options, reads(options))
     prompt = _choice(options, "prompt", PROMPTS)
     extraction = _choice(options, "extraction", EXTRACTIONS)
     length = options.settings.get("max_new_tokens", "512")
@@ -60,6 +68,8 @@ def load(options: TaskOptions) -> Task:
     examples = ""
     if shots:
         rows = named_rows.read(options.data_dir, "gsm8k/train", HUB, "train")[:shots]
+        if len(rows) < shots:
+            raise ValueError(f"got {shots} shots, expected ≤ {len(rows)}: rows of gsm8k/train")
         examples = "".join(map(example, rows))
     rows = named_rows.read(options.data_dir, "gsm8k/test", HUB, "test")
     template = "{question}" if shots else {"alpaca": ALPACA, "ask": ASK}[prompt]
@@ -82,6 +92,8 @@ def load(options: TaskOptions) -> Task:
         stops=_stops(shots, prompt),
         truncate="left",
         chat=not shots and prompt == "ask",
+        raw=f"{'examples are' if shots else 'MetaMath has'} raw text, expected --set prompt=ask"
+        + " without --shots" * bool(shots),
         summary=summary,
     )
 

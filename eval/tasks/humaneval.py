@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from eval import code_tasks
+from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 from eval.tasks import named_rows
 
@@ -10,6 +11,11 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion has left the function's body (Chen et al., section 2.2)."""
 
 FILE, HUB = "humaneval/HumanEval", ("openai/openai_humaneval", "openai_humaneval")
+
+
+def reads(options: TaskOptions) -> Reads:
+    """Which problems to take, and how they are judged."""
+    return Reads(("data_dir", "limit"), code_tasks.SETTINGS, code_tasks.SCORING)
 
 
 def load(options: TaskOptions) -> Task:
@@ -20,7 +26,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: no data, a wrong setting, or no sandbox.
     """
-    code_tasks.known_settings(options)
+    check("humaneval", options, reads(options))
     length = code_tasks.positive(options, "max_new_tokens", "512")
     rows = named_rows.read(options.data_dir, FILE, HUB, "test")[: options.limit]
     problems = [
@@ -41,6 +47,7 @@ def load(options: TaskOptions) -> Task:
         stops=STOPS,
         truncate="left",
         chat=False,
+        raw="they are code to be completed, expected no --chat",
         summary=code_tasks.summary,
     )
 

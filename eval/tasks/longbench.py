@@ -26,6 +26,7 @@ from eval.metrics import chinese, labels
 from eval.metrics.code import code_similarity
 from eval.metrics.rouge import rouge_l
 from eval.metrics.words import qa_f1
+from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 
 HUB = "THUDM/LongBench"
@@ -84,12 +85,18 @@ SUBSETS = {
 }
 
 
+def reads(options: TaskOptions) -> Reads:
+    """Which rows to take, and where the prompts are."""
+    return Reads(("data_dir", "limit", "subsets"), ("config",))
+
+
 def load(options: TaskOptions) -> Task:
     """The named subsets; without names all that there are files of, or all 21 from the hub.
 
     Raises:
         ValueError: an unknown subset, a missing file, or a row without what is needed.
     """
+    check("longbench", options, reads(options))
     folder = None if options.data_dir is None else Path(options.data_dir) / "longbench"
     prompts, lengths = _config(folder, options.settings)
     items: list[Item] = []
@@ -101,6 +108,7 @@ def load(options: TaskOptions) -> Task:
         items=tuple(items),
         score=score,
         metric="longbench_score",
+        raw="few-shot and code prompts are raw text in the benchmark, expected another --subsets",
         summary=summary,
     )
 

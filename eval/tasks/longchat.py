@@ -15,10 +15,16 @@ from pathlib import Path
 
 from eval import rows
 from eval.numbers import whole_numbers
+from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 
 MAX_NEW_TOKENS = 32
 NAME = re.compile(r"lines_(\d+)\.jsonl(?:\.gz|\.xz)?")
+
+
+def reads(options: TaskOptions) -> Reads:
+    """Nothing but which rows to take."""
+    return Reads(("data_dir", "limit", "lengths"))
 
 
 def load(options: TaskOptions) -> Task:
@@ -27,6 +33,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: no such files, or a row without prompt or number.
     """
+    check("longchat", options, reads(options))
     if options.data_dir is None:
         raise ValueError("longchat has no hub dataset: give --data-dir with longchat/lines_N.jsonl")
     folder = Path(options.data_dir) / "longchat"

@@ -32,6 +32,7 @@ import numpy as np
 from eval import rows
 from eval.metrics.rouge import rouge_l
 from eval.metrics.words import exact_match, normalized, qa_f1
+from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 
 HUB = "bigai-nlco/LooGLE"
@@ -55,12 +56,18 @@ ASK = {
 }
 
 
+def reads(options: TaskOptions) -> Reads:
+    """Nothing but which rows to take."""
+    return Reads(("data_dir", "limit", "subsets"))
+
+
 def load(options: TaskOptions) -> Task:
     """Questions of the subsets; `limit` counts documents.
 
     Raises:
         ValueError: an unknown subset, a missing file, or a corrupt row.
     """
+    check("loogle", options, reads(options))
     unknown = [name for name in options.subsets if name not in SUBSETS]
     if unknown:
         raise ValueError(f"LooGLE has no {', '.join(unknown)}, expected some of {SUBSETS}")

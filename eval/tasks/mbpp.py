@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval import code_tasks
+from eval.reads import Reads, check
 from eval.rows import Row
 from eval.task import Item, Task, TaskOptions
 from eval.tasks import named_rows
@@ -25,6 +26,11 @@ BEGIN, DONE = "[BEGIN]\n", "[DONE]"
 STOPS = (DONE,)
 
 
+def reads(options: TaskOptions) -> Reads:
+    """Which problems to take, how many examples, and how answers are judged."""
+    return Reads(("data_dir", "limit", "shots"), code_tasks.SETTINGS, code_tasks.SCORING)
+
+
 def load(options: TaskOptions) -> Task:
     """The 500 test problems, three examples before each; `shots` 0 to 3.
 
@@ -36,7 +42,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: no data, a wrong setting, or no sandbox.
     """
-    code_tasks.known_settings(options)
+    check("mbpp", options, reads(options))
     length = code_tasks.positive(options, "max_new_tokens", "512")
     shots = len(SHOT_IDS) if options.shots is None else options.shots
     if not 0 <= shots <= len(SHOT_IDS):
@@ -68,6 +74,7 @@ def load(options: TaskOptions) -> Task:
         stops=STOPS if shots else (),
         truncate="left",
         chat=not shots,
+        raw="examples are raw text, expected --shots 0",
         summary=code_tasks.summary,
     )
 

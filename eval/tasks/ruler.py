@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
+from eval.reads import Reads, check
 from eval.ruler import documents, frequent, needles, text, tracking
 from eval.task import Item, Task, TaskOptions
 from kvjax.pipelines.questions import TokenizerVocabulary
@@ -44,6 +45,15 @@ Make = Callable[[np.random.Generator, int, int], text.Prompt]
 """(rng, length, index of the prompt) to the prompt."""
 
 
+def reads(options: TaskOptions) -> Reads:
+    """Generated prompts have settings and a number; ready files have neither."""
+    if options.lengths:
+        names = ("data_dir", "limit", "lengths", "count", "subsets", "seed")
+        return Reads(names, ("haystack", "squad", "hotpotqa"))
+    why = "without --lengths it reads ready files"
+    return Reads(("data_dir", "limit", "lengths", "subsets"), why=why)
+
+
 def load(options: TaskOptions) -> Task:
     """The named tasks; without names all that can be had.
 
@@ -51,6 +61,7 @@ def load(options: TaskOptions) -> Task:
         ValueError: an unknown task, neither lengths nor files, a missing file, or a length that
             is too short.
     """
+    check("ruler", options, reads(options))
     unknown = [name for name in options.subsets if name not in MAX_NEW_TOKENS]
     if unknown:
         raise ValueError(
@@ -65,6 +76,7 @@ def load(options: TaskOptions) -> Task:
         metric="string_match",
         truncate="refuse",
         chat=False,
+        raw="they end with the beginning of the answer, expected no --chat",
         summary=summary,
     )
 
@@ -107,11 +119,10 @@ def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
     if options.tokenizer is None:
         raise ValueError("RULER's prompts are generated in tokens: a tokenizer is needed")
     makers = _makers(options, folder, TokenizerVocabulary(options.tokenizer))
-    count = options.count if options.limit is None else min(options.count, options.limit)
     items: list[Item] = []
     for name, make in makers.items():
         for length in options.lengths:
-            for index in range(count):
+            for index in range(options.prompts_each):
                 number = list(MAX_NEW_TOKENS).index(name)
                 rng = np.random.default_rng([options.seed, number, length, index])
                 try:

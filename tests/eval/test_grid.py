@@ -61,7 +61,7 @@ def test_settings(tmp_path):
     first = item.references[0].split()[0]
     assert task.metric == "rouge1_recall" and task.score(item, f"it is {first}") == 0.25
     for wrong, message in (
-        ({"depth": "3"}, "no setting 'depth'"),
+        ({"depth": "3"}, "needle: unknown setting 'depth'"),
         ({"metric": "f1"}, "expected one of exact_match"),
         ({"depths": "many"}, "expected a whole number ≥ 1"),
         ({"haystack": "missing.txt"}, "no haystack file"),

@@ -1,0 +1,90 @@
+"""Checks of numbers and texts that people and files give: each error says got and expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+MOST = 5  # problems that one error names
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value should be: a name for errors, and whether a value is of the kind."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+    def __or__(self, other: Kind) -> Kind:
+        names = f"{self.name}, or {other.name}"
+        return Kind(names, lambda value: self.fits(value) or other.fits(value))
+
+
+NULL = Kind("null", lambda value: value is None)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+NAME = Kind("text that is not empty", lambda value: isinstance(value, str) and value != "")
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
+
+
+def whole(least: int) -> Kind:
+    """Whole numbers from `least` on."""
+    return Kind(
+        f"≥ {least}, a whole number",
+        lambda value: (
+            isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+        ),
+    )
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Kind:
+    """Finite numbers within bounds."""
+    bounds = [f"≥ {least:g}"] * (least > -math.inf) + [f"≤ {most:g}"] * (most < math.inf)
+    return Kind(
+        " and ".join(bounds) or "a finite number",
+        lambda value: (
+            isinstance(value, Real)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and least <= value <= most
+        ),
+    )
+
+
+def problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], at: str = "") -> Iterator[str]:
+    """A line for each value that is missing or of another kind.
+
+    Args:
+        at: stands before the values' names, e.g. "all.".
+    """
+    for name, kind in kinds.items():
+        if name not in values:
+            yield f"{at}{name} is missing, expected {kind.name}"
+        elif not kind.fits(values[name]):
+            yield f"{at}{name} is {shown(values[name])}, expected {kind.name}"
+
+
+def shown(value: Any) -> str:
+    """The value in an error: not longer than 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def refuse(found: Sequence[str], where: str = "") -> None:
+    """Raises ValueError that names the problems, if there are some.
+
+    Args:
+        where: the file that has them.
+    """
+    if found:
+        more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
+        raise ValueError((f"{where}: " if where else "") + "; ".join(found[:MOST]) + more)
+
+
+def check(kinds: Mapping[str, Kind], **values: Any) -> None:
+    """Raises ValueError where a value is of another kind; None is a value that was not given."""
+    given = {name: value for name, value in values.items() if value is not None}
+    refuse(list(problems(given, {name: kinds[name] for name in given})))
