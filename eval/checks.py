@@ -54,34 +54,41 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
     )
 
 
-def problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], at: str = "") -> Iterator[str]:
-    """A line for each value that is missing or of another kind.
+def problems(
+    values: Any, kinds: Mapping[str, Kind], at: str = "", optional: Mapping[str, Kind] | None = None
+) -> Iterator[str]:
+    """A text for each value that is missing or of another kind.
 
     Args:
         at: stands before the values' names, e.g. "all.".
+        optional: kinds of values that may be missing.
     """
-    for name, kind in kinds.items():
+    if not isinstance(values, Mapping):
+        yield f"{at.rstrip('. ') or 'it'} is {shown(values)}, expected an object"
+        return
+    for name, kind in (kinds | (optional or {})).items():
         if name not in values:
-            yield f"{at}{name} is missing, expected {kind.name}"
+            if name in kinds:
+                yield f"{at}{name} is missing, expected {kind.name}"
         elif not kind.fits(values[name]):
             yield f"{at}{name} is {shown(values[name])}, expected {kind.name}"
 
 
 def shown(value: Any) -> str:
-    """The value in an error: not longer than 60 characters."""
-    text = repr(value)
+    """The value in an error: one line, not longer than 60 characters."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def refuse(found: Sequence[str], where: str = "") -> None:
+def refuse(found: Sequence[str], where: str = "", hint: str = "") -> None:
     """Raises ValueError that names the problems, if there are some.
 
     Args:
-        where: the file that has them.
+        where, hint: stand before and after them.
     """
     if found:
         more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
-        raise ValueError((f"{where}: " if where else "") + "; ".join(found[:MOST]) + more)
+        raise ValueError(f"{where}{'; '.join(found[:MOST])}{more}{hint}")
 
 
 def check(kinds: Mapping[str, Kind], **values: Any) -> None:

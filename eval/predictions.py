@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from eval import checks
 from kvjax import processes
 
 CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
@@ -43,6 +44,19 @@ class Prediction:
     full_cache_bytes: int
 
 
+FIELDS = {
+    "id": checks.NAME,
+    "group": checks.TEXT,
+    "policy": checks.NAME,
+    "prompt_tokens": checks.whole(0),
+    "truncated": checks.FLAG,
+    "text": checks.TEXT | checks.NULL,
+    "score": checks.number(0, 1),
+    "cache_bytes": checks.whole(0),
+    "full_cache_bytes": checks.whole(0),
+}
+
+
 class RunFolder:
     """Predictions of one run, on disk and in memory; opening it again goes on with the run.
 
@@ -50,16 +64,21 @@ class RunFolder:
         done: (policy, id) → prediction.
     """
 
-    def __init__(self, path: Path, request: dict[str, Any]):
+    def __init__(
+        self, path: Path, request: dict[str, Any], groups: Mapping[str, str] | None = None
+    ):
         """Opens the folder, which is made if it is not there.
 
         Args:
             request: all that the predictions depend on; JSON.
+            groups: of all items, by id: predictions of others are refused. None: any item's are
+                taken.
 
         Raises:
             ValueError: the folder holds another run, or a file that is damaged.
         """
-        self.path = path
+        self.path, self._groups = path, groups
+        self._policies = request.get("policies")
         processes.on_writer(lambda: self._prepare(request))
         self.done = self._read()
         processes.barrier("predictions read")  # only then may one be added
@@ -88,18 +107,26 @@ class RunFolder:
 
     def _gather(self) -> None:
         for part in sorted(self.path.glob("predictions.*.jsonl")):
-            there = self._read()
+            there, found = self._read(), read(part, self._policies, self._groups)
             # Some are there if a kill came before the file went.
-            new = (p for p in read(part) if (p.policy, p.id) not in there)
+            new = (p for p in found if (p.policy, p.id) not in there)
             _append(self.path / PREDICTIONS, new)
             part.unlink()
 
     def _read(self) -> dict[tuple[str, str], Prediction]:
-        return {(p.policy, p.id): p for p in read(self.path / PREDICTIONS)}
+        found = read(self.path / PREDICTIONS, self._policies, self._groups)
+        return {(p.policy, p.id): p for p in found}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Adds finished predictions, one durable write for all of them."""
+        """Adds finished predictions, one durable write for all of them.
+
+        Raises:
+            ValueError: one with a value that is none, such as a score of NaN.
+        """
         new = list(predictions)
+        for p in new:
+            found = checks.problems(dataclasses.asdict(p), FIELDS)
+            checks.refuse(list(found), f"item {p.id} under {p.policy}: ")
         _append(self._own, new)
         self.done |= {(p.policy, p.id): p for p in new}
 
@@ -143,11 +170,19 @@ def write_measured(out: Path | None, request: dict[str, Any], report: dict[str, 
         write_json(out / RESULTS, report)
 
 
-def read(path: Path) -> list[Prediction]:
+def read(
+    path: Path,
+    policies: Iterable[str] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> list[Prediction]:
     """The predictions of a file; a last line that a kill tore is cut off the file.
 
+    Args:
+        policies: of the run; groups: of its items, by id. Others' predictions are refused; None:
+            any are taken.
+
     Raises:
-        ValueError: another line that is no prediction; says which.
+        ValueError: other lines that are no prediction of the run; says which and why.
     """
     if not path.exists():
         return []
@@ -155,16 +190,43 @@ def read(path: Path) -> list[Prediction]:
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
-    found = []
+    known = None if policies is None else set(policies)
+    found: dict[tuple[str, str], tuple[int, Prediction]] = {}
+    wrong: list[str] = []
     for number, line in enumerate(content[:end].splitlines(), 1):
         try:
-            found.append(Prediction(**json.loads(line)))
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"{path}, line {number} is no prediction: {line[:80].decode(errors='replace')!r}; "
-                "remove that line to have it made again"
-            ) from None
-    return found
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            wrong.append(f"line {number} is no prediction: {line[:80].decode(errors='replace')!r}")
+            continue
+        problems = [*checks.problems(values, FIELDS)] or [*_foreign(values, known, groups)]
+        if not problems:
+            key = values["policy"], values["id"]
+            if key not in found:
+                found[key] = number, Prediction(**values)
+                continue
+            problems = [f"policy {key[0]!r} and id {key[1]!r} again, as in line {found[key][0]}"]
+        wrong += [f"line {number}: {problem}" for problem in problems]
+    checks.refuse(wrong, f"{path}, ", "; remove such lines to have them made again")
+    return [prediction for _, prediction in found.values()]
+
+
+def _foreign(
+    values: dict[str, Any], policies: set[str] | None, groups: Mapping[str, str] | None
+) -> Iterable[str]:
+    """What does not belong to a prediction of this run."""
+    for name in values.keys() - FIELDS.keys():
+        yield f"{name} is unknown, expected only {', '.join(FIELDS)}"
+    if policies is not None and values["policy"] not in policies:
+        wanted = ", ".join(sorted(policies))
+        yield f"policy is {checks.shown(values['policy'])}, expected one of {wanted}"
+    if groups is None:
+        return
+    if values["id"] not in groups:
+        yield f"id is {checks.shown(values['id'])}, expected an item of the task"
+    elif values["group"] != groups[values["id"]]:
+        wanted = groups[values["id"]]
+        yield f"group is {checks.shown(values['group'])}, expected {wanted!r}"
 
 
 def write_json(path: Path, value: Any) -> None:

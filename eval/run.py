@@ -63,7 +63,7 @@ def evaluate(
     )
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
     wanted = request(loaded, task, settings, options or {}, policies, prompts)
-    folder = RunFolder(out, wanted)
+    folder = RunFolder(out, wanted, {item.id: item.group for item in task.items})
     before = len(folder.done)
     with progress_bar(quiet or not processes.is_writer()) as progress:
         total = len(policies) * sum(len(prompt.ids) for prompt in prompts) / jax.process_count()

@@ -46,12 +46,14 @@ def write(command: ReportCommand) -> Path:
     Raises:
         ValueError: a URL, a folder without results, a damaged file, or no runs at all.
     """
+    from eval import checks
     from eval.report import heads, sections
     from eval.report.page import document
     from eval.report.pictures import Pictures
     from eval.report.runs import find
 
     check_local(command)
+    checks.check({"kv_size": checks.whole(1)}, kv_size=command.kv_size)
     runs = find(command.runs)
     command.out.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(command.out)

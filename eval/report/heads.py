@@ -63,9 +63,11 @@ def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             if not tables:
                 continue
             bucket = max(tables, key=int)
-            values = np.asarray(tables[bucket])
             key = (model, entry["policy"], bucket)
-            if key in seen or values.ndim != 2 or values.min() == values.max():
+            if key in seen or len({len(row) for row in tables[bucket]}) != 1:
+                continue  # a picture needs as many heads in every layer
+            values = np.asarray(tables[bucket])
+            if not values.size or values.min() == values.max():
                 continue
             seen.add(key)
             title = f"{entry['policy']}, prompts of up to {bucket} tokens"

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval import checks
 from eval.predictions import CONFIG, RESULTS
+from eval.report import valid
 
 METRICS = "metrics.jsonl"
 CELL = re.compile(r"(\d+)/(\d*\.?\d+)")
@@ -102,26 +104,24 @@ def _read(path: Path, taken: set[str]) -> Run | None:
         return Run(name, kind, results)
     if (path / METRICS).exists():
         config = _object(path / CONFIG) if (path / CONFIG).exists() else {}
+        checks.refuse(list(valid.of_training(config)), f"{path / CONFIG}: ")
         return Run(name, "training", config, _lines(path / METRICS))
     return None
 
 
 def _check(path: Path, results: dict[str, Any], kind: str) -> None:
-    """Raises ValueError where an entry lacks what the page shows."""
-    wanted = {"latency": ("policy", "context", "batch", "cache_bytes"), "scores": ("policy", "all")}
+    """Raises ValueError where an entry lacks what the page shows, or has a value that is none."""
     entries = results.get("rows" if kind == "latency" else "policies")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no policies and no rows: not the results of a run")
-    for entry in entries:
-        missing = [n for n in wanted[kind] if not isinstance(entry, dict) or n not in entry]
-        if missing:
-            raise ValueError(f"{path}: an entry lacks {', '.join(missing)}")
+    found = (valid.of_latency if kind == "latency" else valid.of_scores)(results)
+    checks.refuse(list(found), f"{path}: ")
 
 
 def _object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is a JSON {type(value).__name__}, expected an object")
@@ -129,15 +129,28 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log; a last one that a kill tore is left out."""
+    """Lines of a training log with a step and a loss; a last one that a kill tore is left out.
+
+    Raises:
+        ValueError: other lines that are damaged, or none with a step and a loss.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable as text ({error})") from None
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    wrong: list[str] = []
+    for index, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
-            break
+        except (ValueError, RecursionError):
+            if index < len(texts):
+                wrong.append(f"line {index} is not JSON: {text[:60]!r}")
+            continue
         if isinstance(line, dict) and {"step", "loss"} <= line.keys():
+            wrong += [f"line {index}: {problem}" for problem in valid.of_line(line)]
             lines.append(line)
+    checks.refuse(wrong, f"{path}, ")
     if not lines:
         raise ValueError(f"{path} has no lines with a step and a loss: no training log")
     return lines
