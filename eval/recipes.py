@@ -218,9 +218,27 @@ def _do(run: RecipeRun, words: list[str], dry: bool, console: Console) -> None:
         return
     out = Path(words[words.index("--out") + 1])
     if (out / RESULTS).exists() and run.command in COMMANDS:
+        _check_command(out / RESULTS, words)
         console.print(f"  {out / RESULTS} is there already", markup=False)
         return
     dispatch(words[0], words[1:])
+
+
+def _check_command(path: Path, words: Sequence[str]) -> None:
+    """Raises ValueError where a measurement's results are those of another command."""
+    from eval.rows import read_json
+
+    results = read_json(path)
+    said = results.get("command") if isinstance(results, dict) else None
+    held = shlex.split(said)[3:] if isinstance(said, str) else []  # after python -m eval
+    if _without_out(held) != _without_out(words):
+        raise ValueError(f"{path} is of another command ({said}), expected another --out")
+
+
+def _without_out(words: Sequence[str]) -> list[str]:
+    """Arguments but the folder, whose path may be written in two ways."""
+    at = words.index("--out") if "--out" in words else len(words)
+    return [*words[:at], *words[at + 2 :]]
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Every file of eval/configs says something that can be run; plans say what it takes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_runs_end_up_in_folders_and_failures_in_one_line(toy, checkpoint, tmp_pa
         main([str(toy), "--model", str(checkpoint), "--out", str(out), "--limit", "1"])
     assert "eval: error: lost: " in capsys.readouterr().err
     assert (out / "needle" / "results.json").is_file()
+
+
+def test_results_of_another_command_are_not_taken_for_this_one(toy, checkpoint, tmp_path, capsys):
+    head, speed, rest = TOY.partition("  - name: speed")
+    toy.write_text(head.partition("  - name")[0] + speed + rest.partition("  - name: lost")[0])
+    out = tmp_path / "out" / "speed"
+    words = [str(toy), "--model", str(checkpoint), "--out", str(out.parent)]
+    run = read(toy, model=str(checkpoint)).runs[0]
+    out.mkdir(parents=True)
+    command = shlex.join(["python", "-m", "eval", *run.argv(Path("elsewhere"))])
+    (out / "results.json").write_text(json.dumps({"command": command}))
+    main(words)
+    assert "is there already" in capsys.readouterr().out
+    toy.write_text(toy.read_text().replace("new_tokens: 4", "new_tokens: 5"))
+    with pytest.raises(ValueError, match="1 of 1 runs failed: speed"):
+        main(words)
+    assert "is of another command (python -m eval latency" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
