@@ -48,10 +48,17 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
         lambda value: (
             isinstance(value, Real)
             and not isinstance(value, bool)
-            and math.isfinite(value)
-            and least <= value <= most
+            and least <= _as_float(value) <= most
+            and math.isfinite(_as_float(value))
         ),
     )
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def problems(
@@ -66,7 +73,7 @@ def problems(
     if not isinstance(values, Mapping):
         yield f"{at.rstrip('. ') or 'it'} is {shown(values)}, expected an object"
         return
-    for name, kind in (kinds | (optional or {})).items():
+    for name, kind in {**kinds, **(optional or {})}.items():
         if name not in values:
             if name in kinds:
                 yield f"{at}{name} is missing, expected {kind.name}"

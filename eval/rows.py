@@ -40,6 +40,20 @@ class Row:
             raise ValueError(f"{self.where}: {columns[0]!r} is {value!r:.60}, expected text")
         return value
 
+    def texts(self, *columns: str) -> list[str]:
+        """As `text`, of a list of texts; whole numbers in it are taken as texts.
+
+        Raises:
+            ValueError: none of the columns, or no list of at least one text.
+        """
+        value = self.value(*columns)
+        right = isinstance(value, list) and all(type(part) in (str, int) for part in value)
+        if not right or not value:
+            raise ValueError(
+                f"{self.where}: {columns[0]!r} is {value!r:.60}, expected a list of texts"
+            )
+        return [str(part) for part in value]
+
     def value(self, *columns: str) -> Any:
         """What the first of these columns that the row has holds.
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import rows
+from eval import checks, rows
 from eval.metrics import chinese, labels
 from eval.metrics.code import code_similarity
 from eval.metrics.rouge import rouge_l
@@ -160,7 +160,15 @@ def _config(
                 f"no {place / name}: put {PROMPTS} and {LENGTHS} there, from the folder config of "
                 "LongBench's repository"
             )
-    return rows.read_json(place / PROMPTS), rows.read_json(place / LENGTHS)
+    found = []
+    for name, kind in ((PROMPTS, checks.TEXT), (LENGTHS, checks.whole(1))):
+        values = rows.read_json(place / name)
+        present = values if isinstance(values, dict) else ()
+        checks.refuse(
+            list(checks.problems(values, dict.fromkeys(present, kind))), f"{place / name}: "
+        )
+        found.append(values)
+    return found[0], found[1]
 
 
 def _names(subsets: tuple[str, ...], folder: Path | None) -> list[str]:
@@ -191,9 +199,7 @@ def _item(
 ) -> Item:
     if name not in prompts or name not in lengths:
         raise ValueError(f"{PROMPTS} and {LENGTHS} lack {name}, expected all of LongBench's tasks")
-    references = row.value("answers")
-    if not isinstance(references, list) or not references:
-        raise ValueError(f"{row.where}: 'answers' is {references!r:.60}, expected a list of texts")
+    references = row.texts("answers")
     try:
         prompt = prompts[name].format(context=row.text("context"), input=row.text("input"))
     except (KeyError, IndexError) as error:
@@ -201,5 +207,5 @@ def _item(
     subset = SUBSETS[name]
     meta: dict[str, Any] = {} if subset.chat else {"chat": False}
     if subset.metric == "classification":
-        meta["classes"] = list(row.value("all_classes"))
+        meta["classes"] = row.texts("all_classes")
     return Item(f"{name}-{index}", prompt, tuple(references), lengths[name], name, meta)

@@ -48,13 +48,20 @@ def load(options: TaskOptions) -> Task:
             Item(
                 id=f"lines_{count}-{index}",
                 prompt=row.text("prompt"),
-                references=(str(row.value("expected_number")),),
+                references=(_number(row),),
                 max_new_tokens=MAX_NEW_TOKENS,
                 group=f"lines_{count}",
             )
             for index, row in enumerate(rows.read_rows(path, options.limit))
         ]
     return Task("longchat", tuple(items), score, metric="exact_number")
+
+
+def _number(row: rows.Row) -> str:
+    number = str(row.value("expected_number"))
+    if not number.isdecimal():
+        raise ValueError(f"{row.where}: 'expected_number' is {number!r:.60}, expected digits")
+    return number
 
 
 def score(item: Item, answer: str) -> float:

@@ -5,7 +5,8 @@ Four files of DATA_DIR/loogle (.jsonl, also .gz or .xz), without --data-dir the 
 | subset | score |
 |---|---|
 | longdep_qa, of type timeline_reorder | exact order |
-| longdep_qa, of the types comprehension, information retrieval, computation | F1 |
+| longdep_qa, of the types comprehension, information retrieval | F1 |
+| longdep_qa, of type computation | F1, where the dress of numbers does not matter |
 | shortdep_qa | F1 |
 | shortdep_cloze | exact match: share of the masks |
 | longdep_summarization | ROUGE-L |
@@ -32,6 +33,7 @@ import numpy as np
 from eval import rows
 from eval.metrics.rouge import rouge_l
 from eval.metrics.words import exact_match, normalized, qa_f1
+from eval.numbers import plain
 from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 
@@ -45,6 +47,7 @@ TYPES = (
     "computation",
     "timeline_reorder",
 )
+COMPUTATION = "longdep_qa/computation"
 ASK = {
     "qa": "Answer the question below from the text above, briefly and without explanation.",
     "timeline_reorder": "Put the numbered events below in the order in which they happened, by the "
@@ -90,6 +93,8 @@ def score(item: Item, answer: str) -> float:
         return float(
             np.mean([exact_match(said.get(m, ""), name) for m, name in item.meta["masks"].items()])
         )
+    if item.group == COMPUTATION:
+        answer, reference = plain(answer), plain(reference)
     return (rouge_l if kind == "longdep_summarization" else qa_f1)(answer, reference)
 
 

@@ -61,7 +61,7 @@ def load(options: TaskOptions) -> Task:
             max_new_tokens=length,
             meta={
                 "setup": rows[number].text("test_setup_code"),
-                "tests": list(rows[number].value("test_list")),
+                "tests": rows[number].texts("test_list"),
             },
         )
         for number in wanted
@@ -93,7 +93,7 @@ def _rows(folder: Path | None) -> list[Row]:
 
 
 def _question(row: Row) -> str:
-    return QUESTION.format(text=row.text("text"), tests="\n".join(row.value("test_list")))
+    return QUESTION.format(text=row.text("text"), tests="\n".join(row.texts("test_list")))
 
 
 def _code(row: Row) -> str:

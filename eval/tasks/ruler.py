@@ -109,8 +109,10 @@ def _ready(options: TaskOptions, folder: Path | None) -> list[Item]:
     for name in names:
         path = rows.find(folder, name, (".jsonl",), of="ready prompts of RULER, or give lengths")
         for index, row in enumerate(rows.read_rows(path, options.limit)):
-            prompt = row.text("input") + row.values.get("answer_prefix", "")
-            answers = tuple(map(str, row.value("outputs")))
+            prompt = row.text("input")
+            if "answer_prefix" in row.values:
+                prompt += row.text("answer_prefix")
+            answers = tuple(row.texts("outputs"))
             items.append(_item(f"{name}-{index}", name, prompt, answers, name))
     return items
 

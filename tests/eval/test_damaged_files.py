@@ -67,6 +67,7 @@ def lines(path, *values):
         ({"score": float("inf")}, "score is inf, expected"),
         ({"score": "0.5"}, "score is '0.5', expected"),
         ({"score": True}, "score is True, expected"),
+        ({"score": 10**400}, "score is 1000"),
         ({"score": None}, "score is None, expected"),
         ({"id": 3}, "id is 3, expected text that is not empty"),
         ({"id": ""}, "id is '', expected text that is not empty"),

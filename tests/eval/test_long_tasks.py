@@ -153,6 +153,28 @@ class TestLongBench:
         with pytest.raises(ValueError, match=r"lcc\.jsonl, line 1: no 'answers'"):
             longbench.load(options(folder))
 
+    @pytest.mark.parametrize("answers", ["right", [], [None], [["right"]], {"a": 1}])
+    def test_references_that_are_no_texts(self, folder, answers):
+        row = {"input": "", "context": "", "answers": answers}
+        write(folder / "longbench" / "lcc.jsonl", row)
+        with pytest.raises(ValueError, match=r"line 1: 'answers' is .*expected a list of texts"):
+            longbench.load(options(folder))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("dataset2maxlen", {"qasper": "9"}, "qasper is '9', expected ≥ 1"),
+            ("dataset2maxlen", {"qasper": 0}, "qasper is 0, expected ≥ 1"),
+            ("dataset2maxlen", {"qasper": float("nan")}, "qasper is nan, expected ≥ 1"),
+            ("dataset2prompt", {"qasper": 5}, "qasper is 5, expected text"),
+            ("dataset2prompt", [1], r"it is \[1\], expected an object"),
+        ],
+    )
+    def test_prompts_and_lengths_without_a_meaning(self, folder, name, value, said):
+        write(folder / "longbench" / f"{name}.json", value)
+        with pytest.raises(ValueError, match=rf"{name}\.json: {said}"):
+            longbench.load(options(folder))
+
 
 class TestLooGLE:
     @pytest.fixture
@@ -178,6 +200,8 @@ class TestLooGLE:
         computation, order, plain, cloze, summary = task.items
         assert computation.group == "longdep_qa/computation"
         assert loogle.score(computation, "5") == 1
+        for written in (r"\boxed{5}", "**5**", "$5$", "\uff15"):
+            assert loogle.score(computation, written) == 1
         assert loogle.score(order, "The order is 2, 1, 3.") == 1
         assert loogle.score(order, "2,3,1") == 0
         assert loogle.score(plain, "answer") == 1
@@ -269,6 +293,9 @@ class TestLongChat:
             assert longchat.score(large, f"In line 3 it is {written}") == 1
         assert longchat.score(Item("", "", ("2",), 1), "1,2") == 1  # a list
         assert longchat.score(item, "none") == 0
+        write(tmp_path / "longchat" / "lines_25.jsonl", {"prompt": "p", "expected_number": "4x"})
+        with pytest.raises(ValueError, match="line 1: 'expected_number' is '4x', expected digits"):
+            longchat.load(options(tmp_path))
         with pytest.raises(ValueError, match=r"lines_30\.jsonl"):
             longchat.load(options(tmp_path, lengths=(30,)))
         with pytest.raises(ValueError, match="give --data-dir"):
@@ -376,6 +403,9 @@ class TestRULER:
         write(tmp_path / "ruler" / "niah_single_1.jsonl.gz", row)
         (item,) = ruler.load(options(tmp_path)).items
         assert item.prompt == "Which is it? It is" and item.references == ("7",)
+        write(tmp_path / "ruler" / "vt.jsonl", {**row, "outputs": "ABCDE"})  # no five letters
+        with pytest.raises(ValueError, match="line 1: 'outputs' is 'ABCDE', expected a list"):
+            ruler.load(options(tmp_path))
         assert ruler.summary([(item, "", 0.0)])["tasks"] == ["niah_single_1"]
 
     def test_errors(self, tokenizer, tmp_path):
