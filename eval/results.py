@@ -2,6 +2,7 @@
 
 {
   "task", "metric", "model", "protocol", "seed", "items",
+  "prompt": "raw" or "chat", and which groups stay raw in a run with --chat,
   "policies": [{
       "policy",
       "all": {"score", "standard_error", "items"},
