@@ -20,6 +20,7 @@ from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.prompts import bucket_length, pad
+from kvjax.sampling import most_likely
 
 PIECE = 64  # tokens of a continuation that are fed at a time
 
@@ -157,5 +158,5 @@ def _judge(
     asked = wanted >= 0
     logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     chosen = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-    right = (jnp.argmax(logits, axis=-1) == wanted) | ~asked
+    right = (most_likely(logits) == wanted) | ~asked
     return jnp.where(asked, chosen, 0.0).sum(axis=-1), right.all(axis=-1)

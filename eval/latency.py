@@ -74,7 +74,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     """
     import kvjax
     from eval.environment import environment
-    from eval.loaded import resolve_all
+    from eval.loaded import facts, resolve_all
     from eval.predictions import RESULTS
     from eval.predictions import write_json as write_whole
     from eval.progress import progress_bar
@@ -107,7 +107,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     report = {
         "task": "latency",
         "model": command.model,
-        "dtype": command.dtype,
+        **facts(model, params, policies),
         "new_tokens": command.new_tokens,
         "seed": command.seed,
         "rows": rows,

@@ -89,7 +89,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     import kvjax
     from eval.environment import environment
     from eval.harness_model import CompressedLM
-    from eval.loaded import Loaded, resolve_all
+    from eval.loaded import Loaded, facts, resolve_all
     from kvjax.mesh import named_mesh
 
     start = time.monotonic()
@@ -97,14 +97,16 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     check_arguments(command)
     check(command)
     request = _request(command, names)
-    check_folder(command.out, request)
     manager = task_manager(command.tasks, command.include_path)
     requested = _requested(manager, command.tasks)
     tokenizer = kvjax.load_tokenizer(command.model)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     loaded = Loaded(command.model, model, params, tokenizer)
+    policies = resolve_all(names, loaded.model)
+    request |= facts(model, params, policies)
+    check_folder(command.out, request)
     entries = []
-    for name, policy in resolve_all(names, loaded.model).items():
+    for name, policy in policies.items():
         model = CompressedLM(
             *(loaded, policy, command.dense, command.batch_size),
             max_length=command.max_length,

@@ -9,7 +9,7 @@ from typing import Any
 from kvjax.headkv.allocators import HeadImportance
 from kvjax.headkv.policy import Compress, Policy, resolve
 from kvjax.headkv.scores import default_scores
-from kvjax.identity import array_digest
+from kvjax.identity import array_digest, identity
 from kvjax.nn import Transformer
 
 
@@ -37,6 +37,17 @@ def resolve_all(names: Sequence[str], model: Transformer) -> dict[str, Policy]:
     """Policies by name, with the model's head scores where they need some."""
     scores = default_scores(model.config)
     return {name: resolve(name, model.config, scores) for name in names}
+
+
+def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> dict[str, Any]:
+    """What a name does not say: a checkpoint or a score file of that name may have changed."""
+    found = identity(model.config, params)
+    return {
+        "config": found.config,
+        "weights": found.digest,
+        "dtype": found.dtype,
+        "head_scores": score_digests(policies),
+    }
 
 
 def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:

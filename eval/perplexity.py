@@ -74,12 +74,15 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     Raises:
         ValueError: no text, or settings that do not fit it, the model or each other.
     """
+    import numpy as np
+
     import kvjax
     from eval import losses
     from eval.environment import environment
-    from eval.loaded import resolve_all
+    from eval.loaded import facts, resolve_all
     from eval.progress import progress_bar
     from eval.texts import read_ids
+    from kvjax.identity import array_digest
     from kvjax.mesh import named_mesh
 
     start = time.monotonic()
@@ -95,7 +98,8 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
             "model's context"
         )
     policies = resolve_all(names, model)
-    request = _request(command, names, len(rows))
+    request = _request(command, names, len(rows)) | facts(model, params, policies)
+    request["text_ids"] = array_digest(np.asarray(ids))
     check_folder(command.out, request)
     entries = []
     with progress_bar() as progress:

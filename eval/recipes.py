@@ -17,6 +17,7 @@ folder of --scores. See eval/configs.
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False, quiet=not processes.is_writer())
     console.print(f"{recipe.title}: {len(runs)} runs", markup=False)
     failed = []
+    _weights.cache_clear()
     for run in runs:
         words = run.argv(command.out, command.data_dir)
         if command.limit is not None and run.command not in ("latency", "perplexity"):
@@ -218,21 +220,37 @@ def _do(run: RecipeRun, words: list[str], dry: bool, console: Console) -> None:
         return
     out = Path(words[words.index("--out") + 1])
     if (out / RESULTS).exists() and run.command in COMMANDS:
-        _check_command(out / RESULTS, words)
+        _check_results(out / RESULTS, run, words)
         console.print(f"  {out / RESULTS} is there already", markup=False)
         return
     dispatch(words[0], words[1:])
 
 
-def _check_command(path: Path, words: Sequence[str]) -> None:
-    """Raises ValueError where a measurement's results are those of another command."""
+def _check_results(path: Path, run: RecipeRun, words: Sequence[str]) -> None:
+    """Raises ValueError where a measurement's results are of another command or other weights."""
     from eval.rows import read_json
 
     results = read_json(path)
-    said = results.get("command") if isinstance(results, dict) else None
+    results = results if isinstance(results, dict) else {}
+    said = results.get("command")
     held = shlex.split(said)[3:] if isinstance(said, str) else []  # after python -m eval
     if _without_out(held) != _without_out(words):
         raise ValueError(f"{path} is of another command ({said}), expected another --out")
+    weights = _weights(run.model, str(run.options.get("dtype", "bfloat16")))
+    if results.get("weights") != weights:
+        raise ValueError(
+            f"{path} is of weights {results.get('weights')}, {run.model} has {weights} now: "
+            "expected another --out"
+        )
+
+
+@functools.cache
+def _weights(model: str, dtype: str) -> str:
+    """Digest of a checkpoint, which is read once for all runs of a file."""
+    from kvjax.hf import open_params, read_model
+    from kvjax.identity import identity
+
+    return identity(read_model(model).config, open_params(model, dtype)).digest
 
 
 def _without_out(words: Sequence[str]) -> list[str]:

@@ -17,14 +17,14 @@ from eval import decoding, results, sizes, teacher
 from eval.batches import Shape, make_batches, shapes
 from eval.encoding import Prompt, encode, end_ids
 from eval.environment import environment
-from eval.loaded import Loaded, resolve_all, score_digests
+from eval.loaded import Loaded, facts, resolve_all
 from eval.predictions import RESULTS, RunFolder, write_json
 from eval.progress import progress_bar
 from eval.settings import Settings
 from eval.task import Task, check_form
 from kvjax import processes
 from kvjax.headkv.policy import Policy
-from kvjax.identity import array_digest, identity
+from kvjax.identity import array_digest
 
 
 def evaluate(
@@ -119,26 +119,18 @@ def request(
     policies: Mapping[str, Policy],
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
-    """config.json: all that the predictions and their scores depend on.
-
-    Names alone would not do: a checkpoint, a tokenizer or a score file of the same name may hold
-    something else by the time that the run goes on.
-    """
+    """config.json: all that the predictions and their scores depend on."""
     items = [
         [item.id, item.prompt, item.references, item.max_new_tokens, item.group, dict(item.meta)]
         for item in task.items
     ]
-    model = identity(loaded.model.config, loaded.params)
     forms = sorted({prompt.chat for prompt in prompts})
     return {
         "task": task.name,
         "model": loaded.name,
-        "config": model.config,
-        "weights": model.digest,
-        "dtype": model.dtype,
+        **facts(loaded.model, loaded.params, policies),
         **dataclasses.asdict(settings),
         "options": options,
-        "head_scores": score_digests(policies),
         "eos_ids": [list(end_ids(loaded.tokenizer, loaded.model.config, chat)) for chat in forms],
         "items": len(task.items),
         "items_sha256": _digest([items, task.stops, task.chat_stops]),

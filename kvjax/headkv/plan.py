@@ -186,10 +186,10 @@ class CompressedPlan(Plan):
         """Tokens that each head keeps of a prompt, the window included; of policies with a split
         these are the budgets that the heads of a layer share."""
         lengths = jnp.asarray([prompt_len], jnp.int32)
-        rows = [np.asarray(prompt_caps(self.share, caps, lengths))[0] for caps in self.caps]
+        rows = [np.asarray(prompt_caps(self.share, caps, lengths)) for caps in self.caps]
         windows = [self.kept_window(layer) for layer in range(len(rows))]
         pairs = zip(rows, windows, strict=True)
-        return np.stack([used_tokens(caps, window, prompt_len) for caps, window in pairs])
+        return np.concatenate([used_tokens(caps, window, prompt_len) for caps, window in pairs])
 
     def kept_window(self, layer: int) -> int:
         """Last tokens that stay in this layer: no more than its sliding window."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import eval_toys
 import pytest
 
+import kvjax
 from eval.recipe_plan import parse, parse_policies
 from eval.recipes import main, read
+from kvjax.identity import identity
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "eval" / "configs").glob("*.yaml"))
@@ -114,9 +116,15 @@ def test_results_of_another_command_are_not_taken_for_this_one(toy, checkpoint, 
     run = read(toy, model=str(checkpoint)).runs[0]
     out.mkdir(parents=True)
     command = shlex.join(["python", "-m", "eval", *run.argv(Path("elsewhere"))])
-    (out / "results.json").write_text(json.dumps({"command": command}))
+    model, params = kvjax.load(checkpoint)
+    weights = identity(model.config, params).digest
+    (out / "results.json").write_text(json.dumps({"command": command, "weights": weights}))
     main(words)
     assert "is there already" in capsys.readouterr().out
+    (out / "results.json").write_text(json.dumps({"command": command, "weights": "0" * 12}))
+    with pytest.raises(ValueError, match="1 of 1 runs failed: speed"):
+        main(words)
+    assert f"is of weights 000000000000, {checkpoint} has {weights} now" in capsys.readouterr().err
     toy.write_text(toy.read_text().replace("new_tokens: 4", "new_tokens: 5"))
     with pytest.raises(ValueError, match="1 of 1 runs failed: speed"):
         main(words)
