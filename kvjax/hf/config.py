@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.config import ModelConfig
+from kvjax.hf import fields
 from kvjax.hf.families import FAMILIES
+from kvjax.hf.json_file import read_json
+from kvjax.hf.rope_fields import ROPE_CHECKS
 
 Raw = Mapping[str, Any]
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+CHECKS = (*fields.CHECKS, *ROPE_CHECKS)
+GENERATION = "generation_config.json"
 
 
 def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfig:
@@ -27,19 +25,25 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
         generation_config: the content of generation_config.json, whose EOS ids come first.
 
     Raises:
-        ValueError: an unsupported model_type (the message names the supported ones) or feature,
-            missing keys.
+        ValueError: an unsupported model_type (the message names the supported ones) or feature;
+            or one error lists every key that is missing and every value that means nothing.
     """
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"the config is {fields.shown(raw)}, expected an object")
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type is {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}"
         )
-    missing = [key for key in REQUIRED if raw.get(key) is None]
-    if missing:
-        raise ValueError(f"the config has no {', '.join(missing)}")
     family = FAMILIES[model_type]
-    config = family.build({**family.defaults, **raw})
+    full = fields.merged(raw, family.defaults)
+    problems = fields.problems(full, CHECKS)
+    ends = {"eos_token_id": fields.TOKENS}
+    wrong = fields.violations(generation_config or {}, ends, f"{GENERATION}: ")
+    problems += (line for _, line in wrong)
+    if problems:
+        raise ValueError("; ".join(problems))
+    config = family.build(full)
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"the checkpoint is quantized ({method}), expected plain weights")
@@ -56,25 +60,16 @@ def read_config(directory: Path) -> ModelConfig:
     """`config_from_hf` of a checkpoint directory, with config.json kept verbatim.
 
     Raises:
-        ValueError: no config.json, one that is no JSON object, or what `config_from_hf` raises.
+        ValueError: no config.json, one that holds no JSON object, or as `config_from_hf`.
     """
-    text, raw = _read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    generation_config = _read_json(generation)[1] if generation.is_file() else None
-    return dataclasses.replace(config_from_hf(raw, generation_config), hf_json=text)
-
-
-def _read_json(path: Path) -> tuple[str, dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    text = path.read_text(encoding="utf-8")
+    path, generation = directory / "config.json", directory / GENERATION
+    text, raw = read_json(path)
+    generation_config = read_json(generation)[1] if generation.is_file() else None
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return text, raw
+        config = config_from_hf(raw, generation_config)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    return dataclasses.replace(config, hf_json=text)
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -37,19 +37,22 @@ def family(**defaults: Any) -> Callable[[Callable[[Raw], ModelConfig]], Callable
     """Registers a function under its name, which is the model_type."""
 
     def register(build: Callable[[Raw], ModelConfig]) -> Callable[[Raw], ModelConfig]:
-        FAMILIES[build.__name__] = Family(build, defaults)
+        act = {} if "hidden_activation" in defaults else {"hidden_act": "silu"}
+        FAMILIES[build.__name__] = Family(build, {"rms_norm_eps": 1e-6, **act, **defaults})
         return build
 
     return register
 
 
 GEMMA = {
+    "attention_bias": False,
     "tie_word_embeddings": True,
     "num_key_value_heads": 4,
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "use_bidirectional_attention": None,
 }
 QWEN = {
     "use_sliding_window": False,
@@ -59,7 +62,7 @@ QWEN = {
 }
 
 
-@family()
+@family(max_position_embeddings=2048, attention_bias=False, mlp_bias=False)
 def llama(raw: Raw) -> ModelConfig:
     """Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783)."""
     layer = attention(raw)
@@ -83,7 +86,7 @@ def qwen2(raw: Raw) -> ModelConfig:
     return decoder(raw, layer, lambda i: mlp(raw))
 
 
-@family(**QWEN, head_dim=128)
+@family(**QWEN, head_dim=128, attention_bias=False)
 def qwen3(raw: Raw) -> ModelConfig:
     """Qwen 3: a norm on each head of q and k (arXiv 2505.09388)."""
     return decoder(
@@ -95,7 +98,10 @@ def qwen3(raw: Raw) -> ModelConfig:
 
 @family(
     **QWEN,
+    attention_bias=False,
     num_key_value_heads=4,
+    num_experts=None,
+    num_local_experts=None,
     num_experts_per_tok=8,
     moe_intermediate_size=768,
     norm_topk_prob=False,
@@ -104,7 +110,7 @@ def qwen3(raw: Raw) -> ModelConfig:
 )
 def qwen3_moe(raw: Raw) -> ModelConfig:
     """Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
-    num_experts = raw.get("num_experts") or raw.get("num_local_experts") or 128
+    num_experts = raw["num_experts"] or raw["num_local_experts"] or 128
     experts = MoEConfig(
         num_experts=num_experts,
         top_k=raw["num_experts_per_tok"],
@@ -165,12 +171,16 @@ def gemma2(raw: Raw) -> ModelConfig:
     return decoder(raw, layer, lambda i: mlp(raw), **_gemma(raw))
 
 
-@family(**GEMMA, final_logit_softcapping=None, max_position_embeddings=131_072)
+@family(
+    **GEMMA,
+    final_logit_softcapping=None,
+    sliding_window_pattern=None,
+    rope_local_base_freq=None,
+    max_position_embeddings=131_072,
+)
 def gemma3_text(raw: Raw) -> ModelConfig:
     """Gemma 3: five sliding layers to a full one, a RoPE for each kind, QK-norm (2503.19786)."""
-    if raw.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention is set, expected a causal model")
-    pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+    pattern = raw["sliding_window_pattern"] or 6
     H = head_dim(raw)
 
     def layer(i: int) -> GQAConfig:
@@ -191,6 +201,9 @@ def gemma3_text(raw: Raw) -> ModelConfig:
 @family(
     num_key_value_heads=4,
     default_theta=2e6,
+    attention_bias=False,
+    mlp_bias=False,
+    no_rope_layers=None,
     no_rope_layer_interval=4,
     use_sliding_window=False,
     sliding_window=None,
@@ -200,7 +213,7 @@ def gemma3_text(raw: Raw) -> ModelConfig:
 def smollm3(raw: Raw) -> ModelConfig:
     """SmolLM 3: llama with no positions in every fourth layer."""
     interval = raw["no_rope_layer_interval"]
-    rotates = raw.get("no_rope_layers") or [
+    rotates = raw["no_rope_layers"] or [
         (i + 1) % interval != 0 for i in range(raw["num_hidden_layers"])
     ]
     window = raw["sliding_window"] if raw["use_sliding_window"] else None
@@ -213,7 +226,7 @@ def smollm3(raw: Raw) -> ModelConfig:
     return decoder(raw, layer, lambda i: mlp(raw))
 
 
-@family(rms_norm_eps=1e-5)
+@family(rms_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=False)
 def olmo2(raw: Raw) -> ModelConfig:
     """OLMo 2: norms only after the sub-layers, and over all heads of q and k (2501.00656)."""
     layer = attention(raw, qk_norm="all")
@@ -233,6 +246,7 @@ def phi3(raw: Raw) -> ModelConfig:
 
 
 @family(
+    attention_bias=False,
     first_k_dense_replace=3,
     q_lora_rank=1536,
     kv_lora_rank=512,
@@ -255,7 +269,7 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
             f"expected at least num_hidden_layers = {layers}"
         )
     nope, R = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
-    bias = bool(raw.get("attention_bias", False))
+    bias = raw["attention_bias"]
     layer = MLAConfig(
         num_heads=raw["num_attention_heads"],
         qk_nope_head_dim=nope,
@@ -264,7 +278,7 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
         kv_lora_rank=raw["kv_lora_rank"],
         q_lora_rank=raw["q_lora_rank"],
         scale=(nope + R) ** -0.5 * _deepseek_mscale(raw) ** 2,
-        rope=rope_config(raw, R, 10_000.0, interleaved=raw["rope_interleave"] is not False),
+        rope=rope_config(raw, R, 10_000.0, interleaved=bool(raw["rope_interleave"])),
         # transformers gives the latent norms its default eps, whatever rms_norm_eps says.
         latent_norm=NormConfig(eps=1e-6),
         latent_bias=bias,
@@ -281,7 +295,13 @@ def _qwen_window(raw: Raw, index: int) -> int | None:
 
 
 def _gemma(raw: Raw) -> dict[str, Any]:
-    """What Gemma 2 and 3 change on the whole model."""
+    """What Gemma 2 and 3 change on the whole model.
+
+    Raises:
+        ValueError: attention that is not causal.
+    """
+    if raw["use_bidirectional_attention"]:
+        raise ValueError("use_bidirectional_attention is set, expected a causal model")
     return {
         "norm": norm(raw, offset=1.0),
         "post_norm": True,
@@ -294,7 +314,7 @@ def _local_rope(raw: Raw) -> Raw:
     """Old style: the sliding layers have a base of their own, and no scaling."""
     if "sliding_attention" in rope_settings(raw):
         return raw
-    theta = raw.get("rope_local_base_freq") or 10_000.0
+    theta = raw["rope_local_base_freq"] or 10_000.0
     return {**raw, "rope_theta": theta, "rope_scaling": None, "rope_parameters": None}
 
 

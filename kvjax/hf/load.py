@@ -17,6 +17,7 @@ from kvjax.hf import native, weights
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.deepseek import to_deepseek, write_serving_files
+from kvjax.hf.json_file import read_json, refuse_pointers
 from kvjax.hf.source import on_hub, resolve, with_weights
 from kvjax.hf.tensor_file import StoredTensor
 from kvjax.nn import Transformer
@@ -24,6 +25,7 @@ from kvjax.paths import local_path
 from kvjax.sharding import param_shardings
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "config.json")
 
 
 def load(
@@ -87,11 +89,11 @@ def read_shape(source: str) -> Transformer:
     path = Path(source)
     if not path.is_file():
         return read_model(source)
+    raw = read_json(path)[1]
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Transformer(config_from_hf(raw))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    return Transformer(config_from_hf(raw))
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def layout_of(path: str | Path) -> str:
@@ -169,7 +171,9 @@ def load_tokenizer(path: str | Path) -> Any:
     """The fast tokenizer (transformers' AutoTokenizer) of a directory, hub id or builtin model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(path))
+    directory = resolve(path)
+    refuse_pointers(path for pattern in TOKENIZER_FILES for path in directory.glob(pattern))
+    return AutoTokenizer.from_pretrained(directory)
 
 
 def _with_weights(path: str | Path) -> tuple[Transformer, Path]:

@@ -16,7 +16,9 @@ from jax.sharding import SingleDeviceSharding
 import kvjax.config
 from kvjax import processes
 from kvjax.config import ModelConfig
+from kvjax.hf.json_file import read_json
 from kvjax.hf.lazy import LazyParams
+from kvjax.hf.native_fields import part_problems
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
@@ -37,11 +39,14 @@ def read_config(directory: Path) -> ModelConfig:
         ValueError: a file that is damaged or that another version of kvjax wrote.
     """
     try:
-        content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        content = read_json(directory / CONFIG)[1]
         version = content["version"]
         if version == VERSION:
-            return decode(content["model"])
-    except (ValueError, KeyError, TypeError) as error:
+            problems = list(part_problems(content["model"], ModelConfig))
+            if not problems:
+                return decode(content["model"])
+            raise ValueError("; ".join(problems))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory / CONFIG} is no model configuration: {error}") from None
     raise ValueError(f"{directory / CONFIG} has version {version}, expected {VERSION}")
 

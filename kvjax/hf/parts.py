@@ -12,11 +12,10 @@ from kvjax.config import (
     MoEConfig,
     NormConfig,
 )
+from kvjax.hf.fields import ACTIVATIONS, LAYER_TYPES
 from kvjax.hf.rope import rope_config
 
 Raw = Mapping[str, Any]
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def head_dim(raw: Raw) -> int:
@@ -26,15 +25,13 @@ def head_dim(raw: Raw) -> int:
 
 def norm(raw: Raw, offset: float = 0.0) -> NormConfig:
     """The RMS norm of the residual stream."""
-    return NormConfig(eps=float(raw.get("rms_norm_eps", 1e-6)), offset=offset)
+    return NormConfig(eps=float(raw["rms_norm_eps"]), offset=offset)
 
 
 def attention(raw: Raw, **changes: Any) -> GQAConfig:
     """Llama's attention, with `changes`."""
     N, H = raw["num_attention_heads"], head_dim(raw)
     K = raw.get("num_key_value_heads") or N
-    if N % K:
-        raise ValueError(f"got {N} query heads for {K} KV heads, expected a multiple")
     bias = bool(raw.get("attention_bias", False))
     base = {
         "num_heads": N,
@@ -58,10 +55,7 @@ def mlp(raw: Raw) -> MLPConfig:
 
 def activation(raw: Raw) -> str:
     """Our name of the activation function."""
-    name = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
-    if name not in ACTIVATIONS:
-        raise ValueError(f"the activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[raw["hidden_activation" if "hidden_activation" in raw else "hidden_act"]]
 
 
 def decoder(
@@ -79,7 +73,7 @@ def decoder(
         "layers": tuple(layers),
         "norm": norm(raw),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "max_position_embeddings": raw.get("max_position_embeddings") or 2048,
+        "max_position_embeddings": raw["max_position_embeddings"],
     }
     return ModelConfig(**{**base, **changes})
 
@@ -90,9 +84,4 @@ def layer_type(raw: Raw, index: int, default: Callable[[int], bool]) -> str:
     `default` tells which layers slide where the config has no `layer_types`.
     """
     kinds = raw.get("layer_types")
-    kind = kinds[index] if kinds else ("full_attention", "sliding_attention")[default(index)]
-    if kind not in ("full_attention", "sliding_attention"):
-        raise ValueError(
-            f"layer {index} has {kind!r}, expected 'full_attention' or 'sliding_attention'"
-        )
-    return kind
+    return kinds[index] if kinds else LAYER_TYPES[default(index)]

@@ -28,9 +28,6 @@ def rope_config(
         theta: the family's base where the config has none.
         layer_type: which entry of nested `rope_parameters` counts.
         interleaved: see `RopeConfig`.
-
-    Raises:
-        ValueError: an unknown kind, or a kind whose numbers are missing.
     """
     settings = rope_settings(raw, layer_type)
     partial = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
@@ -52,16 +49,14 @@ def rope_settings(raw: Raw, layer_type: str | None = None) -> Raw:
 
 def rope_scaling(settings: Raw, raw: Raw) -> RopeScaling | None:
     """The scaling rule of one RoPE dict; `raw` holds the context lengths."""
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    if "short_factor" in settings:
-        kind = "longrope"  # early Phi-3 files say "su" or "yarn"
-    if kind not in SCALINGS:
-        raise ValueError(f"rope type is {kind!r}, expected one of {', '.join(SCALINGS)}")
-    needed, build = SCALINGS[kind]
-    missing = [key for key in needed if settings.get(key) is None]
-    if missing:
-        raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
-    return build(settings, raw)
+    return SCALINGS[rope_kind(settings)][1](settings, raw)
+
+
+def rope_kind(settings: Raw) -> str:
+    """The kind of scaling that a RoPE dict names: one of `SCALINGS`, once it was checked."""
+    if settings.get("short_factor") is not None:
+        return "longrope"  # early Phi-3 files say "su" or "yarn"
+    return settings.get("rope_type") or settings.get("type") or "default"
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -70,7 +65,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def _original_length(settings: Raw, raw: Raw) -> int:
-    # Phi-3 keeps the length outside of the RoPE dict, and that one counts.
+    # Phi-3 keeps the length outside of the RoPE dict, and that one counts; others have no such key.
     keys = "original_max_position_embeddings"
     return int(raw.get(keys) or settings.get(keys) or raw["max_position_embeddings"])
 
