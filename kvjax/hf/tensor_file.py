@@ -6,7 +6,9 @@ out of it is read. A file is 8 bytes with the length of a JSON header, the heade
 """
 
 import json
+import math
 import mmap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kvjax.hf.json_file import is_pointer, pointer_message
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -26,6 +31,9 @@ DTYPES = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -89,34 +97,70 @@ def release(file: np.ndarray) -> None:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, none of them read.
 
+    The rules are those of the format: the tensors follow each other without holes and overlaps and
+    end where the file ends, and no name comes twice.
+
     Raises:
-        ValueError: no safetensors file, a truncated one, or an unknown dtype.
+        ValueError: a git-lfs pointer, no safetensors file, a truncated one, or an unknown dtype.
     """
     size = path.stat().st_size
+    if is_pointer(path):
+        raise ValueError(pointer_message(path.name))
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
+        if start - 8 > MAX_HEADER_BYTES:
+            raise ValueError(f"{path.name} is no safetensors file: a header of {start - 8} bytes")
         if size < 8 or start > size:
             raise ValueError(f"{path.name} is truncated: {size} bytes end within the header")
         try:
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
+            header = json.loads(file.read(start - 8), object_pairs_hook=_without_duplicates)
+            _check_metadata(header.pop("__metadata__", {}))
             tensors = {name: _stored(path, start, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            end = _end(tensors, start)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path.name} is no safetensors file: {error}") from None
-    end = max((t.start + t.nbytes for t in tensors.values()), default=start)
     if end > size:
         raise ValueError(f"{path.name} is truncated: got {size} bytes, expected {end}")
+    if end < size:
+        raise ValueError(f"{path.name} is damaged: got {size} bytes, expected {end}")
     return tensors
 
 
-def _stored(path: Path, start: int, entry: Mapping) -> StoredTensor:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice[0]!r} comes twice in its header")
+    return found
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its __metadata__ is no object of texts")
+
+
+def _stored(path: Path, start: int, entry: Any) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    first, end = entry["data_offsets"]
-    tensor = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
-    if tensor.nbytes != end - first:
-        raise ValueError(f"{end - first} bytes for shape {tensor.shape} {entry['dtype']}")
-    return tensor
+    (first, end), shape = entry["data_offsets"], entry["shape"]
+    if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
+        raise ValueError(f"shape {shape} at {[first, end]}, expected numbers from 0")
+    dtype = DTYPES[entry["dtype"]]
+    if math.prod(shape) * dtype.itemsize != end - first:
+        raise ValueError(f"{end - first} bytes for shape {tuple(shape)} {entry['dtype']}")
+    return StoredTensor(path, dtype, tuple(shape), start + first)
+
+
+def _end(tensors: Mapping[str, StoredTensor], start: int) -> int:
+    """Where the last tensor ends; each begins where the one before it ends."""
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != end:
+            problem = "overlaps another tensor" if tensor.start < end else "follows a hole"
+            got, expected = tensor.start - start, end - start
+            raise ValueError(f"{name} {problem}: begins at byte {got}, expected {expected}")
+        end += tensor.nbytes
+    return end
 
 
 def read_metadata(path: Path) -> dict[str, str]:
