@@ -13,6 +13,7 @@ from kvjax.hf.load import (
     save,
     stored_tensors,
 )
+from kvjax.hf.tied import matching
 
 __all__ = [
     "check_export",
@@ -21,6 +22,7 @@ __all__ = [
     "layout_of",
     "load",
     "load_tokenizer",
+    "matching",
     "open_params",
     "read_model",
     "read_shape",

@@ -2,16 +2,22 @@
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
+from kvjax.hf.fields import shown
+from kvjax.hf.json_file import read_json
+from kvjax.hf.problems import collapsed
 from kvjax.hf.tensor_file import NewTensor, StoredTensor, map_file, read_header, release, write_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -39,6 +45,15 @@ class Checkpoint:
         tensor = self.tensors[name]
         return tensor.view(self._files[tensor.path])
 
+    def renamed(self, rename: Callable[[str], str]) -> "Checkpoint":
+        """The same files under other names for the tensors; a name that is there already stays."""
+        tensors = dict(self.tensors)
+        for name in self.tensors:
+            new = rename(name)
+            if new not in tensors:
+                tensors[new] = tensors.pop(name)
+        return replace(self, tensors=tensors, lost=frozenset(map(rename, self.lost)))
+
     def release(self) -> None:
         """Lets go of the pages that were read so far; views stay valid."""
         for file in self._files.values():
@@ -48,30 +63,34 @@ class Checkpoint:
 def scan(directory: Path) -> Checkpoint:
     """Headers of all files; no tensor is read.
 
+    Where there is a single file and an index, the single file counts, as in transformers.
+
     Raises:
         ValueError: no safetensors at all, or an index that is no JSON.
     """
-    if (directory / INDEX).is_file():
-        return _scan_index(directory)
-    if not (directory / SINGLE).is_file():
+    if (directory / SINGLE).is_file():
+        try:
+            return Checkpoint(read_header(directory / SINGLE))
+        except ValueError as error:
+            raise ValueError(f"cannot load {directory}: {error}") from None
+    if not (directory / INDEX).is_file():
         raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}")
-    try:
-        return Checkpoint(read_header(directory / SINGLE))
-    except ValueError as error:
-        raise ValueError(f"cannot load {directory}: {error}") from None
+    return _scan_index(directory)
 
 
 def _scan_index(directory: Path) -> Checkpoint:
-    try:
-        weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{directory / INDEX} is no index: {error}") from None
+    weight_map = _read_index(directory / INDEX)
+    outside = {t: file for t, file in weight_map.items() if not _is_inside(file)}
+    problems = collapsed(
+        ("", tensor, f" is in {shown(file)}, expected a file in the directory")
+        for tensor, file in outside.items()
+    )
+    weight_map = {t: file for t, file in weight_map.items() if t not in outside}
     tensors: dict[str, StoredTensor] = {}
-    problems: list[str] = []
-    lost: set[str] = set()
+    lost = set(outside)
     for name in sorted(set(weight_map.values())):
         promised = {tensor for tensor, file in weight_map.items() if file == name}
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):  # also false for a name too long for a file
             problems.append(f"missing shard {name} ({len(promised)} tensors)")
             lost |= promised
             continue
@@ -81,9 +100,42 @@ def _scan_index(directory: Path) -> Checkpoint:
             problems.append(str(error))
             lost |= promised
             continue
-        problems += [f"the index expects {t} in {name}" for t in sorted(promised - set(found))]
-        tensors |= found
+        absent = sorted(promised - set(found))
+        problems += collapsed(("the index expects ", t, f" in {name}") for t in absent)
+        for tensor, stored in found.items():
+            if weight_map.get(tensor, name) != name:
+                continue  # a copy, which the index does not ask for
+            if tensor in tensors:
+                problems.append(f"{tensor} is in several shards and not in the index")
+            tensors[tensor] = stored
     return Checkpoint(tensors, tuple(problems), frozenset(lost))
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """The files of all tensors by name, as the index has them.
+
+    Raises:
+        ValueError: no index.
+    """
+    weight_map = read_json(path)[1].get("weight_map")
+    if not isinstance(weight_map, dict):
+        got = type(weight_map).__name__
+        raise ValueError(f"{path} is no index: its weight_map is a {got}, expected an object")
+    return weight_map
+
+
+def _is_inside(file: Any) -> bool:
+    """Whether a name is one of a file below the directory of the index."""
+    if not isinstance(file, str) or not file or "\0" in file:
+        return False
+    paths = PurePosixPath(file), PureWindowsPath(file)
+    return not any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
+
+
+def leftovers(directory: Path) -> list[str]:
+    """Names of weights that lie in a directory: what a save there would be mixed up with."""
+    found = {path.name for pattern in WEIGHTS for path in directory.glob(pattern)}
+    return sorted(found)
 
 
 def write(

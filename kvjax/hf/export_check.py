@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kvjax.hf.checkpoint import INDEX, SINGLE, Checkpoint, scan
 from kvjax.hf.deepseek.stock import stock_tensors
+from kvjax.hf.json_file import read_json
 from kvjax.hf.load import load_tokenizer
 from kvjax.paths import local_path
 
@@ -88,16 +88,20 @@ def _tensor_problems(found: Checkpoint, expected: dict, dtype: str) -> Iterator[
 def _file_problems(directory: Path, found: Checkpoint) -> Iterator[str]:
     """Some engines read every safetensors file, whatever the index says, and some go by it."""
     files = {path.name for path in directory.glob("*.safetensors")}
-    index = _read(directory / INDEX) if (directory / INDEX).is_file() else None
-    known = {SINGLE} if index is None else set(index["weight_map"].values())
-    yield from (f"{name} belongs to no index" for name in sorted(files - known))
-    if index is None:
+    if SINGLE in files or not (directory / INDEX).is_file():
+        yield from (f"{name} belongs to no index" for name in sorted(files - {SINGLE}))
+        if (directory / INDEX).exists():
+            yield f"there are {SINGLE} and an index, expected one of them"
         return
-    unmapped = found.tensors.keys() - index["weight_map"].keys()
+    index = _read(directory / INDEX)
+    named = {name: file for name, file in index["weight_map"].items() if isinstance(file, str)}
+    yield from (f"{name} belongs to no index" for name in sorted(files - set(named.values())))
+    unmapped = found.tensors.keys() - named.keys()
     yield from (f"the index does not name {name}" for name in sorted(unmapped))
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    if not found.problems and index["metadata"]["total_size"] != total:
-        yield f"the index says {index['metadata']['total_size']} bytes, the files hold {total}"
+    said = (index.get("metadata") or {}).get("total_size")
+    if not found.problems and said != total:
+        yield f"the index says {said} bytes, the files hold {total}"
 
 
 def _tokenizer_problems(tokenizer: Any, raw: dict, source: str | Path | None) -> Iterator[str]:
@@ -112,9 +116,7 @@ def _tokenizer_problems(tokenizer: Any, raw: dict, source: str | Path | None) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)[1]
 
 
 def _ids(value: Any) -> list[int]:

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from kvjax import processes
 from kvjax.config import ModelConfig
 from kvjax.hf import native, weights
-from kvjax.hf.checkpoint import MAX_SHARD_BYTES, scan
+from kvjax.hf.checkpoint import MAX_SHARD_BYTES, leftovers, scan
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.deepseek import to_deepseek, write_serving_files
 from kvjax.hf.json_file import read_json, refuse_pointers
 from kvjax.hf.source import on_hub, resolve, with_weights
 from kvjax.hf.tensor_file import StoredTensor
+from kvjax.hf.tied import as_stored
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.sharding import param_shardings
@@ -72,12 +73,18 @@ def open_params(
 def read_model(path: str | Path) -> Transformer:
     """The model at `path` without its parameters, which are not downloaded either.
 
+    Weights are read only where config.json ties the output matrix to the embedding and the
+    checkpoint holds both: they are compared, and a model whose two matrices differ is not tied.
+
     Raises:
         ValueError: no such model, or an unsupported one.
     """
     directory = resolve(path)
-    read = native.read_config if native.is_native(directory) else read_config
-    return Transformer(dataclasses.replace(read(directory), source=str(directory)))
+    if native.is_native(directory):
+        config = native.read_config(directory)
+    else:
+        config = as_stored(read_config(directory), directory)
+    return Transformer(dataclasses.replace(config, source=str(directory)))
 
 
 def read_shape(source: str) -> Transformer:
@@ -211,6 +218,12 @@ def _float_dtype(dtype: Any) -> np.dtype:
 def _check_free(directory: Path) -> None:
     if native.is_native(directory) or (directory / "config.json").exists():
         raise ValueError(f"{directory} already holds a checkpoint")
+    found = leftovers(directory) + [native.PARAMS] * (directory / native.PARAMS).exists()
+    if found:  # of a save that was stopped; what is written now would be read together with them
+        raise ValueError(
+            f"{directory} holds weights without a config ({', '.join(found[:4])}"
+            f"{', …' * (len(found) > 4)}): remove them, or save to another directory"
+        )
 
 
 def _check_spread(params: Any, layout: str) -> None:

@@ -1,8 +1,9 @@
 """Parameters from the tensors of a checkpoint, and back."""
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,17 @@ from kvjax import processes
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES, Checkpoint, scan, write
 from kvjax.hf.layout import ParamPath, Shape, Tensor, layouts, tensors
 from kvjax.hf.lazy import LazyParams
-from kvjax.hf.tensor_file import NewTensor
+from kvjax.hf.names import canonical, other_names
+from kvjax.hf.problems import collapsed
+from kvjax.hf.tensor_file import DTYPES, NewTensor, StoredTensor
+from kvjax.hf.tied import HEAD, embedding_from_head
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Tensors that some checkpoints hold though they are no parameters."""
+WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+"""What weights may be stored in: 8-bit floats and integers mean nothing without their scales."""
 PIECE_BYTES = 4 << 20  # also what transposes fastest
 ALIGNMENT = 64
 
@@ -50,7 +56,7 @@ def open_params(
     """As `read_params`, but each part is read when it is asked for, and not kept."""
     shapes = _flat_shapes(model)
     checkpoint = scan(directory)
-    expected = _expected(model, shapes, checkpoint)
+    expected, checkpoint = _expected(model, shapes, checkpoint)
     problems = [*checkpoint.problems, *_compare(model, expected, checkpoint)]
     if problems:
         raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
@@ -120,27 +126,47 @@ def _flat_shapes(model: Transformer) -> dict[ParamPath, Shape]:
 
 def _expected(
     model: Transformer, shapes: dict[ParamPath, Shape], checkpoint: Checkpoint
-) -> list[Tensor]:
-    """The tensors of that layout of the family which the checkpoint comes closest to."""
-    present = checkpoint.tensors.keys() | checkpoint.lost
-    choices = [tensors(model.config, shapes, layout) for layout in layouts(model.config)]
-    return max(choices, key=lambda choice: sum(tensor.name in present for tensor in choice))
+) -> tuple[list[Tensor], Checkpoint]:
+    """The tensors of that layout of the family which the checkpoint comes closest to.
+
+    And the checkpoint under the layout's names, see `kvjax.hf.names`.
+    """
+    found = []
+    for layout in layouts(model.config):
+        expected = tensors(model.config, shapes, layout)
+        known = {tensor.name for tensor in expected} | {HEAD}
+        renamed = checkpoint.renamed(functools.partial(canonical, expected=known))
+        if model.config.tie_embeddings:
+            renamed = embedding_from_head(renamed)
+        present = renamed.tensors.keys() | renamed.lost
+        found.append((sum(tensor.name in present for tensor in expected), expected, renamed))
+    _, expected, renamed = max(found, key=lambda entry: entry[0])
+    return expected, renamed
 
 
 def _compare(model: Transformer, expected: list[Tensor], checkpoint: Checkpoint) -> list[str]:
-    stored = checkpoint.tensors
-    problems = []
+    """What keeps the stored tensors from being those of the model."""
+    stored, wrong, missing = checkpoint.tensors, [], []
     for tensor in expected:
         if tensor.name in stored:
-            got = stored[tensor.name].shape
-            if got != tensor.shape:
-                problems.append(f"{tensor.name} has shape {got}, expected {tensor.shape}")
+            wrong += _unfit(tensor, stored[tensor.name])
         elif tensor.name not in checkpoint.lost:
-            problems.append(f"missing {tensor.name}")
-    ignored = {"lm_head.weight"} if model.config.tie_embeddings else set()
+            wrong.append(("missing ", tensor.name, ""))
+            missing.append(tensor.name)
+    ignored = {HEAD} if model.config.tie_embeddings else set()
     surplus = stored.keys() - {tensor.name for tensor in expected} - ignored
-    problems += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.search(name)]
-    return problems
+    surplus = [name for name in sorted(surplus) if not BUFFERS.search(name)]
+    wrong += (("unexpected ", name, "") for name in surplus)
+    renamed, lines = other_names(missing, surplus)
+    return lines + collapsed(entry for entry in wrong if entry[1] not in renamed)
+
+
+def _unfit(tensor: Tensor, stored: StoredTensor) -> Iterator[tuple[str, str, str]]:
+    if stored.shape != tensor.shape:
+        yield "", tensor.name, f" has shape {stored.shape}, expected {tensor.shape}"
+    if stored.dtype not in WEIGHT_DTYPES:
+        names = ", ".join(dtype.name for dtype in WEIGHT_DTYPES)
+        yield "", tensor.name, f" holds {stored.dtype.name}, expected one of {names}"
 
 
 def _views(expected: list[Tensor], checkpoint: Checkpoint) -> dict[ParamPath, list[np.ndarray]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import LayerConfig, ModelConfig
-from kvjax.hf import open_params, read_model
+from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits, output_params
@@ -61,6 +61,7 @@ def convert_checkpoint(
     gqa_layers(model)
     settings = {"method": method, "init": init, "rope_site": rope_site}
     params = open_params(source, dtype, named_mesh(mesh))
+    model = matching(model, params)
     with Output(out, settings | describe(model, params, dtype)) as output:
         _write_layers(model, params, output, inits, rope_site)
         top = write_top(model, params, output)

@@ -15,7 +15,7 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
 from kvjax.config import LayerConfig, ModelConfig
-from kvjax.hf import open_params, read_model
+from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
@@ -113,6 +113,7 @@ def decouple_checkpoint(
     fit, held = calibration_tokens(source, wanted.calibration, wanted.tokens, wanted.length)
     wanted.settled(model, fit)  # refused before anything is computed
     params, stats = open_params(source, dtype, named_mesh(mesh)), None
+    model = matching(model, params)
     with Output(out, wanted.request(fit, held) | describe(model, params, dtype)) as output:
         choose = wanted.recipe == "published" and wanted.fold == 0
         if wanted.stats is not None or choose:

@@ -200,6 +200,9 @@ DAMAGE = {
     r"old\.safetensors belongs to no index": lambda out: shutil.copy(
         next(out.glob("model-00001-*")), out / "old.safetensors"
     ),
+    r"there are model\.safetensors and an index, expected one of them": lambda out: shutil.copy(
+        next(out.glob("model-00001-*")), out / "model.safetensors"
+    ),
     r"the index does not name model\.layers\.0\.input_layernorm\.weight": in_index(
         lambda raw: raw["weight_map"].pop("model.layers.0.input_layernorm.weight")
     ),

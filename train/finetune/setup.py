@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import kvjax
 from kvjax import processes
-from kvjax.hf import open_params, read_model
+from kvjax.hf import matching, open_params, read_model
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, parse_mesh
 from train.finetune.config import TuneConfig
@@ -61,6 +61,7 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
     mesh = None if config.mesh is None else make_mesh(parse_mesh(config.mesh))
     check_rows(config, mesh)
     model = read_model(config.model)
+    model = matching(model, open_params(config.model, "float32", mesh))
     trainable, frozen = read_split(config, model, mesh)
     teacher, teacher_params = None, None
     if config.teacher is not None:
