@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvjax.config import GQAConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
+from kvjax.hf.fields import DEFAULT_EXPERTS
 from kvjax.hf.parts import activation, attention, decoder, head_dim, layer_type, mlp, norm
 from kvjax.hf.rope import rope_config, rope_settings, yarn_mscale
 
@@ -110,7 +111,7 @@ def qwen3(raw: Raw) -> ModelConfig:
 )
 def qwen3_moe(raw: Raw) -> ModelConfig:
     """Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
-    num_experts = raw["num_experts"] or raw["num_local_experts"] or 128
+    num_experts = raw["num_experts"] or raw["num_local_experts"] or DEFAULT_EXPERTS
     experts = MoEConfig(
         num_experts=num_experts,
         top_k=raw["num_experts_per_tok"],

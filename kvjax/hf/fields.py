@@ -16,6 +16,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 LARGEST = 2**31 - 1
 LARGEST_REAL = 1e30
 MAX_LAYERS = 10_000
+DEFAULT_EXPERTS = 128  # of Qwen 3, which has two names for their number
 
 
 Check = tuple[tuple[str, ...], Callable[[Raw], Iterable[str]]]
@@ -216,9 +217,9 @@ def _dense_layers(raw: Raw) -> Iterator[str]:
 
 
 def _experts(raw: Raw) -> Iterator[str]:
-    experts = raw.get("num_experts") or raw.get("num_local_experts")
+    experts = raw.get("num_experts") or raw.get("num_local_experts") or DEFAULT_EXPERTS
     top = raw.get("num_experts_per_tok")
-    if experts and top and top > experts:
+    if top and top > experts:
         yield f"num_experts_per_tok is {top}, expected at most the {experts} experts"
 
 

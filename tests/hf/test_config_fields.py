@@ -195,6 +195,10 @@ def test_lists_that_are_shorter_or_longer_than_the_model():
             "num_experts_per_tok is 3, expected at most the 2 experts",
         ),
         (
+            {"model_type": "qwen3_moe", "num_experts_per_tok": 129},
+            "num_experts_per_tok is 129, expected at most the 128 experts",
+        ),
+        (
             {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope type is 'linear', expected longrope for phi3",
         ),
