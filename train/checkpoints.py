@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from kvjax.finite import check_finite
 from train.step import TrainState
 
 KEPT = 2
@@ -45,7 +46,7 @@ def load_newest(run: Path, like: TrainState) -> tuple[TrainState, Progress]:
         like: a state of the same shapes and dtypes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it holds NaN.
     """
     if not steps(run):
         raise ValueError(f"{run} has no checkpoint")
@@ -55,7 +56,10 @@ def load_newest(run: Path, like: TrainState) -> tuple[TrainState, Progress]:
         ),
         "progress": dataclasses.asdict(Progress()),
     }
-    content = ocp.load(_path(run, steps(run)[-1]), abstract)
+    path = _path(run, steps(run)[-1])
+    content = ocp.load(path, abstract)
+    reason = "; remove this folder to continue from the checkpoint before it"
+    check_finite(content["state"], f"{path}: ", reason)
     progress = {name: int(value) for name, value in content["progress"].items()}
     return content["state"], Progress(**progress)
 

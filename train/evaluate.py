@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import kvjax
+from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.sets import CHANCE
 
@@ -28,7 +29,13 @@ def evaluate(
         out: JSON file for the rows; None for none.
         count: prompts a row.
         dtype: of the parameters.
+
+    Raises:
+        ValueError: a count or a length below 1, an unknown task, or no such model.
     """
+    lengths_by_name = {f"lengths[{index}]": length for index, length in enumerate(lengths)}
+    values = {"count": count, "seed": seed, **lengths_by_name}
+    check_ranges(values, {"seed": SEED, **dict.fromkeys(("count", *lengths_by_name), COUNT)})
     transformer, params = kvjax.load(model, dtype=dtype)
     vocab = WordVocabulary()
     rows = []

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 import kvjax.hf
+from kvjax.finite import check_finite
 from kvjax.tasks.tokenizer import to_transformers
 from train import checkpoints
 from train.pretrain import Run, create_run, initial_state
 from train.recipe import Recipe
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export(recipe: Recipe, run_dir: Path, out: Path, dtype: str = "bfloat16") -> None:
@@ -22,11 +25,15 @@ def export(recipe: Recipe, run_dir: Path, out: Path, dtype: str = "bfloat16") ->
         dtype: of the written weights.
 
     Raises:
-        ValueError: `run_dir` has no checkpoint, or `out` already holds a model.
+        ValueError: `run_dir` has no checkpoint, one that holds NaN, `out` already holds a model,
+            or no such dtype.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     run = create_run(recipe)
     state, progress = checkpoints.load_newest(run_dir, initial_state(run))
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), state.params)
+    check_finite(params, reason=f" in {dtype}; no model is written")
     kvjax.hf.save(run.model, params, out, layout="hf")
     write_generation_config(run, out)
     write_tokenizer(run, out)

@@ -10,13 +10,19 @@ from typing import Any
 import kvjax
 from kvjax.nn import Transformer
 from kvjax.prompts import bucket_length
+from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import rows
 from kvjax.tasks.problem import Problem
 
 
 def write_rows(path: Path, family: str, count: int, seed: int = 0, split: str = "train") -> None:
-    """Writes `kvjax.tasks.families.rows`, one JSON object a line."""
+    """Writes `kvjax.tasks.families.rows`, one JSON object a line.
+
+    Raises:
+        ValueError: an unknown family or split, a count below 1, or a negative seed.
+    """
+    check_ranges({"count": count, "seed": seed}, {"count": COUNT, "seed": SEED})
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in rows(family, count, seed, split)]
     path.write_text("".join(lines))

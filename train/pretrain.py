@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kvjax.finite import first_not_finite
 from kvjax.nn import Transformer
+from kvjax.ranges import SIZE, check_ranges, optional
 from kvjax.tasks.vocabulary import WordVocabulary
 from train import checkpoints, log
 from train.checkpoints import Progress
@@ -116,7 +119,12 @@ def pretrain(recipe: Recipe, out: Path, max_steps: int | None = None) -> TrainSt
 
     Args:
         max_steps: stop after this many steps in all; the last checkpoint may be older.
+
+    Raises:
+        ValueError: a loss or parameters that are no numbers any more, or a checkpoint of such.
     """
+    check_ranges({"max_steps": max_steps}, {"max_steps": optional(SIZE)})
+    last = math.inf if max_steps is None else max_steps
     run = create_run(recipe)
     state, progress = initial_state(run), Progress()
     if checkpoints.steps(out):
@@ -124,10 +132,11 @@ def pretrain(recipe: Recipe, out: Path, max_steps: int | None = None) -> TrainSt
     metrics = out / "metrics.jsonl"
     log.truncate(metrics, progress.step)
     started = time.monotonic()
-    while progress.stage < len(recipe.stages) and progress.step != max_steps:
+    while progress.stage < len(recipe.stages) and progress.step < last:
         state, progress = advance(run, state, progress)
         if progress.step % recipe.report_every:
             continue
+        check_state(state, progress, out)
         accuracy = accuracies(state)
         log_line(metrics, recipe, state, progress, accuracy, time.monotonic() - started)
         started = time.monotonic()
@@ -135,7 +144,20 @@ def pretrain(recipe: Recipe, out: Path, max_steps: int | None = None) -> TrainSt
         if stage_done(recipe.stages[progress.stage], progress, accuracy):
             progress = dataclasses.replace(progress, stage=progress.stage + 1, stage_step=0)
         checkpoints.save(out, state, progress)
+    check_state(state, progress, out)
     return state
+
+
+def check_state(state: TrainState, progress: Progress, out: Path) -> None:
+    """Raises ValueError where the loss or a parameter is no number; nothing is written then."""
+    name = first_not_finite(state.loss, "loss") or first_not_finite(state)
+    if name is not None:
+        kept = checkpoints.steps(out)
+        last = f"the last good checkpoint is of step {kept[-1]}" if kept else "no checkpoint yet"
+        raise ValueError(
+            f"step {progress.step}: NaN or infinite values in {name}, expected finite numbers; "
+            f"stopped, {last}"
+        )
 
 
 def log_line(

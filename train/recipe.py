@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
-from train.episodes import KINDS, EpisodeConfig
+from train.episodes import EpisodeConfig
+from train.recipe_check import check_recipe
+from train.settings_file import read_settings
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class Recipe:
         rehearsal: share of the steps that draw from an earlier stage.
         report_every: steps between two lines of the log, which is when stages end and
             checkpoints are written.
+
+    Raises:
+        ValueError: names every number of the recipe, its model and its stages that is out of its
+            range.
     """
 
     model: ModelShape
@@ -75,6 +79,9 @@ class Recipe:
     rehearsal: float = 0.25
     report_every: int = 25
 
+    def __post_init__(self) -> None:
+        check_recipe(self)
+
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a YAML file whose keys are the attributes above.
@@ -82,23 +89,23 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: a key that there is no attribute for, a missing one, or an unknown kind.
     """
-    data = yaml.safe_load(path.read_text())
+    data = read_settings(path)
     try:
         stages = tuple(_stage(stage) for stage in data.pop("stages"))
         recipe = Recipe(model=ModelShape(**data.pop("model")), stages=stages, **data)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    kinds = {kind for stage in stages for kind in stage.episodes.kinds}
-    if not kinds <= set(KINDS):
-        raise ValueError(f"{path}: got kinds {sorted(kinds)}, expected some of {KINDS}")
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return recipe
 
 
 def _stage(data: dict) -> Stage:
-    episodes = dict(data.pop("episodes"))
+    rest = {name: value for name, value in data.items() if name != "episodes"}
+    episodes = dict(data["episodes"])
     for key in ("people", "answer_length"):
         episodes[key] = tuple(episodes[key])
-    return Stage(episodes=EpisodeConfig(**episodes), **data)
+    return Stage(episodes=EpisodeConfig(**episodes), **rest)
 
 
 def model_config(shape: ModelShape, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:

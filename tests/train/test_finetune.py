@@ -240,7 +240,7 @@ def test_settings_from_a_file_and_flags(tmp_path, folder):
     "changes, message",
     [
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6 and accumulate 4"),
-        ({"learning_rate": 0.0}, "learning_rate 0.0, expected > 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a finite number above 0"),
         ({"mesh": "data:2"}, "expected a form like data=1"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.paths import local_path
+from kvjax.ranges import COUNT, check_ranges
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 
 
@@ -23,6 +24,7 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
         config: YAML with the attributes of `CompareConfig`; default: the embedded model.
         workers: processes, each with one arm at a time on a core of its own.
     """
+    check_ranges({"workers": workers}, {"workers": COUNT})
     settings = read_compare(config)
     local_path(settings.model, "model")
     check_folder(settings, out)

@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kvjax import transmla
 from kvjax.config import RopeConfig
 from kvjax.nn import Transformer
+from kvjax.ranges import COUNT, POSITIVE, SHARE, Range, out_of_range
+from kvjax.tasks.families import FAMILIES
 from kvjax.transmla.factors import Factors
 from kvjax.transmla.inits import Init, identity
+from train.settings_file import read_settings
+
+RANGES = {
+    **dict.fromkeys(("rows", "problems", "batch_size", "seeds", "eval_every", "eval_rows"), COUNT),
+    "steps": Range(least=4, most=2**31 - 1, whole=True),
+    "sequence_length": Range(least=2, most=2**31 - 1, whole=True),
+    "paper_rate": POSITIVE,
+    "warmup": SHARE,
+}
+"""The numbers of a `CompareConfig`; a quarter of its steps chooses a rate."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +100,40 @@ class CompareConfig:
     eval_rows: int = 100
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or not self.arms:
-            raise ValueError(f"got arms {unknown}, expected some of {', '.join(ARMS)}")
-        if min(self.steps // 4, self.seeds, self.rows, self.problems, len(self.rates)) < 1:
-            raise ValueError("got a count below 1, expected steps ≥ 4 and every other count ≥ 1")
+        problems = out_of_range(vars(self), RANGES)
+        for name, known in (("arms", ARMS), ("families", FAMILIES)):
+            chosen = getattr(self, name)
+            if not isinstance(chosen, tuple) or not chosen:
+                problems.append(f"{name} is {chosen!r}, expected a list of {', '.join(known)}")
+                continue
+            unknown = [one for one in chosen if one not in known]
+            if unknown:
+                problems.append(f"got {name} {unknown}, expected some of {', '.join(known)}")
+        rates = self.rates if isinstance(self.rates, tuple) else ()
+        if not rates:
+            problems.append(f"rates is {self.rates!r}, expected at least one")
+        named = {f"rates[{index}]": rate for index, rate in enumerate(rates)}
+        problems += out_of_range(named, dict.fromkeys(named, POSITIVE))
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 def read_compare(path: Path | None, **changes: Any) -> CompareConfig:
     """A comparison from a YAML file with the attributes above; the defaults for None.
 
     Raises:
-        ValueError: a key that there is no attribute for.
+        ValueError: no YAML file, a key that there is no attribute for, or a bad setting.
     """
-    raw = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    raw = {} if path is None else read_settings(path)
     known = {field.name for field in dataclasses.fields(CompareConfig)}
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise ValueError(f"{path}: got keys {unknown}, expected some of {sorted(known)}")
     content = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
-    return CompareConfig(**{**content, **changes})
+    try:
+        return CompareConfig(**{**content, **changes})
+    except ValueError as error:
+        raise ValueError(str(error) if path is None else f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)

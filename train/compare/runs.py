@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax.finite import check_finite
 from kvjax.tasks.families import problems
 from kvjax.tasks.problem import Problem
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
-from train.data import DataConfig, SourceConfig, make_loader
+from train.data import DataConfig, SourceConfig, check_documents, make_loader
 from train.families import family_accuracy
 from train.finetune.labels import Flat, split, trainable_paths
 from train.finetune.merge import merged
@@ -71,9 +72,16 @@ def trainer(config: CompareConfig, out: Path, arm: str) -> Trainer:
 
 
 def best_rate(config: CompareConfig, out: Path, arm: str) -> float:
-    """The rate whose short run ended with the least held-out loss."""
+    """The rate whose short run ended with the least held-out loss.
+
+    Raises:
+        ValueError: the loss of every short run became NaN.
+    """
     results = [read_result(out, job) for job in search_jobs(config, arm)]
-    return min(results, key=lambda result: result["held_out"][-1][1])["rate"]
+    finite = [result for result in results if result["held_out"][-1][1] is not None]
+    if not finite:
+        raise ValueError(f"{arm}: the loss became NaN at every rate of {list(config.rates)}")
+    return min(finite, key=lambda result: result["held_out"][-1][1])["rate"]
 
 
 def read_result(out: Path, job: Job) -> dict[str, Any]:
@@ -104,17 +112,28 @@ class Trainer:
     def create(cls, config: CompareConfig, out: Path, arm: str) -> Trainer:
         """Loads the model and converts it."""
         model, params = kvjax.load(config.model, dtype="float32")
+        check_finite(params, f"{config.model}: ")
         model, params = ARMS[arm].convert(model, params)
         paths = trainable_paths(model, params, ARMS[arm].train)
         trainable, frozen = split(params, paths)
         tokenizer = kvjax.load_tokenizer(config.model)
         step = TuneStep(model, adamw(0.9, 0.999, 0.0, 1.0), dtype="float32")
-        loader = make_loader(_data(config, out, "validation", seed=0, epochs=1), tokenizer)
+        for name in ("train", "validation"):
+            shape, data = model.config, _data(config, out, name, seed=0, epochs=1)
+            check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
+        loader = make_loader(data, tokenizer)
         held_out = [jax.tree.map(jnp.asarray, batch) for batch in loader]
         return cls(config, out, tokenizer, step, trainable, frozen, held_out)
 
     def run_once(self, job: Job) -> None:
-        """Trains, measures and writes the run's file, if it is not there."""
+        """Trains, measures and writes the run's file, if it is not there.
+
+        A short run whose loss becomes NaN ends there, with None as its last loss: its rate is not
+        chosen.
+
+        Raises:
+            ValueError: the loss of a run that is reported became NaN; no file is written.
+        """
         path = self.out / "runs" / f"{job.name}.json"
         if path.exists():
             return
@@ -132,6 +151,10 @@ class Trainer:
             losses.append(metrics["loss"])
             if (number + 1) % self.config.eval_every == 0 or number + 1 == job.steps:
                 held_out.append((number + 1, self.held_out_loss(state.params)))
+                if not np.isfinite([held_out[-1][1], *losses[-self.config.eval_every :]]).all():
+                    diverged(job, number + 1)
+                    held_out[-1], losses = (number + 1, None), []
+                    break
         result = {
             "arm": job.arm,
             "rate": job.rate,
@@ -162,6 +185,15 @@ class Trainer:
         shortest = 8
         rows = self.config.rows * len(self.config.families)
         return _data(self.config, self.out, "train", job.seed, 1 + needed // (shortest * rows))
+
+
+def diverged(job: Job, step: int) -> None:
+    """Raises ValueError for a run that is reported; a search has other rates to choose from."""
+    if not job.search:
+        raise ValueError(
+            f"{job.arm}, rate {job.rate:g}, seed {job.seed}: the loss is NaN or infinite at step "
+            f"{step}, expected finite numbers; take other rates"
+        )
 
 
 def test_accuracies(config: CompareConfig, model: Any, params: Any) -> dict[str, Any]:

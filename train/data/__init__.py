@@ -6,6 +6,7 @@ sources (rows of a file, by number) → formats (a row as messages) → template
 """
 
 from train.data.config import DataConfig, SourceConfig
+from train.data.documents import check_documents
 from train.data.pipeline import count_batches, make_loader
 from train.data.report import SourceSummary, Summary, summary
 
@@ -14,6 +15,7 @@ __all__ = [
     "SourceConfig",
     "SourceSummary",
     "Summary",
+    "check_documents",
     "count_batches",
     "make_loader",
     "summary",

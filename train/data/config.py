@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from kvjax.ranges import COUNT, POSITIVE, SEED, Range, optional, out_of_range
 from train.data.formats import FORMATS
 
 TEMPLATES = ("auto", "chat")
 LEARN = ("answers", "all")
 LONG_ROWS = ("drop", "truncate")
+CHOICES = {"template": TEMPLATES, "learn": LEARN, "long_rows": LONG_ROWS}
+RANGES = {
+    "sequence_length": Range(least=2, most=2**31 - 1, whole=True),
+    "batch_size": COUNT,
+    "epochs": POSITIVE,
+    "seed": SEED,
+    "max_rows": optional(COUNT),
+}
+"""The numbers of a `DataConfig`."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,10 @@ class SourceConfig:
     split: str = "train"
 
     def __post_init__(self) -> None:
-        _one_of("format", self.format, tuple(FORMATS))
-        _positive("weight", self.weight)
+        problems = out_of_choice(vars(self), {"format": tuple(FORMATS)})
+        problems += out_of_range(vars(self), {"weight": POSITIVE})
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -75,24 +88,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty, expected at least one")
-        _one_of("template", self.template, TEMPLATES)
-        _one_of("learn", self.learn, LEARN)
-        _one_of("long_rows", self.long_rows, LONG_ROWS)
-        _positive("batch_size", self.batch_size)
-        _positive("epochs", self.epochs)
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence_length is {self.sequence_length}, expected at least 2")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, expected 0 or more")
-        if self.max_rows is not None:
-            _positive("max_rows", self.max_rows)
+        problems = out_of_choice(vars(self), CHOICES) + out_of_range(vars(self), RANGES)
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
-def _one_of(name: str, got: str, expected: tuple[str, ...]) -> None:
-    if got not in expected:
-        raise ValueError(f"{name} is {got!r}, expected one of {', '.join(expected)}")
-
-
-def _positive(name: str, got: float) -> None:
-    if not 0 < got < math.inf:
-        raise ValueError(f"{name} is {got}, expected a positive number")
+def out_of_choice(values: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """A sentence about each setting that is none of its choices."""
+    return [
+        f"{name} is {values[name]!r}, expected one of {', '.join(map(str, expected))}"
+        for name, expected in choices.items()
+        if values[name] not in expected
+    ]

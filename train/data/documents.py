@@ -31,6 +31,7 @@ class Documents:
         kept: int64 [n], the rows that are documents.
         lengths: int32 [n], tokens of each.
         learned: int32 [n], tokens of each that are learned.
+        largest_id: of all their tokens.
     """
 
     def __init__(self, path: str, rows: Rows, encode: Encoder, config: DataConfig):
@@ -42,10 +43,11 @@ class Documents:
         self.rows = min(len(rows), config.max_rows or len(rows))
         self._rows, self._encode, self._T = rows, encode, config.sequence_length
         full = np.zeros(self.rows, np.int64)
-        learned = np.zeros(self.rows, np.int32)
+        learned, largest = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int64)
         for row in range(self.rows):
             document = self._document(row)
             full[row] = len(document.tokens)
+            largest[row] = document.tokens[: self._T].max(initial=0)
             learned[row] = document.learned[1 : self._T].sum()  # the first has nothing before it
         too_long = full > self._T
         drop = learned == 0
@@ -61,6 +63,7 @@ class Documents:
         self.kept = np.flatnonzero(~drop)
         self.lengths = np.minimum(full, self._T).astype(np.int32)[self.kept]
         self.learned = learned[self.kept]
+        self.largest_id = int(largest[self.kept].max())
         if self.too_long or self.dropped:
             log.warning(
                 "%s: %d of %d rows have more than %d tokens; %d rows are left out",
@@ -99,6 +102,29 @@ def open_documents(config: DataConfig, tokenizer: Any) -> tuple[Documents, ...]:
         )
         for source in config.sources
     )
+
+
+def check_documents(
+    config: DataConfig, tokenizer: Any, vocab_size: int, context_length: int
+) -> None:
+    """Raises ValueError for documents that a model cannot read; names each source that has some.
+
+    A device gives the last token's embedding for an id that a model does not have, and no error.
+    """
+    problems = []
+    for source in open_documents(config, tokenizer):
+        if source.largest_id >= vocab_size:
+            problems.append(
+                f"{source.path}: the tokenizer gives token {source.largest_id}, expected at most "
+                f"{vocab_size - 1}: it is not the model's"
+            )
+        if source.lengths.max() > context_length:
+            problems.append(
+                f"{source.path}: got a document of {source.lengths.max()} tokens, expected at most "
+                f"{context_length}, the model's context: lower sequence_length"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _stamp(source: SourceConfig) -> tuple[int, int] | None:

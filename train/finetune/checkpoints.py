@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from kvjax.finite import check_finite
 from train.finetune.step import TuneState
 
 FOLDER = "checkpoints"
@@ -79,7 +80,7 @@ class Checkpoints:
             like: a state of the same shapes, dtypes and shardings.
 
         Raises:
-            ValueError: it holds other parameters; says which.
+            ValueError: it holds other parameters, or NaN; says which.
         """
         step = self.steps()[-1]
         state = jax.tree.map(
@@ -88,6 +89,8 @@ class Checkpoints:
         metadata: Any = self._orbax.metadata(step)
         self._check(step, metadata.metadata, like)
         loaded: Any = self._orbax.load(step, state)
+        reason = "; remove this folder to continue from the checkpoint before it"
+        check_finite(loaded, f"{self._directory / str(step)}: ", reason)
         return step, loaded, metadata.custom_metadata
 
     def _check(self, step: int, found: Any, like: TuneState) -> None:

@@ -7,11 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from kvjax.paths import local_path
+from kvjax.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, optional, out_of_range
 from kvjax.sharding import parse_mesh
 from train.data import DataConfig, SourceConfig
+from train.data import config as data_config
+from train.settings_file import read_settings
+
+DECAY_RATE = Range(least=0, below=1)
+RANGES = data_config.RANGES | {
+    "accumulate": COUNT,
+    "steps": optional(COUNT),
+    "learning_rate": POSITIVE,
+    "warmup": SHARE,
+    "b1": DECAY_RATE,
+    "b2": DECAY_RATE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip": POSITIVE,
+    "distill": NOT_NEGATIVE,
+    "checkpoint_every": COUNT,
+    "log_every": COUNT,
+    "keep": COUNT,
+}
+"""The numbers of a `TuneConfig`."""
+CHOICES = data_config.CHOICES | {
+    "dtype": ("bfloat16", "float32"),
+    **dict.fromkeys(("remat", "merge", "tensorboard"), (False, True)),
+}
 
 
 @dataclass(frozen=True)
@@ -75,20 +97,24 @@ class TuneConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("sequence_length", "batch_size", "accumulate", "epochs", "learning_rate")
-        positive += ("checkpoint_every", "log_every", "keep", "clip")
-        wrong = [f"{name} {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
-        if self.steps is not None and self.steps < 1:
-            wrong.append(f"steps {self.steps}")
-        if wrong:
-            raise ValueError(f"got {', '.join(wrong)}, expected > 0")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
+        problems = out_of_range(vars(self), RANGES)
+        problems += data_config.out_of_choice(vars(self), CHOICES)
+        problems += [
+            f"{name} is {getattr(self, name)!r}, expected a list"
+            for name in ("data", "train")
+            if not isinstance(getattr(self, name), tuple | list)
+        ]
+        if not problems and self.batch_size % self.accumulate:
+            problems.append(
                 f"got batch_size {self.batch_size} and accumulate {self.accumulate}, "
                 "expected a divisor of the batch"
             )
-        if self.mesh is not None:
-            parse_mesh(self.mesh)
+        try:
+            parse_mesh(self.mesh or "data=1")
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def data_config(self) -> DataConfig:
@@ -148,13 +174,7 @@ def read_config(path: Path, **changes: Any) -> TuneConfig:
     Raises:
         ValueError: no such file, a URL, no mapping, or a key that there is no attribute for.
     """
-    path = local_path(path, "config")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: got {type(raw).__name__}, expected a mapping of settings")
+    raw = read_settings(local_path(path, "config"))
     known = {field.name for field in dataclasses.fields(TuneConfig)}
     unknown = sorted(raw.keys() - known)
     if unknown:
@@ -162,5 +182,5 @@ def read_config(path: Path, **changes: Any) -> TuneConfig:
     content = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
     try:
         return TuneConfig(**{**content, **changes})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

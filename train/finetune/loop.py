@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax import processes
+from kvjax.finite import first_not_finite
 from train import log
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig
@@ -81,15 +82,18 @@ class Loop:
         """
         values = {name: float(value) for name, value in metrics.items()}
         if not all(map(math.isfinite, values.values())):
-            self.checkpoints.wait()
-            kept = self.checkpoints.steps()
-            raise ValueError(
-                f"step {at.step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
-                "expected finite numbers; stopped, the last good checkpoint is of step "
-                f"{kept[-1] if kept else 0}"
+            raise self.stopped(
+                at.step + 1, f"loss {values['loss']}, gradient norm {values['grad_norm']}"
             )
         learned = at.learned + int(values["learned"])
         return Position(at.step + 1, at.tokens + int(values["tokens"]), learned)
+
+    def stopped(self, step: int, got: str) -> ValueError:
+        """The error of a run whose numbers are none from this step on."""
+        self.checkpoints.wait()
+        kept = self.checkpoints.steps()
+        last = f"the last good checkpoint is of step {kept[-1]}" if kept else "no checkpoint yet"
+        return ValueError(f"step {step}: {got}, expected finite numbers; stopped, {last}")
 
     def line(
         self, before: Position, at: Position, metrics: Any, seconds: float, flops: float | None
@@ -117,8 +121,17 @@ class Loop:
         return line
 
     def save(self, at: Position, state: TuneState) -> None:
-        """Starts a checkpoint of this position, unless it is there."""
+        """Starts a checkpoint of this position, unless it is there.
+
+        The loss of a step is of the parameters before it: those after it are checked here.
+
+        Raises:
+            ValueError: they are not finite; nothing is written.
+        """
         if at.step not in self.checkpoints.steps():
+            name = first_not_finite(state.params) or first_not_finite(state.opt_state)
+            if name is not None:
+                raise self.stopped(at.step, f"NaN or infinite values in {name}")
             iterators = of_all_processes(self.batches.get_state())
             where = {"iterators": iterators, "tokens": at.tokens, "learned": at.learned}
             self.checkpoints.save(at.step, state, where)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import kvjax
 from kvjax import processes
+from kvjax.finite import check_finite
 from kvjax.hf import layout_of
 from kvjax.pipelines.companions import copy_companions
 from train.finetune.config import TuneConfig
@@ -29,10 +30,11 @@ def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path
         tuning: what the run worked with.
 
     Raises:
-        ValueError: `out` already holds a checkpoint.
+        ValueError: `out` already holds a checkpoint, or a parameter is not finite.
     """
     model = tuning.step.model
     params = merged(state, tuning.frozen, config.dtype)
+    check_finite(params, reason=f" in {config.dtype}; no model is written")
     kvjax.save(model, params, out, layout=layout_of(config.model))
     processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
     return out

@@ -14,8 +14,9 @@ import jax
 import kvjax
 from kvjax import processes
 from kvjax.paths import local_path
+from kvjax.ranges import COUNT, check_ranges, optional
 from train import log
-from train.data import count_batches, make_loader
+from train.data import check_documents, count_batches, make_loader
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig, check_paths
 from train.finetune.loop import Loop, Position
@@ -38,15 +39,19 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
         Steps, last loss, parameters that train, tokens and learned tokens seen, seconds.
 
     Raises:
-        ValueError: bad settings or data; a URL; another run's folder; a loss that is no number,
-            whose step it names; a checkpoint that could not be written.
+        ValueError: bad settings or data; a URL; another run's folder; a model or a checkpoint that
+             holds NaN; a loss or parameters that are no numbers, whose step it names; a checkpoint
+             that could not be written.
     """
+    check_ranges({"stop_after": stop_after}, {"stop_after": optional(COUNT)})
     check_paths(config)
     out = local_path(out, "out")
     processes.on_writer(lambda: check_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
     tuning, state = load(config)
     steps, data = plan(config, tokenizer)
+    shape = tuning.step.model.config
+    check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
     batches = iter(make_loader(data, tokenizer, jax.process_index(), jax.process_count()))
     checkpoints = Checkpoints(out, config.keep)
     at = Position()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 import kvjax
 from kvjax import processes
+from kvjax.finite import check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, parse_mesh
@@ -51,7 +52,8 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
     """Model, optimizer and parameters of a run, and its first state.
 
     Raises:
-        ValueError: no such model, patterns that match nothing, a mesh that does not fit.
+        ValueError: no such model, one that holds NaN, patterns that match nothing, a mesh that
+            does not fit.
     """
     if config.mesh is None and processes.several():
         raise ValueError(
@@ -103,13 +105,19 @@ def make_step(
 
 
 def read_split(config: TuneConfig, model: Transformer, mesh: Mesh | None) -> tuple[Flat, Flat]:
-    """What trains in fp32 and the rest in the compute dtype; one layer is read at a time."""
+    """What trains in fp32 and the rest in the compute dtype; one layer is read at a time.
+
+    Raises:
+        ValueError: patterns that match nothing, or weights that hold NaN.
+    """
     paths = trainable_paths(model, param_shapes(model), config.train)
     parts = open_params(config.model, "float32", mesh)
     trainable: Flat = {}
     frozen: Flat = {}
     for name in parts:
-        own, rest = split({name: parts[name]}, paths)
+        part = {name: parts[name]}
+        check_finite(part, f"{config.model}: ")
+        own, rest = split(part, paths)
         trainable |= own
         frozen |= {path: leaf.astype(config.dtype) for path, leaf in rest.items()}
     return trainable, frozen
