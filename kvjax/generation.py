@@ -29,9 +29,16 @@ from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.prefill_groups import prefill_in_groups
 from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys, prompt_words
+from kvjax.ranges import COUNT, Range, check_ranges, optional
 from kvjax.sampling import NO_TOKEN, Sampling
 
 STREAM_CHUNK = 32  # decode steps between two looks of the host
+RANGES = {
+    "max_new_tokens": COUNT,
+    "seed": Range(least=-(2**63), most=2**63 - 1, whole=True),
+    "batch_size": optional(COUNT),
+    "prefill_size": optional(COUNT),
+}
 
 OnTokens = Callable[[int, list[int]], None]
 """Called with a prompt's index and its new tokens, a chunk at a time."""
@@ -93,10 +100,11 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a prompt that with
-            max_new_tokens exceeds the context, a sampling setting out of range, a policy that
-            cannot be resolved, a context of another model or beside a policy, logits that are not
-            finite.
+            max_new_tokens exceeds the context, a number out of its range, a policy that cannot be
+            resolved, a context of another model or beside a policy, logits that are not finite.
     """
+    numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
+    check_ranges(numbers | {"batch_size": batch_size, "prefill_size": prefill_size}, RANGES)
     before = 0 if context is None else context.length
     check_prompts(model.config, prompts, max_new_tokens, before)
     sampling = Sampling.create(temperature, top_k, top_p)

@@ -12,6 +12,16 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 NO_TOKEN = -1
 """Stands where logits are not finite: without it the answer would be token 0 for ever."""
 
+from kvjax.ranges import NOT_NEGATIVE, Range, check_ranges
+
+RANGES = {
+    "temperature": NOT_NEGATIVE,
+    "top_k": Range(least=0, whole=True),
+    "top_p": Range(above=0, most=1),
+}
+ALL = 2**31 - 1
+"""A top_k that no vocabulary has more tokens than."""
+
 
 @flax.struct.dataclass
 class Sampling:
@@ -35,15 +45,11 @@ class Sampling:
         Raises:
             ValueError: a setting outside of its range.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}, expected ≥ 0")
-        if top_k < 0:
-            raise ValueError(f"top_k is {top_k}, expected ≥ 0 (0 for all)")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}, expected in (0, 1]")
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_ranges(given, RANGES)
         return cls(
             jnp.asarray(temperature, jnp.float32),
-            jnp.asarray(top_k, jnp.int32),
+            jnp.asarray(min(top_k, ALL), jnp.int32),
             jnp.asarray(top_p, jnp.float32),
         )
 

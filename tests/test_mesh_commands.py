@@ -127,7 +127,7 @@ def test_prompts_in_groups(gqa):
     for where in (params, spread(model, params, "data=2,tensor=4")):
         got = kvjax.generate(model, where, prompts, 4, policy=policy, eos_ids=(), prefill_size=4)
         assert (got.tokens, got.full_cache_bytes) == (want.tokens, want.full_cache_bytes)
-    with pytest.raises(ValueError, match="prefill_size is 0, expected ≥ 1"):
+    with pytest.raises(ValueError, match="prefill_size is 0, expected a whole number from 1"):
         kvjax.generate(model, params, prompts, 4, prefill_size=0)
 
 

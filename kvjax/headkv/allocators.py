@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from kvjax.headkv.budgets import (
+    BETA,
     checked,
     group_scores,
     head_caps,
@@ -17,6 +18,7 @@ from kvjax.headkv.budgets import (
     token_budget,
 )
 from kvjax.headkv.scores import HeadScores
+from kvjax.ranges import Range, check_ranges, optional
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Pyramid:
 
     beta: float = 20.0
 
+    def __post_init__(self):
+        check_ranges(vars(self), {"beta": Range(least=0.5)})
+
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         budget = min(request.budget, request.limit)
         bottom = min(2 * budget - budget / self.beta, request.limit)
@@ -99,6 +104,9 @@ class HeadImportance:
 
     beta: float | None = None
     scores: HeadScores | None = None
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"beta": optional(BETA)})
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         if self.scores is None:

@@ -12,8 +12,18 @@ import numpy as np
 from jaxtyping import Float64, Int, Int32
 
 from kvjax.headkv.scores import HeadScores
+from kvjax.ranges import COUNT, SIZE, Range, check_ranges, optional
 
 GRANULARITIES = ("kv_head", "query_head")
+BETA = Range(least=1)
+RANGES = {
+    "kv_size": COUNT,
+    "window": SIZE,
+    "beta": BETA,
+    "num_kv_heads": COUNT,
+    "prompt_len": optional(SIZE),
+}
+"""The numbers of `allocate`."""
 
 
 def allocate(
@@ -47,8 +57,11 @@ def allocate(
         int32 [L, heads]; the sum is exactly min(b, n − w)·L·heads except with compat="reference".
 
     Raises:
-        ValueError: kv_size ≤ window, β < 1, a negative or NaN score, a name that does not exist.
+        ValueError: kv_size ≤ window, β < 1, a number out of its range, a negative or NaN score, a
+            name that does not exist.
     """
+    given = {"kv_size": kv_size, "window": window, "beta": beta}
+    check_ranges(given | {"num_kv_heads": num_kv_heads, "prompt_len": prompt_len}, RANGES)
     values = checked(scores.mean if isinstance(scores, HeadScores) else scores)
     budget = token_budget(kv_size, window)
     limit = None if prompt_len is None else max(prompt_len - window, 0)
@@ -84,8 +97,10 @@ def group_scores(
 
 
 def checked(scores: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
-    """The scores; ValueError where one is negative or not finite."""
-    if not np.isfinite(scores).all() or (scores < 0).any():
+    """The scores; ValueError where one is negative, or one or their sum is not finite."""
+    with np.errstate(over="ignore"):
+        total = scores.sum()
+    if not np.isfinite(total) or (scores < 0).any():
         raise ValueError("head scores hold negative or non-finite values, expected finite >= 0")
     return scores
 
@@ -98,8 +113,7 @@ def normalise(scores: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L 
 
 def split_budget(budget: int, beta: float) -> tuple[float, float]:
     """(q, m): what a head gives to the shared pool and what it keeps, q + m = b."""
-    if not beta >= 1:
-        raise ValueError(f"beta is {beta}, expected at least 1")
+    check_ranges({"beta": beta}, {"beta": BETA})
     pooled = budget // beta
     return pooled, budget - pooled
 

@@ -171,6 +171,8 @@ def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, typing.
         if key not in kinds or not equals:
             expected = ", ".join(f"{k}=…" for k in kinds)
             raise ValueError(f"policy {name!r}: {setting!r} is not understood, expected {expected}")
+        if key in values:
+            raise ValueError(f"policy {name!r}: {key} is given twice, expected once")
         try:
             values[key] = kinds[key](value)
         except ValueError:

@@ -22,6 +22,7 @@ from kvjax.config import (
 )
 from kvjax.headkv.prompt import Prompt, attention_weights, by_kv_head
 from kvjax.nn.rope import rope
+from kvjax.ranges import COUNT, check_ranges
 
 QUERY_ROWS = 64  # queries whose attention over all keys exists at a time
 
@@ -84,6 +85,9 @@ class ExpectedAttention:
     """
 
     future: int = 512
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"future": COUNT})
 
     def observer(self, attention: AttentionConfig) -> QueryMoments:
         """See `kvjax.headkv.prompt.Scorer`.

@@ -25,7 +25,17 @@ from kvjax.headkv.scores import HeadScores, check_shape
 from kvjax.headkv.share import PromptShare
 from kvjax.headkv.size import bytes_to_tokens
 from kvjax.headkv.split import Split
+from kvjax.ranges import COUNT, SIZE, Range, check_ranges
 from pallas_kernels.quantized import DTYPES
+
+RANGES = {
+    **dict.fromkeys(("kv_size", "ring", "every"), SIZE),
+    "window": COUNT,
+    "ratio": Range(above=0, most=1, optional=True),
+    "nbytes": Range(least=1, whole=True, optional=True),
+    "recent": Range(least=0, below=1),
+}
+"""The numbers of a `Compress` policy."""
 
 
 class Policy(ABC):
@@ -108,22 +118,13 @@ class Compress(Policy):
     every: int = 0
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}, expected at least 1")
+        check_ranges(vars(self), RANGES)
         given = [self.kv_size != 0, self.ratio is not None, self.nbytes is not None]
         if sum(given) != 1:
             raise ValueError(
                 f"kv_size is {self.kv_size}, ratio {self.ratio} and bytes {self.nbytes}, expected "
                 "one of them"
             )
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio}, expected above 0 and at most 1")
-        if self.nbytes is not None and self.nbytes < 1:
-            raise ValueError(f"bytes is {self.nbytes}, expected at least 1")
-        if not 0 <= self.recent < 1:
-            raise ValueError(f"recent is {self.recent}, expected 0 to below 1")
-        if min(self.kv_size, self.ring, self.every) < 0:
-            raise ValueError("kv_size, ring and every are sizes, expected at least 0")
         if self.ring and isinstance(self.allocator, Uniform):
             raise ValueError(
                 f"ring is {self.ring}, which bounds heads whose budget is below the mean: uniform "

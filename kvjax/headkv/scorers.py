@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax.headkv.prompt import Prompt, by_kv_head, query_attention
+from kvjax.ranges import COUNT, SHARE, SIZE, check_ranges
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class ObservationWindow:
     """
 
     pool: int = 7
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"pool": COUNT})
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
         scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
@@ -39,6 +43,9 @@ class SpanWindow:
     ahead: int = 11
     behind: int = 3
     falloff: float = 0.01
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "falloff": SHARE})
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
         scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
@@ -66,6 +73,9 @@ class SinksAndRecent:
     """StreamingLLM (arXiv 2309.17453): the first tokens, then the most recent ones."""
 
     sinks: int = 4
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"sinks": SIZE})
 
     def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
         B, K, S, _ = prompt.keys.shape

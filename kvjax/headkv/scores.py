@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from jaxtyping import Float64
 
 from kvjax.config import ModelConfig
 from kvjax.paths import local_path
+
+MOST_NAMED = 3
+"""Heads that an error about a score file names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +136,21 @@ def meta_path(path: str | Path) -> Path:
 def _samples(path: Path, table: Any) -> np.ndarray:
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path}: expected one JSON object 'layer-head' -> list of floats")
-    try:
-        keys = {tuple(int(part) for part in key.split("-", 1)): key for key in table}
-        layers, heads = (max(axis) + 1 for axis in zip(*keys, strict=True))
-    except ValueError:
-        bad = next(key for key in table if not _is_key(key))
-        raise ValueError(f"{path}: key {bad!r}, expected 'layer-head' such as '0-12'") from None
-    if len(keys) != layers * heads:
+    bad = next((key for key in table if not _is_key(key)), None)
+    if bad is not None:
+        raise ValueError(f"{path}: key {bad!r}, expected 'layer-head' such as '0-12'")
+    problems = [f"{key} {found}" for key in table if (found := _problem(table[key]))]
+    if problems:
+        more = f"; and {len(problems) - MOST_NAMED} heads more" * (len(problems) > MOST_NAMED)
         raise ValueError(
-            f"{path}: {len(keys)} heads, expected {layers} layers x {heads} heads = "
+            f"{path}: head {'; '.join(problems[:MOST_NAMED])}{more}; expected a list of finite "
+            "numbers of at least 0"
+        )
+    keys = {tuple(int(part) for part in key.split("-", 1)): key for key in table}
+    layers, heads = (max(axis) + 1 for axis in zip(*keys, strict=True))
+    if len(keys) != layers * heads or len(keys) != len(table):
+        raise ValueError(
+            f"{path}: {len(table)} heads, expected {layers} layers x {heads} heads = "
             f"{layers * heads}"
         )
     counts = sorted({len(values) for values in table.values()})
@@ -150,14 +160,28 @@ def _samples(path: Path, table: Any) -> np.ndarray:
     return np.asarray(rows, dtype=np.float64)
 
 
+def _problem(values: Any) -> str:
+    """What is wrong with the samples of one head; empty for nothing."""
+    if not isinstance(values, list):
+        return f"has {type(values).__name__} {str(values)[:40]!r}"
+    if not values:
+        return "has an empty list"
+    kinds = (int, float)  # not bool, which is an int too
+    bad = [x for x in values if type(x) not in kinds or not 0 <= x <= sys.float_info.max]
+    return f"has {str(bad[0])[:40]!r} in its list" if bad else ""
+
+
 def _is_key(key: str) -> bool:
     layer, _, head = key.partition("-")
-    return layer.isdigit() and head.isdigit()
+    return all(part.isascii() and part.isdigit() for part in (layer, head))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
     companion = meta_path(path)
-    return _read_json(companion) if companion.is_file() else {}
+    meta = _read_json(companion) if companion.is_file() else {}
+    if not isinstance(meta, dict):
+        raise ValueError(f"{companion}: got {type(meta).__name__}, expected a JSON object")
+    return meta
 
 
 def _read_json(path: Path) -> Any:

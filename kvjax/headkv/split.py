@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.ranges import SHARE, check_ranges
+
 Split = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K], whose sum is at
 most that of the caps and no count above a head's candidates."""
@@ -23,6 +25,9 @@ class Adaptive:
     """
 
     alpha: float = 0.2
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"alpha": SHARE})
 
     def __call__(
         self,

@@ -69,8 +69,22 @@ def test_scores_of_another_model_name_both_shapes(tmp_path, scores):
         ('{"a-b": [1.0]}', "key 'a-b'"),
         ('{"0-0": [1.0], "1-1": [1.0]}', "2 heads, expected 2 layers x 2 heads = 4"),
         ('{"0-0": [1.0], "0-1": [1.0, 2.0]}', r"\[1, 2\] samples"),
-        ('{"0-0": [NaN], "0-1": [1.0]}', "layer 0 head 0"),
-        ('{"0-0": [], "0-1": []}', "at least one sample"),
+        ('{"0-0": [NaN], "0-1": [1.0]}', "head 0-0 has 'nan' in its list; expected a list of fin"),
+        ('{"0-0": [1.0], "0-1": [Infinity]}', "head 0-1 has 'inf' in its list"),
+        ('{"0-0": [1.0], "0-1": [1.0, -0.5]}', "head 0-1 has '-0.5' in its list"),
+        ('{"0-0": [1.0], "0-1": ["0.5"]}', "head 0-1 has '0.5' in its list"),
+        ('{"0-0": [1.0], "0-1": [true]}', "head 0-1 has 'True' in its list"),
+        ('{"0-0": [1.0], "0-1": [[1.0]]}', r"head 0-1 has '\[1.0\]' in its list"),
+        ('{"0-0": [1.0], "0-1": [null]}', "head 0-1 has 'None' in its list"),
+        ('{"0-0": [1e400], "0-1": [1.0]}', "head 0-0 has 'inf' in its list"),
+        ('{"0-0": [1%s], "0-1": [1.0]}' % ("0" * 400), "head 0-0 has '1000"),
+        ('{"0-0": 0.5, "0-1": [1.0]}', "head 0-0 has float '0.5'; expected a list"),
+        ('{"0-0": [1.0], "0-1": "0.5"}', "head 0-1 has str '0.5'"),
+        ('{"0-0": [1.0], "0-1": null}', "head 0-1 has NoneType 'None'"),
+        ('{"0-0": [], "0-1": [NaN]}', "head 0-0 has an empty list; 0-1 has 'nan' in its list"),
+        ('{"0-0": [], "0-1": [], "0-2": [], "0-3": [], "0-4": []}', "; and 2 heads more; expec"),
+        ('{"0-0": [1.0], "0-00": [2.0]}', "2 heads, expected 1 layers x 1 heads = 1"),
+        ('{"0--1": [1.0]}', "key '0--1', expected 'layer-head'"),
         ('{"0-0": [0.1', "not readable as JSON"),
     ],
 )
@@ -88,3 +102,10 @@ def test_missing_and_broken_gzip(tmp_path):
     path.write_bytes(gzip.compress(b'{"0-0": [0.5]}')[:-9])
     with pytest.raises(ValueError, match="not readable"):
         load_scores(path)
+
+
+def test_a_meta_companion_that_is_no_object(tmp_path, scores):
+    scores.save(tmp_path / "heads.json")
+    (tmp_path / "heads.meta.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"heads\.meta\.json: got list, expected a JSON object"):
+        load_scores(tmp_path / "heads.json")
