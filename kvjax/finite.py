@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,26 @@ def check_finite(tree: Any, prefix: str = "", reason: str = "") -> None:
     name = first_not_finite(tree, prefix)
     if name is not None:
         raise ValueError(f"{name} has NaN or infinite values, expected finite ones{reason}")
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    """`check_finite` of a model's parameters, one part after the other: parts may be read lazily.
+
+    Raises:
+        ValueError: names the first parameter that holds NaN or infinity.
+    """
+    for name in params:
+        check_finite({name: params[name]})
+
+
+def rounded(x: np.ndarray, dtype: Any) -> jax.Array:
+    """An array in a smaller dtype; what overflows is infinite, without numpy's warning."""
+    with np.errstate(over="ignore"):
+        return jnp.asarray(x.astype(dtype))
+
+
+OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 65504"
+"""What logits that are not finite come from."""
 
 
 @jax.jit

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import NoCache
+from kvjax.finite import first_not_finite
 from kvjax.nn import Transformer
 
 Ids = Sequence[int] | np.ndarray
@@ -33,8 +33,9 @@ def explain(model: Transformer, params: Any, tokens: Ids) -> str:
     dtype = params["embedding"].dtype.name
     advice = "; load the model as bfloat16 or float32" if dtype == "float16" else ""
     for name in params:
-        if not all(_finite(leaf) for leaf in jax.tree.leaves(params[name])):
-            return f"the weights of {name} hold NaN or infinity in {dtype}{advice}"
+        broken = first_not_finite(params[name], f"{name}/")
+        if broken is not None:
+            return f"{broken} has NaN or infinity in {dtype}{advice}"
     ids = jnp.asarray(np.asarray(tokens, np.int32)[None])
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     lengths = jnp.full((1,), ids.shape[1], jnp.int32)
@@ -42,11 +43,7 @@ def explain(model: Transformer, params: Any, tokens: Ids) -> str:
     for index, layer in enumerate(model.config.layers):
         args = (index, x, positions, NoCache(), lengths)
         x = model.apply({"params": params}, *args, method="layer")[0]
-        if not _finite(x):
+        if first_not_finite(x) is not None:
             kind = type(layer.attention).__name__.removesuffix("Config")
             return f"{dtype} overflows in layer {index} ({kind}){advice}"
     return f"{dtype} overflows in the output logits, or in what was decoded{advice}"
-
-
-def _finite(x: Any) -> bool:
-    return bool(jnp.all(jnp.isfinite(x)))

@@ -244,8 +244,8 @@ def fails(capsys, out, arguments):
 def test_bad_input(tmp_path, capsys, text):
     out = tmp_path / "heads.json"
     assert "expected one of retrieval" in fails(capsys, out, "--estimator magic")
-    assert "got 0 samples, expected ≥ 1" in fails(capsys, out, "--samples 0")
-    assert "got batch_size 0, expected ≥ 1" in fails(capsys, out, "--batch-size 0")
+    assert "samples is 0, expected a whole number from 1" in fails(capsys, out, "--samples 0")
+    assert "batch_size is 0, expected a whole number from 1" in fails(capsys, out, "--batch-size 0")
     assert "got length 30, expected ≥" in fails(capsys, out, "--length 30")
     missing = tmp_path / "no.txt"
     assert f"no haystack file at {missing}" in fails(capsys, out, f"--haystack {missing}")

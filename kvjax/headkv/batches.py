@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kvjax.example import Example
+from kvjax.ranges import COUNT, check_ranges
 
 BUCKET = 64  # lengths are padded to multiples of it, so that few programs are compiled
 
@@ -83,8 +84,7 @@ def bucketed(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
     Raises:
         ValueError: a batch size below one.
     """
-    if batch_size < 1:
-        raise ValueError(f"got batch_size {batch_size}, expected ≥ 1")
+    check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
     buckets: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
         buckets.setdefault(bucket_length(example), []).append(index)

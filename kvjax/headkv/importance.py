@@ -28,10 +28,11 @@ from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
+from kvjax.token_ids import token_ids
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
 """Model, params, batch to scores of every head [B, L, N] and the token expected at each step
-[B, M]."""
+[B, M], −1 where the logits are not finite."""
 
 
 class Estimator(NamedTuple):
@@ -88,11 +89,12 @@ def score_examples(
         scores whose meta lists every sample: name, length, depth, answer score, accepted.
 
     Raises:
-        ValueError: an unknown estimator, no example, a span outside of its prompt, or no example
-            that counts; scores or logits that are not finite.
+        ValueError: an unknown estimator, no example, a span outside of its prompt, a token that
+            the model does not have, scores or logits that are not finite, or no example that
+            counts.
     """
     name, chosen = _estimator(estimator)
-    check_examples(examples, chosen.needs_span)
+    check_examples(examples, chosen.needs_span, model.config.vocab_size)
     params = on_automatic_mesh(params)
     done = {batch.indices: batch for batch in finished}
     plan = [tuple(indices) for indices in bucketed(examples, batch_size)]
@@ -206,7 +208,7 @@ def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, 
     }
 
 
-def check_examples(examples: Sequence[Example], with_span: bool) -> None:
+def check_examples(examples: Sequence[Example], with_span: bool, vocab_size: int) -> None:
     """Raises ValueError for examples that cannot be scored."""
     if not examples:
         raise ValueError("got no examples, expected at least one")
@@ -216,6 +218,7 @@ def check_examples(examples: Sequence[Example], with_span: bool) -> None:
                 f"example {index} has {len(example.prompt)} prompt and {len(example.answer)} "
                 "answer tokens, expected at least one of each"
             )
+        token_ids([*example.prompt, *example.answer], vocab_size, f"example {index}")
         start, end = example.span
         if with_span and not 0 <= start < end <= len(example.prompt):
             raise ValueError(

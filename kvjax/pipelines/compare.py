@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AttentionSpec, PromptCache
+from kvjax.config import ModelConfig
 from kvjax.decoding import CHUNK, read_layer
 from kvjax.example import Example
 from kvjax.headkv.allocators import Uniform
@@ -30,7 +31,9 @@ from kvjax.headkv.scorers import ObservationWindow
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
+from kvjax.ranges import COUNT, check_ranges
 from kvjax.sampling import NO_TOKEN, most_likely
+from kvjax.token_ids import token_ids
 
 INSIDE, AFTER = "inside", "after"
 PROTOCOLS = (INSIDE, AFTER)
@@ -89,10 +92,12 @@ def compare(
         on_batch: called with the number of examples done.
 
     Raises:
-        ValueError: an unknown protocol, policies of different windows, examples that do not say
-            how long their question is, or logits that are not finite.
+        ValueError: an unknown protocol, policies of different windows, no examples, such that do
+            not say how long their question is or that have tokens which the model does not have,
+            a model without EOS, or one whose logits are not finite.
     """
-    _check(examples, policies, protocol)
+    check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
+    _check(model.config, examples, policies, protocol)
     params = on_automatic_mesh(params)
     everything = Compress(Uniform(), ObservationWindow(), kv_size=model.config.context_length)
     window = next((policy.window for policy in policies.values()), 8)
@@ -244,7 +249,18 @@ def _seen_by(cache: PromptCache, scorers: tuple[Scorer, ...], scorer: Scorer) ->
     return dataclasses.replace(cache, seen=seen, observer=None)
 
 
-def _check(examples: Sequence[Example], policies: Mapping[str, Compress], protocol: str) -> None:
+def _check(
+    config: ModelConfig,
+    examples: Sequence[Example],
+    policies: Mapping[str, Compress],
+    protocol: str,
+) -> None:
+    if not examples:
+        raise ValueError("got no examples, expected at least one")
+    if not config.eos_ids:
+        raise ValueError("the model has no EOS id, expected one: an answer ends with it")
+    for index, example in enumerate(examples):
+        token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
     windows = sorted({policy.window for policy in policies.values()})

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import LayerConfig, ModelConfig
+from kvjax.finite import CONVERTED, OVERFLOW, check_finite, first_not_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
@@ -51,8 +52,8 @@ def convert_checkpoint(
         process's peak memory.
 
     Raises:
-        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; or
-            the conversion is not possible.
+        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; the
+            conversion is not possible; or weights or logits hold NaN.
     """
     start = time.monotonic()
     check_out(out)
@@ -89,8 +90,10 @@ def _write_layers(
         streams = dict.fromkeys(STREAMS, embed(model, params, probe_tokens(model.config)))
     for index in range(len(output.finished.attention), model.config.num_layers):
         own, layer = params[f"layers_{index}"], model.config.layers[index]
+        check_finite(own, f"layers_{index}/")
         base = gqa_layers(model)[index]
         config, attn = equal_cache_layer(index, base, own["attn"], inits, rope_site)
+        check_finite(attn, f"layers_{index}/attn/", CONVERTED)
         new, new_own = LayerConfig(config, layer.mlp), {**own, "attn": attn}
         streams = {
             "original": run_block(model.config, layer, own, streams["original"]),
@@ -106,6 +109,7 @@ def write_top(model: Transformer, params: Mapping[str, Any], output: Output) -> 
     names = [name for name in params if not name.startswith("layers_")]
     for name in sorted(names, key=lambda name: name in needed):
         value = params[name]
+        check_finite({name: value})
         output.write_top(name, value)
         if name in needed:
             kept[name] = value
@@ -131,7 +135,14 @@ def logit_change(model, params, new_model, new_params) -> float:
 
 
 def relative_change(old: jax.Array, new: jax.Array) -> float:
-    """max |new − old| / max |old|."""
+    """max |new − old| / max |old|.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    for name, logits in (("original", old), ("converted", new)):
+        if first_not_finite(logits) is not None:
+            raise ValueError(f"the {name} model's logits are NaN or infinite: {OVERFLOW}")
     return float(jnp.max(jnp.abs(new - old)) / jnp.max(jnp.abs(old)))
 
 

@@ -15,14 +15,17 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
 from kvjax.config import LayerConfig, ModelConfig
+from kvjax.finite import CONVERTED, OVERFLOW, check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
+from kvjax.pipelines import calibration_text
 from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.convert import write_top
 from kvjax.pipelines.unfinished import Output, check_out, describe
+from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.calibration import embed, run_block
@@ -30,6 +33,14 @@ from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_l
 from kvjax.transmla.sizes import Sizes
 
 STAGES = ("partial_rope", "low_rank", "final")
+RANGES = {
+    "kv_rank": COUNT,
+    "rope_dim": SIZE,
+    "v_head_dim": optional(COUNT),
+    "fold": SIZE,
+    **calibration_text.RANGES,
+}
+"""The numbers of a `Decoupling`."""
 HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
 
 
@@ -57,6 +68,9 @@ class Decoupling:
     tokens: int = 32_768
     length: int = 256
     stats: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), RANGES)
 
     @property
     def parsed_recipe(self) -> Recipe:
@@ -104,8 +118,8 @@ def decouple_checkpoint(
         before and after, seconds, and the process's peak memory.
 
     Raises:
-        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; or
-            the conversion is not possible.
+        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; the
+            conversion is not possible; or weights, moments or a perplexity are NaN.
     """
     start = time.monotonic()
     check_out(out)
@@ -173,6 +187,7 @@ def _write_layers(
         for layer in layers:
             steps = _advance(model.config, layer, steps)
             config, attn = layer.layout(layer.final)
+            check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
             streams = layer.streams._asdict() | steps
             output.write_layer({**layer.source, "attn": attn}, config, streams)
             bar.advance(task)
@@ -199,4 +214,7 @@ def _perplexities(
     losses = (next_token_losses(model, top, streams[name], held) for name in HELD_OUT)
     means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
     names = ("original", *STAGES)
+    for name, mean in zip(names, means, strict=True):
+        if not np.isfinite(mean):
+            raise ValueError(f"perplexity_{name} is {mean}, expected a number: {OVERFLOW}")
     return {f"perplexity_{n}": round(float(mean), 4) for n, mean in zip(names, means, strict=True)}

@@ -22,6 +22,7 @@ from kvjax.pipelines.compare import Compared, compare
 from kvjax.pipelines.convert import bytes_per_token, logit_change
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.pipelines.score import score_heads
+from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import make_examples
 from kvjax.transmla import convert
 
@@ -41,10 +42,9 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         samples: examples a task; each policy and size answers all of them.
 
     Raises:
-        ValueError: fewer than one sample.
+        ValueError: fewer than one sample, or a negative seed.
     """
-    if samples < 1:
-        raise ValueError(f"got {samples} samples, expected ≥ 1")
+    check_ranges({"samples": samples, "seed": seed}, {"samples": COUNT, "seed": SEED})
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model, params = load(MODEL, dtype="float32")

@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from kvjax.finite import check_finite, check_params
 from kvjax.hf import check_export, latent_rms, load, save
 from kvjax.hf.checkpoint import MAX_SHARD_BYTES
 from kvjax.pipelines.calibration_text import token_rows
 from kvjax.pipelines.companions import bytes_per_token
 from kvjax.pipelines.convert import logit_change
+from kvjax.ranges import Range, check_ranges
 
 SEQUENCE = 256  # calibration tokens in a row
 BATCH = 8
+SHARD = Range(least=1, whole=True)
 
 
 def export_checkpoint(
@@ -38,12 +43,14 @@ def export_checkpoint(
         largest logit, and what `kvjax.hf.check_export` says of the files.
 
     Raises:
-        ValueError: `out` is not empty, a model that the layout cannot express, no calibration, or
-            what was written is not whole.
+        ValueError: `out` is not empty, a model that the layout cannot express or that holds NaN,
+            no calibration, or what was written is not whole.
     """
+    check_ranges({"max_shard_bytes": max_shard_bytes}, {"max_shard_bytes": SHARD})
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, expected a new directory")
     model, params = load(source, dtype=dtype)
+    check_params(params)
     weights = None
     if norm == "rms":
         if calibration is None:
@@ -52,6 +59,7 @@ def export_checkpoint(
         weights = latent_rms(
             model, params, [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         )
+        check_finite([np.asarray(w) for w in weights], "rms of the latents of layer ")
     settings = {"norm": norm, "latent_rms": weights, "max_shard_bytes": max_shard_bytes}
     save(model, params, out, layout="deepseek_v3", **settings)
     checked = check_export(out, source=model.config.source)

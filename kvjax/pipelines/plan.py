@@ -29,9 +29,18 @@ from kvjax.pipelines.plan_variants import (
     shallower,
     variants,
 )
+from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.topologies import Topology
 
 MORE = 8  # sequences a group of devices, by which temporaries are seen to grow
+RANGES = {
+    "context": COUNT,
+    "new_tokens": SIZE,
+    "batch": optional(COUNT),
+    "latent[0]": COUNT,
+    "latent[1]": SIZE,
+}
+"""The numbers of a `Request`."""
 DEPTHS = (2, 4)
 """Layers that are compiled; what they add to a program is what every further layer adds."""
 
@@ -49,6 +58,9 @@ class Request:
         policies: of the cache, besides "full" with and without 8-bit entries.
         latent: widths of the latent and of the rotary key of the converted model; None for none.
         dtype: of weights and caches.
+
+    Raises:
+        ValueError: names every number out of its range.
     """
 
     config: str
@@ -60,6 +72,11 @@ class Request:
     policies: tuple[str, ...] = ("headkv:kv_size=512",)
     latent: tuple[int, int] | None = (512, 128)
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        given = {"context": self.context, "new_tokens": self.new_tokens, "batch": self.batch}
+        rank, rope_dim = self.latent or (1, 0)
+        check_ranges(given | {"latent[0]": rank, "latent[1]": rope_dim}, RANGES)
 
 
 def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:

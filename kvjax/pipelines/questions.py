@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.example import Example
+from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import haystack, needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler
 
@@ -19,6 +20,8 @@ LENGTHS = 4  # prompt lengths of the grid, evenly up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
 COPIED_LENGTH = 64  # steps of the copying estimator: with fewer the ranking is less stable
 DISTRACTORS = 3  # 0, 1 and 2 in turn
+RANGES = {"samples": COUNT, "length": COUNT, "seed": SEED}
+"""The numbers of a `Grid`."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,7 @@ def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
     """The grid of lengths and depths that `score_heads` asks; see `score_heads` for Raises."""
     if grid.estimator not in QUESTIONS:
         raise ValueError(f"estimator is {grid.estimator!r}, expected one of {', '.join(QUESTIONS)}")
-    if grid.samples < 1:
-        raise ValueError(f"got {grid.samples} samples, expected ≥ 1")
+    check_ranges(vars(grid), RANGES)
     vocab = TokenizerVocabulary(tokenizer)
     filler = None if grid.haystack is None else haystack.read(grid.haystack, vocab)
     rng = np.random.default_rng(grid.seed)

@@ -11,9 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
+from kvjax.finite import OVERFLOW, check_params
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
 from kvjax.nn.transformer import output_params
+from kvjax.ranges import COUNT, SIZE, check_ranges
+from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats, embed, run_block
 from kvjax.transmla.latent_layer import LatentLayer, over_heads
@@ -52,7 +55,8 @@ def allocate_sizes(
     Raises:
         ValueError: an odd step, or what `convert` would refuse.
     """
-    if step < 2 or step % 2:
+    check_ranges({"step": step, "rounds": rounds}, {"step": COUNT, "rounds": SIZE})
+    if step % 2:
         raise ValueError(f"step is {step}, expected an even number")
     bases = gqa_layers(model)
     stats = checked_stats(model, stats)
@@ -156,12 +160,15 @@ class _Trial:
         sizes: Sequence[Sizes],
     ):
         self.model, self.params, self.stats, self.recipe = model, params, stats, recipe
-        self.tokens = tokens
+        self.tokens = token_ids(tokens, model.config.vocab_size, "tokens")
         self.sizes = list(sizes)
         self.layers = [self._convert(index, size) for index, size in enumerate(sizes)]
         self.hidden = [embed(model, params, tokens)]
         self.hidden += self._run(0, {})
         self.loss = self._loss(self.hidden[-1])
+        if not np.isfinite(self.loss):
+            check_params(params)
+            raise ValueError(f"the converted model's loss is {self.loss}: {OVERFLOW}")
 
     def moves(self, layer: int, changes: Sequence[tuple[int, int]]) -> list[Sizes]:
         """The sizes that differ by (rank, rope_dim) and are possible."""
@@ -214,7 +221,8 @@ class _Trial:
     def _loss(self, hidden: Float[Array, "S T D"]) -> float:
         top = {name: self.params[name] for name in output_params(self.model.config)}
         losses = next_token_losses(self.model, top, hidden, self.tokens)
-        return float(np.mean(np.asarray(losses)))
+        loss = float(np.mean(np.asarray(losses)))
+        return loss if np.isfinite(loss) else np.inf  # NaN is smaller than nothing, and no choice
 
 
 def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:

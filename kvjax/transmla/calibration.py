@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import GQAConfig, ModelConfig
+from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.identity import identity
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import embed_tokens
 from kvjax.paths import local_path
+from kvjax.token_ids import token_ids
 from kvjax.transmla.layer import (
     Heads,
     attention_input,
@@ -87,11 +90,11 @@ class Stats:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: another file, or a URL.
+            ValueError: another file, a URL, or moments that hold NaN.
         """
         path = local_path(path, "the calibration")
         try:
-            with np.load(path) as file:
+            with Path(path).open("rb") as raw, np.load(raw) as file:
                 arrays = dict(file)
             if int(arrays.pop("format")) != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
@@ -100,8 +103,11 @@ class Stats:
             for name, value in arrays.items():
                 index, field = name.split("/")
                 parts.setdefault(int(index), {})[field] = value
-            return cls(tuple(LayerStats(**parts[i]) for i in range(len(parts))), tokens, model)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            layers = tuple(LayerStats(**parts[i]) for i in range(len(parts)))
+            for index, layer in enumerate(layers):
+                check_finite(vars(layer), f"layer {index}: ")
+            return cls(layers, tokens, model)
+        except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
             raise ValueError(f"{path} holds no calibration: {error}") from None
 
 
@@ -127,8 +133,9 @@ def calibrate(
 
     Raises:
         ValueError: no batch, batches of different lengths or with ids that the model does not
-            have, layers without GQA, or a `resume` that is a URL or a file of other batches or of
-            another model.
+            have, layers without GQA, a `resume` that is a URL or a file of other batches or of
+            another model, or moments that are not finite: names the weight, or the layer whose
+            activations overflow.
     """
     bases, owner = gqa_layers(model), ""
     if resume is not None:
@@ -169,17 +176,12 @@ _embed = jax.jit(embed_tokens, static_argnums=0)
 
 
 def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:
-    tokens = np.asarray(batch, np.int32)
-    if tokens.ndim != 2 or tokens.size == 0:
+    tokens = token_ids(batch, model.config.vocab_size, "calibration")
+    if tokens.ndim != 2:
         raise ValueError(f"got a batch of shape {tokens.shape}, expected [B, T]")
     if state is not None and tokens.shape[1] != state.tokens.shape[1]:
         raise ValueError(
             f"got sequences of {tokens.shape[1]} tokens after some of {state.tokens.shape[1]}"
-        )
-    vocabulary = model.config.vocab_size
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(
-            f"got token ids from {tokens.min()} to {tokens.max()}, expected 0 to {vocabulary - 1}"
         )
     return tokens
 
@@ -195,7 +197,9 @@ def _observe_batch(
     x, layers = embed(model, params, tokens), []
     for index, base in enumerate(bases):
         layer, own = model.config.layers[index], params[f"layers_{index}"]
-        layers.append(observe(model.config, base, own, x, input_moments))
+        moments = observe(model.config, base, own, x, input_moments)
+        check_moments(moments, index, params)
+        layers.append(moments)
         x = run_block(model.config, layer, own, x)
     return Stats(tuple(layers), tokens)
 
@@ -214,6 +218,22 @@ def observe(
     # Every query of every head gives away one unit of attention.
     means["distance"] /= base.num_heads
     return LayerStats(**means)
+
+
+def check_moments(moments: LayerStats, index: int, params: Mapping[str, Any]) -> None:
+    """Refuses moments that are not finite.
+
+    Args:
+        index: of the layer.
+        params: of the model; they are looked at where the moments are bad.
+
+    Raises:
+        ValueError: names the first weight that holds NaN; without one, the layer and the moment.
+    """
+    name = first_not_finite(vars(moments))
+    if name is not None:
+        check_params(params)
+        raise ValueError(f"layer {index}: {name} is NaN or infinite, expected numbers: {OVERFLOW}")
 
 
 def merge(old: LayerStats, new: LayerStats, share: float) -> LayerStats:

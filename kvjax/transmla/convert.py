@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvjax.finite import CONVERTED, check_finite, check_params
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.sharding import mesh_of, place_params
@@ -27,10 +28,14 @@ def convert(
         options: of the method.
 
     Raises:
-        ValueError: an unknown method, or a model or options that it refuses.
+        ValueError: an unknown method, a model or options that it refuses, or weights that hold
+            NaN, before or after.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     params = on_automatic_mesh(params)
+    check_params(params)
     new_model, new_params = METHODS[method](model, params, **options)
+    for index in range(model.config.num_layers):
+        check_finite(new_params[f"layers_{index}"]["attn"], f"layers_{index}/attn/", CONVERTED)
     return new_model, place_params(new_model, new_params, mesh_of(params))

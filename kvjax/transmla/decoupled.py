@@ -13,8 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
+from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.nn import Transformer
-from kvjax.transmla.calibration import LayerStats, Stats, embed, merge, observe, run_block
+from kvjax.transmla.calibration import (
+    LayerStats,
+    Stats,
+    check_moments,
+    embed,
+    merge,
+    observe,
+    run_block,
+)
 from kvjax.transmla.latent_layer import LatentLayer, folded, low_rank_query, over_heads
 from kvjax.transmla.layer import attention_output, gqa_layers
 from kvjax.transmla.recipe import BEST, Recipe, close
@@ -203,12 +212,15 @@ def _decouple_layer(
     streams: Streams,
 ) -> ConvertedLayer:
     """One layer; see `decouple_layers`."""
-    original, converted = streams
     own, layer = params[f"layers_{index}"], config.layers[index]
+    check_finite(own, f"layers_{index}/")
+    check_streams(streams._asdict(), index, params)
+    original, converted = streams
     base = layer.attention
     assert isinstance(base, GQAConfig)
     layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
     moments = _observe_replay(config, base, own, original) if stats is None else stats.layers[index]
+    check_moments(moments, index, params)
     settings = (base, own["attn"], moments)
     partial = close(*settings, None, size.rope_dim, recipe)
     seen = _observe_replay(config, base, own, converted) if recipe.recalibrate else None
@@ -225,6 +237,16 @@ def _decouple_layer(
         new = LayerConfig(attention, layer.mlp)
         converted = replay(config, new, {**own, "attn": attn}, converted)
     return ConvertedLayer(index, own, Streams(original, converted), partial, low, final, layout)
+
+
+def check_streams(streams: Mapping[str, jax.Array], index: int, params: Mapping[str, Any]) -> None:
+    """Raises ValueError for residual streams in front of a layer that are not finite."""
+    name = first_not_finite(streams)
+    if name is not None:
+        check_params(params)
+        raise ValueError(
+            f"layer {index}: its input in the {name} model is NaN or infinite: {OVERFLOW}"
+        )
 
 
 def mode_of(mode: str, base: GQAConfig) -> str:

@@ -13,10 +13,15 @@ import optax
 from jaxtyping import Array, Float
 
 from kvjax.config import LayerConfig, ModelConfig
+from kvjax.finite import check_finite, check_params
 from kvjax.nn import Transformer
+from kvjax.ranges import COUNT, POSITIVE, SEED, SIZE, check_ranges
 from kvjax.transmla.calibration import Stats, embed
 from kvjax.transmla.decoupled import output_target, replay
 from kvjax.transmla.layer import attention_output
+from kvjax.transmla.sizes import checked_stats
+
+RANGES = {"steps": SIZE, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED}
 
 
 def distill(
@@ -47,7 +52,16 @@ def distill(
 
     Returns:
         The parameters of the converted model, in their dtypes.
+
+    Raises:
+        ValueError: a number out of its range, weights or moments that hold NaN, stats of another
+            model, or a layer whose training diverges.
     """
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    check_ranges(given | {"seed": seed}, RANGES)
+    stats = checked_stats(model, stats)
+    check_params(params)
+    check_params(converted_params)
     original = converted = embed(model, params, stats.tokens)
     new, rng = dict(converted_params), np.random.default_rng(seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -64,6 +78,7 @@ def distill(
                 model.config, after, optimizer, masters, state, new[name],
                 converted[rows], target[rows],
             )  # fmt: skip
+        check_finite(masters, f"{name}/attn/", f" after {steps} steps of distillation")
         trained = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), masters, dtypes)
         new[name] = {**new[name], "attn": trained}
         original = replay(model.config, layer, params[name], original)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import EqualCacheConfig, GQAConfig
+from kvjax.finite import rounded
 from kvjax.nn import Transformer
 from kvjax.transmla.factors import Factors, check_factors, commutes_with_rope, is_selector
 from kvjax.transmla.inits import INITS, Init, resolve_init
@@ -143,10 +144,10 @@ def _convert_params(
     for name, factors in (("k", keys), ("v", values)):
         dtype = attn[name].dtype
         down, bias = np.split(factors.down, [attn[name].shape[0]])
-        new[f"{name}_down"] = jnp.asarray(down.astype(dtype))
-        new[f"{name}_up"] = jnp.asarray(factors.up.astype(dtype))
+        new[f"{name}_down"] = rounded(down, dtype)
+        new[f"{name}_up"] = rounded(factors.up, dtype)
         if base.qkv_bias:
-            new[f"{name}_down_bias"] = jnp.asarray(bias[0].astype(dtype))
+            new[f"{name}_down_bias"] = rounded(bias[0], dtype)
     if base.qk_norm == "all" and config.rope_site == "after_up":
         # One rms over all heads, which the repetition leaves as it is.
         per_head = attn["k_norm"].reshape(base.num_kv_heads, base.head_dim)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kvjax.config import DecoupledConfig, GQAConfig, MLAConfig, RopeConfig
+from kvjax.finite import rounded
 from kvjax.transmla.low_rank import LowRank
 from kvjax.transmla.rotary import RotarySplit
 
@@ -172,4 +173,4 @@ def _fp64(x: Any) -> np.ndarray:
 
 
 def _cast(params: Mapping[str, np.ndarray], dtype: Any) -> dict[str, Any]:
-    return {name: jnp.asarray(value.astype(dtype)) for name, value in params.items()}
+    return {name: rounded(value, dtype) for name, value in params.items()}

@@ -12,6 +12,7 @@ from jaxtyping import Complex, Float
 
 from kvjax.config import GQAConfig
 from kvjax.nn.rope import frequencies
+from kvjax.ranges import SIZE, check_ranges
 from kvjax.transmla import low_rank, rotary
 from kvjax.transmla.calibration import LayerStats
 from kvjax.transmla.latent_layer import LatentLayer, assemble
@@ -69,6 +70,7 @@ UNBIASED = Recipe(centred=False, biased=False)
 
 def published(fold: int) -> Recipe:
     """The method of TransMLA v3 to v5 (arXiv 2502.07864) with FreqFold `fold`."""
+    check_ranges({"fold": fold}, {"fold": SIZE})
     return Recipe(
         rotary.real_rotation,
         rotary.fold(fold),

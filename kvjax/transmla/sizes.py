@@ -6,8 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvjax.config import GQAConfig
+from kvjax.finite import check_finite
 from kvjax.nn import Transformer
+from kvjax.ranges import COUNT, Range, check_ranges, optional
+from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
 from kvjax.transmla.layer import gqa_layers
@@ -42,6 +47,7 @@ def layer_sizes(
             than what rotates, a rank below 1 or above all that is left, or more than the
             calibration has tokens for.
     """
+    check_ranges({"v_head_dim": v_head_dim}, {"v_head_dim": optional(COUNT)})
     ranks, ropes = _per_layer("kv_rank", kv_rank, bases), _per_layer("rope_dim", rope_dim, bases)
     sizes = []
     for index, (base, rank, width) in enumerate(zip(bases, ranks, ropes, strict=True)):
@@ -61,26 +67,31 @@ def layer_sizes(
         if tokens < rank:
             raise ValueError(f"the calibration has {tokens} tokens, expected at least {rank}")
         sizes.append(Sizes(rank, width, base.head_dim if v_head_dim is None else v_head_dim))
-    if min(size.v_head_dim for size in sizes) < 1:
-        raise ValueError(f"v_head_dim is {v_head_dim}, expected at least 1")
     return sizes
 
 
 def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]) -> list[int]:
-    values = [value] * len(bases) if isinstance(value, int) else list(value)
+    each = isinstance(value, Sequence | np.ndarray)
+    values = list(value) if each else [value] * len(bases)
     if len(values) != len(bases):
         raise ValueError(f"got {len(values)} values of {name}, expected one or {len(bases)}")
-    return values
+    named = {f"{name}[{i}]": v for i, v in enumerate(values)} if each else {name: value}
+    check_ranges(named, dict.fromkeys(named, Range(whole=True)))
+    return [int(value) for value in values]
 
 
 def checked_stats(model: Transformer, stats: Stats | None) -> Stats:
     """The calibration, which must be of this model.
 
     Raises:
-        ValueError: there is none, or its shapes are another model's.
+        ValueError: there is none, its shapes or its tokens are another model's, or a moment is
+            NaN.
     """
     if stats is None:
         raise ValueError("method 'decoupled' needs stats=transmla.calibrate(model, params, …)")
+    for index, layer in enumerate(stats.layers):
+        check_finite(vars(layer), f"stats: layer {index}: ")
+    token_ids(stats.tokens, model.config.vocab_size, "stats")
     got = [len(layer.kv_mean) for layer in stats.layers]
     bases = gqa_layers(model)
     want = [2 * base.num_kv_heads * base.head_dim for base in bases]
@@ -100,6 +111,7 @@ def check_query_rank(model: Transformer, stats: Stats, q_rank: int, mode: str) -
             moments of the attention's input.
     """
     width = model.config.hidden_size
+    check_ranges({"q_rank": q_rank}, {"q_rank": COUNT})
     if not 1 <= q_rank <= width:
         raise ValueError(f"q_rank is {q_rank}, expected 1 to {width}")
     if mode == "post" or any(base.qk_norm is not None for base in gqa_layers(model)):
@@ -117,7 +129,7 @@ def exportable_recipe(
         ValueError: a rope_dim that is not the same in all layers, or does not divide the number of
             rotating components of a head.
     """
-    widths = {rope_dim} if isinstance(rope_dim, int) else set(rope_dim)
+    widths = set(np.ravel(rope_dim).tolist())
     turning = {0 if base.rope is None else base.rope.dim for base in bases}
     if len(widths) != 1 or len(turning) != 1:
         raise ValueError(

@@ -247,7 +247,7 @@ def test_bad_input(model, params, examples):
         score_examples(model, params, examples, estimator="magic")
     with pytest.raises(ValueError, match="no examples"):
         score_examples(model, params, [])
-    with pytest.raises(ValueError, match="got batch_size 0"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         score_examples(model, params, examples, batch_size=0)
     with pytest.raises(ValueError, match=r"example 0 has span \(3, 9\)"):
         score_examples(model, params, [Example((1, 2, 3), (4,), (3, 9))])

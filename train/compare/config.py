@@ -48,7 +48,7 @@ class Arm:
 
 
 def dense_identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Factors:
-    """`identity` with the zeros between KV heads as parameters: the paper's W^b is one matrix."""
+    """`identity` with the zeros between KV heads as parameters: one dense matrix."""
     return identity(weight, repeats, rope).wide()
 
 
@@ -63,15 +63,19 @@ ARMS = {
     "mla_svd_per_head": Arm("svd_per_head", ("kv_only",)),
     "mla_identity": Arm(dense_identity, ("kv_only",)),
 }
-"""The paper's figure 2 (GQA, MLA), its ablation (identity), and a control for capacity."""
+"""GQA and MLA as TransMLA compares them, other inits, and a control for capacity."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The comparison of TransMLA's figure 2 (arXiv 2502.07864v2, section 5).
+    """GQA against MLA, fine-tuned alike: the comparison that TransMLA v1 and v2 make.
+
+    It is known at second hand, from an article; figures and sections of these versions (arXiv
+    2502.07864) were not read. Both arms train K and V, down and up; the authors' released scripts
+    train the up-projections of MLA only, with 128 sequences a step and one epoch.
 
     Every arm's rate is chosen from `rates` by one seed, a quarter of the steps and the loss on
-    held-out problems; then `seeds` runs at that rate and at the paper's. All arms see the same
+    held-out problems; then `seeds` runs at that rate and at `paper_rate`. All arms see the same
     batches in the same order.
 
     Attributes:
@@ -79,7 +83,7 @@ class CompareConfig:
         families: of `kvjax.tasks.families`, mixed in equal parts.
         rows: training problems of each family.
         problems: test problems of each family that answers are generated for.
-        paper_rate: learning rate of the paper.
+        paper_rate: TransMLA's learning rate, the same in the article and in the scripts.
         eval_every: steps between two held-out losses.
         eval_rows: held-out problems of each family for these.
     """

@@ -109,7 +109,7 @@ def plot(config: CompareConfig, out: Path) -> None:
             jobs = [job for job in final_jobs(config, arm, best) if job.rate == rate]
             draw(axis, out, jobs, f"{arm}, {rate:g}" if axis is axes[0] else arm)
     axes[0].set(title="each arm at its chosen rate", ylabel="held-out loss, nats a token")
-    axes[1].set(title=f"the paper's rate, {config.paper_rate:g}")
+    axes[1].set(title=f"TransMLA's rate, {config.paper_rate:g}")
     for axis in axes:
         axis.set(xlabel="step", yscale="log")
         axis.legend(fontsize=8)

@@ -38,7 +38,10 @@ CHOICES = data_config.CHOICES | {
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """A fine-tuning run. Defaults are the paper's (TransMLA, arXiv 2502.07864v2, section 5).
+    """A fine-tuning run.
+
+    Batch, rate and epochs are those of TransMLA v1 and v2 as an article tells them; the authors'
+    released scripts take 128 sequences a step and one epoch (docs/finetuning.md has both).
 
     Attributes:
         model: checkpoint directory, hub id, or builtin:<name>; converted or not.

@@ -34,8 +34,9 @@ def trainable_paths(
 
     Args:
         which: names of GROUPS and patterns of the form "layers_*/attn/q" (`fnmatch`; "*" matches
-            "/" too). "kv_only" is the paper's choice (TransMLA, arXiv 2502.07864v2, section 5): the
-            converted K and V factors, or W_K and W_V of a model with GQA.
+            "/" too). "kv_only" is what is told of TransMLA v1 and v2 (arXiv 2502.07864): the
+            converted K and V factors, or W_K and W_V of a model with GQA. The authors' released
+            script trains the up-projections only: "layers_*/attn/[kv]_up".
 
     Raises:
         ValueError: a pattern that matches nothing; lists what there is in the first layer.
