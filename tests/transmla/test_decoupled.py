@@ -182,7 +182,7 @@ def test_what_is_refused():
         ({"rope_dim": 5}, "rope_dim is 5, expected an even number up to 16"),
         ({"rope_dim": 18}, "rope_dim is 18, expected an even number up to 16"),
         ({"kv_rank": [8]}, "got 1 values of kv_rank, expected one or 2"),
-        ({"v_head_dim": 0}, "v_head_dim is 0, expected at least 1"),
+        ({"v_head_dim": 0}, "v_head_dim is 0, expected a whole number from 1"),
         ({"v_head_dim": 9, "recipe": CLOSED}, "v_head_dim needs a recipe that refits"),
         ({"mode": "both"}, "mode is 'both', expected one of auto, fold, post"),
         ({"exportable": True, "rope_dim": 6}, "rope_dim is 6, expected a divisor of 8"),

@@ -11,6 +11,7 @@ from calibrated_toys import build
 
 import kvjax
 from kvjax.cli import main
+from kvjax.hf import latent_rms
 from kvjax.pipelines.calibration_text import token_rows
 from kvjax.pipelines.decouple import Decoupling
 from kvjax.transmla import BEST, Stats, calibrate, convert, published
@@ -86,6 +87,20 @@ def test_an_export_names_the_weight(tmp_path):
         export_checkpoint(str(tmp_path / "mla"), tmp_path / "out", "neutral", None, 99, "float32")
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         export_checkpoint(str(tmp_path / "mla"), tmp_path / "o", "neutral", None, 99, "float32", 0)
+
+
+def test_an_export_in_memory_names_the_weight(tmp_path):
+    model, params, stats, *_ = build("llama")
+    sizes = {"kv_rank": 12, "rope_dim": 4, "exportable": True}
+    new_model, new = convert(model, params, "decoupled", stats=stats, **sizes)
+    bad = broken(new, "layers_1/attn/kv_a")
+    with pytest.raises(ValueError, match=r"^layers_1/attn/kv_a has NaN .* layout in float32"):
+        kvjax.save(new_model, bad, tmp_path / "out", layout="deepseek_v3")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"^layer 1: latents has NaN or infinite values"):
+        latent_rms(new_model, bad, [stats.tokens])
+    with pytest.raises(ValueError, match=r"calibration: got float64 \(8, 24\), expected token ids"):
+        latent_rms(new_model, new, [stats.tokens + 0.5])
 
 
 def test_factors_that_overflow_the_dtype_are_refused():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.config import MLAConfig, ModelConfig
+from kvjax.finite import check_finite
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.deepseek.config import describe
 from kvjax.hf.deepseek.limits import NORMS, latent_configs, problems
@@ -42,7 +43,8 @@ def to_deepseek(
         of `params`.
 
     Raises:
-        ValueError: lists everything that the class cannot express.
+        ValueError: lists everything that the class cannot express; or names a parameter that holds
+            NaN, or overflows the dtype.
     """
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
@@ -63,6 +65,7 @@ def to_deepseek(
         else:
             attn = with_calibrated_norm(attn, np.asarray(latent_rms[i], np.float64))
         new[f"layers_{i}"] = {**_cast(norms, dtype), "attn": _cast(attn, dtype), "mlp": own["mlp"]}
+        check_finite(new[f"layers_{i}"], f"layers_{i}/", f" in this layout in {dtype}")
     text = json.dumps(describe(c, rope, new, norm), indent=2) + "\n"
     return Transformer(config_from_hf(json.loads(text))), new
 
@@ -141,4 +144,5 @@ def _latent(attn: Arrays, rank: int, latent: NormedLatent) -> Arrays:
 
 
 def _cast(arrays: Arrays, dtype: Any) -> Arrays:
-    return {name: value.astype(dtype) for name, value in arrays.items()}
+    with np.errstate(over="ignore"):  # what overflows is infinite, and is refused
+        return {name: value.astype(dtype) for name, value in arrays.items()}

@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import MLAConfig
+from kvjax.finite import OVERFLOW, check_finite
 from kvjax.nn import Transformer
 from kvjax.nn.matmul import matmul
+from kvjax.token_ids import token_ids
 from kvjax.transmla.calibration import embed, run_block
 from kvjax.transmla.layer import attention_input
 
@@ -100,12 +102,14 @@ def latent_rms(
         batches: int32 [B, T] of text, without padding, the same T in all.
 
     Raises:
-        ValueError: no batch, or a layer of another kind.
+        ValueError: no batch, ids that the model does not have, a layer of another kind, or latents
+            that are not finite.
     """
     rows = list(batches)
     if not rows:
         raise ValueError("got no batch to calibrate on")
-    x = embed(model, params, np.concatenate([np.asarray(batch, np.int32) for batch in rows]))
+    ids = [token_ids(batch, model.config.vocab_size, "calibration") for batch in rows]
+    x = embed(model, params, np.concatenate(ids))
     weights = []
     for index, layer in enumerate(model.config.layers):
         c, own = layer.attention, params[f"layers_{index}"]
@@ -116,6 +120,7 @@ def latent_rms(
             _moments(attention_input(model.config, own, part), own["attn"], c) for part in parts
         ]
         first, second = np.sum(np.asarray(sums, np.float64), axis=0)
+        check_finite({"latents": first}, f"layer {index}: ", f": {OVERFLOW}")
         weights.append(first / np.maximum(second, np.finfo(np.float64).tiny))
         x = jnp.concatenate([run_block(model.config, layer, own, part) for part in parts])
     return weights
