@@ -60,11 +60,14 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Sizes from "data=1,fsdp=4,tensor=2"; see `make_mesh`.
 
     Raises:
-        ValueError: text of another form.
+        ValueError: text of another form, an axis twice, or a size that is neither −1 nor above 0.
     """
     try:
         pairs = [part.split("=") for part in text.split(",") if part]
-        return {axis.strip(): int(size) for axis, size in pairs}
+        sizes = {axis.strip(): int(size) for axis, size in pairs}
+        if len(sizes) < len(pairs) or any(size < 1 and size != -1 for size in sizes.values()):
+            raise ValueError
+        return sizes
     except ValueError:
         raise ValueError(
             f"got mesh {text!r}, expected a form like data=1,fsdp=4,tensor=2"

@@ -44,6 +44,9 @@ def test_mesh_of_named_sizes():
         make_mesh({"data": 3}, devices)
     with pytest.raises(ValueError, match="expected a form like data=1"):
         parse_mesh("data:2")
+    for text in ("data=0", "data=0,fsdp=-1", "tensor=-2", "data=nan", "data=2,data=4"):
+        with pytest.raises(ValueError, match="expected a form like"):
+            parse_mesh(text)
 
 
 def test_fsdp_splits_what_tensor_leaves():

@@ -99,8 +99,8 @@ def test_an_export_in_memory_names_the_weight(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"^layer 1: latents has NaN or infinite values"):
         latent_rms(new_model, bad, [stats.tokens])
-    with pytest.raises(ValueError, match=r"calibration: got float64 \(8, 24\), expected token ids"):
-        latent_rms(new_model, new, [stats.tokens + 0.5])
+    with pytest.raises(ValueError, match="calibration: got token ids from"):
+        latent_rms(new_model, new, [stats.tokens + model.config.vocab_size])
 
 
 def test_factors_that_overflow_the_dtype_are_refused():

@@ -140,7 +140,8 @@ class Trainer:
         started = time.monotonic()
         state = self.step.init(self.trainable)
         batches = iter(make_loader(self._endless(job), self.tokenizer))
-        losses, held_out = [], [(0, self.held_out_loss(state.params))]
+        losses: list[jax.Array] = []
+        held_out: list[tuple[int, float | None]] = [(0, self.held_out_loss(state.params))]
         for number in range(job.steps):
             batch = jax.tree.map(jnp.asarray, next(batches))
             rate = jnp.float32(learning_rate(number, job.steps, job.rate, self.config.warmup))
@@ -150,11 +151,12 @@ class Trainer:
             state, metrics = self.compiled.call(*arguments)
             losses.append(metrics["loss"])
             if (number + 1) % self.config.eval_every == 0 or number + 1 == job.steps:
-                held_out.append((number + 1, self.held_out_loss(state.params)))
-                if not np.isfinite([held_out[-1][1], *losses[-self.config.eval_every :]]).all():
+                loss = self.held_out_loss(state.params)
+                if not np.isfinite([loss, *losses[-self.config.eval_every :]]).all():
                     diverged(job, number + 1)
-                    held_out[-1], losses = (number + 1, None), []
+                    held_out, losses = [*held_out, (number + 1, None)], []
                     break
+                held_out.append((number + 1, loss))
         result = {
             "arm": job.arm,
             "rate": job.rate,
