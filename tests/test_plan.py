@@ -212,7 +212,9 @@ def test_more_devices_than_heads(tmp_path):
         (["--topology", "v5e"], r"got topology 'v5e', expected KIND:SHAPE like v5e:4x4"),
         (["--topology", "tpu:4"], r"got topology 'tpu:4', expected KIND:SHAPE"),
         (["--mesh", "data=3"], r"got a mesh of 3 devices, expected 8 for h200:8"),
-        (["--mesh", "tensor=8,data=1", "--latent", "0", "7"], r"got kv_rank 0 and rope_dim 7"),
+        (["--mesh", "tensor=8,data=1", "--latent", "64", "7"], r"got kv_rank 64 and rope_dim 7"),
+        (["--latent", "0", "64"], r"latent\[0\] is 0, expected a whole number from 1"),
+        (["--context", "0", "--batch", "0"], r"context is 0, .*; batch is 0, expected a whole"),
         (["--policy", "nothing"], r"policy 'nothing' is none of"),
     ],
 )
