@@ -148,9 +148,9 @@ def test_bad_rows_are_found_before_training(tmp_path, line, message):
         ({"template": "none"}, "template is 'none', expected one of auto, chat"),
         ({"learn": "nothing"}, "learn is 'nothing', expected one of answers, all"),
         ({"long_rows": "cut"}, "long_rows is 'cut', expected one of drop, truncate"),
-        ({"batch_size": 0}, "batch_size is 0, expected a positive"),
-        ({"epochs": 0}, "epochs is 0, expected a positive"),
-        ({"epochs": float("nan")}, "epochs is nan, expected a positive"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number from 1"),
+        ({"epochs": 0}, "epochs is 0, expected a finite number above 0"),
+        ({"epochs": float("nan")}, "epochs is nan, expected a finite number above 0"),
         ({"max_rows": 0}, "max_rows is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"sequence_length": 1}, "sequence_length is 1"),
@@ -164,7 +164,7 @@ def test_config_values(options, message):
 def test_source_values():
     with pytest.raises(ValueError, match="format is 'metamaths', expected one of metamath, sc2"):
         source("a.jsonl", "metamaths")
-    with pytest.raises(ValueError, match=r"weight is -1.0, expected a positive"):
+    with pytest.raises(ValueError, match=r"weight is -1.0, expected a finite number above 0"):
         source("a.jsonl", weight=-1.0)
 
 

@@ -251,7 +251,7 @@ def test_bad_settings(changes, message):
 
 @pytest.mark.parametrize("text", ["a.jsonl", "plain:", "plain:a@much", ":a", "plain:a@0"])
 def test_bad_sources(text):
-    with pytest.raises(ValueError, match=r"FORMAT:PATH|expected a positive number"):
+    with pytest.raises(ValueError, match=r"FORMAT:PATH"):
         parse_source(text)
 
 
