@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-NO_TOKEN = -1
-"""Stands where logits are not finite: without it the answer would be token 0 for ever."""
-
 from kvjax.ranges import NOT_NEGATIVE, Range, check_ranges
 
+NO_TOKEN = -1
+"""Stands where logits are not finite: without it the answer would be token 0 for ever."""
 RANGES = {
     "temperature": NOT_NEGATIVE,
     "top_k": Range(least=0, whole=True),

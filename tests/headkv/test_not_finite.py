@@ -39,7 +39,8 @@ def broken(params):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_importance_of_nan_attention_is_refused(loaded, estimator):
     model, params = loaded
-    with pytest.raises(ValueError, match="the scores of example 0 are not finite: layers_1/attn/k has NaN"):
+    message = "the scores of example 0 are not finite: layers_1/attn/k has NaN"
+    with pytest.raises(ValueError, match=message):
         score_examples(model, broken(params), EXAMPLES, estimator)
 
 
@@ -61,7 +62,8 @@ def test_policies_are_not_compared_on_nan(loaded):
     policies = {"snapkv": Policy.parse("snapkv:kv_size=10")}
     found = compare(model, params, EXAMPLES, policies, batch_size=2)
     assert all(len(right) == 3 for right in found.right.values())
-    with pytest.raises(ValueError, match="example 0 under policy 'full' are not finite: layers_1/attn/k has NaN"):
+    message = "example 0 under policy 'full' are not finite: layers_1/attn/k has NaN"
+    with pytest.raises(ValueError, match=message):
         compare(model, broken(params), EXAMPLES, policies, batch_size=2)
     with pytest.raises(ValueError, match="got no examples"):
         compare(model, params, [], policies)
