@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from eval.batches import Batch
-from eval.encoding import Prompt, end_ids
+from eval.encoding import Prompt
 from eval.loaded import Loaded
 from eval.predictions import Prediction, RunFolder
 from eval.settings import Settings
 from eval.task import Task
+from kvjax.encoding import end_ids
 from kvjax.generation import generate
 from kvjax.headkv.policy import Policy
+from kvjax.text import added_text
 
 
 def answer(
@@ -55,7 +57,7 @@ def answer(
                 full = out.full_cache_bytes // batch.shape.batch
                 rows = dict(zip(batch.prompts, out.tokens, strict=False))
                 for prompt in missing:
-                    text = loaded.tokenizer.decode(rows[prompt], skip_special_tokens=True)
+                    text = added_text(loaded.tokenizer, prompt.ids, rows[prompt])
                     folder.append([_judged(task, prompt, name, text, held, full)])
             finished(sum(len(prompt.ids) for prompt in batch.prompts))
 

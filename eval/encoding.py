@@ -9,11 +9,7 @@ from typing import Any
 
 from eval.task import Item, Task
 from kvjax.config import ModelConfig
-
-TEMPLATE = {"enable_thinking": False}
-"""Variables of the chat template: answers are short, so models that can think aloud do not."""
-
-MARK = "@answer@"
+from kvjax.encoding import TEMPLATE, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -78,20 +74,6 @@ def encode(
     return prompts
 
 
-def end_ids(tokenizer: Any, config: ModelConfig, chat: bool) -> tuple[int, ...]:
-    """All ids that end an answer: the model's, the tokenizer's, and the end of a chat turn."""
-    found = [*config.eos_ids]
-    if getattr(tokenizer, "eos_token_id", None) is not None:
-        found.append(tokenizer.eos_token_id)
-    if chat:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE)
-        after = tokenizer.encode(text.rpartition(MARK)[2], add_special_tokens=False)
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        found += [index for index in after if index in special][:1]
-    return tuple(dict.fromkeys(found))
-
-
 class TooLong(Exception):
     """A prompt that must not be cut has `length` tokens."""
 
@@ -120,7 +102,8 @@ def cut(ids: Sequence[int], room: int, rule: str, keep: int = 0) -> list[int]:
 
 def _raw(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], int]:
     """The ids that are read, and how many there were."""
-    ids = tokenizer.encode(item.prompt) if isinstance(item.prompt, str) else list(item.prompt)
+    prompt = item.prompt
+    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     starts = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
     return cut(ids, room, rule, int(starts)), len(ids)
 

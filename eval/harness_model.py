@@ -13,11 +13,12 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from eval import continuations
 from eval.decoding import until_stop
-from eval.encoding import end_ids
 from eval.loaded import Loaded
 from eval.progress import progress_bar
+from kvjax.encoding import end_ids, prompt_ids
 from kvjax.generation import generate
 from kvjax.headkv.policy import Full, Policy
+from kvjax.text import added_text
 
 NEW_TOKENS = 256
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -77,10 +78,9 @@ class CompressedLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, with the tokenizer's special tokens unless it begins with BOS."""
+        """Ids of a text; where nothing is said about special tokens, BOS comes first, once."""
         if add_special_tokens is None:
-            start = self.tokenizer.decode([self.prefix_token_id])
-            add_special_tokens = not (start and string.startswith(start))
+            return prompt_ids(self.tokenizer, string)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(
@@ -167,8 +167,8 @@ class CompressedLM(TemplateLM):
                         **sampling,
                     )
                     self._count(out.cache_bytes, out.full_cache_bytes, len(part))
-                    for index, ids in zip(part, out.tokens, strict=True):
-                        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    for index, prompt, ids in zip(part, prompts, out.tokens, strict=True):
+                        text = added_text(self.tokenizer, prompt, ids)
                         found[index] = until_stop(text, stops)
                         args = requests[index].args
                         self.cache_hook.add_partial("generate_until", args, found[index])

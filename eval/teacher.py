@@ -17,6 +17,7 @@ from eval.predictions import Prediction, RunFolder
 from eval.settings import Settings
 from eval.task import Item, Task
 from kvjax import processes
+from kvjax.encoding import ids_after
 from kvjax.example import Example
 from kvjax.headkv.policy import Compress, Full, Policy
 from kvjax.pipelines.compare import AFTER, FULL, INSIDE, compare, round_up
@@ -122,7 +123,7 @@ def _encoded(loaded: Loaded, item: Item) -> list[int]:
             f"item {item.id} has {len(item.references)} right answers, expected one: "
             "use protocol 'generate'"
         )
-    return loaded.tokenizer.encode(f" {item.references[0]}", add_special_tokens=False)
+    return ids_after(loaded.tokenizer, f" {item.references[0]}")
 
 
 def _judged(

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eval.rows import hub_rows, read_rows, read_text
+from kvjax.encoding import prompt_ids
 
 HUB = "hub:"
 
@@ -27,7 +28,7 @@ def read_ids(names: Sequence[str], tokenizer: Any) -> Int[np.ndarray, " S"]:
     text = "\n\n".join(document for name in names for document in documents(name))
     if not text.strip():
         raise ValueError(f"no text in {', '.join(names) or 'no files'}")
-    return np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
+    return np.asarray(prompt_ids(tokenizer, text), np.int32)
 
 
 def documents(name: str) -> Iterator[str]:

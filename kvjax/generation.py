@@ -28,7 +28,15 @@ from kvjax.mesh import mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.prefill_groups import prefill_in_groups
-from kvjax.prompts import batches, bucket_length, check_prompts, pad, prompt_keys, prompt_words
+from kvjax.prompts import (
+    batches,
+    bucket_length,
+    check_prompts,
+    eos_array,
+    pad,
+    prompt_keys,
+    prompt_words,
+)
 from kvjax.ranges import COUNT, Range, check_ranges, optional
 from kvjax.sampling import NO_TOKEN, Sampling
 
@@ -111,7 +119,7 @@ def generate(
     params = on_automatic_mesh(params)
     read = _reader(model, params, policy, context, max_new_tokens, prefill_size)
     mesh = mesh_of(params)
-    eos = np.asarray(model.config.eos_ids if eos_ids is None else eos_ids, np.int32)
+    eos = eos_array(model.config, eos_ids)
     key, words = jax.random.key(seed), prompt_words(prompts)
     result = Generation(tokens=[[] for _ in prompts])
     for indices in batches(prompts, batch_size):

@@ -2,44 +2,127 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Int32, UInt32
 
 from kvjax.config import ModelConfig
 
 SMALLEST_BUCKET = 32
+LISTS = "a list of lists of token ids"
+PROMPT = "a list of token ids (prompts are a list of such lists)"
 
 
-def check_prompts(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, before: int = 0
-) -> None:
+def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: Any, before: int = 0) -> None:
     """Raises ValueError for prompts that this model cannot continue.
 
     `before` tokens of a context come first.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected ≥ 1")
-    if not len(prompts):
-        raise ValueError("got no prompts, expected at least one")
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
+    try:
+        new = operator.index(max_new_tokens)
+    except TypeError:
+        new = 0
+    if new < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number ≥ 1")
+    for index in range(_count(prompts)):
+        ids = _token_ids(prompts[index], f"prompt {index}", PROMPT)
+        if not ids.size:
             raise ValueError(f"prompt {index} is empty, expected at least one token")
-        if before + len(prompt) + max_new_tokens > config.context_length:
+        if before + ids.size + new > config.context_length:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, "
+                f"prompt {index} has {ids.size} tokens and max_new_tokens is {new}, "
                 f"expected at most {config.context_length} in all: the model's context"
             )
-        low, high = min(prompt), max(prompt)
+        low, high = ids.min(), ids.max()
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"prompt {index} has token {low if low < 0 else high}, "
                 f"expected ids of 0 to {config.vocab_size - 1}"
             )
+
+
+def eos_array(config: ModelConfig, eos_ids: Any) -> Int32[np.ndarray, " E"]:
+    """The ids that end a sequence: one id or several, or the model's own for None.
+
+    Raises:
+        ValueError: something else.
+    """
+    if eos_ids is None:
+        eos_ids = config.eos_ids
+    elif isinstance(eos_ids, Set):
+        eos_ids = sorted(eos_ids)
+    elif isinstance(eos_ids, numbers.Integral):
+        eos_ids = [eos_ids]
+    ids = _token_ids(eos_ids, "eos_ids", "None, () or a list of token ids")
+    if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:
+        raise ValueError(f"eos_ids are {eos_ids}, expected token ids of the model")
+    return ids.astype(np.int32)
+
+
+def _count(prompts: Any) -> int:
+    """How many prompts there are."""
+    _refuse_text(prompts, "prompts", LISTS)
+    try:
+        count = len(prompts)
+    except TypeError:
+        count = None
+    if count is None or not hasattr(prompts, "__getitem__"):
+        raise ValueError(f"prompts: got {_kind(prompts)}, expected {LISTS}")
+    if not count:
+        raise ValueError("got no prompts, expected at least one")
+    return count
+
+
+def _token_ids(value: Any, name: str, expected: str) -> np.ndarray:
+    """Whole numbers as an array of one dimension.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    _refuse_text(value, name, expected)
+    try:
+        ids = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: got lists of several lengths, expected {expected}") from None
+    except TypeError:
+        raise ValueError(f"{name}: got {_kind(value)}, expected {expected}") from None
+    if ids.ndim == 0:
+        raise ValueError(f"{name}: got {_kind(value)}, expected {expected}")
+    if ids.ndim > 1:
+        raise ValueError(f"{name}: got ids of shape {ids.shape}, expected {expected}")
+    if not ids.size:
+        return np.zeros(0, np.int32)
+    if ids.dtype.kind not in "iu" and not all(type(i) is int for i in ids.tolist()):
+        kind = next(_kind(i) for i in ids.tolist() if type(i) is not int)
+        raise ValueError(f"{name}: got {kind} among the token ids, expected {expected}")
+    return ids
+
+
+def _refuse_text(value: Any, name: str, expected: str) -> None:
+    """Raises ValueError for the two usual mistakes, with what to do about them."""
+    if isinstance(value, str | bytes):
+        raise ValueError(
+            f"{name}: got text, expected {expected}: encode it with kvjax.load_tokenizer"
+        )
+    if isinstance(value, Mapping):
+        raise ValueError(
+            f"{name}: got {type(value).__name__}, expected {expected}: "
+            "pass tokenizer(...)['input_ids']"
+        )
+
+
+def _kind(value: Any) -> str:
+    """A value for an error of one line."""
+    if value is None or isinstance(value, numbers.Number):
+        return str(value)
+    return "text" if isinstance(value, str | bytes) else type(value).__name__
 
 
 def bucket_length(length: int) -> int:

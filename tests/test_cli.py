@@ -18,6 +18,7 @@ from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
 from kvjax.tasks.tokenizer import to_transformers
 from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.text import added_text
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 
@@ -203,7 +204,7 @@ def test_compress_then_ask(checkpoint, tmp_path):
     question = tokenizer("where is mary", add_special_tokens=False)["input_ids"]
     expected = kvjax.generate(model, params, [question], 5, context=context)
     assert answer["new_tokens"] == len(expected.tokens[0])
-    assert answer["text"] == tokenizer.decode(expected.tokens[0], skip_special_tokens=True)
+    assert answer["text"] == added_text(tokenizer, question, expected.tokens[0])
     assert answer["policy"] == policy
 
 

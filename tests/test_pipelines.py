@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizer_toys import sentencepiece
 
 import kvjax
 from kvjax.headkv import load_scores
@@ -26,6 +27,13 @@ def test_examples_for_a_tokenizer_are_those_of_its_vocabulary(loaded):
     assert (ours.bos_id, ours.size) == (theirs.bos_id, theirs.size)
     text = "mary 's favorite thing is velvet anchor . how old is john ?"
     assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "normalizer"])
+def test_a_piece_within_a_sentence_follows_one_space(scheme):
+    vocab = TokenizerVocabulary(sentencepiece(scheme))
+    tokens = vocab.tokenizer.convert_ids_to_tokens(vocab.encode("the return"))
+    assert tokens == ["▁th", "e", "▁re", "t", "u", "r", "n"]
 
 
 def test_scores_are_stable_under_half_of_the_samples(loaded, tmp_path):

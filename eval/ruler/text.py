@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
+from kvjax.encoding import ids_after
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks import filler, haystack, words
 from kvjax.tasks.prompt import Filler, strew
@@ -31,7 +32,7 @@ class Prompt:
 
 
 def encode(vocab: TokenizerVocabulary, text: str) -> list[int]:
-    """Ids of a text that does not go on after a space, without special tokens."""
+    """Ids of a text that begins a prompt, without special tokens."""
     return vocab.tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -59,7 +60,7 @@ def compose(
         vocab,
         [encode(vocab, intro), *map(vocab.encode, sentences)],
         length,
-        encode(vocab, question),
+        ids_after(vocab.tokenizer, question),
         [0.0, *(np.sort(depths) if in_order else depths)],
         fill,
     )
@@ -104,8 +105,10 @@ def essay(path: str | Path, vocab: TokenizerVocabulary) -> haystack.Haystack:
     """
     path = Path(path)
     sentences = haystack.SENTENCE_END.split(" ".join(rows.read_text(path).split()))
-    # As vocab.encode, but all at once: a book has thousands.
-    pieces = vocab.tokenizer([f" {s}" for s in sentences if s] or [" "], add_special_tokens=False)
+    # As vocab.encode, but all at once: a book has thousands. Some tokenizers put the space there.
+    space = "" if encode(vocab, "a") == vocab.encode("a") else " "
+    texts = [space + sentence for sentence in sentences if sentence]
+    pieces = vocab.tokenizer(texts or [" "], add_special_tokens=False)
     return haystack.Haystack(path.name, tuple(tuple(p) for p in pieces["input_ids"] if p))
 
 

@@ -125,12 +125,13 @@ class Transformer(nn.Module):
         Raises:
             ValueError: outside jit, more tokens than the cache has room for. Inside jit the
                 surplus is dropped and the cache's lengths exceed its capacity. Segments together
-                with a cache.
+                with a cache. Tokens that are no integer array of two dimensions.
         """
         if logits_at not in ("all", "last"):
             raise ValueError(f"logits_at is {logits_at!r}, expected 'all' or 'last'")
         if segments is not None and cache is not None:
             raise ValueError("got segments and a cache, expected packed documents without a cache")
+        check_tokens(tokens)
         at = self._positions(tokens, positions, cache)
         if rope_lengths is None:
             rope_lengths = default_rope_lengths(at, cache)
@@ -187,6 +188,15 @@ class Transformer(nn.Module):
         if cache is not None:
             check_room(cache, positions)
         return positions
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raises ValueError for what is no integer array [B, T]."""
+    if getattr(tokens, "ndim", 0) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        kind = (
+            f"{tokens.dtype} {tokens.shape}" if hasattr(tokens, "dtype") else type(tokens).__name__
+        )
+        raise ValueError(f"got tokens {kind}, expected an integer array [B, T]")
 
 
 def embed_tokens(

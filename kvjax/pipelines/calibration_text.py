@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Integer
 
+from kvjax.encoding import prompt_ids
 from kvjax.hf import load_tokenizer, read_model
 from kvjax.ranges import COUNT, Range, check_ranges
 from kvjax.token_ids import token_ids
@@ -80,7 +81,7 @@ def _encode(source: str, path: Path, tokens: int, length: int) -> Int[np.ndarray
         text = path.read_text(encoding="utf-8")[: 16 * tokens]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from None
-    ids = np.asarray(load_tokenizer(source)(text)["input_ids"], np.int64)[:tokens]
+    ids = np.asarray(prompt_ids(load_tokenizer(source), text), np.int64)[:tokens]
     if len(ids) < length:
         raise ValueError(f"{path} has {len(ids)} tokens, expected at least {length}")
     return ids[: len(ids) // length * length].reshape(-1, length)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.encoding import ids_after
 from kvjax.example import Example
 from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import haystack, needle, repeated_spans, two_hop
@@ -42,7 +43,7 @@ class TokenizerVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of text as it stands within a sentence: after a space."""
-        return self.tokenizer.encode(f" {text}", add_special_tokens=False)
+        return ids_after(self.tokenizer, f" {text}")
 
     @functools.cached_property
     def ordinary_ids(self) -> list[int]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.context import compress, load_context
+from kvjax.encoding import end_ids, ids_after, prompt_ids
 from kvjax.generation import generate
 from kvjax.headkv import Policy
 from kvjax.hf import load, load_tokenizer
 from kvjax.mesh import named_mesh
+from kvjax.text import TextStream
 
 
 def generate_text(
@@ -28,8 +30,9 @@ def generate_text(
     Args:
         write: called with pieces of the new text as they are ready.
         mesh: devices to spread over, see `kvjax.mesh.parse_mesh`; None for one.
-        context: a file that `compress_text` wrote; the prompt goes on from it.
-        settings: of `kvjax.generate`.
+        context: a file that `compress_text` wrote; the prompt follows its text as it is written.
+        settings: of `kvjax.generate`. Without eos_ids, the model's and the tokenizer's EOS and the
+            end of a turn in the chat template end the text.
 
     Returns:
         prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes.
@@ -44,33 +47,30 @@ def generate_text(
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)
-    ids = tokenizer(prompt, add_special_tokens=held is None)["input_ids"]
-    printed, new_ids = "", []
+    if held is None:
+        ids = prompt_ids(tokenizer, prompt)
+    else:  # the context has begun with BOS
+        ids = ids_after(tokenizer, prompt.removeprefix(tokenizer.bos_token or ""))
+    stream, pieces = TextStream(tokenizer, ids), []
 
-    def show(_: int, ids: list[int]) -> None:
-        # Decoding all ids each time keeps characters that span several tokens whole.
-        nonlocal printed
-        new_ids.extend(ids)
-        text = tokenizer.decode(new_ids, skip_special_tokens=True)
-        if write is not None and not text.endswith("\ufffd"):
-            write(text[len(printed) :])
-            printed = text
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if write is not None and piece:
+            write(piece)
 
     out = generate(
         model,
         params,
         [ids],
         policy=policy,
-        on_tokens=show,
+        on_tokens=lambda _, new: show(stream.add(new)),
         context=held,
-        **settings,
+        **{"eos_ids": end_ids(tokenizer, model.config, chat=True), **settings},
     )
-    text = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
-    if write is not None:
-        write(text[len(printed) :])
+    show(stream.end())
     return {
         "prompt": prompt,
-        "text": text,
+        "text": "".join(pieces),
         "prompt_tokens": len(ids),
         "new_tokens": len(out.tokens[0]),
         "policy": policy if held is None else held.policy,
@@ -92,7 +92,7 @@ def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> 
         raise ValueError(f"no text file at {text}")
     Policy.parse(policy)
     model, params = load(path, dtype=dtype)
-    ids = load_tokenizer(path)(text.read_text(encoding="utf-8"))["input_ids"]
+    ids = prompt_ids(load_tokenizer(path), text.read_text(encoding="utf-8"))
     context = compress(model, params, ids, policy)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)

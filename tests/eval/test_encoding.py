@@ -4,9 +4,14 @@ import dataclasses
 
 import eval_toys as toys
 import pytest
+from tokenizer_toys import sentencepiece
 
-from eval.encoding import encode, end_ids
-from eval.task import Item, Task
+from eval import teacher
+from eval.encoding import encode
+from eval.task import Item, Task, TaskOptions
+from eval.tasks import ruler
+from kvjax.encoding import end_ids
+from kvjax.text import added_text
 
 WORDS = toys.VOCAB.tokens[10:110]
 
@@ -98,3 +103,42 @@ def test_everything_that_ends_an_answer():
     other = toys.to_transformers(toys.VOCAB, toys.CONTEXT)
     other.chat_template = toys.TEMPLATE.replace("<eos>", "<pad>")
     assert end_ids(other, config, True) == (7, 8, 2, 0)
+
+
+@pytest.mark.parametrize("text", ["the return", "<s>the return"])
+def test_a_raw_prompt_begins_with_bos_once_and_does_not_end(text):
+    task, tokenizer = one(text), sentencepiece(end=True)
+    [prompt] = encode(task, tokenizer, toys.config(), chat=False)
+    expected = sentencepiece().encode(text, add_special_tokens=not text.startswith("<s>"))
+    assert (
+        list(prompt.ids) == expected and expected.count(1) == 1 and prompt.length == len(expected)
+    )
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "normalizer"])
+def test_a_right_answer_follows_one_space(scheme):
+    tokenizer = sentencepiece(scheme)
+    item = dataclasses.replace(one("so").items[0], references=("the",))
+    loaded = dataclasses.replace(toys.loaded(), tokenizer=tokenizer)
+    task = dataclasses.replace(one("so"), items=(item,))
+    [prompt] = encode(task, tokenizer, toys.config(), chat=False)
+    example = teacher._example(loaded, task, prompt)
+    assert tokenizer.convert_ids_to_tokens(example.answer) == ["▁th", "e"]
+    assert added_text(tokenizer, prompt.ids, example.answer) == " the"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "normalizer"])
+def test_pieces_of_a_long_prompt_meet_as_they_are_written(scheme, tmp_path):
+    tokenizer = sentencepiece(scheme)
+    (tmp_path / "essay.txt").write_text("The whale swims far. " * 500)
+    options = TaskOptions(
+        tokenizer=tokenizer,
+        lengths=(2001,),  # the haystack is cut after a letter
+        count=1,
+        subsets=("niah_single_2",),
+        settings={"haystack": str(tmp_path / "essay.txt")},
+    )
+    [item] = ruler.load(options).items
+    text = tokenizer.decode(item.prompt, skip_special_tokens=True)
+    assert "  " not in text and " \n\nQuestion" not in text
+    assert ". The whale swims far. The" in text and text.count("\n\nQuestion: What") == 1

@@ -1,17 +1,26 @@
 """HumanEval and MBPP: right solutions pass in the sandbox, empty ones fail."""
 
+import dataclasses
 import gzip
 import json
 import math
 
+import eval_toys as toys
 import pytest
+from tokenizer_toys import sentencepiece
 
-from eval import code_tasks
+import kvjax
+from eval import code_tasks, decoding
+from eval.encoding import encode
+from eval.run import evaluate
 from eval.sandbox.confine import Limits
 from eval.sandbox.layers import probe
 from eval.sandbox.runner import run_many
+from eval.settings import Settings
 from eval.task import TaskOptions
 from eval.tasks import humaneval, mbpp
+from kvjax.encoding import ids_after
+from kvjax.generation import Generation
 
 TIMEOUT = 60
 
@@ -140,6 +149,38 @@ def test_files_that_are_not_there_or_broken(tmp_path):
     (tmp_path / "mbpp.jsonl").write_text('{"task_id": 2}\n')
     with pytest.raises(ValueError, match="no row with task_id 3"):
         mbpp.load(TaskOptions(tmp_path))
+
+
+def run_of_solutions(task, tokenizer, out, monkeypatch):
+    """The report of a run whose model answers each prompt with the tokens of its solution."""
+    loaded = dataclasses.replace(toys.loaded(), tokenizer=tokenizer)
+    answers = {
+        prompt.ids: ids_after(tokenizer, task.items[prompt.index].references[0])
+        for prompt in encode(task, tokenizer, loaded.model.config, False)
+    }
+
+    def generate(model, params, prompts, **settings):
+        return Generation([answers[tuple(ids)] for ids in prompts], len(prompts), len(prompts))
+
+    monkeypatch.setattr(decoding, "generate", generate)
+    return evaluate(loaded, task, Settings(), out, quiet=True)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "normalizer"])
+def test_solutions_pass_in_tokens_of_sentencepiece(folder, tmp_path, monkeypatch, scheme):
+    settings = {"timeout": str(TIMEOUT), "max_new_tokens": "64"}
+    task = humaneval.load(TaskOptions(folder, settings=settings))
+    report = run_of_solutions(task, sentencepiece(scheme), tmp_path / "run", monkeypatch)
+    assert report["policies"][0]["all"]["score"] == 1
+
+
+@pytest.mark.data
+def test_canonical_solutions_pass_in_tokens_of_sentencepiece(data_dir, tmp_path, monkeypatch):
+    settings = {"timeout": str(TIMEOUT), "max_new_tokens": "64"}
+    task = humaneval.load(TaskOptions(data_dir, limit=6, settings=settings))
+    tokenizer = kvjax.load_tokenizer(data_dir / "checkpoints" / "stories260k")
+    report = run_of_solutions(task, tokenizer, tmp_path / "run", monkeypatch)
+    assert report["policies"][0]["all"]["score"] == 1
 
 
 @pytest.mark.data

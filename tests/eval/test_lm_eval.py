@@ -6,9 +6,11 @@ import warnings
 import eval_toys
 import numpy as np
 import pytest
+from tokenizer_toys import CHAT, sentencepiece
 
 from eval.continuations import compressed, dense
 from eval.loaded import resolve_all
+from kvjax.encoding import ids_after
 
 TASK = """
 task: toy_choice
@@ -172,6 +174,36 @@ def test_answers_end_at_stops(checkpoint):
         model.generate_until([_Request((prompts[0], {"beams": 2}))])
     with pytest.raises(ValueError, match="every"):
         CompressedLM(loaded, bounded)
+
+
+def test_answers_follow_their_prompts(checkpoint, monkeypatch):
+    imported()
+    from eval import harness_model
+    from eval.loaded import Loaded
+    from kvjax.generation import Generation
+
+    tokenizer = sentencepiece(end=True, chat_template=CHAT)
+    loaded = Loaded("toy", eval_toys.loaded().model, eval_toys.loaded().params, tokenizer)
+    policy = resolve_all(["full"], loaded.model)["full"]
+    model = harness_model.CompressedLM(loaded, policy, batch_size=2)
+    assert (
+        model.tok_encode("the")
+        == model.tok_encode("<s> the")
+        == [1, *tokenizer.encode(" the")[1:-1]]
+    )
+    answer = ids_after(tokenizer, "    return x\n")
+    calls = []
+
+    def generate(model, params, prompts, eos_ids, **settings):
+        calls.append((prompts, eos_ids))
+        return Generation([answer for _ in prompts], 1, 1)
+
+    monkeypatch.setattr(harness_model, "generate", generate)
+    found = model.generate_until([_Request(("def f():\n", {"max_gen_toks": 8}))])
+    assert found == ["    return x\n"]
+    [([prompt], eos_ids)] = calls
+    assert prompt == tokenizer.encode("def f():\n")[:-1]
+    assert eos_ids == (2, tokenizer.convert_tokens_to_ids("<|end|>"))
 
 
 class _Request:

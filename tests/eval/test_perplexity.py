@@ -8,6 +8,7 @@ import eval_toys as toys
 import jax
 import numpy as np
 import pytest
+from tokenizer_toys import sentencepiece
 from toys import forward
 
 from eval import losses
@@ -82,14 +83,21 @@ def test_the_standard_error_is_over_chunks():
 
 
 def test_documents_are_joined_with_blank_lines(tmp_path):
-    def tokenizer(text, verbose):
-        return {"input_ids": list(text.encode())}
+    class Bytes:
+        def encode(self, text, **settings):
+            return list(text.encode())
 
+    tokenizer = Bytes()
     (tmp_path / "a.txt").write_text("one")
     rows = [json.dumps({"text": text}) for text in ("two", "three")]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     names = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl.gz")]
     assert bytes(read_ids(names, tokenizer).tolist()) == b"one\n\ntwo\n\nthree"
+    texts = (tmp_path / "e.txt"), (tmp_path / "f.txt")
+    for path, text in zip(texts, ("the return", "<s>the return"), strict=True):
+        path.write_text(text)
+        ids = read_ids([str(path)], sentencepiece(end=True)).tolist()
+        assert ids[0] == 1 and ids.count(1) == 1 and ids[-1] != 2
     (tmp_path / "c.jsonl").write_text('{"text": "four"}\n{"text": 5}\n')
     for name, message in (
         (tmp_path / "c.jsonl", "line 2.*expected text"),

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import random
 import signal
+import string
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from eval.run import evaluate
 from eval.settings import Settings
 from kvjax import transmla
 from kvjax.headkv.scores import HeadScores
+from kvjax.text import added_text
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ("full", "snapkv:kv_size=12,window=4")
@@ -59,7 +61,7 @@ def test_each_answer_is_what_generation_gives_for_the_prompt_alone(finished):
                 loaded.model, loaded.params, [prompt.ids], item.max_new_tokens, policy
             )
             line = lines[policy, item.id]
-            assert line.text == loaded.tokenizer.decode(alone.tokens[0], skip_special_tokens=True)
+            assert line.text == added_text(loaded.tokenizer, prompt.ids, alone.tokens[0])
             assert line.score == toys.checksum(item, line.text)
             assert (line.prompt_tokens, line.group) == (len(prompt.ids), item.group)
             held = (line.cache_bytes, line.full_cache_bytes)
@@ -207,8 +209,9 @@ def test_stops_and_a_summary(tmp_path):
     def summary(triples):
         return {"longest": max(len(text.split()) for _, text, _ in triples)}
 
-    report = run(toys.task(stops=(" ",), summary=summary), tmp_path)
-    assert all(" " not in (p.text or "") for p in read(tmp_path / PREDICTIONS))
+    stops = tuple(f"{letter} " for letter in string.printable if letter != " ")
+    report = run(toys.task(stops=stops, summary=summary), tmp_path)
+    assert all(" " not in (p.text or "")[1:] for p in read(tmp_path / PREDICTIONS))
     assert report["policies"][0]["summary"] == {"longest": 1}
 
 

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import tokenizer_toys
 from data_rows import CHAT, word_tokenizer
+from tokenizer_toys import sentencepiece
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvjax.text import added_text
 from train.data.encoding import Encoder
 
 
@@ -139,6 +142,31 @@ def test_no_space_is_doubled_where_the_tokenizer_adds_one():
     row = {"query": "who", "response": "mary"}
     document = Encoder(tokenizer, "plain", "auto", "answers")(row)
     assert words(tokenizer, document) == "▁who ▁mary* <eos>*"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "normalizer"])
+@pytest.mark.parametrize("answer", ["the return", "x\n  re"])
+def test_an_answer_gets_no_space_that_the_text_does_not_have(scheme, answer):
+    tokenizer = sentencepiece(scheme, chat_template=tokenizer_toys.CHAT)
+    row = {"query": "who", "response": answer}
+    document = Encoder(tokenizer, "metamath", "auto", "answers")(row)
+    prompt, new = (document.tokens[document.learned == part].tolist() for part in (0, 1))
+    assert document.tokens.tolist() == [*prompt, *new] and new[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(prompt, skip_special_tokens=True)
+    assert text.endswith("### Response: Let's think step by step.")
+    assert prompt == tokenizer(text).input_ids
+    assert added_text(tokenizer, prompt, new) == answer  # which follows at once
+    row = chat(("user", "who ?"), ("assistant", answer), ("user", "so"), ("assistant", "x"))
+    document = Encoder(tokenizer, "chat", "auto", "answers")(row)
+    rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert document.tokens.tolist() == tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one():
+    tokenizer = word_tokenizer()
+    for text in ("mary sings .", "<bos> mary sings ."):
+        document = Encoder(tokenizer, "text", "auto", "answers")({"text": text})
+        assert words(tokenizer, document) == "<bos> mary* sings* .* <eos>*"
 
 
 def test_a_tokenizer_without_eos():

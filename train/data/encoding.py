@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from kvjax.encoding import ids_after
 from train.data.formats import read_messages
 from train.data.templates import Piece, chat_pieces, prompt_pieces, uses_chat_template
 
@@ -50,8 +51,6 @@ class Encoder:
         self.special = {*tokenizer.all_special_ids} | {
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        first = tokenizer.convert_ids_to_tokens(self._ids("a")[:1])
-        self.adds_space = "".join(first).startswith("▁")
 
     def __call__(self, row: Mapping[str, Any]) -> Document:
         """The row's document.
@@ -67,24 +66,27 @@ class Encoder:
             pieces = chat_pieces(messages, self.tokenizer)
         else:
             pieces = prompt_pieces(self.form, messages)
-        tokens, learned = list(self.start), [False] * len(self.start)
-        for index, piece in enumerate(pieces):
-            ids = self._ids(piece.text if index == 0 else self._continued(piece.text))
+        tokens, learned, before = [], [], ""
+        for piece in pieces:
+            ids = self._ids(piece.text, before)
             tokens += ids
             learned += self._learned(piece, ids)
+            before += piece.text
+        count = len(self.start)
+        if tokens[:count] == self.start:  # the text says BOS itself
+            tokens, learned = tokens[count:], learned[count:]
+        tokens, learned = self.start + tokens, [False] * count + learned
         if not self.is_chat:
             tokens.append(self.tokenizer.eos_token_id)
             learned.append(True)
         return Document(np.array(tokens, np.int32), np.array(learned) | self.learn_all)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, before: str) -> list[int]:
+        if before:
+            return ids_after(self.tokenizer, text, before)
         if not text:
             return []
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    def _continued(self, text: str) -> str:
-        """The text without the space that the tokenizer itself puts before any text."""
-        return text.removeprefix(" ") if self.adds_space else text
 
     def _learned(self, piece: Piece, ids: list[int]) -> list[bool]:
         """An answer is learned through the token that ends its turn: the blanks that a chat
