@@ -60,6 +60,7 @@ def rounded(x: np.ndarray, dtype: Any) -> jax.Array:
         return jnp.asarray(x.astype(dtype))
 
 
+CONVERTED = " after the conversion: it overflows the dtype, or its fits diverge"
 OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 65504"
 """What logits that are not finite come from."""
 

@@ -121,6 +121,10 @@ def test_another_comparison_s_folder_is_refused(tmp_path):
     check_folder(CompareConfig(), tmp_path)
     with pytest.raises(ValueError, match="other settings"):
         check_folder(CompareConfig(steps=100), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"weights": "0" * 12}))
+    with pytest.raises(ValueError, match="other settings"):
+        check_folder(CompareConfig(), tmp_path)
 
 
 def test_bad_settings(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,24 @@ def reached(out, step):
 def test_another_run_s_folder_is_refused(folder, finished):
     with pytest.raises(ValueError, match=r"other settings \(learning_rate: 0.003 there, 0.1 now"):
         run(settings(folder, learning_rate=0.1), finished[0])
+
+
+def test_a_run_goes_on_from_the_weights_that_it_began_with(folder, finished, tmp_path):
+    """The model's folder may hold another model by then: checkpoints have what trains alone."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    model, params = kvjax.load(folder / "mla", dtype="float32")
+    tuned = params | {"embedding": params["embedding"].at[0, 0].add(1e-3)}
+    kvjax.save(model, tuned, tmp_path / "mla")
+    for file in (folder / "mla").glob("*token*"):
+        shutil.copy(file, tmp_path / "mla")
+    config = settings(folder, model=str(tmp_path / "mla"), merge=True)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(written | {"model": config.model}))
+    with pytest.raises(ValueError, match=r"began with weights \w{12}, model and teacher have \w"):
+        run(config, tmp_path / "run")
+    path.write_text(json.dumps(written))
+    assert run(settings(folder), tmp_path / "run")["steps"] == 12
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(folder, tmp_path):

@@ -54,9 +54,15 @@ def check_folder(config: CompareConfig, out: Path) -> None:
     """Writes the settings, or compares them with those of the runs that are there.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they differ, or the model's weights do.
     """
+    from kvjax.hf import open_params, read_model
+    from kvjax.identity import identity
+
+    model, params = read_model(config.model), open_params(config.model, "float32")
+    weights = identity(model.config, params).digest
     path, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    mine["weights"] = weights
     if path.exists() and json.loads(path.read_text()) != mine:
         raise ValueError(f"{out} holds a comparison with other settings; give a new folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import jax
 
 import kvjax
 from kvjax import processes
+from kvjax.identity import part_checksum
 from kvjax.paths import local_path
 from kvjax.ranges import COUNT, check_ranges, optional
 from train import log
@@ -49,6 +50,8 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     processes.on_writer(lambda: check_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
     tuning, state = load(config)
+    weights = part_checksum([state.params, tuning.frozen, tuning.teacher])
+    processes.on_writer(lambda: check_weights(weights, out))
     steps, data = plan(config, tokenizer)
     shape = tuning.step.model.config
     check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
@@ -95,6 +98,26 @@ def plan(config: TuneConfig, tokenizer: Any) -> tuple[int, Any]:
     return config.steps, dataclasses.replace(data, epochs=epochs)
 
 
+def check_weights(weights: str, out: Path) -> None:
+    """Notes what a new run starts from; compares it where the run goes on.
+
+    Args:
+        weights: checksum of the model's weights, and of its teacher's.
+
+    Raises:
+        ValueError: the run began with others, which its checkpoints do not hold in full.
+    """
+    path = out / "config.json"
+    content = json.loads(path.read_text())
+    held = content.get("weights") or weights
+    if held != weights:
+        raise ValueError(
+            f"{out} holds a run that began with weights {held}, model and teacher have {weights} "
+            "now: give another folder"
+        )
+    path.write_text(json.dumps(content | {"weights": weights}, indent=1) + "\n")
+
+
 def check_processes(saved: int, out: Path) -> None:
     """Raises ValueError where other processes took other shares of the data."""
     if saved != jax.process_count():
@@ -120,5 +143,6 @@ def check_folder(config: TuneConfig, out: Path) -> None:
         ]
         if different:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(different)})")
+        mine["weights"] = theirs.get("weights")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=1) + "\n")
