@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,22 +25,32 @@ def tune(
 ) -> dict[str, dict[str, int]]:
     """{operation: sizes} that have the smallest sum of median times over its cases.
 
+    Sizes that do not compile for all cases of an operation are left out, and said.
+
     Raises:
-        ValueError: a platform without kernels.
+        ValueError: a platform without kernels, or an operation for which no size compiles.
     """
     if platform not in CANDIDATES:
         raise ValueError(f"nothing to tune on a {platform}")
     ((name, values),) = CANDIDATES[platform].items()
-    totals: dict[tuple[str, int], float] = {}
+    totals: dict[str, dict[int, float]] = {}
     for case in cases:
-        runs = {str(value): _runner(case, platform, {name: value}) for value in values}
+        sums = totals.setdefault(case.operation, dict.fromkeys(values, 0.0))
+        runs = {}
+        for value in list(sums):
+            try:
+                runs[str(value)] = _runner(case, platform, {name: value})
+            except Exception as error:  # limits, the kernel's compiler and XLA's each raise others
+                del sums[value]
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                print(f"{case.operation} without {name}={value}: {reason}", file=sys.stderr)
+        if not sums:
+            raise ValueError(f"{case.operation} compiles with no {name} of {values}")
         for value, times in seconds(runs, repeats, time.perf_counter).items():
-            key = case.operation, int(value)
-            totals[key] = totals.get(key, 0.0) + statistics.median(times)
-    operations = {operation for operation, _ in totals}
+            sums[int(value)] += statistics.median(times)
     return {
-        operation: {name: min(values, key=lambda value: totals[operation, value])}
-        for operation in sorted(operations)
+        operation: {name: min(sums, key=lambda value: sums[value])}
+        for operation, sums in sorted(totals.items())
     }
 
 

@@ -84,6 +84,32 @@ def test_tuning_takes_the_fastest_in_sum_and_keeps_the_rest(tmp_path, monkeypatc
     }
 
 
+def test_tuning_survives_sizes_that_do_not_compile(monkeypatch, capsys):
+    """A size must compile for every case of its operation."""
+    gqa, mla = gqa_case("needle", 1, 8, "bfloat16"), mla_case("deepseek-v3", 1, 8, "bfloat16")
+    longer = gqa._replace(context=9)
+
+    def runner(case, platform, sizes):
+        if (case.operation, sizes["block"]) == ("mla_decode", 2048):
+            raise NotImplementedError("a piece is too large\nand more")
+        if case is longer and sizes["block"] == 512:
+            raise RuntimeError("RESOURCE_EXHAUSTED: vmem")
+
+    monkeypatch.setattr("pallas_kernels.bench.tune._runner", runner)
+    speeds = {"256": [3.0], "512": [1.0], "1024": [2.0], "2048": [0.5]}
+    speeds_of = lambda runs, *_: {name: speeds[name] for name in runs}  # noqa: E731
+    assert tune([gqa, mla, longer], "tpu", 1, speeds_of) == {
+        "gqa_decode": {"block": 2048},
+        "mla_decode": {"block": 512},
+    }
+    said = capsys.readouterr().err
+    assert "mla_decode without block=2048: a piece is too large\n" in said
+    assert "gqa_decode without block=512: RESOURCE_EXHAUSTED: vmem\n" in said
+    monkeypatch.setattr("pallas_kernels.bench.tune._runner", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="gqa_decode compiles with no block of"):
+        tune([gqa], "tpu", 1, speeds_of)
+
+
 def test_sizes_in_a_context():
     default = tuning.sizes("tpu", "mla_decode", "TPU v6 lite")
     with tuning.using(block=128, stages=7):
