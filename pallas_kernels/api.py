@@ -3,7 +3,11 @@
 Shape letters: B batch, N query heads, K KV heads, S slots, P pool rows, H head dim, L latent rank,
 R rope dim. `implementation` is "auto" (the kernel of the platform where there is one that serves,
 else "xla") or a name; a named implementation that cannot serve raises NotImplementedError with the
-reason, it never hands over to another one.
+reason, it never hands over to another one. "auto" warns (RuntimeWarning, once a process, operation
+and reason) where it leaves an operation to XLA on a platform that has kernels.
+
+Lengths are clipped to what there is room for before any implementation sees them: kernels would
+otherwise read beyond the cache.
 """
 
 from collections.abc import Sequence
@@ -11,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import ragged_blocks, reference
-from pallas_kernels.dispatch import choose, kernel, target
-from pallas_kernels.gpu import limits as gpu_limits
+from pallas_kernels.dispatch import check_name, kernel
 from pallas_kernels.quantized import Entries
+from pallas_kernels.reference import NEG_INF
 from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
-from pallas_kernels.tpu import limits as tpu_limits
 
 
 def gqa_decode(
@@ -38,7 +42,7 @@ def gqa_decode(
         q: [B, N, H]; query head n reads KV head n // (N / K).
         k, v: [B, K, S, H], or `Quantized`; slots at or beyond a sequence's length never reach the
             output.
-        lengths: [B] int32, live slots; 0 gives an output of zeros.
+        lengths: [B] integers, live slots, clipped to 0 … S; 0 gives an output of zeros.
         scale: multiplies the logits; default H^-0.5.
         window: only the last `window` live slots are seen.
         softcap: logits become softcap · tanh(logits / softcap).
@@ -51,19 +55,15 @@ def gqa_decode(
         ValueError: shapes that don't fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
-    B, N, H = q.shape
-    K, S = k.shape[1], k.shape[2]
+    _check_ranks({"q": (q, 3), "k": (k, 4), "v": (v, 4), "lengths": (lengths, 1)})
+    (B, N, H), (K, S) = q.shape, k.shape[1:3]
     _check(k.shape == (B, K, S, H), f"k is {k.shape}, expected {(B, K, S, H)} for q {q.shape}")
     _check(v.shape[:3] == (B, K, S), f"v is {v.shape}, expected {(B, K, S)} + head dim")
-    _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
-    _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
-    on = target()
-    obstacles = {
-        "pallas_tpu": tpu_limits.arrays(on.device_kind, q, k, v),
-        "pallas_gpu": gpu_limits.arrays(on.device_kind, q, [k], v),
-    }
-    chosen = choose(implementation, "gqa_decode", on, obstacles)
-    run = kernel(chosen, "gqa_decode", on) or reference.gqa_decode
+    _check_heads(N, K)
+    lengths, window = _live(lengths, (B,), S), _window(window, S)
+    if 0 in (B, N, *v.shape):
+        return _nothing((B, N, v.shape[3]), q.dtype, implementation, return_lse)
+    run = kernel(implementation, "gqa_decode", q, k, v) or reference.gqa_decode
     out, lse = run(q, k, v, lengths, _scale(scale, H), window, softcap)
     return _result(out.astype(q.dtype), lse, return_lse)
 
@@ -92,7 +92,7 @@ def ragged_gqa_decode(
             capacities[k].
         starts: K static ints, ascending; or [B, K] int32 where sequences or devices differ, the
             first 0.
-        lengths: [B, K] int32, live rows of each segment.
+        lengths: [B, K] integers, live rows of each segment, clipped to 0 … its capacity.
         capacities: as starts; default: up to the next segment.
         align: starts that are arrays are multiples of it; P too.
         span: for starts that are arrays, in a pool that holds other segments besides: rows from
@@ -107,23 +107,18 @@ def ragged_gqa_decode(
         ValueError: shapes that don't fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
+    _check_ranks({"q": (q, 3), "k_pool": (k_pool, 3), "v_pool": (v_pool, 3)})
     (B, N, H), P = q.shape, k_pool.shape[1]
-    segments = _segments(starts, capacities, align, span, P)
+    segments = _segments(starts, capacities, align, span, (B, P))
     K = segments.num_heads
     _check(k_pool.shape == (B, P, H), f"k_pool is {k_pool.shape}, expected {(B, P, H)}")
     _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
-    _check(N % K == 0, f"{N} query heads are no multiple of {K} KV heads")
-    _check(lengths.shape == (B, K), f"lengths is {lengths.shape}, expected {(B, K)}")
-    on = target()
-    obstacles = {
-        "pallas_tpu": tpu_limits.arrays(on.device_kind, q, k_pool, v_pool)
-        or tpu_limits.segments(segments, k_pool),
-        "pallas_gpu": gpu_limits.arrays(on.device_kind, q, [k_pool], v_pool)
-        or gpu_limits.segments(segments, k_pool),
-    }
-    run = kernel(
-        choose(implementation, "ragged_gqa_decode", on, obstacles), "ragged_gqa_decode", on
-    )
+    _check_heads(N, K)
+    _check(live is None or live.shape == (B, P), f"live is not {(B, P)}, the pool's rows")
+    lengths = _live(lengths, (B, K), segments.room(P))
+    if 0 in (B, N, *v_pool.shape):
+        return _nothing((B, N, v_pool.shape[2]), q.dtype, implementation, return_lse)
+    run = kernel(implementation, "ragged_gqa_decode", q, k_pool, v_pool, segments, live)
     settings = (lengths, _scale(scale, H), softcap)
     if run is not None:
         out, lse = run(q, k_pool, v_pool, segments, *settings, live)
@@ -136,14 +131,26 @@ def ragged_gqa_decode(
     return _result(out.astype(q.dtype), lse, return_lse)
 
 
-def _segments(starts: Any, capacities: Any, align: int, span: int | None, rows: int) -> Segments:
-    """The segments, checked where they are static."""
+def _segments(
+    starts: Any, capacities: Any, align: int, span: int | None, pool: tuple[int, int]
+) -> Segments:
+    """The segments of pools [B, P], checked where they are static."""
+    B, rows = pool
     if not isinstance(starts, Sequence):
         _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
+        _check(
+            starts.ndim == 2 and starts.shape[0] == B,
+            f"starts is {starts.shape}, expected ({B}, KV heads), or a tuple for all sequences",
+        )
+        starts = _int32(starts, "starts", rows)
         if capacities is None:
             ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=rows)
             capacities = ends - starts
-        return TracedSegments(starts, capacities, align, span)
+        _check(
+            capacities.shape == starts.shape,
+            f"capacities is {capacities.shape}, expected {starts.shape}, as starts",
+        )
+        return TracedSegments(starts, _int32(capacities, "capacities", rows), align, span)
     if capacities is None:
         capacities = [end - start for start, end in zip(starts, [*starts[1:], rows], strict=True)]
     K = len(starts)
@@ -174,7 +181,7 @@ def mla_decode(
     Args:
         q_latent, q_rope: [B, N, L] queries lifted to the latent, and [B, N, R] rotated ones.
         latent, k_rope: [B, S, L] and [B, S, R], or `Quantized`: the cache.
-        lengths: [B] int32, live slots.
+        lengths: [B] integers, live slots, clipped to 0 … S.
         scale: multiplies the logits.
         window, softcap, implementation, return_lse: as in `gqa_decode`.
 
@@ -186,23 +193,64 @@ def mla_decode(
         ValueError: shapes that don't fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
+    ranks = {"q_latent": (q_latent, 3), "q_rope": (q_rope, 3), "latent": (latent, 3)}
+    _check_ranks({**ranks, "k_rope": (k_rope, 3), "lengths": (lengths, 1)})
     (B, N, L), S, R = q_latent.shape, latent.shape[1], k_rope.shape[-1]
     _check(q_rope.shape == (B, N, R), f"q_rope is {q_rope.shape}, expected {(B, N, R)}")
     _check(latent.shape == (B, S, L), f"latent is {latent.shape}, expected {(B, S, L)}")
     _check(k_rope.shape == (B, S, R), f"k_rope is {k_rope.shape}, expected {(B, S, R)}")
-    _check(lengths.shape == (B,), f"lengths is {lengths.shape}, expected {(B,)}")
-    on = target()
-    obstacles = {
-        "pallas_tpu": tpu_limits.arrays(on.device_kind, q_latent, q_rope, latent, k_rope),
-        "pallas_gpu": gpu_limits.arrays(on.device_kind, q_latent, [latent, k_rope], latent),
-    }
-    chosen = choose(implementation, "mla_decode", on, obstacles)
-    run = kernel(chosen, "mla_decode", on) or reference.mla_decode
+    lengths, window = _live(lengths, (B,), S), _window(window, S)
+    if 0 in (B, N, S):
+        return _nothing(q_latent.shape, q_latent.dtype, implementation, return_lse)
+    run = kernel(implementation, "mla_decode", q_latent, q_rope, latent, k_rope)
+    run = run or reference.mla_decode
     out, lse = run(q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap)
     return _result(out.astype(q_latent.dtype), lse, return_lse)
 
 
+def _live(lengths: jax.Array, shape: tuple[int, ...], room: int | jax.Array) -> jax.Array:
+    """Lengths of any integer dtype within 0 … room, int32."""
+    _check(lengths.shape == shape, f"lengths is {lengths.shape}, expected {shape}")
+    most = np.iinfo(np.int32).max
+    return jnp.clip(_int32(lengths, "lengths", most), 0, room)
+
+
+def _int32(x: jax.Array, name: str, most: int) -> jax.Array:
+    """Integers as int32, those of wider dtypes cut off at 0 and `most` first."""
+    _check(
+        jnp.issubdtype(x.dtype, jnp.integer), f"{name} is of {x.dtype}, expected an integer dtype"
+    )
+    narrow = jnp.iinfo(x.dtype).max <= np.iinfo(np.int32).max
+    return (x if narrow else jnp.clip(x, 0, most)).astype(jnp.int32)
+
+
+def _window(window: int | None, slots: int) -> int | None:
+    """None where the window holds all slots."""
+    _check(window is None or window >= 0, f"window is {window}, expected at least 0")
+    return None if window is None or window >= slots else window
+
+
+def _nothing(shape: tuple[int, ...], dtype: Any, implementation: str, return_lse: bool) -> Any:
+    """Zeros, and what a sequence without live slots has as its logsumexp: no kernel is needed."""
+    check_name(implementation)
+    out, lse = jnp.zeros(shape, dtype), jnp.full(shape[:2], NEG_INF, jnp.float32)
+    return _result(out, lse, return_lse)
+
+
+def _check_ranks(arrays: dict[str, tuple[Any, int]]) -> None:
+    for name, (array, rank) in arrays.items():
+        _check(len(array.shape) == rank, f"{name} is {array.shape}, expected {rank} axes")
+
+
+def _check_heads(queries: int, heads: int) -> None:
+    _check(
+        heads > 0 and queries % heads == 0,
+        f"{queries} query heads are no multiple of {heads} KV heads",
+    )
+
+
 def _scale(scale: float | None, head_dim: int) -> float:
+    _check(head_dim > 0 or scale is not None, "head dim is 0, expected at least 1")
     return float(head_dim) ** -0.5 if scale is None else scale
 
 

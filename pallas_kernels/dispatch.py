@@ -1,17 +1,22 @@
-"""Which implementation serves a call: that of the platform, or the one that was asked for."""
+"""Which implementation serves: the platform's kernel, or XLA."""
 
 import functools
 import importlib
+import re
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels import tuning
+from pallas_kernels.gpu import limits as gpu_limits
+from pallas_kernels.tpu import limits as tpu_limits
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 MODULES = {"gqa_decode": "gqa", "ragged_gqa_decode": "ragged", "mla_decode": "mla"}
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+LIMITS: dict[str, Any] = {"tpu": tpu_limits, "gpu": gpu_limits}
 
 
 class Target(NamedTuple):
@@ -20,73 +25,112 @@ class Target(NamedTuple):
     Attributes:
         platform: "cpu", "tpu" or "gpu".
         device_kind: as jax names it.
-        alone: whether the program runs on one device, or each device's part is written by hand.
+        cores: of a device: multiprocessors of a GPU, cores of a TPU; None where jax does not say.
+        partitioned: why XLA may cut the program into parts for several devices, which it cannot do
+            to a kernel; None where the program runs on one device, or is under `jax.shard_map`.
     """
 
     platform: str
     device_kind: str
-    alone: bool
+    cores: int | None
+    partitioned: str | None
 
 
 def target() -> Target:
     """The device of the mesh in context (`jax.sharding.use_abstract_mesh`), else the default one.
 
     A mesh without axes but with an abstract device is how one compiles for a device that is not
-    there. The compiler cannot partition a kernel: it runs on one device, or under `jax.shard_map`.
+    there.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.axis_names:
-        alone = mesh.are_all_axes_manual
-    else:
-        alone = mesh.abstract_device is not None or jax.device_count() == 1
     if mesh.abstract_device is None:
         device = jax.devices()[0]
         platform, kind = device.platform, device.device_kind
+        cores = getattr(device, "core_count", None)
     else:
-        platform, kind = mesh.abstract_device.platform, mesh.abstract_device.device_kind
-    return Target("gpu" if platform in ("cuda", "rocm") else platform, kind, alone)
+        device = mesh.abstract_device
+        platform, kind, cores = device.platform, device.device_kind, device.num_cores
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    return Target(platform, kind, cores, _partitioned(mesh))
 
 
-def choose(
-    implementation: str, operation: str, target: Target, obstacles: dict[str, str | None]
-) -> str:
-    """The implementation's name.
+def _partitioned(mesh: jax.sharding.AbstractMesh) -> str | None:
+    """See `Target`. Which devices hold a traced array is unknown, so all there are count."""
+    if mesh.axis_names:
+        if mesh.are_all_axes_manual:
+            return None
+        axes = ", ".join(map(str, mesh.axis_names))
+        return f"XLA partitions the program over the mesh axes {axes}: call it under jax.shard_map"
+    if mesh.abstract_device is not None or jax.device_count() == 1:
+        return None
+    return (
+        f"there are {jax.device_count()} devices, and XLA may partition the program over them: put "
+        "the parameters on a mesh, kvjax.load(…, mesh=…), or call it under jax.shard_map"
+    )
+
+
+def kernel(implementation: str, operation: str, *operands: Any) -> Callable | None:
+    """The operation's kernel with its sizes for the device; None for XLA.
+
+    Pallas is imported only by those who run it. Where "auto" leaves an operation to XLA on a
+    platform that has kernels, a warning says why, once a process.
 
     Args:
-        obstacles: for each kernel why it cannot serve the arguments; None where it can.
+        operands: what the platforms' `limits.<operation>` take.
 
     Raises:
         ValueError: no such implementation.
-        NotImplementedError: it was asked for, and cannot serve.
+        NotImplementedError: it was asked for by name, and cannot serve.
     """
+    check_name(implementation)
+    on = target()
+    if implementation == "xla" or (implementation == "auto" and on.platform not in LIMITS):
+        return None
+    if implementation == "auto":
+        reason = _reason(operation, on, operands) or on.partitioned
+        if reason is not None:
+            _warn(operation, reason)
+            return None
+    else:
+        platform = PLATFORMS[implementation]
+        reason = f"it compiles for a {platform}, and this is a {on.platform}"
+        if on.platform == platform:
+            reason = _reason(operation, on, operands)
+        if reason is not None:
+            raise NotImplementedError(f"{operation} with {implementation}: {reason}")
+    module = importlib.import_module(f"pallas_kernels.{on.platform}.{MODULES[operation]}")
+    return functools.partial(getattr(module, operation), **_sizes(operation, on))
+
+
+def check_name(implementation: str) -> None:
+    """Raises ValueError where there is no such implementation."""
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation {implementation!r} is none of {names}")
-    if implementation == "auto":
-        return next((name for name in PLATFORMS if _fits(name, target, obstacles)), "xla")
-    if implementation == "xla":
-        return implementation
-    platform = PLATFORMS[implementation]
-    reason = obstacles[implementation]
-    if target.platform != platform:
-        reason = f"it compiles for a {platform}, and this is a {target.platform}"
-    if reason is not None:
-        raise NotImplementedError(f"{operation} with {implementation}: {reason}")
-    return implementation
 
 
-def _fits(name: str, target: Target, obstacles: dict[str, str | None]) -> bool:
-    return target.alone and PLATFORMS[name] == target.platform and obstacles[name] is None
+def _sizes(operation: str, on: Target) -> dict[str, int]:
+    return tuning.sizes(on.platform, operation, on.device_kind, on.cores)
 
 
-def kernel(chosen: str, operation: str, target: Target) -> Callable | None:
-    """The operation with its sizes for the device; None for "xla".
+def _reason(operation: str, on: Target, operands: tuple[Any, ...]) -> str | None:
+    """Why the platform's kernel cannot serve; None where it can."""
+    limit = getattr(LIMITS[on.platform], operation)
+    return limit(on.device_kind, _sizes(operation, on), *operands)
 
-    Pallas is imported only by those who run it.
-    """
-    if chosen == "xla":
-        return None
-    platform = PLATFORMS[chosen]
-    module = importlib.import_module(f"pallas_kernels.{platform}.{MODULES[operation]}")
-    sizes = tuning.sizes(platform, operation, target.device_kind)
-    return functools.partial(getattr(module, operation), **sizes)
+
+_WARNED: set[tuple[str, str]] = set()
+
+
+def _warn(operation: str, reason: str) -> None:
+    """Once for an operation and a kind of reason: other numbers are no other reason."""
+    kind = operation, re.sub(r"\d+", "", reason)
+    if kind in _WARNED:
+        return
+    _WARNED.add(kind)
+    warnings.warn(
+        f"{operation} runs without its kernel, slower: {reason} "
+        '(implementation="xla" asks for this, and is not warned of)',
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -2,9 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax
-
-from pallas_kernels.quantized import Entries, Quantized
+from pallas_kernels.quantized import Quantized
 
 
 class Operands(NamedTuple):
@@ -38,12 +36,9 @@ class Operands(NamedTuple):
 
 
 def operands(
-    queries: tuple[jax.Array, ...],
-    keys: tuple[Entries, ...],
-    values: Entries | None,
-    seen: jax.Array | None = None,
+    queries: tuple[Any, ...], keys: tuple[Any, ...], values: Any, seen: Any = None
 ) -> Operands:
-    """Values and scales of the entries."""
+    """Values and scales of the entries, which are arrays or, for limits, shapes of them."""
     return Operands(
         queries,
         tuple(_split(x)[0] for x in keys),
@@ -54,7 +49,7 @@ def operands(
     )
 
 
-def _split(entries: Entries) -> tuple[Any, Any]:
+def _split(entries: Any) -> tuple[Any, Any]:
     if isinstance(entries, Quantized):
         return entries.values, entries.scale
     return entries, None

@@ -55,6 +55,10 @@ class StaticSegments:
             rank[start : start + capacity] = np.arange(capacity)
         return _row(head), _row(rank)
 
+    def room(self, pool_rows: int) -> jax.Array:
+        """[1, K] the most live rows of each segment."""
+        return _row(self.capacities)
+
     def longest(self, pool_rows: int) -> int:
         """Rows of the largest segment."""
         return max(self.capacities)
@@ -120,6 +124,16 @@ class TracedSegments:
         rank = row[None] - jnp.take_along_axis(self.starts, head, axis=1)
         capacity = jnp.take_along_axis(self.capacities, head, axis=1)
         return head, jnp.where((rank >= 0) & (rank < capacity), rank, NOWHERE)
+
+    def room(self, pool_rows: int) -> jax.Array:
+        """[B, K] the most live rows of each segment: its capacity, unless the next segment, or the
+        end of the span or of the pool, comes before."""
+        end = jnp.full_like(self.starts[:, :1], pool_rows)
+        if self.span is not None:
+            end = jnp.minimum(end, self.starts[:, :1] + self.span)
+        ends = jnp.minimum(jnp.concatenate([self.starts[:, 1:], end], axis=1), end)
+        rows = jnp.minimum(self.capacities, ends - self.starts)
+        return jnp.where(self.starts < 0, 0, jnp.maximum(rows, 0))
 
     def longest(self, pool_rows: int) -> int:
         """Rows that a segment cannot exceed."""

@@ -8,35 +8,40 @@ import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib.resources import files
 from typing import Any
 
-_CHOSEN: ContextVar[dict[str, int] | None] = ContextVar("sizes", default=None)
+import jax
+
+# Part of jit's cache key, so that a function traced with other sizes is traced again.
+_CHOSEN = jax.make_user_context(default_value=())
 
 
 @contextmanager
 def using(**sizes: int) -> Iterator[None]:
     """Traces take these sizes instead of the tables': for measurements and tests."""
-    token = _CHOSEN.set(sizes)
-    try:
+    with _CHOSEN(tuple(sorted(sizes.items()))):
         yield
-    finally:
-        _CHOSEN.reset(token)
 
 
-def sizes(platform: str, operation: str, device_kind: str) -> dict[str, int]:
+def sizes(
+    platform: str, operation: str, device_kind: str, cores: int | None = None
+) -> dict[str, int]:
     """The sizes that the operation's kernel takes as arguments.
 
     Args:
         platform: "tpu" or "gpu", the table.
         operation: a public function's name.
         device_kind: as jax names it, such as "TPU v5 lite".
+        cores: of the device. A GPU's kernel has a share for each; the table's number is for
+            devices that don't tell.
     """
     tables = table(platform)
-    found = tables["default"][operation] | tables.get(device_kind, {}).get(operation, {})
-    chosen = _CHOSEN.get() or {}
-    return found | {name: size for name, size in chosen.items() if name in found}
+    found = tables["default"][operation]
+    if platform == "gpu" and cores is not None and cores > 1:
+        found = found | {"shares": cores}
+    found = found | tables.get(device_kind, {}).get(operation, {})
+    return found | {name: size for name, size in _CHOSEN.value if name in found}
 
 
 @functools.cache

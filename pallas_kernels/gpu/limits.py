@@ -1,43 +1,95 @@
-"""What the GPU kernels cannot serve, as a reason for people, or None."""
+"""What the GPU kernels cannot serve, as a reason for people, or None.
+
+The functions with the operations' names say all there is to say of a call; `sizes` are those of
+`tuning.sizes`.
+"""
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.quantized import Entries, is_quantized
+from pallas_kernels.gpu.shared_memory import stages_that_fit
+from pallas_kernels.operands import Operands, operands
+from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments, common_alignment
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+QUERIES = (jnp.bfloat16, jnp.float16)
+EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)
 TILE = 8
-WIDEST = 512
+"""Rows of a tile in shared memory: copies start, and arrays end, at multiples of it."""
+WIDEST_KEYS, WIDEST_VALUES = 640, 512
+"""Columns; values of two warpgroups are what registers hold."""
 
 
-def arrays(device_kind: str, q: Any, keys: list[Entries], values: Entries) -> str | None:
-    """Devices without Hopper's instructions, dtypes, and shapes that do not fill its tiles.
+def gqa_decode(kind: str, sizes: dict[str, int], q: Any, k: Entries, v: Entries) -> str | None:
+    """Why `gqa_decode` cannot serve."""
+    return arrays(kind, operands((q,), (k,), v), k.shape[2])
 
-    Args:
-        keys: [·, rows, X] each.
-        values: [·, rows, Y].
-    """
-    if not any(name in device_kind for name in HOPPER):
-        return f"it needs Hopper's instructions, which {device_kind} does not have"
-    if jnp.dtype(q.dtype).itemsize != 2:
-        return f"tensor cores take queries of 16 bits, got {q.dtype}"
-    mixed = {x.dtype for x in (*keys, values)} - {q.dtype}
-    if any(not is_quantized(dtype) for dtype in mixed) or len(mixed) > 1:
-        return f"queries are {q.dtype}, entries {', '.join(str(x.dtype) for x in keys)}"
-    widths = [x.shape[-1] for x in (*keys, values)]
-    step = 32 if mixed else 16
-    if any(width % step for width in widths):
-        return f"head dims are {widths}, expected multiples of {step}"
-    if sum(widths[:-1]) > WIDEST + 128 or widths[-1] > WIDEST:
-        return f"head dims are {widths}, more than shared memory or registers hold"
-    if keys[0].shape[-2] % TILE:
-        return f"{keys[0].shape[-2]} slots are no multiple of {TILE}"
+
+def ragged_gqa_decode(
+    kind: str,
+    sizes: dict[str, int],
+    q: Any,
+    k_pool: Entries,
+    v_pool: Entries,
+    segments: Segments,
+    live: Any,
+) -> str | None:
+    """Why `ragged_gqa_decode` cannot serve."""
+    x = operands((q,), (k_pool,), v_pool, live)
+    return arrays(kind, x, k_pool.shape[1]) or starts(segments, k_pool)
+
+
+def mla_decode(
+    kind: str, sizes: dict[str, int], q_latent: Any, q_rope: Any, latent: Entries, k_rope: Entries
+) -> str | None:
+    """Why `mla_decode` cannot serve."""
+    parts = 1 if q_rope.shape[2] == 0 else 2
+    x = operands((q_latent, q_rope)[:parts], (latent, k_rope)[:parts], None)
+    return arrays(kind, x, latent.shape[1])
+
+
+def arrays(kind: str, x: Operands, slots: int) -> str | None:
+    """Devices without Hopper's instructions, dtypes, and shapes that do not fit its tiles."""
+    if not any(name in kind for name in HOPPER):
+        return f"it needs Hopper's instructions, which {kind} does not have"
+    return dtypes(x) or shapes(x, slots)
+
+
+def dtypes(x: Operands) -> str | None:
+    """Queries of 16 bits, and entries that are all of their dtype or all of one 8-bit one."""
+    entries = [*x.keys, *([] if x.values is None else [x.values])]
+    q, found = x.queries[0].dtype, {entry.dtype for entry in entries}
+    if q not in map(jnp.dtype, QUERIES) or any(other.dtype != q for other in x.queries):
+        return f"tensor cores take queries of 16 bits, got {x.queries[0].dtype}"
+    if len(found) > 1 or found.isdisjoint({q, *map(jnp.dtype, EIGHT_BITS)}):
+        names = ", ".join(str(entry.dtype) for entry in entries)
+        return f"queries are {q} and entries {names}, expected entries of {q} or of one 8-bit dtype"
+    scales = (*x.key_scales, x.weighed_scale)
+    if len({scale is None for scale in scales}) > 1:
+        return "some entries have scales and others have none"
     return None
 
 
-def segments(segments: Segments, pool: Any) -> str | None:
+def shapes(x: Operands, slots: int) -> str | None:
+    """Head dims and slots that tiles, shared memory or registers do not hold."""
+    entries = [*x.keys, *([] if x.values is None else [x.values])]
+    widths = [entry.shape[-1] for entry in entries]
+    step = 16 if x.keys[0].dtype == x.queries[0].dtype else 32
+    if any(width % step for width in widths):
+        return f"head dims are {widths}, expected multiples of {step}"
+    keys, values = sum(entry.shape[-1] for entry in x.keys), x.weighed.shape[-1]
+    if keys > WIDEST_KEYS or values > WIDEST_VALUES:
+        return f"head dims are {widths}, more than registers hold"
+    if stages_that_fit(x) < 1:
+        return f"head dims are {widths} of {x.keys[0].dtype}, more than shared memory holds"
+    if slots % TILE:
+        return f"{slots} slots are no multiple of {TILE}"
+    return None
+
+
+def starts(segments: Segments, pool: Any) -> str | None:
     """Segments that do not start at whole tiles."""
     align = common_alignment(segments, pool)
     if align % TILE == 0:

@@ -5,24 +5,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.limits import TILE
+from pallas_kernels.gpu.shared_memory import BLOCK, ROWS, entries_of, rows_of
 from pallas_kernels.operands import Operands
 
-ROWS = 64
-"""Queries of a tensor core product, whether there are so many or not."""
-BLOCK = 64
-"""Rows of a piece: the rows of a register tile that values pass through when they are cleaned."""
-TILE = 8
-"""Rows of a tile in shared memory: copies start at multiples of it."""
 COLUMNS = 256
 """Columns of the widest values that one warpgroup accumulates."""
 LEAD_COLUMNS = 192
 """Its columns of wider values: the weights, which it computes, need registers too."""
 CHUNK = 64
 """Columns of values that one product reads."""
-ALIGNMENT = 1024
-"""Bytes that arrays in shared memory are aligned to."""
-SHARED_MEMORY = 232448 - ALIGNMENT
-"""Bytes that a block of threads may have on Hopper, less what barriers and alignment take."""
 
 
 class Plan(NamedTuple):
@@ -81,28 +73,6 @@ def chunks(columns: slice) -> list[slice]:
     """A warpgroup's columns, as many at a time as one product reads."""
     starts = range(columns.start, columns.stop, CHUNK)
     return [slice(c, min(c + CHUNK, columns.stop)) for c in starts]
-
-
-def entries_of(x: Operands) -> list[Any]:
-    """Keys and values."""
-    return [*x.keys, *([] if x.values is None else [x.values])]
-
-
-def rows_of(x: Operands) -> list[Any]:
-    """What belongs to rows: scales and masks."""
-    return [row for row in (*x.key_scales, x.value_scale, x.seen) if row is not None]
-
-
-def stages_that_fit(x: Operands) -> int:
-    """Stages of the ring beside all else in shared memory; without one the kernel cannot run."""
-    size = jnp.dtype(x.queries[0].dtype).itemsize
-    widths = [entry.shape[2] for entry in entries_of(x)]
-    fixed = ROWS * size * (BLOCK + sum(q.shape[1] for q in x.queries)) + 4 * ROWS
-    fixed += ALIGNMENT * len(rows_of(x))
-    if x.keys[0].dtype != x.queries[0].dtype:
-        fixed += BLOCK * size * sum(widths)
-    entry = jnp.dtype(x.keys[0].dtype).itemsize
-    return (SHARED_MEMORY - fixed) // (BLOCK * (entry * sum(widths) + 4 * len(rows_of(x))))
 
 
 def scratch(x: Operands, stages: int) -> Scratch:

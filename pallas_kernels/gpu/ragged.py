@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.attention import attend
-from pallas_kernels.gpu.plan import BLOCK, Plan, stages_that_fit
+from pallas_kernels.gpu.plan import Plan
 from pallas_kernels.gpu.queries import from_groups, group_size, into_groups
+from pallas_kernels.gpu.shared_memory import BLOCK, stages_that_fit
 from pallas_kernels.operands import operands
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments
@@ -27,7 +28,7 @@ def ragged_gqa_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.ragged_gqa_decode`; returns out and lse, both fp32.
 
-    Segments start, and the pool ends, at multiples of 8 rows (`limits.segments`).
+    Segments start, and the pool ends, at multiples of 8 rows (`limits.starts`).
 
     Args:
         shares, stages: as in `gqa_decode`.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu.memory import LANES
+from pallas_kernels.tpu.tiles import padded_rows
 from pallas_kernels.work_list import WorkList
-
-LANES = 128
 
 
 class Piece(NamedTuple):
@@ -132,7 +132,5 @@ class PoolBlocks(Blocks):
         return pltpu.roll(rows, (wide - shift) % wide, axis=1)[:, : self.size]
 
     def padded_rows(self) -> int:
-        """Rows that [B, 1, rows] must have for `read_rows`: whole lanes, and room for a shift."""
-        if self.size == self.pool_rows:
-            return self.pool_rows
-        return max(-(-self.pool_rows // LANES) * LANES, self.size + LANES)
+        """Rows that [B, 1, rows] must have for `read_rows`."""
+        return padded_rows(self.pool_rows, self.size)

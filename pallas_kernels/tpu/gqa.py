@@ -7,7 +7,7 @@ from pallas_kernels.operands import operands
 from pallas_kernels.quantized import Entries
 from pallas_kernels.tpu.attention import attend
 from pallas_kernels.tpu.blocks import Blocks
-from pallas_kernels.tuning import heads_of_piece
+from pallas_kernels.tpu.tiles import dense_tiles
 from pallas_kernels.work_list import flatten
 
 
@@ -32,9 +32,7 @@ def gqa_decode(
         shares: cores that share a chip's memory and each take a part of the work.
     """
     (B, N, H), (K, S) = q.shape, k.shape[1:3]
-    size = min(block, S)
-    row_bytes = H * jnp.dtype(k.dtype).itemsize + v.shape[3] * jnp.dtype(v.dtype).itemsize
-    heads = heads_of_piece(K, size * row_bytes, piece_bytes)
+    size, heads = dense_tiles(k, v, block, piece_bytes)
     blocks = Blocks(size, heads)
 
     def split(x: jax.Array) -> jax.Array:

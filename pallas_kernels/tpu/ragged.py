@@ -5,10 +5,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.operands import operands
 from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Segments, StaticSegments
+from pallas_kernels.segments import Segments
 from pallas_kernels.tpu.attention import attend
-from pallas_kernels.tpu.blocks import LANES, PoolBlocks
-from pallas_kernels.tpu.limits import tile_rows
+from pallas_kernels.tpu.blocks import PoolBlocks
+from pallas_kernels.tpu.memory import tile_rows
+from pallas_kernels.tpu.tiles import block_size, pool_pieces
 from pallas_kernels.work_list import WorkList, flatten
 
 
@@ -27,7 +28,7 @@ def ragged_gqa_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.ragged_gqa_decode`; returns out in q's dtype or fp32, and lse.
 
-    Segments start, and the pool ends, at whole DMA tiles (`limits.segments`).
+    Segments start, and the pool ends, at whole DMA tiles (`limits.starts`).
 
     Args:
         block: rows of a piece, a multiple of 128.
@@ -35,7 +36,8 @@ def ragged_gqa_decode(
     """
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     size = block_size(P, block)
-    blocks = PoolBlocks(size, heads=1, segments=K, pool_rows=P, align=tile_rows(k_pool.dtype))
+    align = max(tile_rows(k_pool.dtype), tile_rows(v_pool.dtype))
+    blocks = PoolBlocks(size, heads=1, segments=K, pool_rows=P, align=align)
 
     def one_head(x: jax.Array) -> jax.Array:
         """[B, P, …] to [B, 1, P, …]; what belongs to rows is padded as `read_rows` needs it."""
@@ -50,20 +52,11 @@ def ragged_gqa_decode(
     return out.reshape(B, N, -1), lse.reshape(B, N)
 
 
-def block_size(pool_rows: int, block: int) -> int:
-    """Rows of a piece: whole lanes, unless the pool is smaller."""
-    fits = min(block, pool_rows) // LANES * LANES
-    return fits if fits else pool_rows
-
-
 def work_list(
     segments: Segments, lengths: jax.Array, pool_rows: int, size: int, shares: int
 ) -> WorkList:
     """The pieces of B pools: Σ ceil(length / size) of them."""
     B, K = lengths.shape
-    if isinstance(segments, StaticSegments):
-        most = sum(-(-capacity // size) for capacity in segments.capacities)
-    else:  # each segment may end in a part of a block
-        most = segments.longest(pool_rows) // size + K
+    most = pool_pieces(segments, pool_rows, size)
     starts = jnp.broadcast_to(segments.arrays()[0], (B, K)).reshape(-1)
     return flatten(starts, lengths.reshape(-1), size, max(B * most, 1), shares=shares)

@@ -166,9 +166,10 @@ def check_ragged(
     """
     rng, (B, K), dtype = np.random.default_rng(1), lengths.shape, options.dtype
     first = np.broadcast_to(np.asarray(starts), (B, K))
+    held = np.clip(lengths, 0, capacities)
     dead = np.ones((B, P), bool)
     for b in range(B):
-        for start, length in zip(first[b], lengths[b], strict=True):
+        for start, length in zip(first[b], held[b], strict=True):
             dead[b, start : start + length] = False
     q, q64 = queries(rng, (B, K * G, H), dtype)
     k, k64 = entries(rng, (B, P, H), options, dead)
@@ -201,7 +202,7 @@ def check_ragged(
     for b in range(B):
         rows = [
             np.flatnonzero(live[b, start : start + length]) + start
-            for start, length in zip(first[b], lengths[b], strict=True)
+            for start, length in zip(first[b], held[b], strict=True)
         ]
         expected.append(
             [
@@ -214,6 +215,6 @@ def check_ragged(
 
 def _dead(lengths, slots, window):
     """[B, slots] bool: beyond a sequence's length or outside of its window."""
-    lengths, slot = np.asarray(lengths)[:, None], np.arange(slots)[None]
+    lengths, slot = np.clip(lengths, 0, slots)[:, None], np.arange(slots)[None]
     dead = slot >= lengths
     return dead if window is None else dead | (slot < lengths - window)

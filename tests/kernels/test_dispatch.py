@@ -1,6 +1,7 @@
 """Which implementation serves: the platform's kernel where it can, and never another in silence."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,17 @@ from kernels.oracle import on
 
 import pallas_kernels
 from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, LatentCache
-from pallas_kernels import tuning
+from pallas_kernels import dispatch, tuning
 
 B, N, K, S, H = 2, 4, 2, 128, 64
 
 
 on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings(monkeypatch):
+    monkeypatch.setattr(dispatch, "_WARNED", set())
 
 
 def gqa(dtype="bfloat16", **settings):
@@ -41,19 +47,53 @@ def test_auto_takes_the_kernel_of_the_platform():
         assert kernels(lambda: gqa(implementation="xla")) == 0
 
 
-def test_auto_leaves_to_xla_what_the_kernel_cannot_serve():
+@pytest.mark.parametrize(
+    ("kind", "call", "reason"),
+    [
+        ("TPU v6 lite", lambda: gqa("float16"), "gqa_decode .*TPUs have no float16"),
+        ("TPU v6 lite", lambda: ragged(40), "ragged_gqa_decode .*8 rows, and bfloat16 needs 16"),
+        ("TPU v4", gqa, "gqa_decode .*refuses it for TPU v4"),
+    ],
+)
+def test_auto_leaves_to_xla_what_the_kernel_cannot_serve(kind, call, reason):
+    with on(kind, "tpu"):
+        with pytest.warns(RuntimeWarning, match=reason) as found:
+            assert kernels(call) == 0
+        assert len(found) == 1
+
+
+def test_a_reason_is_told_once_whatever_its_numbers():
     with on_tpu():
-        assert kernels(lambda: gqa("float16")) == kernels(lambda: ragged(40)) == 0
-    with on("TPU v4", "tpu"):
-        assert kernels(gqa) == 0
+        with pytest.warns(RuntimeWarning, match="multiples of 8 rows, and bfloat16 needs 16"):
+            ragged(40)
+        ragged(40)  # warnings are errors
+        ragged(36 + 8)
+        with pytest.warns(RuntimeWarning, match="float16"):
+            gqa("float16")
 
 
 def test_auto_takes_no_kernel_where_the_compiler_partitions():
     """XLA cannot cut a kernel; under shard_map each device has a program of its own."""
     with on_tpu(axes=("model",)):
-        assert kernels(gqa) == 0
+        with pytest.warns(RuntimeWarning, match="mesh axes model: call it under jax.shard_map"):
+            assert kernels(gqa) == 0
         specs = {"in_specs": (), "out_specs": PartitionSpec()}
         assert kernels(jax.shard_map(gqa, **specs, check_vma=False)) == 1
+
+
+def test_auto_says_why_it_takes_no_kernel_on_a_host_with_several_devices(monkeypatch):
+    """Where a program will run is unknown when it is traced. These are eight CPUs."""
+    assert kernels(lambda: gqa()) == 0  # and no warning where there are no kernels
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    reason = r"gqa_decode .*there are 8 devices.*kvjax.load\(…, mesh=…\)"
+    with pytest.warns(RuntimeWarning, match=reason) as found:
+        assert kernels(lambda: gqa()) == kernels(lambda: gqa()) == 0
+    assert len(found) == 1
+    assert kernels(lambda: gqa(implementation="xla")) == 0
+    assert kernels(lambda: gqa(implementation="pallas_tpu")) == 1
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert kernels(lambda: gqa()) == 1
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
@@ -95,6 +135,33 @@ def test_sizes_come_from_the_device_or_the_default():
         default = tuning.sizes("tpu", operation, "TPU of the future")
         assert default == tuning.table("tpu")["default"][operation]
         assert tuning.sizes("tpu", operation, "TPU v5") == default | {"shares": 2}
+
+
+def test_a_gpu_has_a_share_for_each_multiprocessor():
+    for operation in ("gqa_decode", "ragged_gqa_decode", "mla_decode"):
+        sizes = functools.partial(tuning.sizes, "gpu", operation, "NVIDIA H100 PCIe")
+        assert sizes() == sizes(1) == sizes(132) == tuning.table("gpu")["default"][operation]
+        assert sizes(114) == sizes() | {"shares": 114}
+        with tuning.using(shares=3):
+            assert sizes(114) == sizes() | {"shares": 3}
+    assert tuning.sizes("tpu", "mla_decode", "TPU v6 lite", 2)["shares"] == 1
+    with on("NVIDIA H100 PCIe", "gpu", cores=114):
+        assert dispatch.target().cores == 114
+
+
+def test_chosen_sizes_are_part_of_a_programs_key():
+    """A function that jit knows is traced again with other sizes."""
+    seen = []
+
+    @jax.jit
+    def traced():
+        seen.append(tuning.sizes("tpu", "mla_decode", "TPU v6 lite")["block"])
+        return 0
+
+    for block in (128, 256, 128):
+        with tuning.using(block=block):
+            traced()
+    assert seen == [128, 256]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from cuda import needs_cuda
 from jax.sharding import SingleDeviceSharding
+from kernels import borders
 from kernels.hlo import copies
 from kernels.loops import KINDS, decode_loop, largest
 from kernels.oracle import on
@@ -18,6 +19,7 @@ import pallas_kernels
 from kvjax.topologies import Topology
 from pallas_kernels import Quantized
 from pallas_kernels.bench.shapes import GQA, MLA
+from pallas_kernels.gpu import limits
 from pallas_kernels.quantized import is_quantized
 
 ENTRIES = ["bfloat16", "int8", "float8_e4m3fn"]
@@ -114,6 +116,31 @@ def test_compilation(case):
     compiled = lower(case, SingleDeviceSharding(virtual_h200())).compile()
     largest = max(x.size for x in jax.tree.leaves(CASES[case]()[1:]))
     assert not copies(compiled.as_text(), largest // 8)
+
+
+@needs_cuda
+@pytest.mark.aot
+@pytest.mark.parametrize("case", borders.GPU)
+def test_limits_are_the_compilers(case, monkeypatch):
+    """What they let pass compiles; what shared memory does not hold, or is mixed, does not."""
+    fits, beyond, reason = borders.GPU[case]
+    here = SingleDeviceSharding(virtual_h200())
+
+    def compile_(call):
+        operation, arrays = call
+        run = functools.partial(operation, implementation="pallas_gpu")
+        arrays = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arrays
+        )
+        with on("NVIDIA H200", "gpu", cores=132):
+            return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).compile()
+
+    compile_(fits)
+    if "shared" in reason or "entries" in reason:
+        monkeypatch.setattr(limits, "arrays", lambda *_: None)
+        # The trace, Pallas, MLIR or the compiler fails, each with errors of its own.
+        with pytest.raises(Exception, match="."):
+            compile_(beyond)
 
 
 @needs_cuda

@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from kernels import borders
 from kernels.hlo import copies, moves
 from kernels.loops import KINDS, decode_loop, largest
 
 import pallas_kernels
-from pallas_kernels import Quantized
+from pallas_kernels import Quantized, tuning
 from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.quantized import is_quantized
+from pallas_kernels.tpu import limits
 
 pytestmark = pytest.mark.aot
 
@@ -120,6 +122,27 @@ def test_mla_decode(topology, model, dtype):
     q = queries((B, N, L), dtype), queries((B, N, R), dtype)
     held = entries((B, S, L), dtype), entries((B, S, R), dtype)
     compile_for(topology, operation, *q, *held, shape((B,), "int32"))
+
+
+TOPOLOGY = dict(zip((borders.V5E, borders.V5P, borders.V6E), TOPOLOGIES, strict=False))
+
+
+@pytest.mark.parametrize("case", borders.TPU)
+def test_limits_are_the_compilers(case, monkeypatch):
+    """What they let pass compiles; what they refuse does not."""
+    kind, fits, beyond, _, *sizes = borders.TPU[case]
+
+    def compile_with(call, sizes):
+        operation, arrays = call
+        run = functools.partial(operation, implementation="pallas_tpu")
+        with tuning.using(**sizes):
+            compile_for(TOPOLOGY[kind], run, *arrays)
+
+    compile_with(fits, sizes[0])
+    for name in ("memory", "starts"):
+        monkeypatch.setattr(limits, name, lambda *_: None)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compile_with(beyond, sizes[-1])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
