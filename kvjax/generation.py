@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import cache_bytes
+from kvjax.cache.slots import whole_slots
 from kvjax.context import Context, check_model
 from kvjax.decoding import (
     DecodeState,
@@ -230,6 +231,7 @@ def full_cache_bytes(
     """Bytes of uncompressed caches for `shape` = (batch, prompt length) and the new tokens."""
     batch, length = shape
     dtype = params["embedding"].dtype
-    make = functools.partial(model.init_cache, batch, length + max_new_tokens, dtype)
+    slots = whole_slots(length + max_new_tokens)
+    make = functools.partial(model.init_cache, batch, slots, dtype)
     leaves = jax.tree.leaves(jax.eval_shape(make))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

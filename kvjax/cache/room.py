@@ -13,6 +13,7 @@ from kvjax.cache.dense import DenseCache
 from kvjax.cache.entries import take_rows
 from kvjax.cache.head_budget import HeadBudgetCache, pool_alignment, static_segments
 from kvjax.cache.latent import LatentCache
+from kvjax.cache.slots import whole_slots
 from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
 
 
@@ -23,7 +24,7 @@ def repeat(cache: Any, count: int) -> Any:
 
 @functools.singledispatch
 def with_room(cache: Any, room: int, window: int | None) -> Any:
-    """The same entries in a cache with room for `room` more tokens.
+    """The same entries in a cache with room for `room` more tokens, or a few more.
 
     Args:
         window: the layer's sliding window, beyond which no head needs more rows.
@@ -33,6 +34,7 @@ def with_room(cache: Any, room: int, window: int | None) -> Any:
 
 @with_room.register
 def _(cache: DenseCache, room: int, window: int | None) -> DenseCache:
+    room = _whole_room(cache.k.shape[2], room)
     positions = _pad_positions(cache.positions, room)
     k, v = _pad(cache.k, room, 2), _pad(cache.v, room, 2)
     return dataclasses.replace(cache, k=k, v=v, positions=positions)
@@ -40,6 +42,7 @@ def _(cache: DenseCache, room: int, window: int | None) -> DenseCache:
 
 @with_room.register
 def _(cache: LatentCache, room: int, window: int | None) -> LatentCache:
+    room = _whole_room(cache.latent.shape[1], room)
     latent, k_rope = _pad(cache.latent, room, 1), _pad(cache.k_rope, room, 1)
     positions = _pad_positions(cache.positions, room)
     return dataclasses.replace(cache, latent=latent, k_rope=k_rope, positions=positions)
@@ -78,6 +81,11 @@ def _grown(segments: Segments, room: int, window: int | None, pool: Any) -> tupl
     starts = jnp.cumsum(rounded, axis=1, dtype=jnp.int32) - rounded
     rows = pool.shape[1] + K * -(-room // align) * align
     return TracedSegments(starts, wanted, align), rows
+
+
+def _whole_room(slots: int, room: int) -> int:
+    """At least `room`, so that all slots together are as kernels want them."""
+    return whole_slots(slots + room) - slots
 
 
 def _pad_positions(positions: jax.Array | None, room: int) -> jax.Array | None:

@@ -7,9 +7,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from kvjax.cache.entries import encode
+from pallas_kernels.dispatch import target
+from pallas_kernels.gpu.limits import TILE
 from pallas_kernels.quantized import Entries
 
 SCATTER_UPCASTS = jax.__version_info__ < (0, 11)
+
+
+def slot_tile(platform: str | None = None) -> int:
+    """Slots of a dense or latent cache come in multiples of it: 8 on GPUs, whose kernels copy
+    whole tiles, and 1 elsewhere.
+
+    Args:
+        platform: of the devices; None for those that programs are traced for.
+    """
+    return TILE if (platform or target().platform) in ("gpu", "cuda") else 1
+
+
+def whole_slots(count: int, platform: str | None = None) -> int:
+    """The smallest multiple of `slot_tile` that holds `count` tokens."""
+    tile = slot_tile(platform)
+    return -(-count // tile) * tile
 
 
 def token_slots(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.dense import DenseCache
 from kvjax.cache.latent import LatentCache, stored_width, widened
+from kvjax.cache.slots import slot_tile
 from kvjax.cache.specs import on_device, place, specs, with_segments
 from kvjax.mesh import Layout
 from pallas_kernels.combine import exchange
@@ -47,11 +48,14 @@ class SplitHeads:
             ValueError: neither do the devices divide the heads, nor the heads the devices.
         """
         copies = head_copies(cache.k.shape[1], layout.ways)
-        if copies > 1:
-            k, v = (
-                jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=1), entries)
-                for entries in (cache.k, cache.v)
-            )
+        more = -cache.k.shape[2] % slot_tile(layout.platform)
+
+        def spread(leaf: jax.Array) -> jax.Array:
+            leaf = jnp.pad(leaf, ((0, 0), (0, 0), (0, more), *((0, 0),) * (leaf.ndim - 3)))
+            return jnp.repeat(leaf, copies, axis=1) if copies > 1 else leaf
+
+        if copies > 1 or more:
+            k, v = jax.tree.map(spread, (cache.k, cache.v))
             cache = dataclasses.replace(cache, k=k, v=v)
         return cls(place(cache, layout), layout, copies)
 
@@ -107,7 +111,7 @@ class SplitSlots:
     """Latents whose sequences and slots lie on different devices, each a stretch of slots.
 
     Attributes:
-        inner: the cache of all slots, a multiple of the devices.
+        inner: the cache of all slots, a multiple of the devices and of their tiles.
         layout: which axes of the mesh split what.
     """
 
@@ -122,8 +126,11 @@ class SplitSlots:
             # Where a window begins is on another device.
             cache = dataclasses.replace(cache, positions=jnp.full((B, S), -1, jnp.int32))
 
+        # Every device's slots are whole tiles.
+        whole = layout.ways * slot_tile(layout.platform)
+
         def pad(leaf: jax.Array, value: int = 0) -> jax.Array:
-            rooms = ((0, 0), (0, -S % layout.ways), *((0, 0),) * (leaf.ndim - 2))
+            rooms = ((0, 0), (0, -S % whole), *((0, 0),) * (leaf.ndim - 2))
             return jnp.pad(leaf, rooms, constant_values=value)
 
         def lanes(leaf: jax.Array) -> jax.Array:

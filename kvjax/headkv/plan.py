@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AttentionSpec, DenseCache, PromptCache
+from kvjax.cache.slots import whole_slots
 from kvjax.config import (
     AttentionConfig,
     DecoupledConfig,
@@ -86,7 +87,7 @@ class FullPlan(Plan):
     def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> Any:
         """See `Plan.start`."""
         attention = self.config.layers[layer].attention
-        return init_layer_cache(attention, batch, prompt_len + room, dtype)
+        return init_layer_cache(attention, batch, whole_slots(prompt_len + room), dtype)
 
     def heads(self, layer: int, cache: Any, room: int) -> tuple[Prompt, Keep] | None:
         """See `Plan.heads`; layers with a sliding window keep the last tokens, in rings."""
@@ -178,9 +179,11 @@ class CompressedPlan(Plan):
     def keep_tokens(self, layer: int, room: int) -> Keep:
         """What stays of a layer whose heads share tokens: the mean of its heads' budgets."""
         caps = self.caps[layer]
-        mean = (round(sum(caps) / len(caps)),)
+        cap = round(sum(caps) / len(caps))
+        kept = cap + self.kept_window(layer)
+        room = whole_slots(kept + room) - kept
         settings = (self.scorer, None, self.dtype, (room,), (False,))
-        return Keep(mean, *settings, share=self.share)
+        return Keep((cap,), *settings, share=self.share)
 
     def kept(self, prompt_len: int) -> Int[np.ndarray, "L K"]:
         """Tokens that each head keeps of a prompt, the window included; of policies with a split

@@ -1,0 +1,120 @@
+"""Slots as GPU kernels want them, whatever the number of new tokens is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels.oracle import on
+from meshes import GQA, HEAD_LATENTS, LATENTS, MLA, ragged_prompts, spread, toy
+
+import kvjax
+from kvjax.cache import AttentionSpec, DenseCache, LatentCache, SplitHeads, SplitSlots, slots, split
+from kvjax.cache.room import with_room
+from kvjax.decoding import prefill
+from kvjax.generation import full_cache_bytes
+from kvjax.headkv.policy import resolve
+from kvjax.headkv.scores import default_scores
+from kvjax.mesh import Layout
+from kvjax.topologies import Topology
+
+BUCKET = 48
+on_h200 = functools.partial(on, "NVIDIA H200", "gpu")
+
+
+def prefilled(model, params, new, policy="full"):
+    """The caches after prefill: shapes alone."""
+    resolved = resolve(policy, model.config, default_scores(model.config))
+    plan = resolved.plan(model.config, BUCKET, "bfloat16")
+    tokens, lengths = np.zeros((2, BUCKET), np.int32), np.full(2, BUCKET, np.int32)
+    call = functools.partial(prefill, model, plan=plan, max_new_tokens=new)
+    return jax.eval_shape(call, params, tokens=tokens, lengths=lengths)[1]
+
+
+def slots_of(cache):
+    return cache.latent.shape[1] if isinstance(cache, LatentCache) else cache.k.shape[2]
+
+
+@pytest.mark.parametrize("attention", [GQA, MLA, LATENTS, HEAD_LATENTS])
+@pytest.mark.parametrize("new", [1, 8, 50])
+def test_full_caches(attention, new):
+    model, params = toy(attention)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    for context, want in ((on_h200, -(-(BUCKET + new) // 8) * 8), (on_tpu, BUCKET + new)):
+        with context():
+            (cache,) = prefilled(model, params, new)
+            held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+            assert held == full_cache_bytes(model, params, (2, BUCKET), new)
+        assert slots_of(cache) == want
+    (cache,) = prefilled(model, params, new)
+    assert slots_of(cache) == BUCKET + new
+
+
+on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
+
+
+@pytest.mark.parametrize("new", [1, 50])
+def test_caches_of_which_all_heads_share_the_tokens(new):
+    """snapkv keeps 14 of each prompt."""
+    model, params = toy(MLA)
+    with on_h200():
+        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+    assert slots_of(cache) == -(-(14 + new) // 8) * 8
+
+
+def test_decode_takes_the_kernel():
+    """A warning would be an error."""
+    positions, spec = jnp.zeros((2, 1), jnp.int32), AttentionSpec(1.0)
+    x = {n: jnp.zeros((2, 1, n, 64), jnp.bfloat16) for n in (1, 2, 4)}
+    with on_h200():
+        S = slots.whole_slots(512 + 50)
+        dense = DenseCache.create(2, 2, S, 64, 64, "bfloat16")
+        latent = LatentCache.create(2, S, 64, 64, "bfloat16")
+        absorbed = (x[4], x[4], x[1][:, :, 0], x[1][:, :, 0], positions, spec)
+        for call in (
+            lambda: dense.attend(x[4], x[2], x[2], positions, spec)[0],
+            lambda: latent.attend_absorbed(*absorbed)[0],
+        ):
+            assert "wgmma" in str(jax.make_jaxpr(call)())
+
+
+def test_more_room():
+    dense = DenseCache.create(1, 2, 50, 8, 8, "float32")
+    latent = LatentCache.create(1, 50, 8, 8, "float32")
+    for cache in (dense, latent):
+        assert slots_of(with_room(cache, 7, None)) == 57
+        with on_h200():
+            assert slots_of(with_room(cache, 7, None)) == 64
+            assert slots_of(with_room(cache, 6, None)) == 56
+
+
+def test_slots_on_a_mesh():
+    """Whole tiles on every one of four devices."""
+    mesh = Topology.parse("h200:4").abstract_mesh({"tensor": 4})
+    layout = Layout.create(mesh, 2)
+    dense = lambda: SplitHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), layout)  # noqa: E731
+    latent = lambda: SplitSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), layout, 9)  # noqa: E731
+    assert slots_of(jax.eval_shape(dense).inner) == 56
+    found = jax.eval_shape(latent).inner
+    assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
+
+
+@pytest.mark.parametrize(
+    ("policy", "shape"),
+    [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,window=4", None)],
+)
+def test_the_same_tokens_from_more_slots(monkeypatch, policy, shape):
+    model, params = toy(*((GQA, MLA) if policy == "full" else (MLA,)))
+    prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
+    want = kvjax.generate(model, params, prompts, 5, **settings)
+    placed = params if shape is None else spread(model, params, shape)
+    for module in (slots, split):
+        monkeypatch.setattr(module, "slot_tile", lambda platform=None: 8)
+    jax.clear_caches()  # programs don't know that the function is another
+    got = kvjax.generate(model, placed, prompts, 5, **settings)
+    jax.clear_caches()
+    assert got.tokens == want.tokens
+    assert got.full_cache_bytes > want.full_cache_bytes
+    if policy == "full" and shape is None:
+        assert got.cache_bytes == got.full_cache_bytes
