@@ -35,7 +35,7 @@ test-aot: $(AOT_VENV)/.installed
 
 # The same for GPUs, with jax's CUDA plugin; needs Python 3.12: PYTHON=python3.12 make test-aot-gpu.
 test-aot-gpu: $(AOT_GPU_VENV)/.installed
-	$(AOT_GPU_VENV)/bin/python -m pytest tests/kernels/test_gpu.py \
+	$(AOT_GPU_VENV)/bin/python -m pytest tests/kernels/test_gpu.py tests/kernels/test_lengths.py \
 	  tests/kernels/test_gpu_compiler.py tests/test_plan_aot_gpu.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-$(TEST)

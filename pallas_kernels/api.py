@@ -61,7 +61,7 @@ def gqa_decode(
     _check(v.shape[:3] == (B, K, S), f"v is {v.shape}, expected {(B, K, S)} + head dim")
     _check_heads(N, K)
     lengths, window = _live(lengths, (B,), S), _window(window, S)
-    if 0 in (B, N, *v.shape):
+    if 0 in (B, N, S):
         return _nothing((B, N, v.shape[3]), q.dtype, implementation, return_lse)
     run = kernel(implementation, "gqa_decode", q, k, v) or reference.gqa_decode
     out, lse = run(q, k, v, lengths, _scale(scale, H), window, softcap)
@@ -116,7 +116,7 @@ def ragged_gqa_decode(
     _check_heads(N, K)
     _check(live is None or live.shape == (B, P), f"live is not {(B, P)}, the pool's rows")
     lengths = _live(lengths, (B, K), segments.room(P))
-    if 0 in (B, N, *v_pool.shape):
+    if 0 in (B, N, P):
         return _nothing((B, N, v_pool.shape[2]), q.dtype, implementation, return_lse)
     run = kernel(implementation, "ragged_gqa_decode", q, k_pool, v_pool, segments, live)
     settings = (lengths, _scale(scale, H), softcap)

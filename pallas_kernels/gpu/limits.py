@@ -77,7 +77,7 @@ def shapes(x: Operands, slots: int) -> str | None:
     entries = [*x.keys, *([] if x.values is None else [x.values])]
     widths = [entry.shape[-1] for entry in entries]
     step = 16 if x.keys[0].dtype == x.queries[0].dtype else 32
-    if any(width % step for width in widths):
+    if any(width % step or width == 0 for width in widths):
         return f"head dims are {widths}, expected multiples of {step}"
     keys, values = sum(entry.shape[-1] for entry in x.keys), x.weighed.shape[-1]
     if keys > WIDEST_KEYS or values > WIDEST_VALUES:

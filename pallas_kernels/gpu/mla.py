@@ -27,8 +27,9 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.mla_decode`; returns out and lse, both fp32.
 
-    A block of latents is read once for its keys and its values. Two groups of 64 heads read the
-    same latents one soon after the other, the second time from the L2 cache.
+    A block of latents is read once for its keys and its values. Of more than 64 heads each group of
+    64 reads all latents of a sequence before the next one does: from memory again, unless these
+    fit into the L2 cache.
 
     Args:
         shares, stages: as in `gqa_decode`.

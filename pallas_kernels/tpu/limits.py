@@ -73,9 +73,8 @@ def mla_decode(
     keys = _block(latent, 1, size), _block(k_rope, 1, size)
     x = operands(queries[:parts], keys[:parts], None)
     lists = B * -(-S // size), B
-    return arrays(kind, [q_latent, q_rope], [latent, k_rope]) or memory(
-        kind, x, sizes["shares"], *lists
-    )
+    found = arrays(kind, [q_latent, q_rope], [latent, k_rope][:parts])
+    return found or memory(kind, x, sizes["shares"], *lists)
 
 
 def arrays(kind: str, queries: list[Any], entries: list[Entries]) -> str | None:
@@ -89,6 +88,8 @@ def arrays(kind: str, queries: list[Any], entries: list[Entries]) -> str | None:
         if jnp.dtype(dtype) not in map(jnp.dtype, known):
             what, names = "queries" if known is QUERIES else "entries", map(jnp.dtype, known)
             return f"got {what} of {dtype}, expected {', '.join(str(name) for name in names)}"
+    if any(x.shape[-1] == 0 for x in entries):
+        return "got entries of width 0"
     return None
 
 

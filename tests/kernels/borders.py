@@ -58,7 +58,7 @@ TPU = {
     "visible_rows": (
         V5P,
         ragged(1 << 20, "bfloat16", live=True),
-        ragged(1 << 21, "bfloat16", live=True),
+        ragged(1 << 22, "bfloat16", live=True),
         PIECE,
         {},
     ),

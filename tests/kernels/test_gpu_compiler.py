@@ -139,7 +139,7 @@ def test_limits_are_the_compilers(case, monkeypatch):
     if "shared" in reason or "entries" in reason:
         monkeypatch.setattr(limits, "arrays", lambda *_: None)
         # The trace, Pallas, MLIR or the compiler fails, each with errors of its own.
-        with pytest.raises(Exception, match="."):
+        with pytest.raises(Exception, match=r"."):
             compile_(beyond)
 
 

@@ -146,7 +146,7 @@ SHAPES = ((2, 4, 8), (2, 2, 160, 8), (2, 2, 160, 8))
 def test_lengths_must_be_integers():
     q, k, v = (jnp.zeros(s) for s in SHAPES)
     with pytest.raises(ValueError, match="lengths is of float32, expected an integer dtype"):
-        pallas_kernels.gqa_decode(q, k, v, jnp.zeros((2,)))
+        pallas_kernels.gqa_decode(q, k, v, jnp.zeros((2,), jnp.float32))
     with pytest.raises(ValueError, match="window is -1, expected at least 0"):
         pallas_kernels.gqa_decode(q, k, v, jnp.zeros((2,), jnp.int32), window=-1)
     starts = jnp.zeros((2,), jnp.int32)
