@@ -139,7 +139,8 @@ def test_limits_are_the_compilers(case, monkeypatch):
             compile_for(TOPOLOGY[kind], run, *arrays)
 
     compile_with(fits, sizes[0])
-    if reason in (borders.PIECE, borders.LIST):
+    # Rows that may be seen, unlike scales, XLA may move into vector memory by itself.
+    if reason in (borders.PIECE, borders.LIST) and case != "visible_rows":
         monkeypatch.setattr(limits, "memory", lambda *_: None)
         with pytest.raises(jax.errors.JaxRuntimeError):
             compile_with(beyond, sizes[-1])
