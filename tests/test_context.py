@@ -139,5 +139,5 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no context at"):
         kvjax.load_context(tmp_path / "nothing.kv", model, params)
     (tmp_path / "text.kv").write_bytes(b"0123456789")
-    with pytest.raises(ValueError, match="text.kv is no safetensors file: a header of"):
+    with pytest.raises(ValueError, match=r"text.kv is no safetensors file: a header of"):
         kvjax.load_context(tmp_path / "text.kv", model, params)
