@@ -89,6 +89,8 @@ class Pyramid:
         budget = min(request.budget, request.limit)
         bottom = min(2 * budget - budget / self.beta, request.limit)
         layers = np.linspace(bottom, 2 * budget - bottom, request.num_layers)
+        if request.num_layers == 1:
+            layers[:] = budget  # the first layer is the last one
         caps = np.repeat(layers[:, None], request.num_kv_heads, axis=1)
         return largest_remainder(caps, budget * caps.size)
 

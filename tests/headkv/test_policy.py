@@ -213,6 +213,10 @@ def test_allocators(prompt_len):
     np.testing.assert_array_equal(caps[:, 0], [39, 26, 14, 1])
 
 
+def test_a_pyramid_of_one_layer_is_its_mean():
+    np.testing.assert_array_equal(Pyramid()(Request(1, 2, 28, 8, 1000)), [[20, 20]])
+
+
 def test_bad_allocators_are_named():
     for caps, message in (
         (np.ones((2, 2)), "expected whole numbers"),
