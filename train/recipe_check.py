@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvjax.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, optional, out_of_range
 from train.episodes import KINDS, EpisodeConfig
-
-if TYPE_CHECKING:
-    from train.recipe import ModelShape, Recipe, Stage
 
 RECIPE = {
     "seed": SEED,
@@ -39,8 +36,8 @@ STAGE = {
 EPISODES = {"length": Range(least=2, whole=True), "questions": COUNT, "wording": SHARE}
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raises ValueError that names all that is wrong with the recipe."""
+def check_recipe(recipe: Any) -> None:
+    """Raises ValueError that names all that is wrong with a `train.recipe.Recipe`."""
     problems = out_of_range(vars(recipe), RECIPE) + _model_problems(recipe.model)
     if not recipe.stages:
         problems.append("stages is empty, expected at least one")
@@ -51,7 +48,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _model_problems(model: ModelShape) -> list[str]:
+def _model_problems(model: Any) -> list[str]:
     problems = out_of_range(vars(model), MODEL, "model.")
     if problems:
         return problems
@@ -65,7 +62,7 @@ def _model_problems(model: ModelShape) -> list[str]:
     return problems
 
 
-def _stage_problems(prefix: str, stage: Stage, stages: int) -> list[str]:
+def _stage_problems(prefix: str, stage: Any, stages: int) -> list[str]:
     problems = out_of_range(vars(stage), STAGE, prefix)
     if not problems and stage.rehearses is not None and stage.rehearses >= stages:
         problems.append(f"{prefix}rehearses is {stage.rehearses}, expected 0 to {stages - 1}")
@@ -74,7 +71,7 @@ def _stage_problems(prefix: str, stage: Stage, stages: int) -> list[str]:
     return problems
 
 
-def _episode_problems(prefix: str, episodes: EpisodeConfig, model: ModelShape) -> list[str]:
+def _episode_problems(prefix: str, episodes: EpisodeConfig, model: Any) -> list[str]:
     problems = out_of_range(vars(episodes), EPISODES, prefix)
     context = model.max_position_embeddings
     if not problems and COUNT.holds(context) and episodes.length > context:
