@@ -15,7 +15,7 @@ import numpy as np
 
 from eval import decoding, results, sizes, teacher
 from eval.batches import Shape, make_batches, shapes
-from eval.encoding import Prompt, encode, end_ids
+from eval.encoding import Prompt, encode
 from eval.environment import environment
 from eval.loaded import Loaded, facts, resolve_all
 from eval.predictions import RESULTS, RunFolder, write_json
@@ -23,6 +23,7 @@ from eval.progress import progress_bar
 from eval.settings import Settings
 from eval.task import Task, check_form
 from kvjax import processes
+from kvjax.encoding import end_ids
 from kvjax.headkv.policy import Policy
 from kvjax.identity import array_digest
 
