@@ -125,13 +125,13 @@ class Compress(Policy):
                 f"kv_size is {self.kv_size}, ratio {self.ratio} and bytes {self.nbytes}, expected "
                 "one of them"
             )
+        if self.ring and self.every:
+            raise ValueError("ring and every both bound the growth, expected one of them")
         if self.ring and isinstance(self.allocator, Uniform):
             raise ValueError(
                 f"ring is {self.ring}, which bounds heads whose budget is below the mean: uniform "
                 "budgets have none; expected every=, or a policy with budgets for each head"
             )
-        if self.ring and self.every:
-            raise ValueError("ring and every both bound the growth, expected one of them")
         if self.kv_size:
             check_size(self.kv_size, self.window)
         entry_dtype(self.entries)

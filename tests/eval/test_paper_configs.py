@@ -150,7 +150,7 @@ def test_128_sequences_calibrate(tmp_path, monkeypatch):
         for line in conversions("transmla_perplexity.yaml")
     }
     np.save(tmp_path / "ids.npy", np.zeros((200, 256), np.int32))
-    fit, _ = calibration_tokens("", tmp_path / "ids.npy", int(words[1]), 256)
+    fit, _ = calibration_tokens("builtin:needle", tmp_path / "ids.npy", int(words[1]), 256)
     assert fit.shape == (128, 256)
 
 

@@ -17,7 +17,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("snapkv:ratio=nan", "ratio is nan, expected a finite number from 0 to 1"),
+        ("snapkv:ratio=nan", "ratio is nan, expected a finite number above 0 and of at most 1"),
         ("snapkv:ratio=inf", "ratio is inf"),
         ("snapkv:ratio=-0.5", "ratio is -0.5"),
         ("snapkv:ratio=1.5", "ratio is 1.5"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -249,8 +250,8 @@ def test_calibration_files_of_other_kinds(folder, tmp_path, monkeypatch):
     text.write_text("a b c d")
     from kvjax.pipelines import calibration_text
 
-    other = lambda source: lambda text: {"input_ids": [5, 10**6, 7, 8]}  # noqa: E731
-    monkeypatch.setattr(calibration_text, "load_tokenizer", other)
+    other = SimpleNamespace(encode=lambda text, **_: [5, 10**6, 7, 8])
+    monkeypatch.setattr(calibration_text, "load_tokenizer", lambda source: other)
     with pytest.raises(ValueError, match="got token ids from 5 to 1000000, expected 0 to"):
         token_rows(source, text, 1000, 4)
 

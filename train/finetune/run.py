@@ -31,7 +31,8 @@ FREE = frozenset({"checkpoint_every", "log_every", "keep", "merge", "tensorboard
 def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> dict[str, Any]:
     """Runs, or continues, the run in the folder `out`.
 
-    Writes config.json, metrics.jsonl, loss.png, checkpoints/ and, if asked for, model/.
+    Writes config.json, weights.json (a checksum of what it began with), metrics.jsonl, loss.png,
+    checkpoints/ and, if asked for, model/.
 
     Args:
         stop_after: stop before the end, after this many steps in all.
@@ -107,15 +108,14 @@ def check_weights(weights: str, out: Path) -> None:
     Raises:
         ValueError: the run began with others, which its checkpoints do not hold in full.
     """
-    path = out / "config.json"
-    content = json.loads(path.read_text())
-    held = content.get("weights") or weights
+    path = out / "weights.json"
+    held = json.loads(path.read_text())["weights"] if path.exists() else weights
     if held != weights:
         raise ValueError(
             f"{out} holds a run that began with weights {held}, model and teacher have {weights} "
             "now: give another folder"
         )
-    path.write_text(json.dumps(content | {"weights": weights}, indent=1) + "\n")
+    path.write_text(json.dumps({"weights": weights}) + "\n")
 
 
 def check_processes(saved: int, out: Path) -> None:
@@ -143,6 +143,5 @@ def check_folder(config: TuneConfig, out: Path) -> None:
         ]
         if different:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(different)})")
-        mine["weights"] = theirs.get("weights")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=1) + "\n")
