@@ -142,7 +142,7 @@ def check_same(config: Path, request: dict[str, Any]) -> None:
     """Raises ValueError where config.json is not the request: the folder is another run's."""
     try:
         held = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
         raise ValueError(f"{config} is no run's configuration; give another --out")

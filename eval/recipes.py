@@ -150,8 +150,8 @@ def read(path: Path, scores: Path = Path("scores"), model: str | None = None) ->
         raise ValueError(f"no file at {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     places = {"{here}": str(path.parent), "{scores}": str(scores)}
     content = _filled(_known(content, ABOUT, str(path)), places)
     entries = content.get("runs")

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
         return PACKED.get(path.suffix, bytes)(data).decode()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
@@ -112,10 +113,13 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: as `read_text`, or not JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
@@ -189,6 +193,8 @@ def _row(line: str, where: str) -> Row:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where} is a JSON {type(values).__name__}, expected an object")
     return Row(where, values)

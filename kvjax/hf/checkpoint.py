@@ -79,7 +79,7 @@ def scan(directory: Path) -> Checkpoint:
 
 
 def _scan_index(directory: Path) -> Checkpoint:
-    weight_map = _read_index(directory / INDEX)
+    weight_map = read_index(directory / INDEX)
     outside = {t: file for t, file in weight_map.items() if not _is_inside(file)}
     problems = collapsed(
         ("", tensor, f" is in {shown(file)}, expected a file in the directory")
@@ -111,7 +111,7 @@ def _scan_index(directory: Path) -> Checkpoint:
     return Checkpoint(tensors, tuple(problems), frozenset(lost))
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
     """The files of all tensors by name, as the index has them.
 
     Raises:

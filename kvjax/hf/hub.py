@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvjax.hf.checkpoint import INDEX, SINGLE
+from kvjax.hf.checkpoint import INDEX, SINGLE, read_index
 from kvjax.hf.native import CONFIG, PARAMS, is_native
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "tekken.json", "*.tiktoken", "spiece.model")
@@ -88,13 +87,7 @@ def index_files(directory: Path) -> list[str]:
         ValueError: an index that is none.
     """
     path = directory / INDEX
-    if not path.is_file():
-        return []
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(file) for file in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index: {error}") from None
+    return sorted(set(map(str, read_index(path).values()))) if path.is_file() else []
 
 
 def missing_weights(directory: Path) -> list[str]:

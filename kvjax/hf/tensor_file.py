@@ -114,7 +114,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path.name} is truncated: {size} bytes end within the header")
         try:
             header = json.loads(file.read(start - 8), object_pairs_hook=_without_duplicates)
-            _check_metadata(header.pop("__metadata__", {}))
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is a {type(header).__name__}, expected an object")
+            _check_metadata(header.pop("__metadata__", None))
             tensors = {name: _stored(path, start, entry) for name, entry in header.items()}
             end = _end(tensors, start)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -135,6 +137,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(metadata: Any) -> None:
+    """Texts by name; the format also has null for none."""
+    if metadata is None:
+        return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its __metadata__ is no object of texts")
 
@@ -167,7 +172,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The texts in a file's header; call `read_header` first, which checks the file."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)).get("__metadata__", {})
+        return json.loads(file.read(size)).get("__metadata__") or {}
 
 
 def write_file(

@@ -38,15 +38,27 @@ def test_a_corrupt_line_is_named(tmp_path):
         rows.read_rows(path)
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000])
+def test_brackets_too_deep_and_numbers_too_long(tmp_path, value):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"x": {value}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 is not JSON: "):
+        rows.read_rows(path)
+    with pytest.raises(ValueError, match=r"a\.jsonl is not JSON: "):
+        rows.read_json(path)
+
+
 def test_a_missing_file_says_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match=r"no .*a\.jsonl \(nor .gz, .xz\): expected rows"):
         rows.find(tmp_path, "a", of="rows")
 
 
 def test_damaged_and_empty_files(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="is not a whole"):
-        rows.read_rows(tmp_path / "a.jsonl.gz")
+    packed = gzip.compress(b'{"x": 1}')
+    for damaged in (b"no archive", packed[:-9], packed[:10] + b"\xff" * 4 + packed[14:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz is not a whole"):
+            rows.read_rows(tmp_path / "a.jsonl.gz")
     (tmp_path / "b.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="is not UTF-8"):
         rows.read_rows(tmp_path / "b.jsonl")

@@ -86,6 +86,8 @@ def test_scores_of_another_model_name_both_shapes(tmp_path, scores):
         ('{"0-0": [1.0], "0-00": [2.0]}', "2 heads, expected 1 layers x 1 heads = 1"),
         ('{"0--1": [1.0]}', "key '0--1', expected 'layer-head'"),
         ('{"0-0": [0.1', "not readable as JSON"),
+        ('{"0-0": ' + "[" * 100_000, r"heads\.json: not readable as JSON"),
+        ('{"0-0": [1%s]}' % ("0" * 5000), r"heads\.json: not readable as JSON"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -99,9 +101,11 @@ def test_missing_and_broken_gzip(tmp_path):
     with pytest.raises(ValueError, match="no head score file"):
         load_scores(tmp_path / "none.json")
     path = tmp_path / "heads.json.gz"
-    path.write_bytes(gzip.compress(b'{"0-0": [0.5]}')[:-9])
-    with pytest.raises(ValueError, match="not readable"):
-        load_scores(path)
+    packed = gzip.compress(b'{"0-0": [0.5]}')
+    for damaged in (packed[:-9], packed[:10] + b"\xff" * 4 + packed[14:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"heads\.json\.gz: not readable"):
+            load_scores(path)
 
 
 def test_a_meta_companion_that_is_no_object(tmp_path, scores):

@@ -234,9 +234,18 @@ def test_a_missing_shard(fake, repository):
         kvjax.load(ID)
 
 
-def test_a_broken_index(fake, repository):
-    (repository / INDEX).write_text('{"weight_map": ["model.safetensors"]}')
-    with pytest.raises(ValueError, match=rf"{INDEX} is no index: "):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"weight_map": ["model.safetensors"]}', "is no index: its weight_map is a list"),
+        ('{"metadata": {}}', "is no index: its weight_map is a NoneType"),
+        ("[" * 100_000, "is no JSON: "),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+    ],
+)
+def test_a_broken_index(fake, repository, text, message):
+    (repository / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=rf"{INDEX} {message}"):
         kvjax.load(ID)
 
 

@@ -125,6 +125,9 @@ def test_another_comparison_s_folder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(written | {"weights": "0" * 12}))
     with pytest.raises(ValueError, match="other settings"):
         check_folder(CompareConfig(), tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        check_folder(CompareConfig(), tmp_path)
 
 
 def test_bad_settings(tmp_path):

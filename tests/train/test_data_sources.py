@@ -128,6 +128,7 @@ def test_missing_files(path):
     [
         ('{"query": "10"', "line 3: got a line that is not JSON"),
         ("[1, 2]", "line 3: got a JSON list, expected an object"),
+        ("[" * 100_000, "line 3: got a line that is not JSON"),
         ('{"query": "10", "answer": "11"}', "line 3: got columns query, answer; .*query, response"),
         ('{"query": "10", "response": ""}', "line 3: no answer to learn"),
     ],

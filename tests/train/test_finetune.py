@@ -176,6 +176,13 @@ def test_another_run_s_folder_is_refused(folder, finished):
         run(settings(folder, learning_rate=0.1), finished[0])
 
 
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])
+def test_a_folder_with_a_damaged_config_is_refused(folder, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (is no JSON|holds a list)"):
+        run(settings(folder), tmp_path)
+
+
 def test_a_run_goes_on_from_the_weights_that_it_began_with(folder, finished, tmp_path):
     """The model's folder may hold another model by then: checkpoints have what trains alone."""
     shutil.copytree(finished[0], tmp_path / "run")

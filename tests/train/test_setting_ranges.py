@@ -157,7 +157,7 @@ def test_all_that_is_wrong_with_a_recipe_is_one_error(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "text", "1: 2"])
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "text", "1: 2", "[" * 5000])
 @pytest.mark.parametrize("read", [read_config, read_recipe, read_compare])
 def test_a_file_that_holds_no_settings(tmp_path, read, text):
     path = tmp_path / "run.yaml"

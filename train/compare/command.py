@@ -57,13 +57,14 @@ def check_folder(config: CompareConfig, out: Path) -> None:
         ValueError: they differ, or the model's weights do.
     """
     from kvjax.hf import open_params, read_model
+    from kvjax.hf.json_file import read_json
     from kvjax.identity import identity
 
     model, params = read_model(config.model), open_params(config.model, "float32")
     weights = identity(model.config, params).digest
     path, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     mine["weights"] = weights
-    if path.exists() and json.loads(path.read_text()) != mine:
+    if path.exists() and read_json(path)[1] != mine:
         raise ValueError(f"{out} holds a comparison with other settings; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=1) + "\n")

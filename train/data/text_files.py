@@ -42,7 +42,7 @@ class JsonLines:
         """
         try:
             row = json.loads(self._line(self.lines[index]))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"got a line that is not JSON ({error}), expected an object") from None
         return _mapping(row)
 
@@ -57,7 +57,7 @@ class JsonArray:
         self.path = path
         try:
             self.rows = json.loads(data.tobytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
 
     def __len__(self) -> int:

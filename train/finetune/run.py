@@ -13,6 +13,7 @@ import jax
 
 import kvjax
 from kvjax import processes
+from kvjax.hf.json_file import read_json
 from kvjax.identity import part_checksum
 from kvjax.paths import local_path
 from kvjax.ranges import COUNT, check_ranges, optional
@@ -109,7 +110,7 @@ def check_weights(weights: str, out: Path) -> None:
         ValueError: the run began with others, which its checkpoints do not hold in full.
     """
     path = out / "weights.json"
-    held = json.loads(path.read_text())["weights"] if path.exists() else weights
+    held = read_json(path)[1].get("weights") if path.exists() else weights
     if held != weights:
         raise ValueError(
             f"{out} holds a run that began with weights {held}, model and teacher have {weights} "
@@ -135,7 +136,7 @@ def check_folder(config: TuneConfig, out: Path) -> None:
     """
     path, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path)[1]
         different = [
             f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now"
             for name in mine
