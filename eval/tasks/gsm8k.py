@@ -26,8 +26,10 @@ ASK = "{question}\nThink step by step, and end with a line 'The answer is: ' and
 HUB = ("openai/gsm8k", "main")
 CURRENCY = "$€£¥₹"
 WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+),?"
-NUMBER = rf"[-+]?(?:[{CURRENCY}] ?)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
+NUMBER = rf"[-+]?(?:[{CURRENCY}] *)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
 """In the plain text of `eval.numbers`. Commas stand before three digits; else they part numbers."""
+UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?\d+")
+"""As in "36 m^2", where the unit has a 2 that is no answer."""
 SETTINGS = ("prompt", "extraction", "max_new_tokens")
 SCORING = ("extraction",)
 PROMPTS = ("alpaca", "ask")
@@ -128,8 +130,9 @@ def strict(answer: str) -> str | None:
 
 
 def flexible(answer: str) -> str | None:
-    """The last number."""
-    found = re.findall(rf"(?<![\w.]){NUMBER}", plain(answer, spaces=True))
+    """The last number; the power of a unit is none."""
+    text = UNIT_POWER.sub("", plain(answer, spaces=True))
+    found = re.findall(rf"(?<![\w.]){NUMBER}", text)
     return found[-1] if found else None
 
 
