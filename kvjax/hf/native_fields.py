@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from kvjax.hf.fields import LARGEST_REAL, TOKEN, count, shown
+from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count, shown
 
 COUNTS = (
     *("vocab_size", "hidden_size", "max_position_embeddings"),
@@ -17,7 +17,14 @@ COUNTS = (
 POSITIVE = (
     *("theta", "scale", "softcap", "final_softcap"),
     *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow"),
 )
+NAMES = {
+    "activation": tuple(dict.fromkeys(ACTIVATIONS.values())),
+    "qk_norm": ("head", "all"),
+    "rope_site": ("after_up", "before_up"),
+}
+"""Fields that choose between ways to compute, and the names of these."""
 
 
 def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
@@ -73,10 +80,14 @@ def _means_something(name: str, value: Any) -> bool:
         return count().accepts(value)
     if name == "eps":
         return 0 <= value <= 1
+    if name in NAMES:
+        return value in NAMES[name]
     return name not in POSITIVE or value > 0
 
 
 def _range(name: str) -> str:
+    if name in NAMES:
+        return f"one of {', '.join(NAMES[name])}"
     return "a number from 0 to 1" if name == "eps" else "a positive number"
 
 

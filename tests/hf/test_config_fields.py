@@ -8,9 +8,12 @@ import pytest
 from toys import random_params
 
 import kvjax
+from kvjax.config import EqualCacheConfig, GQAConfig, YarnScaling
 from kvjax.hf import read_model, read_shape
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.families import FAMILIES
+from kvjax.hf.native import encode
+from kvjax.hf.native_fields import part_problems
 from kvjax.nn import Transformer
 
 LLAMA = {
@@ -320,6 +323,8 @@ def test_a_tokenizer_that_is_a_pointer(tmp_path, name):
         (("layers", 1, "attention", "num_heads"), 4.0, "layers[1].attention.num_heads is 4.0, exp"),
         (("layers", 1, "attention", "head_dim"), True, "layers[1].attention.head_dim is True, exp"),
         (("layers", 0, "attention", "rope", "theta"), 0, "layers[0].attention.rope.theta is 0, ex"),
+        (("layers", 0, "attention", "qk_norm"), "x", "qk_norm is 'x', expected one of head, all"),
+        (("layers", 0, "mlp", "activation"), "relu", "activation is 'relu', expected one of silu"),
         (("layers", 0, "attention"), "GQA", "layers[0].attention is 'GQA', expected GQAConfig or"),
     ],
 )
@@ -335,3 +340,19 @@ def test_values_of_a_native_config(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_model(tmp_path / "a")
     assert "kvjax.json is no model configuration" in str(error.value)
+
+
+GQA = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8, scale=0.4, rope=None)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (EqualCacheConfig(GQA, 1, 8, 8, "before"), "rope_site is 'before', expected one of after"),
+        (YarnScaling(4.0, 64, 1.0, 0.0, 1.0), "beta_fast is 0.0, expected a positive number"),
+        (YarnScaling(4.0, 64, 1.0, 32.0, -1.0), "beta_slow is -1.0, expected a positive number"),
+    ],
+)
+def test_parts_of_a_native_config(part, message):
+    (problem,) = part_problems(encode(part), type(part))
+    assert message in problem
