@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
 from kvjax.decoding import prefill
+from kvjax.finite import check_finite
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
@@ -115,20 +117,37 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
     """Reads a context that `Context.save` wrote, for the model that it was made with.
 
     Raises:
-        ValueError: no such file, another file, or a context of another model.
+        ValueError: no such file, another file, a damaged one, a context of another model, or one
+            that holds NaN.
     """
     path = local_path(path, "the context")
     if not path.is_file():
         raise ValueError(f"no context at {path}")
-    stored, metadata = read_header(path), read_metadata(path)
-    content = json.loads(metadata.get("kvjax", "{}"))
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no context: got {content.get('format')}, expected {FORMAT}")
-    made_with = Identity(**content["model"])
-    cache = [_rebuild(layer, stored) for layer in content["layers"]]
-    context = Context(cache, content["length"], content["policy"], made_with)
+    context = _read(path)
     check_model(context, model, params, str(path))
+    if len(context.cache) != model.config.num_layers:
+        raise ValueError(
+            f"{path} has caches of {len(context.cache)} layers, expected {model.config.num_layers}"
+        )
+    check_finite(context.cache, f"{path}: layer ")
     return context
+
+
+def _read(path: Path) -> Context:
+    stored, metadata = read_header(path), read_metadata(path)
+    try:
+        content = json.loads(metadata.get("kvjax", "{}"))
+        if (found := content.get("format")) == FORMAT:
+            cache = [_rebuild(layer, stored) for layer in content["layers"]]
+            made_with = content["model"] | {"weights": dict(content["model"]["weights"])}
+            length = operator.index(content["length"])
+            return Context(cache, length, str(content["policy"]), Identity(**made_with))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        kind = type(error).__name__
+        raise ValueError(
+            f"{path} is no context: its description is damaged ({kind}: {error})"
+        ) from None
+    raise ValueError(f"{path} is no context: got {found}, expected {FORMAT}")
 
 
 def check_model(

@@ -12,7 +12,7 @@ from toys import random_params
 import kvjax
 from kvjax import transmla
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.hf.tensor_file import write_file
+from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
@@ -141,3 +141,60 @@ def test_errors(tmp_path):
     (tmp_path / "text.kv").write_bytes(b"0123456789")
     with pytest.raises(ValueError, match=r"text.kv is no safetensors file: a header of"):
         kvjax.load_context(tmp_path / "text.kv", model, params)
+
+
+def rewritten(path, change=lambda content: content, tensors=lambda arrays: arrays):
+    """Writes a context again, with a changed description or other arrays."""
+    arrays = tensors({name: np.array(t.open()) for name, t in read_header(path).items()})
+    new = [NewTensor(name, a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()]
+    content = change(json.loads(read_metadata(path)["kvjax"]))
+    text = content if isinstance(content, str) else json.dumps(content)
+    write_file(path, new, {"kvjax": text})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: "[1]", "is no context: its description is damaged"),
+        (lambda content: "[" * 100_000, "is no context: its description is damaged"),
+        (lambda content: content | {"layers": None}, "is no context: its description is damaged"),
+        (lambda content: content | {"length": "70"}, "is no context: its description is damaged"),
+        (lambda content: content | {"model": {}}, "is no context: its description is damaged"),
+        (lambda content: content | {"model": None}, "is no context: its description is damaged"),
+        (lambda content: content | {"layers": content["layers"][:1]}, "has caches of 1 layers, ex"),
+    ],
+)
+def test_a_damaged_description_is_one_line(tmp_path, change, said):
+    model, params = build(GQA, GQA)
+    path = tmp_path / "text.kv"
+    kvjax.compress(model, params, TEXT, "snapkv:kv_size=16").save(path)
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=rf"text\.kv {said}") as error:
+        kvjax.load_context(path, model, params)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("policy", ["full", "adasnapkv:kv_size=16"])
+def test_a_context_that_holds_nan_is_refused(tmp_path, policy, number):
+    model, params = build(GQA, GQA)
+    path = tmp_path / "text.kv"
+    kvjax.compress(model, params, TEXT, policy).save(path)
+
+    def broken(arrays):
+        name = next(n for n, a in arrays.items() if n.startswith("1.") and a.dtype.kind == "f")
+        arrays[name].flat[0] = number
+        return arrays
+
+    rewritten(path, tensors=broken)
+    with pytest.raises(ValueError, match=r"text\.kv: layer 1.* has NaN or infinite values"):
+        kvjax.load_context(path, model, params)
+
+
+def test_a_context_without_one_of_its_arrays(tmp_path):
+    model, params = build(GQA, GQA)
+    path = tmp_path / "text.kv"
+    kvjax.compress(model, params, TEXT, "full").save(path)
+    rewritten(path, tensors=lambda arrays: dict(list(arrays.items())[1:]))
+    with pytest.raises(ValueError, match=r"description is damaged \(KeyError: '0\.k'\)"):
+        kvjax.load_context(path, model, params)
