@@ -26,7 +26,10 @@ from kvjax.paths import local_path
 from kvjax.sharding import param_shardings
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "config.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.model"),
+    *("special_tokens_map.json", "config.json"),
+)
 
 
 def load(
@@ -175,12 +178,25 @@ def save(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer (transformers' AutoTokenizer) of a directory, hub id or builtin model."""
+    """The fast tokenizer (transformers' AutoTokenizer) of a directory, hub id or builtin model.
+
+    Raises:
+        ValueError: no such model, or files that are missing or damaged.
+    """
     from transformers import AutoTokenizer
 
     directory = resolve(path)
-    refuse_pointers(path for pattern in TOKENIZER_FILES for path in directory.glob(pattern))
-    return AutoTokenizer.from_pretrained(directory)
+    files = sorted(path for pattern in TOKENIZER_FILES for path in directory.glob(pattern))
+    refuse_pointers(files)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # a damaged file may raise anything, in any number of lines
+        for file in files:
+            if file.suffix == ".json":
+                read_json(file)  # names the file, where it is no JSON object
+        line = " ".join(str(error).split())
+        kind = type(error).__name__
+        raise ValueError(f"cannot read the tokenizer of {directory}: {kind}: {line}") from error
 
 
 def _with_weights(path: str | Path) -> tuple[Transformer, Path]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 from toys import random_params
@@ -14,6 +15,7 @@ from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.families import FAMILIES
 from kvjax.hf.native import encode
 from kvjax.hf.native_fields import part_problems
+from kvjax.hf.source import BUILTIN_DIRECTORY
 from kvjax.nn import Transformer
 
 LLAMA = {
@@ -301,6 +303,28 @@ def test_a_tokenizer_that_is_a_pointer(tmp_path, name):
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer, .* run `git lfs pull`"):
         kvjax.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", "[", r"tokenizer\.json is no JSON: "),
+        ("tokenizer.json", "{}", "cannot read the tokenizer of "),
+        ("tokenizer_config.json", "[1]", r"tokenizer_config\.json holds a list, expected"),
+        ("special_tokens_map.json", "[", r"special_tokens_map\.json is no JSON: "),
+        ("config.json", "[1]", r"config\.json holds a list, expected an object"),
+        ("tokenizer.json", None, "cannot read the tokenizer of "),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(tmp_path, name, text, message):
+    path = tmp_path / "model"
+    shutil.copytree(BUILTIN_DIRECTORY / "needle", path)
+    (path / name).unlink(missing_ok=True)
+    if text is not None:
+        (path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        kvjax.load_tokenizer(path)
+    assert "\n" not in str(error.value)
 
 
 # --- kvjax.json ------------------------------------------------------------------------------
