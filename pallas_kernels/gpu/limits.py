@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.shared_memory import stages_that_fit
+from pallas_kernels.gpu.shared_memory import entries_of, stages_that_fit
 from pallas_kernels.operands import Operands, operands
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments, common_alignment
@@ -59,7 +59,7 @@ def arrays(kind: str, x: Operands, slots: int) -> str | None:
 
 def dtypes(x: Operands) -> str | None:
     """Queries of 16 bits, and entries that are all of their dtype or all of one 8-bit one."""
-    entries = [*x.keys, *([] if x.values is None else [x.values])]
+    entries = entries_of(x)
     q, found = x.queries[0].dtype, {entry.dtype for entry in entries}
     if q not in map(jnp.dtype, QUERIES) or any(other.dtype != q for other in x.queries):
         return f"tensor cores take queries of 16 bits, got {x.queries[0].dtype}"
@@ -74,8 +74,7 @@ def dtypes(x: Operands) -> str | None:
 
 def shapes(x: Operands, slots: int) -> str | None:
     """Head dims and slots that tiles, shared memory or registers do not hold."""
-    entries = [*x.keys, *([] if x.values is None else [x.values])]
-    widths = [entry.shape[-1] for entry in entries]
+    widths = [entry.shape[-1] for entry in entries_of(x)]
     step = 16 if x.keys[0].dtype == x.queries[0].dtype else 32
     if any(width % step or width == 0 for width in widths):
         return f"head dims are {widths}, expected multiples of {step}"
