@@ -21,7 +21,7 @@ from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.identity import Identity, identity
-from kvjax.mesh import on_automatic_mesh
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.paths import local_path
@@ -84,6 +84,7 @@ class Context:
         write_file(path, new, {"kvjax": content})
 
 
+@automatic_axes()
 def compress(
     model: Transformer, params: Any, tokens: Sequence[int], policy: str | Policy
 ) -> Context:

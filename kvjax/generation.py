@@ -25,7 +25,7 @@ from kvjax.headkv.plan import FullPlan, Plan
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.headkv.split_plan import on_mesh
-from kvjax.mesh import mesh_of, on_automatic_mesh
+from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.prefill_groups import prefill_in_groups
@@ -68,6 +68,7 @@ class Generation:
     full_cache_bytes: int = 0
 
 
+@automatic_axes()
 def generate(
     model: Transformer,
     params: Any,

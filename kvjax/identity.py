@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from kvjax.config import ModelConfig
-from kvjax.mesh import on_automatic_mesh
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 
 SHOWN = 4  # names of changed parameters in a message
 
@@ -62,6 +62,7 @@ class Identity:
         return "; ".join(found)
 
 
+@automatic_axes()
 def identity(config: ModelConfig, params: Mapping[str, Any]) -> Identity:
     """Reads every weight once, where it lies.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -90,7 +93,12 @@ def automatic(mesh: Any) -> Any:
 
     `jax.make_mesh` makes explicit axes since jax 0.9. With these every product of split arrays
     would have to name the sharding of its result.
+
+    Raises:
+        ValueError: something else than a mesh.
     """
+    if not isinstance(mesh, AnyMesh):
+        raise ValueError(f"mesh is {mesh!r}, expected a jax.sharding.Mesh: see kvjax.sharding")
     if all(kind == AxisType.Auto for kind in mesh.axis_types):
         return mesh
     types = (AxisType.Auto,) * len(mesh.axis_names)
@@ -99,17 +107,28 @@ def automatic(mesh: Any) -> Any:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
+@contextlib.contextmanager
+def automatic_axes() -> Iterator[None]:
+    """Inside it, and inside of what it decorates, the axes of `jax.set_mesh` are automatic too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(automatic(mesh)):
+        yield
+
+
 def on_automatic_mesh(params: Any) -> Any:
-    """Parameters that lie where they did, on a mesh with automatic axes; nothing is copied."""
+    """Arrays that lie where they did, on a mesh with automatic axes; nothing is copied."""
 
     def place(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
+        kind = leaf.aval if isinstance(leaf, Tracer) else leaf
+        sharding = getattr(kind, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             return leaf
-        mesh = automatic(sharding.mesh)
-        if mesh is sharding.mesh:
+        if AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+        return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))
 
     return jax.tree.map(place, params)
 

@@ -1,6 +1,9 @@
 """Parameters on a mesh of eight fake devices: where they lie, and the same logits."""
 
+import contextlib
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -10,7 +13,7 @@ import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from kvjax.hf.config import config_from_hf
 from kvjax.nn import Transformer
-from kvjax.sharding import batch_sharding, make_mesh, param_shardings, parse_mesh
+from kvjax.sharding import batch_sharding, make_mesh, param_shardings, parse_mesh, place_params
 
 RAW = {
     "model_type": "mixtral",
@@ -130,6 +133,43 @@ def test_a_mesh_as_jax_makes_it(tmp_path, names):
     alone = kvjax.compress(model, params, prompts[0], policy)
     assert context.model == alone.model
     np.testing.assert_allclose(context.cache[0].k_pool, alone.cache[0].k_pool, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["arrays", "set_mesh"])
+def test_explicit_axes_anywhere(where):
+    """In tokens, in parameters and in `jax.set_mesh`: the numbers are those of one device."""
+    mesh(8)
+    made = jax.make_mesh((2, 4), ("data", "tensor"))
+    model = Transformer(config_from_hf(RAW))
+    params = random_params(model)
+    tokens = jnp.arange(64, dtype=jnp.int32).reshape(4, 16)
+    want = jax.jit(model.apply)({"params": params}, tokens)[0]
+    alone = kvjax.transmla.calibrate(model, params, [tokens])
+    placed = place_params(model, params, made)
+    if where == "arrays":
+        placed = jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(made, x.sharding.spec)), placed
+        )
+        tokens = jax.device_put(tokens, NamedSharding(made, PartitionSpec("data")))
+    context = jax.set_mesh(made) if where == "set_mesh" else contextlib.nullcontext()
+    with context:
+        eager, _ = model.apply({"params": placed}, tokens)
+        jitted, _ = jax.jit(model.apply)({"params": placed}, tokens)
+        stats = kvjax.transmla.calibrate(model, placed, [np.asarray(tokens)])
+        converted, _ = kvjax.transmla.convert(model, placed)
+        generated = kvjax.generate(model, placed, [[5, 6, 7]] * 4, max_new_tokens=3).tokens
+    np.testing.assert_allclose(eager, want, atol=1e-5)
+    np.testing.assert_allclose(jitted, want, atol=1e-5)
+    np.testing.assert_allclose(stats.layers[0].kv_mean, alone.layers[0].kv_mean, atol=1e-5)
+    assert converted.config.num_layers == model.config.num_layers
+    assert generated == kvjax.generate(model, params, [[5, 6, 7]] * 4, max_new_tokens=3).tokens
+
+
+@pytest.mark.parametrize("value", ["data=8", {"data": 8}, 8])
+def test_what_is_no_mesh(value):
+    model = Transformer(config_from_hf(RAW))
+    with pytest.raises(ValueError, match=r"mesh is .*, expected a jax.sharding.Mesh"):
+        param_shardings(model, value)
 
 
 def test_a_mesh_needs_an_axis_that_splits_parameters():

@@ -24,7 +24,7 @@ from kvjax.headkv.plan import attention_spec, kv_heads, start_prompt
 from kvjax.headkv.prompt import Prompt, query_attention
 from kvjax.headkv.reductions import Reduce, attended, copied, induced
 from kvjax.headkv.scores import HeadScores, query_heads
-from kvjax.mesh import on_automatic_mesh
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
@@ -66,6 +66,7 @@ class BatchScores:
     answers: Float64[np.ndarray, " n"]
 
 
+@automatic_axes()
 def score_examples(
     model: Transformer,
     params: Any,

@@ -24,6 +24,7 @@ from kvjax.config import (
     ModelConfig,
     MoEConfig,
 )
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.decoupled import DecoupledAttention
 from kvjax.nn.equal_cache import EqualCacheAttention
 from kvjax.nn.gqa import GQA, norm_weight
@@ -166,6 +167,12 @@ class Transformer(nn.Module):
         return output_logits(self.config, self.final_norm, weight, x)
 
     @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.apply`; arrays may also lie on a mesh with explicit axes."""
+        with automatic_axes():
+            variables, args, kwargs = on_automatic_mesh((variables, args, kwargs))
+            return super().apply(variables, *args, **kwargs)
+
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.init`, with plain arrays: sharding metadata is kvjax.sharding's matter."""
         return nn.meta.unbox(super().init(*args, **kwargs))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import GQAConfig, ModelConfig
 from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.identity import identity
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import embed_tokens
 from kvjax.paths import local_path
@@ -111,6 +112,7 @@ class Stats:
             raise ValueError(f"{path} holds no calibration: {error}") from None
 
 
+@automatic_axes()
 def calibrate(
     model: Transformer,
     params: Mapping[str, Any],
@@ -194,9 +196,10 @@ def _observe_batch(
     input_moments: bool,
 ) -> Stats:
     """The moments of one batch alone."""
-    x, layers = embed(model, params, tokens), []
+    embedding = {"embedding": on_automatic_mesh(params["embedding"])}
+    x, layers = embed(model, embedding, tokens), []
     for index, base in enumerate(bases):
-        layer, own = model.config.layers[index], params[f"layers_{index}"]
+        layer, own = model.config.layers[index], on_automatic_mesh(params[f"layers_{index}"])
         moments = observe(model.config, base, own, x, input_moments)
         check_moments(moments, index, params)
         layers.append(moments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvjax.finite import CONVERTED, check_finite, check_params
-from kvjax.mesh import on_automatic_mesh
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.sharding import mesh_of, place_params
 from kvjax.transmla.decoupled import decoupled
@@ -14,6 +14,7 @@ from kvjax.transmla.equal_cache import equal_cache
 METHODS = {"equal_cache": equal_cache, "decoupled": decoupled}
 
 
+@automatic_axes()
 def convert(
     model: Transformer, params: dict[str, Any], method: str = "equal_cache", **options: Any
 ) -> tuple[Transformer, dict[str, Any]]:
