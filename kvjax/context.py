@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
+from kvjax.config import ModelConfig
 from kvjax.decoding import prefill
 from kvjax.finite import check_finite
 from kvjax.headkv.policy import Policy, resolve
@@ -111,7 +113,7 @@ def compress(
     if not np.isfinite(np.asarray(logits)).all():
         raise not_finite("the logits after the text", model, params, tokens)
     name = policy if isinstance(policy, str) else type(policy).__name__
-    return Context(cache, len(tokens), name, identity(model.config, params))
+    return Context(cache, len(tokens), name, reader_identity(model.config, params))
 
 
 def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
@@ -126,9 +128,10 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
         raise ValueError(f"no context at {path}")
     context = _read(path)
     check_model(context, model, params, str(path))
-    if len(context.cache) != model.config.num_layers:
+    if len(context.cache) != model.config.num_layers or context.length < 1:
         raise ValueError(
-            f"{path} has caches of {len(context.cache)} layers, expected {model.config.num_layers}"
+            f"{path} is a damaged context: got {len(context.cache)} layers of {context.length} "
+            f"tokens, expected {model.config.num_layers} of at least 1"
         )
     check_finite(context.cache, f"{path}: layer ")
     return context
@@ -158,9 +161,25 @@ def check_model(
 
     All weights are read once, which takes about as long as one step of decoding.
     """
-    found = identity(model.config, params).differences(context.model)
+    found = reader_identity(model.config, params).differences(context.model)
     if found:
         raise ValueError(f"{name} is of another model: {found}")
+
+
+def reader_identity(config: ModelConfig, params: Any) -> Identity:
+    """What decides how a model reads; the ids that begin and end its texts do not."""
+    return identity(dataclasses.replace(config, bos_id=None, eos_ids=()), params)
+
+
+def on_devices_of(params: Any, cache: list[Any]) -> list[Any]:
+    """The cache where the parameters lie: whole on each of their devices, if it lies elsewhere."""
+    wanted = getattr(params["embedding"], "sharding", None)
+    devices = jax.tree.leaves(cache)[0].sharding.device_set
+    if wanted is None or devices == wanted.device_set:
+        return cache
+    if isinstance(wanted, NamedSharding):
+        wanted = NamedSharding(wanted.mesh, PartitionSpec())
+    return jax.device_put(cache, wanted)
 
 
 def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from kvjax.cache import cache_bytes
 from kvjax.cache.slots import whole_slots
-from kvjax.context import Context, check_model
+from kvjax.context import Context, check_model, on_devices_of
 from kvjax.decoding import (
     DecodeState,
     compress_again,
@@ -22,7 +23,7 @@ from kvjax.decoding import (
     first_token,
 )
 from kvjax.headkv.plan import FullPlan, Plan
-from kvjax.headkv.policy import Policy, resolve
+from kvjax.headkv.policy import Full, Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.headkv.split_plan import on_mesh
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
@@ -115,6 +116,7 @@ def generate(
     """
     numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
     check_ranges(numbers | {"batch_size": batch_size, "prefill_size": prefill_size}, RANGES)
+    max_new_tokens = operator.index(max_new_tokens)
     before = 0 if context is None else context.length
     check_prompts(model.config, prompts, max_new_tokens, before)
     sampling = Sampling.create(temperature, top_k, top_p)
@@ -160,15 +162,17 @@ def _reader(
 ) -> Reader:
     """How prompts are read: from the start, or after a context."""
     if context is not None:
-        if policy != "full" or prefill_size is not None:
+        asked = Policy.parse(policy) if isinstance(policy, str) else policy
+        if asked != Full() or prefill_size is not None:
             raise ValueError(
                 f"got policy {policy!r} and prefill_size {prefill_size} with a context, expected "
                 "neither: a context is compressed already, and what prompts add stays"
             )
         check_model(context, model, params)
+        held = on_devices_of(params, context.cache)
 
         def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
-            logits, cache = extend(model, params, tokens, lengths, context.cache, max_new_tokens)
+            logits, cache = extend(model, params, tokens, lengths, held, max_new_tokens)
             return logits, cache, FullPlan(model.config)
 
         return go_on

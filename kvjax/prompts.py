@@ -58,7 +58,7 @@ def eos_array(config: ModelConfig, eos_ids: Any) -> Int32[np.ndarray, " E"]:
         eos_ids = config.eos_ids
     elif isinstance(eos_ids, Set):
         eos_ids = sorted(eos_ids)
-    elif isinstance(eos_ids, numbers.Integral):
+    elif isinstance(eos_ids, numbers.Integral) or getattr(eos_ids, "ndim", 1) == 0:
         eos_ids = [eos_ids]
     ids = _token_ids(eos_ids, "eos_ids", "None, () or a list of token ids")
     if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:

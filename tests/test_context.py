@@ -12,8 +12,10 @@ from toys import random_params
 import kvjax
 from kvjax import transmla
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.headkv.policy import Full
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
+from kvjax.sharding import make_mesh, parse_mesh, place_params
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 SLIDING = dataclasses.replace(GQA, window=13)
@@ -116,6 +118,72 @@ def test_what_a_context_would_not_heed_is_refused(setting):
         kvjax.generate(model, params, QUESTIONS, context=context, **setting)
 
 
+@pytest.mark.parametrize("policy", ["full:", Full()])
+def test_the_default_policy_in_other_words_is_not_refused(policy):
+    model, params = build(GQA)
+    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    asked = {"context": context, "max_new_tokens": 2}
+    want = kvjax.generate(model, params, QUESTIONS[:1], **asked).tokens
+    assert kvjax.generate(model, params, QUESTIONS[:1], policy=policy, **asked).tokens == want
+
+
+def test_ids_that_end_a_text_do_not_decide_how_it_is_read(tmp_path):
+    """As where a checkpoint's generation_config.json names one more of them."""
+    model, params = build(GQA)
+    kvjax.compress(model, params, TEXT, "snapkv:kv_size=16").save(tmp_path / "text.kv")
+    other = Transformer(dataclasses.replace(model.config, eos_ids=(3, 4), bos_id=1))
+    assert kvjax.load_context(tmp_path / "text.kv", other, params).length == len(TEXT)
+
+
+@pytest.mark.parametrize("shapes", [(None, "tensor=2"), ("tensor=2", None), ("data=2", "tensor=2")])
+def test_a_context_goes_to_the_devices_of_the_weights(shapes):
+    model, params = build(GQA)
+
+    def spread(shape, devices):
+        mesh = None if shape is None else make_mesh(parse_mesh(shape), devices)
+        return place_params(model, params, mesh)
+
+    read, asked = spread(shapes[0], jax.devices()[:2]), spread(shapes[1], jax.devices()[2:4])
+    context = kvjax.compress(model, read, TEXT, "snapkv:kv_size=16")
+    got = kvjax.generate(model, asked, QUESTIONS[:1], max_new_tokens=4, context=context).tokens
+    want = kvjax.generate(model, read, QUESTIONS[:1], max_new_tokens=4, context=context).tokens
+    assert got == want
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"name": "x"}},
+        {"length": "70"},
+        {"length": 0},
+        {"layers": []},
+        {"layers": [{"part": "Other", "fields": {}}]},
+        {"layers": [{"tensor": "missing"}]},
+    ],
+)
+def test_a_damaged_context_is_one_line(tmp_path, change):
+    model, params = build(GQA)
+    path = tmp_path / "text.kv"
+    kvjax.compress(model, params, TEXT, "snapkv:kv_size=16").save(path)
+    stored = read_header(path)
+    content = json.loads(read_metadata(path)["kvjax"]) | change
+    kept = [NewTensor(n, t.dtype, t.shape, lambda t=t: t.open().copy()) for n, t in stored.items()]
+    write_file(tmp_path / "damaged.kv", kept, {"kvjax": json.dumps(content)})
+    with pytest.raises(ValueError, match=r"damaged\.kv is (a damaged|no) context: .+"):
+        kvjax.load_context(tmp_path / "damaged.kv", model, params)
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", "3"])
+def test_a_file_that_is_no_context(tmp_path, text):
+    model, params = build(GQA)
+    write_file(tmp_path / "other.kv", [], {"kvjax": text})
+    with pytest.raises(
+        ValueError, match=r"other\.kv is no context: (got None|its description is damaged)"
+    ):
+        kvjax.load_context(tmp_path / "other.kv", model, params)
+
+
 def test_a_context_of_the_first_format_is_refused(tmp_path):
     model, params = build(GQA)
     content = json.dumps({"format": "kvjax context 1", "model": "llama-0123456789ab"})
@@ -161,7 +229,10 @@ def rewritten(path, change=lambda content: content, tensors=lambda arrays: array
         (lambda content: content | {"length": "70"}, "is no context: its description is damaged"),
         (lambda content: content | {"model": {}}, "is no context: its description is damaged"),
         (lambda content: content | {"model": None}, "is no context: its description is damaged"),
-        (lambda content: content | {"layers": content["layers"][:1]}, "has caches of 1 layers, ex"),
+        (
+            lambda content: content | {"layers": content["layers"][:1]},
+            "is a damaged context: got 1 layers of",
+        ),
     ],
 )
 def test_a_damaged_description_is_one_line(tmp_path, change, said):

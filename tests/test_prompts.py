@@ -93,6 +93,8 @@ def test_a_length_that_is_no_whole_number(new):
         ((), []),
         (5, [5]),
         (np.int64(5), [5]),
+        (np.array(5), [5]),
+        (jnp.int32(5), [5]),
         ([5, 6], [5, 6]),
         ({6, 5}, [5, 6]),
         (np.array([5, 6]), [5, 6]),
