@@ -91,8 +91,12 @@ def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> 
     if not text.is_file():
         raise ValueError(f"no text file at {text}")
     Policy.parse(policy)
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is no text in UTF-8: {error}") from None
     model, params = load(path, dtype=dtype)
-    ids = prompt_ids(load_tokenizer(path), text.read_text(encoding="utf-8"))
+    ids = prompt_ids(load_tokenizer(path), content)
     context = compress(model, params, ids, policy)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)
