@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from kvjax.answers import rouge1_recall, token_f1
+from kvjax.config import ModelConfig
 from kvjax.example import Example
 from kvjax.headkv.batches import Batch, bucketed, make_batch, positions, step_positions
 from kvjax.headkv.gradient import loss_gradient
@@ -95,7 +96,7 @@ def score_examples(
             counts.
     """
     name, chosen = _estimator(estimator)
-    check_examples(examples, chosen.needs_span, model.config.vocab_size)
+    check_examples(examples, chosen.needs_span, model.config)
     params = on_automatic_mesh(params)
     done = {batch.indices: batch for batch in finished}
     plan = [tuple(indices) for indices in bucketed(examples, batch_size)]
@@ -209,7 +210,7 @@ def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, 
     }
 
 
-def check_examples(examples: Sequence[Example], with_span: bool, vocab_size: int) -> None:
+def check_examples(examples: Sequence[Example], with_span: bool, config: ModelConfig) -> None:
     """Raises ValueError for examples that cannot be scored."""
     if not examples:
         raise ValueError("got no examples, expected at least one")
@@ -219,7 +220,12 @@ def check_examples(examples: Sequence[Example], with_span: bool, vocab_size: int
                 f"example {index} has {len(example.prompt)} prompt and {len(example.answer)} "
                 "answer tokens, expected at least one of each"
             )
-        token_ids([*example.prompt, *example.answer], vocab_size, f"example {index}")
+        token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")
+        if len(example.prompt) > config.context_length:
+            raise ValueError(
+                f"example {index} has {len(example.prompt)} prompt tokens, expected at most "
+                f"{config.context_length}: the model's context"
+            )
         start, end = example.span
         if with_span and not 0 <= start < end <= len(example.prompt):
             raise ValueError(

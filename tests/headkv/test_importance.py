@@ -251,6 +251,11 @@ def test_bad_input(model, params, examples):
         score_examples(model, params, examples, batch_size=0)
     with pytest.raises(ValueError, match=r"example 0 has span \(3, 9\)"):
         score_examples(model, params, [Example((1, 2, 3), (4,), (3, 9))])
+    context = model.config.context_length
+    with pytest.raises(
+        ValueError, match=rf"{context + 1} prompt tokens, expected at most {context}"
+    ):
+        score_examples(model, params, [Example((1,) * (context + 1), (4,), (3, 9))])
     with pytest.raises(ValueError, match="3 prompt and 0 answer tokens"):
         score_examples(model, params, [Example((1, 2, 3), ())], estimator="gradient")
     with pytest.raises(ValueError, match=r"answers none of 1 examples.*copying and gradient"):
