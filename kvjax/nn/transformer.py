@@ -173,6 +173,7 @@ class Transformer(nn.Module):
             variables, args, kwargs = on_automatic_mesh((variables, args, kwargs))
             return super().apply(variables, *args, **kwargs)
 
+    @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.init`, with plain arrays: sharding metadata is kvjax.sharding's matter."""
         return nn.meta.unbox(super().init(*args, **kwargs))
