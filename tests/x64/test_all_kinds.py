@@ -5,7 +5,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from meshes import GQA, HEAD_LATENTS, LATENTS, MLA, WINDOWED, spread, toy
+from meshes import GQA, HEAD_LATENTS, MLA, WINDOWED, spread, toy
 
 import kvjax
 from eval import continuations, losses
@@ -23,10 +23,8 @@ SCORES = HeadScores(np.random.default_rng(0).random((1, 8, 3)))
 SIZE = "kv_size=8,window=4"
 CASES = [
     ((GQA,), f"headkv_adaptive:{SIZE},every=2"),
-    ((GQA,), f"expected:{SIZE}"),
-    ((WINDOWED,), "spankv:ratio=0.5,window=4,entries=int8"),
+    ((WINDOWED,), "expected:ratio=0.5,window=4,entries=int8"),
     ((HEAD_LATENTS,), f"pyramidkv:{SIZE}"),
-    ((LATENTS,), f"snapkv:{SIZE}"),
     ((MLA,), "full"),
 ]
 
