@@ -74,9 +74,11 @@ def kept_tokens(policy: Policy, config: ModelConfig, prompt_len: int, dtype: Any
 
 def kept_share(policy: Policy, config: ModelConfig, lengths: Sequence[int], dtype: Any) -> float:
     """Share of a prompt's tokens that a head keeps, the mean over heads and prompts."""
+    buckets = {bucket_length(length) for length in lengths}
+    plans = {bucket: policy.plan(config, bucket, jnp.dtype(dtype)) for bucket in buckets}
     shares = {}
     for length in set(lengths):
-        plan = policy.plan(config, bucket_length(length), jnp.dtype(dtype))
+        plan = plans[bucket_length(length)]
         compresses = isinstance(plan, CompressedPlan)
         shares[length] = float(plan.kept(length).mean()) / length if compresses else 1.0
     return sum(shares[length] for length in lengths) / len(lengths)

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
 from kvjax.config import ModelConfig
 from kvjax.decoding import prefill
-from kvjax.finite import check_finite
+from kvjax.finite import check_finite, first_not_finite
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
@@ -110,7 +110,7 @@ def compress(
     ids, lengths = pad([tokens], bucket)
     plan = resolved.plan(model.config, bucket, params["embedding"].dtype)
     logits, cache = prefill(model, params, ids, lengths, plan, max_new_tokens=0)
-    if not np.isfinite(np.asarray(logits)).all():
+    if first_not_finite(logits) is not None:
         raise not_finite("the logits after the text", model, params, tokens)
     name = policy if isinstance(policy, str) else type(policy).__name__
     return Context(cache, len(tokens), name, reader_identity(model.config, params))
