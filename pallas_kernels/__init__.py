@@ -1,13 +1,19 @@
 """Decode attention on dense, head-ragged and latent KV caches. Imports jax only."""
 
 from pallas_kernels.api import gqa_decode, mla_decode, ragged_gqa_decode
-from pallas_kernels.quantized import Quantized, dequantize, quantize
+from pallas_kernels.plan import schedule
+from pallas_kernels.quantized import Bits, Quantized, dequantize, quantize, to_bits
+from pallas_kernels.segments import Segments
 
 __all__ = [
+    "Bits",
     "Quantized",
+    "Segments",
     "dequantize",
     "gqa_decode",
     "mla_decode",
     "quantize",
     "ragged_gqa_decode",
+    "schedule",
+    "to_bits",
 ]

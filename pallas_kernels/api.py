@@ -10,6 +10,7 @@ Lengths are clipped to what there is room for before any implementation sees the
 otherwise read beyond the cache.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import ragged_blocks, reference
+from pallas_kernels import reference, xla
 from pallas_kernels.dispatch import check_name, kernel
-from pallas_kernels.quantized import Entries
+from pallas_kernels.plan import WorkList
+from pallas_kernels.quantized import Entries, from_bits
 from pallas_kernels.reference import NEG_INF
-from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
+from pallas_kernels.segments import Newer, Segments
 
 
 def gqa_decode(
@@ -63,6 +65,7 @@ def gqa_decode(
     lengths, window = _live(lengths, (B,), S), _window(window, S)
     if 0 in (B, N, S):
         return _nothing((B, N, v.shape[3]), q.dtype, implementation, return_lse)
+    k, v = from_bits(k), from_bits(v)
     run = kernel(implementation, "gqa_decode", q, k, v) or reference.gqa_decode
     out, lse = run(q, k, v, lengths, _scale(scale, H), window, softcap)
     return _result(out.astype(q.dtype), lse, return_lse)
@@ -78,7 +81,8 @@ def ragged_gqa_decode(
     capacities: Sequence[int] | jax.Array | None = None,
     align: int = 8,
     span: int | None = None,
-    live: jax.Array | None = None,
+    live: jax.Array | Newer | None = None,
+    schedule: WorkList | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str = "auto",
@@ -90,14 +94,17 @@ def ragged_gqa_decode(
         q: [B, N, H].
         k_pool, v_pool: [B, P, H], or `Quantized`; head k owns rows starts[k] … starts[k] +
             capacities[k].
-        starts: K static ints, ascending; or [B, K] int32 where sequences or devices differ, the
-            first 0.
+        starts: [B, K] integers; or [K], or a sequence of K ints, the same for all sequences. The
+            pool may hold other segments besides.
         lengths: [B, K] integers, live rows of each segment, clipped to 0 … its capacity.
-        capacities: as starts; default: up to the next segment.
+        capacities: as starts; default: up to the next start.
         align: starts that are arrays are multiples of it; P too.
-        span: for starts that are arrays, in a pool that holds other segments besides: rows from
-            the first start on, which need not be 0, that hold all of these; see `TracedSegments`.
-        live: [B, P] bool, rows that may be seen (sliding windows over kept entries); default all.
+        span: for starts that are arrays, a bound on the rows of all segments of one sequence; see
+            `Segments`. Default P.
+        live: [B, P] bool, rows that may be seen, or `Newer` for a sliding window over kept entries,
+            of which only the segments' own rows are read where XLA serves; default all.
+        schedule: one layer's part of what `schedule` made of the same starts, lengths and span;
+            default: the kernel's work list is made here.
         scale, softcap, implementation, return_lse: as in `gqa_decode`.
 
     Returns:
@@ -114,19 +121,19 @@ def ragged_gqa_decode(
     _check(k_pool.shape == (B, P, H), f"k_pool is {k_pool.shape}, expected {(B, P, H)}")
     _check(v_pool.shape[:2] == (B, P), f"v_pool is {v_pool.shape}, expected {(B, P)} + head dim")
     _check_heads(N, K)
-    _check(live is None or live.shape == (B, P), f"live is not {(B, P)}, the pool's rows")
+    seen = live.positions if isinstance(live, Newer) else live
+    _check(seen is None or seen.shape == (B, P), f"live is not {(B, P)}, the pool's rows")
     lengths = _live(lengths, (B, K), segments.room(P))
     if 0 in (B, N, P):
         return _nothing((B, N, v_pool.shape[2]), q.dtype, implementation, return_lse)
     run = kernel(implementation, "ragged_gqa_decode", q, k_pool, v_pool, segments, live)
     settings = (lengths, _scale(scale, H), softcap)
     if run is not None:
-        out, lse = run(q, k_pool, v_pool, segments, *settings, live)
-    elif isinstance(segments, StaticSegments) and segments.block_size(P) is None:
-        out, lse = reference.ragged_gqa_decode(q, k_pool, v_pool, segments, *settings, live)
-    else:  # pools of whole blocks need no copy of their segments
-        seen = None if live is None else live[:, None]
-        out, lse = ragged_blocks.attend(q[:, None], k_pool, v_pool, segments, *settings, seen)
+        rows = live.rows()[:, 0] if isinstance(live, Newer) else live
+        out, lse = run(q, from_bits(k_pool), from_bits(v_pool), segments, *settings, rows, schedule)
+    else:
+        seen = live if live is None or isinstance(live, Newer) else live[:, None]
+        out, lse = xla.attend(q[:, None], k_pool, v_pool, segments, *settings, seen)
         out, lse = out[:, 0], lse[:, 0]
     return _result(out.astype(q.dtype), lse, return_lse)
 
@@ -134,33 +141,50 @@ def ragged_gqa_decode(
 def _segments(
     starts: Any, capacities: Any, align: int, span: int | None, pool: tuple[int, int]
 ) -> Segments:
-    """The segments of pools [B, P], checked where they are static."""
-    B, rows = pool
-    if not isinstance(starts, Sequence):
-        _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
-        _check(
-            starts.ndim == 2 and starts.shape[0] == B,
-            f"starts is {starts.shape}, expected ({B}, KV heads), or a tuple for all sequences",
-        )
-        starts = _int32(starts, "starts", rows)
-        if capacities is None:
-            ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=rows)
-            capacities = ends - starts
-        _check(
-            capacities.shape == starts.shape,
-            f"capacities is {capacities.shape}, expected {starts.shape}, as starts",
-        )
-        return TracedSegments(starts, _int32(capacities, "capacities", rows), align, span)
+    """The segments of pools [B, P], checked where they are known."""
+    rows = pool[1]
+    if isinstance(starts, Sequence):
+        capacities = _checked_capacities(starts, capacities, rows)
+        align, span = max(math.gcd(*starts, rows), 1), sum(capacities)
+        starts, capacities = (jnp.asarray(x, jnp.int32) for x in (starts, capacities))
+    starts = _of_each_sequence(starts, "starts", pool)
+    _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
+    if capacities is None:
+        later = starts[:, None] > starts[:, :, None]
+        capacities = jnp.min(jnp.where(later, starts[:, None], rows), axis=2) - starts
+    capacities = _of_each_sequence(capacities, "capacities", pool)
+    _check(
+        capacities.shape == starts.shape,
+        f"capacities is {capacities.shape}, expected {starts.shape}, as starts",
+    )
+    return Segments(starts, capacities, align, span)
+
+
+def _checked_capacities(
+    starts: Sequence[int], capacities: Sequence[int] | None, rows: int
+) -> Sequence[int]:
+    """The capacities of segments that are known, which must be rows of the pool."""
     if capacities is None:
         capacities = [end - start for start, end in zip(starts, [*starts[1:], rows], strict=True)]
-    K = len(starts)
-    _check(len(capacities) == K, f"got {len(capacities)} capacities for {K} heads")
+    _check(
+        len(capacities) == len(starts), f"got {len(capacities)} capacities for {len(starts)} heads"
+    )
     for start, capacity in zip(starts, capacities, strict=True):
         _check(
             start >= 0 and capacity >= 0 and start + capacity <= rows,
             f"segment {start}:{start + capacity} is outside of the pool's {rows} rows",
         )
-    return StaticSegments(tuple(starts), tuple(capacities))
+    return capacities
+
+
+def _of_each_sequence(table: Any, name: str, pool: tuple[int, int]) -> jax.Array:
+    """[B, K] int32 of a table [K] or [B, K]."""
+    (B, rows), shape = pool, table.shape
+    _check(
+        len(shape) == 1 or (len(shape) == 2 and shape[0] == B),
+        f"{name} is {shape}, expected (KV heads,) or ({B}, KV heads)",
+    )
+    return jnp.broadcast_to(_int32(table, name, rows), (B, shape[-1]))
 
 
 def mla_decode(
@@ -202,6 +226,7 @@ def mla_decode(
     lengths, window = _live(lengths, (B,), S), _window(window, S)
     if 0 in (B, N, S):
         return _nothing(q_latent.shape, q_latent.dtype, implementation, return_lse)
+    latent, k_rope = from_bits(latent), from_bits(k_rope)
     run = kernel(implementation, "mla_decode", q_latent, q_rope, latent, k_rope)
     run = run or reference.mla_decode
     out, lse = run(q_latent, q_rope, latent, k_rope, lengths, scale, window, softcap)

@@ -72,15 +72,28 @@ def _partitioned(mesh: jax.sharding.AbstractMesh) -> str | None:
 def kernel(implementation: str, operation: str, *operands: Any) -> Callable | None:
     """The operation's kernel with its sizes for the device; None for XLA.
 
-    Pallas is imported only by those who run it. Where "auto" leaves an operation to XLA on a
-    platform that has kernels, a warning says why, once a process.
-
     Args:
         operands: what the platforms' `limits.<operation>` take.
 
     Raises:
         ValueError: no such implementation.
         NotImplementedError: it was asked for by name, and cannot serve.
+    """
+    return _function(operation, implementation, operation, operands)
+
+
+def scheduler(implementation: str, operation: str, *operands: Any) -> Callable | None:
+    """What makes the kernel's work list, with the same sizes; as `kernel`."""
+    return _function("work_list", implementation, operation, operands)
+
+
+def _function(
+    function: str, implementation: str, operation: str, operands: tuple[Any, ...]
+) -> Callable | None:
+    """A function of the module that has the operation's kernel; see `kernel`.
+
+    Pallas is imported only by those who run it. Where "auto" leaves an operation to XLA on a
+    platform that has kernels, a warning says why, once a process.
     """
     check_name(implementation)
     on = target()
@@ -99,7 +112,7 @@ def kernel(implementation: str, operation: str, *operands: Any) -> Callable | No
         if reason is not None:
             raise NotImplementedError(f"{operation} with {implementation}: {reason}")
     module = importlib.import_module(f"pallas_kernels.{on.platform}.{MODULES[operation]}")
-    return functools.partial(getattr(module, operation), **_sizes(operation, on))
+    return functools.partial(getattr(module, function), **_sizes(operation, on))
 
 
 def check_name(implementation: str) -> None:
@@ -132,5 +145,5 @@ def _warn(operation: str, reason: str) -> None:
         f"{operation} runs without its kernel, slower: {reason} "
         '(implementation="xla" asks for this, and is not warned of)',
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -1,11 +1,7 @@
 """Which device holds which heads of ragged pools, so that the bytes balance."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int
-
-from pallas_kernels.segments import DeviceSegments
 
 
 def assign_heads(sizes: Int[np.ndarray, "L K"], devices: int) -> Int[np.ndarray, "L K"]:
@@ -35,35 +31,3 @@ def assign_heads(sizes: Int[np.ndarray, "L K"], devices: int) -> Int[np.ndarray,
             load[device] += sizes[layer, head]
         orders[layer] = [head for heads in places for head in sorted(heads)]
     return orders
-
-
-def lay_out(
-    capacities: tuple[tuple[int, ...], ...], devices: int, align: int
-) -> tuple[tuple[DeviceSegments, ...], int]:
-    """The segments of all layers in one pool on every device, and the rows of that pool.
-
-    Args:
-        capacities: rows of every head of every layer; each device's heads stand together.
-        align: starts, spans and the pool's end are multiples of it.
-
-    Raises:
-        ValueError: the devices do not divide the heads.
-    """
-    at, layers = np.zeros(devices, np.int64), []
-    for layer in capacities:
-        if len(layer) % devices:
-            raise ValueError(f"got {len(layer)} KV heads, expected a multiple of {devices} devices")
-        own = np.asarray(layer, np.int64).reshape(devices, -1)
-        sizes = -(-own // align) * align
-        ends = np.cumsum(sizes, axis=1)
-        layers.append((at[:, None] + ends - sizes, own, int(ends[:, -1].max())))
-        at = at + ends[:, -1]
-    segments = (
-        DeviceSegments(_nested(starts), _nested(own), align, max(span, align))
-        for starts, own, span in layers
-    )
-    return tuple(segments), max(int(at.max()), align)
-
-
-def _nested(table: Int[np.ndarray, "D K"]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(value) for value in row) for row in table)

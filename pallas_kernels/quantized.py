@@ -7,7 +7,7 @@ that of a value a weight, so that entries are never rebuilt in full precision (K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -40,8 +40,41 @@ class Quantized:
         return self.values.dtype
 
 
-Entries = jax.Array | Quantized
-"""Cache entries [..., X], as they are or quantized."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bits:
+    """16-bit floats as their bit patterns.
+
+    XLA for CPUs widens 16-bit floats before it cuts a slice from them: a loop over a pool would
+    start with a copy of the whole pool in float32. Integers are cut as they are.
+
+    Attributes:
+        values: [..., X] uint16.
+        dtype: of the floats.
+    """
+
+    values: Any
+    dtype: Any = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+Entries = jax.Array | Quantized | Bits
+"""Cache entries [..., X]: as they are, quantized, or as bit patterns."""
+
+
+def to_bits(x: jax.Array) -> Bits:
+    """The bit patterns of 16-bit floats."""
+    return Bits(jax.lax.bitcast_convert_type(x, jnp.uint16), jnp.dtype(x.dtype))
+
+
+def from_bits(entries: Entries) -> jax.Array | Quantized:
+    """Bit patterns as the floats that they stand for; other entries as they are."""
+    if not isinstance(entries, Bits):
+        return entries
+    return jax.lax.bitcast_convert_type(entries.values, entries.dtype)
 
 
 def quantize(x: Float[Array, "*B X"], dtype: Any) -> Quantized:
@@ -63,11 +96,13 @@ def is_quantized(dtype: Any) -> bool:
 
 def plain(entries: Entries, dtype: Any) -> jax.Array:
     """The array that a product reads: quantized values without their scale, in `dtype` (exact)."""
+    entries = from_bits(entries)
     return entries.values.astype(dtype) if isinstance(entries, Quantized) else entries
 
 
 def dequantize(entries: Entries, dtype: Any) -> jax.Array:
     """[..., X] in `dtype`."""
+    entries = from_bits(entries)
     if not isinstance(entries, Quantized):
         return entries.astype(dtype)
     return (entries.values.astype(jnp.float32) * entries.scale[..., None]).astype(dtype)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized import Entries, Quantized, plain
-from pallas_kernels.segments import StaticSegments
+from pallas_kernels.segments import Segments
 
 NEG_INF = -1e30  # finite, so that a row without live slots gives 0 and not NaN
 
@@ -112,33 +112,27 @@ def ragged_gqa_decode(
     q: jax.Array,
     k_pool: Entries,
     v_pool: Entries,
-    segments: StaticSegments,
+    segments: Segments,
     lengths: jax.Array,
     scale: float,
     softcap: float | None,
     live_pool: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.ragged_gqa_decode`: one slice of the pool a head, none padded."""
-    (B, N, H), K = q.shape, segments.num_heads
-    groups = q.reshape(B, K, N // K, H)
-    outs, lses = [], []
-    for head, (start, size) in enumerate(zip(segments.starts, segments.capacities, strict=True)):
-        rows = slice(start, start + size)
-        k, v = _segment(k_pool, rows), _segment(v_pool, rows)
-        live = jnp.arange(size, dtype=jnp.int32)[None] < lengths[:, head, None]
-        if live_pool is not None:
-            live &= live_pool[:, rows]
-        logits = soft_cap(scores(groups[:, head, None], k) * scale, softcap)
-        out, lse = softmax_attend(logits, v, live[:, None], q.dtype)
-        outs.append(out)
-        lses.append(lse)
-    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
-    return out.reshape(B, N, -1), lse.reshape(B, N)
+    """See `pallas_kernels.ragged_gqa_decode`: every head gathered to as many rows as the pool has.
 
-
-def _segment(pool: Entries, rows: slice) -> Entries:
-    """[B, 1, rows, H] of a pool."""
-    return jax.tree.map(lambda leaf: leaf[:, None, rows], pool)
+    Slow, and for tests; `xla.attend` serves.
+    """
+    (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
+    rank = jnp.arange(P, dtype=jnp.int32)[None, None]
+    rows = jnp.clip(segments.starts[:, :, None] + rank, 0, P - 1)
+    live = rank < jnp.minimum(lengths, segments.room(P))[:, :, None]
+    batch = jnp.arange(B, dtype=jnp.int32)[:, None, None]
+    if live_pool is not None:
+        live &= live_pool[batch, rows]
+    k, v = jax.tree.map(lambda leaf: leaf[batch, rows], (k_pool, v_pool))
+    logits = soft_cap(scores(q.reshape(B, K, N // K, H), k) * scale, softcap)
+    out, lse = softmax_attend(logits, v, live, q.dtype)
+    return out.reshape(B, N, v.shape[-1]), lse.reshape(B, N)
 
 
 def mla_decode(

@@ -10,12 +10,12 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels.bench.shapes import GQA, MLA
-from pallas_kernels.quantized import Entries, is_quantized, quantize
+from pallas_kernels.quantized import Entries, is_quantized, quantize, to_bits
 
 SKEW = (0.003, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 1.0)
 """Budgets of heads, relative to the largest: the spread that HeadKV gives them."""
 TILE = 64
-"""Segments start at multiples of it: DMA tiles on accelerators, whole blocks on CPUs."""
+"""Segments start at multiples of it: DMA tiles on accelerators."""
 
 
 class Case(NamedTuple):
@@ -72,7 +72,8 @@ def ragged_case(model: str, batch: int, context: int, dtype: str, budgets: str) 
     starts = (0, *(int(x) for x in starts[:-1]))
     key = jax.random.key(0)
     q = queries(key, (batch, N, H), dtype)
-    k, v = (entries(jax.random.fold_in(key, i), (batch, rows, H), dtype) for i in (1, 2))
+    shape = batch, rows, H
+    k, v = (as_stored(entries(jax.random.fold_in(key, i), shape, dtype)) for i in (1, 2))
     lengths = jnp.broadcast_to(jnp.asarray(capacities, jnp.int32), (batch, K))
     sizes = tuple(int(x) for x in capacities)
 
@@ -124,6 +125,13 @@ def entries(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Entries:
     if is_quantized(dtype):
         return quantize(jax.random.normal(key, shape, jnp.float32), jnp.dtype(dtype))
     return jax.random.normal(key, shape, jnp.dtype(dtype))
+
+
+def as_stored(pool: Entries) -> Entries:
+    """Pools of 16-bit floats as bit patterns on CPUs; see `Bits`."""
+    if not isinstance(pool, jax.Array) or pool.dtype.itemsize != 2:
+        return pool
+    return to_bits(pool) if jax.default_backend() == "cpu" else pool
 
 
 def size_of(tree: Any) -> int:

@@ -29,7 +29,7 @@ from pallas_kernels.gpu.plan import (
 )
 from pallas_kernels.gpu.stretches import Stretch, first_row, for_each_piece, for_each_segment
 from pallas_kernels.operands import Operands
-from pallas_kernels.work_list import WorkList
+from pallas_kernels.plan import WorkList
 
 
 def attend(x: Operands, work: WorkList, plan: Plan) -> tuple[jax.Array, jax.Array]:

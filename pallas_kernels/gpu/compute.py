@@ -12,8 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.plan import BLOCK, ROWS, TILE, Plan, Scratch, chunks
 from pallas_kernels.gpu.stretches import Stretch, for_each_piece, live_rows
 from pallas_kernels.operands import Operands
+from pallas_kernels.plan import WorkList
 from pallas_kernels.reference import NEG_INF
-from pallas_kernels.work_list import WorkList
 
 LOG2E = math.log2(math.e)
 MATRIX = plgpu.Layout.WGMMA

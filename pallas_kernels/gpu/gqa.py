@@ -8,8 +8,8 @@ from pallas_kernels.gpu.plan import Plan
 from pallas_kernels.gpu.queries import from_groups, group_size, into_groups
 from pallas_kernels.gpu.shared_memory import BLOCK, stages_that_fit
 from pallas_kernels.operands import operands
+from pallas_kernels.plan import flatten
 from pallas_kernels.quantized import Entries
-from pallas_kernels.work_list import flatten
 
 
 def gqa_decode(

@@ -1,7 +1,7 @@
 """What the GPU kernels cannot serve, as a reason for people, or None.
 
 The functions with the operations' names say all there is to say of a call; `sizes` are those of
-`tuning.sizes`.
+`tuning.sizes`. Arrays may be `jax.ShapeDtypeStruct`s.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.gpu.shared_memory import entries_of, stages_that_fit
 from pallas_kernels.operands import Operands, operands
 from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Segments, common_alignment
+from pallas_kernels.segments import Segments
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 QUERIES = (jnp.bfloat16, jnp.float16)
@@ -31,14 +31,14 @@ def ragged_gqa_decode(
     kind: str,
     sizes: dict[str, int],
     q: Any,
-    k_pool: Entries,
-    v_pool: Entries,
+    k_pool: Any,
+    v_pool: Any,
     segments: Segments,
     live: Any,
 ) -> str | None:
     """Why `ragged_gqa_decode` cannot serve."""
     x = operands((q,), (k_pool,), v_pool, live)
-    return arrays(kind, x, k_pool.shape[1]) or starts(segments, k_pool)
+    return arrays(kind, x, k_pool.shape[1]) or starts(segments, k_pool.shape[1])
 
 
 def mla_decode(
@@ -88,9 +88,9 @@ def shapes(x: Operands, slots: int) -> str | None:
     return None
 
 
-def starts(segments: Segments, pool: Any) -> str | None:
+def starts(segments: Segments, pool_rows: int) -> str | None:
     """Segments that do not start at whole tiles."""
-    align = common_alignment(segments, pool)
+    align = segments.alignment(pool_rows)
     if align % TILE == 0:
         return None
     return f"segments start at multiples of {align} rows, expected of {TILE}"

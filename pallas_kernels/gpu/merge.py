@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu.plan import BLOCK, Plan
+from pallas_kernels.plan import WorkList
 from pallas_kernels.reference import NEG_INF
-from pallas_kernels.work_list import WorkList
 
 
 def merge_slots(

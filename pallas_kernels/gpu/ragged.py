@@ -8,9 +8,9 @@ from pallas_kernels.gpu.plan import Plan
 from pallas_kernels.gpu.queries import from_groups, group_size, into_groups
 from pallas_kernels.gpu.shared_memory import BLOCK, stages_that_fit
 from pallas_kernels.operands import operands
+from pallas_kernels.plan import WorkList, flatten
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments
-from pallas_kernels.work_list import flatten
 
 
 def ragged_gqa_decode(
@@ -22,6 +22,7 @@ def ragged_gqa_decode(
     scale: float,
     softcap: float | None,
     live: jax.Array | None,
+    work: WorkList | None,
     *,
     shares: int,
     stages: int,
@@ -31,15 +32,30 @@ def ragged_gqa_decode(
     Segments start, and the pool ends, at multiples of 8 rows (`limits.starts`).
 
     Args:
+        work: what `work_list` makes; None: it is made here.
         shares, stages: as in `gqa_decode`.
     """
     (B, N, H), K = q.shape, segments.num_heads
     G, (size, groups) = N // K, group_size(N // K)
     seen = None if live is None else live.astype(jnp.float32)
     x = operands((into_groups(q.reshape(B * K, G, H)),), (k_pool,), v_pool, seen)
-    starts = jnp.broadcast_to(segments.arrays()[0], (B, K)).reshape(-1)
-    starts, lengths = (jnp.repeat(y, groups) for y in (starts, lengths.reshape(-1)))
-    work = flatten(starts, lengths, BLOCK, shares=shares)
+    if work is None:
+        work = work_list(segments, lengths, G, k_pool.shape[1], shares=shares, stages=stages)
     plan = Plan(shares, min(stages, stages_that_fit(x)), size, K * groups, scale, softcap)
     out, lse = (from_groups(y, G) for y in attend(x, work, plan))
     return out.reshape(B, N, -1), lse.reshape(B, N)
+
+
+def work_list(
+    segments: Segments,
+    lengths: jax.Array,
+    queries_per_head: int,
+    pool_rows: int,
+    *,
+    shares: int,
+    stages: int,
+) -> WorkList:
+    """The pieces of B pools, once for each group of query heads."""
+    _, groups = group_size(queries_per_head)
+    starts, lengths = (jnp.repeat(y.reshape(-1), groups) for y in (segments.starts, lengths))
+    return flatten(starts, lengths, BLOCK, shares=shares)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gpu.plan import BLOCK
-from pallas_kernels.work_list import WorkList
+from pallas_kernels.plan import WorkList
 
 
 class Stretch(NamedTuple):

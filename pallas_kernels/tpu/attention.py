@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.operands import Operands
+from pallas_kernels.plan import WorkList, combine
 from pallas_kernels.reference import NEG_INF, soft_cap
 from pallas_kernels.tpu.blocks import Blocks, Piece
-from pallas_kernels.work_list import WorkList, combine
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "scale", "softcap", "shares"))
@@ -65,7 +65,7 @@ def attend(
 
 
 def _in_hbm(x: Operands) -> Operands:
-    """The operands, with the entries left where they lie.
+    """The operands, with the entries and what belongs to their rows left where they lie.
 
     XLA would otherwise move a cache that fits into VMEM there before the update, dead rows too, and
     all of it back afterwards: twice what a cache without dead rows needs.
@@ -74,7 +74,7 @@ def _in_hbm(x: Operands) -> Operands:
     def stay(entries):
         return jax.tree.map(lambda e: pltpu.with_memory_space_constraint(e, pltpu.HBM), entries)
 
-    names = ("keys", "values", "key_scales", "value_scale")
+    names = ("keys", "values", "key_scales", "value_scale", "seen")
     return x._replace(**{name: stay(getattr(x, name)) for name in names})
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.plan import WorkList
 from pallas_kernels.tpu.memory import LANES
-from pallas_kernels.tpu.tiles import padded_rows
-from pallas_kernels.work_list import WorkList
+from pallas_kernels.tpu.tiles import padded_rows, row_window
 
 
 class Piece(NamedTuple):
@@ -115,22 +115,31 @@ class PoolBlocks(Blocks):
         return pl.BlockSpec(shape, index)
 
     def row_spec(self, rows: int) -> pl.BlockSpec:
-        """All rows: a DMA of lanes starts at multiples of 128, a segment does not."""
+        """The rows of a piece and up to 128 more: a DMA of lanes starts at multiples of 128, a
+        segment does not."""
+        whole = self.size == self.pool_rows
 
         def index(share, step, *work):
-            return self.piece(share, step, WorkList(*work)).owner // self.segments, 0, 0
+            piece = self.piece(share, step, WorkList(*work))
+            begin = 0 if whole else pl.multiple_of(self._first_lane(piece), LANES)
+            return piece.owner // self.segments, 0, begin
 
-        return pl.BlockSpec((1, 1, rows), index)
+        shape = 1, 1, row_window(self.pool_rows, self.size)
+        return pl.BlockSpec(shape if whole else tuple(map(pl.Element, shape)), index)
 
     def read_rows(self, ref: Any, piece: Piece) -> jax.Array:
+        rows = ref[0]
         if self.size == self.pool_rows:
-            return ref[0, :, : self.size]
-        wide = self.size + LANES
-        begin = jnp.minimum(piece.row // LANES * LANES, ref.shape[2] - wide)
-        rows = ref[0, :, pl.ds(pl.multiple_of(begin, LANES), wide)]
-        shift = piece.row - begin
+            return rows
+        wide = rows.shape[1]
+        shift = piece.row - self._first_lane(piece)
         return pltpu.roll(rows, (wide - shift) % wide, axis=1)[:, : self.size]
 
+    def _first_lane(self, piece: Piece) -> jax.Array:
+        """Where the window of what belongs to the piece's rows begins."""
+        last = self.padded_rows() - row_window(self.pool_rows, self.size)
+        return jnp.minimum(piece.row // LANES * LANES, last)
+
     def padded_rows(self) -> int:
-        """Rows that [B, 1, rows] must have for `read_rows`."""
+        """Rows that [B, 1, rows] must have for `row_spec`."""
         return padded_rows(self.pool_rows, self.size)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import operands
+from pallas_kernels.plan import flatten
 from pallas_kernels.quantized import Entries
 from pallas_kernels.tpu.attention import attend
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.tpu.tiles import dense_tiles
-from pallas_kernels.work_list import flatten
 
 
 def gqa_decode(

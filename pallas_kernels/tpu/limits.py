@@ -1,7 +1,7 @@
 """What the TPU kernels cannot serve, as a reason for people, or None.
 
 The functions with the operations' names say all there is to say of a call; `sizes` are those of
-`tuning.sizes`.
+`tuning.sizes`. Arrays may be `jax.ShapeDtypeStruct`s.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.operands import Operands, operands
 from pallas_kernels.quantized import Entries, Quantized
-from pallas_kernels.segments import Segments, common_alignment
+from pallas_kernels.segments import Segments
 from pallas_kernels.tpu.memory import (
     MIB,
     NEWER_VMEM,
@@ -21,7 +21,7 @@ from pallas_kernels.tpu.memory import (
     tile_rows,
     vmem_bytes,
 )
-from pallas_kernels.tpu.tiles import block_size, dense_tiles, padded_rows, pool_pieces
+from pallas_kernels.tpu.tiles import block_size, dense_tiles, row_window
 
 OLD_KINDS = ("TPU v2", "TPU v3", "TPU v4")
 QUERIES = (jnp.float32, jnp.bfloat16)
@@ -43,19 +43,19 @@ def ragged_gqa_decode(
     kind: str,
     sizes: dict[str, int],
     q: Any,
-    k_pool: Entries,
-    v_pool: Entries,
+    k_pool: Any,
+    v_pool: Any,
     segments: Segments,
     live: Any,
 ) -> str | None:
     """Why `ragged_gqa_decode` cannot serve."""
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     size = block_size(P, sizes["block"])
-    rows = padded_rows(P, size)
+    rows = row_window(P, size)
     seen = None if live is None else _shape((1, rows), jnp.float32)
     blocks = (_block(pool, 1, size, rows) for pool in (k_pool, v_pool))
     x = operands((_shape((1, N // K, H), q.dtype),), (next(blocks),), next(blocks), seen)
-    lists = B * pool_pieces(segments, P, size), B * K
+    lists = B * segments.most_blocks(P, size), B * K
     return (
         arrays(kind, [q], [k_pool, v_pool])
         or starts(segments, k_pool, v_pool)
@@ -77,7 +77,7 @@ def mla_decode(
     return found or memory(kind, x, sizes["shares"], *lists)
 
 
-def arrays(kind: str, queries: list[Any], entries: list[Entries]) -> str | None:
+def arrays(kind: str, queries: list[Any], entries: list[Any]) -> str | None:
     """Devices that the kernel does not compile for, and dtypes that it does not know."""
     if kind in OLD_KINDS:
         return f"the compiler refuses it for {kind}"
@@ -93,9 +93,9 @@ def arrays(kind: str, queries: list[Any], entries: list[Entries]) -> str | None:
     return None
 
 
-def starts(segments: Segments, *pools: Entries) -> str | None:
+def starts(segments: Segments, *pools: Any) -> str | None:
     """Segments that do not start at whole DMA tiles."""
-    align = common_alignment(segments, pools[0])
+    align = segments.alignment(pools[0].shape[1])
     dtype = max((pool.dtype for pool in pools), key=tile_rows)
     rows = tile_rows(dtype)
     if align % rows == 0:
@@ -122,7 +122,7 @@ def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _block(entries: Entries, heads: int, size: int, scales: int | None = None) -> Any:
+def _block(entries: Any, heads: int, size: int, scales: int | None = None) -> Any:
     """The block [heads, size, X] of entries that a piece reads, with `scales` scales a head."""
     values = _shape((heads, size, entries.shape[-1]), entries.dtype)
     if not isinstance(entries, Quantized):

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import operands
+from pallas_kernels.plan import WorkList, flatten
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments
 from pallas_kernels.tpu.attention import attend
 from pallas_kernels.tpu.blocks import PoolBlocks
 from pallas_kernels.tpu.memory import tile_rows
-from pallas_kernels.tpu.tiles import block_size, pool_pieces
-from pallas_kernels.work_list import WorkList, flatten
+from pallas_kernels.tpu.tiles import block_size
 
 
 def ragged_gqa_decode(
@@ -22,6 +22,7 @@ def ragged_gqa_decode(
     scale: float,
     softcap: float | None,
     live: jax.Array | None,
+    work: WorkList | None,
     *,
     block: int,
     shares: int,
@@ -31,6 +32,7 @@ def ragged_gqa_decode(
     Segments start, and the pool ends, at whole DMA tiles (`limits.starts`).
 
     Args:
+        work: what `work_list` makes; None: it is made here.
         block: rows of a piece, a multiple of 128.
         shares: cores that share a chip's memory and each take a part of the work.
     """
@@ -47,16 +49,23 @@ def ragged_gqa_decode(
     k_pool, v_pool = jax.tree.map(one_head, (k_pool, v_pool))
     seen = None if live is None else one_head(live.astype(jnp.float32))
     x = operands((q.reshape(B * K, 1, N // K, H),), (k_pool,), v_pool, seen)
-    work = work_list(segments, lengths, P, size, shares)
+    if work is None:
+        work = work_list(segments, lengths, N // K, P, block=block, shares=shares)
     out, lse = attend(x, work, blocks, scale, softcap, shares)
     return out.reshape(B, N, -1), lse.reshape(B, N)
 
 
 def work_list(
-    segments: Segments, lengths: jax.Array, pool_rows: int, size: int, shares: int
+    segments: Segments,
+    lengths: jax.Array,
+    queries_per_head: int,
+    pool_rows: int,
+    *,
+    block: int,
+    shares: int,
 ) -> WorkList:
     """The pieces of B pools: Σ ceil(length / size) of them."""
-    B, K = lengths.shape
-    most = pool_pieces(segments, pool_rows, size)
-    starts = jnp.broadcast_to(segments.arrays()[0], (B, K)).reshape(-1)
-    return flatten(starts, lengths.reshape(-1), size, max(B * most, 1), shares=shares)
+    size = block_size(pool_rows, block)
+    most = max(lengths.shape[0] * segments.most_blocks(pool_rows, size), 1)
+    starts, lengths = segments.starts.reshape(-1), lengths.reshape(-1)
+    return flatten(starts, lengths, size, most, shares=shares)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Segments, StaticSegments
 from pallas_kernels.tpu.memory import LANES
 from pallas_kernels.tuning import heads_of_piece
 
@@ -21,16 +20,13 @@ def block_size(pool_rows: int, block: int) -> int:
     return fits if fits else pool_rows
 
 
-def pool_pieces(segments: Segments, pool_rows: int, size: int) -> int:
-    """The most pieces that the live rows of one pool can have."""
-    if isinstance(segments, StaticSegments):
-        return sum(-(-capacity // size) for capacity in segments.capacities)
-    # Each segment may end in a part of a block.
-    return segments.longest(pool_rows) // size + segments.num_heads
+def row_window(pool_rows: int, size: int) -> int:
+    """Scales that a piece of a pool reads: those of its rows, from the whole lanes before on."""
+    return pool_rows if size == pool_rows else size + LANES
 
 
 def padded_rows(pool_rows: int, size: int) -> int:
-    """Rows that what belongs to a pool's rows must have: whole lanes, and room for a shift."""
+    """Rows that what belongs to a pool's rows must have: whole lanes, and a window at least."""
     if size == pool_rows:
         return pool_rows
-    return max(-(-pool_rows // LANES) * LANES, size + LANES)
+    return max(-(-pool_rows // LANES) * LANES, row_window(pool_rows, size))

@@ -50,17 +50,34 @@ def mla(batch, heads, slots, rank, rope, latents, ropes=None, queries="bfloat16"
 V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
 PIECE = "MiB of vector memory"
 LIST = "scalar memory"
+LAYERS = 1 << 22
+"""Rows of a pool of many layers."""
 
 # kind of device; what fits; what does not; why; sizes of the kernel
 TPU = {
-    "scales_of_a_pool": (V5E, ragged(983_040, "int8"), ragged(1 << 20, "int8"), PIECE, {}),
-    "scales_of_a_pool_v6e": (V6E, ragged(1 << 20, "int8"), ragged(1 << 21, "int8"), PIECE, {}),
+    "scales": (
+        V5E,
+        ragged(LAYERS, "int8"),
+        ragged(LAYERS, "int8"),
+        PIECE,
+        {"block": 15_360},
+        {"block": 32_768},
+    ),
+    "scales_v6e": (
+        V6E,
+        ragged(LAYERS, "int8"),
+        ragged(LAYERS, "int8"),
+        PIECE,
+        {"block": 30_720},
+        {"block": 65_536},
+    ),
     "visible_rows": (
         V5P,
-        ragged(1 << 20, "bfloat16", live=True),
-        ragged(1 << 22, "bfloat16", live=True),
+        ragged(LAYERS, "bfloat16", live=True),
+        ragged(LAYERS, "bfloat16", live=True),
         PIECE,
-        {},
+        {"block": 12_288},
+        {"block": 18_432},
     ),
     "work_list": (
         V6E,

@@ -4,8 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from pools import cache_of, empty_pool
 
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, LatentCache
+from kvjax.cache import AttentionSpec, DenseCache, LatentCache
 
 BATCH, WIDTH, ROPE = 8, 128, 64
 HEADS = {"dense": 8, "head_budget": 3, "latent": 8}
@@ -17,8 +18,8 @@ def decode_loop(kind, dtype, slots):
     heads, spec = HEADS[kind], AttentionSpec(0.1)
     make = {
         "dense": lambda: DenseCache.create(BATCH, heads, slots, WIDTH, WIDTH, dtype),
-        "head_budget": lambda: HeadBudgetCache.create(
-            BATCH, (32, slots - 96, 512), WIDTH, WIDTH, dtype, align=32
+        "head_budget": lambda: cache_of(
+            empty_pool((32, slots - 96, 512), BATCH, WIDTH, dtype, align=32)
         ),
         "latent": lambda: LatentCache.create(BATCH, slots, WIDTH, ROPE, dtype),
     }
@@ -32,7 +33,11 @@ def decode_loop(kind, dtype, slots):
             out, cache = cache.attend_absorbed(x[:, None], rope, *new, positions, spec)
         else:
             new = x[:, None, :heads]
-            out, cache = cache.attend(x[:, None], new, new, positions, spec)
+            layer = cache[0] if kind == "head_budget" else cache
+            out, layer = layer.attend(x[:, None], new, new, positions, spec)
+            lengths = cache.lengths + 1
+            pooled = kind == "head_budget"
+            cache = cache.with_layer(0, layer).advance(lengths) if pooled else layer
         return cache, out[:, 0]
 
     def decode(cache, x):

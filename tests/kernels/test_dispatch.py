@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 from kernels.oracle import on
+from pools import empty_pool
 
 import pallas_kernels
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, LatentCache
+from kvjax.cache import AttentionSpec, DenseCache, LatentCache
 from pallas_kernels import dispatch, tuning
 
 B, N, K, S, H = 2, 4, 2, 128, 64
@@ -121,10 +122,10 @@ def test_caches_use_the_kernels():
     x = {n: jnp.zeros((B, 1, n, H), jnp.bfloat16) for n in (1, K, N)}
     positions, spec = jnp.zeros((B, 1), jnp.int32), AttentionSpec(1.0, window=32)
     dense = DenseCache.create(B, K, S, H, H, "bfloat16")
-    budget = HeadBudgetCache.create(B, (32, 96), H, H, "bfloat16", keep_positions=True, align=16)
     latent = LatentCache.create(B, S, H, H, "bfloat16")
     absorbed = (x[N], x[N], x[1][:, :, 0], x[1][:, :, 0], positions, spec)
     with on_tpu():
+        budget = empty_pool((32, 96), B, H, "bfloat16", positions=True, align=16).layer(0)
         for cache in (dense, budget):
             assert kernels(lambda c=cache: c.attend(x[N], x[K], x[K], positions, spec)[0]) == 1
         assert kernels(lambda: latent.attend_absorbed(*absorbed)[0]) == 1

@@ -19,7 +19,7 @@ from kernels.oracle import (
 
 import pallas_kernels
 from pallas_kernels import tuning
-from pallas_kernels.segments import DeviceSegments, TracedSegments
+from pallas_kernels.segments import Segments
 
 IMPLEMENTATIONS = {"xla": nullcontext, "pallas_tpu": interpreted_tpu, "pallas_gpu": interpreted_gpu}
 IN_BFLOAT16 = Options("bfloat16")
@@ -66,23 +66,30 @@ def test_ragged_gqa_decode_with_segments_of_each_sequence(implementation):
     check_ragged(starts, capacities, *arguments, align=16)
 
 
-def test_no_segment_passes_the_next_one_the_pool_or_the_span():
-    starts, capacities = jnp.asarray([[16, 32, 96]], jnp.int32), jnp.asarray([[99, 60, 99]])
-    own = TracedSegments(starts, capacities.astype(jnp.int32), 16)
-    np.testing.assert_array_equal(own.room(128), [[16, 60, 32]])
-    shared = TracedSegments(starts, capacities.astype(jnp.int32), 16, span=96)
-    np.testing.assert_array_equal(shared.room(128), [[16, 60, 16]])
-    np.testing.assert_array_equal(shared.room(104), [[16, 60, 8]])
-    bad = TracedSegments(jnp.asarray([[-8, 200]]), jnp.asarray([[5, 5]]), 8)
-    np.testing.assert_array_equal(bad.room(128), [[0, 0]])
-    device = DeviceSegments(((0, 16), (0, 48)), ((40, 9), (33, 8)), 16, 64).on(1, 2)
-    np.testing.assert_array_equal(device.room(128), [[33, 8]] * 2)
+def test_no_segment_passes_its_capacity_or_the_pool():
+    starts, capacities = jnp.asarray([[96, 16, 32]]), jnp.asarray([[99, 16, 60]])
+    np.testing.assert_array_equal(Segments(starts, capacities, 16).room(128), [[32, 16, 60]])
+    np.testing.assert_array_equal(Segments(starts, capacities, 8, span=96).room(104), [[8, 16, 60]])
+    outside = Segments(jnp.asarray([[-8, 200, 8]]), jnp.asarray([[5, 5, -1]]), 8)
+    np.testing.assert_array_equal(outside.room(128), [[0, 0, 0]])
+
+
+def test_segments_end_where_the_next_one_starts_by_default():
+    """In whatever order they come; [K] starts are those of every sequence."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in POOL_SHAPES)
+    starts = jnp.asarray([104, 0, 40], jnp.int32)
+    lengths = jnp.full((2, 3), 1000, jnp.int32)
+    want = pallas_kernels.ragged_gqa_decode(q, k, v, starts, jnp.asarray([[56, 40, 64]] * 2))
+    for given in (starts, jnp.stack([starts] * 2)):
+        got = pallas_kernels.ragged_gqa_decode(q, k, v, given, lengths)
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-@pytest.mark.parametrize("operation", ["gqa", "mla", "static", "traced", "shared"])
+@pytest.mark.parametrize("operation", ["gqa", "mla", "fixed", "of_each_sequence", "bounded"])
 def test_work_lists_name_no_block_beyond_the_slots(platform, operation, monkeypatch):
-    """Whatever the lengths are: those of a dense cache, of heads and of heads in a shared pool."""
+    """Whatever the lengths are: those of a dense cache, and of heads with a bound on their rows."""
     lists, kind = [], {"tpu": "TPU v6 lite", "gpu": "NVIDIA H200"}[platform]
 
     def attend(x, work, *settings):
@@ -104,15 +111,15 @@ def test_work_lists_name_no_block_beyond_the_slots(platform, operation, monkeypa
         elif operation == "mla":
             c = pool[:, :SLOTS]
             pallas_kernels.mla_decode(q, q, c, c, dense, 1.0, **x)
-        elif operation == "static":
+        elif operation == "fixed":
             x["capacities"] = CAPACITIES
             pallas_kernels.ragged_gqa_decode(q, pool, pool, STARTS, lengths, **x)
         else:
-            x |= {"align": 16, "span": None if operation == "traced" else 688}
+            x |= {"align": 16, "span": None if operation == "of_each_sequence" else 680}
             x["capacities"] = capacities
             pallas_kernels.ragged_gqa_decode(q, pool, pool, starts, lengths, **x)
     (work,) = lists
-    rows = SLOTS if operation in ("gqa", "mla") else 688 if operation == "shared" else ROWS
+    rows = SLOTS if operation in ("gqa", "mla") else ROWS
     assert np.all(np.asarray(work.begins) >= 0) and np.all(work.ends >= work.begins)
     assert np.all(work.starts + work.ends <= rows) and int(work.ends.max()) > 500
     if platform == "tpu":  # an owner for every piece
@@ -140,6 +147,7 @@ def test_lengths_of_64_bits():
     np.testing.assert_array_equal(got, want)
 
 
+POOL_SHAPES = ((2, 6, 8), (2, 160, 8), (2, 160, 8))
 SHAPES = ((2, 4, 8), (2, 2, 160, 8), (2, 2, 160, 8))
 
 
@@ -149,8 +157,8 @@ def test_lengths_must_be_integers():
         pallas_kernels.gqa_decode(q, k, v, jnp.zeros((2,), jnp.float32))
     with pytest.raises(ValueError, match="window is -1, expected at least 0"):
         pallas_kernels.gqa_decode(q, k, v, jnp.zeros((2,), jnp.int32), window=-1)
-    starts = jnp.zeros((2,), jnp.int32)
-    with pytest.raises(ValueError, match=r"starts is \(2,\), expected \(2, KV heads\)"):
+    starts = jnp.zeros((3, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"starts is \(3, 2\), expected .* or \(2, KV heads\)"):
         pallas_kernels.ragged_gqa_decode(q, k[:, 0], v[:, 0], starts, jnp.zeros((2, 2), jnp.int32))
 
 

@@ -1,8 +1,10 @@
 """Both sides of every limit: a named kernel says why, "auto" hands over to XLA and warns once."""
 
+import functools
+
 import jax
 import pytest
-from kernels.borders import GPU, TPU
+from kernels.borders import GPU, LAYERS, TPU, ragged
 from kernels.oracle import on
 
 from pallas_kernels import dispatch, tuning
@@ -34,6 +36,15 @@ def test_tpu(case):
             with pytest.warns(RuntimeWarning, match=reason) as found:
                 assert kernels(beyond, "auto") == kernels(beyond, "auto") == 0
             assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_pool_may_have_millions_of_rows(dtype):
+    """Of 8-bit entries too: a piece reads its own scales, not those of the pool."""
+    operation, arrays = ragged(LAYERS, dtype, live=True)
+    call = functools.partial(operation, span=1 << 17), arrays
+    with on("TPU v5 lite", "tpu"):
+        assert kernels(call, "pallas_tpu") == 1
 
 
 @pytest.mark.parametrize("case", GPU)

@@ -87,8 +87,18 @@ def test_gqa_decode_with_other_head_dims(topology, H):
     compile_for(topology, operation, queries((B, K, H), dtype), k, k, shape((B,), "int32"))
 
 
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_scales_and_visible_rows_of_a_pool_of_all_layers(topology, live):
+    """A piece reads its own of them, so millions of rows need no more of the vector memory."""
+    operation, arrays = borders.ragged(borders.LAYERS, "int8", live=live)
+    run = functools.partial(operation, span=1 << 17, implementation="pallas_tpu")
+    compiled = compile_for(topology, run, *arrays)
+    assert not moves(compiled.as_text(), borders.LAYERS // 2)
+
+
 @pytest.mark.parametrize("dtype", ENTRIES)
-@pytest.mark.parametrize("segments", ["static", "traced"])
+@pytest.mark.parametrize("segments", ["fixed", "of_each_sequence"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_ragged_gqa_decode(topology, segments, dtype):
     B, (N, K, H) = 8, GQA["llama-3-8b"]
@@ -97,7 +107,7 @@ def test_ragged_gqa_decode(topology, segments, dtype):
     pool = entries((B, sum(capacities), H), dtype)
     q, lengths = queries((B, N, H), dtype), shape((B, K), "int32")
     run = functools.partial(pallas_kernels.ragged_gqa_decode, implementation="pallas_tpu")
-    if segments == "static":
+    if segments == "fixed":
 
         def operation(q, k, v, lengths, live):
             return run(q, k, v, starts, lengths, capacities=capacities, live=live)
@@ -139,8 +149,7 @@ def test_limits_are_the_compilers(case, monkeypatch):
             compile_for(TOPOLOGY[kind], run, *arrays)
 
     compile_with(fits, sizes[0])
-    # Rows that may be seen, unlike scales, XLA may move into vector memory by itself.
-    if reason in (borders.PIECE, borders.LIST) and case != "visible_rows":
+    if reason in (borders.PIECE, borders.LIST):
         monkeypatch.setattr(limits, "memory", lambda *_: None)
         with pytest.raises(jax.errors.JaxRuntimeError):
             compile_with(beyond, sizes[-1])

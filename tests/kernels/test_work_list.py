@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache.head_budget import static_segments
 from kvjax.headkv import allocate, load_scores
+from pallas_kernels import plan
+from pallas_kernels.plan import WorkList, combine, flatten, touched
+from pallas_kernels.segments import Segments
 from pallas_kernels.tpu.blocks import Blocks, PoolBlocks
 from pallas_kernels.tpu.ragged import block_size, work_list
-from pallas_kernels.work_list import WorkList, combine, flatten, touched
 
 BLOCK = 512
 
@@ -32,10 +33,12 @@ def test_headkv_budgets_of_llama_3(data_dir):
     for layer in caps:
         assert int(count(jnp.asarray(layer))) == np.sum(-(-layer // BLOCK))
     for layer in caps[::8]:
-        segments, P = static_segments([int(x) for x in layer], 16)
+        ends = np.cumsum(-(-layer // 16) * 16, dtype=np.int32)
+        starts, P = np.stack([np.append(0, ends[:-1])] * 2).astype(np.int32), int(ends[-1])
+        segments = Segments(jnp.asarray(starts), jnp.asarray(np.stack([layer] * 2)), 16)
         size = block_size(P, BLOCK)
         lengths = jnp.asarray(np.stack([layer, layer // 3]))
-        work = work_list(segments, lengths, P, size, shares=2)
+        work = work_list(segments, lengths, 4, P, block=BLOCK, shares=2)
         pieces = walk(PoolBlocks(size, 1, 8, P, 16), work, shares=2)
         assert size == BLOCK
         assert len(pieces.owner) == int(work.bounds[0]) == np.sum(-(-np.asarray(lengths) // BLOCK))
@@ -45,7 +48,7 @@ def test_headkv_budgets_of_llama_3(data_dir):
             seen[owner // 8, row + low : row + high] += 1
         live = np.zeros((2, P), int)
         for b in range(2):
-            for start, length in zip(segments.starts, np.asarray(lengths[b]), strict=True):
+            for start, length in zip(starts[b], np.asarray(lengths[b]), strict=True):
                 live[b, start : start + length] = 1
         np.testing.assert_array_equal(seen, live)
 
@@ -79,3 +82,24 @@ def test_shares_are_equal_and_merge():
     out, lse = combine(out[:, :, None, None, None], lse[:, :, None, None], work, 1)
     np.testing.assert_allclose(out.reshape(-1), [2.0, 0.0, 7.0], rtol=1e-6)
     np.testing.assert_allclose(lse.reshape(-1), [np.log(4.0), -1e30, np.log(2.0)], rtol=1e-6)
+
+
+def test_long_lists_find_the_same_owners(monkeypatch):
+    """By a search instead of comparing every segment with every piece."""
+    lengths = jnp.asarray([0, 130, 0, 0, 64, 1, 700, 0], jnp.int32)
+    lists = []
+    for compared in (plan.COMPARED, 0):
+        monkeypatch.setattr(plan, "COMPARED", compared)
+        lists += [
+            flatten(jnp.zeros_like(lengths), lengths, 64, most, None, 3) for most in (None, 40)
+        ]
+    for short, long in zip(lists[:2], lists[2:], strict=True):
+        np.testing.assert_array_equal(short.owners, long.owners)
+    np.testing.assert_array_equal(lists[1].owners[:16], [1] * 3 + [4, 5] + [6] * 11)
+
+
+def test_a_wrong_bound_cuts_the_list():
+    lengths = jnp.asarray([640, 640], jnp.int32)
+    work = flatten(jnp.zeros_like(lengths), lengths, 64, 12, shares=2)
+    np.testing.assert_array_equal(work.bounds, [12, 6])
+    assert work.owners.shape == (12,)

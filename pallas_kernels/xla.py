@@ -1,0 +1,262 @@
+"""Head-ragged attention in plain jnp, whose time follows the live rows of a pool.
+
+The live rows are cut into windows of equal size, segment after segment. A loop takes C windows a
+turn, and the number of its turns is data. A turn slices its windows out of the pool, so that no
+other row is ever read: a pool may hold the rows of all layers of a model.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.quantized import Entries, Quantized, plain
+from pallas_kernels.reference import NEG_INF, soft_cap
+from pallas_kernels.segments import Newer, Segments
+
+ROWS = 128
+"""Rows of a window: more save turns, fewer save dead rows (measured)."""
+
+
+class Turn(NamedTuple):
+    """C windows, which belong to C consecutive segments.
+
+    Attributes:
+        first: the first of the segments.
+        owner: [C] the segment of each window, counted from `first`.
+        sequence, row: [C] where each window starts.
+        live: [C, R] which rows of each window are live, and in no window before it.
+        following: the first segment of the next turn.
+    """
+
+    first: Int[Array, ""]
+    owner: Int[Array, " C"]
+    sequence: Int[Array, " C"]
+    row: Int[Array, " C"]
+    live: Bool[Array, "C R"]
+    following: Int[Array, ""]
+
+
+class Softmax(NamedTuple):
+    """The online softmax (arXiv 2205.14135) of Q queries of each segment, fp32.
+
+    Attributes:
+        top: [V, Q] the largest logit so far.
+        total: [V, Q] the sum of the weights exp(logit − top).
+        out: [V, Q, Y] the sum of weights · values.
+    """
+
+    top: Float[Array, "V Q"]
+    total: Float[Array, "V Q"]
+    out: Float[Array, "V Q Y"]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k_pool: Entries,
+    v_pool: Entries,
+    segments: Segments,
+    lengths: Int[Array, "B K"],
+    scale: float,
+    softcap: float | None,
+    live: Bool[Array, "B T P"] | Bool[Array, "B 1 P"] | Newer | None = None,
+) -> tuple[Float[Array, "B T N Y"], Float[Array, "B T N"]]:
+    """T queries over the first lengths[b, k] rows of each segment; see `ragged_gqa_decode`.
+
+    Args:
+        live: rows that each query may see besides; default all.
+
+    Returns:
+        out and lse, fp32.
+    """
+    (B, T, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
+    U, G, R = B * K, N // K, min(ROWS, P)
+    C = 4 if U <= 8 else 8  # more windows a turn pay where there are many segments (measured)
+    windows = _windows(segments, jnp.clip(lengths, 0, segments.room(P)), (C, R))
+    queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 2).reshape(U, T * G, H)
+    queries = jnp.pad(queries, ((0, C), (0, 0), (0, 0)))
+
+    def step(number: jax.Array, state: tuple[Turn, Softmax]) -> tuple[Turn, Softmax]:
+        turn, softmax = state
+        logits = _logits(_consecutive(queries, turn.first, C)[turn.owner], _cut(k_pool, turn))
+        seen = turn.live[:, None]
+        if live is not None:
+            seen = seen & _shown(live, turn, T * G)
+        logits = jnp.where(seen, soft_cap(logits * scale, softcap), NEG_INF)
+        held = _consecutive(softmax, turn.first, C)
+        held = _update(held, turn, logits, _cut_live(v_pool, turn), q.dtype)
+        # A turn finds the windows of the next one. XLA:CPU would otherwise compute where windows
+        # start again for every number that it copies.
+        following = _turn(windows, turn.following, (number + 1) * C, (C, R), P)
+        return following, _replace(softmax, held, turn.first)
+
+    zero = jnp.zeros((), jnp.int32)
+    state = _turn(windows, zero, zero, (C, R), P), _nothing(U + C, T * G, v_pool.shape[2])
+    _, softmax = jax.lax.fori_loop(0, -(-windows[U - 1, 1] // C), step, state)
+    top, total, out = (x[:U] for x in softmax)
+    divisor = jnp.maximum(total, 1e-30)
+    lse = jnp.where(total > 0, top + jnp.log(divisor), NEG_INF)
+
+    def by_query(x: jax.Array) -> jax.Array:
+        """[U, T · G, …] to [B, T, N, …]."""
+        x = jnp.moveaxis(x.reshape(B, K, T, G, *x.shape[2:]), 1, 2)
+        return x.reshape(B, T, N, *x.shape[4:])
+
+    return by_query(out / divisor[..., None]), by_query(lse)
+
+
+def _windows(
+    segments: Segments, lengths: Int[Array, "B K"], size: tuple[int, int]
+) -> Int[Array, "V 5"]:
+    """The windows of U = B · K segments, and of C empty segments behind them.
+
+    Every segment has at least one window. The C windows of a turn therefore belong to at most C
+    consecutive segments.
+
+    Args:
+        size: C and R, windows of a turn and rows of a window.
+
+    Returns:
+        Of each segment the number of its first window and of the one after its last, the sequence,
+        the first row and the live rows.
+    """
+    C, R = size
+    count = jnp.maximum(-(-lengths // R), 1).reshape(-1)
+    ends = jnp.cumsum(count, dtype=jnp.int32)
+    sequences = jnp.arange(lengths.shape[0], dtype=jnp.int32)[:, None]
+    sequences = jnp.broadcast_to(sequences, lengths.shape)
+    rest = (x.reshape(-1) for x in (sequences, segments.starts, lengths))
+    last, never = ends[-1], jnp.iinfo(jnp.int32).max
+    empty = jnp.stack([last, *(jnp.asarray(x, jnp.int32) for x in (never, 0, 0, 0))])
+    table = jnp.stack([ends - count, ends, *rest], axis=1)
+    return jnp.concatenate([table, jnp.broadcast_to(empty, (C, 5))])
+
+
+def _turn(
+    windows: jax.Array, first: jax.Array, number: jax.Array, size: tuple[int, int], pool_rows: int
+) -> Turn:
+    """The C windows of R rows from `number` on; the first of them belongs to segment `first`.
+
+    Args:
+        size: C and R.
+    """
+    (C, R), near = size, _consecutive(windows, first, size[0])
+    numbers = number + jnp.arange(C + 1, dtype=jnp.int32)
+    owner = jnp.sum(near[None, :, 1] <= numbers[:, None], axis=1, dtype=jnp.int32)
+    following, owner = first + owner[C], owner[:C]
+    number, _, sequence, start, length = near[owner].T
+    begin = start + (numbers[:C] - number) * R
+    # A window that would pass the pool's end starts earlier, at rows of the window before it.
+    row = jnp.clip(begin, 0, pool_rows - R)
+    each = row[:, None] + jnp.arange(R, dtype=jnp.int32)[None]
+    live = (each >= begin[:, None]) & (each < (start + length)[:, None])
+    return Turn(first, owner, sequence, row, live, following)
+
+
+def _update(held: Softmax, turn: Turn, logits: jax.Array, v: Entries, dtype) -> Softmax:
+    """The softmax of C segments after the C windows of a turn, [C, Q, R] logits and values."""
+    C, Q, _ = logits.shape
+    owned = jnp.arange(C, dtype=jnp.int32)[:, None] == turn.owner[None]
+    tops = jnp.where(owned[..., None], jnp.max(logits, axis=-1)[None], NEG_INF)
+    top = jnp.maximum(held.top, jnp.max(tops, axis=1))
+    # Above every masked logit, so that those have weight 0 where no row is live as well.
+    shift = jnp.maximum(top, NEG_INF / 2)[turn.owner]
+    weights = jnp.exp(logits - shift[..., None])
+    shrink, one_hot = jnp.exp(held.top - top), owned.astype(jnp.float32)
+    total = held.total * shrink + one_hot @ jnp.sum(weights, axis=-1)
+    if isinstance(v, Quantized):
+        weights = weights * v.scale[:, None]
+    values = plain(v, dtype)
+    weights = weights.astype(values.dtype)
+    out = jnp.einsum("cqr,cry->cqy", weights, values, preferred_element_type=jnp.float32)
+    out = (one_hot @ out.reshape(C, -1)).reshape(C, Q, -1)
+    return Softmax(top, total, held.out * shrink[..., None] + out)
+
+
+def _logits(queries: Float[Array, "C Q H"], keys: Entries) -> Float[Array, "C Q R"]:
+    """Products of queries and keys of each window, fp32.
+
+    Which order of the operands XLA:CPU is fast at depends on their dtype, up to a factor of two.
+    """
+    k = plain(keys, queries.dtype)
+    if k.dtype != jnp.float32:
+        logits = jnp.einsum("cqh,crh->cqr", queries, k, preferred_element_type=jnp.float32)
+    else:
+        # Keys on the left, and a barrier against their exchange: XLA:CPU packs a transposed right
+        # side in fp32 into a copy of its own, which costs several times the product.
+        products = jnp.einsum("crh,cqh->crq", k, queries)
+        logits = jnp.swapaxes(jax.lax.optimization_barrier(products), 1, 2)
+    return logits * keys.scale[:, None] if isinstance(keys, Quantized) else logits
+
+
+def _cut(tree, turn: Turn):
+    """[C, R, …] a turn's windows of arrays [B, P, …].
+
+    Rows and what follows are one axis, of which XLA:CPU copies long stretches at a time.
+    """
+
+    rows = turn.live.shape[1]
+
+    def cut(x: jax.Array) -> jax.Array:
+        width = math.prod(x.shape[2:])
+        flat = x.reshape(x.shape[0], -1)
+        windows = [
+            jax.lax.dynamic_slice(flat, at, (1, rows * width), allow_negative_indices=False)
+            for at in zip(turn.sequence, turn.row * width, strict=True)
+        ]
+        return jnp.concatenate(windows).reshape(-1, rows, *x.shape[2:])
+
+    return jax.tree.map(cut, tree)
+
+
+def _cut_live(tree, turn: Turn):
+    """As `_cut`, with zeros for rows that are not live, which may hold NaN: 0 · NaN is NaN."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        live = turn.live.reshape(*turn.live.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(live, _slices(x, turn, axis=1), jnp.zeros((), x.dtype))
+
+    return jax.tree.map(cut, tree)
+
+
+def _shown(live: Bool[Array, "B T P"] | Newer, turn: Turn, queries: int) -> Bool[Array, "C Q R"]:
+    """What a turn's queries may see; T divides their number."""
+    if isinstance(live, Newer):
+        than = live.than[turn.sequence]
+        shown = _cut(live.positions, turn)[:, None] > than[:, :, None]
+        return jnp.repeat(shown, queries // than.shape[1], axis=1)
+    return jnp.repeat(_slices(live, turn, axis=2), queries // live.shape[1], axis=1)
+
+
+def _slices(x: jax.Array, turn: Turn, axis: int) -> jax.Array:
+    """[C, …] a turn's windows of an array [B, …] whose `axis` is the pool's rows."""
+    zero, size = jnp.zeros((), jnp.int32), [1, *x.shape[1:]]
+    size[axis] = turn.live.shape[1]
+    windows = []
+    for sequence, row in zip(turn.sequence, turn.row, strict=True):
+        start = [sequence, *[zero] * (x.ndim - 1)]
+        start[axis] = row
+        windows.append(jax.lax.dynamic_slice(x, start, size, allow_negative_indices=False))
+    return jnp.concatenate(windows)
+
+
+def _nothing(segments: int, queries: int, width: int) -> Softmax:
+    """Of no rows."""
+    shape = segments, queries
+    top, zeros = jnp.full(shape, NEG_INF, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return Softmax(top, zeros, jnp.zeros((*shape, width), jnp.float32))
+
+
+def _consecutive(tree, first: jax.Array, count: int):
+    """The arrays' elements of `count` segments from `first` on."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
+    return jax.tree.map(lambda x: cut(x, first, count), tree)
+
+
+def _replace(tree, new, first: jax.Array):
+    """The arrays with `new` elements of the segments from `first` on."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, allow_negative_indices=False)
+    return jax.tree.map(lambda x, y: write(x, y, first, 0), tree, new)
