@@ -61,6 +61,8 @@ class SelectedPairs:
 
     A frequency may come more than once. Rules that depend on the length, and attention factors,
     stay those of `of`.
+
+    Inside a program that layers share the numbers are an argument: see `kvjax.nn.rope.Turn`.
     """
 
     of: RopeConfig

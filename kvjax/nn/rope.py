@@ -1,8 +1,12 @@
 """Rotary position embedding: frequencies for every scaling rule, and their application."""
 
+import dataclasses
 import functools
 import math
+from dataclasses import dataclass
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +21,56 @@ from kvjax.config import (
     SelectedPairs,
     YarnScaling,
 )
+
+
+@flax.struct.dataclass
+class Turn:
+    """A layer's RoPE as an argument of a program that layers share.
+
+    Attributes:
+        pairs: [R/2] int32, which frequencies a converted layer's rotary key has; None for other
+            layers.
+        bare: the RoPE without them.
+    """
+
+    pairs: Any
+    bare: RopeConfig | None = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, rope: RopeConfig | None) -> "Turn":
+        """Of a layer's RoPE."""
+        bare, pairs = without_pairs(rope)
+        return cls(pairs, bare)
+
+    @property
+    def rope(self) -> RopeConfig | None:
+        """The layer's RoPE."""
+        return self.bare if self.pairs is None else with_pairs(self.bare, self.pairs)
+
+
+def without_pairs(
+    rope: RopeConfig | None,
+) -> tuple[RopeConfig | None, Int[np.ndarray, " half"] | None]:
+    """What layers of a kind share of their RoPE, and the pairs that each selects; None for none."""
+    if rope is None or not isinstance(rope.scaling, SelectedPairs):
+        return rope, None
+    bare = dataclasses.replace(rope, scaling=SelectedPairs(rope.scaling.of, ()))
+    return bare, np.asarray(rope.scaling.pairs, np.int32)
+
+
+@dataclass(frozen=True)
+class SharedPairs(SelectedPairs):
+    """Pairs inside a program that layers share: an array, so that they are no constant of it."""
+
+    pairs: Any
+
+
+def with_pairs(
+    rope: RopeConfig | None, pairs: Int[Array, " half"] | Int[np.ndarray, " half"]
+) -> RopeConfig:
+    """The RoPE of one layer, inside a program that layers share."""
+    assert rope is not None and isinstance(rope.scaling, SelectedPairs)
+    return dataclasses.replace(rope, scaling=SharedPairs(rope.scaling.of, pairs))
 
 
 def base_frequencies(config: RopeConfig) -> np.ndarray:
@@ -105,7 +159,7 @@ def _(scaling: LongRopeScaling, config, lengths):
 @_scaled.register
 def _(scaling: SelectedPairs, config, lengths):
     inv_freq, attention_factor = frequencies(scaling.of, lengths)
-    return inv_freq[:, np.asarray(scaling.pairs, np.int32)], attention_factor
+    return inv_freq[:, jnp.asarray(scaling.pairs, jnp.int32)], attention_factor
 
 
 def rope(

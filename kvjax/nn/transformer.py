@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,67 +13,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import NoCache, with_layer
-from kvjax.config import (
-    AttentionConfig,
-    DecoupledConfig,
-    EqualCacheConfig,
-    GQAConfig,
-    LayerConfig,
-    MLAConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-)
+from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
+from kvjax.config import AttentionConfig, ModelConfig, NormConfig
 from kvjax.mesh import automatic_axes, on_automatic_mesh
-from kvjax.nn.decoupled import DecoupledAttention
-from kvjax.nn.equal_cache import EqualCacheAttention
-from kvjax.nn.gqa import GQA, norm_weight
+from kvjax.nn.block import ATTENTION, block_kinds, block_of, run_layer
+from kvjax.nn.gqa import norm_weight
 from kvjax.nn.matmul import matmul
-from kvjax.nn.mla import MLA
-from kvjax.nn.mlp import MLP, MoE
 from kvjax.nn.norm import rms_norm
 from kvjax.nn.params import declare
-
-ATTENTION = {
-    GQAConfig: GQA,
-    EqualCacheConfig: EqualCacheAttention,
-    MLAConfig: MLA,
-    DecoupledConfig: DecoupledAttention,
-}
-MLPS = {MLPConfig: MLP, MoEConfig: MoE}
-
-
-class Block(nn.Module):
-    """x + attention, then x + MLP, with the norms that the model has."""
-
-    config: ModelConfig
-    layer: LayerConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: Any,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """One layer; see `Transformer.__call__`."""
-        c = self.config
-        attention = ATTENTION[type(self.layer.attention)](self.layer.attention, name="attn")
-        mlp = MLPS[type(self.layer.mlp)](self.layer.mlp, name="mlp")
-        y, cache = attention(
-            self._norm("attn_pre_norm", x_BTD, c.pre_norm), positions_BT, cache, lengths_B
-        )
-        x_BTD = x_BTD + self._norm("attn_post_norm", y, c.post_norm)
-        y = mlp(self._norm("mlp_pre_norm", x_BTD, c.pre_norm))
-        return x_BTD + self._norm("mlp_post_norm", y, c.post_norm), cache
-
-    def _norm(self, name: str, x: jax.Array, present: bool) -> jax.Array:
-        if not present:
-            return x
-        weight = norm_weight(self, name, x.shape[-1], self.config.norm)
-        return rms_norm(x, weight, self.config.norm)
 
 
 class Transformer(nn.Module):
@@ -89,19 +37,19 @@ class Transformer(nn.Module):
         c = self.config
         shape, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
         self.embedding = declare(self, "embedding", shape, axes, init=nn.initializers.normal(0.02))
-        self.layers = [Block(c, layer) for layer in c.layers]
+        self.layers = [block_of(c, layer) for layer in c.layers]
         self.final_norm = norm_weight(self, "final_norm", c.hidden_size, c.norm)
         if not c.tie_embeddings:
             self.lm_head = declare(self, "lm_head", shape[::-1], axes[::-1])
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
+        tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"],
+        positions: Int[Array, "B T"] | Int[np.ndarray, "B T"] | None = None,
         cache: Any = None,
         *,
-        rope_lengths: Int[Array, " B"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
+        rope_lengths: Int[Array, " B"] | Int[np.ndarray, " B"] | None = None,
+        segments: Int[Array, "B T"] | Int[np.ndarray, "B T"] | None = None,
         logits_at: str = "all",
     ) -> tuple[Float[Array, "B O V"], Any]:
         """Next-token logits.
@@ -111,9 +59,10 @@ class Transformer(nn.Module):
             positions: [B, T] int32; −1 marks padding (on the right), neither stored nor
                 attended. None: 0 … T−1 without a cache, each sequence's own length onward with
                 one.
-            cache: from `init_cache`, one entry a layer; None for a full causal forward.
+            cache: from `init_cache` or `kvjax.prefill`; None for a full causal forward.
             rope_lengths: [B] whole lengths, for RoPE rules that depend on the length. None: the
-                last position + 1 without a cache, the cache's capacity with one.
+                last position + 1 without a cache; with one what `prefill` put into it, or the
+                capacity of one from `init_cache`.
             segments: [B, T] int32, without a cache only: the number of the document that each
                 token belongs to, where several are packed into a row. Tokens attend within their
                 own; positions (and so RoPE) should restart in each.
@@ -133,15 +82,21 @@ class Transformer(nn.Module):
         if segments is not None and cache is not None:
             raise ValueError("got segments and a cache, expected packed documents without a cache")
         check_tokens(tokens)
-        at = self._positions(tokens, positions, cache)
-        if rope_lengths is None:
-            rope_lengths = default_rope_lengths(at, cache)
-        x = self.embed(tokens)
+        given = tokens, positions, rope_lengths, segments  # NumPy's arrays become jax's
+        arrays: Any = jax.tree.map(jnp.asarray, given)
+        ids, places, lengths, documents = arrays
+        at = self._positions(ids, places, cache)
+        if lengths is None:
+            lengths = default_rope_lengths(at, cache)
+        held = None if cache is None else cache[0].lengths
+        x = self.embed(ids)
         for index in range(self.config.num_layers):
-            entry = NoCache(segments) if cache is None else cache[index]
-            x, entry = self.layer(index, x, at, entry, rope_lengths)
+            entry = NoCache(documents) if cache is None else cache[index]
+            x, entry = self.layer(index, x, at, entry, lengths)
             if cache is not None:
                 cache = with_layer(cache, index, entry)
+        if cache is not None:
+            cache = advance(cache, _lengths_with(held, at))
         if logits_at == "last":
             x = last_valid(x, at)
         return self.unembed(x), cache
@@ -159,12 +114,16 @@ class Transformer(nn.Module):
         rope_lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
         """One block, for callers that go layer by layer (`apply(…, method="layer")`)."""
-        return self.layers[index](x, positions, cache, rope_lengths)
+        if self.is_initializing():
+            return self.layers[index](x, positions, cache, rope_lengths)
+        params: Any = self.variables["params"]
+        kind = block_kinds(self.config)[index]
+        return run_layer(kind, params[f"layers_{index}"], x, positions, cache, rope_lengths)
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output logits, fp32."""
-        weight = self.embedding.T if self.config.tie_embeddings else self.lm_head
-        return output_logits(self.config, self.final_norm, weight, x)
+        matrix = self.embedding if self.config.tie_embeddings else self.lm_head
+        return output_logits(self.config, self.final_norm, matrix, x)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,10 +148,10 @@ class Transformer(nn.Module):
 
     def _positions(self, tokens, positions, cache):
         if positions is None:
-            steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             if cache is None:
-                return jnp.broadcast_to(steps, tokens.shape)
-            positions = cache[0].lengths[:, None] + steps
+                steps = np.arange(tokens.shape[1], dtype=np.int32)[None]
+                return jnp.asarray(np.broadcast_to(steps, tokens.shape))
+            positions = _following(tokens.shape[1], cache[0].lengths)
         if cache is not None:
             check_room(cache, positions)
         return positions
@@ -210,7 +169,12 @@ def check_tokens(tokens: Any) -> None:
 def embed_tokens(
     config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Input embeddings."""
+    """Input embeddings: one program, or part of one."""
+    return _embed(config.embedding_scale, embedding, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(scale: float, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     if tokens.size == 1:
         # One row is a slice, for which XLA:GPU hands a table that devices share to each of them
         # whole (1 GB a step for Llama-3-8B). Of two rows it sends the rows.
@@ -218,20 +182,37 @@ def embed_tokens(
     else:
         x = jnp.take(embedding, tokens, axis=0)
     # Gemma rounds the factor to the activations' dtype.
-    return x * jnp.asarray(config.embedding_scale, x.dtype)
+    return x * jnp.asarray(scale, x.dtype)
 
 
 def output_logits(
     config: ModelConfig,
     final_norm: Float[Array, " D"],
-    weight: Float[Array, "D V"],
+    matrix: Float[Array, "_ _"],
     x: Float[Array, "B T D"],
 ) -> Float[Array, "B T V"]:
-    """Final norm and output logits, fp32."""
-    logits = matmul(rms_norm(x, final_norm, config.norm), weight, jnp.float32)
-    if config.final_softcap is not None:
-        logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
-    return logits
+    """Final norm and output logits, fp32: one program, or part of one.
+
+    Args:
+        matrix: the embedding [V, D] where the two are tied, lm_head [D, V] otherwise.
+    """
+    settings = config.norm, config.final_softcap, config.tie_embeddings
+    return _logits(*settings, final_norm, matrix, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _logits(
+    norm: NormConfig,
+    softcap: float | None,
+    tied: bool,
+    final_norm: jax.Array,
+    matrix: jax.Array,
+    x: jax.Array,
+) -> jax.Array:
+    # Outside of a program a transposed embedding would be a copy of it.
+    weight = matrix.T if tied else matrix
+    logits = matmul(rms_norm(x, final_norm, norm), weight, jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def output_params(config: ModelConfig) -> tuple[str, str]:
@@ -244,8 +225,7 @@ def hidden_logits(
 ) -> Float[Array, "B T V"]:
     """Logits of the last layer's output; of `params` only those of `output_params` are read."""
     norm, matrix = output_params(config)
-    weight = params[matrix].T if config.tie_embeddings else params[matrix]
-    return output_logits(config, params[norm], weight, x)
+    return output_logits(config, params[norm], params[matrix], x)
 
 
 def init_layer_cache(config: AttentionConfig, batch_size: int, max_len: int, dtype: Any) -> Any:
@@ -269,9 +249,22 @@ def check_room(cache: Any, positions: jax.Array) -> None:
 
 def default_rope_lengths(positions: jax.Array, cache: Any) -> jax.Array:
     """[B] whole lengths: up to the last position, or what the cache was made for."""
-    if cache is None:
-        return jnp.max(positions, axis=1) + 1
-    return jnp.full((positions.shape[0],), cache[0].capacity, jnp.int32)
+    return _ends(positions) if cache is None else rope_lengths_of(cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _following(count: int, lengths: Int[Array, " B"]) -> Int[Array, "B T"]:
+    return lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+
+
+@jax.jit
+def _lengths_with(held: Int[Array, " B"], at: Int[Array, "B T"]) -> Int[Array, " B"]:
+    return held + jnp.sum(at >= 0, axis=1, dtype=jnp.int32)
+
+
+@jax.jit
+def _ends(positions: Int[Array, "B T"]) -> Int[Array, " B"]:
+    return jnp.max(positions, axis=1) + 1
 
 
 def last_valid(x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B 1 D"]:
