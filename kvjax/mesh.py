@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,6 +183,10 @@ class Layout:
         split = tensor is not None and mesh.shape[tensor] > 1
         return cls(automatic(mesh), axes if fits else (), tensor if split else None)
 
+    def of_batch(self) -> Layout:
+        """The same batch, with nothing split over the tensor axis."""
+        return dataclasses.replace(self, tensor=None)
+
     @property
     def ways(self) -> int:
         """Devices along the tensor axis."""
@@ -214,3 +220,22 @@ class Layout:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def place_rows(arrays: Any, layout: Layout) -> Any:
+    """Arrays whose first axis is the batch, where they belong; single numbers on every device.
+
+    A program is compiled for where its arguments lie: those of all calls must lie alike.
+    """
+    return jax.tree.map(lambda x: layout.place(x, *["batch"] * min(x.ndim, 1)), arrays)
+
+
+def put_rows(arrays: Any, device: Any, layout: Layout | None) -> Any:
+    """Arrays of the host whose first axis is the batch: on a mesh where they belong, without one
+    where an array with the sharding `device` is."""
+    if layout is not None:
+        return place_rows(arrays, layout)
+    if isinstance(device, NamedSharding):  # a mesh of one device
+        device = NamedSharding(device.mesh, PartitionSpec())
+    return jax.device_put(arrays, device)

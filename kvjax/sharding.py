@@ -1,5 +1,7 @@
 """Where the parameters lie on a mesh; the axes are in kvjax.mesh."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kvjax.config import ModelConfig
 from kvjax.mesh import (
     ALIASES,
     LOGICAL,
@@ -37,12 +40,12 @@ __all__ = [
 
 def param_shapes(model: Transformer) -> Any:
     """The parameters as a pytree of `jax.ShapeDtypeStruct`; nothing is computed."""
-    return jax.tree.map(lambda box: box.unbox(), _boxed_shapes(model), is_leaf=_is_box)
+    return jax.tree.map(lambda box: box.unbox(), _boxed_shapes(model.config), is_leaf=_is_box)
 
 
 def logical_axes(model: Transformer) -> Any:
     """The names of the parameters' axes, a tuple each; see `kvjax.mesh.LOGICAL`."""
-    return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(model), is_leaf=_is_box)
+    return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(model.config), is_leaf=_is_box)
 
 
 def place_params(model: Transformer, params: Any, mesh: Mesh | None) -> Any:
@@ -68,7 +71,7 @@ def param_shardings(model: Transformer, mesh: AnyMesh) -> Any:
     def sharding(box: nn.LogicallyPartitioned) -> NamedSharding:
         return NamedSharding(mesh, _spec(box.names, box.value.shape, mesh, known))
 
-    return jax.tree.map(sharding, _boxed_shapes(model), is_leaf=_is_box)
+    return jax.tree.map(sharding, _boxed_shapes(model.config), is_leaf=_is_box)
 
 
 def _spec(
@@ -85,12 +88,20 @@ def _spec(
     return PartitionSpec(*spec)
 
 
-def _boxed_shapes(model: Transformer) -> Any:
+@functools.lru_cache(maxsize=32)
+def _boxed_shapes(config: ModelConfig) -> Any:
+    """The parameters' shapes; equal layers have the same, so that one of each is looked at."""
+    layers = config.layers
+    each = tuple(dict.fromkeys(layers))
+    few = Transformer(dataclasses.replace(config, layers=each))
+
     # Transformer.init takes the boxes with the axis names off, so its base class is asked.
     def init():
-        return nn.Module.init(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        return nn.Module.init(few, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
-    return jax.eval_shape(init)["params"]
+    shapes = dict(jax.eval_shape(init)["params"])
+    own = [shapes.pop(f"layers_{number}") for number in range(len(each))]
+    return shapes | {f"layers_{i}": own[each.index(layer)] for i, layer in enumerate(layers)}
 
 
 def _is_box(leaf: Any) -> bool:

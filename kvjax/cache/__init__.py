@@ -1,26 +1,28 @@
 """KV caches: pytrees that store new entries and attend over what they hold."""
 
 from kvjax.cache.dense import DenseCache
-from kvjax.cache.head_budget import HeadBudgetCache
 from kvjax.cache.latent import LatentCache
+from kvjax.cache.layers import ModelCache, advance, rope_lengths_of, with_layer
+from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.prompt import PromptCache
 from kvjax.cache.protocol import AbsorbedCache, AttentionSpec, Cache, NoCache, cache_bytes
-from kvjax.cache.shared_pool import SharedPool, join_layers, with_layer
-from kvjax.cache.split import SplitHeads, SplitSlots
+from kvjax.cache.sharded import ShardedHeads, ShardedSlots
 
 __all__ = [
     "AbsorbedCache",
     "AttentionSpec",
     "Cache",
     "DenseCache",
-    "HeadBudgetCache",
     "LatentCache",
+    "ModelCache",
     "NoCache",
+    "Pool",
+    "PoolLayer",
     "PromptCache",
-    "SharedPool",
-    "SplitHeads",
-    "SplitSlots",
+    "ShardedHeads",
+    "ShardedSlots",
+    "advance",
     "cache_bytes",
-    "join_layers",
+    "rope_lengths_of",
     "with_layer",
 ]

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import target
 from pallas_kernels.quantized import Entries, dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
 
-QUERY_TILE = 256  # rows of the score matrix that exist at a time
-KEY_TILE = 512  # cached entries that are read at a time
+TILE = 256, 512
+"""Queries and keys that meet at a time: the part of the score matrix that exists."""
+CPU_TILE = 128, 128
+"""As many on CPUs, whose caches must hold a tile of all heads: one that does not fit costs up to
+four times as much."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,14 @@ def causal_attention(
 ) -> Float[Array, "B T N Hv"]:
     """Softmax attention of every query over the keys at or before its position.
 
-    Long query blocks are worked off QUERY_TILE rows at a time, so that the scores of one tile,
+    Long query blocks are worked off a tile's rows at a time, so that the scores of one tile,
     not [T, S], are what memory must hold.
 
     Args:
         segments: where the keys are the queries' own (S = T): only those of the same number are
             seen, so that documents packed into a row stay apart. Positions restart in each.
     """
-    T = q_BTNH.shape[1]
+    T, size = q_BTNH.shape[1], tile_sizes()[0]
 
     def attend(q, positions, own):
         mask = visible(positions, k_positions, spec.window)
@@ -63,25 +67,25 @@ def causal_attention(
             mask &= own[:, :, None] == segments[:, None, :]
         return _attend_block(q, k_BSKH, v_BSKH, mask, spec)
 
-    if T <= QUERY_TILE:
+    if size >= T:
         return attend(q_BTNH, q_positions, segments)
-    tiles = -(-T // QUERY_TILE)
-    pad = tiles * QUERY_TILE - T
+    tiles = -(-T // size)
+    pad = tiles * size - T
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
     positions = jnp.pad(q_positions, ((0, 0), (0, pad)), constant_values=-1)
     own = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
     inputs = jax.tree.map(lambda x: _split(x, tiles), (q, positions, own))
     out = jax.lax.map(lambda tile: attend(*tile), inputs)
     out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], tiles * QUERY_TILE, *out.shape[3:])[:, :T]
+    return out.reshape(out.shape[0], tiles * size, *out.shape[3:])[:, :T]
 
 
 def _attend_block(q_BTNH, k_BSKH, v_BSKH, mask_BTS, spec):
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q = q_BTNH.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32)
-    logits = soft_cap(logits * spec.scale, spec.softcap)
+    K, S = k_BSKH.shape[2], k_BSKH.shape[1]
+    q = _by_head(q_BTNH).reshape(B, K, -1, H)
+    logits = jnp.einsum("bkqh,bskh->bkqs", q, k_BSKH, preferred_element_type=jnp.float32)
+    logits = soft_cap(logits * spec.scale, spec.softcap).reshape(B, K, N // K, T, S)
     logits = jnp.where(mask_BTS[:, None, None], logits, NEG_INF)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
     # A plain batched product, rows by columns: XLA:CPU refuses other forms of it in bfloat16.
@@ -112,30 +116,36 @@ def cached_attention(
     Returns:
         out and lse, fp32; 0 and −1e30 for queries that see nothing.
     """
-    T = q_BTNH.shape[1]
+    T, size = q_BTNH.shape[1], tile_sizes()[0]
 
     def attend(q, positions):
         return _attend_tiles(q, k, v, positions, k_positions, spec, expand)
 
-    if T <= QUERY_TILE:
+    if size >= T:
         return attend(q_BTNH, q_positions)
-    tiles = -(-T // QUERY_TILE)
-    pad = ((0, 0), (0, tiles * QUERY_TILE - T))
+    tiles = -(-T // size)
+    pad = ((0, 0), (0, tiles * size - T))
     q = _split(jnp.pad(q_BTNH, (*pad, (0, 0), (0, 0))), tiles)
     positions = _split(jnp.pad(q_positions, pad, constant_values=-1), tiles)
     out, lse = jax.lax.map(lambda tile: attend(*tile), (q, positions))
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], tiles * QUERY_TILE, *x.shape[3:])[:, :T]
+        return x.reshape(x.shape[0], tiles * size, *x.shape[3:])[:, :T]
 
     return join(out), join(lse)
 
 
+def tile_sizes() -> tuple[int, int]:
+    """Queries and keys of a tile, on the platform that is traced for."""
+    return CPU_TILE if target().platform == "cpu" else TILE
+
+
 def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
-    B, T, N, _ = q_BTNH.shape
+    B, T, N, H = q_BTNH.shape
     _, C, S, Y = v.shape
-    size = min(KEY_TILE, S)
+    size = min(tile_sizes()[1], S)
+    q_BNTH = _by_head(q_BTNH)
 
     def merge(tile, state):
         start = jnp.minimum(tile * size, S - size)
@@ -155,12 +165,13 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
             keys = dequantize(cut(k, 2), q_BTNH.dtype)
             if expand is not None:
                 keys = jnp.swapaxes(expand(jnp.swapaxes(keys, 1, 2), positions), 1, 2)
-            q = q_BTNH.reshape(B, T, keys.shape[1], -1, keys.shape[3])
-            logits = jnp.einsum("btmgh,bmsh->bmgts", q, keys, preferred_element_type=jnp.float32)
-            logits = soft_cap(logits * spec.scale, spec.softcap).reshape(B, N, T, size)
+            q = q_BNTH.reshape(B, keys.shape[1], -1, H)
+            logits = jnp.einsum("bmqh,bmsh->bmqs", q, keys, preferred_element_type=jnp.float32)
+            logits = soft_cap(logits.reshape(B, N, T, size) * spec.scale, spec.softcap)
             logits = jnp.where(mask, logits, NEG_INF)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-            weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0.0)
+            # Above every masked logit: those have weight 0 where a query sees nothing as well.
+            weights = jnp.exp(logits - jnp.maximum(new_top, NEG_INF / 2)[..., None])
             shrink = jnp.exp(top - new_top)
             values = dequantize(cut(v, 2), q_BTNH.dtype)
             rows = weights.astype(values.dtype).reshape(B, C, -1, size)
@@ -180,6 +191,11 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
     divisor = jnp.maximum(total, 1e-30)
     lse = jnp.where(total > 0, top + jnp.log(divisor), NEG_INF)
     return jnp.moveaxis(acc / divisor[..., None], 1, 2), jnp.moveaxis(lse, 1, 2)
+
+
+def _by_head(x_BTNH: jax.Array) -> jax.Array:
+    """[B, N, T, H]: queries are moved once, so that the much larger score matrix need not be."""
+    return jnp.swapaxes(x_BTNH, 1, 2)
 
 
 def _split(x: jax.Array, tiles: int) -> jax.Array:

@@ -45,14 +45,14 @@ class PromptCache:
         queries: [B, w, N, H] the last w queries of each sequence, rotated, the newest last; rows
             of sequences shorter than w start with zeros.
         expanded: a cache of rebuilt keys [B, M, S, H], where `base` holds latents of keys.
-        seen: state of the observer.
+        seen: for each observer its state; that of a single one once it is chosen (`seen_by`).
     """
 
     base: Any
     queries: Any
     expanded: Any = None
     seen: Any = None
-    observer: Observer | None = flax.struct.field(pytree_node=False, default=None)
+    observers: tuple[Observer, ...] = flax.struct.field(pytree_node=False, default=())
 
     @classmethod
     def create(
@@ -63,14 +63,14 @@ class PromptCache:
         head_dim: int,
         dtype: Any,
         expanded: DenseCache | None = None,
-        observer: Observer | None = None,
+        observers: tuple[Observer, ...] = (),
     ) -> PromptCache:
         """An empty cache that keeps the last `window` queries of `num_heads` × `head_dim`."""
         queries = jnp.zeros((base.lengths.shape[0], window, num_heads, head_dim), dtype)
-        cache = cls(base, queries, expanded, observer=observer)
-        if observer is None:
-            return cache
-        return dataclasses.replace(cache, seen=observer.start(queries, cache.keys))
+        cache = cls(base, queries, expanded, observers=observers)
+        return dataclasses.replace(
+            cache, seen=tuple(o.start(queries, cache.keys) for o in observers)
+        )
 
     @property
     def lengths(self) -> jax.Array:
@@ -126,10 +126,14 @@ class PromptCache:
     def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:
         queries = last_queries(self.queries, q, positions)
         cache = dataclasses.replace(self, base=base, expanded=expanded, queries=queries)
-        if self.observer is None:
-            return cache
-        seen = self.observer.watch(self.seen, q, positions, cache.keys, base.lengths, spec)
-        return dataclasses.replace(cache, seen=seen)
+        watched = (q, positions, cache.keys, base.lengths, spec)
+        states = zip(self.observers, self.seen, strict=True)
+        return dataclasses.replace(cache, seen=tuple(o.watch(s, *watched) for o, s in states))
+
+    def seen_by(self, observer: int | None) -> PromptCache:
+        """The cache with what one of the observers has seen, by its number; None for nothing."""
+        seen = None if observer is None else self.seen[observer]
+        return dataclasses.replace(self, seen=seen, observers=())
 
     def _held(self) -> tuple[jax.Array, jax.Array]:
         return self.base.keys_and_values(self.queries.dtype)

@@ -8,13 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache.dense import DenseCache
-from kvjax.cache.entries import take_rows
-from kvjax.cache.head_budget import HeadBudgetCache, pool_alignment, static_segments
+from kvjax.cache.entries import as_pool
 from kvjax.cache.latent import LatentCache
+from kvjax.cache.packing import copy_rows, lay_segments
+from kvjax.cache.pool import Pool, PoolLayer, pool_alignment
+from kvjax.cache.rows import bucket_rows, pool_rows
+from kvjax.cache.sharded import head_copies, new_pool, specs
 from kvjax.cache.slots import whole_slots
-from pallas_kernels.segments import Segments, StaticSegments, TracedSegments
+from kvjax.mesh import Layout
 
 
 def repeat(cache: Any, count: int) -> Any:
@@ -48,41 +52,6 @@ def _(cache: LatentCache, room: int, window: int | None) -> LatentCache:
     return dataclasses.replace(cache, latent=latent, k_rope=k_rope, positions=positions)
 
 
-@with_room.register
-def _(cache: HeadBudgetCache, room: int, window: int | None) -> HeadBudgetCache:
-    segments, rows = _grown(cache.segments, room, window, cache.k_pool)
-    B, K = cache.head_lengths.shape
-    head, rank = (jnp.broadcast_to(x, (B, rows)) for x in segments.rows(rows))
-    old_starts, _ = (jnp.broadcast_to(x, (B, K)) for x in cache.segments.arrays())
-    live = rank < jnp.take_along_axis(cache.live_heads(), head, axis=1)
-    source = jnp.where(live, jnp.take_along_axis(old_starts, head, axis=1) + rank, 0)
-    positions = cache.positions
-    if positions is not None:
-        positions = jnp.where(live, jnp.take_along_axis(positions, source, axis=1), -1)
-    return dataclasses.replace(
-        cache,
-        k_pool=take_rows(cache.k_pool, source, live),
-        v_pool=take_rows(cache.v_pool, source, live),
-        segments=segments,
-        positions=positions,
-    )
-
-
-def _grown(segments: Segments, room: int, window: int | None, pool: Any) -> tuple[Segments, int]:
-    """Segments with `room` more rows each, and the rows of their pool."""
-    if isinstance(segments, StaticSegments):
-        most = [max(size, min(size + room, window or size + room)) for size in segments.capacities]
-        return static_segments(most, pool_alignment(pool.dtype))
-    align, (_, K) = segments.align, segments.capacities.shape
-    wanted = segments.capacities + room
-    if window is not None:
-        wanted = jnp.maximum(segments.capacities, jnp.minimum(wanted, window))
-    rounded = -(-wanted // align) * align
-    starts = jnp.cumsum(rounded, axis=1, dtype=jnp.int32) - rounded
-    rows = pool.shape[1] + K * -(-room // align) * align
-    return TracedSegments(starts, wanted, align), rows
-
-
 def _whole_room(slots: int, room: int) -> int:
     """At least `room`, so that all slots together are as kernels want them."""
     return whole_slots(slots + room) - slots
@@ -100,3 +69,85 @@ def _pad(entries: Any, room: int, axis: int) -> Any:
         return jnp.pad(leaf, [(0, room if i == axis else 0) for i in range(leaf.ndim)])
 
     return jax.tree.map(pad, entries)
+
+
+def grow_pool(
+    pool: Pool, batch: int, room: int, windows: tuple[int | None, ...], layout: Layout | None
+) -> Pool:
+    """The pool of one sequence, for a batch that goes on from it, with room for more tokens.
+
+    Args:
+        pool: of one device, from `trimmed`.
+        windows: the sliding window of each layer in the pool, None without one.
+        layout: of the batch on a mesh; None for one device.
+    """
+    ways, platform = (1, None) if layout is None else (layout.ways, layout.platform)
+    copies = head_copies(pool.kept.shape[2], ways)
+    kept = np.repeat(np.asarray(pool.kept), copies, axis=2).astype(np.int64)
+    limits = np.asarray([window or np.iinfo(np.int32).max for window in windows], np.int64)
+    align = pool_alignment(pool.k.dtype, platform)
+    size = pool_rows(kept, np.full_like(kept, room), limits, 0, align, ways)
+    new = new_pool(
+        (batch, *kept.shape[1:]),
+        size.rows * ways,
+        (pool.k.shape[-1], pool.v.shape[-1]),
+        jnp.dtype(pool.k.dtype).name,
+        pool.positions is not None,
+        align,
+        None if align == 1 else size.span,
+        layout,
+        repeat(pool.lengths, batch),
+    )
+    pool = _with_spare_rows(pool)
+    for row, window in enumerate(windows):
+        first = np.repeat(size.first[:, row], batch, axis=0)
+        settings = {"window": window, "layout": layout, "copies": copies}
+        moved = _move_layer(new.layer(row), pool.layer(row), first, np.int32(room), **settings)
+        new = new.with_layer(row, moved)
+    return new
+
+
+def _with_spare_rows(pool: Pool) -> Pool:
+    """Rows rounded up, so that few programs move entries of pools of all sizes."""
+    spare = bucket_rows(pool.k.shape[1]) - pool.k.shape[1]
+    k, v = _pad(pool.k, spare, 1), _pad(pool.v, spare, 1)
+    return dataclasses.replace(pool, k=k, v=v, positions=_pad_positions(pool.positions, spare))
+
+
+@functools.partial(jax.jit, static_argnames=("window", "layout", "copies"), donate_argnames="layer")
+def _move_layer(
+    layer: PoolLayer,
+    old: PoolLayer,
+    first_BD: jax.Array,
+    room: jax.Array,
+    window: int | None,
+    layout: Layout | None,
+    copies: int,
+) -> PoolLayer:
+    """A layer of a pool with the entries of that of one sequence, for all sequences."""
+    starts, kept = (jnp.repeat(old.table(name), copies, axis=1) for name in ("starts", "kept"))
+
+    def run(layer: PoolLayer, old: Any, begins: Any, kept: Any, first: Any, room: Any) -> PoolLayer:
+        B, K = layer.pool.kept.shape[0], kept.shape[1]
+        held = jnp.broadcast_to(kept, (B, K))
+        rooms, rings = jnp.full((B, K), room), jnp.full((B, K), window is not None)
+        pool = lay_segments(layer.pool, layer.row, held, first[:, 0], rooms, rings, window)
+        starts = jax.lax.dynamic_index_in_dim(pool.starts, layer.row, 1, keepdims=False)
+
+        def copy(into: Any, entries: Any) -> Any:
+            def rows(b: jax.Array, k: jax.Array, ranks: jax.Array) -> Any:
+                return jax.tree.map(lambda leaf: leaf[0, begins[0, k] + ranks], entries)
+
+            return copy_rows(into, rows, starts, held)
+
+        moved = {name: copy(getattr(pool, name), entries) for name, entries in old.items()}
+        return dataclasses.replace(layer, pool=dataclasses.replace(pool, **moved))
+
+    names = [name for name in ("k", "v", "positions") if getattr(old.pool, name) is not None]
+    entries = {name: as_pool(getattr(old.pool, name)) for name in names}
+    arrays = (layer, entries, starts, kept, first_BD, room)
+    if layout is None:
+        return run(*arrays)
+    parts, heads, all_of = specs(layer, layout), layout.spec(None, "tensor"), layout.spec()
+    places = (parts, all_of, heads, heads, layout.spec("batch", "tensor"), all_of)
+    return layout.run(run, places, parts)(*arrays)

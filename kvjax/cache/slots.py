@@ -112,7 +112,8 @@ def _write_in_place(scatter, select, buffer: Entries, new: Entries, slots: jax.A
     Before jax 0.11, XLA:CPU scatters bfloat16 in float32: it converts the whole buffer, there and
     back. A select that covers the buffer is in place and one pass.
     """
-    if buffer.dtype != jnp.bfloat16 or slots.shape[1] != 1 or not SCATTER_UPCASTS:
+    plain = not isinstance(buffer, jax.Array) or buffer.dtype != jnp.bfloat16
+    if plain or slots.shape[1] != 1 or not SCATTER_UPCASTS:
         return jax.tree.map(lambda leaf, rows: scatter(leaf, rows, slots), buffer, new)
     return jax.lax.platform_dependent(buffer, new, slots, cpu=select, default=scatter)
 

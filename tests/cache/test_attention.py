@@ -43,7 +43,7 @@ def oracle(q, k, v, q_positions, k_positions, spec):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("tile", [4, 256])
 def test_causal_attention_in_tiles(arrays, spec, tile, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_TILE", tile)
+    monkeypatch.setattr(attention, "CPU_TILE", (tile, 512))
     got = causal_attention(*map(jnp.asarray, arrays), spec)
     np.testing.assert_allclose(got, oracle(*arrays, spec), atol=2e-6)
 
@@ -51,8 +51,7 @@ def test_causal_attention_in_tiles(arrays, spec, tile, monkeypatch):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("query_tile", "key_tile"), [(256, 512), (4, 8), (256, 8)])
 def test_cached_attention_in_tiles(arrays, spec, query_tile, key_tile, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_TILE", query_tile)
-    monkeypatch.setattr(attention, "KEY_TILE", key_tile)
+    monkeypatch.setattr(attention, "CPU_TILE", (query_tile, key_tile))
     q, k, v, q_positions, k_positions = map(jnp.asarray, arrays)
     entries = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
     got, lse = cached_attention(q, *entries, q_positions, k_positions, spec)
@@ -76,7 +75,7 @@ def test_a_query_that_sees_nothing_gets_zeros(arrays):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("tile", [8, 512])
 def test_cached_attention_rebuilds_keys_a_tile_at_a_time(arrays, spec, tile, monkeypatch):
-    monkeypatch.setattr(attention, "KEY_TILE", tile)
+    monkeypatch.setattr(attention, "CPU_TILE", (256, tile))
     sizes = []
 
     def expand(latent, positions):

@@ -2,15 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from toys import random_params
 
-from kvjax.cache import HeadBudgetCache, cache_bytes
+from kvjax.cache import cache_bytes
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.headkv.compression import Budgets, compression
+from kvjax.headkv.scorers import SinksAndRecent
 from kvjax.nn import Transformer
 
 LAYERS, K, H, B = 4, 2, 32, 2
-CAPACITIES = ((40, 980), (300, 700), (10, 1060), (500, 500))
+CAPS = ((40, 980), (300, 700), (10, 1060), (500, 500))
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +28,17 @@ def dense(model, dtype):
 
 
 def head_budget(model, dtype):
-    return [HeadBudgetCache.create(B, caps, H, H, dtype) for caps in CAPACITIES]
+    caps = np.broadcast_to(np.asarray(CAPS, np.int32), (B, LAYERS, K))
+    window, rooms = np.zeros(B, np.int32), np.zeros_like(caps)
+    budgets = Budgets(caps, window, rooms, rooms < 0, SinksAndRecent())
+    lengths = np.full(B, 2048, np.int32)
+    return compression(model.config, budgets, lengths, 0, dtype, None, range(LAYERS)).start()
 
 
-@pytest.mark.parametrize(
-    "create, dtype",
-    [
-        (dense, "float32"),
-        (dense, "bfloat16"),
-        (head_budget, "float32"),
-        (head_budget, "bfloat16"),
-    ],
-)
+CASES = [(create, dtype) for create in (dense, head_budget) for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(("create", "dtype"), CASES)
 def test_temporaries_are_below_a_quarter_of_the_cache(model, create, dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(model))
     cache = create(model, dtype)

@@ -5,7 +5,7 @@ import pytest
 from meshes import MLA, WINDOWED_MLA, ragged_prompts, spread, toy
 
 import kvjax
-from kvjax.cache import latent, split
+from kvjax.cache import latent, sharded
 
 
 def wide(width, platform=None):
@@ -20,7 +20,7 @@ def test_the_same_tokens_from_wider_rows(monkeypatch, policy, shape):
     prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
     want = kvjax.generate(model, params, prompts, 5, **settings)
     params = params if shape is None else spread(model, params, shape)
-    for module in (latent, split):
+    for module in (latent, sharded):
         monkeypatch.setattr(
             module, "stored_width", lambda width, platform=None: -(-width // 48) * 48
         )

@@ -10,13 +10,22 @@ from kernels.oracle import on
 from meshes import GQA, HEAD_LATENTS, LATENTS, MLA, ragged_prompts, spread, toy
 
 import kvjax
-from kvjax.cache import AttentionSpec, DenseCache, LatentCache, SplitHeads, SplitSlots, slots, split
+from kvjax.cache import (
+    AttentionSpec,
+    DenseCache,
+    LatentCache,
+    ShardedHeads,
+    ShardedSlots,
+    sharded,
+    slots,
+)
 from kvjax.cache.room import with_room
-from kvjax.decoding import prefill
+from kvjax.cache.rows import bucket_rows, room_bucket
 from kvjax.generation import full_cache_bytes
 from kvjax.headkv.policy import resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout
+from kvjax.prefill import compressions, read_prompts
 from kvjax.topologies import Topology
 
 BUCKET = 48
@@ -26,10 +35,13 @@ on_h200 = functools.partial(on, "NVIDIA H200", "gpu")
 def prefilled(model, params, new, policy="full"):
     """The caches after prefill: shapes alone."""
     resolved = resolve(policy, model.config, default_scores(model.config))
-    plan = resolved.plan(model.config, BUCKET, "bfloat16")
     tokens, lengths = np.zeros((2, BUCKET), np.int32), np.full(2, BUCKET, np.int32)
-    call = functools.partial(prefill, model, plan=plan, max_new_tokens=new)
-    return jax.eval_shape(call, params, tokens=tokens, lengths=lengths)[1]
+
+    def prefill(params):
+        works = compressions(model, params, lengths, [resolved], new)
+        return read_prompts(model, params, tokens, works)[1][0]
+
+    return jax.eval_shape(prefill, params)
 
 
 def slots_of(cache):
@@ -41,14 +53,16 @@ def slots_of(cache):
 def test_full_caches(attention, new):
     model, params = toy(attention)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    for context, want in ((on_h200, -(-(BUCKET + new) // 8) * 8), (on_tpu, BUCKET + new)):
+    want = BUCKET + room_bucket(new)
+    for context in (on_h200, on_tpu):
         with context():
-            (cache,) = prefilled(model, params, new)
-            held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+            caches = prefilled(model, params, new)
+            (cache,), leaves = caches, jax.tree.leaves(caches)
+            held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
             assert held == full_cache_bytes(model, params, (2, BUCKET), new)
-        assert slots_of(cache) == want
+        assert slots_of(cache) == -(-want // 8) * 8 == want
     (cache,) = prefilled(model, params, new)
-    assert slots_of(cache) == BUCKET + new
+    assert slots_of(cache) == want
 
 
 on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
@@ -60,7 +74,10 @@ def test_caches_of_which_all_heads_share_the_tokens(new):
     model, params = toy(MLA)
     with on_h200():
         (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
-    assert slots_of(cache) == -(-(14 + new) // 8) * 8
+    count = bucket_rows(14) + room_bucket(new)
+    assert slots_of(cache) == -(-count // 8) * 8 > count
+    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+    assert slots_of(cache) == count
 
 
 def test_decode_takes_the_kernel():
@@ -93,8 +110,8 @@ def test_slots_on_a_mesh():
     """Whole tiles on every one of four devices."""
     mesh = Topology.parse("h200:4").abstract_mesh({"tensor": 4})
     layout = Layout.create(mesh, 2)
-    dense = lambda: SplitHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), layout)  # noqa: E731
-    latent = lambda: SplitSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), layout, 9)  # noqa: E731
+    dense = lambda: ShardedHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), layout)  # noqa: E731
+    latent = lambda: ShardedSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), layout, 9)  # noqa: E731
     assert slots_of(jax.eval_shape(dense).inner) == 56
     found = jax.eval_shape(latent).inner
     assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
@@ -109,8 +126,8 @@ def test_the_same_tokens_from_more_slots(monkeypatch, policy, shape):
     prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
     want = kvjax.generate(model, params, prompts, 5, **settings)
     placed = params if shape is None else spread(model, params, shape)
-    for module in (slots, split):
-        monkeypatch.setattr(module, "slot_tile", lambda platform=None: 8)
+    for module in (slots, sharded):
+        monkeypatch.setattr(module, "slot_tile", lambda platform=None: 24)
     jax.clear_caches()  # programs don't know that the function is another
     got = kvjax.generate(model, placed, prompts, 5, **settings)
     jax.clear_caches()

@@ -2,12 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pools import attend, cache_of, empty_pool
 
-from kvjax.cache import AttentionSpec, HeadBudgetCache
+from kvjax.cache import AttentionSpec, cache_bytes
+from kvjax.cache.rows import bucket_rows
 
 B, K, G, H = 3, 2, 2, 8
 CAPACITIES, HELD = (9, 30), ((4, 22), (0, 24), (1, 3))
@@ -17,27 +18,28 @@ SPECS = [AttentionSpec(0.3), AttentionSpec(0.3, softcap=3.0), AttentionSpec(0.3,
 
 def random_cache(rng, keep_positions, align=1):
     """A cache that holds HELD[b][k] entries of random positions, and the same as lists."""
-    cache = HeadBudgetCache.create(B, CAPACITIES, H, H, "float32", keep_positions, align)
-    k_pool, v_pool = np.array(cache.k_pool), np.array(cache.v_pool)
+    pool = empty_pool(CAPACITIES, B, H, "float32", keep_positions, align)
+    k_pool, v_pool = np.array(pool.k), np.array(pool.v)
     positions = np.full(k_pool.shape[:2], -1, np.int32)
     held = {}
     for b in range(B):
         for head in range(K):
-            count = HELD[b][head]
+            count, start = HELD[b][head], int(pool.starts[b, 0, head])
             at = np.sort(rng.choice(LENGTHS[b], count, replace=False))
             k, v = rng.standard_normal((2, count, H)).astype(np.float32)
-            rows = slice(cache.segments.starts[head], cache.segments.starts[head] + count)
+            rows = slice(start, start + count)
             k_pool[b, rows], v_pool[b, rows], positions[b, rows] = k, v, at
             held[b, head] = list(zip(at, k, v, strict=True))
-    cache = dataclasses.replace(
-        cache,
-        k_pool=jnp.asarray(k_pool),
-        v_pool=jnp.asarray(v_pool),
+    pool = dataclasses.replace(
+        pool,
+        k=jnp.asarray(k_pool),
+        v=jnp.asarray(v_pool),
         positions=jnp.asarray(positions) if keep_positions else None,
-        head_lengths=jnp.asarray(HELD, jnp.int32),
+        kept=jnp.asarray(HELD, jnp.int32)[:, None],
         lengths=jnp.asarray(LENGTHS, jnp.int32),
+        read=jnp.asarray(LENGTHS, jnp.int32),
     )
-    return cache, held
+    return cache_of(pool), held
 
 
 def oracle(q, at, entries, spec):
@@ -48,9 +50,6 @@ def oracle(q, at, entries, spec):
         logits = spec.softcap * np.tanh(logits / spec.softcap)
     weights = np.exp(logits - logits.max())
     return weights @ np.asarray([e[2] for e in seen]) / weights.sum()
-
-
-attend = jax.jit(HeadBudgetCache.attend, static_argnames="spec", donate_argnums=0)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["plain", "softcap", "window"])
@@ -79,24 +78,26 @@ def test_decode_equals_masked_dense_attention(spec, align):
 
 def test_surplus_is_dropped_and_shows():
     cache, _ = random_cache(np.random.default_rng(2), False)
-    new = jnp.ones((B, 6, K, H))
-    np.testing.assert_array_equal(cache.capacity, [45, 30, 15])
+    before = np.asarray(cache.pools[0].k)
+    q, new = jnp.ones((B, 6, K * G, H)), jnp.ones((B, 6, K, H))
+    np.testing.assert_array_equal(cache[0].capacity, [45, 30, 15])
     positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None] + 40, (B, 6))
-    full = cache.append(new, new, positions)
+    _, full = attend(cache, q, new, new, positions, SPECS[0])
     assert (np.asarray(full.lengths) > np.asarray(full.capacity)).tolist() == [True, False, False]
-    first_head = slice(0, CAPACITIES[0])
-    np.testing.assert_array_equal(full.k_pool[0, first_head][4:], np.ones((5, H)))
+    rows = full.pools[0].k[0]
+    np.testing.assert_array_equal(rows[4:9], np.ones((5, H)))
     # The next segment is untouched by the surplus of the first.
-    second = slice(CAPACITIES[0], CAPACITIES[0] + 22)
-    np.testing.assert_array_equal(full.k_pool[0, second], cache.k_pool[0, second])
+    np.testing.assert_array_equal(rows[9 : 9 + 22], before[0, 9 : 9 + 22])
 
 
 def test_segments_are_aligned_and_bytes_are_real():
-    cache = HeadBudgetCache.create(2, (9, 30, 16), H, H, "bfloat16", align=16)
-    assert cache.segments.starts == (0, 16, 48) and cache.k_pool.shape == (2, 64, H)
-    cache = HeadBudgetCache.create(2, (9, 30, 16), H, H, "bfloat16")
-    assert cache.segments.starts == (0, 9, 39)
-    assert cache.k_pool.nbytes == 2 * 56 * H * 2
+    pool = empty_pool((9, 30, 16), 2, H, "bfloat16", align=16)
+    np.testing.assert_array_equal(pool.starts[:, 0], [[0, 16, 48]] * 2)
+    assert pool.k.shape == (2, 64, H)
+    pool = empty_pool((9, 30, 16), 2, H, "bfloat16")
+    np.testing.assert_array_equal(pool.starts[:, 0], [[0, 9, 39]] * 2)
+    assert pool.k.shape[1] == bucket_rows(9 + 30 + 16) == 56
+    assert cache_bytes(pool.k) == 2 * 56 * H * 2
 
 
 def test_what_it_cannot_do():
@@ -104,8 +105,9 @@ def test_what_it_cannot_do():
     q, k = jnp.ones((B, 1, K * G, H)), jnp.ones((B, 1, K, H))
     positions = jnp.asarray(LENGTHS, jnp.int32)[:, None]
     with pytest.raises(NotImplementedError, match="rebuild keys from latents"):
-        cache.attend(q, k, k, positions, SPECS[0], expand=lambda k, positions: k)
-    with pytest.raises(ValueError, match="keep_positions"):
-        cache.attend(q, k, k, positions, SPECS[2])
-    with pytest.raises(ValueError, match="align is 0"):
-        HeadBudgetCache.create(1, (3,), H, H, "float32", align=0)
+        cache[0].attend(q, k, k, positions, SPECS[0], expand=lambda k, positions: k)
+    with pytest.raises(ValueError, match="needs a pool with positions"):
+        cache[0].attend(q, k, k, positions, SPECS[2])
+    uneven = cache_of(dataclasses.replace(cache.pools[0], align=7))
+    with pytest.raises(ValueError, match="are no multiple of align = 7"):
+        uneven[0].attend(q, k, k, positions, SPECS[0])

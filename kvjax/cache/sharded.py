@@ -9,24 +9,113 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.dense import DenseCache
 from kvjax.cache.latent import LatentCache, stored_width, widened
+from kvjax.cache.pool import Pool, PoolLayer
+from kvjax.cache.prompt import PromptCache
 from kvjax.cache.slots import slot_tile
-from kvjax.cache.specs import on_device, place, specs, with_segments
 from kvjax.mesh import Layout
 from pallas_kernels.combine import exchange
 
 
+@functools.singledispatch
+def specs(cache: Any, layout: Layout) -> Any:
+    """How a cache's arrays are split: the cache with `PartitionSpec`s in their place."""
+    raise TypeError(f"no split of a {type(cache).__name__}")
+
+
+@specs.register
+def _(cache: DenseCache, layout: Layout) -> DenseCache:
+    heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+    return _with_specs(cache, {"k": heads, "v": heads}, rows)
+
+
+@specs.register
+def _(cache: LatentCache, layout: Layout) -> LatentCache:
+    slots, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+    return _with_specs(cache, dict.fromkeys(("latent", "k_rope", "positions"), slots), rows)
+
+
+@specs.register
+def _(cache: Pool, layout: Layout) -> Pool:
+    rows, heads = layout.spec("batch", "tensor"), layout.spec("batch", None, "tensor")
+    own: dict[str, PartitionSpec] = {"schedule": device_spec(layout)}
+    own |= dict.fromkeys(("starts", "capacities", "kept", "rings", "queries"), heads)
+    own |= dict.fromkeys(("lengths", "read"), layout.spec("batch"))
+    return _with_specs(cache, own, rows)
+
+
+@specs.register
+def _(cache: PoolLayer, layout: Layout) -> PoolLayer:
+    queries = None if cache.queries is None else layout.spec("batch", None, "tensor")
+    return PoolLayer(specs(cache.pool, layout), layout.spec(), queries)
+
+
+def device_spec(layout: Layout) -> PartitionSpec:
+    """The split of arrays [L, …] of which each device has its own."""
+    axes = (*layout.batch, *([] if layout.tensor is None else [layout.tensor]))
+    return PartitionSpec(None, axes or None)
+
+
+def _with_specs(cache: Any, own: dict[str, PartitionSpec], rest: PartitionSpec) -> Any:
+    """A spec for every field that is not None; for entries in 8 bits one serves all parts."""
+    arrays = (f for f in dataclasses.fields(cache) if f.metadata.get("pytree_node", True))
+    fields = [field.name for field in arrays]
+    present = [name for name in fields if getattr(cache, name) is not None]
+    return dataclasses.replace(cache, **{name: own.get(name, rest) for name in present})
+
+
+def place(cache: Any, layout: Layout) -> Any:
+    """The cache, its arrays where they belong."""
+    return with_shardings(
+        jax.lax.with_sharding_constraint, specs(cache, layout), cache, layout.mesh
+    )
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(8)))
+def new_pool(
+    shape: tuple[int, int, int],
+    rows: int,
+    widths: tuple[int, int],
+    dtype: str,
+    positions: bool,
+    align: int,
+    span: int | None,
+    layout: Layout | None,
+    lengths: Int[Array, " B"],
+) -> Pool:
+    """`Pool.empty`, where it belongs on a mesh."""
+    platform = None if layout is None else layout.platform
+    pool = Pool.empty(shape, rows, widths, dtype, lengths, positions, align, span, platform)
+    return pool if layout is None else place(pool, layout)
+
+
+def with_shardings(function: Callable[[Any, Any], Any], parts: Any, cache: Any, mesh: Any) -> Any:
+    """function(array, sharding) of every array of a cache; `parts` has the specs, see `specs`."""
+
+    def put(spec: PartitionSpec, part: Any) -> Any:
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: function(x, sharding), part)
+
+    return jax.tree.map(put, parts, cache, is_leaf=_is_spec)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
 @flax.struct.dataclass
-class SplitHeads:
+class ShardedHeads:
     """A cache whose sequences and KV heads lie on different devices.
 
     Attributes:
@@ -41,7 +130,7 @@ class SplitHeads:
     copies: int = flax.struct.field(pytree_node=False, default=1)
 
     @classmethod
-    def create(cls, cache: DenseCache, layout: Layout) -> SplitHeads:
+    def create(cls, cache: DenseCache, layout: Layout) -> ShardedHeads:
         """An empty cache, spread out.
 
         Raises:
@@ -75,7 +164,7 @@ class SplitHeads:
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
         expand: Expand | None = None,
-    ) -> tuple[Float[Array, "B T N Hv"], SplitHeads]:
+    ) -> tuple[Float[Array, "B T N Hv"], ShardedHeads]:
         """See `Cache.attend`.
 
         Raises:
@@ -88,11 +177,10 @@ class SplitHeads:
         if self.copies > 1:
             k, v = (jnp.repeat(x, self.copies, axis=2) for x in (k, v))
 
-        layout, stored = self.layout, getattr(self.inner, "segments", None)
+        layout = self.layout
 
         def run(cache, q, k, v, positions):
-            out, cache = on_device(cache, layout).attend(q, k, v, positions, spec)
-            return out, with_segments(cache, stored)
+            return cache.attend(q, k, v, positions, spec)
 
         heads, rows = layout.spec("batch", None, "tensor"), layout.spec("batch")
         parts = specs(self.inner, layout)
@@ -107,7 +195,7 @@ class SplitHeads:
 
 
 @flax.struct.dataclass
-class SplitSlots:
+class ShardedSlots:
     """Latents whose sequences and slots lie on different devices, each a stretch of slots.
 
     Attributes:
@@ -119,7 +207,7 @@ class SplitSlots:
     layout: Layout = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, cache: LatentCache, layout: Layout, window: int | None) -> SplitSlots:
+    def create(cls, cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
         """A cache, spread out; `window` is the layer's sliding window."""
         B, S = cache.latent.shape[:2]
         if window is not None and cache.positions is None and layout.ways > 1:
@@ -161,7 +249,7 @@ class SplitSlots:
         k_rope: Float[Array, "B T R"],
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N L"], SplitSlots]:
+    ) -> tuple[Float[Array, "B T N L"], ShardedSlots]:
         """See `LatentCache.attend_absorbed`.
 
         Raises:
@@ -241,10 +329,46 @@ def places(cache: Any) -> tuple[Any, Layout]:
 
 
 @places.register
-def _(cache: SplitHeads) -> tuple[Any, Layout]:
+def _(cache: ShardedHeads) -> tuple[Any, Layout]:
     return dataclasses.replace(cache, inner=specs(cache.inner, cache.layout)), cache.layout
 
 
 @places.register
-def _(cache: SplitSlots) -> tuple[Any, Layout]:
+def _(cache: ShardedSlots) -> tuple[Any, Layout]:
     return dataclasses.replace(cache, inner=specs(cache.inner, cache.layout)), cache.layout
+
+
+@functools.singledispatch
+def spread(cache: Any, layout: Layout, window: int | None) -> Any:
+    """An empty cache, spread over a mesh.
+
+    Raises:
+        ValueError: the tensor axis fits neither the KV heads nor their multiples.
+        NotImplementedError: a scorer that watches the prompt, on more devices than KV heads.
+    """
+    raise TypeError(f"no way to spread a {type(cache).__name__}")
+
+
+@spread.register
+def _(cache: DenseCache, layout: Layout, window: int | None) -> ShardedHeads:
+    return ShardedHeads.create(cache, layout)
+
+
+@spread.register
+def _(cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
+    return ShardedSlots.create(cache, layout, window)
+
+
+@spread.register
+def _(cache: PromptCache, layout: Layout, window: int | None) -> PromptCache:
+    base = spread(cache.base, layout, window)
+    if cache.observers and getattr(base, "copies", 1) > 1:
+        raise NotImplementedError(
+            f"{type(cache.observers[0]).__name__} watches the queries of whole groups, which "
+            f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
+            "as KV heads"
+        )
+    if isinstance(base, ShardedSlots):
+        width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
+        return dataclasses.replace(cache, base=base, queries=widened(cache.queries, width))
+    return dataclasses.replace(cache, base=base)

@@ -1,0 +1,299 @@
+"""The cache of head budgets: one flat pool of rows that the heads of many layers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import slots
+from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
+from kvjax.cache.entries import empty_pool
+from kvjax.cache.prompt import last_queries
+from pallas_kernels import ragged_gqa_decode
+from pallas_kernels.combine import merge
+from pallas_kernels.segments import Newer, Segments
+from pallas_kernels.xla import attend
+
+QUERY_TILE = 32  # queries that meet the rows of a pool at a time
+FOREVER = np.iinfo(np.int32).max // 2
+
+
+@flax.struct.dataclass
+class Pool:
+    """Keys and values of the tokens that each head of each layer keeps, and of later tokens.
+
+    How many rows there are is part of a program; whose they are is data. A head owns a segment of
+    consecutive rows. Its live rows are the first ones, in the order of time; new tokens follow.
+
+    A head may have a ring: rows at the end of its segment that new tokens overwrite in turn, so
+    that it keeps its part of the prompt and the most recent tokens however long the text grows.
+
+    On a mesh the rows of the first device come first, then those of the second, and so on; a
+    segment's start counts from its device's first row.
+
+    Attributes:
+        k, v: [B, P, ·] entries.
+        starts, capacities: [B, L, K] int32, first row and number of rows of each segment.
+        kept: [B, L, K] int32, live rows when `read` tokens had been given.
+        rings: [B, L, K] int32, rank of the first row of a ring; the capacity for no ring.
+        lengths: [B] int32, tokens that the sequence has given in all: the next one's position.
+        read: [B] int32, see `kept`.
+        positions: [B, P] int32, the entries' positions, −1 for none; None where nobody asks:
+            without a sliding window.
+        queries: for each layer [B, w, N, H], the last queries, for compression while decoding;
+            None for none.
+        schedule: what the kernels of all layers read in the step under way, the layers first; None
+            between steps, and where XLA serves. See `kvjax.cache.schedule`.
+        align: starts are multiples of it; what the kernels of a platform ask for.
+        span: a bound on the rows of one layer, on one device.
+    """
+
+    k: Any
+    v: Any
+    starts: Any
+    capacities: Any
+    kept: Any
+    rings: Any
+    lengths: Any
+    read: Any
+    positions: Any = None
+    queries: Any = None
+    schedule: Any = None
+    align: int = flax.struct.field(pytree_node=False, default=1)
+    span: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int, int],
+        rows: int,
+        widths: tuple[int, int],
+        dtype: Any,
+        lengths: Int[Array, " B"],
+        positions: bool = False,
+        align: int = 1,
+        span: int | None = None,
+        platform: str | None = None,
+    ) -> Pool:
+        """A pool of `rows` rows without segments.
+
+        Args:
+            shape: (B, L, K) of the tables.
+            widths: of a key and of a value.
+            positions: whether a layer has a sliding window.
+            platform: of the devices; None for those that programs are traced for.
+        """
+        B, nothing = shape[0], jnp.zeros(shape, jnp.int32)
+        return cls(
+            empty_pool((B, rows, widths[0]), dtype, platform),
+            empty_pool((B, rows, widths[1]), dtype, platform),
+            *(nothing, nothing, nothing, nothing),
+            lengths=lengths,
+            read=lengths,
+            positions=jnp.full((B, rows), -1, jnp.int32) if positions else None,
+            align=align,
+            span=span,
+        )
+
+    @property
+    def capacity(self) -> jax.Array:
+        """[B] tokens that a sequence can give in all: its fullest head without a ring decides."""
+        room = self.capacities - self.kept
+        room = jnp.where(self.rings < self.capacities, FOREVER, room)
+        return self.read + jnp.min(room, axis=(1, 2))
+
+    def layer(self, row: Any) -> PoolLayer:
+        """One layer's part; `row` is its place in the tables."""
+        queries = None if self.queries is None else self.queries[row]
+        bare = dataclasses.replace(self, queries=None)
+        return PoolLayer(bare, np.int32(row) if isinstance(row, int) else row, queries)
+
+    def with_layer(self, row: int, layer: PoolLayer) -> Pool:
+        """The pool with one layer's new entries."""
+        queries = self.queries
+        if queries is not None:
+            queries = (*queries[:row], layer.queries, *queries[row + 1 :])
+        return dataclasses.replace(layer.pool, queries=queries)
+
+
+@flax.struct.dataclass
+class PoolLayer:
+    """One layer of a `Pool`, as attention sees it. All layers must have seen a step's tokens before
+    the pool counts them (`ModelCache.advance`).
+
+    Attributes:
+        pool: of all layers, without queries.
+        row: [] int32, the layer's place in the tables.
+        queries: [B, w, N, H] the layer's own; None for none.
+    """
+
+    pool: Pool
+    row: Any
+    queries: Any = None
+
+    @property
+    def lengths(self) -> jax.Array:
+        return self.pool.lengths
+
+    @property
+    def capacity(self) -> jax.Array:
+        return self.pool.capacity
+
+    def table(self, name: str) -> Int[Array, "B K"]:
+        """One of the pool's tables, for this layer."""
+        return jax.lax.dynamic_index_in_dim(getattr(self.pool, name), self.row, 1, keepdims=False)
+
+    @property
+    def segments(self) -> Segments:
+        """Where the heads' rows are."""
+        starts, capacities = self.table("starts"), self.table("capacities")
+        return Segments(starts, capacities, self.pool.align, self.pool.span)
+
+    def given(self) -> Int[Array, "B K"]:
+        """Entries given to each head; above its capacity they have taken the place of older ones in
+        the ring, or were dropped."""
+        return self.table("kept") + (self.pool.lengths - self.pool.read)[:, None]
+
+    def live(self, given_BK: Int[Array, "B K"]) -> Int[Array, "B K"]:
+        """Live rows of each segment."""
+        return jnp.minimum(given_BK, self.table("capacities"))
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K X"],
+        v: Float[Array, "B T K Y"],
+        positions: Int[Array, "B T"],
+        spec: AttentionSpec,
+        expand: Expand | None = None,
+    ) -> tuple[Float[Array, "B T N Hv"], PoolLayer]:
+        """See `Cache.attend`. Of several new tokens each sees all that was held before them.
+
+        Raises:
+            NotImplementedError: keys are to be rebuilt from latents with `expand`.
+            ValueError: a sliding window, but the pool was made without positions.
+        """
+        if expand is not None:
+            raise NotImplementedError(
+                "a head-budgeted cache cannot rebuild keys from latents: its heads keep different "
+                "tokens, so there is no common row of positions to rotate"
+            )
+        if spec.window is not None and self.pool.positions is None:
+            raise ValueError("a layer with a sliding window needs a pool with positions")
+        after = self._append(k, v, positions)
+        if self.queries is not None:
+            after = dataclasses.replace(after, queries=last_queries(self.queries, q, positions))
+        with jax.named_scope("attend"):
+            if q.shape[1] == 1:
+                given = self.given() + (positions >= 0).astype(jnp.int32)
+                return after._decode(q[:, 0], given, positions, spec)[:, None], after
+            return self._attend_many(q, k, v, positions, spec), after
+
+    def _append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> PoolLayer:
+        """Stores the new entries [B, T, K, ·] where position ≥ 0, in every head."""
+        rows_BTK = self._new_rows(positions)
+        held = self.pool.positions
+        if held is not None:
+            new = jnp.broadcast_to(positions[:, :, None], rows_BTK.shape)
+            held = slots.write_pool(held, new, rows_BTK)
+        with jax.named_scope("cache_update"):
+            pool = dataclasses.replace(
+                self.pool,
+                k=slots.write_pool(self.pool.k, k, rows_BTK),
+                v=slots.write_pool(self.pool.v, v, rows_BTK),
+                positions=held,
+            )
+        return dataclasses.replace(self, pool=pool)
+
+    def _new_rows(self, positions_BT: jax.Array) -> Int[Array, "B T K"]:
+        """Where new tokens go; beyond the pool for padding and what has no place."""
+        starts, capacities, first = (
+            self.table(name)[:, None] for name in ("starts", "capacities", "rings")
+        )
+        given = self.given()[:, None]
+        steps = slots.query_slots(jnp.zeros_like(self.lengths), positions_BT)[:, :, None]
+        count = jnp.sum(positions_BT >= 0, axis=1, dtype=jnp.int32)[:, None, None]
+        rank = given + steps
+        ring = capacities - first
+        # Of tokens that share a row of a ring only the newest is written.
+        turning = (ring > 0) & (rank >= first)
+        fits = (steps >= 0) & (~turning | (rank + ring > given + count - 1))
+        rank = jnp.where(turning, first + (rank - first) % jnp.maximum(ring, 1), rank)
+        fits &= rank < capacities
+        return jnp.where(fits, starts + rank, self.pool.k.shape[1])
+
+    def _decode(
+        self,
+        q_BNH: jax.Array,
+        given_BK: Int[Array, "B K"],
+        positions_B1: Int[Array, "B 1"],
+        spec: AttentionSpec,
+    ) -> Float[Array, "B N Y"]:
+        segments = self.segments
+        at_row = functools.partial(
+            jax.lax.dynamic_index_in_dim, index=self.row, axis=0, keepdims=False
+        )
+        return ragged_gqa_decode(
+            q_BNH,
+            self.pool.k,
+            self.pool.v,
+            segments.starts,
+            self.live(given_BK),
+            capacities=segments.capacities,
+            align=segments.align,
+            span=segments.span,
+            live=self._seen(positions_B1, spec),
+            schedule=jax.tree.map(at_row, self.pool.schedule),
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+
+    def _attend_many(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, spec: AttentionSpec
+    ) -> Float[Array, "B T N Y"]:
+        """Several new tokens: over what the pool holds, and causally among themselves."""
+        B, T = positions.shape
+        tile = min(QUERY_TILE, T)
+        tiles = -(-T // tile)
+        pad = ((0, 0), (0, tiles * tile - T))
+        queries = jnp.pad(q, (*pad, (0, 0), (0, 0))).reshape(B, tiles, tile, *q.shape[2:])
+        at = jnp.pad(positions, pad, constant_values=-1).reshape(B, tiles, tile)
+        segments, live = self.segments, self.live(self.given())
+
+        def over_pool(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            q, at = part
+            seen = self._seen(at, spec)
+            pools = self.pool.k, self.pool.v
+            return attend(q, *pools, segments, live, spec.scale, spec.softcap, seen)
+
+        parts = jnp.moveaxis(queries, 1, 0), jnp.moveaxis(at, 1, 0)
+        old = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, 1).reshape(B, tiles * tile, *x.shape[3:])[:, :T],
+            jax.lax.map(over_pool, parts),
+        )
+        keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        new = cached_attention(q, keys, values, positions, positions, spec)
+        return merge(old, new)[0].astype(q.dtype)
+
+    def _seen(self, positions_BT: jax.Array, spec: AttentionSpec) -> Newer | None:
+        """Rows inside each query's sliding window; None where there is none."""
+        if spec.window is None:
+            return None
+        return Newer(self.pool.positions, positions_BT - spec.window)
+
+
+def pool_alignment(dtype: Any, platform: str | None = None) -> int:
+    """Rows that a segment's start must be a multiple of: a DMA tile, or 1 on CPUs.
+
+    Args:
+        platform: of the devices; None for the default ones'.
+    """
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    return 1 if on_cpu else 32 // jnp.dtype(dtype).itemsize
