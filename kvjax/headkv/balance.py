@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache.split import head_copies
+from kvjax.cache.sharded import head_copies
 from kvjax.config import GQAConfig
 from kvjax.headkv.allocators import Allocator, Request
-from kvjax.headkv.plan import kv_heads, no_head_budget, unconverted
+from kvjax.headkv.facts import kv_heads, no_head_budget, unconverted
 from kvjax.headkv.policy import Compress, Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout, mesh_of
@@ -65,9 +65,9 @@ def balance(
     if ways == 1 or any(no_head_budget(layer.attention) for layer in model.config.layers):
         return params, policy
     groups = ways // head_copies(kv_heads(model.config), ways)
-    plan = policy.plan(model.config, prompt_len, params["embedding"].dtype)
-    orders = assign_heads(np.asarray(plan.caps) + plan.window, groups)
-    if (np.diff(np.asarray(plan.caps), axis=1) == 0).all():
+    caps, window = policy.caps(model.config, prompt_len, params["embedding"].dtype)
+    orders = assign_heads(caps + window, groups)
+    if (np.diff(caps, axis=1) == 0).all():
         return params, policy
     nested = tuple(tuple(int(head) for head in order) for order in orders)
     moved = dataclasses.replace(policy, allocator=Reordered(policy.allocator, nested))

@@ -20,13 +20,15 @@ from kvjax.answers import rouge1_recall, token_f1
 from kvjax.config import ModelConfig
 from kvjax.example import Example
 from kvjax.headkv.batches import Batch, bucketed, make_batch, positions, step_positions
+from kvjax.headkv.facts import attention_spec, kv_heads, start_prompt
 from kvjax.headkv.gradient import loss_gradient
-from kvjax.headkv.plan import attention_spec, kv_heads, start_prompt
 from kvjax.headkv.prompt import Prompt, query_attention
 from kvjax.headkv.reductions import Reduce, attended, copied, induced
 from kvjax.headkv.scores import HeadScores, query_heads
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.block import Block, apply_block, block_kinds
+from kvjax.nn.transformer import hidden_logits, output_params
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
 from kvjax.token_ids import token_ids
@@ -158,28 +160,48 @@ def measure_batches(
         yield BatchScores(indices, heads, np.asarray(answers, np.float64))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "reduce"))
 def score_batch(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
     """Scores of every head, and the token that the model expects at each step."""
-
-    def apply(*args: Any, method: str) -> Any:
-        return model.apply({"params": params}, *args, method=method)
-
-    B, S = batch.tokens.shape
-    M = batch.steps.shape[1]
-    at = positions(batch)
-    x = apply(batch.tokens, method="embed")
+    x: Any = model.apply({"params": params}, batch.tokens, method="embed")
     scores = []
-    for index, layer in enumerate(model.config.layers):
-        cache = start_prompt(layer.attention, B, S, M, x.dtype)
-        x, cache = apply(index, x, at, cache, batch.lengths, method="layer")
-        prompt = Prompt.create(cache, attention_spec(layer.attention))
-        scores.append(reduce(query_attention(prompt), batch))
+    for index, kind in enumerate(block_kinds(model.config)):
+        own = params[f"layers_{index}"]
+        x, of_heads = score_layer(kind.block, reduce, own, kind.pairs, x, batch)
+        scores.append(of_heads)
+    top = {name: params[name] for name in output_params(model.config)}
+    return jnp.stack(scores, axis=1), expected_tokens(model.config, top, x, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "reduce"), donate_argnames="x")
+def score_layer(
+    block: Block,
+    reduce: Reduce,
+    params: Any,
+    pairs: Any,
+    x: Float[Array, "B S D"],
+    batch: Batch,
+) -> tuple[Float[Array, "B S D"], Float[Array, "B N"]]:
+    """One layer's output and the scores of its heads: the program of all layers of a kind.
+
+    Args:
+        block, params, pairs: see `apply_block`.
+    """
+    B, S = batch.tokens.shape
+    attention = block.layer.attention
+    cache = start_prompt(attention, B, S, batch.steps.shape[1], x.dtype)
+    x, cache = apply_block(block, params, pairs, x, positions(batch), cache, batch.lengths)
+    return x, reduce(query_attention(Prompt.create(cache, attention_spec(attention))), batch)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def expected_tokens(
+    config: ModelConfig, params: Any, x: Float[Array, "B S D"], batch: Batch
+) -> Int[Array, "B M"]:
+    """The most likely token at each step of the answer, from the last layer's output."""
     x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
-    logits = apply(x, method="unembed")
-    return jnp.stack(scores, axis=1), most_likely(logits)
+    return most_likely(hidden_logits(config, params, x))
 
 
 def attention_estimator(reduce: Reduce, **rest: Any) -> Estimator:

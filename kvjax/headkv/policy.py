@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
+from kvjax.cache.rows import room_bucket
 from kvjax.config import ModelConfig
 from kvjax.headkv.allocators import Allocator, HeadImportance, Request, Uniform
-from kvjax.headkv.plan import (
-    CompressedPlan,
-    FullPlan,
-    Plan,
-    kv_heads,
-    no_head_budget,
-    sliding_windows,
+from kvjax.headkv.compression import (
+    Budgets,
+    Compression,
+    budgeted_layers,
+    compression,
+    kept_tokens,
 )
+from kvjax.headkv.facts import budget_heads, kv_heads, no_head_budget, sliding_windows
 from kvjax.headkv.prompt import Scorer
 from kvjax.headkv.scores import HeadScores, check_shape
-from kvjax.headkv.share import PromptShare
 from kvjax.headkv.size import bytes_to_tokens
 from kvjax.headkv.split import Split
+from kvjax.mesh import Layout
 from kvjax.ranges import COUNT, SIZE, Range, check_ranges
 from pallas_kernels.quantized import DTYPES
 
@@ -41,16 +44,40 @@ RANGES = {
 class Policy(ABC):
     """What the cache keeps of a prompt, for any model and prompt length."""
 
+    every: int = 0
+    """New tokens after which the cache is compressed again; 0 for never."""
+
+    observed: int = 0
+    """The last queries of a prompt that decide what is kept."""
+
     @abstractmethod
-    def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> Plan:
-        """Budgets for prompts of up to `prompt_len` tokens.
+    def compression(
+        self,
+        config: ModelConfig,
+        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        new_tokens: int,
+        dtype: Any = "bfloat16",
+        layout: Layout | None = None,
+    ) -> Compression:
+        """The policy at work on one batch of prompts.
 
         Args:
+            lengths: [B] of the prompts; each gets the budgets that it gets alone.
+            new_tokens: to come, that must fit.
             dtype: of the model's activations; budgets in bytes depend on it.
+            layout: of the batch on a mesh; None for one device.
 
         Raises:
             NotImplementedError: the policy cannot serve a layer of this model; says why.
         """
+
+    def kept(
+        self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
+    ) -> Int[np.ndarray, "L K"]:
+        """Tokens that each head keeps of a prompt, the window included; of policies whose heads
+        share a layer's budget, what they share."""
+        work = self.compression(config, [prompt_len], 0, dtype)
+        return kept_tokens(config, work.budgets, work.lengths)[0]
 
     @staticmethod
     def parse(text: str) -> Policy:
@@ -77,9 +104,40 @@ class Full(Policy):
     def __post_init__(self):
         entry_dtype(self.entries)
 
-    def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> FullPlan:
-        """See `Policy.plan`."""
-        return FullPlan(config, entry_dtype(self.entries))
+    def compression(
+        self,
+        config: ModelConfig,
+        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        new_tokens: int,
+        dtype: Any = "bfloat16",
+        layout: Layout | None = None,
+    ) -> Compression:
+        """See `Policy.compression`; heads of a layer with a sliding window keep the last tokens in
+        rings, where the window is smaller than the prompts."""
+        room = room_bucket(new_tokens)
+        slots = max(lengths) + room
+        windows = sliding_windows(config)
+        small = [i for i in budgeted_layers(config) if (windows[i] or slots) < slots]
+        heads = budget_heads(config.layers[small[0]].attention) if small else 1
+        shape = (config.num_layers, heads)
+        budgets = Budgets(
+            caps=np.zeros((len(lengths), *shape), np.int32),
+            window=np.full(
+                len(lengths), max([windows[i] or 0 for i in small], default=0), np.int32
+            ),
+            rooms=np.full((len(lengths), *shape), room, np.int32),
+            rings=np.ones((len(lengths), *shape), bool),
+            scorer=None,
+            dtype=entry_dtype(self.entries),
+        )
+        return compression(config, budgets, lengths, new_tokens, dtype, layout, small)
+
+    def kept(
+        self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
+    ) -> Int[np.ndarray, "L K"]:
+        """See `Policy.kept`."""
+        seen = [min(prompt_len, window or prompt_len) for window in sliding_windows(config)]
+        return np.repeat(np.asarray(seen, np.int32)[:, None], kv_heads(config), axis=1)
 
 
 @dataclass(frozen=True)
@@ -94,11 +152,9 @@ class Compress(Policy):
         kv_size: C, mean tokens a KV head, the window included; 0 where the size is given otherwise.
         window: w, last tokens that always stay; their queries are what scorers see.
         split: moves budgets between the heads of a layer by the scores of each prompt.
-        ratio: KV size as a share of each prompt, 0 < ratio ≤ 1. The rows of the cache are those of
-            the prompt's bucket, of which a shorter prompt leaves some empty.
+        ratio: KV size as a share of each prompt, 0 < ratio ≤ 1.
         nbytes: bytes of all layers' entries of one sequence, after prefill.
-        recent: share of the budget that goes to the most recent tokens; with a ratio, of the
-            bucket's budget.
+        recent: share of the budget that goes to the most recent tokens.
         entries: "int8" or "fp8" for entries in 8 bits; "" for the model's dtype.
         ring: bounds the growth: heads with a budget below the mean keep only so many new tokens,
             the most recent; 0 for no bound.
@@ -136,33 +192,56 @@ class Compress(Policy):
             check_size(self.kv_size, self.window)
         entry_dtype(self.entries)
 
-    def plan(self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16") -> CompressedPlan:
-        """See `Policy.plan`."""
+    @property
+    def observed(self) -> int:  # type: ignore[override]
+        """See `Policy.observed`."""
+        return self.window
+
+    def compression(
+        self,
+        config: ModelConfig,
+        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        new_tokens: int,
+        dtype: Any = "bfloat16",
+        layout: Layout | None = None,
+    ) -> Compression:
+        """See `Policy.compression`."""
         if self.every:
             check_again(config, self.scorer)
         entries = entry_dtype(self.entries)
-        size = self.size(config, prompt_len, entries or dtype)
+        each = {n: self.caps(config, n, entries or dtype) for n in {int(n) for n in lengths}}
+        caps = np.stack([each[int(n)][0] for n in lengths])
+        room = room_bucket(min(new_tokens, self.every) if self.every else new_tokens)
+        small = (caps < caps.mean(axis=(1, 2), keepdims=True)) & (self.ring > 0)
+        budgets = Budgets(
+            caps=caps,
+            window=np.asarray([each[int(n)][1] for n in lengths], np.int32),
+            rooms=np.where(small, min(room, self.ring or room), room).astype(np.int32),
+            rings=small,
+            scorer=self.scorer,
+            sharing=self.split,
+            observed=self.window,
+            again=bool(self.every),
+            dtype=entries,
+        )
+        return compression(
+            config, budgets, lengths, new_tokens, dtype, layout, budgeted_layers(config)
+        )
+
+    def caps(
+        self, config: ModelConfig, prompt_len: int, dtype: Any
+    ) -> tuple[Int[np.ndarray, "L K"], int]:
+        """[L, K] tokens that each head keeps of a prompt besides the window, and the window."""
+        size = self.size(config, prompt_len, dtype)
         check_size(size, self.window)
         window = self.window + int(self.recent * (size - self.window))
-        sliding = sliding_windows(config)
         # A text that is compressed while it grows may come to fill what its prompt does not.
         reach = config.context_length if self.every else prompt_len
-        request = Request(config.num_layers, kv_heads(config), size, window, reach, sliding)
+        shape = config.num_layers, kv_heads(config)
+        request = Request(*shape, size, window, reach, sliding_windows(config))
         caps = np.asarray(self.allocator(request))
         check_caps(caps, request)
-        caps = np.minimum(caps, request.limits)
-        return CompressedPlan(
-            config,
-            tuple(tuple(int(cap) for cap in row) for row in caps),
-            window,
-            self.window,
-            self.scorer,
-            self.split,
-            entries,
-            self.ring or None,
-            self.every or None,
-            self._share(size, window),
-        )
+        return np.minimum(caps, request.limits).astype(np.int32), window
 
     def size(self, config: ModelConfig, prompt_len: int, dtype: Any) -> int:
         """C, mean tokens a KV head, for a prompt of `prompt_len` tokens."""
@@ -171,11 +250,6 @@ class Compress(Policy):
         if self.ratio is not None:
             return max(round(self.ratio * prompt_len), self.window + 1)
         return self.kv_size
-
-    def _share(self, size: int, window: int) -> PromptShare | None:
-        if self.ratio is None:
-            return None
-        return PromptShare(self.ratio, window, self.window, size - window)
 
 
 def check_again(config: ModelConfig, scorer: Scorer) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import AttentionSpec, HeadBudgetCache, PromptCache
+from kvjax.cache import AttentionSpec, PoolLayer, PromptCache
 from kvjax.cache.entries import take_rows
 from pallas_kernels import dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
@@ -32,7 +32,7 @@ class Prompt:
             positions gives ranks that end at the newest token.
         seen: state of the scorer's observer, if it has one.
         spec: the layer's scale, soft-cap and sliding window.
-        window: the last tokens, which stay in any case.
+        window: [B] int32, the last tokens, which stay in any case.
     """
 
     keys: Float[Array, "B K S X"]
@@ -42,64 +42,74 @@ class Prompt:
     held: Int[Array, "B Z"]
     positions: Int[Array, "B Z S"]
     seen: Any
+    window: Any
     spec: AttentionSpec = flax.struct.field(pytree_node=False)
-    window: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, cache: PromptCache, spec: AttentionSpec, window: int | None = None) -> Prompt:
-        """The prompt that a cache has read; `window` is by default the queries it remembers."""
-        window = cache.queries.shape[1] if window is None else window
-        arrays = (cache.keys, cache.values, cache.queries)
-        return cls.of_arrays(*arrays, cache.lengths, cache.seen, spec, window)
+    def create(
+        cls,
+        cache: PromptCache,
+        spec: AttentionSpec,
+        window: Any = None,
+        observed: int | None = None,
+    ) -> Prompt:
+        """The prompt that a cache has read: all tokens of every head.
 
-    @classmethod
-    def of_arrays(cls, keys, values, queries, lengths, seen, spec, window) -> Prompt:
-        """All tokens of every head; the slot of a token is its position."""
-        slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None]
+        Args:
+            window: see the attribute; None for the queries that scorers see.
+            observed: the last queries that scorers see; None for all that the cache remembers.
+        """
+        queries, lengths = cache.queries, cache.lengths
+        if observed is not None:
+            queries = queries[:, queries.shape[1] - observed :]
+        if window is None:
+            window = jnp.full_like(lengths, queries.shape[1])
+        slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, None]
         held = lengths[:, None]
-        positions = jnp.where(slots < held[..., None], slots, -1)
-        return cls(keys, values, queries, lengths, held, positions, seen, spec, window)
+        positions = jnp.where(slots < held[..., None], slots, -1)  # a token's slot is its position
+        entries = cache.keys, cache.values
+        return cls(*entries, queries, lengths, held, positions, cache.seen, window, spec)
 
     @classmethod
-    def of_dense(cls, cache: Any, spec: AttentionSpec, window: int) -> Prompt:
-        """An uncompressed cache, for scorers that ask for no queries."""
-        keys, values = cache.keys_and_values()
-        B, K, _, X = keys.shape
-        none = jnp.zeros((B, 0, K, X), keys.dtype)
-        return cls.of_arrays(keys, values, none, cache.lengths, None, spec, window)
-
-    @classmethod
-    def of_pool(cls, cache: HeadBudgetCache, spec: AttentionSpec, window: int) -> Prompt:
-        """What a head-budgeted cache with `queries` holds."""
-        starts, _ = cache.segments.arrays()
-        size = cache.segments.longest(cache.k_pool.shape[1])
-        slots = jnp.arange(size, dtype=jnp.int32)[None, None]
-        held = cache.live_heads()
-        B, K = held.shape
-        live = slots < held[..., None]
-        rows = jnp.where(live, starts[..., None] + slots, 0).reshape(B, -1)
-
-        def take(entries: Any) -> Any:
-            taken = take_rows(entries, rows, live.reshape(B, -1))
-            return jax.tree.map(lambda leaf: leaf.reshape(B, K, size, *leaf.shape[2:]), taken)
-
-        dtype = cache.queries.dtype
-        keys, values = (dequantize(take(pool), dtype) for pool in (cache.k_pool, cache.v_pool))
-        if cache.positions is None:
-            positions = slots - held[..., None] + cache.lengths[:, None, None]
-        else:
-            positions = take(cache.positions)
-        positions = jnp.where(live, positions, -1)
-        return cls(keys, values, cache.queries, cache.lengths, held, positions, None, spec, window)
+    def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, window: Any, size: int) -> Prompt:
+        """What the heads of a pool's layer hold, at most `size` rows each."""
+        keys, values, held, positions = pool_entries(cache, size)
+        arrays = (keys, values, cache.queries, cache.lengths, held, positions)
+        return cls(*arrays, None, window, spec)
 
     @property
     def candidates(self) -> Bool[Array, "B Z S"]:
         """Slots that a head may keep or drop: before the window, still seen by the next query."""
         end = self.lengths[:, None, None]
-        found = (self.positions >= 0) & (self.positions < end - self.window)
+        found = (self.positions >= 0) & (self.positions < end - self.window[:, None, None])
         if self.spec.window is not None:
             found &= self.positions > end - self.spec.window
         return found
+
+
+def pool_entries(
+    cache: PoolLayer, size: int
+) -> tuple[
+    Float[Array, "B K S X"], Float[Array, "B K S Y"], Int[Array, "B K"], Int[Array, "B K S"]
+]:
+    """Keys, values, the rows held, and positions of a pool's layer, at most `size` rows a head."""
+    pool, starts, held = cache.pool, cache.table("starts"), cache.live(cache.given())
+    slots = jnp.arange(size, dtype=jnp.int32)[None, None]
+    B, K = held.shape
+    live = slots < held[..., None]
+    rows = jnp.where(live, starts[..., None] + slots, 0).reshape(B, -1)
+
+    def take(entries: Any) -> Any:
+        taken = take_rows(entries, rows, live.reshape(B, -1))
+        return jax.tree.map(lambda leaf: leaf.reshape(B, K, size, *leaf.shape[2:]), taken)
+
+    dtype = cache.queries.dtype
+    keys, values = (dequantize(take(entries), dtype) for entries in (pool.k, pool.v))
+    if pool.positions is None:
+        positions = slots - held[..., None] + pool.lengths[:, None, None]
+    else:
+        positions = take(pool.positions)
+    return keys, values, held, jnp.where(live, positions, -1)
 
 
 Scorer = Callable[[Prompt], jax.Array]

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pools import at_work, attend, budgets, segments
 
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache, PromptCache
-from kvjax.headkv.prompt import Prompt
-from kvjax.headkv.scorers import ObservationWindow
-from kvjax.headkv.selection import Keep, compress_heads
+from kvjax.cache import AttentionSpec, DenseCache, PromptCache
 from kvjax.headkv.split import Adaptive
 
 W, K, G, H, S, NEW = 8, 2, 2, 8, 48, 50
@@ -33,31 +31,35 @@ def at(array, positions):
     return np.take_along_axis(array, positions[:, :, None, None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("keep", "spec"))
-def squeeze(cache, keep, spec):
-    return compress_heads(Prompt.create(cache, spec), keep)
-
-
 read = jax.jit(PromptCache.attend, static_argnames="spec")
-attend = jax.jit(HeadBudgetCache.attend, static_argnames="spec", donate_argnums=0)
 
 
-def compressed(keep, spec=SPEC):
+def keep(caps=(5, 23), sharing=None, dtype=None, room=NEW, rings=(False, False), again=False):
+    settings = {"sharing": sharing, "dtype": dtype, "again": again}
+    return budgets(caps, B, W, room, rings, **settings)
+
+
+def work_of(setting, spec=SPEC):
+    return at_work(setting, LENGTHS, spec, (K * G, K, H))
+
+
+def compressed(setting, spec=SPEC):
+    """The cache of the prompts cut down."""
     q, k, v = (x[:, :S] for x in tokens())
     steps = np.arange(S, dtype=np.int32)[None]
     positions = jnp.asarray(np.where(steps < LENGTHS[:, None], steps, -1))
     dense = DenseCache.create(B, K, S, H, H, "float32")
-    cache = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"))
-    _, cache = read(cache, q, k, v, positions, spec)
-    return squeeze(cache, keep, spec)
+    prompt = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"))
+    _, prompt = read(prompt, q, k, v, positions, spec)
+    work = work_of(setting, spec)
+    return work.compress(work.start(), 0, prompt.seen_by(None))
 
 
 def held(cache, row, head):
     """Positions of a head's live entries, found by their keys."""
-    starts, _ = cache.segments.arrays()
-    start = int(np.broadcast_to(starts, (B, K))[row, head])
-    count = int(cache.live_heads()[row, head])
-    pool = np.asarray(cache.k_pool)[row, start : start + count]
+    starts, _, live = segments(cache[0])
+    start, count = starts[row, head], live[row, head]
+    pool = np.asarray(cache.pools[0].k)[row, start : start + count]
     same = (pool[:, None] == tokens()[1][row, :, head][None]).all(-1)
     assert (same.sum(1) == 1).all()
     return same.argmax(1)
@@ -69,10 +71,6 @@ def oracle(row, n, query, seen, spec):
     seen = np.asarray([i for i in seen if spec.window is None or query - i < spec.window])
     weights = np.exp(k[seen, n // G] @ q[query, n] * spec.scale)
     return weights / weights.sum() @ v[seen, n // G]
-
-
-def keep(caps=(5, 23), split=None, dtype=None, room=NEW, rings=(False, False), remember=False):
-    return Keep(caps, ObservationWindow(), split, dtype, (room,) * K, rings, remember)
 
 
 CASES = {
@@ -90,8 +88,8 @@ def test_fifty_tokens(case):
     setting, spec = CASES[case]
     cache = compressed(setting, spec)
     kept = {(b, h): list(held(cache, b, h)) for b in range(B) for h in range(K)}
-    caps = np.minimum(setting.caps, S)
-    if setting.split is None and spec.window is None:
+    caps = np.minimum(setting.caps[0, 0], S)
+    if setting.sharing is None and spec.window is None:
         for (b, h), positions in kept.items():
             n = LENGTHS[b]
             assert len(positions) == min(caps[h], max(n - W, 0)) + min(n, W)
@@ -131,15 +129,15 @@ def test_a_chunk_equals_single_tokens(case):
 def test_a_ring_keeps_the_prompt_and_the_newest_tokens():
     cache = compressed(keep((5, 23), room=6, rings=(True, False)))
     first = {b: list(held(cache, b, 0)) for b in range(B)}
-    room = [int(cache.segments.arrays()[1][0, 0]) - len(first[b]) for b in range(B)]
-    assert room[0] == 6  # a shorter prompt leaves more of the segment to its ring
+    capacities = segments(cache[0])[1]
+    assert [capacities[b, 0] - len(first[b]) for b in range(B)] == [6] * B
     q, k, v = tokens()
     for step in range(30):
         positions = (LENGTHS + step)[:, None]
         out, cache = attend(cache, *(at(x, positions) for x in (q, k, v)), positions, SPEC)
         for b in range(B):
             query = int(positions[b, 0])
-            recent = range(max(LENGTHS[b], query + 1 - room[b]), query + 1)
+            recent = range(max(LENGTHS[b], query + 1 - 6), query + 1)
             for n in range(G):  # the other head has no ring; it is full after six tokens
                 want = oracle(b, n, query, [*first[b], *recent], SPEC)
                 np.testing.assert_allclose(out[b, 0, n], want, atol=1e-5)
@@ -152,25 +150,24 @@ def test_a_chunk_longer_than_a_ring_leaves_its_newest_tokens():
     positions = (LENGTHS[:, None] + np.arange(20)).astype(np.int32)
     _, cache = attend(cache, *(at(x, positions) for x in (q, k, v)), positions, SPEC)
     for b in range(B):
-        ring = int(cache.segments.arrays()[1][0, 0]) - len(before[b])
-        newest = set(range(LENGTHS[b] + 20 - ring, LENGTHS[b] + 20))
+        newest = set(range(LENGTHS[b] + 20 - 6, LENGTHS[b] + 20))
         assert set(held(cache, b, 0)) == before[b] | newest
     assert (np.asarray(cache.capacity) > 10**6).all()
 
 
-@pytest.mark.parametrize("split", [None, Adaptive()])
-def test_compressing_again_keeps_the_budget_and_the_newest_tokens(split):
-    setting = keep((5, 11), split, room=10, remember=True)
-    cache = compressed(setting)
+@pytest.mark.parametrize("sharing", [None, Adaptive()])
+def test_compressing_again_keeps_the_budget_and_the_newest_tokens(sharing):
+    setting = keep((5, 11), sharing, room=10, again=True)
+    cache, work = compressed(setting), work_of(setting)
     q, k, v = tokens()
     shapes = [leaf.shape for leaf in jax.tree.leaves(cache)]
-    again = jax.jit(lambda cache: compress_heads(Prompt.of_pool(cache, SPEC, W), setting))
+    most = int(setting.caps[0].sum())
     for start in (0, 10, 20):
         for step in range(start, start + 10):
             positions = (LENGTHS + step)[:, None]
             _, cache = attend(cache, *(at(x, positions) for x in (q, k, v)), positions, SPEC)
         before = {(b, h): set(held(cache, b, h)) for b in range(B) for h in range(K)}
-        cache = again(cache)
+        cache = work.again(cache)
         assert [leaf.shape for leaf in jax.tree.leaves(cache)] == shapes
         total = np.zeros(B, int)
         for (b, h), found in before.items():
@@ -179,8 +176,8 @@ def test_compressing_again_keeps_the_budget_and_the_newest_tokens(split):
             assert left == sorted(left) and set(left) <= found
             assert set(range(max(n - W, 0), n)) <= set(left)
             total[b] += len(left)
-        assert (total <= sum(setting.caps) + K * W).all()
-        assert total[0] == sum(setting.caps) + K * W
+        assert (total <= most + K * W).all()
+        assert total[0] == most + K * W
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("int8", 0.02), ("float8_e4m3fn", 0.12)])
@@ -193,4 +190,5 @@ def test_eight_bit_entries_are_near(dtype, tolerance):
         want, exact = attend(exact, *new, positions, SPEC)
         got, coarse = attend(coarse, *new, positions, SPEC)
         assert np.abs(np.asarray(got) - np.asarray(want)).max() < tolerance
-    assert coarse.k_pool.values.dtype == dtype and coarse.k_pool.scale.dtype == jnp.float32
+    stored = coarse.pools[0].k
+    assert stored.values.dtype == dtype and stored.scale.dtype == jnp.float32

@@ -1,6 +1,7 @@
 """Every policy by name, on every kind of attention, through generation."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,17 @@ import pytest
 from toys import random_params
 
 from kvjax import transmla
-from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
+from kvjax.cache import DenseCache, LatentCache, PoolLayer, cache_bytes
+from kvjax.cache.rows import bucket_rows, room_bucket
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.context import compress
-from kvjax.decoding import prefill
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
 from kvjax.headkv.named import MAKERS
 from kvjax.headkv.policy import resolve
 from kvjax.headkv.size import token_bytes
 from kvjax.nn import Transformer
+from kvjax.prefill import prefill, read_layer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), window=13)
@@ -73,11 +75,10 @@ def dense(kind):
 def test_full_keeps_the_window_of_sliding_layers():
     assert run("sliding", "full").tokens == dense("sliding")
     model, params = build("sliding")
-    tokens = jnp.zeros((1, 64), jnp.int32)
-    plan = resolve("full", model.config, None).plan(model.config, 64)
-    _, cache = prefill(model, params, tokens, jnp.asarray([64], jnp.int32), plan, 8)
-    assert isinstance(cache[0], DenseCache) and isinstance(cache[1], HeadBudgetCache)
-    assert cache[1].k_pool.shape[1] <= 2 * 13 + 8  # one window a head, and the last block's rest
+    tokens = np.zeros((1, 64), np.int32)
+    _, cache = prefill(model, params, tokens, np.asarray([64], np.int32), "full", 8)
+    assert isinstance(cache[0], DenseCache) and isinstance(cache[1], PoolLayer)
+    assert cache.pools[0].k.shape[1] == bucket_rows(2 * 13)  # one window a head
 
 
 CASES = [
@@ -111,30 +112,28 @@ def test_expected_attention_refuses_latents():
 def test_small_budgets_hold_their_bytes(kind, name):
     model, params = build(kind)
     policy = resolve(f"{name}:kv_size=16", model.config, SCORES)
-    plan = policy.plan(model.config, 64, "float32")
-    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 61, (1, 64)), jnp.int32)
-    _, cache = prefill(model, params, tokens, jnp.asarray([64], jnp.int32), plan, 4)
-    expected = {"after_up": DenseCache, "mla": LatentCache}.get(kind, HeadBudgetCache)
+    tokens = np.random.default_rng(2).integers(0, 61, (1, 64)).astype(np.int32)
+    _, cache = prefill(model, params, tokens, np.asarray([64], np.int32), policy, 4)
+    expected = {"after_up": DenseCache, "mla": LatentCache}.get(kind, PoolLayer)
     assert all(isinstance(layer, expected) for layer in cache)
-    attention = model.config.layers[0].attention
-    nominal = 2 * 16 * token_bytes(attention, "float32")
-    room = 2 * 4 * token_bytes(attention, "float32")
-    blocks = 2 * 2 * 8 * token_bytes(attention, "float32") / 2  # 7 rows a head, a block at the end
-    assert nominal <= cache_bytes(cache) <= nominal + room + blocks + 400
+    each = token_bytes(model.config.layers[0].attention, "float32")
+    nominal, room = 2 * 16 * each, 2 * room_bucket(4) * each
+    assert nominal <= cache_bytes(cache) - room <= 1.12 * nominal + 700  # and tables
 
 
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [("gqa", "expected"), ("sliding", "adasnapkv"), ("after_up", "headkv"), ("mla", "h2o")],
 )
-def test_the_chunk_of_prefill_changes_no_selection(kind, policy):
+def test_the_chunk_of_prefill_changes_no_selection(monkeypatch, kind, policy):
     model, params = build(kind)
-    plan = resolve(f"{policy}:kv_size=16", model.config, SCORES).plan(model.config, 64)
-    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 61, (3, 64)), jnp.int32)
-    lengths = jnp.asarray([64, 33, 5], jnp.int32)
-    one, many = (
-        prefill(model, params, tokens, lengths, plan, 4, chunk=chunk) for chunk in (64, 24)
-    )
+    policy = resolve(f"{policy}:kv_size=16", model.config, SCORES)
+    tokens = np.random.default_rng(2).integers(0, 61, (3, 64)).astype(np.int32)
+    lengths = np.asarray([64, 33, 5], np.int32)
+    one = prefill(model, params, tokens, lengths, policy, 4)
+    chunked = functools.partial(read_layer, chunk=24)
+    monkeypatch.setattr(sys.modules["kvjax.prefill"], "read_layer", chunked)
+    many = prefill(model, params, tokens, lengths, policy, 4)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -175,26 +174,26 @@ def test_a_ring_bounds_the_growth_of_low_budget_heads():
 
 def test_sizes_in_tokens_ratio_and_bytes():
     model, _ = build("gqa")
-    caps = [
-        resolve(f"snapkv:{size}", model.config, None).plan(model.config, 64, "float32").caps
-        for size in ("kv_size=16", "ratio=0.25", f"bytes={16 * 2 * 2 * 2 * 8 * 4}")
-    ]
-    assert caps[0] == caps[1] == caps[2] == ((8, 8), (8, 8))
+    for size in ("kv_size=16", "ratio=0.25", f"bytes={16 * 2 * 2 * 2 * 8 * 4}"):
+        policy = resolve(f"snapkv:{size}", model.config, None)
+        caps, window = policy.caps(model.config, 64, "float32")
+        np.testing.assert_array_equal(caps, [[8, 8], [8, 8]])
+        assert window == 8
     with pytest.raises(ValueError, match="kv_size is 3 and window is 8"):
-        resolve("snapkv:bytes=1000", model.config, None).plan(model.config, 64, "float32")
+        resolve("snapkv:bytes=1000", model.config, None).caps(model.config, 64, "float32")
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mla"])
 @pytest.mark.parametrize("name", ["snapkv", "headkv", "adasnapkv", "pyramidkv", "h2o"])
 def test_a_ratio_is_a_share_of_the_prompt_and_not_of_its_bucket(name, kind):
-    """Buckets hold 48 and 96 tokens; each is compiled once."""
+    """Buckets hold 48 and 96 tokens."""
     model, params = build(kind)
     policy = resolve(f"{name}:ratio=0.5,window=4", model.config, SCORES)
     for n in (33, 40, 48, 65, 80, 96):
         text = np.random.default_rng(n).integers(0, 61, n).tolist()
         context = compress(model, params, text, policy)
         if kind == "gqa":
-            kept = np.mean([np.asarray(cache.head_lengths).mean() for cache in context.cache])
+            kept = np.mean([layer.live(layer.given()) for layer in context.cache])
         else:
             kept = np.mean([n - int(cache.evicted[0]) for cache in context.cache])
         assert abs(kept - n / 2) <= 1, n
@@ -221,8 +220,7 @@ def test_prompts_around_the_window_and_the_budget(name, n):
     settings = {"max_new_tokens": 8, "eos_ids": ()}
     policy = resolve(f"{name}:kv_size=16", model.config, SCORES)
     got = generate(model, params, prompt, policy=policy, **settings).tokens
-    # Budgets are those of the bucket: HeadKV's smaller heads are full before the mean is.
-    if n <= (8 if name == "headkv" else 16):
+    if n <= 16:  # budgets follow the prompt's own length: nothing is left out
         assert got == generate(model, params, prompt, **settings).tokens
     assert len(got[0]) == 8
 

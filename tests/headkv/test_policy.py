@@ -1,4 +1,4 @@
-"""Policies: parsing, plans, and what generation gets from them."""
+"""Policies: parsing, budgets, and what generation gets from them."""
 
 import functools
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from toys import random_params
 
-from kvjax.cache import HeadBudgetCache, cache_bytes
+from kvjax.cache import PoolLayer, cache_bytes
+from kvjax.cache.rows import bucket_rows, room_bucket
 from kvjax.config import (
     EqualCacheConfig,
     GQAConfig,
@@ -17,13 +18,13 @@ from kvjax.config import (
     ModelConfig,
     RopeConfig,
 )
-from kvjax.decoding import prefill
 from kvjax.headkv import HeadScores, Policy
 from kvjax.headkv.allocators import HeadImportance, Pyramid, Request, Uniform
 from kvjax.headkv.policy import Compress, Full, resolve
 from kvjax.headkv.scorers import KeyNorm, ObservationWindow, SinksAndRecent, SpanWindow
 from kvjax.headkv.split import Adaptive
 from kvjax.nn import Transformer
+from kvjax.prefill import prefill
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), qkv_bias=True, qk_norm="head")
 SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(4), window=11, softcap=20.0)
@@ -36,12 +37,13 @@ def config(*attention):
     return ModelConfig("llama", 53, 32, tuple(LayerConfig(a, MLPConfig(32)) for a in attention))
 
 
+SHAPE = config(GQA, SLIDING, LATENT)
 SCORES = HeadScores(np.random.default_rng(0).random((3, 4, 5)) ** 4)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Transformer(config(GQA, SLIDING, LATENT))
+    return Transformer(SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +55,16 @@ def params(model):
 def run(model, params):
     """Prefill under a policy, then decode steps of 1, 1 and 2 tokens: caches and all logits."""
     tokens = jax.random.randint(jax.random.key(0), (4, BUCKET + ROOM), 0, 53)
-    lengths = jnp.asarray(LENGTHS, jnp.int32)
-    step = jax.jit(model.apply)
+    lengths = np.asarray(LENGTHS, np.int32)
 
     @functools.cache
     def run(policy):
         resolved = resolve(policy, model.config, SCORES)
-        plan = resolved.plan(model.config, BUCKET)
-        assert hash(plan) == hash(resolved.plan(model.config, BUCKET))
-        logits, cache = prefill(model, params, tokens[:, :BUCKET], lengths, plan, ROOM)
+        logits, cache = prefill(model, params, tokens[:, :BUCKET], lengths, resolved, ROOM)
         first, outs, start = cache, [logits[:, None]], BUCKET
         for size in (1, 1, 2):
-            out, cache = step(
-                {"params": params},
-                tokens[:, start : start + size],
-                cache=cache,
-                rope_lengths=lengths + ROOM,
+            out, cache = model.apply(
+                {"params": params}, tokens[:, start : start + size], cache=cache
             )
             outs.append(out)
             start += size
@@ -81,7 +77,7 @@ def run(model, params):
 def test_a_budget_of_everything_is_the_dense_cache(run, policy):
     _, dense = run("full")
     caches, logits = run(policy)
-    assert all(isinstance(cache, HeadBudgetCache) for cache in caches)
+    assert all(isinstance(cache, PoolLayer) for cache in caches)
     np.testing.assert_allclose(logits, dense, atol=1e-5)
 
 
@@ -91,35 +87,38 @@ def test_smaller_budgets_hold_fewer_bytes_and_change_the_logits(run):
     np.testing.assert_allclose(logits[:, 0], dense[:, 0], atol=1e-5)  # prefill is exact
     assert np.abs(logits[0, 1:] - dense[0, 1:]).max() > 1e-3
     np.testing.assert_allclose(logits[3], dense[3], atol=1e-5)  # 5 tokens fit any budget
-    nominal = (12 + ROOM) * 3 * 2 * 16 * 4 * len(LENGTHS)
-    rounding = 7 * 3 * 16 * 4 * len(LENGTHS)  # a small pool is a multiple of 8 rows
-    extra = sum(c.head_lengths.nbytes + c.lengths.nbytes for c in caches)
-    pools = sum(c.k_pool.nbytes + c.v_pool.nbytes for c in caches)
-    assert nominal <= pools <= nominal + rounding
-    sliding = caches[1].positions.nbytes + caches[1].ring_starts.nbytes
-    assert cache_bytes(caches) == pools + extra + sliding
-    assert cache_bytes(caches) < 0.6 * cache_bytes(full)
+    (pool,) = caches.pools
+    kept = resolve("headkv:kv_size=12", SHAPE, SCORES).kept(SHAPE, BUCKET)
+    assert kept.sum() <= 12 * 3 * 2
+    # The segments of the layer with a sliding window are the window, room included.
+    room, fixed = room_bucket(ROOM) * 2 * 2, int(kept[[0, 2]].sum()) + 2 * 11
+    assert pool.k.shape[1] == room + bucket_rows(fixed)
+    assert bucket_rows(fixed) < 0.6 * 3 * 2 * BUCKET
+    pools = pool.k.nbytes + pool.v.nbytes
+    assert pools == pool.k.shape[1] * 16 * 4 * len(LENGTHS)
+    tables = 4 * pool.starts.nbytes + 3 * 4 * len(LENGTHS)
+    assert cache_bytes(caches) == pools + pool.positions.nbytes + tables < cache_bytes(full)
 
 
 def test_lengths_and_room(run):
     caches, _ = run("headkv:kv_size=12")
-    plan = resolve("headkv:kv_size=12", config(GQA, SLIDING, LATENT), SCORES).plan(
-        config(GQA, SLIDING, LATENT), BUCKET
-    )
-    for index in (0, 2):
-        caps = np.asarray(plan.caps[index])
-        lengths = np.asarray(LENGTHS)[:, None]
-        expected = np.minimum(caps[None], np.maximum(lengths - 8, 0)) + np.minimum(lengths, 8)
-        np.testing.assert_array_equal(caches[index].head_lengths, expected)
-        np.testing.assert_array_equal(caches[index].lengths, LENGTHS)
-        assert (np.asarray(caches[index].capacity) >= np.asarray(LENGTHS) + ROOM).all()
-    assert sum(sum(caps) for caps in plan.caps) == (12 - 8) * 3 * 2
+    policy = resolve("headkv:kv_size=12", SHAPE, SCORES)
+    for row, n in enumerate(LENGTHS):
+        caps, window = policy.caps(SHAPE, n, "float32")
+        assert caps.sum() == min(12 - 8, max(n - 8, 0)) * 3 * 2
+        for index in (0, 2):
+            layer = caches[index]
+            expected = np.minimum(caps[index], max(n - window, 0)) + min(n, window)
+            np.testing.assert_array_equal(layer.live(layer.given())[row], expected)
+            np.testing.assert_array_equal(policy.kept(SHAPE, n)[index], expected)
+            np.testing.assert_array_equal(layer.lengths, LENGTHS)
+            assert (np.asarray(layer.capacity) >= np.asarray(LENGTHS) + ROOM).all()
 
 
 def test_too_many_tokens_are_refused(run, model, params):
     caches, _ = run("headkv:kv_size=12")
-    with pytest.raises(ValueError, match="room for 36 tokens a sequence, got 37"):
-        model.apply({"params": params}, jnp.zeros((4, 5), jnp.int32), cache=caches)
+    with pytest.raises(ValueError, match="room for 96 tokens a sequence, got 97"):
+        model.apply({"params": params}, jnp.zeros((4, 65), jnp.int32), cache=caches)
 
 
 def test_parse():
@@ -225,4 +224,4 @@ def test_bad_allocators_are_named():
     ):
         policy = Compress(lambda request, caps=caps: caps, ObservationWindow(), 16)
         with pytest.raises(ValueError, match=message):
-            policy.plan(config(GQA, GQA), 20)
+            policy.compression(config(GQA, GQA), [20], 0)

@@ -52,15 +52,15 @@ def read(scorer, chunks=(16, 16, 8), config=None, q=None):
     pad = (positions < 0)[:, :, None, None]
     q, k, v = (np.where(pad, np.float32(np.nan), x) for x in (q, k, v))
     watching = getattr(scorer, "observer", None)
-    observer = watching(config or attention()) if watching else None
+    observers = (watching(config or attention()),) if watching else ()
     dense = DenseCache.create(len(LENGTHS), K, S, H, H, "float32")
-    cache = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"), observer=observer)
+    cache = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"), observers=observers)
     start = 0
     for size in chunks:
         part = slice(start, start + size)
         cache = step(cache, q[:, part], k[:, part], v[:, part], positions[:, part])
         start += size
-    return Prompt.create(cache, AttentionSpec(0.4))
+    return Prompt.create(cache.seen_by(0 if watching else None), AttentionSpec(0.4))
 
 
 def weights(row, n, head, query):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import at_work, budgets, segments
 
 from kvjax.cache import AttentionSpec, DenseCache, PromptCache
-from kvjax.headkv.prompt import Prompt
 from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
-from kvjax.headkv.selection import Keep, compress_heads, select
+from kvjax.headkv.selection import select
 
 W, CAPS, K, G, H, S = 8, (5, 17), 2, 2, 4, 40
 LENGTHS = (3, 8, 9, 13, 14, 25, 26, 40)  # around w, cap + w and the end of the bucket
@@ -52,10 +52,11 @@ def attend(cache, q, k, v, positions):
     return cache.attend(q, k, v, positions, AttentionSpec(0.7))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "caps", "scorer", "room"))
-def squeeze(cache, spec, caps, scorer, room):
-    keep = Keep(caps, scorer, None, None, (room,) * K, (spec.window is not None,) * K)
-    return compress_heads(Prompt.create(cache, spec), keep)
+def squeeze(prompt, spec, caps, scorer, room):
+    """The cache of the prompts cut down."""
+    found = budgets(caps, len(LENGTHS), W, room, spec.window is not None, scorer)
+    work = at_work(found, LENGTHS, spec, (K * G, K, H))
+    return work.compress(work.start(), 0, prompt.seen_by(None))
 
 
 def oracle_scores(q, k, spec):
@@ -95,26 +96,26 @@ def test_kept_tokens_equal_the_oracle(name):
     q, k, v = prompts()
     cache = squeeze(fill(q, k, v), spec, CAPS, ObservationWindow(), 3)
     np.testing.assert_array_equal(cache.lengths, LENGTHS)
-    most = spec.window or S
-    assert cache.segments.capacities == tuple(min(cap + W + 3, most) for cap in CAPS)
+    (pool,), (starts, capacities, live) = cache.pools, segments(cache[0])
     for row, n in enumerate(LENGTHS):
         for head, cap in enumerate(CAPS):
             kept = oracle(q[row, :n], k[row, :n], cap, head, spec)
-            start = cache.segments.starts[head]
-            assert cache.head_lengths[row, head] == len(kept)
-            live = slice(start, start + len(kept))
-            np.testing.assert_array_equal(cache.k_pool[row, live], k[row, kept, head])
-            np.testing.assert_array_equal(cache.v_pool[row, live], v[row, kept, head])
-            dead = slice(start + len(kept), start + cache.segments.capacities[head])
-            assert not np.any(cache.k_pool[row, dead])
+            start = starts[row, head]
+            assert live[row, head] == len(kept)
+            assert capacities[row, head] == min(len(kept) + 3, spec.window or S)
+            rows = slice(start, start + len(kept))
+            np.testing.assert_array_equal(pool.k[row, rows], k[row, kept, head])
+            np.testing.assert_array_equal(pool.v[row, rows], v[row, kept, head])
+            dead = slice(start + len(kept), start + capacities[row, head])
+            assert not np.any(pool.k[row, dead])
             if name == "sliding":
-                np.testing.assert_array_equal(cache.positions[row, live], kept)
+                np.testing.assert_array_equal(pool.positions[row, rows], kept)
 
 
 def test_counts_are_what_headkv_says():
     cache = squeeze(fill(*prompts()), SPECS["plain"], CAPS, ObservationWindow(), 0)
     expected = [[min(cap, max(n - W, 0)) + min(n, W) for cap in CAPS] for n in LENGTHS]
-    np.testing.assert_array_equal(cache.head_lengths, expected)
+    np.testing.assert_array_equal(segments(cache[0])[2], expected)
 
 
 def test_nothing_leaks_through_padding():
@@ -134,15 +135,15 @@ def test_chunks_select_what_one_shot_selects():
 def test_ties_go_to_the_later_position():
     scores = jnp.asarray([[[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 9.0]]])
     candidates = jnp.asarray([[[True] * 6 + [False]]])
-    kept = select(scores, candidates, jnp.asarray([[4]], jnp.int32), 4)
-    np.testing.assert_array_equal(kept, [[[1, 3, 4, 5]]])
+    kept = select(scores, candidates, jnp.asarray([[4]], jnp.int32))
+    np.testing.assert_array_equal(kept[:, :, :4], [[[1, 3, 4, 5]]])
 
 
 def test_equal_and_useless_scores_still_fill_the_budget():
     candidates = jnp.asarray([[[True] * 5 + [False] * 2]])
     for scores in (jnp.zeros((1, 1, 7)), jnp.full((1, 1, 7), -jnp.inf)):
-        kept = select(scores, candidates, jnp.asarray([[3]], jnp.int32), 3)
-        np.testing.assert_array_equal(kept, [[[2, 3, 4]]])
+        kept = select(scores, candidates, jnp.asarray([[3]], jnp.int32))
+        np.testing.assert_array_equal(kept[:, :, :3], [[[2, 3, 4]]])
 
 
 def test_a_nan_score_displaces_nothing():
@@ -153,8 +154,10 @@ def test_a_nan_score_displaces_nothing():
     cache = squeeze(fill(*prompts()), SPECS["plain"], (6, 6), scorer, 0)
     _, k, _ = prompts()
     row = LENGTHS.index(40)
-    assert cache.head_lengths[row].tolist() == [14, 14]
-    assert not (np.asarray(cache.k_pool[row, :14]) == k[row, 3, 0]).all(axis=1).any()
+    starts, _, live = segments(cache[0])
+    assert live[row].tolist() == [14, 14]
+    kept = np.asarray(cache.pools[0].k[row])[starts[row, 0] :][:14]
+    assert not (kept == k[row, 3, 0]).all(axis=1).any()
 
 
 def test_sinks_and_recent_tokens():
@@ -162,7 +165,9 @@ def test_sinks_and_recent_tokens():
     cache = squeeze(fill(*prompts()), SPECS["plain"], (6, 6), SinksAndRecent(2), 0)
     _, k, _ = prompts()
     kept = [0, 1, *range(28, 40)]
-    np.testing.assert_array_equal(cache.k_pool[row, :14], k[row, kept, 0])
+    start = segments(cache[0])[0][row, 0]
+    found = cache.pools[0].k[row, start : start + 14]
+    np.testing.assert_array_equal(found, k[row, kept, 0])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -177,7 +182,6 @@ def test_selection_keeps_the_best_in_the_order_of_time(seed, candidates, cap, fe
         jnp.asarray(np.where(mask, scores, np.nan))[None],
         jnp.asarray(mask)[None, None],
         jnp.full((1, 2), count, jnp.int32),
-        24,
     )
     for head in range(2):
         best = sorted(range(candidates), key=lambda i: (scores[head, i], i), reverse=True)

@@ -1,0 +1,363 @@
+"""A policy at work on one batch of prompts: the empty caches, and each layer's compression.
+
+The programs here know no budget: what a head keeps is data. There is one for each kind of layer
+and scorer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from kvjax.cache import AttentionSpec, ModelCache, Pool, PromptCache
+from kvjax.cache.pool import pool_alignment
+from kvjax.cache.rows import PoolRows, bucket_rows, pool_rows, room_bucket
+from kvjax.cache.sharded import head_copies, new_pool
+from kvjax.config import ModelConfig
+from kvjax.headkv.facts import attention_spec, entry_widths, no_head_budget
+from kvjax.headkv.packing import compress_again, compress_heads, compress_tokens, keep_all
+from kvjax.headkv.prompt import Scorer
+from kvjax.headkv.scorers import SinksAndRecent
+from kvjax.headkv.selection import LayerBudget
+from kvjax.headkv.split import Adaptive, Split
+from kvjax.mesh import Layout, put_rows
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What one batch of prompts keeps, as a policy wants it; on the host.
+
+    Attributes:
+        caps: [B, L, K] int32, tokens that each head keeps besides the window.
+        window: [B] int32, the last tokens, which stay in any case.
+        rooms: [B, L, K] int32, rows of each head for new tokens.
+        rings: [B, L, K] bool, heads that overwrite older tokens when their room is used up.
+        scorer: rates the tokens; None where nothing is chosen.
+        sharing: how the heads of a layer share their caps; None: they don't.
+        observed: the last queries that the scorer sees.
+        again: whether caches are compressed again while they grow.
+        dtype: of the entries; None for the activations'.
+    """
+
+    caps: Int[np.ndarray, "B L K"]
+    window: Int[np.ndarray, " B"]
+    rooms: Int[np.ndarray, "B L K"]
+    rings: Bool[np.ndarray, "B L K"]
+    scorer: Scorer | None
+    sharing: Split | None = None
+    observed: int = 0
+    again: bool = False
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose heads share a pool.
+
+    Attributes:
+        layers: their numbers.
+        widths: of a key and of a value.
+        windows: each layer's sliding window, None without one.
+    """
+
+    layers: tuple[int, ...]
+    widths: tuple[int, int]
+    windows: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """A policy at work on one batch of prompts.
+
+    Attributes:
+        config: of the model.
+        budgets: what is kept.
+        lengths: [B] of the prompts.
+        new_tokens: to come, that must fit.
+        dtype: of the activations.
+        layout: of the batch on a mesh; None for one device.
+        groups, rows: the layers that share a pool, and the pool's rows.
+    """
+
+    config: ModelConfig
+    budgets: Budgets
+    lengths: Int[np.ndarray, " B"]
+    new_tokens: int
+    dtype: Any
+    layout: Layout | None
+    groups: tuple[LayerGroup, ...]
+    rows: tuple[PoolRows, ...]
+
+    @property
+    def copies(self) -> int:
+        """See `ShardedHeads`."""
+        if self.layout is None or not self.groups:
+            return 1
+        return head_copies(self.budgets.caps.shape[2], self.layout.ways)
+
+    def observer(self, layer: int) -> Any:
+        """What the scorer wants to see of all queries of a layer's prompt; None for nothing."""
+        watching = getattr(self.budgets.scorer, "observer", None)
+        return None if watching is None else watching(self.config.layers[layer].attention)
+
+    @property
+    def room(self) -> int:
+        """Rows for new tokens."""
+        return room_bucket(self.new_tokens)
+
+    @property
+    def rope_lengths(self) -> Int[np.ndarray, " B"]:
+        """See `ModelCache`."""
+        return self.lengths + np.int32(self.new_tokens)
+
+    def take(self, rows: Int[np.ndarray, " b"]) -> Compression:
+        """The same for some of the sequences, in caches of the same size."""
+        b = self.budgets
+        each = {name: getattr(b, name)[rows] for name in ("caps", "window", "rooms", "rings")}
+        budgets = dataclasses.replace(b, **each)
+        firsts = tuple(part._replace(first=part.first[rows]) for part in self.rows)
+        layout = None if self.layout is None else Layout.create(self.layout.mesh, len(rows))
+        own = {"budgets": budgets, "lengths": self.lengths[rows], "rows": firsts}
+        return dataclasses.replace(self, **own, layout=layout)
+
+    def start(self, device: Any = None) -> ModelCache:
+        """Caches without any entries.
+
+        Args:
+            device: the parameters' own, where there is no mesh. Arrays that are bound to a device
+                and arrays that are not would make two programs of one.
+        """
+        both = (self.lengths, self.rope_lengths)
+        lengths, rope_lengths = put_rows(both, device, self.layout)
+        places: list[tuple[int, int] | None] = [None] * self.config.num_layers
+        pools = []
+        for number, (group, rows) in enumerate(zip(self.groups, self.rows, strict=True)):
+            for row, layer in enumerate(group.layers):
+                places[layer] = number, row
+            pools.append(self._empty_pool(group, rows, lengths))
+        own = (None,) * self.config.num_layers
+        return ModelCache(own, tuple(pools), rope_lengths, tuple(places), self.layout, self.copies)
+
+    def _empty_pool(self, group: LayerGroup, rows: PoolRows, lengths: jax.Array) -> Pool:
+        b, ways = self.budgets, 1 if self.layout is None else self.layout.ways
+        heads = b.caps.shape[2] * self.copies
+        align = alignment(b.dtype or self.dtype, self.layout)
+        make = functools.partial(
+            new_pool,
+            (len(self.lengths), len(group.layers), heads),
+            rows.rows * ways,
+            group.widths,
+            jnp.dtype(b.dtype or self.dtype).name,
+            any(window is not None for window in group.windows),
+            align,
+            None if align == 1 else rows.span,
+            self.layout,
+        )
+        pool = make(lengths)
+        return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
+
+    def compress(self, caches: ModelCache, layer: int, prompt: PromptCache) -> ModelCache:
+        """The caches with what is kept of one layer's prompt."""
+        packed, place = self.packing(caches, layer, prompt)(), caches.places[layer]
+        if place is None:
+            return caches.with_layer(layer, packed)
+        number, row = place
+        pool = caches.pools[number].with_layer(row, packed)
+        pools = (*caches.pools[:number], pool, *caches.pools[number + 1 :])
+        return dataclasses.replace(caches, pools=pools)
+
+    def packing(
+        self, caches: ModelCache, layer: int, prompt: PromptCache
+    ) -> functools.partial[Any]:
+        """The call of a program that compresses one layer's prompt, not yet made."""
+        place, spec = caches.places[layer], attention_spec(self.config.layers[layer].attention)
+        if place is None:
+            return self._whole_layer(layer, prompt, spec)
+        number, row = place
+        b = self.budgets
+        return functools.partial(
+            compress_heads,
+            prompt,
+            caches.pools[number].layer(row),
+            self.layer_budget(layer, number, row),
+            scorer=b.scorer or SinksAndRecent(),
+            sharing=b.sharing or Adaptive(),
+            spec=spec,
+            observed=b.observed,
+            remember=b.again,
+            layout=self.layout,
+            copies=self.copies,
+        )
+
+    def _whole_layer(
+        self, layer: int, prompt: PromptCache, spec: AttentionSpec
+    ) -> functools.partial[Any]:
+        """`packing` of a layer whose heads keep the same tokens: the mean of the budgets, or all
+        of them."""
+        b = self.budgets
+        if b.scorer is None:
+            return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
+        caps = np.rint(b.caps[:, layer].mean(axis=1)).astype(np.int32)
+        window = b.window if spec.window is None else np.minimum(b.window, spec.window)
+        kept = np.minimum(caps, np.maximum(self.lengths - window, 0)) + window
+        return functools.partial(
+            compress_tokens,
+            prompt,
+            caps,
+            window,
+            slots=bucket_rows(int(kept.max())) + self.room,
+            scorer=b.scorer,
+            spec=spec,
+            observed=b.observed,
+            dtype=b.dtype,
+        )
+
+    def again(self, caches: ModelCache) -> ModelCache:
+        """The pools compressed again after new tokens have been added."""
+        for layer, place in enumerate(caches.places):
+            assert place is not None
+            number, row = place
+            b, pool = self.budgets, caches.pools[number]
+            packed = compress_again(
+                pool.layer(row),
+                self.layer_budget(layer, number, row),
+                scorer=b.scorer or SinksAndRecent(),
+                sharing=b.sharing or Adaptive(),
+                spec=attention_spec(self.config.layers[layer].attention),
+                size=min(longest_segment(b), self.rows[number].rows),
+                layout=self.layout,
+                copies=self.copies,
+            )
+            pool = pool.with_layer(row, packed)
+            caches = dataclasses.replace(
+                caches, pools=(*caches.pools[:number], pool, *caches.pools[number + 1 :])
+            )
+        pools = tuple(dataclasses.replace(pool, read=pool.lengths + 0) for pool in caches.pools)
+        return dataclasses.replace(caches, pools=pools)
+
+    def layer_budget(self, layer: int, number: int, row: int) -> LayerBudget:
+        """The budgets of one layer, as arrays."""
+        b, sliding = self.budgets, attention_spec(self.config.layers[layer].attention).window
+        return LayerBudget(
+            caps=b.caps[:, layer],
+            window=b.window if sliding is None else np.minimum(b.window, np.int32(sliding)),
+            rooms=np.repeat(b.rooms[:, layer], self.copies, axis=1).astype(np.int32),
+            rings=np.repeat(b.rings[:, layer] | (sliding is not None), self.copies, axis=1),
+            shared=np.bool_(b.sharing is not None),
+            first=self.rows[number].first[:, row],
+        )
+
+
+def compression(
+    config: ModelConfig,
+    budgets: Budgets,
+    lengths: Sequence[int] | Int[np.ndarray, " B"],
+    new_tokens: int,
+    dtype: Any,
+    layout: Layout | None,
+    layers: Sequence[int],
+) -> Compression:
+    """A policy at work on prompts of these lengths.
+
+    Args:
+        new_tokens: to come, that must fit.
+        layers: those whose heads keep tokens of their own.
+    """
+    lengths = np.asarray(lengths, np.int32)
+    groups = layer_groups(config, layers)
+    ways = 1 if layout is None else layout.ways
+    align = alignment(budgets.dtype or dtype, layout)
+    copies = head_copies(budgets.caps.shape[2], ways) if groups else 1
+    rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
+    return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
+
+
+def layer_groups(config: ModelConfig, layers: Sequence[int]) -> tuple[LayerGroup, ...]:
+    """The layers whose entries have the same shape."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for layer in layers:
+        found.setdefault(entry_widths(config.layers[layer].attention), []).append(layer)
+    windows = [attention_spec(layer.attention).window for layer in config.layers]
+    return tuple(
+        LayerGroup(tuple(own), widths, tuple(windows[layer] for layer in own))
+        for widths, own in found.items()
+    )
+
+
+def group_rows(
+    config: ModelConfig,
+    budgets: Budgets,
+    lengths: Int[np.ndarray, " B"],
+    group: LayerGroup,
+    align: int,
+    ways: int,
+    copies: int,
+) -> PoolRows:
+    """The rows of the pool of some layers."""
+    own = list(group.layers)
+    kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
+    if budgets.again:  # budgets that the prompt does not fill are filled later
+        kept = np.maximum(kept, budgets.caps[:, own] + budgets.window[:, None, None])
+    unlimited = np.iinfo(np.int32).max
+    limits = np.asarray([window or unlimited for window in group.windows], np.int64)
+    heads, spare = kept.shape[2] * copies, 0
+    if budgets.sharing is not None:
+        # No segment is longer than a sliding window: even shares of a budget need the most rows.
+        whole = budgets.caps[:, own] + budgets.window[:, None, None]
+        sliding = (limits < unlimited)[:, None]
+        kept, rooms = (
+            np.where(sliding, evenly(whole), kept),
+            np.where(sliding, evenly(rooms), rooms),
+        )
+        spare = heads * (align - 1)  # each head's segment is rounded, wherever on the mesh it is
+    repeated = np.repeat(kept, copies, axis=2).astype(np.int64)
+    rooms = np.repeat(rooms, copies, axis=2).astype(np.int64)
+    if budgets.sharing is not None and ways > 1:
+        spare += int(repeated.sum(axis=2).max())  # all of a layer's budget may be one device's
+    return pool_rows(repeated, rooms, limits, spare, align, ways)
+
+
+def evenly(rows: Int[np.ndarray, "*B K"]) -> Int[np.ndarray, "*B K"]:
+    """The mean of the heads for each of them, rounded up."""
+    mean = -(-rows.sum(axis=-1, keepdims=True) // rows.shape[-1])
+    return np.broadcast_to(mean, rows.shape)
+
+
+def kept_tokens(
+    config: ModelConfig, budgets: Budgets, lengths: Int[np.ndarray, " B"]
+) -> Int[np.ndarray, "B L K"]:
+    """Tokens that each head keeps of a prompt, the window included; of heads that share their
+    budgets, what they keep on average of it."""
+    sliding = [attention_spec(layer.attention).window for layer in config.layers]
+    reach = np.asarray([window or np.iinfo(np.int32).max for window in sliding], np.int64)
+    window = np.minimum(budgets.window[:, None], reach[None])
+    lengths = np.asarray(lengths, np.int64)[:, None]
+    # The next query sees `sliding` − 1 tokens behind it.
+    available = np.maximum(np.minimum(lengths, reach[None] - 1) - window, 0)
+    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, window)[..., None]
+    return kept.astype(np.int32)
+
+
+def longest_segment(budgets: Budgets) -> int:
+    """Rows that no head exceeds between two compressions, rounded up."""
+    most = budgets.caps.sum(axis=2).max() if budgets.sharing else budgets.caps.max()
+    return bucket_rows(int(most) + int(budgets.window.max()) + int(budgets.rooms.max()))
+
+
+def alignment(dtype: Any, layout: Layout | None) -> int:
+    """See `pool_alignment`."""
+    return pool_alignment(dtype, None if layout is None else layout.platform)
+
+
+def budgeted_layers(config: ModelConfig) -> list[int]:
+    """Layers whose heads can keep tokens of their own."""
+    layers = enumerate(config.layers)
+    return [index for index, layer in layers if no_head_budget(layer.attention) is None]

@@ -1,0 +1,221 @@
+"""One layer's prompt cut down: tokens are chosen, and packed into the cache that decode uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kvjax.cache import (
+    AttentionSpec,
+    DenseCache,
+    LatentCache,
+    PoolLayer,
+    PromptCache,
+    ShardedHeads,
+    ShardedSlots,
+)
+from kvjax.cache.entries import take_rows
+from kvjax.cache.packing import copy_rows, lay_segments
+from kvjax.cache.room import with_room
+from kvjax.cache.sharded import place, specs
+from kvjax.cache.slots import whole_slots
+from kvjax.headkv.prompt import Prompt, Scorer, pool_entries
+from kvjax.headkv.selection import LayerBudget, choose, choose_common
+from kvjax.headkv.split import Split
+from kvjax.mesh import Layout
+from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, quantize
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("scorer", "sharing", "spec", "observed", "remember", "layout", "copies"),
+    donate_argnames="layer",
+)
+def compress_heads(
+    prompt: PromptCache,
+    layer: PoolLayer,
+    budget: LayerBudget,
+    *,
+    scorer: Scorer,
+    sharing: Split,
+    spec: AttentionSpec,
+    observed: int,
+    remember: bool,
+    layout: Layout | None,
+    copies: int,
+) -> PoolLayer:
+    """The pool with what each head of one layer keeps of the prompt.
+
+    Args:
+        observed: the last queries that the scorer sees.
+        remember: whether these stay, for compression while decoding.
+        copies: see `ShardedHeads`; `layer` has each head so often.
+    """
+    view = Prompt.create(prompt, spec, budget.window, observed)
+    with jax.named_scope("select"):
+        source, held = choose(view, scorer, sharing, budget)
+    entries = view.keys, view.values
+    if isinstance(prompt.base, ShardedHeads):  # as they lie, each head `copies` times
+        entries = prompt.base.inner.keys_and_values(view.keys.dtype)
+    layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
+    return dataclasses.replace(layer, queries=view.queries) if remember else layer
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("scorer", "sharing", "spec", "size", "layout", "copies"),
+    donate_argnames="layer",
+)
+def compress_again(
+    layer: PoolLayer,
+    budget: LayerBudget,
+    *,
+    scorer: Scorer,
+    sharing: Split,
+    spec: AttentionSpec,
+    size: int,
+    layout: Layout | None,
+    copies: int,
+) -> PoolLayer:
+    """A layer's segments cut down to their budgets again.
+
+    Args:
+        size: rows that no segment exceeds.
+    """
+
+    if layout is None:
+        view = Prompt.of_pool(layer, spec, budget.window, size)
+        entries = view.keys, view.values
+    else:
+        heads = layout.spec("batch", "tensor")
+        read = functools.partial(pool_entries, size=size)
+        found = layout.run(read, (specs(layer, layout),), (heads,) * 4)(layer)
+        entries, lengths = found[:2], layer.lengths
+        keys, values, held, positions = (part[:, ::copies] for part in found)
+        arrays = (keys, values, layer.queries, lengths, held, positions)
+        view = Prompt(*arrays, None, budget.window, spec)
+    with jax.named_scope("select"):
+        source, held = choose(view, scorer, sharing, budget)
+    return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
+
+
+def pack(
+    layer: PoolLayer,
+    positions_BZS: Int[Array, "B Z S"],
+    entries: tuple[jax.Array, jax.Array],
+    source_BKS: Int[Array, "B K S"],
+    held_BK: Int[Array, "B K"],
+    budget: LayerBudget,
+    spec: AttentionSpec,
+    layout: Layout | None,
+    copies: int,
+) -> PoolLayer:
+    """Copies the chosen slots of every head into its segment.
+
+    Args:
+        entries: keys and values [B, K · copies, S, ·].
+        source_BKS, held_BK: from `choose`, of each head once.
+    """
+    shared = positions_BZS.shape[1] == 1
+    if copies > 1:
+        source_BKS, held_BK = (jnp.repeat(x, copies, axis=1) for x in (source_BKS, held_BK))
+        positions_BZS = positions_BZS if shared else jnp.repeat(positions_BZS, copies, axis=1)
+
+    def run(layer, keys, values, positions, source, held, rooms, rings, first):
+        pool = lay_segments(layer.pool, layer.row, held, first[:, 0], rooms, rings, spec.window)
+        starts = jax.lax.dynamic_index_in_dim(pool.starts, layer.row, 1, keepdims=False)
+
+        def copy(into: Any, entries: jax.Array) -> Any:
+            def rows(b, k, ranks):
+                return entries[b, jnp.minimum(k, entries.shape[1] - 1), source[b, k, ranks]]
+
+            return copy_rows(into, rows, starts, held)
+
+        moved = {"k": copy(pool.k, keys), "v": copy(pool.v, values)}
+        if pool.positions is not None:
+            moved["positions"] = copy(pool.positions, positions)
+        return dataclasses.replace(layer, pool=dataclasses.replace(pool, **moved))
+
+    arrays = (*entries, positions_BZS, source_BKS, held_BK)
+    with jax.named_scope("pack"):
+        if layout is None:
+            return run(layer, *arrays, budget.rooms, budget.rings, budget.first)
+        heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+        placed = (heads, heads, rows if shared else heads, heads, heads, heads, heads, heads)
+        parts = specs(layer, layout)
+        call = layout.run(run, (parts, *placed), parts)
+        return call(layer, *arrays, budget.rooms, budget.rings, budget.first)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "scorer", "spec", "observed", "dtype"))
+def compress_tokens(
+    prompt: PromptCache,
+    caps: Int[Array, " B"],
+    window: Int[Array, " B"],
+    *,
+    slots: int,
+    scorer: Scorer,
+    spec: AttentionSpec,
+    observed: int,
+    dtype: str | None,
+) -> Any:
+    """The prompt cut down to one set of tokens for all heads of the layer.
+
+    Args:
+        slots: of the smaller cache, room for new tokens included.
+    """
+    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
+    view = Prompt.create(whole, spec, window, observed)
+    with jax.named_scope("select"):
+        source, held = choose_common(view, scorer, caps)
+    slots = whole_slots(slots)
+    with jax.named_scope("pack"):
+        source = jnp.pad(source[:, 0], ((0, 0), (0, max(slots - source.shape[2], 0))))[:, :slots]
+        live = jnp.arange(slots, dtype=jnp.int32)[None] < held
+        common = {"lengths": view.lengths, "evicted": view.lengths - held[:, 0]}
+        positions, base = jnp.where(live, source, -1), whole.base
+        if isinstance(base, LatentCache):
+            parts = (base.latent, base.k_rope)
+            packed = (store(take_rows(part, source, live), dtype) for part in parts)
+            # Slots tell a sliding window nothing where tokens between them are gone.
+            kept = None if spec.window is None else positions
+            return spread_like(prompt.base, LatentCache(*packed, **common, positions=kept), spec)
+        take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
+        packed = (store(take(part, source, live), dtype) for part in (base.k, base.v))
+        return spread_like(prompt.base, DenseCache(*packed, **common, positions=positions), spec)
+
+
+@functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
+def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
+    """An uncompressed cache with room for new tokens, its entries in the dtype that stays."""
+    whole = with_room(whole_of(base), room, None)
+    names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
+    stored = {name: store(getattr(whole, name), dtype) for name in names}
+    spec = AttentionSpec(1.0, window)
+    return spread_like(base, dataclasses.replace(whole, **stored), spec)
+
+
+def whole_of(base: Any) -> Any:
+    """The cache as one, for what needs all heads and slots at a time."""
+    return getattr(base, "inner", base)
+
+
+def spread_like(base: Any, cache: Any, spec: AttentionSpec) -> Any:
+    """What became of `whole_of(base)`, on the devices as before."""
+    if isinstance(base, ShardedHeads):
+        return ShardedHeads(place(cache, base.layout), base.layout, base.copies)
+    if isinstance(base, ShardedSlots):
+        return ShardedSlots.create(cache, base.layout, spec.window)
+    return cache
+
+
+def store(entries: Entries, dtype: str | None) -> Entries:
+    """Entries in the dtype that stays; None, or what is stored in another form, leaves them."""
+    if dtype is None or isinstance(entries, Quantized | Bits):
+        return entries
+    return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
