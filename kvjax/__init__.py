@@ -2,10 +2,12 @@
 
 from kvjax import headkv, tasks, transmla
 from kvjax.context import Context, compress, load_context
+from kvjax.decoding import decode_step
 from kvjax.example import Example
 from kvjax.generation import Generation, generate
 from kvjax.hf import load, load_tokenizer, save
 from kvjax.nn import Transformer
+from kvjax.prefill import prefill
 
 __all__ = [
     "Context",
@@ -13,11 +15,13 @@ __all__ = [
     "Generation",
     "Transformer",
     "compress",
+    "decode_step",
     "generate",
     "headkv",
     "load",
     "load_context",
     "load_tokenizer",
+    "prefill",
     "save",
     "tasks",
     "transmla",

@@ -14,36 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int
 
-from kvjax.cache import DenseCache, HeadBudgetCache, LatentCache, cache_bytes
+from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
+from kvjax.cache.room import grow_pool, repeat, with_room
+from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.sharded import head_copies
+from kvjax.cache.trim import trimmed
 from kvjax.config import ModelConfig
-from kvjax.decoding import prefill
 from kvjax.finite import check_finite, first_not_finite
+from kvjax.headkv.facts import sliding_windows, spread_layer
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.identity import Identity, identity
-from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
+from kvjax.nn.block import block_kinds, run_layer
+from kvjax.nn.transformer import output_params
 from kvjax.numerics import not_finite
 from kvjax.paths import local_path
+from kvjax.prefill import compressions, embed_chunks, last_logits, read_prompts
 from kvjax.prompts import bucket_length, check_prompts, pad
 from pallas_kernels import Quantized
-from pallas_kernels.segments import StaticSegments, TracedSegments
 
-PARTS = {
-    part.__name__: part
-    for part in (
-        DenseCache,
-        HeadBudgetCache,
-        LatentCache,
-        Quantized,
-        StaticSegments,
-        TracedSegments,
-    )
-}
-FORMAT = "kvjax context 2"
-"""Format 1 knew a model by its configuration and final norm only."""
+PARTS = {part.__name__: part for part in (DenseCache, LatentCache, ModelCache, Pool, Quantized)}
+FORMAT = "kvjax context 3"
+"""Formats 1 and 2 had a cache for each layer, and 1 knew little of the model."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,13 @@ class Context:
     """The compressed cache of one text; `kvjax.generate(…, context=…)` goes on from it.
 
     Attributes:
-        cache: one cache a layer, of one sequence, without room for more tokens.
+        cache: of one sequence, without room for more tokens.
         length: tokens that were read.
         policy: how it was compressed, in words.
         model: the model that read it.
     """
 
-    cache: list[Any]
+    cache: ModelCache
     length: int
     policy: str
     model: Identity
@@ -75,10 +72,10 @@ class Context:
         """
         path = local_path(path, "the context")
         tensors: dict[str, np.ndarray] = {}
-        layers = [_describe(cache, f"{i}", tensors) for i, cache in enumerate(self.cache)]
+        cache = _describe(self.cache, "cache", tensors)
         model = dataclasses.asdict(self.model)
         facts = {"length": self.length, "policy": self.policy, "model": model}
-        content = json.dumps({"format": FORMAT, "layers": layers, **facts})
+        content = json.dumps({"format": FORMAT, "cache": cache, **facts})
         new = [
             NewTensor(name, array.dtype, array.shape, lambda array=array: array)
             for name, array in tensors.items()
@@ -108,12 +105,12 @@ def compress(
         raise ValueError("a context has no growth to bound: policies with ring or every don't fit")
     bucket = bucket_length(len(tokens))
     ids, lengths = pad([tokens], bucket)
-    plan = resolved.plan(model.config, bucket, params["embedding"].dtype)
-    logits, cache = prefill(model, params, ids, lengths, plan, max_new_tokens=0)
+    works = compressions(model, params, lengths, [resolved], max_new_tokens=0)
+    logits, (cache,) = read_prompts(model, params, ids, works)
     if first_not_finite(logits) is not None:
         raise not_finite("the logits after the text", model, params, tokens)
     name = policy if isinstance(policy, str) else type(policy).__name__
-    return Context(cache, len(tokens), name, reader_identity(model.config, params))
+    return Context(trimmed(cache), len(tokens), name, reader_identity(model.config, params))
 
 
 def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
@@ -133,7 +130,8 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
             f"{path} is a damaged context: got {len(context.cache)} layers of {context.length} "
             f"tokens, expected {model.config.num_layers} of at least 1"
         )
-    check_finite(context.cache, f"{path}: layer ")
+    for layer in range(len(context.cache)):
+        check_finite(_layer_entries(context.cache, layer), f"{path}: layer {layer}/")
     return context
 
 
@@ -142,16 +140,42 @@ def _read(path: Path) -> Context:
     try:
         content = json.loads(metadata.get("kvjax", "{}"))
         if (found := content.get("format")) == FORMAT:
-            cache = [_rebuild(layer, stored) for layer in content["layers"]]
+            cache = _rebuild(content["cache"], stored)
+            _check_parts(cache)
             made_with = content["model"] | {"weights": dict(content["model"]["weights"])}
             length = operator.index(content["length"])
             return Context(cache, length, str(content["policy"]), Identity(**made_with))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        kind = type(error).__name__
-        raise ValueError(
-            f"{path} is no context: its description is damaged ({kind}: {error})"
-        ) from None
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is no context: its description is damaged ({said})") from None
     raise ValueError(f"{path} is no context: got {found}, expected {FORMAT}")
+
+
+def _check_parts(cache: Any) -> None:
+    """Raises ValueError or TypeError where not every layer has a cache."""
+    if not isinstance(cache, ModelCache) or cache.layout is not None:
+        raise ValueError(f"the cache is a {type(cache).__name__}")
+    for layer, (own, place) in enumerate(zip(cache.own, cache.places, strict=True)):
+        if place is None:
+            found = isinstance(own, DenseCache | LatentCache)
+        else:
+            number, row = place
+            held = dict(enumerate(cache.pools)).get(number)
+            found = own is None and isinstance(held, Pool) and row in range(held.starts.shape[1])
+        if not found:
+            raise ValueError(f"layer {layer} has no cache")
+
+
+def _layer_entries(cache: ModelCache, layer: int) -> Any:
+    """One layer's entries, on the host."""
+    place = cache.places[layer]
+    if place is None:
+        return jax.tree.map(np.asarray, cache.own[layer])
+    number, row = place
+    pool = cache.pools[number]
+    starts, kept = np.asarray(pool.starts)[0, row], np.asarray(pool.kept)[0, row]
+    rows = slice(starts.min(), (starts + kept).max())
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, rows], {"k": pool.k, "v": pool.v})
 
 
 def check_model(
@@ -171,7 +195,72 @@ def reader_identity(config: ModelConfig, params: Any) -> Identity:
     return identity(dataclasses.replace(config, bos_id=None, eos_ids=()), params)
 
 
-def on_devices_of(params: Any, cache: list[Any]) -> list[Any]:
+def extend(
+    model: Transformer,
+    params: Any,
+    tokens: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    cache: ModelCache,
+    max_new_tokens: int,
+) -> tuple[jax.Array, ModelCache]:
+    """Reads more tokens after those of one sequence, which all of the batch go on from.
+
+    Args:
+        cache: of a batch of one; it stays as it is.
+
+    Returns:
+        Logits after the last token of each sequence [B, V] fp32, and the cache of the whole batch
+        with room for `max_new_tokens`.
+    """
+    (B, T), mesh = tokens.shape, mesh_of(params)
+    layout = None if mesh is None else Layout.create(mesh, B)
+    room, before = room_bucket(T + max_new_tokens), int(cache.lengths[0])
+    rope_lengths = np.asarray(before + lengths + max_new_tokens, np.int32)
+    device = params["embedding"].sharding
+    rope_lengths = put_rows(rope_lengths, device, layout)
+    whole = dataclasses.replace(
+        grown(model.config, cache, B, room, layout), rope_lengths=rope_lengths
+    )
+    steps = np.arange(T, dtype=np.int32)[None]
+    positions = np.where(steps < lengths[:, None], before + steps, -1).astype(np.int32)
+    rows = put_rows((tokens.astype(np.int32), positions, lengths), device, layout)
+    tokens_BT, positions_BT, lengths_B = rows
+    x = embed_chunks(model.config, mesh, params["embedding"], tokens_BT)
+    for index, kind in enumerate(block_kinds(model.config)):
+        arrays = (x, positions_BT, whole[index], whole.rope_lengths)
+        x, entry = run_layer(kind, params[f"layers_{index}"], *arrays, donate=True)
+        whole = whole.with_layer(index, entry)
+    top = {name: params[name] for name in output_params(model.config)}
+    logits = last_logits(model.config, top, x, lengths_B)
+    return logits, whole.advance(cache.lengths + lengths_B)
+
+
+def grown(
+    config: ModelConfig, cache: ModelCache, batch: int, room: int, layout: Layout | None
+) -> ModelCache:
+    """The cache of one sequence, for a batch that goes on from it, with room for more tokens."""
+    windows = sliding_windows(config)
+    own: list[Any] = [None] * len(cache)
+    rows: list[list[int]] = [[] for _ in cache.pools]
+    for index, (layer, place) in enumerate(zip(cache.own, cache.places, strict=True)):
+        if place is not None:
+            rows[place[0]].append(index)
+            continue
+        used = int(layer.used[0])  # rounded up, so that few sizes exist
+        held = with_room(repeat(layer, batch), bucket_rows(used) - used + room, windows[index])
+        attention = config.layers[index].attention
+        own[index] = held if layout is None else spread_layer(attention, held, layout)
+    pools = tuple(
+        grow_pool(pool, batch, room, tuple(windows[index] for index in layers), layout)
+        for pool, layers in zip(cache.pools, rows, strict=True)
+    )
+    ways = 1 if layout is None else layout.ways
+    copies = head_copies(cache.pools[0].kept.shape[2], ways) if pools else 1
+    parts = {"own": tuple(own), "pools": pools, "layout": layout, "copies": copies}
+    return dataclasses.replace(cache, **parts)
+
+
+def on_devices_of(params: Any, cache: Any) -> Any:
     """The cache where the parameters lie: whole on each of their devices, if it lies elsewhere."""
     wanted = getattr(params["embedding"], "sharding", None)
     devices = jax.tree.leaves(cache)[0].sharding.device_set
@@ -187,6 +276,8 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
     if isinstance(value, jax.Array):
         tensors[name] = np.asarray(value)
         return {"tensor": name}
+    if isinstance(value, tuple):
+        return [_describe(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
     if dataclasses.is_dataclass(value):
         fields = {
             field.name: _describe(getattr(value, field.name), f"{name}.{field.name}", tensors)
@@ -199,7 +290,7 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
 def _rebuild(value: Any, stored: Any) -> Any:
     """The inverse of `_describe`."""
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(_rebuild(item, stored) for item in value)
     if not isinstance(value, dict):
         return value
     if "tensor" in value:

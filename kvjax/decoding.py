@@ -1,282 +1,259 @@
-"""The two programs of generation: prefill, and decode as one while_loop on a donated cache."""
+"""One token after the other: a step of decoding, and the loop over steps."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.room import repeat, with_room
-from kvjax.headkv.plan import Plan, sliding_windows
-from kvjax.mesh import Layout
+from kvjax.cache import ModelCache, advance, rope_lengths_of, with_layer
+from kvjax.cache.schedule import scheduled
+from kvjax.config import ModelConfig
+from kvjax.headkv.scores import attention_heads
+from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
+from kvjax.nn.block import block_kinds, run_layer
+from kvjax.nn.transformer import embed_tokens, hidden_logits, output_params
 from kvjax.sampling import NO_TOKEN, Sampling, sample
 
-CHUNK = 512  # prompt tokens that a layer reads at a time
+LOOK_BEHIND = 2
+"""Steps that are under way while the host reads a token, so that the device never waits for it."""
+FUSED_FROM = 256
+"""New tokens from which on accelerators compile a whole step: one call, but minutes to compile."""
+
+
+@automatic_axes()
+def decode_step(
+    model: Transformer,
+    params: Any,
+    cache: Any,
+    token: Int[Array | np.ndarray, " B"],
+    live: Bool[Array | np.ndarray, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Any]:
+    """The next logits of every sequence.
+
+    Called as it is, it dispatches one compiled program for each layer, which layers of a kind
+    share. Under `jax.jit` the same code is one program; donate the cache then.
+
+    >>> logits, cache = kvjax.decode_step(model, params, cache, token)
+
+    Args:
+        cache: from `kvjax.prefill`, a list from `model.init_cache`, or the result of the step
+            before. It is written in place: the one that was passed must not be used again.
+        token: [B] int32, the newest token of each sequence, which is not in the cache yet.
+        live: [B] bool, False for sequences that have ended: they store nothing more. None: all
+            are live.
+
+    Returns:
+        Logits fp32, and the cache with the token. Beyond the cache's capacity a token is dropped,
+        and the cache's lengths exceed its capacity.
+    """
+    params = on_automatic_mesh(params)
+    config, rope_lengths = model.config, rope_lengths_of(cache)
+    start = (params["embedding"], token, cache[0].lengths, live)
+    x, positions, lengths = embed_step(config, *start)
+    kinds = block_kinds(config)
+    heads = [attention_heads(kind.block.layer.attention)[0] for kind in kinds]
+    cache = scheduled(cache, positions, heads)
+    for index, kind in enumerate(kinds):
+        name = f"layers_{index}"
+        arrays = (params[name], x, positions, cache[index], rope_lengths)
+        with jax.named_scope(name):
+            x, entry = run_layer(kind, *arrays, donate=True)
+        cache = with_layer(cache, index, entry)
+    top = {name: params[name] for name in output_params(config)}
+    layout = cache.layout if isinstance(cache, ModelCache) else None
+    return step_logits(config, layout, top, x), advance(cache, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed_step(
+    config: ModelConfig,
+    embedding: Float[Array, "V D"],
+    token: Int[Array | np.ndarray, " B"],
+    lengths: Int[Array, " B"],
+    live: Bool[Array | np.ndarray, " B"] | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The step's embeddings [B, 1, D], positions [B, 1], and the lengths after it."""
+    positions = lengths if live is None else jnp.where(live, lengths, -1)
+    x = embed_tokens(config, embedding, jnp.asarray(token)[:, None])
+    return x, positions[:, None], lengths + (positions >= 0).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def step_logits(
+    config: ModelConfig, layout: Layout | None, params: Any, x: Float[Array, "B 1 D"]
+) -> Float[Array, "B V"]:
+    """The step's logits; on a mesh each device has those of its sequences."""
+    logits = hidden_logits(config, params, x)[:, 0]
+    if layout is None:
+        return logits
+    if config.vocab_size % layout.ways == 0:
+        # Each device makes its share first: XLA would rather gather the matrix than the logits.
+        logits = layout.place(logits, "batch", "tensor")
+    return layout.place(logits, "batch")
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """State of the decode loop.
+    """State of the loop over steps.
 
     Attributes:
-        cache: one cache a layer, see `kvjax.cache.with_layer`.
+        cache: see `decode_step`.
         token: [B] the newest token, not yet in the cache.
         finished: [B] an EOS was produced, or NO_TOKEN.
-        output: [B, max_new_tokens] tokens so far.
-        step: tokens produced so far.
+        step: [] tokens produced so far.
         keys: [B] random keys, one a sequence.
-        rope_lengths: [B] prompt + max_new_tokens, for RoPE rules that depend on the length.
         layout: of the batch on a mesh; None for one device.
     """
 
     cache: Any
     token: Any
     finished: Any
-    output: Any
     step: Any
     keys: Any
-    rope_lengths: Any
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan", "max_new_tokens", "chunk"))
-def prefill(
-    model: Transformer,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    plan: Plan,
-    max_new_tokens: int,
-    chunk: int = CHUNK,
-) -> tuple[jax.Array, Any]:
-    """Reads the prompts layer by layer; each layer's cache is compressed as soon as it is full.
-
-    Within a layer the tokens come in chunks: the keys and values of one layer exist at a time,
-    and beside the residual stream no activations but a chunk's. The chunk changes no selection.
-
-    Returns:
-        Logits after the last token of each prompt [B, V] fp32, and one cache a layer with room
-        for `max_new_tokens`.
-    """
-    B, T = tokens.shape
-    x = embed_chunks(functools.partial(_call, model, params, "embed"), tokens, chunk, plan.between)
-    rope_lengths = lengths + max_new_tokens
-    caches = []
-    for layer in range(model.config.num_layers):
-
-        def read(x: jax.Array, layer: int = layer) -> tuple[jax.Array, Any]:
-            call = functools.partial(_call, model, params, "layer", layer)
-            cache = plan.start(layer, B, T, max_new_tokens, x.dtype)
-            x, cache = read_layer(call, x, lengths, cache, rope_lengths, chunk, plan.between)
-            return x, plan.finish(layer, cache, max_new_tokens)
-
-        x, cache = in_one_piece(read, x, jnp.any(lengths > 0))
-        caches.append(cache)
-    x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return _call(model, params, "unembed", x)[:, 0], plan.join(caches)
-
-
-def embed_chunks(
-    embed: Callable[[jax.Array], jax.Array],
-    tokens: Int[Array, "B T"],
-    chunk: int,
-    place: Callable[[jax.Array], jax.Array],
-) -> Float[Array, "B T D"]:
-    """The prompts' embeddings, where `place` puts them; on a mesh a lookup in a table that is
-    split gives all features on every device, so it is done a chunk at a time."""
-    T = tokens.shape[1]
-    if chunk >= T:
-        return place(embed(tokens))
-
-    def read(index: jax.Array, x: jax.Array) -> jax.Array:
-        start = jnp.minimum(index * chunk, T - chunk)
-        part = embed(jax.lax.dynamic_slice_in_dim(tokens, start, chunk, 1))
-        return place(jax.lax.dynamic_update_slice_in_dim(x, part, start, 1))
-
-    one = jax.eval_shape(embed, tokens)
-    return jax.lax.fori_loop(0, -(-T // chunk), read, place(jnp.zeros(one.shape, one.dtype)))
-
-
-def in_one_piece(
-    read: Callable[[jax.Array], tuple[jax.Array, Any]], x: jax.Array, needed: jax.Array
-) -> tuple[jax.Array, Any]:
-    """read(x) as one step of the program, so that what it needs in between is gone after it.
-
-    XLA's scheduler is free to make the empty caches of all layers before the first layer and to
-    compress them all after the last one, which holds every layer's keys and values at once (on CPU
-    it does). It moves nothing across the bounds of a branch.
-
-    Args:
-        needed: [] bool; False gives x and zeros, which nobody asks for: it keeps the branch.
-    """
-
-    def skip(x: jax.Array) -> tuple[jax.Array, Any]:
-        _, cache = jax.eval_shape(read, x)
-        return x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
-
-    return jax.lax.cond(needed, read, skip, x)
-
-
-def read_layer(
-    call: Callable[..., tuple[jax.Array, Any]],
-    x: Float[Array, "B T D"],
-    lengths: Int[Array, " B"],
-    cache: Any,
-    rope_lengths: Int[Array, " B"],
-    chunk: int,
-    place: Callable[[jax.Array], jax.Array] = lambda x: x,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """One layer over the whole prompt, in chunks that end with the longest sequence.
-
-    Args:
-        call: (x, positions, cache, rope lengths) to (x, cache).
-        chunk: tokens at a time; the last chunk may be shorter.
-        place: puts x where it is to lie, see `Plan.between`.
-    """
-    T = x.shape[1]
-    positions = jnp.arange(T, dtype=jnp.int32)[None]
-    positions = jnp.where(positions < lengths[:, None], positions, -1)
-    whole = T // chunk * chunk
-    if chunk >= T:
-        x, cache = call(x, positions, cache, rope_lengths)
-        return place(x), cache
-
-    def read(index: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        x, cache = state
-        part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
-        at = jax.lax.dynamic_slice_in_dim(positions, index * chunk, chunk, 1)
-        part, cache = call(part, at, cache, rope_lengths)
-        return place(jax.lax.dynamic_update_slice_in_dim(x, part, index * chunk, 1)), cache
-
-    filled = jnp.minimum(-(-jnp.max(lengths) // chunk), whole // chunk)
-    x, cache = jax.lax.fori_loop(0, filled, read, (x, cache))
-    if whole < T:
-        part, cache = call(x[:, whole:], positions[:, whole:], cache, rope_lengths)
-        x = place(x.at[:, whole:].set(part))
-    return x, cache
-
-
-def _call(model: Transformer, params: Any, method: str, *args: Any) -> Any:
-    """One of the model's methods."""
-    return model.apply({"params": params}, *args, method=method)
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def decode(
-    model: Transformer,
-    params: Any,
-    state: DecodeState,
-    sampling: Sampling,
-    eos: Int[Array, " E"],
-    limit: Int[Array, ""],
-) -> DecodeState:
-    """Decodes until `limit` tokens are produced or every sequence has finished."""
-
-    def unfinished(state: DecodeState):
-        return (state.step < limit) & ~jnp.all(state.finished)
-
-    def step(state: DecodeState) -> DecodeState:
-        # A finished sequence stores nothing more.
-        positions = jnp.where(state.finished, -1, state.cache[0].lengths)[:, None]
-        logits, cache = model.apply(
-            {"params": params},
-            state.token[:, None],
-            positions,
-            state.cache,
-            rope_lengths=state.rope_lengths,
-        )
-        return push_token(replace(state, cache=cache), logits[:, 0], sampling, eos)
-
-    return jax.lax.while_loop(unfinished, step, state)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
-def extend(
-    model: Transformer,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    cache: list[Any],
-    max_new_tokens: int,
-) -> tuple[jax.Array, list[Any]]:
-    """Reads more tokens after those of one sequence, which all of the batch go on from.
-
-    Args:
-        cache: one cache a layer, of a batch of one; they stay as they are.
-
-    Returns:
-        Logits after the last token of each sequence [B, V] fp32, and caches of the whole batch
-        with room for `max_new_tokens`.
-    """
-    B, T = tokens.shape
-    windows = sliding_windows(model.config)
-    cache = [
-        with_room(repeat(layer, B), T + max_new_tokens, window)
-        for layer, window in zip(cache, windows, strict=True)
-    ]
-    before = cache[0].lengths
-    steps = jnp.arange(T, dtype=jnp.int32)[None]
-    positions = jnp.where(steps < lengths[:, None], before[:, None] + steps, -1)
-    settings = {"logits_at": "last", "rope_lengths": before}
-    result: Any = model.apply({"params": params}, tokens, positions, cache, **settings)
-    logits, cache = result
-    return logits[:, 0], cache
-
-
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def compress_again(state: DecodeState, plan: Plan) -> DecodeState:
-    """The caches cut down to their budgets, which gives room for `plan.every` new tokens."""
-    caches = [plan.refresh(layer, cache) for layer, cache in enumerate(state.cache)]
-    return replace(state, cache=plan.join(caches))
-
-
-def push_token(
-    state: DecodeState, logits: jax.Array, sampling: Sampling, eos: jax.Array
-) -> DecodeState:
-    """Samples the next token of every sequence and records it."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    if state.layout is not None:
-        # Sampling ranks all tokens of a sequence.
-        logits = state.layout.place(logits, "batch")
-    token = sample(logits, keys, sampling)
-    ends = (token == NO_TOKEN) | jnp.any(token[:, None] == eos[None], axis=1)
-    return replace(
-        state,
-        token=token,
-        finished=state.finished | ends,
-        output=jax.lax.dynamic_update_slice_in_dim(state.output, token[:, None], state.step, 1),
-        step=state.step + 1,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
 def first_token(
-    logits, keys, sampling, eos, lengths, max_new_tokens: int, mesh: Mesh | None = None
+    logits: Float[Array, "B V"],
+    keys: Any,
+    sampling: Sampling,
+    eos: Int[np.ndarray, " E"],
+    mesh: Mesh | None = None,
 ) -> DecodeState:
-    """The loop state after the token that the prompt itself predicts.
-
-    It has no caches yet: without them the program is the same whatever the policy.
+    """The state after the token that the prompt itself predicts; it has no cache yet.
 
     Args:
         mesh: of the parameters.
     """
     B = logits.shape[0]
-    state = DecodeState(
-        cache=[],
-        token=jnp.zeros((B,), jnp.int32),
-        finished=jnp.zeros((B,), bool),
-        output=jnp.zeros((B, max_new_tokens), jnp.int32),
-        step=jnp.zeros((), jnp.int32),
+    layout = None if mesh is None else Layout.create(mesh, B)
+    start = DecodeState(
+        cache=None,
+        token=np.zeros(B, np.int32),
+        finished=np.zeros(B, bool),
+        step=np.int32(0),
         keys=keys,
-        rope_lengths=lengths + max_new_tokens,
-        layout=None if mesh is None else Layout.create(mesh, B),
+        layout=layout,
     )
-    return push_token(state, logits, sampling, eos)
+    # Where those of later tokens lie: one program samples all of them.
+    logits, state = put_rows((logits, start), logits.sharding, layout)
+    return push_token(state, logits, sampling, jnp.asarray(eos))
+
+
+@jax.jit
+def push_token(
+    state: DecodeState, logits: Float[Array, "B V"], sampling: Sampling, eos: Int[Array, " E"]
+) -> DecodeState:
+    """Samples the next token of every sequence; `state` is without its cache."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    token = sample(logits, keys, sampling)
+    if state.layout is not None:
+        token = state.layout.place(token, "batch")
+    ends = (token == NO_TOKEN) | jnp.any(token[:, None] == eos[None], axis=1)
+    return replace(state, token=token, finished=state.finished | ends, step=state.step + 1)
+
+
+def next_state(
+    model: Transformer, params: Any, state: DecodeState, sampling: Sampling, eos: Int[Array, " E"]
+) -> DecodeState:
+    """One step: the newest token goes into the cache, and the next one is sampled."""
+    live = ~state.finished
+    logits, cache = decode_step(model, params, state.cache, state.token, live)
+    pushed = push_token(replace(state, cache=None), logits, sampling, eos)
+    return replace(pushed, cache=cache)
+
+
+def fused_next_state(
+    model: Transformer, params: Any, state: DecodeState, sampling: Sampling, eos: Int[Array, " E"]
+) -> DecodeState:
+    """`next_state` as one program; of the state only the cache is written in place, because the
+    host has yet to read its token."""
+    rest = replace(state, cache=None)
+    return _whole_step(model, params, state.cache, rest, sampling, eos)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _whole_step(
+    model: Transformer, params: Any, cache: Any, state: DecodeState, sampling: Sampling, eos: Any
+) -> DecodeState:
+    return next_state(model, params, replace(state, cache=cache), sampling, eos)
+
+
+COMPILE = {"block": next_state, "step": fused_next_state}
+"""What a step of decoding compiles: a program a kind of layer, or one for all of it."""
+
+
+def step_function(compile: str | None, max_new_tokens: int) -> Callable[..., DecodeState]:
+    """`next_state`, compiled as asked.
+
+    Args:
+        compile: "block" or "step"; None: "step" on accelerators for so many tokens that it pays.
+
+    Raises:
+        ValueError: something else.
+    """
+    if compile is None:
+        long = jax.default_backend() != "cpu" and max_new_tokens >= FUSED_FROM
+        compile = "step" if long else "block"
+    if compile not in COMPILE:
+        raise ValueError(
+            f"compile is {compile!r}, expected None, {' or '.join(map(repr, COMPILE))}"
+        )
+    return COMPILE[compile]
+
+
+def decode(
+    model: Transformer,
+    params: Any,
+    state: DecodeState,
+    sampling: Sampling,
+    eos: Int[np.ndarray, " E"],
+    max_new_tokens: int,
+    every: int = 0,
+    again: Callable[[Any], Any] | None = None,
+    compile: str | None = None,
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """Yields the tokens [B] of each step, until every sequence has ended.
+
+    The host reads a token LOOK_BEHIND steps after it has asked for it. The number is fixed, so
+    that all processes of several hosts ask for the same steps.
+
+    Args:
+        state: from `first_token`, with a cache. Do not use it again.
+        every, again: `again` compresses the cache whenever it has so many more tokens. The newest
+            token is not in the cache yet: after n tokens the cache holds n − 1 of them.
+        compile: see `step_function`.
+    """
+    step, eos_ids = step_function(compile, max_new_tokens), jnp.asarray(eos)
+    pending, ended = deque([state.token]), np.zeros(state.token.shape[0], bool)
+    state.token.copy_to_host_async()
+    for count in range(1, max_new_tokens):
+        if every and count > 1 and (count - 1) % every == 0:
+            assert again is not None
+            state = replace(state, cache=again(state.cache))
+        state = step(model, params, state, sampling, eos_ids)
+        state.token.copy_to_host_async()
+        pending.append(state.token)
+        if len(pending) > LOOK_BEHIND:
+            token = np.asarray(pending.popleft())
+            yield token
+            ended |= np.isin(token, [*eos, NO_TOKEN])
+            if ended.all():
+                return
+    for token in pending:
+        token = np.asarray(token)
+        yield token
+        ended |= np.isin(token, [*eos, NO_TOKEN])
+        if ended.all():
+            return

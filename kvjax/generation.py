@@ -9,27 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import cache_bytes
+from kvjax.cache.rows import room_bucket
 from kvjax.cache.slots import whole_slots
-from kvjax.context import Context, check_model, on_devices_of
-from kvjax.decoding import (
-    DecodeState,
-    compress_again,
-    decode,
-    extend,
-    first_token,
-)
-from kvjax.headkv.plan import FullPlan, Plan
-from kvjax.headkv.policy import Full, Policy, resolve
-from kvjax.headkv.scores import default_scores
-from kvjax.headkv.split_plan import on_mesh
+from kvjax.config import ModelConfig
+from kvjax.context import Context
+from kvjax.decoding import decode, first_token, step_function
+from kvjax.headkv.policy import Policy
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
-from kvjax.prefill_groups import prefill_in_groups
 from kvjax.prompts import (
     batches,
     bucket_length,
@@ -40,9 +31,9 @@ from kvjax.prompts import (
     prompt_words,
 )
 from kvjax.ranges import COUNT, Range, check_ranges, optional
+from kvjax.reading import Reader, after_context, from_start
 from kvjax.sampling import NO_TOKEN, Sampling
 
-STREAM_CHUNK = 32  # decode steps between two looks of the host
 RANGES = {
     "max_new_tokens": COUNT,
     "seed": Range(least=-(2**63), most=2**63 - 1, whole=True),
@@ -51,7 +42,10 @@ RANGES = {
 }
 
 OnTokens = Callable[[int, list[int]], None]
-"""Called with a prompt's index and its new tokens, a chunk at a time."""
+"""Called with a prompt's index and its new tokens, as soon as there are any."""
+
+OnResult = Callable[[int, "Generation"], None]
+"""Called with a policy's index and its result, as soon as all prompts are continued under it."""
 
 
 @dataclass
@@ -85,13 +79,14 @@ def generate(
     on_tokens: OnTokens | None = None,
     context: Context | None = None,
     prefill_size: int | None = None,
+    compile: str | None = None,
 ) -> Generation:
     """Continues every prompt.
 
-    Prompts are grouped into length buckets (powers of two and the halves between); within a
-    bucket nothing is compiled anew. Each prompt gets what it gets alone, whatever stands beside
-    it: random numbers depend on the seed and the prompt (and on how often the same prompt came
-    before it in the list).
+    Prompts are grouped into length buckets (powers of two and the halves between). Within a
+    bucket nothing is compiled anew, whatever the budgets and the number of new tokens (up to 64,
+    128, 256, …). Each prompt gets what it gets alone, whatever stands beside it: random numbers
+    depend on the seed and the prompt (and on how often the same prompt came before it in the list).
 
     Args:
         prompts: token ids; lengths may differ.
@@ -104,130 +99,166 @@ def generate(
         eos_ids: ids that end a sequence; None for the model's own, () for none.
         batch_size: sequences at a time; None for a whole bucket.
         prefill_size: sequences that are read at a time, see `kvjax.prefill_groups`; None for all.
-        on_tokens: called with (prompt index, new tokens) as chunks of tokens are ready.
+        on_tokens: called with (prompt index, new tokens) as tokens are ready, one by one.
         context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. What
             the prompts add is kept in full, so that neither `policy` nor `prefill_size` can be
             given with it.
+        compile: what a step of decoding compiles, "block" (a program for each kind of layer, which
+            its layers share) or "step" (one program, faster on accelerators, and many times slower
+            to compile). None: "step" on accelerators for 256 tokens or more.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a prompt that with
             max_new_tokens exceeds the context, a number out of its range, a policy that cannot be
             resolved, a context of another model or beside a policy, logits that are not finite.
     """
-    numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
-    check_ranges(numbers | {"batch_size": batch_size, "prefill_size": prefill_size}, RANGES)
-    max_new_tokens = operator.index(max_new_tokens)
     before = 0 if context is None else context.length
-    check_prompts(model.config, prompts, max_new_tokens, before)
-    sampling = Sampling.create(temperature, top_k, top_p)
+    numbers = (max_new_tokens, seed, batch_size, before)
+    settings = ((temperature, top_k, top_p), eos_ids, compile, prefill_size)
+    asked = Request.create(model.config, prompts, *numbers, *settings)
     params = on_automatic_mesh(params)
-    read = _reader(model, params, policy, context, max_new_tokens, prefill_size)
-    mesh = mesh_of(params)
-    eos = eos_array(model.config, eos_ids)
-    key, words = jax.random.key(seed), prompt_words(prompts)
-    result = Generation(tokens=[[] for _ in prompts])
-    for indices in batches(prompts, batch_size):
-        bucket = bucket_length(max(len(prompts[i]) for i in indices))
-        tokens, lengths = pad([prompts[i] for i in indices], bucket)
-        logits, cache, plan = read(tokens, lengths)
-        result.cache_bytes += cache_bytes(cache)
-        shape = (len(indices), bucket + before)
-        result.full_cache_bytes += full_cache_bytes(model, params, shape, max_new_tokens)
-        keys = prompt_keys(key, words[indices])
-        state = first_token(logits, keys, sampling, eos, before + lengths, max_new_tokens, mesh)
-        state = replace(state, cache=cache)
-        for new in decode_chunks(model, params, state, sampling, eos, max_new_tokens, plan):
-            for index, ids in zip(indices, new, strict=True):
-                if NO_TOKEN in ids:
-                    read_ids = [*prompts[index], *result.tokens[index]]
-                    raise not_finite(f"the logits of prompt {index}", model, params, read_ids)
-                result.tokens[index] += ids
-                if on_tokens is not None and ids:
-                    on_tokens(index, ids)
+    if context is None:
+        reader = from_start(model, params, [policy], prefill_size)
+    else:
+        reader = after_context(model, params, context, policy, prefill_size)
+    (result,) = continue_prompts(model, params, asked, reader, on_tokens)
     return result
 
 
-Reader = Callable[[np.ndarray, np.ndarray], tuple[jax.Array, Any, Plan]]
-"""Padded prompts [B, T] and lengths [B] to the logits after them, caches with room, and the plan
-that may compress these again."""
-
-
-def _reader(
+@automatic_axes()
+def generate_each(
     model: Transformer,
     params: Any,
-    policy: str | Policy,
-    context: Context | None,
-    max_new_tokens: int,
-    prefill_size: int | None,
-) -> Reader:
-    """How prompts are read: from the start, or after a context."""
-    if context is not None:
-        asked = Policy.parse(policy) if isinstance(policy, str) else policy
-        if asked != Full() or prefill_size is not None:
-            raise ValueError(
-                f"got policy {policy!r} and prefill_size {prefill_size} with a context, expected "
-                "neither: a context is compressed already, and what prompts add stays"
-            )
-        check_model(context, model, params)
-        held = on_devices_of(params, context.cache)
+    prompts: Sequence[Sequence[int]],
+    policies: Sequence[str | Policy],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    on_result: OnResult | None = None,
+    compile: str | None = None,
+) -> list[Generation]:
+    """Continues every prompt under each of several policies, and reads it once for all of them.
 
-        def go_on(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
-            logits, cache = extend(model, params, tokens, lengths, held, max_new_tokens)
-            return logits, cache, FullPlan(model.config)
+    A batch's caches exist beside each other until each has been decoded. Where they are too large
+    for that (see `kvjax.reading.together`) the batch is read once for a part of the policies.
 
-        return go_on
-    resolved = resolve(policy, model.config, default_scores(model.config))
+    Args:
+        policies: see `generate`, as for all other arguments.
+        on_result: called with a policy's index and its result, in order, as they are finished.
 
-    def from_start(tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, Any, Plan]:
-        plan = make_plan(resolved, model, params, tokens.shape[1])
-        settings = (plan, max_new_tokens, prefill_size)
-        logits, cache = prefill_in_groups(model, params, tokens, lengths, *settings)
-        return logits, cache, plan
+    Returns:
+        What `generate` returns for each policy.
 
-    return from_start
-
-
-def make_plan(policy: Policy, model: Transformer, params: Any, prompt_len: int) -> Plan:
-    """What prefill does with the caches of these parameters, on their mesh if they lie on one."""
-    plan = policy.plan(model.config, prompt_len, params["embedding"].dtype)
-    return on_mesh(plan, mesh_of(params))
-
-
-def decode_chunks(
-    model: Transformer,
-    params: Any,
-    state: DecodeState,
-    sampling: Sampling,
-    eos: np.ndarray,
-    max_new_tokens: int,
-    plan: Plan,
-) -> Iterator[list[list[int]]]:
-    """Yields the new tokens of each sequence, STREAM_CHUNK steps at a time, cut at its EOS.
-
-    The newest token is not in the cache yet: after n tokens the cache holds n − 1 of them, and is
-    compressed again whenever that is a multiple of `plan.every`.
+    Raises:
+        ValueError: as `generate`.
     """
-    done, alive = 0, np.ones(state.token.shape[0], bool)
-    every = plan.every or max_new_tokens
-    while done < max_new_tokens and alive.any():
-        if done > 1 and (done - 1) % every == 0:
-            state = compress_again(state, plan)
-        stop = (max(done - 1, 0) // every + 1) * every + 1
-        limit = min(done + STREAM_CHUNK, stop, max_new_tokens)
-        state = decode(model, params, state, sampling, eos, jnp.asarray(limit, jnp.int32))
-        chunk, now = np.asarray(state.output), int(state.step)
-        yield [
-            until_eos(row[done:now], eos) if lives else []
-            for row, lives in zip(chunk, alive, strict=True)
-        ]
-        alive &= ~np.isin(chunk[:, done:now], eos).any(axis=1)
-        done = now
+    sampling = (temperature, top_k, top_p)
+    numbers = (max_new_tokens, seed, batch_size, 0)
+    asked = Request.create(model.config, prompts, *numbers, sampling, eos_ids, compile)
+    params = on_automatic_mesh(params)
+    reader = from_start(model, params, policies)
+    return continue_prompts(model, params, asked, reader, on_result=on_result)
 
 
-def until_eos(ids: np.ndarray, eos: np.ndarray) -> list[int]:
-    """The ids before the first EOS."""
-    ends = np.flatnonzero(np.isin(ids, eos))
-    return ids[: ends[0] if len(ends) else len(ids)].tolist()
+@dataclass(frozen=True)
+class Request:
+    """Prompts to continue, and how; see `generate`.
+
+    Attributes:
+        eos: [E] int32.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    seed: int
+    batch_size: int | None
+    sampling: Sampling
+    eos: np.ndarray
+    compile: str | None
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        prompts: Any,
+        max_new_tokens: Any,
+        seed: Any,
+        batch_size: Any,
+        before: int,
+        sampling: Any,
+        eos_ids: Any,
+        compile: str | None,
+        prefill_size: Any = None,
+    ) -> Request:
+        """Checked settings.
+
+        Args:
+            before: tokens that precede every prompt.
+            sampling: the arguments of `Sampling.create`.
+        """
+        numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
+        check_ranges(numbers | {"batch_size": batch_size, "prefill_size": prefill_size}, RANGES)
+        new = operator.index(max_new_tokens)
+        check_prompts(config, prompts, new, before)
+        step_function(compile, new)
+        rest = Sampling.create(*sampling), eos_array(config, eos_ids), compile
+        return cls(prompts, new, seed, batch_size, *rest)
+
+
+def continue_prompts(
+    model: Transformer,
+    params: Any,
+    asked: Request,
+    reader: Reader,
+    on_tokens: OnTokens | None = None,
+    on_result: OnResult | None = None,
+) -> list[Generation]:
+    """The loop over batches of prompts and, within one, over the policies of the reader."""
+    prompts, mesh = asked.prompts, mesh_of(params)
+    key, words = jax.random.key(asked.seed), prompt_words(prompts)
+    results = [Generation(tokens=[[] for _ in prompts]) for _ in range(reader.policies)]
+    parts = batches(prompts, asked.batch_size)
+    for indices in parts:
+        bucket = bucket_length(max(len(prompts[i]) for i in indices))
+        tokens, lengths = pad([prompts[i] for i in indices], bucket)
+        shape = (len(indices), bucket + reader.before)
+        full = full_cache_bytes(model, params, shape, asked.max_new_tokens)
+        keys = prompt_keys(key, words[indices])
+        for number, start in enumerate(reader.read(tokens, lengths, asked.max_new_tokens)):
+            result = results[number]
+            result.cache_bytes += cache_bytes(start.cache)
+            result.full_cache_bytes += full
+            state = first_token(start.logits, keys, asked.sampling, asked.eos, mesh)
+            settings = asked.sampling, asked.eos, asked.max_new_tokens
+            again = start.every, start.again
+            state = replace(state, cache=start.cache)
+            steps = decode(model, params, state, *settings, *again, asked.compile)
+            for row, token in live_tokens(steps, asked.eos, len(indices)):
+                index = indices[row]
+                if token == NO_TOKEN:
+                    read_ids = [*prompts[index], *result.tokens[index]]
+                    raise not_finite(f"the logits of prompt {index}", model, params, read_ids)
+                result.tokens[index].append(token)
+                if on_tokens is not None:
+                    on_tokens(index, [token])
+            if indices is parts[-1] and on_result is not None:
+                on_result(number, result)
+    return results
+
+
+def live_tokens(
+    steps: Iterator[np.ndarray], eos: np.ndarray, batch: int
+) -> Iterator[tuple[int, int]]:
+    """(row, token) for each row that has not ended, step by step."""
+    alive = np.ones(batch, bool)
+    for token in steps:
+        alive &= ~np.isin(token, eos)
+        for row in np.flatnonzero(alive):
+            yield int(row), int(token[row])
 
 
 def full_cache_bytes(
@@ -236,7 +267,8 @@ def full_cache_bytes(
     """Bytes of uncompressed caches for `shape` = (batch, prompt length) and the new tokens."""
     batch, length = shape
     dtype = params["embedding"].dtype
-    slots = whole_slots(length + max_new_tokens)
+    slots = whole_slots(length + room_bucket(max_new_tokens))
     make = functools.partial(model.init_cache, batch, slots, dtype)
     leaves = jax.tree.leaves(jax.eval_shape(make))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    whole_lengths = 4 * batch
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + whole_lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,42 +12,39 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.decoding import prefill
-from kvjax.headkv.plan import Plan
+from kvjax.headkv.compression import Compression
 from kvjax.mesh import Layout, mesh_of
 from kvjax.nn import Transformer
+from kvjax.prefill import read_prompts
 
 
 def prefill_in_groups(
     model: Transformer,
     params: Any,
     tokens: Int[np.ndarray, "B T"],
-    lengths: Int[np.ndarray, " B"],
-    plan: Plan,
-    max_new_tokens: int,
+    works: Sequence[Compression],
     size: int | None = None,
-) -> tuple[jax.Array, Any]:
-    """`kvjax.decoding.prefill` of a few sequences after the others.
+) -> tuple[jax.Array, list[Any]]:
+    """`kvjax.prefill.read_prompts` of a few sequences after the others.
 
     While a prompt is read, one layer's keys and values exist uncompressed, and so do the residual
     streams: with small caches that is what limits the batch, unless few are read at a time.
 
     Args:
+        works: of the whole batch.
         size: sequences at a time, at least the devices that the batch is split over; taken is the
             largest divisor of the batch up to it. None: all.
 
     Returns:
-        As `prefill`.
+        As `read_prompts`.
     """
     ways = batch_ways(params, len(tokens))
     rows = group_rows(len(tokens), size, ways)
     if len(rows) == 1:
-        return prefill(model, params, tokens, lengths, plan, max_new_tokens=max_new_tokens)
+        return read_prompts(model, params, tokens, works)
     whole: Any = None
     for index, group in enumerate(rows):
-        part = prefill(
-            model, params, tokens[group], lengths[group], plan, max_new_tokens=max_new_tokens
-        )
+        part = read_prompts(model, params, tokens[group], [work.take(group) for work in works])
         whole = jax.tree.map(functools.partial(_empty, len(rows)), part) if index == 0 else whole
         whole = _put(whole, part, jnp.asarray(index, jnp.int32), ways)
     return whole

@@ -92,6 +92,38 @@ def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tm
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("kind", "policy", "rows", "numbers"),
+    [
+        # Heads of a sliding layer keep the 12 tokens that the next query sees.
+        ("sliding", "snapkv:kv_size=16", 2 * 16 + 2 * 12, 2 * 8),
+        ("gqa", "pyramidkv:kv_size=16", 4 * 16, 2 * 8),
+        ("gqa", "full", 4 * 70, 2 * 8),
+        ("mla", "snapkv:kv_size=16", 2 * 16, 12 + 8),
+    ],
+)
+def test_a_file_has_the_bytes_of_what_is_kept(kind, policy, rows, numbers, tmp_path):
+    model, params = model_of(kind)
+    kvjax.compress(model, params, TEXT, policy).save(tmp_path / "text.kv")
+    stored = read_header(tmp_path / "text.kv").values()
+    entries = [t.open().size for t in stored if np.dtype(t.dtype).kind == "f"]
+    assert sum(entries) == rows * numbers
+
+
+def test_16_bit_floats_are_saved_as_floats(tmp_path):
+    """CPUs hold a pool's as bits; a file says what they are."""
+    model, params = build(GQA)
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    context.save(tmp_path / "text.kv")
+    stored = read_header(tmp_path / "text.kv")
+    assert stored["cache.pools.0.k"].dtype == stored["cache.pools.0.v"].dtype == "bfloat16"
+    loaded = kvjax.load_context(tmp_path / "text.kv", model, params)
+    settings = {"max_new_tokens": 6, "eos_ids": ()}
+    want = kvjax.generate(model, params, QUESTIONS[:2], context=context, **settings).tokens
+    assert kvjax.generate(model, params, QUESTIONS[:2], context=loaded, **settings).tokens == want
+
+
 def test_a_context_is_of_these_very_weights(tmp_path):
     """Training the key and value projections changes neither configuration nor final norm."""
     model, params = build(GQA, GQA)
@@ -151,15 +183,43 @@ def test_a_context_goes_to_the_devices_of_the_weights(shapes):
 
 
 @pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("gqa", "adasnapkv:kv_size=16,entries=int8"),
+        ("sliding", "snapkv:kv_size=16"),
+        ("mla", "full"),
+        ("after_up", "snapkv:kv_size=16"),
+    ],
+)
+def test_a_context_over_a_mesh_is_that_of_one_device(kind, policy):
+    """With two devices for each KV head."""
+    model, params = model_of(kind)
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = make_mesh({"data": 2, "tensor": 4}, jax.devices()[:8])
+    many = place_params(model, params, mesh)
+    one, spread = (kvjax.compress(model, where, TEXT, policy) for where in (params, many))
+    assert jax.tree.structure(one.cache) == jax.tree.structure(spread.cache)
+    for ours, theirs in zip(*map(jax.tree.leaves, (one.cache, spread.cache)), strict=True):
+        atol = 1e-4 if ours.dtype == np.float32 else 1  # of entries in 8 bits
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), atol=atol)
+    settings = {"max_new_tokens": 6, "eos_ids": ()}
+    want = kvjax.generate(model, params, QUESTIONS, context=one, **settings).tokens
+    for context in (one, spread):
+        assert kvjax.generate(model, many, QUESTIONS, context=context, **settings).tokens == want
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"model": None},
         {"model": {"name": "x"}},
         {"length": "70"},
         {"length": 0},
-        {"layers": []},
-        {"layers": [{"part": "Other", "fields": {}}]},
-        {"layers": [{"tensor": "missing"}]},
+        {"cache": []},
+        {"cache": {"part": "Other", "fields": {}}},
+        {"cache": {"part": "Pool", "fields": {}}},
+        {"cache": {"tensor": "missing"}},
     ],
 )
 def test_a_damaged_context_is_one_line(tmp_path, change):
@@ -184,12 +244,16 @@ def test_a_file_that_is_no_context(tmp_path, text):
         kvjax.load_context(tmp_path / "other.kv", model, params)
 
 
-def test_a_context_of_the_first_format_is_refused(tmp_path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_context_of_an_older_format_is_refused(tmp_path, number):
     model, params = build(GQA)
-    content = json.dumps({"format": "kvjax context 1", "model": "llama-0123456789ab"})
+    content = json.dumps({"format": f"kvjax context {number}", "model": "llama-0123456789ab"})
     write_file(tmp_path / "old.kv", [], {"kvjax": content})
-    with pytest.raises(ValueError, match=r"got kvjax context 1, expected kvjax context 2"):
+    with pytest.raises(
+        ValueError, match=rf"got kvjax context {number}, expected kvjax context 3$"
+    ) as error:
         kvjax.load_context(tmp_path / "old.kv", model, params)
+    assert "\n" not in str(error.value)
 
 
 def test_errors(tmp_path):
@@ -220,17 +284,29 @@ def rewritten(path, change=lambda content: content, tensors=lambda arrays: array
     write_file(path, new, {"kvjax": text})
 
 
+def of_layers(content, count, places):
+    """A description of so many layers, which lie there in the pool."""
+    cache = content["cache"]
+    fields = cache["fields"] | {"own": [None] * count, "places": places}
+    return content | {"cache": cache | {"fields": fields}}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda content: "[1]", "is no context: its description is damaged"),
         (lambda content: "[" * 100_000, "is no context: its description is damaged"),
-        (lambda content: content | {"layers": None}, "is no context: its description is damaged"),
+        (lambda content: content | {"cache": None}, "is no context: its description is damaged"),
+        (lambda content: of_layers(content, 2, [None, [0, 7]]), "is no context: .* layer 0 has no"),
+        (lambda content: of_layers(content, 2, [[0, 0], [0, 7]]), "is no context: .* layer 1 has"),
+        (lambda content: of_layers(content, 2, [[0, 0], [5, 1]]), "is no context: .* layer 1 has"),
+        (lambda content: of_layers(content, 2, [[0, 0], [0]]), "is no context: .* damaged"),
+        (lambda content: of_layers(content, 1, [[0, 0], [0, 1]]), "is no context: .* damaged"),
         (lambda content: content | {"length": "70"}, "is no context: its description is damaged"),
         (lambda content: content | {"model": {}}, "is no context: its description is damaged"),
         (lambda content: content | {"model": None}, "is no context: its description is damaged"),
         (
-            lambda content: content | {"layers": content["layers"][:1]},
+            lambda content: of_layers(content, 1, [[0, 0]]),
             "is a damaged context: got 1 layers of",
         ),
     ],
@@ -253,8 +329,9 @@ def test_a_context_that_holds_nan_is_refused(tmp_path, policy, number):
     kvjax.compress(model, params, TEXT, policy).save(path)
 
     def broken(arrays):
-        name = next(n for n, a in arrays.items() if n.startswith("1.") and a.dtype.kind == "f")
-        arrays[name].flat[0] = number
+        # The pool's last row is one of the last layer.
+        name = "cache.own.1.k" if policy == "full" else "cache.pools.0.k"
+        arrays[name].flat[-1] = number
         return arrays
 
     rewritten(path, tensors=broken)
@@ -267,5 +344,7 @@ def test_a_context_without_one_of_its_arrays(tmp_path):
     path = tmp_path / "text.kv"
     kvjax.compress(model, params, TEXT, "full").save(path)
     rewritten(path, tensors=lambda arrays: dict(list(arrays.items())[1:]))
-    with pytest.raises(ValueError, match=r"description is damaged \(KeyError: '0\.k'\)"):
+    with pytest.raises(
+        ValueError, match=r"description is damaged \(KeyError: 'cache\.own\.0\.k'\)"
+    ):
         kvjax.load_context(path, model, params)

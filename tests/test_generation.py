@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import counted
 from toys import forward, random_params
 
-from kvjax import decoding, generation
 from kvjax.cache import cache_bytes
+from kvjax.cache.rows import room_bucket
 from kvjax.config import (
     DynamicScaling,
     GQAConfig,
@@ -95,9 +96,9 @@ def test_equal_prompts_are_sampled_independently():
 def test_lengths_within_a_bucket_do_not_recompile():
     model, params = build()
     generate(model, params, prompts_of(33, 40), max_new_tokens=4, eos_ids=())
-    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
-    generate(model, params, prompts_of(48, 35, seed=5), 4, eos_ids=(), temperature=0.7, top_k=5)
-    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
+    with counted() as programs:
+        generate(model, params, prompts_of(48, 35, seed=5), 4, eos_ids=(), temperature=0.7, top_k=5)
+    assert programs.compiled == []
 
 
 def test_buckets():
@@ -118,26 +119,21 @@ def test_eos_ends_a_sequence_and_is_not_returned():
     assert len(out[0]) == 3
 
 
-def test_streaming_delivers_every_token_once_and_in_order(monkeypatch):
-    monkeypatch.setattr(generation, "STREAM_CHUNK", 5)
+def test_streaming_delivers_every_token_once_and_in_order():
     model, params = build()
-    seen = {0: [], 1: []}
-    chunks = []
-
-    def on_tokens(index, ids):
-        seen[index] += ids
-        chunks.append(len(ids))
-
+    seen = []
     prompts = prompts_of(6, 11)
-    out = generate(model, params, prompts, 38, eos_ids=(), on_tokens=on_tokens)
-    assert [seen[0], seen[1]] == out.tokens
-    assert sorted(chunks) == [3, 3, *[5] * 14]
+    stream = lambda index, ids: seen.append((index, *ids))  # noqa: E731
+    out = generate(model, params, prompts, 38, eos_ids=(), on_tokens=stream)
+    steps = zip(*out.tokens, strict=True)
+    assert seen == [(index, token) for step in steps for index, token in enumerate(step)]
 
 
 def test_cache_bytes_are_the_arrays_bytes():
     model, params = build()
     out = generate(model, params, prompts_of(40, 33), max_new_tokens=4)
-    assert out.cache_bytes == cache_bytes(model.init_cache(2, 48 + 4, "float32"))
+    caches = model.init_cache(2, 48 + room_bucket(4), "float32")
+    assert out.cache_bytes == cache_bytes(caches) + 2 * 4  # and each prompt's whole length
     assert out.full_cache_bytes == out.cache_bytes
 
 

@@ -20,14 +20,12 @@ from meshes import (
 )
 
 import kvjax
-from kvjax.cache import SharedPool
-from kvjax.decoding import prefill
-from kvjax.generation import make_plan
+from kvjax.config import RopeConfig
 from kvjax.headkv import HeadScores, Policy, balance
 from kvjax.headkv.allocators import HeadImportance
 from kvjax.headkv.named import snapkv
 from kvjax.prompts import pad
-from pallas_kernels.segments import DeviceSegments
+from kvjax.sharding import make_mesh, place_params
 
 NEW = 6
 COMPRESSED = "kv_size=14,window=4"
@@ -66,11 +64,10 @@ def on_one_device(kind, policy):
     return kvjax.generate(model, params, ragged_prompts(), NEW, policy_of(policy), eos_ids=())
 
 
-def read(model, params, policy):
-    """Logits after the prompts, and the caches that decode begins with."""
+def read(model, params, policy, new=NEW):
+    """Logits after the prompts, and the cache that decode begins with."""
     tokens, lengths = pad(ragged_prompts(), 48)
-    plan = make_plan(policy, model, params, 48)
-    return prefill(model, params, tokens, lengths, plan, max_new_tokens=NEW)
+    return kvjax.prefill(model, params, tokens, lengths, policy, max_new_tokens=new)
 
 
 def rows_of_heads(cache, order):
@@ -78,16 +75,18 @@ def rows_of_heads(cache, order):
     found = []
     for layer, heads in zip(cache, order, strict=True):
         inner = getattr(layer, "inner", layer)
-        starts, pool = np.array(inner.segments.arrays()[0])[0], np.asarray(inner.k_pool)
-        if isinstance(inner.segments, DeviceSegments):
-            devices = len(inner.segments.starts)
-            own = np.repeat(np.arange(devices), len(starts) // devices)
-            starts = starts + own * (pool.shape[1] // devices)
-        live = np.asarray(inner.live_heads())
-        copies = len(starts) // len(heads)
+        pool, starts = np.asarray(inner.pool.k), np.array(inner.table("starts"))
+        live = np.asarray(inner.live(inner.given()))
+        devices = 1 if cache.layout is None else cache.layout.ways
+        own = np.repeat(np.arange(devices), starts.shape[1] // devices)
+        starts = starts + own * (pool.shape[1] // devices)
+        copies = starts.shape[1] // len(heads)
         back = np.argsort(heads) * copies
         found.append(
-            [[pool[b, starts[k] : starts[k] + live[b, k]] for k in back] for b in range(len(pool))]
+            [
+                [rows[begin[k] :][: count[k]] for k in back]
+                for rows, begin, count in zip(pool, starts, live, strict=True)
+            ]
         )
     return found
 
@@ -152,20 +151,39 @@ def test_the_same_entries_stay(shape):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [None, "data=2,tensor=4"])
+def test_layers_of_two_shapes_have_a_pool_each(shape):
+    small = dataclasses.replace(GQA, head_dim=8, rope=RopeConfig(8))
+    model, params = toy(GQA, small, GQA)
+    want = kvjax.generate(model, params, ragged_prompts(), NEW, eos_ids=()).tokens
+    many = params if shape is None else spread(model, params, shape)
+    assert len(read(model, many, "snapkv:kv_size=200")[1].pools) == 2
+    for policy in ("snapkv:kv_size=200", "snapkv:kv_size=200,every=3"):
+        got = kvjax.generate(model, many, ragged_prompts(), NEW, policy, eos_ids=())
+        assert got.tokens == want
+
+
 def test_balanced_heads_take_less():
     """One head a device and layer: a pool a layer would be as large as its largest head."""
     model, params = model_of("gqa")
     many = spread(model, params, "data=2,tensor=4")
-    _, plain = read(model, many, uneven())
-    _, balanced = read(model, *balance(model, many, uneven(), 48))
-    assert isinstance(plain, SharedPool) and isinstance(balanced, SharedPool)
-    rows = [cache.pools["k_pool"].shape[1] for cache in (plain, balanced)]
-    layers = [layer.inner.segments for layer in balanced]
-    largest = sum(max(max(heads) for heads in layer.capacities) for layer in layers) * 4
+    _, plain = read(model, many, uneven(), new=0)
+    _, balanced = read(model, *balance(model, many, uneven(), 48), new=0)
+    (before,), (after,) = plain.pools, balanced.pools
+    rows = [pool.k.shape[1] for pool in (before, after)]
+    largest = np.asarray(after.capacities).max(axis=(0, 2)).sum() * 4
     assert rows[1] < rows[0] and rows[1] < 0.85 * largest
-    assert {shard.data.shape[1] for shard in balanced.pools["k_pool"].addressable_shards} == {
-        rows[1] // 4
-    }
+    assert {shard.data.shape[:2] for shard in after.k.addressable_shards} == {(4, rows[1] // 4)}
+
+
+def test_a_mesh_of_one_device():
+    model, params = model_of("gqa")
+    alone = place_params(model, params, make_mesh({}, jax.devices()[:1]))
+    policy, prompts = f"snapkv:{COMPRESSED}", ragged_prompts()[:2]
+    for context in (None, kvjax.compress(model, alone, prompts[0], policy)):
+        asked = {"eos_ids": (), "context": context} | ({} if context else {"policy": policy})
+        want = kvjax.generate(model, params, prompts, 3, **asked).tokens
+        assert kvjax.generate(model, alone, prompts, 3, **asked).tokens == want
 
 
 def test_sampling_on_a_mesh():

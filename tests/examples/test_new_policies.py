@@ -14,3 +14,11 @@ def test_example(name, capsys):
     assert len(out.tokens[0]) == 8
     assert out.cache_bytes < 0.5 * out.full_cache_bytes
     assert str(out.cache_bytes) in capsys.readouterr().out
+
+
+def test_a_sampling_loop_over_a_compressed_cache(capsys):
+    module = runpy.run_path(str(EXAMPLES / "sampling_loop.py"))
+    answer = module["main"]()
+    assert len(answer) == 4 and capsys.readouterr().out.strip()
+    body = (EXAMPLES / "sampling_loop.py").read_text().split("def sample")[1].split("\n\n")[0]
+    assert len(body.splitlines()) <= 15

@@ -64,9 +64,8 @@ def test_contexts_conversions_and_measurements(tmp_path):
     small = transmla.convert(model, params, method="decoupled", **sizes)
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(small[1]))
     rows, policy = np.asarray([PROMPTS[0]] * 2, np.int32), Policy.parse(f"snapkv:{SIZE}")
-    assert np.isfinite(
-        np.stack(next(losses.after_prefix(model, params, rows, 10, policy, 2)))
-    ).all()
+    _, found = next(losses.after_prefix(model, params, rows, 10, [policy], 2))
+    assert np.isfinite(np.stack(found)).all()
     scored = continuations.compressed(model, params, [PROMPTS[0]], [[5, 6]], policy)
     assert np.isfinite(scored.log_likelihood).all()
     example = Example(tuple(PROMPTS[0]), (7, 8), (2, 4), question_length=2)

@@ -1,0 +1,79 @@
+"""Known text, fed to the model a layer at a time: what its predictions are judged by.
+
+Nothing but blocks is compiled here. Those who judge turn the last layer's output into logits inside
+a program of their own, so that no array of logits leaves it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
+from kvjax.config import ModelConfig
+from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.nn import Transformer
+from kvjax.nn.block import block_kinds, run_layer
+from kvjax.nn.transformer import embed_tokens, output_params
+
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+
+
+@automatic_axes()
+def hidden_states(
+    model: Transformer,
+    params: Any,
+    tokens: Ids,
+    positions: Ids | None = None,
+    cache: Any = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """The last layer's output for each token; `hidden_logits` makes logits of it.
+
+    Args:
+        positions: −1 marks padding on the right; None: 0 … T − 1.
+        cache: that the tokens go into. It is written in place: the one that was passed must not be
+            used again. None: every row is a text of its own.
+
+    Returns:
+        The hidden states, and the cache with the tokens.
+    """
+    params, config = on_automatic_mesh(params), model.config
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
+    held = None if cache is None else cache[0].lengths
+    x, lengths = _embed(config, params["embedding"], tokens, positions, held)
+    rope_lengths = lengths if cache is None else rope_lengths_of(cache)
+    for index, kind in enumerate(block_kinds(config)):
+        entry = NoCache() if cache is None else cache[index]
+        own, donate = params[f"layers_{index}"], cache is not None
+        x, entry = run_layer(kind, own, x, positions, entry, rope_lengths, donate)
+        if cache is not None:
+            cache = with_layer(cache, index, entry)
+    return x, None if cache is None else advance(cache, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(
+    config: ModelConfig,
+    embedding: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
+    """Embeddings, and the tokens that each sequence has given with these; without a cache the
+    length of each text."""
+    x = embed_tokens(config, embedding, tokens)
+    if lengths is None:
+        return x, jnp.max(positions, axis=1) + 1
+    return x, lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+
+
+def output_weights(model: Transformer, params: Any) -> dict[str, Any]:
+    """The parameters behind the last layer, which `hidden_logits` reads."""
+    return {name: params[name] for name in output_params(model.config)}

@@ -1,0 +1,288 @@
+"""Prefill: prompts are read a layer at a time, and each layer is compressed as soon as it is read.
+
+One program reads a layer, whatever the policy: attention sees all of the prompt. What a policy
+keeps is chosen after it, so that one pass serves several policies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import ModelCache, PromptCache
+from kvjax.config import ModelConfig
+from kvjax.headkv.allocators import HeadImportance
+from kvjax.headkv.compression import Compression
+from kvjax.headkv.facts import start_prompt
+from kvjax.headkv.policy import Compress, Policy, resolve
+from kvjax.headkv.scores import default_scores
+from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
+from kvjax.nn import Transformer
+from kvjax.nn.block import Block, apply_block, block_kinds
+from kvjax.nn.transformer import embed_tokens, hidden_logits, output_params
+from kvjax.prompts import bucket_length
+
+CHUNK = 512  # prompt tokens that a layer reads at a time
+OBSERVED = 32
+"""Queries that reading remembers at least: policies that look at fewer share its program."""
+
+
+@automatic_axes()
+def prefill(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, " B"],
+    policy: str | Policy | Sequence[str | Policy] = "full",
+    max_new_tokens: int = 64,
+) -> tuple[Float[Array, "B V"], Any]:
+    """Reads prompts and keeps what the policy keeps of them.
+
+    Compiled are one program for each kind of layer and one for each kind of layer and scorer, for
+    a bucket of prompt lengths (see `bucket_length`). Budgets, lengths and `max_new_tokens` within
+    its bucket (64, 128, 256, …) are data.
+
+    >>> logits, cache = kvjax.prefill(model, params, tokens, lengths, policy="snapkv:kv_size=64")
+    >>> logits, cache = kvjax.decode_step(model, params, cache, logits.argmax(-1))
+
+    Args:
+        tokens: [B, T] int32, padded on the right.
+        lengths: [B] int32, tokens of each prompt.
+        policy: as in `kvjax.generate`, or several: the prompts are read once for all of them.
+        max_new_tokens: tokens to come that must fit, at least.
+
+    Returns:
+        Logits after the last token of each prompt, fp32, and the cache; of several policies a list
+        of caches, each as its policy alone would make it.
+
+    Raises:
+        ValueError: a policy that cannot be resolved.
+    """
+    params = on_automatic_mesh(params)
+    tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+    one = isinstance(policy, str | Policy)
+    policies = [policy] if one else list(policy)  # type: ignore[list-item]
+    resolved = resolve_each(policies, model.config)
+    works = compressions(model, params, lengths, resolved, max_new_tokens)
+    logits, caches = read_prompts(model, params, tokens, works)
+    return logits, caches[0] if one else caches
+
+
+def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
+    """Policies ready for this model, whose head scores are read where one may need them.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    parsed = [Policy.parse(policy) if isinstance(policy, str) else policy for policy in policies]
+    allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
+    lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
+    scores = default_scores(config) if lacking else None
+    return [resolve(policy, config, scores) for policy in parsed]
+
+
+def read_prompts(
+    model: Transformer,
+    params: Any,
+    tokens: Int[np.ndarray, "B T"],
+    works: Sequence[Compression],
+) -> tuple[Float[Array, "B V"], list[ModelCache]]:
+    """`prefill` for policies at work; always a list of caches."""
+    mesh, layout = mesh_of(params), works[0].layout
+    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
+    pad = jnp.pad if isinstance(tokens, Tracer) else np.pad  # jax would compile one a length
+    padded = pad(tokens, ((0, 0), (0, missing))).astype(np.int32)
+    device = device_of(params, mesh)
+    ids, lengths = put_rows((padded, works[0].lengths), device, layout)
+    caches = [work.start(device) for work in works]
+    observed = observed_queries(works)
+    x, before = embed_chunks(model.config, mesh, params["embedding"], ids), None
+    for layer, kind in enumerate(block_kinds(model.config)):
+        watching, own = Watching.of(works, layer), params[f"layers_{layer}"]
+        # A layer's keys and values are gone before those of the one after the next are made.
+        jax.block_until_ready(before)
+        settings = {"observed": observed, "observers": watching.observers, "mesh": mesh}
+        arrays = (own, kind.pairs, x, lengths, caches[0].rope_lengths)
+        x, prompt = read_layer(kind.block, *arrays, **settings)
+        for index, work in enumerate(works):
+            seen = prompt.seen_by(watching.wanted[index])
+            caches[index] = work.compress(caches[index], layer, seen)
+        before = prompt.lengths
+    top = {name: params[name] for name in output_params(model.config)}
+    return last_logits(model.config, top, x, lengths), caches
+
+
+def device_of(params: Any, mesh: Mesh | None) -> Any:
+    """Where the parameters are; None on a mesh, and while jax traces."""
+    embedding = params["embedding"]
+    return None if mesh is not None or isinstance(embedding, Tracer) else embedding.sharding
+
+
+def compressions(
+    model: Transformer,
+    params: Any,
+    lengths: Int[np.ndarray, " B"],
+    policies: Sequence[Policy],
+    max_new_tokens: int,
+) -> list[Compression]:
+    """The policies at work on prompts of these lengths."""
+    mesh, dtype = mesh_of(params), params["embedding"].dtype
+    layout = None if mesh is None else Layout.create(mesh, len(lengths))
+    return [p.compression(model.config, lengths, max_new_tokens, dtype, layout) for p in policies]
+
+
+def shape_bytes(work: Compression, slots: int) -> int:
+    """Bytes of the caches that reading makes of prompts padded to `slots`, found without it."""
+    leaves = jax.tree.leaves(cache_shapes(work, slots))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def cache_shapes(work: Compression, slots: int) -> ModelCache:
+    """The shapes of those caches."""
+    shape = len(work.lengths), slots, observed_queries([work])
+    mesh: Any = None if work.layout is None else work.layout.mesh
+
+    def make() -> ModelCache:
+        caches = work.start()
+        for index, layer in enumerate(work.config.layers):
+            watching = Watching.of([work], index)
+            observers = watching.observers
+            prompt = start_prompt(layer.attention, *shape, work.dtype, observers, mesh)
+            caches = work.compress(caches, index, prompt.seen_by(watching.wanted[0]))
+        return caches
+
+    return jax.eval_shape(make)
+
+
+def observed_queries(works: Sequence[Compression]) -> int:
+    """Queries that reading remembers: a power of two, so that few programs exist."""
+    most = max(work.budgets.observed for work in works)
+    return max(OBSERVED, 1 << max(most - 1, 0).bit_length())
+
+
+class Watching(NamedTuple):
+    """What the scorers of several policies want to see of all queries of one layer.
+
+    Attributes:
+        observers: each once.
+        wanted: for each policy the number of its observer; None for none.
+    """
+
+    observers: tuple[Any, ...]
+    wanted: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, works: Sequence[Compression], layer: int) -> Watching:
+        """Of the policies at work."""
+        each = [work.observer(layer) for work in works]
+        distinct = tuple(dict.fromkeys(observer for observer in each if observer is not None))
+        numbers = (None if observer is None else distinct.index(observer) for observer in each)
+        return cls(distinct, tuple(numbers))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("block", "observed", "observers", "mesh", "chunk"),
+    donate_argnames="x",
+)
+def read_layer(
+    block: Block,
+    params: Any,
+    pairs: Any,
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, " B"],
+    rope_lengths: Int[Array, " B"],
+    *,
+    observed: int,
+    observers: tuple[Any, ...] = (),
+    mesh: Mesh | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T D"], PromptCache]:
+    """One layer over the whole prompt, in chunks that end with the longest sequence.
+
+    Beside the residual stream no activations but a chunk's exist. The chunk changes no result.
+
+    Args:
+        observed: the last queries that the cache remembers.
+        observers: what watches all queries.
+        mesh: that the parameters lie on.
+    """
+    B, T, D = x.shape
+    cache = start_prompt(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
+    place = stream_place(mesh, B, D)
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    positions = jnp.where(positions < lengths[:, None], positions, -1)
+
+    def call(x: jax.Array, at: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return apply_block(block, params, pairs, x, at, cache, rope_lengths)
+
+    if chunk >= T:
+        x, cache = call(x, positions, cache)
+        return place(x), cache
+    whole = T // chunk * chunk
+
+    def read(index: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        x, cache = state
+        part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
+        at = jax.lax.dynamic_slice_in_dim(positions, index * chunk, chunk, 1)
+        part, cache = call(part, at, cache)
+        return place(jax.lax.dynamic_update_slice_in_dim(x, part, index * chunk, 1)), cache
+
+    filled = jnp.minimum(-(-jnp.max(lengths) // chunk), whole // chunk)
+    x, cache = jax.lax.fori_loop(0, filled, read, (x, cache))
+    if whole < T:
+        part, cache = call(x[:, whole:], positions[:, whole:], cache)
+        x = place(x.at[:, whole:].set(part))
+    return x, cache
+
+
+def stream_place(mesh: Mesh | None, batch: int, width: int) -> Any:
+    """Where the residual stream of prompts lies between layers: features over the tensor axis, so
+    that a long prompt's stream is not on every device. A layer gathers one chunk at a time."""
+    if mesh is None:
+        return lambda x: x
+    layout = Layout.create(mesh, batch)
+    split = width % layout.ways == 0
+    return lambda x: layout.place(x, "batch", None, "tensor" if split else None)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "chunk"))
+def embed_chunks(
+    config: Any,
+    mesh: Mesh | None,
+    embedding: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    chunk: int = CHUNK,
+) -> Float[Array, "B T D"]:
+    """The prompts' embeddings; on a mesh a lookup in a table that is split gives all features on
+    every device, so it is done a chunk at a time."""
+    (B, T), D = tokens.shape, embedding.shape[1]
+    place = stream_place(mesh, B, D)
+    if mesh is None or chunk >= T:
+        return place(embed_tokens(config, embedding, tokens))
+
+    def read(index: jax.Array, x: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * chunk, T - chunk)
+        ids = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, 1)
+        part = embed_tokens(config, embedding, ids)
+        return place(jax.lax.dynamic_update_slice_in_dim(x, part, start, 1))
+
+    empty = place(jnp.zeros((B, T, D), embedding.dtype))
+    return jax.lax.fori_loop(0, -(-T // chunk), read, empty)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def last_logits(
+    config: Any, params: Any, x: Float[Array, "B T D"], lengths: Int[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Logits after the last token of each prompt."""
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return hidden_logits(config, params, last)[:, 0]

@@ -1,0 +1,56 @@
+"""Each prompt gets what it gets alone, whatever stands beside it and whatever is kept."""
+
+import functools
+
+import numpy as np
+import pytest
+from toys import random_params
+
+from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.generation import generate
+from kvjax.headkv import HeadScores
+from kvjax.headkv.policy import resolve
+from kvjax.nn import Transformer
+
+GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
+SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), window=13)
+MLA = MLAConfig(4, 16, 8, 8, 12, None, 0.3, RopeConfig(8))
+KINDS = {"sliding": (GQA, SLIDING), "mla": (MLA, MLA)}
+SCORES = HeadScores(np.random.default_rng(0).random((2, 4, 5)) ** 4)
+LENGTHS, ALONE = (31, 20, 5, 32, 23), (1, 2, 4)
+SIZE = "kv_size=12,window=4"
+
+
+@functools.cache
+def build(kind):
+    layers = tuple(LayerConfig(attention, MLPConfig(32)) for attention in KINDS[kind])
+    model = Transformer(ModelConfig("llama", 61, 32, layers, max_position_embeddings=256))
+    return model, random_params(model)
+
+
+CASES = [
+    ("sliding", "full:entries=int8"),
+    ("sliding", f"pyramidkv:{SIZE}"),
+    ("sliding", f"knorm:{SIZE},entries=int8"),
+    ("sliding", f"h2o:{SIZE}"),
+    ("sliding", f"expected:{SIZE}"),
+    ("sliding", f"adasnapkv:{SIZE}"),
+    ("sliding", f"adasnapkv:{SIZE},every=6"),
+    ("sliding", f"headkv:{SIZE},ring=5"),
+    ("sliding", f"headkv:{SIZE},every=6,entries=int8"),
+    ("sliding", "headkv_adaptive:ratio=0.5,window=4,ring=5"),
+    ("mla", f"snapkv:{SIZE}"),
+    ("mla", "h2o:ratio=0.5,window=4,entries=int8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "policy"), CASES)
+def test_a_batch_gives_each_prompt_what_it_gets_alone(kind, policy):
+    model, params = build(kind)
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 61, n).tolist() for n in LENGTHS]
+    settings = {"policy": resolve(policy, model.config, SCORES), "eos_ids": ()}
+    together = generate(model, params, prompts, 20, **settings).tokens
+    for index in ALONE:
+        (alone,) = generate(model, params, [prompts[index]], 20, **settings).tokens
+        assert together[index] == alone
