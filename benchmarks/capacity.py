@@ -103,7 +103,7 @@ def table(name: str, report: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     error = f"{check['relative_error']:.2%}"
-    lines += ["", f"All layers compiled: {error} from the extrapolation. {notes(report)}".strip()]
+    lines += ["", f"A step of all layers compiled: {error} from the plan. {notes(report)}".strip()]
     return "\n".join(lines)
 
 

@@ -8,29 +8,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from meshes import GQA, MLA, mesh_of_eight, toy
 
+import kvjax
 from kvjax.cli import main
-from kvjax.decoding import prefill
 from kvjax.headkv.policy import Policy
-from kvjax.headkv.split_plan import on_mesh
 from kvjax.hf import read_shape
-from kvjax.pipelines.plan import compile_decode
-from kvjax.pipelines.plan_programs import (
-    Program,
-    Size,
-    abstract_caches,
-    abstract_params,
-    bytes_of,
-    compile_prefill,
-    compile_step,
-    count_collectives,
-    heap_bytes,
-    located,
-)
+from kvjax.nn.block import block_kinds
+from kvjax.pipelines.plan_decode import block_step, fused_step
+from kvjax.pipelines.plan_prefill import prefill_bytes
+from kvjax.pipelines.plan_programs import Compiler, Program, count_collectives, heap_bytes
 from kvjax.pipelines.plan_room import LONGEST, Room, extrapolate
+from kvjax.pipelines.plan_shapes import Served, Size
 from kvjax.pipelines.plan_variants import Variant, default_mesh, shallower
+from kvjax.prefill import OBSERVED, embed_chunks, read_layer
+from kvjax.sharding import place_params
 from kvjax.topologies import Topology, device_bytes
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
@@ -60,35 +54,50 @@ def test_bytes_of_a_device():
     layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
     split = 2 * (32 * layer + 2 * 128256 * 4096) / 8
     norms = 2 * 65 * 4096
-    size = Size(32, 4096, 128)
-    plan = on_mesh(Policy.parse("full").plan(model.config, 4096, "bfloat16"), mesh)
-    weights, caches = bytes_of(model, plan, size, mesh, "bfloat16")
+
+    def held(policy):
+        size = Size(32, 4096, 128)
+        return Served.create(model, Policy.parse(policy), size, mesh, "bfloat16").nbytes
+
+    weights, caches = held("full")
     assert weights == split + norms
+    whole_lengths = 4 * 16
     # 16 sequences, one KV head, 128 numbers, keys and values, 2 bytes; and a length a sequence.
-    assert caches == 32 * 16 * ((4096 + 128) * 128 * 2 * 2 + 4)
-    eight_bits = on_mesh(Policy.parse("full:entries=int8").plan(model.config, 4096), mesh)
-    _, fewer = bytes_of(model, eight_bits, size, mesh, "bfloat16")
-    assert fewer == 32 * 16 * ((4096 + 128) * (128 + 4) * 2 + 4)
+    assert caches == 32 * 16 * ((4096 + 128) * 128 * 2 * 2 + 4) + whole_lengths
+    _, fewer = held("full:entries=int8")
+    assert fewer == 32 * 16 * ((4096 + 128) * (128 + 4) * 2 + 4) + whole_lengths
+    # One pool for all layers: 32 · 512 rows are a bucket's size. Four tables and two lengths.
+    _, pooled = held("snapkv:kv_size=512")
+    rows = 32 * (512 + 128)
+    assert pooled == 16 * (rows * 128 * 2 * 2 + 4 * 32 * 4 + 2 * 4) + whole_lengths
 
 
 @pytest.mark.parametrize("kind, policy", [(GQA, "full"), (MLA, "full"), (GQA, "snapkv:kv_size=16")])
 def test_shapes_are_those_of_real_programs(kind, policy):
     """Of caches, and of what they are compiled with: on eight devices that are here."""
-    model, _ = toy(kind, kind)
+    model, params = toy(kind, kind)
     mesh = mesh_of_eight("data=2,tensor=4")
-    size = Size(4, 48, 8)
-    plan = on_mesh(Policy.parse(policy).plan(model.config, 48, jnp.float32), mesh)
-    params = abstract_params(model, mesh, "float32")
-    caches = abstract_caches(plan, size, 2, "float32")
-    tokens, lengths = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4, 48), (4,)))
-    lowered = prefill.lower(model, params, tokens, lengths, plan, max_new_tokens=8)
-    assert jax.tree.map(shape_of, lowered.out_info[1]) == jax.tree.map(shape_of, caches)
-    real = prefill.eval_shape(model, params, tokens, lengths, plan, max_new_tokens=8)[1]
-    assert device_bytes(located(real)) == device_bytes(caches)
-    step = compile_step(model, params, caches, size, mesh)
-    held = device_bytes(params) + device_bytes(caches)
-    assert held < step.arguments < held + 64  # a token and a length a sequence, in whole words
-    assert compile_prefill(model, params, plan, size, mesh).arguments < step.arguments + 4 * 48 * 4
+    params = place_params(model, params, mesh)
+    tokens, lengths = np.ones((4, 48), np.int32), np.full(4, 48, np.int32)
+    _, cache = kvjax.prefill(model, params, tokens, lengths, policy=policy, max_new_tokens=8)
+    served = Served.create(model, Policy.parse(policy), Size(4, 48, 8), mesh, "float32")
+    assert jax.tree.map(shape_of, served.cache) == jax.tree.map(shape_of, cache)
+    held = device_bytes(params), device_bytes(cache)
+    assert served.nbytes == held
+    compile = Compiler()
+    step = fused_step(served)
+    assert sum(held) - 64 < step.arguments < sum(held) + 64  # lengths, tokens, who has ended
+    # The stream, a layer's prompt, and the temporaries of the largest program.
+    x = embed_chunks(model.config, mesh, params["embedding"], tokens)
+    stream, block = device_bytes(x), block_kinds(model.config)[0].block
+    arrays = (block, params["layers_0"], None, x, lengths, lengths)
+    _, prompt = read_layer(*arrays, observed=OBSERVED, mesh=mesh)
+    reading = prefill_bytes(served, compile)
+    (read,) = (call for key, call in compile.calls.items() if key[0] is read_layer)
+    assert read.program.results == pytest.approx(device_bytes(prompt), abs=64)
+    least = stream + 2 * read.program.results + read.program.temporaries
+    most = max(call.program.temporaries + call.program.results for call in compile.calls.values())
+    assert least <= reading <= stream + 2 * read.program.results + most
 
 
 def shape_of(leaf):
@@ -97,12 +106,29 @@ def shape_of(leaf):
 
 def test_a_layer_has_two_all_reduces():
     model, mesh = toy(GQA, GQA, GQA)[0], mesh_of_eight("data=2,tensor=4")
-    size, found = Size(4, 48, 8), []
+    found = []
     for depth in (1, 3):
         shallow = shallower(Variant("", model, Policy.parse("full")), depth)
-        found.append(compile_decode(shallow, size, "float32", mesh).collectives)
+        served = shallow.served(Size(4, 48, 8), mesh, "float32")
+        found.append(fused_step(served).collectives)
     assert found[1] - found[0] == Counter({"all-reduce": 4})
     assert found[0].total() <= 2 + 3
+    step = block_step(served, Compiler())
+    assert step.layer == Counter({"all-reduce": 2})
+    assert step.outside.total() <= 3
+
+
+def test_layers_of_a_kind_are_compiled_once():
+    mesh, counts = mesh_of_eight("data=2,tensor=4"), []
+    for depth in (3, 6):
+        model, _ = toy(*[GQA] * depth)
+        variant, compile = Variant("", model, Policy.parse("snapkv:kv_size=16")), Compiler()
+        served = variant.served(Size(4, 48, 8), mesh, "float32")
+        prefill_bytes(served, compile)
+        block_step(served, compile)
+        functions = Counter(key[0] for key in compile.calls)
+        counts.append(functions.total())
+    assert counts[0] == counts[1] == len(functions)
 
 
 def test_collectives_in_a_program():
@@ -113,8 +139,10 @@ def test_collectives_in_a_program():
   %d = bf16[8] all-gather(%x), channel_id=2, metadata={op_name="layers_0/attn"}
   %e = bf16[8] all-gather(%x), channel_id=2, metadata={op_name="layers_1/attn"}
   %f = bf16[8] all-to-all(%x), channel_id=3
+  %g = bf16[8] all-reduce(%x), channel_id=4, to_apply=%add
+  %h = bf16[8] negate(%x), metadata={op_name="layers_1/attn"}
 """
-    assert count_collectives(text) == Counter({"all-reduce": 1, "all-gather": 2, "all-to-all": 1})
+    assert count_collectives(text) == Counter({"all-reduce": 2, "all-gather": 2, "all-to-all": 1})
 
 
 def test_room_is_used_up():
@@ -179,7 +207,7 @@ def test_the_command(tmp_path, capsys):
     assert any("made for 8192 tokens" in note for note in report["notes"])
     rows = {row["variant"]: row for row in report["rows"]}
     full, latent, snapkv = (rows[n] for n in ("full", "MLA 512 + 128", "snapkv:kv_size=1024"))
-    assert full["cache"] == 4 * 8 * ((16384 + 128) * 512 + 4)
+    assert full["cache"] == 4 * 8 * ((16384 + 128) * 512 + 4) + 4 * 8
     assert full["batch_factor"] == full["context_factor"] == 1.0
     assert full["collectives_layer"] is None
     assert 3 < latent["batch_factor"] < 3.3  # 2048 numbers a token against 640, weights the same
@@ -202,7 +230,7 @@ def test_more_devices_than_heads(tmp_path):
     main([*command, "--mesh", "tensor=16", "--context", "8192"])
     report = json.loads(out.read_text())
     assert any("2 devices hold each" in note for note in report["notes"])
-    assert report["rows"][0]["cache"] == 2 * ((8192 + 128) * 512 + 4)
+    assert report["rows"][0]["cache"] == 2 * ((8192 + 128) * 512 + 4) + 4
     assert math.isclose(report["usable_bytes"], 0.97 * 81_559 * 2**20)
 
 

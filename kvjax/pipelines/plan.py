@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
 
+from kvjax.decoding import FUSED_FROM, step_function
 from kvjax.hf import read_shape
 from kvjax.mesh import make_mesh, parse_mesh
-from kvjax.pipelines.plan_programs import (
-    Program,
-    Size,
-    abstract_caches,
-    abstract_params,
-    compile_prefill,
-    compile_step,
-)
+from kvjax.pipelines.plan_decode import Step, block_step, fused_step
+from kvjax.pipelines.plan_prefill import prefill_bytes
+from kvjax.pipelines.plan_programs import Compiler, Program
 from kvjax.pipelines.plan_room import Room, Temporaries, estimate, extrapolate, ways
+from kvjax.pipelines.plan_shapes import Served, Size
 from kvjax.pipelines.plan_variants import (
     Variant,
     default_mesh,
     head_notes,
-    planner,
     shallower,
     variants,
 )
@@ -42,7 +39,7 @@ RANGES = {
 }
 """The numbers of a `Request`."""
 DEPTHS = (2, 4)
-"""Layers that are compiled; what they add to a program is what every further layer adds."""
+"""Layers of a step that is compiled as one program; every further layer adds what these add."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,8 @@ class Request:
         policies: of the cache, besides "full" with and without 8-bit entries.
         latent: widths of the latent and of the rotary key of the converted model; None for none.
         dtype: of weights and caches.
+        compile: what a step of decoding compiles, as in `kvjax.generate`; None: what that takes
+            on accelerators.
 
     Raises:
         ValueError: names every number out of its range.
@@ -72,22 +71,29 @@ class Request:
     policies: tuple[str, ...] = ("headkv:kv_size=512",)
     latent: tuple[int, int] | None = (512, 128)
     dtype: str = "bfloat16"
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         given = {"context": self.context, "new_tokens": self.new_tokens, "batch": self.batch}
         rank, rope_dim = self.latent or (1, 0)
         check_ranges(given | {"latent[0]": rank, "latent[1]": rope_dim}, RANGES)
+        step_function(self.compiled, self.new_tokens)
+
+    @property
+    def compiled(self) -> str:
+        """ "block" or "step"."""
+        return self.compile or ("step" if self.new_tokens >= FUSED_FROM else "block")
 
 
 def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
     """Bytes of a device, collectives of a layer and what fits, for every variant.
 
     Args:
-        check: also compile the first variant's decode step at full depth, and compare.
+        check: also compile the first variant's decode step as one program, and compare.
 
     Returns:
         The request, mesh, notes, and `rows`, one a variant; see `plan_variant`. With `check`,
-        "check" has the bytes of the whole program, extrapolated and compiled.
+        "check" has what `check_step` returns.
 
     Raises:
         ValueError: no such model or topology, a mesh that does not fit it or the heads.
@@ -109,11 +115,8 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
     if size.context + size.new_tokens > model.config.context_length:
         notes.append(f"The model is made for {model.config.context_length} tokens.")
     found = variants(model, request.policies, request.latent, notes)
-    rows, programs = [], None
-    for variant in found:
-        row, compiled = plan_variant(variant, size, request.dtype, mesh, topology)
-        rows.append(row)
-        programs = programs or compiled
+    compile = Compiler()
+    rows = [plan_variant(each, request, size, mesh, topology, compile) for each in found]
     add_factors(rows)
     notes += head_notes(model, sizes)
     report = {
@@ -125,48 +128,49 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
         "context": size.context,
         "new_tokens": size.new_tokens,
         "dtype": request.dtype,
+        "compile": request.compiled,
         "notes": notes,
         "rows": rows,
     }
-    if check and programs is not None:
-        report["check"] = full_depth(found[0], size, request.dtype, mesh, programs)
+    if check and isinstance(mesh, Mesh):
+        report["check"] = check_step(found[0], request, size, mesh, rows[0])
     return report
 
 
 def plan_variant(
-    variant: Variant, size: Size, dtype: str, mesh: Any, topology: Topology
-) -> tuple[dict[str, Any], tuple[Program, Program] | None]:
+    variant: Variant, request: Request, size: Size, mesh: Any, topology: Topology, compile: Compiler
+) -> dict[str, Any]:
     """Bytes of one device, and what fits.
 
     Returns:
         weights, cache, decode_temporaries: bytes at the requested size;
         decode_temporaries_more: what one more sequence a group of devices adds; prefill: bytes
-        that reading one sequence a group takes besides, its cache included;
-        fits: whether they do; collectives_layer and collectives_outside: of a decode step, None
-        where nothing was compiled; batch: the most sequences of the requested context;
-        context: the longest of the requested batch. And the shallow decode programs.
+        that reading one more sequence a group takes, its cache included; fits: whether they do;
+        collectives_layer and collectives_outside: of a decode step, None where nothing was
+        compiled; batch: the most sequences of the requested context; context: the longest of the
+        requested batch.
     """
-    room = Room.measure(variant.model, planner(variant, mesh, dtype), size, mesh, dtype)
-    row: dict[str, Any] = {"variant": variant.name, "weights": room.weights}
-    decodes = None
+
+    def serve(size: Size) -> Served:
+        return variant.served(size, mesh, request.dtype)
+
+    room, counts = Room.measure(serve, size, ways(mesh)), (None, None)
     if isinstance(mesh, Mesh):
-        shallow = [shallower(variant, depth) for depth in DEPTHS]
-        pairs = [compile_both(each, size, dtype, mesh) for each in shallow]
-        layers = variant.model.config.num_layers
-        prefills, decodes = (tuple(part) for part in zip(*pairs, strict=True))
-        decode, prefill = (
-            extrapolate(p, DEPTHS, layers, "temporaries") for p in (decodes, prefills)
-        )
-        more = growth(shallow[1], decodes[1], size, dtype, mesh)
-        temporaries = Temporaries(float(decode), more, float(prefill))
-        per_layer = per_step(decodes)
-        outside = decodes[0].collectives - Counter({k: DEPTHS[0] * n for k, n in per_layer.items()})
-        row |= {"collectives_layer": dict(per_layer), "collectives_outside": dict(outside)}
+        reading = prefill_bytes(serve(dataclasses.replace(size, batch=room.ways)), compile)
+        step = decode_step(variant, request, size, mesh, compile)
+        wide = dataclasses.replace(size, batch=size.batch + MORE * room.ways)
+        wider = decode_step(variant, request, wide, mesh, compile)
+        more = max(wider.temporaries - step.temporaries, 0) / MORE
+        temporaries = Temporaries(float(step.temporaries), more, float(reading))
+        counts = dict(step.layer), dict(step.outside)
     else:
-        temporaries = estimate(variant.model, size, room.ways, mesh, dtype)
-        row |= {"collectives_layer": None, "collectives_outside": None}
+        temporaries = estimate(variant.model, size, room.ways, mesh, request.dtype)
     room = room.with_temporaries(size, temporaries)
-    row |= {
+    return {
+        "variant": variant.name,
+        "weights": room.weights,
+        "collectives_layer": counts[0],
+        "collectives_outside": counts[1],
         "cache": room.cache(size.batch, size.context),
         "decode_temporaries": round(temporaries.decode),
         "decode_temporaries_more": round(temporaries.decode_more),
@@ -175,39 +179,46 @@ def plan_variant(
         "batch": room.most_sequences(size.context, topology.usable),
         "context": room.longest(size.batch, topology.usable),
     }
-    return row, decodes  # type: ignore[return-value]
 
 
-def compile_both(variant: Variant, size: Size, dtype: str, mesh: Any) -> tuple[Program, Program]:
-    """Prefill of one group of sequences, and a decode step of all."""
-    group = dataclasses.replace(size, batch=ways(mesh))
-    plan = planner(variant, mesh, dtype)(size.context)
-    params = abstract_params(variant.model, mesh, dtype)
-    return (
-        compile_prefill(variant.model, params, plan, group, mesh),
-        compile_decode(variant, size, dtype, mesh),
-    )
+def decode_step(
+    variant: Variant, request: Request, size: Size, mesh: Mesh, compile: Compiler
+) -> Step:
+    """A decode step of all layers: one by one, or as one program, of which two depths are
+    compiled."""
+    if request.compiled == "block":
+        return block_step(variant.served(size, mesh, request.dtype), compile)
+    programs = []
+    for depth in DEPTHS:
+        served = shallower(variant, depth).served(size, mesh, request.dtype)
+        programs.append(fused_step(served))
+    return all_layers(programs, variant.model.config.num_layers)
 
 
-def compile_decode(variant: Variant, size: Size, dtype: str, mesh: Any) -> Program:
-    """A decode step."""
-    plan = planner(variant, mesh, dtype)(size.context)
-    caches = abstract_caches(plan, size, variant.model.config.num_layers, dtype)
-    params = abstract_params(variant.model, mesh, dtype)
-    return compile_step(variant.model, params, caches, size, mesh)
+def all_layers(programs: Sequence[Program], layers: int) -> Step:
+    """A step of all layers as one program, by the programs of DEPTHS layers."""
+    more = programs[1].collectives - programs[0].collectives
+    layer = Counter({kind: count // (DEPTHS[1] - DEPTHS[0]) for kind, count in more.items()})
+    outside = programs[0].collectives - Counter({k: DEPTHS[0] * n for k, n in layer.items()})
+    return Step(extrapolate(programs, DEPTHS, layers, "temporaries"), layer, outside)
 
 
-def growth(variant: Variant, step: Program, size: Size, dtype: str, mesh: Any) -> float:
-    """Bytes that one more sequence a group of devices adds to a decode step's temporaries."""
-    wider = dataclasses.replace(size, batch=size.batch + MORE * ways(mesh))
-    wide = compile_decode(variant, wider, dtype, mesh)
-    return max(wide.temporaries - step.temporaries, 0) / MORE
+def check_step(
+    variant: Variant, request: Request, size: Size, mesh: Mesh, row: dict[str, Any]
+) -> dict[str, Any]:
+    """The decode step of all layers as one program: its bytes as planned and as compiled.
 
-
-def per_step(decodes: tuple[Program, ...]) -> Counter[str]:
-    """Collectives that one more layer adds to a decode step."""
-    more = decodes[1].collectives - decodes[0].collectives
-    return Counter({kind: count // (DEPTHS[1] - DEPTHS[0]) for kind, count in more.items()})
+    The plan's are weights, caches and a step's temporaries, for the requested batch.
+    """
+    whole = fused_step(variant.served(size, mesh, request.dtype))
+    real = whole.arguments + whole.temporaries + whole.results
+    guess = row["weights"] + row["cache"] + row["decode_temporaries"]
+    return {
+        "planned": guess,
+        "compiled": real,
+        "relative_error": round(abs(guess - real) / real, 5),
+        "collectives": dict(whole.collectives),
+    }
 
 
 def add_factors(rows: list[dict[str, Any]]) -> None:
@@ -216,23 +227,6 @@ def add_factors(rows: list[dict[str, Any]]) -> None:
         for key in ("batch", "context"):
             full = rows[0][key]
             row[f"{key}_factor"] = round(row[key] / full, 1) if full else None
-
-
-def full_depth(
-    variant: Variant, size: Size, dtype: str, mesh: Any, decodes: tuple[Program, ...]
-) -> dict[str, Any]:
-    """The decode step of all layers, extrapolated and compiled."""
-    layers = variant.model.config.num_layers
-    names = ("arguments", "temporaries", "results")
-    guess = sum(extrapolate(decodes, DEPTHS, layers, name) for name in names)
-    whole = compile_decode(variant, size, dtype, mesh)
-    real = sum(getattr(whole, name) for name in names)
-    return {
-        "extrapolated": guess,
-        "compiled": real,
-        "relative_error": round(abs(guess - real) / real, 5),
-        "collectives": dict(whole.collectives),
-    }
 
 
 def readable(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

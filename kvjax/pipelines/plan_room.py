@@ -10,10 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.decoding import CHUNK
 from kvjax.mesh import batch_axes, own_names
 from kvjax.nn import Transformer
-from kvjax.pipelines.plan_programs import Program, Size, bytes_of
+from kvjax.pipelines.plan_programs import Program
+from kvjax.pipelines.plan_shapes import Served, Size
+from kvjax.prefill import CHUNK
+from kvjax.prompts import bucket_length
 
 QUERY_TILE, KEY_TILE = 256, 512  # scores that exist at a time: see kvjax.cache.attention
 LONGEST = 2**20  # tokens; contexts beyond are not told apart
@@ -39,8 +41,9 @@ class Room:
         fixed, per_token: bytes of the caches of `ways` sequences: fixed + per_token · context.
         decode, decode_more: bytes of a decode step's temporaries, and what `ways` more sequences
             add to them; most of it are copies of weights that don't depend on the batch.
-        prefill: the same of prefill, for each token of context; `ways` sequences are read at a
-            time (`kvjax.prefill_groups`), while the caches of all lie there already.
+        prefill: bytes that prefill takes besides caches, for each token of context; `ways`
+            sequences are read at a time (`kvjax.prefill_groups`), while the caches of all lie
+            there already. Contexts are those of whole buckets (`bucket_length`).
     """
 
     ways: int
@@ -52,24 +55,21 @@ class Room:
     prefill: float = 0.0
 
     @classmethod
-    def measure(
-        cls, model: Transformer, plan: Callable[[int], Any], size: Size, mesh: Any, dtype: Any
-    ) -> Room:
+    def measure(cls, serve: Callable[[Size], Served], size: Size, ways: int) -> Room:
         """Weights and caches; their bytes are linear in the context, at least from half of it on.
 
         Args:
-            plan: prompt length to the plan of a variant.
+            serve: a variant at work.
         """
-        group = ways(mesh)
+        whole = bucket_length(size.context)
+        half = bucket_length(whole // 2)
 
-        def caches(context: int) -> tuple[int, int]:
-            one = dataclasses.replace(size, batch=group, context=context)
-            return bytes_of(model, plan(context), one, mesh, dtype)
+        def held(context: int) -> tuple[int, int]:
+            return serve(dataclasses.replace(size, batch=ways, context=context)).nbytes
 
-        half = max(size.context // 2, 1)
-        (weights, less), (_, more) = caches(half), caches(size.context)
-        slope = (more - less) / max(size.context - half, 1)
-        return cls(group, weights, more - slope * size.context, slope)
+        (weights, less), (_, more) = held(half), held(whole)
+        slope = (more - less) / max(whole - half, 1)
+        return cls(ways, weights, more - slope * whole, slope)
 
     def with_temporaries(self, size: Size, temporaries: Temporaries) -> Room:
         """With the temporaries that programs for `size` have; prefill is of `ways` sequences."""
@@ -78,24 +78,25 @@ class Room:
             self,
             decode=max(temporaries.decode - groups * temporaries.decode_more, 0.0),
             decode_more=temporaries.decode_more,
-            prefill=temporaries.prefill / size.context,
+            prefill=temporaries.prefill / bucket_length(size.context),
         )
 
     def prefill_bytes(self, context: int) -> int:
-        """What reading `ways` sequences takes besides the caches of the batch."""
-        own = self.cache(self.ways, context)
-        return round(self.prefill * context + own)
+        """What reading `ways` more sequences takes, their caches included."""
+        return round(self.prefill * bucket_length(context)) + self.cache(self.ways, context)
 
     def cache(self, batch: int, context: int) -> int:
         """Bytes of the caches; a batch that the devices do not divide lies on all of them."""
         groups = batch // self.ways if batch % self.ways == 0 else batch
-        return round(groups * (self.fixed + self.per_token * context))
+        return round(groups * (self.fixed + self.per_token * bucket_length(context)))
 
     def needed(self, batch: int, context: int) -> int:
         """Bytes of the larger of prefill and decode."""
         groups = batch // self.ways if batch % self.ways == 0 else batch
         decode = self.decode + groups * self.decode_more
-        more = max(decode, self.prefill_bytes(context))
+        # A single group's caches are those of the batch.
+        own = self.cache(self.ways, context) if groups == 1 else 0
+        more = max(decode, self.prefill_bytes(context) - own)
         return round(self.weights + self.cache(batch, context) + more)
 
     def most_sequences(self, context: int, usable: int) -> int:
@@ -140,8 +141,8 @@ def ways(mesh: Any) -> int:
 def estimate(model: Transformer, size: Size, group: int, mesh: Any, dtype: Any) -> Temporaries:
     """The temporaries, by counting what exists at a time.
 
-    Two copies of the residual stream, one layer's keys and values, a chunk's activations and a
-    tile of scores; no more than a guide, within about a factor of two of what compilers need.
+    The residual stream, the keys and values of two layers, a chunk's activations and a tile of
+    scores; no more than a guide, within about a factor of two of what compilers need.
     """
     c, tensor = model.config, mesh.shape.get(own_names(mesh).get("tensor"), 1)
     rows, item = size.batch / group, jnp.dtype(dtype).itemsize
@@ -153,8 +154,9 @@ def estimate(model: Transformer, size: Size, group: int, mesh: Any, dtype: Any) 
     scores = 4 * heads * QUERY_TILE * KEY_TILE * 3
     kept = getattr(base, "num_kv_heads", 1) * getattr(base, "head_dim", 0) * 2
     kept = kept or base.kv_lora_rank + base.qk_rope_head_dim
-    stream = 2 * item * size.context * c.hidden_size / tensor
-    own = item * size.context * kept / tensor
+    tokens = bucket_length(size.context)
+    stream = item * tokens * c.hidden_size / tensor
+    own = 2 * item * tokens * kept / tensor
     logits = 4 * c.vocab_size / tensor
     prefill = stream + own + CHUNK * token + scores + logits
     return Temporaries(rows * (token + logits), token + logits, prefill)

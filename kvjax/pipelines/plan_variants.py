@@ -6,16 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.plan import unconverted
+from kvjax.headkv.facts import unconverted
 from kvjax.headkv.policy import Compress, Policy, resolve
 from kvjax.headkv.scores import HeadScores, attention_heads, default_scores
-from kvjax.headkv.split_plan import on_mesh
 from kvjax.nn import Transformer
-from kvjax.pipelines.plan_programs import abstract_params
+from kvjax.pipelines.plan_shapes import Served, Size, abstract_params
 from kvjax.topologies import Topology, device_bytes
 from kvjax.transmla.shape import decoupled_shape
 
@@ -27,6 +25,10 @@ class Variant:
     name: str
     model: Transformer
     policy: Policy
+
+    def served(self, size: Size, mesh: Any, dtype: str) -> Served:
+        """It at work."""
+        return Served.create(self.model, self.policy, size, mesh, dtype)
 
 
 def variants(
@@ -64,17 +66,6 @@ def lacks_scores(policy: Policy) -> bool:
     """Whether budgets go by head scores that the policy does not name."""
     allocator = policy.allocator if isinstance(policy, Compress) else None
     return isinstance(allocator, HeadImportance) and allocator.scores is None
-
-
-def planner(variant: Variant, mesh: Any, dtype: str) -> Any:
-    """Prompt length to the variant's plan on the mesh."""
-
-    def plan(prompt_len: int) -> Any:
-        return on_mesh(
-            variant.policy.plan(variant.model.config, prompt_len, jnp.dtype(dtype)), mesh
-        )
-
-    return plan
 
 
 def shallower(variant: Variant, depth: int) -> Variant:
