@@ -1,10 +1,10 @@
 """Small random parameters without compiling an initializer, and one forward for all models."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kvjax.sharding import param_shapes
 
 
 def random_params(model, seed=0, dtype=np.float32):
@@ -20,16 +20,10 @@ def random_params(model, seed=0, dtype=np.float32):
             noise = noise / np.sqrt(np.prod(leaf.shape) / max(leaf.shape[-1], leaf.shape[0]))
         return jnp.array(noise.astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(fill, _shapes(model))
+    return jax.tree_util.tree_map_with_path(fill, param_shapes(model))
 
 
-@functools.cache
-def _shapes(model):
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens, **settings):
-    """Logits [B, T, V] without a cache; equal models share the program."""
-    return model.apply({"params": params}, tokens, **settings)[0]
+    """Logits [B, T, V] without a cache; models share the programs of equal blocks."""
+    arrays = {name: jnp.asarray(value) for name, value in settings.items()}
+    return model.apply({"params": params}, jnp.asarray(tokens), **arrays)[0]

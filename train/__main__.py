@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from kvjax import processes
+from kvjax import compilation_cache, processes
 from kvjax.paths import local_arguments
 from train.compare.command import compare
 from train.curve import plot_curve
@@ -105,14 +105,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; bad input is one line on standard error and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        folder, argv = compilation_cache.take_flag(argv)
         if argv[:1] == ["finetune"]:
             # Apart: its flags override a file that one of them names.
             arguments = command.parse(argv[1:])
+            compilation_cache.enable(folder, processes.asked(arguments.distributed))
             with processes.together():
                 command.tune(arguments)
         else:
+            compilation_cache.enable(folder)
             commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
-            tyro.extras.subcommand_cli_from_dict(commands, prog="python -m train", args=argv)
+            tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="python -m train",
+                description=compilation_cache.HELP,
+                args=argv,
+            )
     except (ValueError, OSError) as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         processes.stop(2)

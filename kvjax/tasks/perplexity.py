@@ -1,6 +1,5 @@
 """Perplexity of a model on chunks of tokens."""
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,12 +13,15 @@ from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def chunk_losses(
     model: Transformer, params: Any, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T-1"]:
     """Negative log-likelihood, in nats, of every token but the first of each chunk; fp32."""
-    logits, _ = model.apply({"params": params}, tokens)
+    return _losses(model.apply({"params": params}, tokens)[0], tokens)
+
+
+@jax.jit
+def _losses(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
 
 

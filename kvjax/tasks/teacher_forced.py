@@ -4,14 +4,13 @@ The argmax at every answer position, with the right tokens before it. An answer 
 end-of-sequence token are all right exactly when greedy decoding writes them.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax.example import Example
 from kvjax.nn import Transformer
@@ -21,16 +20,9 @@ from kvjax.sampling import NO_TOKEN, most_likely
 BUCKET = 128  # lengths are rounded up to a multiple, so that few shapes compile
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _most_likely(
-    model: Transformer,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    at: Int[Array, "B A"],
-) -> Int[Array, "B A"]:
+@jax.jit
+def _most_likely(logits: Float[Array, "B T V"], at: Int[Array, "B A"]) -> Int[Array, "B A"]:
     """The most likely next token after each position `at`."""
-    logits, _ = model.apply({"params": params}, tokens, positions)
     return jnp.take_along_axis(most_likely(logits), at, axis=1)
 
 
@@ -59,7 +51,9 @@ def predictions(
             positions[index, : len(row)] = np.arange(len(row))
             count = len(example.answer) + 1
             at[index, :count] = len(example.prompt) - 1 + np.arange(count)
-        found = np.asarray(_most_likely(model, params, tokens, positions, at))
+        arrays = jnp.asarray(tokens), jnp.asarray(positions)
+        logits, _ = model.apply({"params": params}, *arrays)
+        found = np.asarray(_most_likely(logits, at))
         for index, example in enumerate(chunk):
             answer = found[index, : len(example.answer) + 1].tolist()
             if NO_TOKEN in answer:

@@ -18,10 +18,11 @@ from kvjax.nn.transformer import output_params
 from kvjax.ranges import COUNT, SIZE, check_ranges
 from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
-from kvjax.transmla.calibration import Stats, embed, run_block
+from kvjax.transmla.calibration import Stats, embed
 from kvjax.transmla.latent_layer import LatentLayer, over_heads
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.layer import gqa_layers, run_block
 from kvjax.transmla.recipe import BEST, Recipe, close, published
+from kvjax.transmla.size_groups import few_sizes
 from kvjax.transmla.sizes import Sizes, checked_stats, layer_sizes
 
 
@@ -37,12 +38,16 @@ def allocate_sizes(
     recipe: Recipe = BEST,
     rounds: int = 32,
 ) -> tuple[list[int], list[int]]:
-    """Ranks and rope_dims of all layers whose mean cache is kv_rank + rope_dim numbers.
+    """Ranks and rope_dims of all layers whose mean cache is at most kv_rank + rope_dim numbers.
 
     Starts with the same in every layer. A round lets every layer trade rank against rope_dim,
     and then moves `step` numbers from the layer that misses them least to the one that gains
     most; every change is measured as the loss of the whole converted model (in closed form) on
     `tokens`, and kept if that falls. Ends when nothing does, or after `rounds`.
+
+    Then sizes are made alike until at most three remain, because each is a kind of layer with
+    compiled programs of its own. Two sizes become one at a time, those for which the loss is least
+    and no more is held in all: see `few_sizes`.
 
     Args:
         stats: from `calibrate`, on other text than `tokens`.
@@ -70,7 +75,8 @@ def allocate_sizes(
         trial.keep_best(list(_transfers(trial, step)))
         if trial.loss >= before:
             break
-    return [s.rank for s in trial.sizes], [s.rope_dim for s in trial.sizes]
+    sizes = few_sizes(trial.sizes, step, trial.possible, trial.measure)
+    return [s.rank for s in sizes], [s.rope_dim for s in sizes]
 
 
 def choose_rope_dim(
@@ -172,18 +178,19 @@ class _Trial:
 
     def moves(self, layer: int, changes: Sequence[tuple[int, int]]) -> list[Sizes]:
         """The sizes that differ by (rank, rope_dim) and are possible."""
-        base, now = gqa_layers(self.model)[layer], self.sizes[layer]
-        turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
+        now = self.sizes[layer]
         moved = [
             dataclasses.replace(now, rank=now.rank + rank, rope_dim=now.rope_dim + rope)
             for rank, rope in changes
         ]
+        return [size for size in moved if self.possible(layer, size)]
+
+    def possible(self, layer: int, size: Sizes) -> bool:
+        """Whether the layer's keys and values have as much."""
+        base = gqa_layers(self.model)[layer]
+        turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
         whole = 2 * base.num_kv_heads * base.head_dim
-        return [
-            size
-            for size in moved
-            if 0 <= size.rope_dim <= turning and 1 <= size.rank <= whole - size.rope_dim
-        ]
+        return 0 <= size.rope_dim <= turning and 1 <= size.rank <= whole - size.rope_dim
 
     def measure(self, changes: Mapping[int, Sizes]) -> float:
         """The loss with other sizes in some layers."""

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.config import GQAConfig, ModelConfig
+from kvjax.config import GQAConfig
 from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.identity import identity
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.block import Block, block_kind
 from kvjax.nn.transformer import embed_tokens
 from kvjax.paths import local_path
 from kvjax.token_ids import token_ids
@@ -27,8 +28,9 @@ from kvjax.transmla.layer import (
     Heads,
     attention_input,
     attention_weights,
-    block,
     gqa_layers,
+    gqa_of,
+    run_block,
     scores,
 )
 
@@ -139,7 +141,8 @@ def calibrate(
             another model, or moments that are not finite: names the weight, or the layer whose
             activations overflow.
     """
-    bases, owner = gqa_layers(model), ""
+    gqa_layers(model)  # raises ValueError for others
+    owner = ""
     if resume is not None:
         resume = local_path(resume, "resume")
         owner = identity(model.config, params).digest
@@ -156,7 +159,7 @@ def calibrate(
             if not np.array_equal(state.tokens[start:rows], tokens):
                 raise ValueError(f"{resume} holds the moments of other batches")
             continue
-        new = _observe_batch(model, params, bases, tokens, input_moments)
+        new = _observe_batch(model, params, tokens, input_moments)
         state = dataclasses.replace(_add(state, new), model=owner)
         if resume is not None:
             state.save(resume)
@@ -171,10 +174,7 @@ def embed(
     model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "B T"]
 ) -> jax.Array:
     """Input embeddings [B, T, D] of the model."""
-    return _embed(model.config, params["embedding"], jnp.asarray(tokens))
-
-
-_embed = jax.jit(embed_tokens, static_argnums=0)
+    return embed_tokens(model.config, params["embedding"], jnp.asarray(tokens))
 
 
 def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:
@@ -191,16 +191,15 @@ def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndar
 def _observe_batch(
     model: Transformer,
     params: Mapping[str, Any],
-    bases: list[GQAConfig],
     tokens: Int[np.ndarray, "B T"],
     input_moments: bool,
 ) -> Stats:
     """The moments of one batch alone."""
     embedding = {"embedding": on_automatic_mesh(params["embedding"])}
     x, layers = embed(model, embedding, tokens), []
-    for index, base in enumerate(bases):
-        layer, own = model.config.layers[index], on_automatic_mesh(params[f"layers_{index}"])
-        moments = observe(model.config, base, own, x, input_moments)
+    for index, layer in enumerate(model.config.layers):
+        own = on_automatic_mesh(params[f"layers_{index}"])
+        moments = observe(block_kind(model.config, layer).block, own, x, input_moments)
         check_moments(moments, index, params)
         layers.append(moments)
         x = run_block(model.config, layer, own, x)
@@ -208,18 +207,17 @@ def _observe_batch(
 
 
 def observe(
-    config: ModelConfig,
-    base: GQAConfig,
+    block: Block,
     params: dict[str, Any],
     x: Float[Array, "B T D"],
     input_moments: bool = False,
 ) -> LayerStats:
     """The moments of one layer on its input, before the norm."""
-    sums = _moments(config, base, input_moments, params, x)
+    sums = _moments(block, input_moments, params, x)
     tokens = x.shape[0] * x.shape[1]
     means = {name: np.asarray(value, np.float64) / tokens for name, value in sums.items()}
     # Every query of every head gives away one unit of attention.
-    means["distance"] /= base.num_heads
+    means["distance"] /= gqa_of(block).num_heads
     return LayerStats(**means)
 
 
@@ -246,19 +244,15 @@ def merge(old: LayerStats, new: LayerStats, share: float) -> LayerStats:
     return LayerStats(**mixed)
 
 
-run_block = jax.jit(block, static_argnums=(0, 1))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _moments(
-    config: ModelConfig,
-    base: GQAConfig,
+    block: Block,
     input_moments: bool,
     params: dict[str, Any],
     x: Float[Array, "B T D"],
 ) -> dict[str, jax.Array]:
     """Sums over the tokens, fp32; named as in `LayerStats`."""
-    heads = Heads.of(config, base, params, x)
+    heads, base = Heads.of(block, params, x), gqa_of(block)
     kv = jnp.concatenate([heads.k, heads.v], axis=2).astype(jnp.float32)
     kv = kv.reshape(-1, 2 * base.num_kv_heads * base.head_dim)
     q = heads.q.astype(jnp.float32).reshape(-1, base.num_heads, base.head_dim)
@@ -269,7 +263,7 @@ def _moments(
         "distance": _distances(heads.rotated(base), base),
     }
     if input_moments:
-        y = attention_input(config, params, x).astype(jnp.float32).reshape(-1, x.shape[-1])
+        y = attention_input(block, params, x).astype(jnp.float32).reshape(-1, x.shape[-1])
         sums["input_second"] = _product("td,te->de", y, y)
     return sums
 

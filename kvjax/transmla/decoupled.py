@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.nn import Transformer
+from kvjax.nn.block import Block, block_kind
 from kvjax.transmla.calibration import (
     LayerStats,
     Stats,
@@ -22,10 +23,9 @@ from kvjax.transmla.calibration import (
     embed,
     merge,
     observe,
-    run_block,
 )
 from kvjax.transmla.latent_layer import LatentLayer, folded, low_rank_query, over_heads
-from kvjax.transmla.layer import attention_output, gqa_layers
+from kvjax.transmla.layer import attention_output, gqa_layers, run_block
 from kvjax.transmla.recipe import BEST, Recipe, close
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_scores import refit_scores
@@ -219,17 +219,17 @@ def _decouple_layer(
     base = layer.attention
     assert isinstance(base, GQAConfig)
     layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
-    moments = _observe_replay(config, base, own, original) if stats is None else stats.layers[index]
+    block = block_kind(config, layer).block
+    moments = _observe_replay(block, own, original) if stats is None else stats.layers[index]
     check_moments(moments, index, params)
     settings = (base, own["attn"], moments)
     partial = close(*settings, None, size.rope_dim, recipe)
-    seen = _observe_replay(config, base, own, converted) if recipe.recalibrate else None
+    seen = _observe_replay(block, own, converted) if recipe.recalibrate else None
     low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
     if recipe.refit:
-        args = (config, base, own)
-        final = refit_scores(*args, low, original, converted)
+        final = refit_scores(block, own, low, original, converted)
         target = output_target(config, layer, own, original, converted)
-        final = refit_outputs(*args, final, converted, target, size.v_head_dim, recipe.biased)
+        final = refit_outputs(block, own, final, converted, target, size.v_head_dim, recipe.biased)
     if recipe.refit or stats is None:
         original = replay(config, layer, own, original)
     if recipe.refit or recipe.recalibrate:
@@ -256,14 +256,12 @@ def mode_of(mode: str, base: GQAConfig) -> str:
     return mode
 
 
-def _observe_replay(
-    config: ModelConfig, base: GQAConfig, params: dict[str, Any], x: Float[Array, "S T D"]
-) -> LayerStats:
+def _observe_replay(block: Block, params: dict[str, Any], x: Float[Array, "S T D"]) -> LayerStats:
     """The moments of one layer over all sequences, a few at a time."""
     total, done = None, 0
     for start in range(0, len(x), REPLAY):
         part = x[start : start + REPLAY]
-        new, done = observe(config, base, params, part), done + len(part)
+        new, done = observe(block, params, part), done + len(part)
         total = new if total is None else merge(total, new, len(part) / done)
     assert total is not None
     return total
@@ -288,11 +286,9 @@ def output_target(
     Where a norm follows the attention, its output is no longer a summand of the residual stream,
     and the original's output is all it can aim at.
     """
-    out = _in_batches(lambda part: _attention_output(config, layer, params, part), original)
+    kind = block_kind(config, layer)
+    out = _in_batches(lambda part: attention_output(kind.block, params, kind.pairs, part), original)
     return out if config.post_norm else out + original - converted
-
-
-_attention_output = jax.jit(attention_output, static_argnums=(0, 1))
 
 
 def _in_batches(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kvjax.config import LayerConfig, ModelConfig
 from kvjax.finite import check_finite, check_params
 from kvjax.nn import Transformer
+from kvjax.nn.block import Block, block_kind
 from kvjax.ranges import COUNT, POSITIVE, SEED, SIZE, check_ranges
 from kvjax.transmla.calibration import Stats, embed
 from kvjax.transmla.decoupled import output_target, replay
@@ -67,6 +67,7 @@ def distill(
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     for index, layer in enumerate(model.config.layers):
         name, after = f"layers_{index}", converted_model.config.layers[index]
+        kind = block_kind(model.config, after)
         target = output_target(model.config, layer, params[name], original, converted)
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, new[name]["attn"])
         # Copies: the steps donate them, and the caller keeps what it passed.
@@ -75,7 +76,7 @@ def distill(
         for _ in range(steps):
             rows = rng.integers(0, len(stats.tokens), batch_size)
             masters, state, error = _step(
-                model.config, after, optimizer, masters, state, new[name],
+                kind.block, optimizer, masters, state, new[name], kind.pairs,
                 converted[rows], target[rows],
             )  # fmt: skip
         check_finite(masters, f"{name}/attn/", f" after {steps} steps of distillation")
@@ -88,20 +89,20 @@ def distill(
     return new
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _step(
-    config: ModelConfig,
-    layer: LayerConfig,
+    block: Block,
     optimizer: optax.GradientTransformation,
     masters: dict[str, Any],
     state: Any,
     params: dict[str, Any],
+    pairs: Int[Array, " half"] | None,
     x: Float[Array, "B T D"],
     target: Float[Array, "B T D"],
 ) -> tuple[dict[str, Any], Any, jax.Array]:
     def error(attn: dict[str, Any]) -> jax.Array:
         attn = jax.tree.map(lambda new, old: new.astype(old.dtype), attn, params["attn"])
-        out = attention_output(config, layer, {**params, "attn": attn}, x)
+        out = attention_output(block, {**params, "attn": attn}, pairs, x)
         missing = (out - target).astype(jnp.float32)
         return jnp.mean(missing**2) / jnp.mean(target.astype(jnp.float32) ** 2)
 

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from kvjax.cache import NoCache
 from kvjax.cache.attention import visible
 from kvjax.config import GQAConfig, LayerConfig, ModelConfig
+from kvjax.nn.block import ATTENTION, Block, block_kind, run_layer, whole_block
 from kvjax.nn.gqa import qk_norm
 from kvjax.nn.matmul import matmul
 from kvjax.nn.norm import rms_norm
 from kvjax.nn.rope import rope
-from kvjax.nn.transformer import ATTENTION, Block, Transformer
+from kvjax.nn.transformer import Transformer
 from pallas_kernels.reference import NEG_INF, soft_cap
 
 Params = dict[str, Any]
@@ -47,9 +49,9 @@ class Heads(NamedTuple):
     v: jax.Array
 
     @classmethod
-    def of(cls, config: ModelConfig, base: GQAConfig, layer: Params, x: jax.Array) -> Heads:
-        """Of a layer's parameters and its input [B, T, D], before the norm."""
-        attn, x = layer["attn"], attention_input(config, layer, x)
+    def of(cls, block: Block, params: Params, x: jax.Array) -> Heads:
+        """Of a block's parameters and its input [B, T, D], before the norm."""
+        base, attn, x = gqa_of(block), params["attn"], attention_input(block, params, x)
 
         def project(name: str) -> jax.Array:
             y = matmul(x, attn[name])
@@ -65,9 +67,15 @@ class Heads(NamedTuple):
         return self._replace(q=turn(self.q), k=turn(self.k))
 
 
-def attention_input(config: ModelConfig, layer: Params, x: jax.Array) -> jax.Array:
-    """The layer's input after the norm that stands before its attention, if one does."""
-    return rms_norm(x, layer["attn_pre_norm"], config.norm) if config.pre_norm else x
+def gqa_of(block: Block) -> GQAConfig:
+    """The attention of a block that is to be converted."""
+    assert isinstance(block.layer.attention, GQAConfig)
+    return block.layer.attention
+
+
+def attention_input(block: Block, params: Params, x: jax.Array) -> jax.Array:
+    """The block's input after the norm that stands before its attention, if one does."""
+    return rms_norm(x, params["attn_pre_norm"], block.norm) if block.pre_norm else x
 
 
 def _positions(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,22 +104,28 @@ def attention_weights(
     return jax.nn.softmax(jnp.where(mask, soft_cap(s_BNQS, base.softcap), NEG_INF), axis=-1)
 
 
-def block(
+def run_block(
     config: ModelConfig, layer: LayerConfig, params: Params, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-    """The output of a layer for sequences without padding."""
-    return Block(config, layer).apply({"params": params}, x, *_block_arguments(x))[0]
-
-
-def attention_output(
-    config: ModelConfig, layer: LayerConfig, params: Params, x: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    """The output of a layer's attention, before any norm and the residual sum."""
-    x = attention_input(config, params, x)
-    attention = ATTENTION[type(layer.attention)](layer.attention)
-    return attention.apply({"params": params["attn"]}, x, *_block_arguments(x))[0]
-
-
-def _block_arguments(x: jax.Array) -> tuple[Any, None, Any]:
+    """The output of a layer for sequences without padding, by the program of its kind."""
     at, lengths = _positions(x)
-    return at, None, lengths
+    return run_layer(block_kind(config, layer), params, x, at, NoCache(), lengths)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attention_output(
+    block: Block,
+    params: Params,
+    pairs: Int[Array, " half"] | None,
+    x: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
+    """The output of a block's attention, before any norm and the residual sum.
+
+    Args:
+        block, pairs: of a `BlockKind`.
+    """
+    config = whole_block(block, pairs).layer.attention
+    at, lengths = _positions(x)
+    attention = ATTENTION[type(config)](config, parent=None)
+    y = attention_input(block, params, x)
+    return attention.apply({"params": params["attn"]}, y, at, NoCache(), lengths)[0]

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kvjax.config import GQAConfig, ModelConfig, RopeConfig
+from kvjax.nn.block import Block
+from kvjax.nn.rope import Turn
 from kvjax.transmla.absorbed import (
     HIGHEST,
     CacheMaps,
@@ -26,13 +27,12 @@ from kvjax.transmla.absorbed import (
     rows,
 )
 from kvjax.transmla.latent_layer import LatentLayer
-from kvjax.transmla.layer import Heads, attention_weights
+from kvjax.transmla.layer import Heads, attention_weights, gqa_of
 from kvjax.transmla.least_squares import Equations, HeadMaps, Normal, Rows, ridge
 
 
 def refit_outputs(
-    config: ModelConfig,
-    base: GQAConfig,
+    block: Block,
     params: dict[str, Any],
     layer: LatentLayer,
     converted: Float[Array, "S T D"],
@@ -44,7 +44,7 @@ def refit_outputs(
     """Fits value up-projections, output projection and output bias to a target.
 
     Args:
-        params, converted: as in `refit_scores`.
+        block, params, converted: as in `refit_scores`.
         target: what the attention shall add to the residual stream.
         v_head_dim: width V of the product v_up · out of a head.
         biased: whether the bias is fitted too; it stays as it is otherwise.
@@ -54,7 +54,7 @@ def refit_outputs(
     maps = (CacheMaps.of(layer), QueryMaps.of(layer))
     few = converted.shape[0] * converted.shape[1] <= N * L
     form, solve_for = (Rows, output_rows) if few else (Normal, output_equations)
-    arrays = solve_for(config, base, layer.rope, params, *maps, converted, target)
+    arrays = solve_for(block, params, Turn.of(layer.rope), *maps, converted, target)
     equations: Equations = form(*(np.asarray(x, np.float64) for x in arrays))
     if not biased:
         equations = equations.without_bias(layer.out_bias)
@@ -72,19 +72,18 @@ def refit_outputs(
     return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def output_equations(
-    config: ModelConfig,
-    base: GQAConfig,
-    turn: RopeConfig | None,
+    block: Block,
     params: dict[str, Any],
+    turn: Turn,
     cached: CacheMaps,
     maps: QueryMaps,
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
 ) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
     """FᵀF and FᵀY, F the attention-weighted latents of all heads and a column of ones."""
-    features = functools.partial(_features, config, base, turn, params, cached, maps)
+    features = functools.partial(_features, block, params, turn, cached, maps)
 
     def add(total, group):
         f, y = rows(jax.vmap(features)(group[0]), 1), rows(group[1], 1).astype(jnp.float32)
@@ -92,33 +91,31 @@ def output_equations(
         product = jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
         return (total[0] + gram, total[1] + product), None
 
-    width = base.num_heads * cached.down.shape[1] + 1
+    width = gqa_of(block).num_heads * cached.down.shape[1] + 1
     zero = jnp.zeros((width, width), jnp.float32)
     start = (zero, jnp.zeros((width, converted.shape[-1]), jnp.float32))
     return jax.lax.scan(add, start, (grouped(converted), grouped(target)))[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def output_rows(
-    config: ModelConfig,
-    base: GQAConfig,
-    turn: RopeConfig | None,
+    block: Block,
     params: dict[str, Any],
+    turn: Turn,
     cached: CacheMaps,
     maps: QueryMaps,
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
 ) -> tuple[Float[Array, "M F"], Float[Array, "M D"]]:
     """F and Y themselves, M = S·T; see `output_equations`."""
-    features = functools.partial(_features, config, base, turn, params, cached, maps)
+    features = functools.partial(_features, block, params, turn, cached, maps)
     return rows(jax.lax.map(features, converted), 1), rows(target, 1).astype(jnp.float32)
 
 
 def _features(
-    config: ModelConfig,
-    base: GQAConfig,
-    turn: RopeConfig | None,
+    block: Block,
     params: dict[str, Any],
+    turn: Turn,
     cached: CacheMaps,
     maps: QueryMaps,
     x: Float[Array, "T D"],
@@ -126,9 +123,9 @@ def _features(
     """Attention-weighted latents of all heads of one sequence, and a column of ones."""
     T = len(x)
     at = jnp.arange(T, dtype=jnp.int32)
-    heads = Heads.of(config, base, params, x[None])
-    c, k_rope = cache_entries(heads, cached, turn)
-    s = latent_scores(maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, turn)
+    base, rope, heads = gqa_of(block), turn.rope, Heads.of(block, params, x[None])
+    c, k_rope = cache_entries(heads, cached, rope)
+    s = latent_scores(maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, rope)
     weights = attention_weights(s[None], at, base)[0]
     latents = jnp.einsum("nqt,tl->qnl", weights, c[0]).reshape(T, -1)
     return jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)

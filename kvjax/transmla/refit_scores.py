@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.config import GQAConfig, ModelConfig, RopeConfig
+from kvjax.nn.block import Block
+from kvjax.nn.rope import Turn
 from kvjax.transmla.absorbed import (
     HIGHEST,
     CacheMaps,
@@ -26,7 +27,7 @@ from kvjax.transmla.absorbed import (
     rows,
 )
 from kvjax.transmla.latent_layer import LatentLayer
-from kvjax.transmla.layer import Heads, attention_weights, scores
+from kvjax.transmla.layer import Heads, attention_weights, gqa_of, scores
 
 QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
 ITERATIONS = 20  # of the conjugate gradients
@@ -50,8 +51,7 @@ class ScoreData(NamedTuple):
 
 
 def refit_scores(
-    config: ModelConfig,
-    base: GQAConfig,
+    block: Block,
     params: dict[str, Any],
     layer: LatentLayer,
     original: Float[Array, "S T D"],
@@ -63,14 +63,14 @@ def refit_scores(
     preconditioned conjugate gradients on the normal equations.
 
     Args:
-        params: of the original layer.
+        block, params: of the original layer.
         original, converted: what this layer gets in the original model, and behind the layers that
             are already converted.
     """
     S, T, _ = original.shape
     at = query_positions(T, -(-QUERIES // S))
     maps = (CacheMaps.of(layer), QueryMaps.of(layer))
-    fitted = _solve_scores(config, base, layer.rope, params, *maps, at, original, converted)
+    fitted = _solve_scores(block, params, Turn.of(layer.rope), *maps, at, original, converted)
     return dataclasses.replace(
         layer,
         k_up=np.asarray(fitted.k_up, np.float64),
@@ -84,20 +84,21 @@ def query_positions(length: int, count: int) -> Int[np.ndarray, " Q"]:
     return np.arange(length - 1, -1, -stride, dtype=np.int32)[:count][::-1].copy()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def _solve_scores(
-    config: ModelConfig,
-    base: GQAConfig,
-    turn: RopeConfig | None,
+    block: Block,
     params: dict[str, Any],
+    turn: Turn,
     cached: CacheMaps,
     start: QueryMaps,
     at: Int[Array, " Q"],
     original: Float[Array, "S T D"],
     converted: Float[Array, "S T D"],
 ) -> QueryMaps:
+    scale = gqa_of(block).scale
+
     def observe(x_pair):
-        return score_data(config, base, turn, params, cached, at, *x_pair)
+        return score_data(block, params, turn, cached, at, *x_pair)
 
     data = jax.lax.map(jax.vmap(observe), (grouped(original), grouped(converted)))
 
@@ -106,7 +107,7 @@ def _solve_scores(
 
         def error(maps, group):
             each = jax.vmap(_score_error, in_axes=(None, 0, None, None, None, None))
-            return jnp.sum(each(maps, group, with_target, at, base.scale, turn))
+            return jnp.sum(each(maps, group, with_target, at, scale, turn.rope))
 
         def add(total, group):
             return jax.tree.map(jnp.add, total, jax.grad(error)(maps, group)), None
@@ -114,7 +115,7 @@ def _solve_scores(
         zero = jax.tree.map(jnp.zeros_like, maps)
         return jax.lax.scan(add, zero, data)[0]
 
-    curvature = _Curvature.of(data, base.scale)
+    curvature = _Curvature.of(data, scale)
 
     def normal(maps: QueryMaps) -> QueryMaps:
         pull = curvature.times(maps)
@@ -126,20 +127,20 @@ def _solve_scores(
 
 
 def score_data(
-    config: ModelConfig,
-    base: GQAConfig,
-    turn: RopeConfig | None,
+    block: Block,
     params: dict[str, Any],
+    turn: Turn,
     cached: CacheMaps,
     at: Int[Array, " Q"],
     original: Float[Array, "T D"],
     converted: Float[Array, "T D"],
 ) -> ScoreData:
     """Targets from the original stream, queries and cache entries from the converted one."""
-    want = Heads.of(config, base, params, original[None]).rotated(base)
+    base = gqa_of(block)
+    want = Heads.of(block, params, original[None]).rotated(base)
     target = scores(want.q[:, at], want.k, base.scale)
-    have = Heads.of(config, base, params, converted[None])
-    c, k_rope = cache_entries(have, cached, turn)
+    have = Heads.of(block, params, converted[None])
+    c, k_rope = cache_entries(have, cached, turn.rope)
     weights = attention_weights(target, at, base)
     return ScoreData(target[0], weights[0], have.q[0, at].astype(jnp.float32), c[0], k_rope[0])
 

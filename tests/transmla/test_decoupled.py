@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def test_half_the_cache_decodes_what_the_forward_says(name):
     recipe = BEST if name in ("llama_biases", "gemma2", "qwen3") else CLOSED
     new, weights = convert(model, params, method="decoupled", stats=stats, recipe=recipe, **sizes)
     variables = {"params": weights}
-    apply = jax.jit(new.apply)
+    apply = new.apply
     full = np.asarray(apply(variables, tokens)[0])
     assert np.isfinite(full).all()
     cache = new.init_cache(2, T, "float32")
@@ -78,7 +77,7 @@ def test_normed_keys_decode_exactly_over_64_tokens(name):
     rng = np.random.default_rng(5)
     tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (2, 72)), jnp.int32)
     want = forward(model, params, tokens)
-    apply = jax.jit(new.apply)
+    apply = new.apply
     cache = new.init_cache(2, 72, "float32")
     _, cache = apply({"params": weights}, tokens[:, :8], cache=cache)
     for step in range(8, 72):

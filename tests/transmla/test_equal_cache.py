@@ -60,7 +60,7 @@ def tokens():
 
 
 def forward(model, params):
-    return np.asarray(jax.jit(model.apply)({"params": params}, tokens())[0])
+    return np.asarray(model.apply({"params": params}, tokens())[0])
 
 
 def relative_error(got, want):
@@ -108,7 +108,7 @@ def test_cache_gives_the_full_forward_in_gqas_bytes(init, site):
     converted, new = kvjax.transmla.convert(model, params, init=init, rope_site=site)
     cache = converted.init_cache(2, T, "float32")
     assert cache_bytes(cache) == cache_bytes(model.init_cache(2, T, "float32"))
-    apply = jax.jit(converted.apply)
+    apply = converted.apply
     first, cache = apply({"params": new}, tokens()[:, :9], cache=cache)
     logits = [first]
     for step in range(9, T):

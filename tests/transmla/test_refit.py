@@ -10,6 +10,8 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
+from kvjax.nn.block import block_kind
+from kvjax.nn.rope import Turn
 from kvjax.transmla import BEST, calibrate, least_squares, refit_outputs, refit_scores
 from kvjax.transmla.absorbed import CacheMaps, QueryMaps
 from kvjax.transmla.layer import attention_output
@@ -30,16 +32,22 @@ def problem():
     latent = close(GQA, own["attn"], stats.layers[0], L, R, BEST)
     original = params["embedding"][tokens]
     noise = 0.1 * np.random.default_rng(1).standard_normal(original.shape)
-    return model.config, own, latent, original, original + jnp.asarray(noise, jnp.float32)
+    return (
+        block_kind(model.config, layer).block,
+        own,
+        latent,
+        original,
+        original + jnp.asarray(noise, jnp.float32),
+    )
 
 
-def score_problem(config, own, latent, original, converted):
+def score_problem(block, own, latent, original, converted):
     """Weighted, centred features and targets of head 0: rows √w·(z ⊗ q) and √w·s."""
     at = refit_scores.query_positions(T, T)
-    cached, positions = CacheMaps.of(latent), jnp.asarray(at)
+    arrays = own, Turn.of(latent.rope), CacheMaps.of(latent), jnp.asarray(at)
 
     def one(a, b):
-        return refit_scores.score_data(config, GQA, latent.rope, own, cached, positions, a, b)
+        return refit_scores.score_data(block, *arrays, a, b)
 
     data = jax.jit(jax.vmap(one))(original, converted)
     rows, targets = [], []
@@ -64,8 +72,8 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
     monkeypatch.setattr(refit_scores, "RIDGE", 0.0)
     monkeypatch.setattr(refit_scores, "ITERATIONS", 300)
     features, target = score_problem(*problem)
-    config, own, latent, original, converted = problem
-    fitted = refit_scores.refit_scores(config, GQA, own, latent, original, converted)
+    block, own, latent, original, converted = problem
+    fitted = refit_scores.refit_scores(block, own, latent, original, converted)
 
     def error(layer):
         k_up = layer.k_up[:, 0]  # [L, H]
@@ -81,12 +89,11 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
 
 def test_outputs_are_the_least_squares(problem, monkeypatch):
     monkeypatch.setattr(least_squares, "RIDGE", 1e-12)
-    config, own, latent, original, converted = problem
-    layer = LayerConfig(GQA, MLPConfig(16))
-    target = jax.jit(attention_output, static_argnums=(0, 1))(config, layer, own, original)
+    block, own, latent, original, converted = problem
+    target = attention_output(block, own, None, original)
     maps = CacheMaps.of(latent), QueryMaps.of(latent)
     gram, product = refit_outputs.output_equations(
-        config, GQA, latent.rope, own, *maps, converted, target
+        block, own, Turn.of(latent.rope), *maps, converted, target
     )
     gram, product = np.asarray(gram, np.float64), np.asarray(product, np.float64)
 
@@ -96,7 +103,7 @@ def test_outputs_are_the_least_squares(problem, monkeypatch):
         fit = np.einsum("fd,fg,gd->", whole, gram, whole) - 2 * (whole * product).sum()
         return fit + float((np.asarray(target, np.float64) ** 2).sum())
 
-    args = (config, GQA, own, latent, converted, target)
+    args = (block, own, latent, converted, target)
     whole = refit_outputs.refit_outputs(*args, v_head_dim=L)
     best = np.linalg.solve(gram, product)
     least = float((np.asarray(target, np.float64) ** 2).sum()) - (best * product).sum()
@@ -126,21 +133,22 @@ def test_query_positions_end_positionsthe_last():
 
 
 def test_a_layer_without_rope_or_softcap_refits_too(problem):
-    config, own, latent, original, converted = problem
+    block, own, latent, original, converted = problem
     base = dataclasses.replace(GQA, rope=None, window=None, softcap=None)
+    block = block.clone(layer=LayerConfig(base, MLPConfig(16)))
     bare = dataclasses.replace(
         latent, key_rope=latent.key_rope[:, :0], query_rope=latent.query_rope[..., :0], rope=None
     )
-    fitted = refit_scores.refit_scores(config, base, own, bare, original, converted)
+    fitted = refit_scores.refit_scores(block, own, bare, original, converted)
     assert fitted.query_rope.shape == (2, 8, 0) and np.isfinite(fitted.k_up).all()
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("width", [3, L])
 def test_rows_and_normal_equations_have_the_same_solution(problem, monkeypatch, biased, width):
-    config, own, latent, original, converted = problem
+    block, own, latent, original, converted = problem
     target = original[:1] - converted[:1]
-    args = (config, GQA, own, latent, converted[:1, :10], target[:, :10])
+    args = (block, own, latent, converted[:1, :10], target[:, :10])
     few = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
     monkeypatch.setattr(refit_outputs, "Rows", least_squares.Normal)
     monkeypatch.setattr(refit_outputs, "output_rows", refit_outputs.output_equations)

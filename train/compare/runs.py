@@ -27,7 +27,6 @@ from train.finetune.step import (
     TuneStep,
     adamw,
     compile_step,
-    eval_sums,
     learning_rate,
 )
 
@@ -172,7 +171,7 @@ class Trainer:
 
     def held_out_loss(self, masters: Flat) -> float:
         """Mean cross-entropy of the held-out answers, nats a token."""
-        sums = [eval_sums(self.step, masters, self.frozen, batch) for batch in self.held_out]
+        sums = [self.step.sums(masters, self.frozen, batch) for batch in self.held_out]
         total = sum(float(s.loss) for s in sums) / sum(float(s.weight) for s in sums)
         return round(total, 5)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import absl.logging
 import tyro
 
-from kvjax import processes
+from kvjax import compilation_cache, processes
 from kvjax.paths import check_local
 from train.finetune.config import TuneConfig, read_config
 
@@ -69,6 +69,8 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     if arguments.dry_run:
         from train.finetune.dry_run import dry_run
 
+        if arguments.topology is not None:  # programs for other devices cannot be read back
+            compilation_cache.enable("off")
         report = dry_run(arguments.settings, arguments.topology)
     else:
         from train.finetune.run import finetune

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,8 +15,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from kvjax.cache import NoCache
+from kvjax.config import ModelConfig
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block
+from kvjax.nn.block import Block, apply_block, block_kinds
+from kvjax.nn.transformer import hidden_logits, output_params
 
 Batch = Mapping[str, Any]
 """tokens, targets, positions, segments [B, T] int32 and weights [B, T] fp32 of `train.data`."""
@@ -52,20 +56,35 @@ def hidden(
         place: how the batch is split over devices. Activations are held to it: otherwise the
             compiler may gather them, rather than the weights that FSDP splits.
     """
-    c, positions = model.config, batch["positions"]
-    cache = NoCache(batch["segments"])
-    lengths = jnp.max(positions, axis=1) + 1
     x: Any = model.apply({"params": params}, batch["tokens"], method="embed")
     x = keep(x, place)
-    for index, layer in enumerate(c.layers):
+    for index, kind in enumerate(block_kinds(model.config)):
 
-        def block(own, x, layer=layer):
-            y: Any = Block(c, layer).apply({"params": own}, x, positions, cache, lengths)
-            return keep(y[0], place)
+        def block(own, x, kind=kind):
+            return packed_block(kind.block, place, own, kind.pairs, x, batch)
 
         block = jax.checkpoint(block) if remat else block
         x = block(params[f"layers_{index}"], x)
     return x
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def packed_block(
+    block: Block,
+    place: NamedSharding | None,
+    params: Any,
+    pairs: Any,
+    x: Float[Array, "B T D"],
+    batch: Batch,
+) -> Float[Array, "B T D"]:
+    """One layer's output; the program of all layers of a kind, part of the step's in training.
+
+    Args:
+        block, params, pairs: see `kvjax.nn.block.apply_block`.
+    """
+    positions, cache = batch["positions"], NoCache(batch["segments"])
+    lengths = jnp.max(positions, axis=1) + 1
+    return keep(apply_block(block, params, pairs, x, positions, cache, lengths)[0], place)
 
 
 def token_sums(
@@ -87,6 +106,38 @@ def token_sums(
     """
     B, T = batch["tokens"].shape
     size = max(1, min(T, ways(place) * LOGITS // (B * model.config.vocab_size)))
+    wanted = None if teacher is None else (output_weights(*teacher[:2]), teacher[2])
+    return _sliced_sums(size, place, output_weights(model, params), x, batch, wanted)
+
+
+@flax.struct.dataclass
+class OutputWeights:
+    """The parameters behind a model's last layer."""
+
+    params: Any
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Of the last layer's output; fp32."""
+        return hidden_logits(self.config, self.params, x)
+
+
+def output_weights(model: Transformer, params: Any) -> OutputWeights:
+    """Those of a model's parameters."""
+    return OutputWeights({n: params[n] for n in output_params(model.config)}, model.config)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sliced_sums(
+    size: int,
+    place: NamedSharding | None,
+    outputs: OutputWeights,
+    x: Float[Array, "B T D"],
+    batch: Batch,
+    teacher: tuple[OutputWeights, Float[Array, "B T D"]] | None,
+) -> Sums:
+    """`token_sums` in slices of `size` tokens of the sequence."""
+    B, T = batch["tokens"].shape
     slices = -(-T // size)
 
     def cut(leaf: jax.Array) -> jax.Array:
@@ -96,18 +147,16 @@ def token_sums(
 
     def sums(chunk: Any) -> Sums:
         x, x_teacher, targets, weights = jax.tree.map(lambda leaf: keep(leaf, place), chunk)
-        logits: Any = model.apply({"params": params}, x, method="unembed")
-        divergence = jnp.zeros((), jnp.float32)
+        logits, divergence = outputs.logits(x), jnp.zeros((), jnp.float32)
         if teacher is not None:
-            wanted: Any = teacher[0].apply({"params": teacher[1]}, x_teacher, method="unembed")
-            divergence = jnp.sum(kl_divergence(wanted, logits) * weights)
+            divergence = jnp.sum(kl_divergence(teacher[0].logits(x_teacher), logits) * weights)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         # The maximum is there for the loss already; an argmax is a slow pass of its own on CPUs.
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         right = (own >= jnp.max(logits, axis=-1)).astype(jnp.float32)
         return Sums(jnp.sum(losses * weights), divergence, jnp.sum(right * weights), weights.sum())
 
-    x_teacher = None if teacher is None else teacher[2]
+    x_teacher = None if teacher is None else teacher[1]
     chunks = jax.tree.map(cut, (x, x_teacher, batch["targets"], batch["weights"]))
     if slices == 1:
         return sums(jax.tree.map(lambda leaf: leaf[0], chunks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +113,7 @@ class TuneStep:
         return TuneState(stepped, opt_state), metrics
 
     def sums(self, masters: Flat, frozen: Flat, batch: Batch, teacher_params: Any = None) -> Sums:
-        """Losses of a batch; also what an evaluation calls."""
+        """Losses of a batch; part of the step, and what an evaluation calls: a program a block."""
         cast = {path: leaf.astype(self.dtype) for path, leaf in masters.items()}
         params = unflatten({**frozen, **cast})
         x = hidden(self.model, params, batch, self.remat, self.place)
@@ -180,14 +179,6 @@ def compile_step(
     compiled = run.lower(state, frozen, batch, rate, teacher).compile()
     cost = compiled.cost_analysis() or {}
     return CompiledStep(compiled, cost.get("flops"))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def eval_sums(
-    step: TuneStep, masters: Flat, frozen: Flat, batch: Batch, teacher_params: Any = None
-) -> Sums:
-    """`TuneStep.sums` under jit."""
-    return step.sums(masters, frozen, batch, teacher_params)
 
 
 def adamw(b1: float, b2: float, weight_decay: float, clip: float) -> optax.GradientTransformation:

@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import MLAConfig
 from kvjax.finite import OVERFLOW, check_finite
 from kvjax.nn import Transformer
+from kvjax.nn.block import block_kind
 from kvjax.nn.matmul import matmul
 from kvjax.token_ids import token_ids
-from kvjax.transmla.calibration import embed, run_block
-from kvjax.transmla.layer import attention_input
+from kvjax.transmla.calibration import embed
+from kvjax.transmla.layer import attention_input, run_block
 
 MARGIN = 2.0**12
 """The constant dimension over the largest possible ‖latent‖: the norm scales by 1 − 2⁻²⁵ at most,
@@ -116,9 +117,8 @@ def latent_rms(
         if not isinstance(c, MLAConfig):
             raise ValueError(f"layer {index} is {type(c).__name__}, expected MLAConfig")
         parts = [x[i : i + BATCH] for i in range(0, len(x), BATCH)]
-        sums = [
-            _moments(attention_input(model.config, own, part), own["attn"], c) for part in parts
-        ]
+        block = block_kind(model.config, layer).block
+        sums = [_moments(attention_input(block, own, part), own["attn"], c) for part in parts]
         first, second = np.sum(np.asarray(sums, np.float64), axis=0)
         check_finite({"latents": first}, f"layer {index}: ", f": {OVERFLOW}")
         weights.append(first / np.maximum(second, np.finfo(np.float64).tiny))
