@@ -3,8 +3,8 @@
     python -m benchmarks.decode_model [--layers 32] [--out benchmarks/results/decode_model.json]
 
 Steps of one token each, greedy, in one compiled loop over a donated cache, with the implementation
-that the device gives. All settings hold as many entries, evenly in a dense cache, evenly in pools,
-or skewed in pools as HeadKV's budgets are. They take turns. Fewer layers where memory is short.
+that the device gives. All settings hold as many entries, evenly in a dense cache, evenly in a pool,
+or skewed in a pool as HeadKV's budgets are. They take turns. Fewer layers where memory is short.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.environment import environment
-from kvjax.cache import DenseCache, HeadBudgetCache, cache_bytes
-from kvjax.cache.head_budget import pool_alignment
+from benchmarks.pools import held_pool
+from kvjax.cache import DenseCache, ModelCache, cache_bytes
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
@@ -112,7 +113,7 @@ def measure(size: Size, dtype: str, repeats: int) -> list[Row]:
     for turn in range(repeats + 1):
         for name in caches:
             fresh = SETTINGS[name](size, dtype)
-            caches[name] = []  # one cache of a setting at a time
+            caches[name] = None  # one cache of a setting at a time
             start = time.perf_counter()
             caches[name] = jax.block_until_ready(run(model, params, tokens, fresh, size.steps))
             if turn:  # the first call compiles
@@ -127,10 +128,10 @@ def measure(size: Size, dtype: str, repeats: int) -> list[Row]:
     return rows
 
 
-def decode(model: Transformer, params: Any, tokens: jax.Array, cache: list, steps: int) -> list:
+def decode(model: Transformer, params: Any, tokens: jax.Array, cache: Any, steps: int) -> Any:
     """The cache after `steps` greedy tokens."""
 
-    def step(_: Any, state: tuple[jax.Array, list]) -> tuple[jax.Array, list]:
+    def step(_: Any, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         tokens, cache = state
         out: Any = model.apply({"params": params}, tokens, cache=cache)
         logits, cache = out
@@ -152,30 +153,17 @@ def dense(size: Size, dtype: str) -> list[DenseCache]:
     return [layer() for _ in range(size.layers)]
 
 
-def pools(size: Size, dtype: str, budgets: str) -> list[HeadBudgetCache]:
-    """As many entries in pools."""
+def pools(size: Size, dtype: str, budgets: str) -> ModelCache:
+    """As many entries in a pool of all layers."""
     counts = head_budgets(size.kv_heads, size.context, budgets)
-
-    def layer() -> HeadBudgetCache:
-        cache = HeadBudgetCache.create(
-            size.batch,
-            [int(count) + size.steps for count in counts],
-            size.head_dim,
-            size.head_dim,
-            dtype,
-            align=pool_alignment(dtype),
-        )
-        held = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), cache.head_lengths.shape)
-        lengths = jnp.full((size.batch,), size.context, jnp.int32)
-        return dataclasses.replace(cache, head_lengths=jnp.array(held), lengths=lengths)
-
-    return [layer() for _ in range(size.layers)]
+    held = np.broadcast_to(counts, (size.layers, size.kv_heads))
+    return held_pool(model_config(size), held, size.context, size.steps, size.batch, dtype)
 
 
-SETTINGS: dict[str, Callable[[Size, str], list]] = {
+SETTINGS: dict[str, Callable[[Size, str], Any]] = {
     "dense": dense,
-    "pools, uniform": lambda size, dtype: pools(size, dtype, "uniform"),
-    "pools, skewed": lambda size, dtype: pools(size, dtype, "skewed"),
+    "pool, uniform": lambda size, dtype: pools(size, dtype, "uniform"),
+    "pool, skewed": lambda size, dtype: pools(size, dtype, "skewed"),
 }
 
 

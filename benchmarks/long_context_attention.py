@@ -11,7 +11,6 @@ settings take turns, so that whatever else the machine does meets all of them.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -28,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.environment import environment
-from kvjax.cache import AttentionSpec, DenseCache, HeadBudgetCache
+from benchmarks.pools import held_pool
+from kvjax.cache import AttentionSpec, DenseCache, ModelCache, advance, with_layer
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.headkv.budgets import allocate
 from kvjax.paths import local_path
 
@@ -113,9 +114,9 @@ def compare(size: Size, dtype: str, batch: int, shares: list[float]) -> list[Row
     for share in shares:
         held[f"uniform {share:.0%}"] = uniform(size, share)
         held[f"headkv {share:.0%}"] = skewed(size, share)
-    caches: dict[str, list[Any]] = {"full": [dense(size, dtype, batch) for _ in everything]}
+    caches: dict[str, Any] = {"full": [dense(size, dtype, batch) for _ in everything]}
     for name, counts in held.items():
-        caches[name] = [pool(size, row, dtype, batch) for row in counts]
+        caches[name] = pool(size, counts, dtype, batch)
     times = in_turns(size, dtype, batch, caches)
     entry = 2 * size.head_dim * jnp.dtype(dtype).itemsize * batch
     rows = []
@@ -164,27 +165,20 @@ def dense(size: Size, dtype: str, batch: int) -> DenseCache:
     return DenseCache(random(shape, dtype), random(shape, dtype), lengths)
 
 
-def pool(size: Size, held: np.ndarray, dtype: str, batch: int) -> HeadBudgetCache:
-    """One layer's cache in which head k holds held[k] random entries."""
-    capacities = [int(count) + size.room for count in held]
-    cache = HeadBudgetCache.create(batch, capacities, size.head_dim, size.head_dim, dtype)
-    shape = cache.k_pool.shape
-    return dataclasses.replace(
-        cache,
-        k_pool=random(shape, dtype),
-        v_pool=random(shape, dtype),
-        head_lengths=jnp.broadcast_to(jnp.asarray(held, jnp.int32)[None], (batch, len(held))),
-        lengths=jnp.full((batch,), size.tokens, jnp.int32),
-    )
+def pool(size: Size, held: np.ndarray, dtype: str, batch: int) -> ModelCache:
+    """The cache of all layers in which head k of layer l holds held[l, k] random entries."""
+    heads = size.kv_heads * size.group, size.kv_heads, size.head_dim
+    attention = GQAConfig(*heads, size.head_dim**-0.5, RopeConfig(size.head_dim))
+    layers = (LayerConfig(attention, MLPConfig(1)),) * size.layers
+    config = ModelConfig("llama", 1, size.head_dim, layers)
+    return held_pool(config, held, size.tokens, size.room, batch, dtype, random)
 
 
 def random(shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
 
 
-def in_turns(
-    size: Size, dtype: str, batch: int, caches: dict[str, list[Any]]
-) -> dict[str, list[float]]:
+def in_turns(size: Size, dtype: str, batch: int, caches: dict[str, Any]) -> dict[str, list[float]]:
     """Seconds of single steps of every setting, after two that warm up."""
     heads = (size.kv_heads * size.group, size.kv_heads, size.kv_heads)
     new = [random((batch, 1, count, size.head_dim), dtype) for count in heads]
@@ -199,15 +193,15 @@ def in_turns(
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
-def attention_step(spec: AttentionSpec) -> Callable[..., tuple[jax.Array, list[Any]]]:
+def attention_step(spec: AttentionSpec) -> Callable[..., tuple[jax.Array, Any]]:
     """Jitted: one token through the attention of all layers, each layer's output the next query."""
 
-    def step(q: jax.Array, k: jax.Array, v: jax.Array, caches: list[Any]):
-        after = []
-        for cache in caches:
-            q, cache = cache.attend(q, k, v, cache.lengths[:, None], spec)
-            after.append(cache)
-        return q, after
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, caches: Any):
+        lengths = caches[0].lengths
+        for index in range(len(caches)):
+            q, cache = caches[index].attend(q, k, v, lengths[:, None], spec)
+            caches = with_layer(caches, index, cache)
+        return q, advance(caches, lengths + 1)
 
     return jax.jit(step, donate_argnums=3)
 

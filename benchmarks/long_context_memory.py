@@ -3,15 +3,18 @@
     python -m benchmarks.long_context_memory [--tokens 16384]
 
 A random model reads one prompt and decodes a few tokens. Two numbers for each setting, both without
-the parameters: what XLA reserves for the compiled programs (`memory_analysis`), and by how much the
-resident memory of a process of its own grows while it runs them. "no cache" is the same prefill, of
-which nothing stays: what a layer needs while it is read, and no more.
+the parameters: what XLA reserves for the program that needs most (`memory_analysis`) beside the
+arrays that exist meanwhile, and by how much the resident memory of a process of its own grows while
+it runs them all. "no cache" is the same prefill, of which nothing stays: what a layer needs while
+it is read, and no more.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -29,13 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.environment import environment
+from kvjax.cache import ModelCache
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.decoding import decode, first_token, prefill
-from kvjax.headkv.plan import FullPlan, Plan
+from kvjax.decoding import decode, first_token
+from kvjax.headkv.compression import Compression
 from kvjax.headkv.policy import resolve
 from kvjax.headkv.scores import HeadScores
 from kvjax.nn import Transformer
+from kvjax.nn.block import block_kinds, block_program
 from kvjax.paths import local_path
+from kvjax.prefill import OBSERVED, cache_shapes, read_layer, read_prompts
 from kvjax.sampling import Sampling
 
 SETTINGS = ("no cache", "full", "headkv")
@@ -63,28 +69,38 @@ class Size:
         return 2 * self.kv_heads * self.head_dim * self.tokens * 4
 
 
-@dataclass(frozen=True)
-class ForgetPlan(Plan):
-    """The prefill of another plan, of which no layer's cache stays."""
+@dataclass(frozen=True, eq=False)
+class Forget(Compression):
+    """Reads like another policy, and keeps nothing of any layer."""
 
-    of: Plan
+    def start(self, device: Any = None) -> Any:
+        """See `Compression.start`."""
+        return replace(super().start(device), own=(), pools=(), places=())
 
-    def start(self, layer: int, batch: int, prompt_len: int, room: int, dtype: Any) -> Any:
-        """See `Plan.start`."""
-        return self.of.start(layer, batch, prompt_len, room, dtype)
-
-    def finish(self, layer: int, cache: Any, room: int) -> tuple[()]:
-        """See `Plan.finish`."""
-        return ()
+    def compress(self, caches: Any, layer: int, prompt: Any) -> Any:
+        """See `Compression.compress`."""
+        return caches
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """What XLA reserves for one program, in bytes; `results` are those not written in place."""
+    """What exists while one program runs, in bytes.
+
+    Attributes:
+        temporaries, results, arguments: of the program, as XLA reserves them; results are those
+            that are not written in place.
+        held: caches, and the prompt of the layer before, that are no argument of the program.
+    """
 
     temporaries: int
     results: int
     arguments: int
+    held: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.temporaries + self.results + self.arguments + self.held
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,8 @@ class Row:
 
     Attributes:
         cache_bytes: what decode holds, room for the new tokens included.
-        reserved_peak: the larger of the two programs' arguments, results and temporaries.
+        prefill, decode: the program of each that needs most.
+        reserved_peak: the larger of the two totals.
         resident_growth: peak resident memory of a process during both, less what was resident
             before; `resident_before` holds Python, jax, the parameters and the compiled programs.
         seconds: wall time of both in that process.
@@ -171,18 +188,17 @@ def make_model(size: Size) -> Transformer:
     )
 
 
-def make_plan(setting: str, model: Transformer, size: Size) -> Plan:
-    """The plan of a setting; HeadKV's scores are random, a few heads far above the others."""
-    if setting == "full":
-        return FullPlan(model.config)
+def make_work(setting: str, model: Transformer, size: Size) -> Compression:
+    """A setting's policy at work; HeadKV's scores are random, a few heads far above the others."""
     samples = np.random.default_rng(0).random((size.layers, size.heads, 1)) ** 4
-    policy = resolve(f"headkv:kv_size={size.kv_size}", model.config, HeadScores(samples))
-    plan = policy.plan(model.config, size.tokens, jnp.float32)
-    return plan if setting == "headkv" else ForgetPlan(plan)
+    name = "full" if setting == "full" else f"headkv:kv_size={size.kv_size}"
+    policy = resolve(name, model.config, HeadScores(samples))
+    work = policy.compression(model.config, [size.tokens], size.new_tokens, jnp.float32)
+    return Forget(**vars(work)) if setting == "no cache" else work
 
 
-def make_inputs(model: Transformer, size: Size) -> tuple[Any, jax.Array, jax.Array]:
-    """Random parameters, tokens [1, T] and lengths [1]."""
+def make_inputs(model: Transformer, size: Size) -> tuple[Any, np.ndarray]:
+    """Random parameters, and tokens [1, T]."""
     rng = np.random.default_rng(0)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -191,67 +207,61 @@ def make_inputs(model: Transformer, size: Size) -> tuple[Any, jax.Array, jax.Arr
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * size.hidden**-0.5)
 
     params = jax.tree.map(fill, param_shapes(model))
-    tokens = jnp.asarray(rng.integers(0, size.vocab, (1, size.tokens)), jnp.int32)
-    return params, tokens, jnp.asarray([size.tokens], jnp.int32)
+    return params, rng.integers(0, size.vocab, (1, size.tokens), dtype=np.int32)
 
 
 def param_shapes(model: Transformer) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-@dataclass(frozen=True)
-class Programs:
-    """What generation runs, compiled; without a cache there is nothing after prefill.
+def reserved(setting: str, size: Size) -> Row:
+    """What XLA reserves for the programs of prefill and decode, of the last layer."""
+    model = make_model(size)
+    params, work = param_shapes(model), make_work(setting, model, size)
+    read, prompt = reading(model, params, size)
+    if isinstance(work, Forget):
+        largest = dataclasses.replace(read, held=tree_bytes(prompt))
+        return Row(setting, tree_bytes(params), 0, largest, None, largest.total)
+    caches, last = cache_shapes(work, size.tokens), size.layers - 1
+    own = caches.places[last] is None
+    before = caches.with_layer(last, None) if own else caches
+    read = dataclasses.replace(read, held=tree_bytes((before, prompt)))
+    compress = jax.jit(work.compress, static_argnums=1, donate_argnums=0)
+    packing = memory_of(compress.lower(before, last, prompt).compile())
+    of_prefill = max(read, packing, key=lambda part: part.total)
+    of_decode = stepping(model, params, caches, last)
+    peak = max(of_prefill.total, of_decode.total)
+    return Row(setting, tree_bytes(params), tree_bytes(caches), of_prefill, of_decode, peak)
 
-    Attributes:
-        prefill: (params, tokens, lengths) to (logits, cache).
-        first: (logits, keys, sampling, eos, lengths) to the decode state, the cache left out.
-        decode: (params, state, sampling, eos, limit) to the decode state.
-    """
 
-    prefill: Any
-    first: Any
-    decode: Any
-    cache_bytes: int
-    params_bytes: int
-
-
-def compile_programs(setting: str, size: Size) -> Programs:
-    """The programs of a setting, for shapes alone."""
-    model, shape = make_model(size), jax.ShapeDtypeStruct
-    params, lengths = param_shapes(model), shape((1,), jnp.int32)
-    tokens = shape((1, size.tokens), jnp.int32)
-    traced = prefill.trace(
-        model, params, tokens, lengths, make_plan(setting, model, size), size.new_tokens
-    )
-    logits, cache = traced.out_info
-    held = tree_bytes(cache), tree_bytes(params)
+def reading(model: Transformer, params: Any, size: Size) -> tuple[Reserved, Any]:
+    """The program that reads a layer, and the shapes of the prompt that it makes."""
+    kind, shape = block_kinds(model.config)[0], jax.ShapeDtypeStruct
+    x = shape((1, size.tokens, size.hidden), jnp.float32)
+    lengths = shape((1,), jnp.int32)
+    arrays = params["layers_0"], kind.pairs, x, lengths, lengths
+    traced = read_layer.trace(kind.block, *arrays, observed=OBSERVED)
     compiled = traced.lower().compile()
-    if not jax.tree.leaves(cache):
-        return Programs(compiled, None, None, *held)
-    sampling, keys = Sampling.create(0.0, 0, 1.0), jax.random.split(jax.random.key(0), 1)
-    first = first_token.trace(logits, keys, sampling, NO_EOS, lengths, size.new_tokens)
-    state, limit = replace(first.out_info, cache=cache), shape((), jnp.int32)
-    steps = decode.trace(model, params, state, sampling, NO_EOS, limit)
-    return Programs(compiled, first.lower().compile(), steps.lower().compile(), *held)
+    return memory_of(compiled, tree_bytes(params["layers_0"])), traced.out_info[1]
+
+
+def stepping(model: Transformer, params: Any, caches: ModelCache, layer: int) -> Reserved:
+    """A layer's program of a decode step."""
+    kind, shape = block_kinds(model.config)[layer], jax.ShapeDtypeStruct
+    x = shape((1, 1, model.config.hidden_size), jnp.float32)
+    own, cache = params[f"layers_{layer}"], jax.eval_shape(lambda caches: caches[layer], caches)
+    arrays = own, kind.pairs, x, shape((1, 1), jnp.int32), cache, shape((1,), jnp.int32)
+    program: Any = block_program(kind.block, donate=True)  # type: ignore
+    compiled = program.lower(*arrays).compile()
+    part = memory_of(compiled, tree_bytes(own))
+    return dataclasses.replace(part, held=max(tree_bytes(caches) - tree_bytes(cache), 0))
 
 
 def tree_bytes(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def reserved(setting: str, size: Size) -> Row:
-    """What XLA reserves."""
-    programs = compile_programs(setting, size)
-    of_prefill = memory_of(programs.prefill, programs.params_bytes)
-    of_decode = None
-    if programs.decode is not None:
-        of_decode = memory_of(programs.decode, programs.params_bytes)
-    peak = max(sum(asdict(part).values()) for part in (of_prefill, of_decode) if part is not None)
-    return Row(setting, programs.params_bytes, programs.cache_bytes, of_prefill, of_decode, peak)
-
-
-def memory_of(compiled: Any, params_bytes: int) -> Reserved:
+def memory_of(compiled: Any, params_bytes: int = 0) -> Reserved:
     """`memory_analysis` without the parameters."""
     memory = compiled.memory_analysis()
     return Reserved(
@@ -271,28 +281,34 @@ def measure(setting: str, size: Size) -> Row:
 
 def run(setting: str, size: Size) -> dict[str, float]:
     """Runs prefill and decode in this process: the last three fields of `Row`."""
-    programs = compile_programs(setting, size)
-    params, tokens, lengths = make_inputs(make_model(size), size)
-    sampling, keys = Sampling.create(0.0, 0, 1.0), jax.random.split(jax.random.key(0), 1)
-    jax.block_until_ready((params, tokens, lengths, keys))
+    model = make_model(size)
+    params, tokens = make_inputs(model, size)
+    work = make_work(setting, model, size)
+    generate(model, params, tokens, work)  # compiles
+    gc.collect()
     # What compilation has freed must not be lent to the programs.
     ctypes.CDLL(None).malloc_trim(0)
     before, start = resident("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    logits, cache = programs.prefill(params, tokens, lengths)
-    if programs.decode is None:
-        jax.block_until_ready(logits)
-    else:
-        state = programs.first(logits, keys, sampling, NO_EOS, lengths)
-        state = replace(state, cache=cache)
-        limit = jnp.asarray(size.new_tokens, jnp.int32)
-        del cache
-        jax.block_until_ready(programs.decode(params, state, sampling, NO_EOS, limit).output)
+    generate(model, params, tokens, work)
     return {
         "resident_before": before,
         "resident_growth": resident("VmHWM") - before,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def generate(model: Transformer, params: Any, tokens: np.ndarray, work: Compression) -> None:
+    """Reads the prompt and, unless nothing of it is kept, decodes greedily."""
+    logits, (cache,) = read_prompts(model, params, tokens, [work])
+    if isinstance(work, Forget):
+        jax.block_until_ready(logits)
+        return
+    greedy, keys = Sampling.create(0.0, 0, 1.0), jax.random.split(jax.random.key(0), 1)
+    state = replace(first_token(logits, keys, greedy, NO_EOS), cache=cache)
+    del cache
+    for _ in decode(model, params, state, greedy, NO_EOS, work.new_tokens):
+        pass
 
 
 def resident(field: str) -> int:
@@ -332,7 +348,7 @@ def mib(size: float) -> float:
 def line(row: Row) -> str:
     return (
         f"{row.setting:8}: cache {mib(row.cache_bytes):6.1f} MiB, "
-        f"temporaries of prefill {mib(row.prefill.temporaries):6.1f}, "
+        f"of prefill {mib(row.prefill.total):6.1f}, "
         f"reserved {mib(row.reserved_peak):6.1f}, "
         f"resident {mib(row.resident_growth):6.1f} in {row.seconds:.0f} s"
     )

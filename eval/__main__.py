@@ -32,6 +32,7 @@ commands:  perplexity  of a text, dense, in a sliding window, or from a compress
 
 --distributed auto|HOST:PORT,PROCESSES,INDEX (or KVJAX_DISTRIBUTED): one of several processes, which
 share the items of each task
+{cache}
 """
 
 
@@ -39,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; bad input is one line on standard error and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     from eval.registry import TASKS
+    from kvjax import compilation_cache, processes
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(tasks=", ".join(TASKS)))
+        print(HELP.format(tasks=", ".join(TASKS), cache=compilation_cache.HELP))
         sys.exit(0 if argv else 2)
-    from kvjax import processes
-
     try:
+        folder, argv = compilation_cache.take_flag(argv)
         distributed, argv = processes.take_flag(argv)
+        compilation_cache.enable(folder, processes.asked(distributed))
         processes.join(distributed)
         with processes.together():
             dispatch(argv[0], argv[1:])

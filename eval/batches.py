@@ -14,7 +14,7 @@ from kvjax.prompts import bucket_length
 
 @dataclass(frozen=True)
 class Shape:
-    """What a program is compiled for.
+    """What programs are compiled for.
 
     Attributes:
         bucket: prompt tokens, padding included.
@@ -80,7 +80,7 @@ def make_batches(
 
 
 def shapes(batches: Iterable[Batch]) -> dict[Shape, list[Prompt]]:
-    """The prompts of each shape; as many programs are compiled for each policy."""
+    """The prompts of each shape."""
     found: dict[Shape, list[Prompt]] = {}
     for batch in batches:
         found.setdefault(batch.shape, []).extend(batch.prompts)

@@ -47,14 +47,14 @@ class TaskCommand:
         subsets: of those that have some; all otherwise.
         shots: examples in the prompt, where the task has a choice.
         seed: of generated prompts and of sampled answers.
-        protocol: teacher: feed the right answer through the compressed cache, one prefill for all
-            policies; after: the same, with the question asked after the compression.
+        protocol: teacher: feed the right answer through the compressed cache; after: the same, with
+            the question asked after the compression.
         chat: prompts inside the tokenizer's chat template.
         max_length: tokens of prompt and answer, where it is less than the model's context.
         max_new_tokens: longest answer, where it is less than the task's.
         truncate: cut long prompts in another way than the task's: their middle, or their start.
         unsafe_execution: run programs that a model wrote without a sandbox, if there is none.
-        dry_run: print items, prompt tokens, compiles and cache bytes, and stop. They are those of
+        dry_run: print items, prompt tokens, shapes and cache bytes, and stop. They are those of
             one device, whatever --mesh says.
     """
 
@@ -281,7 +281,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
         }
         for row in plan["buckets"]
     ]
-    print_rows(rows, f"{plan['task']}: {plan['items']} items, {plan['compiles']} compiles")
+    print_rows(rows, f"{plan['task']}: {plan['items']} items, {plan['shapes']} shapes")
 
 
 def _score(part: dict[str, Any]) -> str:

@@ -14,11 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eval.loaded import bounds_growth
 from kvjax.cache import cache_bytes
-from kvjax.decoding import prefill
-from kvjax.generation import full_cache_bytes, make_plan
+from kvjax.config import ModelConfig
+from kvjax.feeding import hidden_states, output_weights
+from kvjax.generation import full_cache_bytes
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import hidden_logits
 from kvjax.numerics import not_finite
+from kvjax.prefill import prefill
 from kvjax.prompts import bucket_length, pad
 from kvjax.sampling import most_likely
 
@@ -61,23 +64,21 @@ def compressed(
     longest = max(map(len, rests))
     room = -(-longest // PIECE) * PIECE
     bucket = min(bucket_length(max(map(len, reads))), model.config.context_length)
-    plan = make_plan(policy, model, params, bucket)
     tokens, lengths = pad(reads, bucket)
-    logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=room)
+    logits, cache = prefill(model, params, tokens, lengths, policy, max_new_tokens=room)
     held = cache_bytes(cache)
     fed = np.full((len(reads), room + 1), -1, np.int32)
     for row, ids in enumerate(rests):
         fed[row, : len(ids)] = ids
     first = np.where(np.asarray(alone)[:, None], fed[:, :1], -1).astype(np.int32)
-    total, greedy = _judge(logits[:, None], first)
+    total, greedy = _judge_logits(logits[:, None], first)
+    top = output_weights(model, params)
     for start in range(0, longest - 1, PIECE):
         piece, after = (fed[:, at : at + PIECE] for at in (start, start + 1))
         positions = lengths[:, None] + np.arange(start, start + PIECE)
         positions = np.where(after >= 0, positions, -1).astype(np.int32)
-        rope_lengths = (lengths + room).astype(np.int32)
-        more, right, cache = _feed(
-            model, params, np.maximum(piece, 0), positions, after, cache, rope_lengths
-        )
+        x, cache = hidden_states(model, params, np.maximum(piece, 0), positions, cache)
+        more, right = _judge(model.config, top, x, after)
         total, greedy = total + more, greedy & right
     full = full_cache_bytes(model, params, (len(reads), bucket), room)
     sums = _checked(np.asarray(total), model, params, contexts, continuations)
@@ -98,7 +99,8 @@ def dense(
     for row, (ids, context) in enumerate(zip(rows, contexts, strict=True)):
         tokens[row, : len(ids)] = ids
         wanted[row, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
-    total, greedy = _forward(model, params, tokens[:, :-1], wanted)
+    x, _ = hidden_states(model, params, tokens[:, :-1])
+    total, greedy = _judge(model.config, output_weights(model, params), x, wanted)
     full = full_cache_bytes(model, params, (len(rows), bucket), 0)
     sums = _checked(np.asarray(total), model, params, contexts, continuations)
     return Scored(sums, np.asarray(greedy), full, full)
@@ -127,31 +129,15 @@ def check_feedable(policy: Policy) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(
-    model: Transformer, params: Any, tokens: Int[Array, "B T"], wanted: Int[Array, "B T"]
+def _judge(
+    config: ModelConfig, top: Any, x: Float[Array, "B P D"], wanted: Int[Array, "B P"]
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    result: Any = model.apply({"params": params}, tokens)
-    return _judge(result[0], wanted)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _feed(
-    model: Transformer,
-    params: Any,
-    fed: Int[Array, "B P"],
-    positions: Int[Array, "B P"],
-    wanted: Int[Array, "B P"],
-    cache: Any,
-    rope_lengths: Int[Array, " B"],
-) -> tuple[Float[Array, " B"], Bool[Array, " B"], Any]:
-    """What follows each token of a piece, judged, and the caches with the piece."""
-    result: Any = model.apply({"params": params}, fed, positions, cache, rope_lengths=rope_lengths)
-    logits, cache = result
-    return *_judge(logits, wanted), cache
+    """`_judge_logits` of the last layer's output."""
+    return _judge_logits(hidden_logits(config, top, x), wanted)
 
 
 @jax.jit
-def _judge(
+def _judge_logits(
     logits: Float[Array, "B P V"], wanted: Int[Array, "B P"]
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Sum of log-probabilities where something is wanted, and whether all of it is the argmax."""

@@ -17,13 +17,13 @@ from kvjax.nn import Transformer
 def dry_run(
     model: Transformer, tokenizer: Any, task: Task, settings: Settings, dtype: Any
 ) -> dict[str, Any]:
-    """Items, prompt tokens and cache bytes of each bucket, and programs to compile.
+    """Items, prompt tokens and cache bytes of each bucket, and shapes to compile for.
 
     Args:
         dtype: that the parameters would have.
 
     Returns:
-        task, items, compiles, buckets: [{bucket, max_new_tokens, batch, items, prompt_tokens,
+        task, items, shapes, buckets: [{bucket, max_new_tokens, batch, items, prompt_tokens,
         truncated, full_cache_bytes, gqa_cache_bytes, cache_bytes: {policy: bytes}}], bytes of one
         sequence with room for its answer.
 
@@ -57,6 +57,6 @@ def dry_run(
     return {
         "task": task.name,
         "items": len(task.items),
-        "compiles": len(buckets) * len(policies),
+        "shapes": len({(row["bucket"], row["batch"]) for row in buckets}),
         "buckets": buckets,
     }

@@ -146,19 +146,20 @@ def time_one(
     from eval import sizes
     from eval.batches import Shape
     from kvjax.cache import cache_bytes
-    from kvjax.generation import make_plan
+    from kvjax.prefill import compressions
 
     rng = np.random.default_rng(command.seed)
     tokens = rng.integers(0, model.config.vocab_size, (batch, context), dtype=np.int32)
-    plan = make_plan(policy, model, params, context)
+    lengths = np.full(batch, context, np.int32)
+    (work,) = compressions(model, params, lengths, [policy], command.new_tokens)
     firsts, steps, held = [], [], 0
     for _ in range(1 + command.repeats):
         start = time.perf_counter()
-        state = _read(model, params, tokens, plan, command.new_tokens)
+        state = _read(model, params, tokens, work)
         firsts.append(time.perf_counter() - start)
         held = cache_bytes(state.cache)
         start = time.perf_counter()
-        _decode(model, params, state, plan, command.new_tokens)
+        _decode(model, params, state, policy.every, work)
         steps.append((time.perf_counter() - start) / (command.new_tokens - 1))
     shape, dtype = Shape(context, command.new_tokens, batch), params["embedding"].dtype
     gqa = sizes.gqa_bytes(model, dtype, shape)
@@ -174,36 +175,34 @@ def time_one(
     }
 
 
-def _read(model: Any, params: Any, tokens: Any, plan: Any, new_tokens: int) -> Any:
+def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
     """Prefill and the first token, as `kvjax.generate` does it."""
     import dataclasses
 
     import jax
     import numpy as np
 
-    from kvjax.decoding import first_token, prefill
+    from kvjax.decoding import first_token
     from kvjax.mesh import mesh_of
+    from kvjax.prefill import read_prompts
     from kvjax.sampling import Sampling
 
-    batch, context = tokens.shape
-    lengths = np.full(batch, context, np.int32)
-    logits, cache = prefill(model, params, tokens, lengths, plan, max_new_tokens=new_tokens)
-    keys = jax.random.split(jax.random.key(0), batch)
-    never = np.asarray((), np.int32)
-    greedy = Sampling.create(0.0, 0, 1.0)
-    state = first_token(logits, keys, greedy, never, lengths, new_tokens, mesh_of(params))
+    logits, (cache,) = read_prompts(model, params, tokens, [work])
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    never, greedy = np.asarray((), np.int32), Sampling.create(0.0, 0, 1.0)
+    state = first_token(logits, keys, greedy, never, mesh_of(params))
     return jax.block_until_ready(dataclasses.replace(state, cache=cache))
 
 
-def _decode(model: Any, params: Any, state: Any, plan: Any, new_tokens: int) -> None:
-    """All further tokens; the chunks are fetched, so that they are finished."""
+def _decode(model: Any, params: Any, state: Any, every: int, work: Any) -> None:
+    """All further tokens; they are fetched, so that they are finished."""
     import numpy as np
 
-    from kvjax.generation import decode_chunks
+    from kvjax.decoding import decode
     from kvjax.sampling import Sampling
 
     greedy, never = Sampling.create(0.0, 0, 1.0), np.asarray((), np.int32)
-    for _ in decode_chunks(model, params, state, greedy, never, new_tokens, plan):
+    for _ in decode(model, params, state, greedy, never, work.new_tokens, every, work.again):
         pass
 
 

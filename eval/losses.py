@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from eval.loaded import bounds_growth
-from kvjax.decoding import prefill
-from kvjax.generation import make_plan
-from kvjax.headkv.plan import Plan
+from kvjax.config import ModelConfig
+from kvjax.feeding import hidden_states, output_weights
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import hidden_logits
+from kvjax.reading import Start, from_start
 from kvjax.tasks.perplexity import check_losses, chunk_losses
 
 PIECE = 128  # tokens of a continuation that are fed at a time
@@ -65,13 +66,16 @@ def after_prefix(
     params: Any,
     rows: Int[np.ndarray, "C T"],
     prefix: int,
-    policy: Policy,
+    policies: Sequence[Policy],
     batch_size: int,
-) -> Iterator[list[np.ndarray]]:
+) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Losses of the tokens after the first `prefix`, which are read and then compressed.
 
     The prefill predicts the first of them, before anything is dropped; the compressed cache
     predicts the others.
+
+    Returns:
+        For each batch, and within one for each policy, the policy's index and an array a row.
 
     Raises:
         ValueError: a prefix that leaves nothing to score, or a policy that bounds the growth: its
@@ -79,52 +83,47 @@ def after_prefix(
     """
     if not 1 <= prefix < rows.shape[1]:
         raise ValueError(f"prefix is {prefix}, expected 1 to {rows.shape[1] - 1}")
-    if bounds_growth(policy):
+    if any(map(bounds_growth, policies)):
         raise ValueError("perplexity after a prefix does not fit policies with ring or every")
-    plan = make_plan(policy, model, params, prefix)
-    for start, batch in _batches(rows, batch_size):
-        losses = continuation_losses(model, params, batch, prefix, plan)
-        yield list(losses)[: len(rows) - start]
+    reader = from_start(model, params, policies)
+    lengths = np.full(min(batch_size, len(rows)), prefix, np.int32)
+    for first, batch in _batches(rows, batch_size):
+        starts = reader.read(batch[:, :prefix], lengths, batch.shape[1] - prefix)
+        for number, start in enumerate(starts):
+            losses = continuation_losses(model, params, batch, prefix, start)
+            yield number, list(losses)[: len(rows) - first]
 
 
 def continuation_losses(
-    model: Transformer, params: Any, tokens: Int[np.ndarray, "B T"], prefix: int, plan: Plan
+    model: Transformer, params: Any, tokens: Int[np.ndarray, "B T"], prefix: int, start: Start
 ) -> Float[np.ndarray, "B C"]:
-    """Negative log-likelihood, in nats, of the tokens from `prefix` on."""
-    B, T = tokens.shape
-    lengths = np.full(B, prefix, np.int32)
-    logits, cache = prefill(
-        model, params, tokens[:, :prefix], lengths, plan, max_new_tokens=T - prefix
-    )
-    found = [_cross_entropy(logits[:, None], tokens[:, prefix : prefix + 1])]
-    for start in range(prefix, T - 1, PIECE):
-        count = min(PIECE, T - 1 - start)
+    """Negative log-likelihood, in nats, of the tokens from `prefix` on.
+
+    Args:
+        start: the tokens before them, read and compressed; its cache is used up.
+    """
+    (B, T), cache, top = tokens.shape, start.cache, output_weights(model, params)
+    found = [_cross_entropy(start.logits[:, None], tokens[:, prefix : prefix + 1])]
+    for at in range(prefix, T - 1, PIECE):
+        count = min(PIECE, T - 1 - at)
         fed = np.zeros((B, PIECE), np.int32)
         wanted, positions = np.zeros_like(fed), np.full_like(fed, -1)
-        fed[:, :count] = tokens[:, start : start + count]
-        wanted[:, :count] = tokens[:, start + 1 : start + 1 + count]
-        positions[:, :count] = np.arange(start, start + count)
-        losses, cache = _feed(model, params, fed, positions, wanted, cache, np.full(B, T, np.int32))
-        found.append(losses[:, :count])
+        fed[:, :count] = tokens[:, at : at + count]
+        wanted[:, :count] = tokens[:, at + 1 : at + 1 + count]
+        positions[:, :count] = np.arange(at, at + count)
+        x, cache = hidden_states(model, params, fed, positions, cache)
+        found.append(_losses(model.config, top, x, wanted)[:, :count])
     losses = np.concatenate([np.asarray(part) for part in found], axis=1)
     check_losses(losses, model, params, tokens)
     return losses
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _feed(
-    model: Transformer,
-    params: Any,
-    fed: Int[Array, "B P"],
-    positions: Int[Array, "B P"],
-    wanted: Int[Array, "B P"],
-    cache: Any,
-    rope_lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B P"], Any]:
-    """Losses of what follows each token of a piece, and the caches with it."""
-    result: Any = model.apply({"params": params}, fed, positions, cache, rope_lengths=rope_lengths)
-    logits, cache = result
-    return _cross_entropy(logits, wanted), cache
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(
+    config: ModelConfig, top: Any, x: Float[Array, "B P D"], wanted: Int[Array, "B P"]
+) -> Float[Array, "B P"]:
+    """Losses of what follows each token, from the last layer's output."""
+    return _cross_entropy(hidden_logits(config, top, x), wanted)
 
 
 @jax.jit

@@ -101,22 +101,23 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     request = _request(command, names, len(rows)) | facts(model, params, policies)
     request["text_ids"] = array_digest(np.asarray(ids))
     check_folder(command.out, request)
-    entries = []
+    found: list[list[Any]] = [[] for _ in names]
     with progress_bar() as progress:
         bar = progress.add_task("perplexity", total=len(rows) * len(names), items="")
-        for name, policy in policies.items():
-            if command.prefix is None:
-                batches = losses.dense(model, params, rows, stride, command.batch_size)
-            else:
-                batches = losses.after_prefix(
-                    model, params, rows, command.prefix, policy, command.batch_size
-                )
-            found = []
-            for part in batches:
-                found += part
-                progress.update(bar, advance=len(part), items=name)
-            entry = {"policy": name, "all": losses.perplexity_of(found), "groups": {}}
-            entries.append(entry | _bytes(command, model, params, policy))
+        if command.prefix is None:
+            parts = losses.dense(model, params, rows, stride, command.batch_size)
+            batches = ((0, part) for part in parts)
+        else:
+            chosen = command.prefix, list(policies.values()), command.batch_size
+            batches = losses.after_prefix(model, params, rows, *chosen)
+        for number, part in batches:
+            found[number] += part
+            progress.update(bar, advance=len(part), items=names[number])
+    entries = [
+        {"policy": name, "all": losses.perplexity_of(found[number]), "groups": {}}
+        | _bytes(command, model, params, policies[name])
+        for number, name in enumerate(names)
+    ]
     report = {
         "task": "perplexity",
         "metric": "perplexity",

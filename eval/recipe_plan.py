@@ -15,7 +15,7 @@ SCORES = re.compile(r"(?<=[:,])scores=[^,]*,?")
 
 
 def plan(run: RecipeRun, words: Sequence[str]) -> Iterator[str]:
-    """Lines about the work, the memory and the programs.
+    """Lines about the work, the memory and the shapes that programs are compiled for.
 
     Args:
         words: arguments of `python -m eval`.
@@ -41,7 +41,7 @@ def plan(run: RecipeRun, words: Sequence[str]) -> Iterator[str]:
         shape = (command.length if command.prefix is None else command.prefix, 0)
         rest = 0 if command.prefix is None else command.length - command.prefix
         yield from _caches(model, policies, command.dtype, (shape[0], rest, command.batch_size))
-        yield f"programs: {len(policies) * (1 if command.prefix is None else 2)}"
+        yield "shapes: 1"
     elif run.command == "lm-eval":
         whole = command.max_length or model.config.context_length
         yield f"longest context {whole} tokens; how many there are, the harness's tasks say"
@@ -146,12 +146,12 @@ def _latency(model: Any, policies: dict[str, Any], command: Any) -> Iterator[str
         for batch in command.batches:
             shape = (context, command.new_tokens, batch)
             yield from _caches(model, policies, command.dtype, shape)
-    cases = len(command.contexts) * len(command.batches) * len(policies)
-    yield f"programs: {cases} × prefill and decode; {cases * (1 + command.repeats)} measurements"
+    shapes = len(command.contexts) * len(command.batches)
+    yield f"shapes: {shapes}; {shapes * len(policies) * (1 + command.repeats)} measurements"
 
 
 def _task(run: RecipeRun, model: Any, policies: dict[str, Any], command: Any) -> Iterator[str]:
-    """Items, shapes and programs; where the data cannot be read, the largest cache alone."""
+    """Items and shapes; where the data cannot be read, the largest cache alone."""
     from eval.batches import make_batches, shapes
     from eval.command import adapted, task_options
     from eval.encoding import encode
@@ -164,7 +164,7 @@ def _task(run: RecipeRun, model: Any, policies: dict[str, Any], command: Any) ->
         task = adapted(load_task(run.command, task_options(command, tokenizer)), command)
     except (ValueError, OSError) as error:
         yield f"items unknown: {_line(error)}"
-        yield f"programs: prefill and decode for each prompt bucket and {len(policies)} policies"
+        yield "shapes: one for each prompt bucket"
         whole = min(command.max_length or 10**9, model.config.context_length)
         yield from _caches(model, policies, command.dtype, (whole, 0, command.batch_size))
         return
@@ -174,10 +174,8 @@ def _task(run: RecipeRun, model: Any, policies: dict[str, Any], command: Any) ->
     tokens = sum(len(prompt.ids) for prompt in prompts)
     cut = sum(prompt.truncated for prompt in prompts)
     yield f"{len(prompts)} items, {tokens:,} prompt tokens, {cut} cut; {len(policies)} policies"
-    if command.protocol == "generate":
-        yield f"programs: {len(found)} shapes × {len(policies)} policies × prefill and decode"
-    else:
-        yield f"programs: a prefill for each shape, then {len(policies)} policies"
+    read = len({(shape.bucket, shape.batch) for shape in found})
+    yield f"shapes: {read}; prompts are read once for {len(policies)} policies"
     largest = max(found, key=lambda shape: shape.bucket * shape.batch)
     shape = (largest.bucket, largest.max_new_tokens, largest.batch)
     yield from _caches(model, policies, command.dtype, shape)

@@ -91,7 +91,7 @@ class RunCommand:
         scores: folder of head score files, for policies that name {scores}/….
         only: names of runs; all otherwise.
         limit: the first so many items of each subset of a task.
-        dry_run: print each command, the memory it takes and what it compiles, and stop.
+        dry_run: print each command, the memory it takes and its shapes, and stop.
     """
 
     config: Positional[Annotated[Path, arg(metavar="CONFIG")]]

@@ -26,7 +26,7 @@ class Settings:
         protocol: "generate": greedy or sampled answers, scored by the task. "teacher": the right
             answer is fed through the compressed cache and counts if every token of it, and the
             end, is the most likely one; "after": the same, with the question asked after the
-            compression. Both share one prefill between all policies.
+            compression. Each batch of prompts is read once for all policies.
         chat: prompts inside the tokenizer's chat template.
         batch_size: prompts at a time.
         max_length: tokens of prompt and answer; None for the model's context.

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eval.batches import Shape
 from kvjax.config import GQAConfig, ModelConfig
-from kvjax.decoding import prefill
 from kvjax.generation import full_cache_bytes
-from kvjax.headkv.plan import CompressedPlan, unconverted
-from kvjax.headkv.policy import Policy
+from kvjax.headkv.compression import kept_tokens as tokens_kept
+from kvjax.headkv.facts import unconverted
+from kvjax.headkv.policy import Full, Policy
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
+from kvjax.prefill import shape_bytes
 from kvjax.prompts import bucket_length
-from kvjax.sharding import param_shapes
 
 
 def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -> int:
@@ -29,20 +29,16 @@ def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -
         dtype: of the parameters.
         policy: with its head scores, see `kvjax.headkv.policy.resolve`.
     """
-    plan = policy.plan(model.config, shape.bucket, jnp.dtype(dtype))
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), param_shapes(model)
-    )
-    read = functools.partial(prefill, model, plan=plan, max_new_tokens=shape.max_new_tokens)
-    tokens = jax.ShapeDtypeStruct((1, shape.bucket), jnp.int32)
-    _, cache = jax.eval_shape(read, params, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    lengths, dtype = [shape.bucket], jnp.dtype(dtype)
+    work = policy.compression(model.config, lengths, shape.max_new_tokens, dtype)
+    return shape_bytes(work, bucket_length(shape.bucket))
 
 
 def uncompressed_bytes(model: Transformer, dtype: Any, shape: Shape) -> int:
     """Bytes of one sequence's uncompressed caches."""
     params = {"embedding": jax.ShapeDtypeStruct((), jnp.dtype(dtype))}
-    return full_cache_bytes(model, params, (1, shape.bucket), shape.max_new_tokens)
+    slots = bucket_length(shape.bucket)
+    return full_cache_bytes(model, params, (1, slots), shape.max_new_tokens)
 
 
 def gqa_bytes(model: Transformer, dtype: Any, shape: Shape) -> int | None:
@@ -68,20 +64,19 @@ def kept_tokens(policy: Policy, config: ModelConfig, prompt_len: int, dtype: Any
 
     Of policies with a split these are the budgets that the heads of a layer share.
     """
-    plan = policy.plan(config, prompt_len, jnp.dtype(dtype))
-    return plan.kept(prompt_len).tolist() if isinstance(plan, CompressedPlan) else None
+    if isinstance(policy, Full):
+        return None
+    return policy.kept(config, prompt_len, jnp.dtype(dtype)).tolist()
 
 
 def kept_share(policy: Policy, config: ModelConfig, lengths: Sequence[int], dtype: Any) -> float:
     """Share of a prompt's tokens that a head keeps, the mean over heads and prompts."""
-    buckets = {bucket_length(length) for length in lengths}
-    plans = {bucket: policy.plan(config, bucket, jnp.dtype(dtype)) for bucket in buckets}
-    shares = {}
-    for length in set(lengths):
-        plan = plans[bucket_length(length)]
-        compresses = isinstance(plan, CompressedPlan)
-        shares[length] = float(plan.kept(length).mean()) / length if compresses else 1.0
-    return sum(shares[length] for length in lengths) / len(lengths)
+    if isinstance(policy, Full):
+        return 1.0
+    each, counts = np.unique(np.asarray(lengths), return_counts=True)
+    work = policy.compression(config, each, 0, jnp.dtype(dtype))
+    kept = tokens_kept(config, work.budgets, work.lengths).mean(axis=(1, 2))
+    return float(np.average(kept / each, weights=counts))
 
 
 def _is_gqa(config: ModelConfig) -> bool:

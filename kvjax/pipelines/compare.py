@@ -8,30 +8,26 @@ anything is dropped, as it does in decoding.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import AttentionSpec, PromptCache
 from kvjax.config import ModelConfig
-from kvjax.decoding import CHUNK, read_layer
 from kvjax.example import Example
-from kvjax.headkv.allocators import Uniform
-from kvjax.headkv.plan import CompressedPlan, start_prompt
-from kvjax.headkv.policy import Compress
-from kvjax.headkv.prompt import Scorer
-from kvjax.headkv.scorers import ObservationWindow
+from kvjax.feeding import hidden_states, output_weights
+from kvjax.headkv.policy import Compress, Full, Policy
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import hidden_logits
 from kvjax.numerics import not_finite
+from kvjax.prefill import shape_bytes
 from kvjax.ranges import COUNT, check_ranges
+from kvjax.reading import Reader, from_start
 from kvjax.sampling import NO_TOKEN, most_likely
 from kvjax.token_ids import token_ids
 
@@ -49,7 +45,8 @@ class Compared:
 
     Attributes:
         right: [items] of each policy: the whole answer was right.
-        cache_bytes: of each policy, for one sequence after prefill, without room for new tokens.
+        cache_bytes: of each policy, for the longest prompt after prefill, without room for new
+            tokens.
     """
 
     right: dict[str, Bool[np.ndarray, " items"]]
@@ -87,38 +84,28 @@ def compare(
     """Answers every example under every policy and with the full cache (the policy "full").
 
     Args:
-        policies: with their own scores, see `kvjax.headkv.policy.resolve`; all of one window.
+        policies: with their own scores, see `kvjax.headkv.policy.resolve`.
         protocol: "inside" or "after".
         on_batch: called with the number of examples done.
 
     Raises:
-        ValueError: an unknown protocol, policies of different windows, no examples, such that do
-            not say how long their question is or that have tokens which the model does not have,
-            a model without EOS, or one whose logits are not finite.
+        ValueError: an unknown protocol, no examples, such that do not say how long their question
+            is or that have tokens which the model does not have, a model without EOS, or one whose
+            logits are not finite.
     """
     check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
-    _check(model.config, examples, policies, protocol)
-    params = on_automatic_mesh(params)
-    everything = Compress(Uniform(), ObservationWindow(), kv_size=model.config.context_length)
-    window = next((policy.window for policy in policies.values()), 8)
-    policies = {FULL: dataclasses.replace(everything, window=window), **policies}
-    scorers = tuple({p.scorer for p in policies.values() if hasattr(p.scorer, "observer")})
-    shape = _shape(examples, protocol)
-    plans = {
-        name: policy.plan(model.config, shape[0], params["embedding"].dtype)
-        for name, policy in policies.items()
-    }
-    right = {name: np.zeros(len(examples), bool) for name in plans}
-    sizes: dict[str, int] = {}
+    _check(model.config, examples, protocol)
+    params, config = on_automatic_mesh(params), model.config
+    every: dict[str, Policy] = {FULL: Full(), **policies}
+    slots, fed_slots = _shape(examples, protocol)
+    reader = from_start(model, params, list(every.values()))
+    right = {name: np.zeros(len(examples), bool) for name in every}
     for start in range(0, len(examples), batch_size):
         part = range(start, min(start + batch_size, len(examples)))
         padded = [examples[i] for i in part] + [examples[start]] * (batch_size - len(part))
-        batch = make_batch(padded, protocol, model.config.eos_ids[0], *shape)
-        caches, first = read(model, params, batch.context, batch.lengths, scorers, window)
-        for name, plan in plans.items():
-            chosen = tuple(_seen_by(cache, scorers, plan.scorer) for cache in caches)
-            found = answer(model, params, chosen, batch.fed, batch.positions, plan)
-            found = np.concatenate([np.asarray(first)[:, None], np.asarray(found)], axis=1)
+        batch = make_batch(padded, protocol, config.eos_ids[0], slots, fed_slots)
+        answers = answer_each(model, params, batch, reader)
+        for name, found in zip(every, answers, strict=True):
             lost = ((found == NO_TOKEN) & (batch.wanted >= 0)).any(axis=1)
             if lost.any():
                 row = int(np.argmax(lost))
@@ -127,88 +114,31 @@ def compare(
                 raise not_finite(what, model, params, ids)
             hits = ((found == batch.wanted) | (batch.wanted < 0)).all(axis=1)
             right[name][start : part.stop] = hits[: len(part)]
-            if name not in sizes:
-                sizes[name] = compressed_bytes(chosen, plan) // batch_size
         if on_batch is not None:
             on_batch(part.stop)
+    longest = max(_context_length(example, protocol) for example in examples)
+    sizes = {}
+    for name, policy in every.items():
+        work = policy.compression(config, [longest], 0, params["embedding"].dtype)
+        sizes[name] = shape_bytes(work, slots)
     return Compared(right, sizes)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "scorers", "window"))
-def read(
-    model: Transformer,
-    params: Any,
-    context: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    scorers: tuple[Scorer, ...],
-    window: int,
-) -> tuple[list[PromptCache], Int[Array, " B"]]:
-    """The caches of all layers before any compression, and the most likely next token."""
-
-    def call(method: str, *args: Any) -> Any:
-        return model.apply({"params": params}, *args, method=method)
-
-    B, S = context.shape
-    x = call("embed", context)
-    caches = []
-    for index, layer in enumerate(model.config.layers):
-        observer = Observers(tuple(scorer.observer(layer.attention) for scorer in scorers))
-        cache = start_prompt(layer.attention, B, S, window, x.dtype, observer)
-        layer_call = functools.partial(call, "layer", index)
-        x, cache = read_layer(layer_call, x, lengths, cache, lengths, CHUNK)
-        caches.append(cache)
-    x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return caches, most_likely(call("unembed", x)[:, 0])
+def answer_each(
+    model: Transformer, params: Any, batch: Batch, reader: Reader
+) -> Iterator[Int[np.ndarray, "B T1"]]:
+    """For each policy the most likely token after the context and after each fed one."""
+    top = output_weights(model, params)
+    for start in reader.read(batch.context, batch.lengths, batch.fed.shape[1]):
+        first = np.asarray(most_likely(start.logits))[:, None]
+        x, _ = hidden_states(model, params, batch.fed, batch.positions, start.cache)
+        yield np.concatenate([first, np.asarray(_predictions(model.config, top, x))], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan"))
-def answer(
-    model: Transformer,
-    params: Any,
-    caches: tuple[PromptCache, ...],
-    fed: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    plan: CompressedPlan,
-) -> Int[Array, "B T"]:
-    """The most likely token after each fed one, over the compressed caches."""
-    small = finish(caches, plan, fed.shape[1])
-    logits, _ = model.apply({"params": params}, fed, positions, small)
-    return most_likely(logits)
-
-
-def finish(caches: Sequence[PromptCache], plan: CompressedPlan, room: int) -> list[Any]:
-    """Every layer's cache, compressed."""
-    return [plan.finish(layer, cache, room) for layer, cache in enumerate(caches)]
-
-
-def compressed_bytes(caches: Sequence[PromptCache], plan: CompressedPlan) -> int:
-    """Bytes of the compressed caches without room for new tokens."""
-    shapes = jax.eval_shape(functools.partial(finish, plan=plan, room=0), caches)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-
-@dataclass(frozen=True)
-class Observers:
-    """Several observers as one; see `kvjax.cache.prompt.Observer`."""
-
-    each: tuple[Any, ...]
-
-    def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> tuple[Any, ...]:
-        """See `kvjax.cache.prompt.Observer`."""
-        return tuple(observer.start(q_BTNH, keys_BKSX) for observer in self.each)
-
-    def watch(
-        self,
-        state: Any,
-        q_BTNH: Float[Array, "B T N X"],
-        positions_BT: Int[Array, "B T"],
-        keys_BKSX: Float[Array, "B K S X"],
-        lengths_B: Int[Array, " B"],
-        spec: AttentionSpec,
-    ) -> tuple[Any, ...]:
-        """See `kvjax.cache.prompt.Observer`."""
-        rest = (q_BTNH, positions_BT, keys_BKSX, lengths_B, spec)
-        return tuple(o.watch(s, *rest) for o, s in zip(self.each, state, strict=True))
+@functools.partial(jax.jit, static_argnums=0)
+def _predictions(config: ModelConfig, top: Any, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """The most likely token after each fed one, from the last layer's output."""
+    return most_likely(hidden_logits(config, top, x))
 
 
 def make_batch(
@@ -220,8 +150,8 @@ def make_batch(
     fed, positions = np.zeros((B, fed_slots), np.int32), np.full((B, fed_slots), -1, np.int32)
     wanted = np.full((B, fed_slots + 1), -1, np.int32)
     for row, example in enumerate(examples):
-        asked = example.question_length if protocol == AFTER else 0
-        n = len(example.prompt) - asked
+        n = _context_length(example, protocol)
+        asked = len(example.prompt) - n
         rest = [*example.prompt[n:], *example.answer]
         context[row, :n], lengths[row] = example.prompt[:n], n
         fed[row, : len(rest)] = rest
@@ -230,12 +160,18 @@ def make_batch(
     return Batch(context, lengths, fed, positions, wanted)
 
 
+def _context_length(example: Example, protocol: str) -> int:
+    """Tokens of the prompt that are read and compressed; the others are fed with the answer."""
+    asked = example.question_length if protocol == AFTER else 0
+    return len(example.prompt) - asked
+
+
 def _shape(examples: Sequence[Example], protocol: str) -> tuple[int, int]:
     """Slots of the context and of what is fed, the same for all batches."""
-    asked = [e.question_length if protocol == AFTER else 0 for e in examples]
-    slots = max(len(e.prompt) - n for e, n in zip(examples, asked, strict=True))
-    fed = max(len(e.answer) + n for e, n in zip(examples, asked, strict=True))
-    return round_up(slots), round_up(fed)
+    contexts = [_context_length(example, protocol) for example in examples]
+    whole = [len(example.prompt) + len(example.answer) for example in examples]
+    fed = max(n - context for n, context in zip(whole, contexts, strict=True))
+    return round_up(max(contexts)), round_up(fed)
 
 
 def round_up(size: int) -> int:
@@ -243,16 +179,9 @@ def round_up(size: int) -> int:
     return -(-size // SLOTS) * SLOTS
 
 
-def _seen_by(cache: PromptCache, scorers: tuple[Scorer, ...], scorer: Scorer) -> PromptCache:
-    """The cache with the state of one scorer's observer only."""
-    seen = cache.seen[scorers.index(scorer)] if scorer in scorers else None
-    return dataclasses.replace(cache, seen=seen, observer=None)
-
-
 def _check(
     config: ModelConfig,
     examples: Sequence[Example],
-    policies: Mapping[str, Compress],
     protocol: str,
 ) -> None:
     if not examples:
@@ -263,9 +192,6 @@ def _check(
         token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
-    windows = sorted({policy.window for policy in policies.values()})
-    if len(windows) > 1:
-        raise ValueError(f"policies have windows {windows}, expected one: they share a prefill")
     silent = [i for i, example in enumerate(examples) if not example.question_length]
     if protocol == AFTER and silent:
         raise ValueError(f"example {silent[0]} does not say how long its question is")

@@ -36,7 +36,7 @@ def fails(capsys, *argv):
 
 def test_a_dry_run_says_what_the_run_will_hold(model, tmp_path, capsys):
     needle(model, "--dry-run", "--json", tmp_path / "plan.json")
-    assert "8 items, 4 compiles" in capsys.readouterr().out
+    assert "8 items, 2 shapes" in capsys.readouterr().out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [row["bucket"] for row in plan["buckets"]] == [64, 48]
     assert [row["prompt_tokens"]["most"] for row in plan["buckets"]] == [64, 48]

@@ -61,11 +61,12 @@ def test_a_full_prefix_gives_what_no_prefix_gives(monkeypatch):
     monkeypatch.setattr(losses, "PIECE", 16)  # several pieces, the last one not full
     loaded, rows = toys.loaded(), chunks(IDS, LENGTH, LENGTH)
 
-    def score(name):
-        policy = resolve(name, loaded.model.config, None)
-        return flat(after_prefix(loaded.model, loaded.params, rows, PREFIX, policy, 3))
-
-    full, small = score("full"), score("snapkv:kv_size=10,window=4")
+    names = ("full", "snapkv:kv_size=10,window=4")
+    policies = [resolve(name, loaded.model.config, None) for name in names]
+    full, small = [], []
+    for number, part in after_prefix(loaded.model, loaded.params, rows, PREFIX, policies, 3):
+        (full, small)[number].extend(part)
+    assert len(full) == len(small) == len(rows)
     for row, got in zip(rows, full, strict=True):
         np.testing.assert_allclose(got, by_hand(row)[PREFIX - 1 :], rtol=1e-4, atol=1e-5)
     # The token right after the prefix is predicted before anything is lost.

@@ -86,7 +86,7 @@ def test_plan(toy, checkpoint, tmp_path, capsys):
     words = [str(toy), "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--dry-run"]
     main(words)
     said = capsys.readouterr().out
-    assert "2 items" in said and "programs: 1 shapes × 3 policies" in said
+    assert "2 items" in said and "shapes: 1; prompts are read once for 3 policies" in said
     assert re.search(r"parameters: [\d.]+ M, [\d.]+ KiB in bfloat16", said)
     assert said.count("full cache") == 1 + 2 + 1
     assert "8 measurements" in said
