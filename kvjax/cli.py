@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
+from kvjax import compilation_cache
 from kvjax.paths import local_arguments
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
@@ -273,8 +274,12 @@ def plan(
     latent: Annotated[
         tuple[int, int], arg(help="latent and rotary key of the converted model; 0 0 for none")
     ] = (512, 128),
-    check: Annotated[bool, arg(help="also compile all layers, and compare")] = False,
+    check: Annotated[bool, arg(help="also compile a step of all layers, and compare")] = False,
     dtype: Dtype = "bfloat16",
+    compile: Annotated[
+        Literal["block", "step"] | None,
+        arg(help="a decode step is a program for each layer, or one; default: by new tokens"),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """What fits on devices that are not here: bytes, collectives, largest batch and context.
@@ -284,6 +289,7 @@ def plan(
     """
     from kvjax.pipelines import plan as pipeline
 
+    compilation_cache.enable("off")  # programs for devices that are not here cannot be read back
     request = pipeline.Request(
         config,
         topology,
@@ -294,6 +300,7 @@ def plan(
         policies or pipeline.Request.policies,
         latent if any(latent) else None,
         dtype,
+        compile,
     )
     report = pipeline.plan_capacity(request, check)
     rows, notes = report.pop("rows"), report.pop("notes")
@@ -358,8 +365,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; bad input is one line on standard error and exit code 2."""
     commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
     try:
+        folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
+        compilation_cache.enable(folder)
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="kvjax", description="Smaller KV caches for existing LLMs.", args=argv
+            commands,
+            prog="kvjax",
+            description=f"Smaller KV caches for existing LLMs. {compilation_cache.HELP}",
+            args=argv,
         )
     except (ValueError, NotImplementedError, OSError) as error:
         message = " ".join(str(error).split())

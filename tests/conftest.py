@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The user's folder of compiled programs is not for tests; tests of it name one of their own.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 from pathlib import Path
 
 import jax

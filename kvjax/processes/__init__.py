@@ -5,12 +5,13 @@ devices of all of them. All run the same program; what only one may write, proce
 """
 
 from kvjax.processes.peers import GONE
-from kvjax.processes.start import VARIABLE, join, parse, take_flag
+from kvjax.processes.start import VARIABLE, asked, join, parse, take_flag
 from kvjax.processes.work import barrier, is_writer, on_writer, several, share, stop, together
 
 __all__ = [
     "GONE",
     "VARIABLE",
+    "asked",
     "barrier",
     "is_writer",
     "join",

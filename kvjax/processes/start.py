@@ -9,6 +9,7 @@ import threading
 
 import jax
 
+from kvjax import flags
 from kvjax.processes.peers import Peers, limited
 from kvjax.processes.relay import Relay
 from kvjax.processes.sockets import CONNECT, check_free, is_loopback
@@ -24,15 +25,12 @@ def take_flag(argv: list[str]) -> tuple[str | None, list[str]]:
     Raises:
         ValueError: the flag without a value.
     """
-    rest = [word for word in argv if not word.startswith("--distributed=")]
-    found = [w.partition("=")[2] for w in argv if w.startswith("--distributed=")]
-    while "--distributed" in rest:
-        at = rest.index("--distributed")
-        if at + 1 == len(rest):
-            raise ValueError(f"got --distributed without a value, expected {FORM}")
-        found.append(rest[at + 1])
-        del rest[at : at + 2]
-    return (found[-1] if found else None), rest
+    return flags.take(argv, "--distributed", FORM)
+
+
+def asked(text: str | None) -> bool:
+    """Whether `join` with this text makes the process one of several."""
+    return bool(text or os.environ.get(VARIABLE))
 
 
 def parse(text: str) -> tuple[str, int, int]:
