@@ -70,7 +70,7 @@ def test_every_way_to_a_result_names_dtype_and_layer(what):
     "way",
     [
         lambda m, p: list(losses.dense(m, p, TEXT, 16, 2)),
-        lambda m, p: list(losses.after_prefix(m, p, TEXT, 6, HALF, 2)),
+        lambda m, p: list(losses.after_prefix(m, p, TEXT, 6, [HALF], 2)),
         lambda m, p: continuations.compressed(m, p, [PROMPT], [[LOUD, 3]], HALF),
         lambda m, p: score_examples(m, p, [EXAMPLE], "gradient"),
         lambda m, p: kvjax.generate(m, p, [LOUD_PROMPT], 3, temperature=1.0),

@@ -133,7 +133,7 @@ def test_a_mesh_as_jax_makes_it(tmp_path, names):
     context = kvjax.compress(model, placed, prompts[0], policy)
     alone = kvjax.compress(model, params, prompts[0], policy)
     assert context.model == alone.model
-    np.testing.assert_allclose(context.cache[0].k_pool, alone.cache[0].k_pool, atol=1e-5)
+    np.testing.assert_allclose(context.cache.pools[0].k, alone.cache.pools[0].k, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["arrays", "set_mesh"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,9 @@ from kvjax.nn.transformer import hidden_logits, output_params
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.sharding import param_shapes
-from kvjax.transmla.calibration import embed, run_block
+from kvjax.transmla.calibration import embed
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.layer import gqa_layers, run_block
 
 PROBE_TOKENS = 64
 STREAMS = ("original", "converted")
@@ -67,7 +66,9 @@ def convert_checkpoint(
         _write_layers(model, params, output, inits, rope_site)
         top = write_top(model, params, output)
         streams = output.finished.streams
-        change = relative_change(*(_logits(model.config, top, streams[name]) for name in STREAMS))
+        change = relative_change(
+            *(hidden_logits(model.config, top, streams[name]) for name in STREAMS)
+        )
         new_model = output.complete(model, model.config.source)
     return {
         **settings,
@@ -131,7 +132,8 @@ def probe_tokens(config: ModelConfig) -> np.ndarray:
 def logit_change(model, params, new_model, new_params) -> float:
     """max |new − old| / max |old| over the logits of random tokens."""
     tokens = jnp.asarray(probe_tokens(model.config))
-    return relative_change(_forward(model, params, tokens), _forward(new_model, new_params, tokens))
+    models = (model, params), (new_model, new_params)
+    return relative_change(*(m.apply({"params": p}, tokens)[0] for m, p in models))
 
 
 def relative_change(old: jax.Array, new: jax.Array) -> float:
@@ -144,11 +146,3 @@ def relative_change(old: jax.Array, new: jax.Array) -> float:
         if first_not_finite(logits) is not None:
             raise ValueError(f"the {name} model's logits are NaN or infinite: {OVERFLOW}")
     return float(jnp.max(jnp.abs(new - old)) / jnp.max(jnp.abs(old)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(model, params, tokens) -> jax.Array:
-    return model.apply({"params": params}, tokens)[0]
-
-
-_logits = jax.jit(hidden_logits, static_argnums=0)

@@ -28,8 +28,9 @@ from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.calibration import embed, run_block
+from kvjax.transmla.calibration import embed
 from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
+from kvjax.transmla.layer import run_block
 from kvjax.transmla.sizes import Sizes
 
 STAGES = ("partial_rope", "low_rank", "final")
