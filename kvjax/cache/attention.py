@@ -13,7 +13,7 @@ from pallas_kernels.reference import NEG_INF, soft_cap
 
 TILE = 256, 512
 """Queries and keys that meet at a time: the part of the score matrix that exists."""
-CPU_TILE = 128, 128
+CPU_TILE = 256, 128
 """As many on CPUs, whose caches must hold a tile of all heads: one that does not fit costs up to
 four times as much."""
 
