@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.pool import Pool
+from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.sharded import ShardedHeads
 from kvjax.mesh import Layout
 
@@ -67,8 +67,15 @@ class ModelCache:
         if place is None:
             own = (*self.own[:index], cache, *self.own[index + 1 :])
             return dataclasses.replace(self, own=own)
+        return self.with_pool_layer(place, cache if self.layout is None else cache.inner)
+
+    def with_pool_layer(self, place: tuple[int, int], layer: PoolLayer) -> ModelCache:
+        """The caches with one layer of a pool replaced, as it lies on the devices.
+
+        Args:
+            place: the numbers of the pool and of the layer's row, see `places`.
+        """
         number, row = place
-        layer = cache if self.layout is None else cache.inner
         pool = self.pools[number].with_layer(row, layer)
         pools = (*self.pools[:number], pool, *self.pools[number + 1 :])
         return dataclasses.replace(self, pools=pools)

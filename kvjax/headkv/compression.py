@@ -169,10 +169,7 @@ class Compression:
         packed, place = self.packing(caches, layer, prompt)(), caches.places[layer]
         if place is None:
             return caches.with_layer(layer, packed)
-        number, row = place
-        pool = caches.pools[number].with_layer(row, packed)
-        pools = (*caches.pools[:number], pool, *caches.pools[number + 1 :])
-        return dataclasses.replace(caches, pools=pools)
+        return caches.with_pool_layer(place, packed)
 
     def packing(
         self, caches: ModelCache, layer: int, prompt: PromptCache
@@ -225,9 +222,9 @@ class Compression:
         for layer, place in enumerate(caches.places):
             assert place is not None
             number, row = place
-            b, pool = self.budgets, caches.pools[number]
+            b = self.budgets
             packed = compress_again(
-                pool.layer(row),
+                caches.pools[number].layer(row),
                 self.layer_budget(layer, number, row),
                 scorer=b.scorer or SinksAndRecent(),
                 sharing=b.sharing or Adaptive(),
@@ -236,10 +233,7 @@ class Compression:
                 layout=self.layout,
                 copies=self.copies,
             )
-            pool = pool.with_layer(row, packed)
-            caches = dataclasses.replace(
-                caches, pools=(*caches.pools[:number], pool, *caches.pools[number + 1 :])
-            )
+            caches = caches.with_pool_layer(place, packed)
         pools = tuple(dataclasses.replace(pool, read=pool.lengths + 0) for pool in caches.pools)
         return dataclasses.replace(caches, pools=pools)
 
