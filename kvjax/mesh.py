@@ -193,6 +193,11 @@ class Layout:
         return 1 if self.tensor is None else self.mesh.shape[self.tensor]
 
     @property
+    def batch_ways(self) -> int:
+        """Devices that the sequences are split over."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch)
+
+    @property
     def platform(self) -> str:
         """Of the devices: "cpu", "tpu", "gpu" or "cuda"."""
         if isinstance(self.mesh, AbstractMesh):

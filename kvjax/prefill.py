@@ -30,7 +30,11 @@ from kvjax.nn.block import Block, apply_block, block_kinds
 from kvjax.nn.transformer import embed_tokens, hidden_logits, output_params
 from kvjax.prompts import bucket_length
 
-CHUNK = 512  # prompt tokens that a layer reads at a time
+CHUNK_ROWS = 2048
+"""Tokens of all sequences that a layer reads at a time: enough to fill matrix units, few enough
+that their activations stay small."""
+SHORTEST_CHUNK, LONGEST_CHUNK = 256, 1024
+"""Tokens of a sequence that it reads at a time, between these: the keys are read once a chunk."""
 OBSERVED = 32
 """Queries that reading remembers at least: policies that look at fewer share its program."""
 
@@ -204,7 +208,7 @@ def read_layer(
     observed: int,
     observers: tuple[Any, ...] = (),
     mesh: Mesh | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T D"], PromptCache]:
     """One layer over the whole prompt, in chunks that end with the longest sequence.
 
@@ -214,8 +218,10 @@ def read_layer(
         observed: the last queries that the cache remembers.
         observers: what watches all queries.
         mesh: that the parameters lie on.
+        chunk: tokens of a sequence that are read at a time; None for `chunk_tokens`.
     """
     B, T, D = x.shape
+    chunk = chunk_tokens(B, mesh) if chunk is None else chunk
     cache = start_prompt(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
     place = stream_place(mesh, B, D)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
@@ -244,6 +250,13 @@ def read_layer(
     return x, cache
 
 
+def chunk_tokens(batch: int, mesh: Mesh | None) -> int:
+    """Tokens of each sequence that a layer reads at a time: a power of two."""
+    ways = 1 if mesh is None else Layout.create(mesh, batch).batch_ways
+    most = max(CHUNK_ROWS * ways // batch, 1)
+    return min(max(1 << most.bit_length() - 1, SHORTEST_CHUNK), LONGEST_CHUNK)
+
+
 def stream_place(mesh: Mesh | None, batch: int, width: int) -> Any:
     """Where the residual stream of prompts lies between layers: features over the tensor axis, so
     that a long prompt's stream is not on every device. A layer gathers one chunk at a time."""
@@ -254,18 +267,17 @@ def stream_place(mesh: Mesh | None, batch: int, width: int) -> Any:
     return lambda x: layout.place(x, "batch", None, "tensor" if split else None)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "chunk"))
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def embed_chunks(
     config: Any,
     mesh: Mesh | None,
     embedding: Float[Array, "V D"],
     tokens: Int[Array, "B T"],
-    chunk: int = CHUNK,
 ) -> Float[Array, "B T D"]:
     """The prompts' embeddings; on a mesh a lookup in a table that is split gives all features on
     every device, so it is done a chunk at a time."""
     (B, T), D = tokens.shape, embedding.shape[1]
-    place = stream_place(mesh, B, D)
+    place, chunk = stream_place(mesh, B, D), chunk_tokens(B, mesh)
     if mesh is None or chunk >= T:
         return place(embed_tokens(config, embedding, tokens))
 

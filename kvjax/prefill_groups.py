@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def batch_ways(params: Any, batch: int) -> int:
     mesh = mesh_of(params)
     if mesh is None:
         return 1
-    return math.prod(mesh.shape[axis] for axis in Layout.create(mesh, batch).batch)
+    return Layout.create(mesh, batch).batch_ways
 
 
 def group_rows(batch: int, size: int | None, ways: int) -> Int[np.ndarray, "groups size"]:

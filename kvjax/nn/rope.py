@@ -177,13 +177,32 @@ def rope(
     """
     if config is None:
         return x_BTNH
-    inv_freq, attention_factor = frequencies(config, lengths_B)
-    positions = jnp.maximum(positions_BT, 0).astype(jnp.float32)
-    angles = positions[:, :, None, None] * inv_freq[:, None, None, :]  # [B, T, 1, R/2]
-    cos, sin = jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+    cos, sin = _cos_sin(positions_BT, lengths_B, config)
     turned, kept = jnp.split(x_BTNH, [config.dim], axis=-1)
     turned = _rotate(turned.astype(jnp.float32), cos, sin, config.interleaved)
     return jnp.concatenate([turned.astype(x_BTNH.dtype), kept], axis=-1)
+
+
+def _cos_sin(
+    positions_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], config: RopeConfig
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+    """Cosine and sine of every angle, times the attention factor."""
+
+    def compute() -> tuple[jax.Array, jax.Array]:
+        inv_freq, attention_factor = frequencies(config, lengths_B)
+        positions = jnp.maximum(positions_BT, 0).astype(jnp.float32)
+        angles = positions[:, :, None, None] * inv_freq[:, None, None, :]
+        return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+    def compute_once() -> tuple[jax.Array, jax.Array]:
+        # XLA:CPU would compute the sine and the cosine again for every head, which costs more than
+        # the attention's softmax. It fuses nothing across the border of a conditional.
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+        return jax.lax.cond(jnp.any(positions_BT >= 0), compute, lambda: nothing)
+
+    if positions_BT.shape[1] == 1:
+        return compute()
+    return jax.lax.platform_dependent(cpu=compute_once, default=compute)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:

@@ -14,7 +14,7 @@ from kvjax.mesh import batch_axes, own_names
 from kvjax.nn import Transformer
 from kvjax.pipelines.plan_programs import Program
 from kvjax.pipelines.plan_shapes import Served, Size
-from kvjax.prefill import CHUNK
+from kvjax.prefill import LONGEST_CHUNK
 from kvjax.prompts import bucket_length
 
 QUERY_TILE, KEY_TILE = 256, 512  # scores that exist at a time: see kvjax.cache.attention
@@ -158,5 +158,5 @@ def estimate(model: Transformer, size: Size, group: int, mesh: Any, dtype: Any) 
     stream = item * tokens * c.hidden_size / tensor
     own = 2 * item * tokens * kept / tensor
     logits = 4 * c.vocab_size / tensor
-    prefill = stream + own + CHUNK * token + scores + logits
+    prefill = stream + own + LONGEST_CHUNK * token + scores + logits
     return Temporaries(rows * (token + logits), token + logits, prefill)
