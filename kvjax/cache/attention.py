@@ -121,8 +121,9 @@ def cached_attention(
     if q_BTNH.shape[0] > 1 and T > 1 and expand is None and target().platform == "cpu":
         # One sequence after the other: its tiles fit a CPU's caches, and it skips what it can.
         def alone(arrays):
-            own = jax.tree.map(lambda leaf: leaf[None], arrays)
-            return jax.tree.map(lambda leaf: leaf[0], cached_attention(*own, spec))
+            q, k, v, queries, keys = jax.tree.map(lambda leaf: leaf[None], arrays)
+            found = cached_attention(q, k, v, queries, keys, spec)
+            return jax.tree.map(lambda leaf: leaf[0], found)
 
         return jax.lax.map(alone, (q_BTNH, k, v, q_positions, k_positions))
 
