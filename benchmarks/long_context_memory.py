@@ -39,7 +39,7 @@ from kvjax.headkv.compression import Compression
 from kvjax.headkv.policy import resolve
 from kvjax.headkv.scores import HeadScores
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kinds, block_program
+from kvjax.nn.transformer import block_kinds, block_program
 from kvjax.paths import local_path
 from kvjax.prefill import OBSERVED, cache_shapes, read_layer, read_prompts
 from kvjax.sampling import Sampling

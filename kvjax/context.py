@@ -30,8 +30,7 @@ from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_fi
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kinds, run_layer
-from kvjax.nn.transformer import output_params
+from kvjax.nn.transformer import block_kinds, output_params, run_layer
 from kvjax.numerics import not_finite
 from kvjax.paths import local_path
 from kvjax.prefill import compressions, embed_chunks, last_logits, read_prompts

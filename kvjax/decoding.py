@@ -21,8 +21,7 @@ from kvjax.config import ModelConfig
 from kvjax.headkv.scores import attention_heads
 from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kinds, run_layer
-from kvjax.nn.transformer import embed_tokens, hidden_logits, output_params
+from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
 from kvjax.sampling import NO_TOKEN, Sampling, sample
 
 LOOK_BEHIND = 2

@@ -18,8 +18,7 @@ from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.config import ModelConfig
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kinds, run_layer
-from kvjax.nn.transformer import embed_tokens, output_params
+from kvjax.nn.transformer import block_kinds, embed_tokens, output_params, run_layer
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 

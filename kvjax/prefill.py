@@ -26,8 +26,14 @@ from kvjax.headkv.policy import Compress, Policy, resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
-from kvjax.nn.block import Block, apply_block, block_kinds
-from kvjax.nn.transformer import embed_tokens, hidden_logits, output_params
+from kvjax.nn.transformer import (
+    Block,
+    apply_block,
+    block_kinds,
+    embed_tokens,
+    hidden_logits,
+    output_params,
+)
 from kvjax.prompts import bucket_length
 
 CHUNK_ROWS = 2048

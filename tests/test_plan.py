@@ -16,7 +16,7 @@ import kvjax
 from kvjax.cli import main
 from kvjax.headkv.policy import Policy
 from kvjax.hf import read_shape
-from kvjax.nn.block import block_kinds
+from kvjax.nn.transformer import block_kinds
 from kvjax.pipelines.plan_decode import block_step, fused_step
 from kvjax.pipelines.plan_prefill import prefill_bytes
 from kvjax.pipelines.plan_programs import Compiler, Program, count_collectives, heap_bytes

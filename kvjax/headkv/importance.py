@@ -27,8 +27,7 @@ from kvjax.headkv.reductions import Reduce, attended, copied, induced
 from kvjax.headkv.scores import HeadScores, query_heads
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.block import Block, apply_block, block_kinds
-from kvjax.nn.transformer import hidden_logits, output_params
+from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
 from kvjax.token_ids import token_ids

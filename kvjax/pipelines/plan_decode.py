@@ -13,8 +13,7 @@ from kvjax.cache.schedule import scheduled, work_lists
 from kvjax.decoding import decode_step, embed_step, step_logits
 from kvjax.headkv.scores import attention_heads
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kinds, block_program
-from kvjax.nn.transformer import output_params
+from kvjax.nn.transformer import block_kinds, block_program, output_params
 from kvjax.pipelines.plan_programs import Compiler, Program, compile_call
 from kvjax.pipelines.plan_shapes import Served
 from kvjax.sampling import most_likely

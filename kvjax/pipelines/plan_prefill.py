@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kvjax.nn.block import block_kinds
-from kvjax.nn.transformer import output_params
+from kvjax.nn.transformer import block_kinds, output_params
 from kvjax.pipelines.plan_programs import Compiler
 from kvjax.pipelines.plan_shapes import Served
 from kvjax.prefill import Watching, embed_chunks, last_logits, observed_queries, read_layer

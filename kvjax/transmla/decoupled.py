@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.nn import Transformer
-from kvjax.nn.block import Block, block_kind
+from kvjax.nn.transformer import Block, block_kind
 from kvjax.transmla.calibration import (
     LayerStats,
     Stats,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.finite import check_finite, check_params
 from kvjax.nn import Transformer
-from kvjax.nn.block import Block, block_kind
+from kvjax.nn.transformer import Block, block_kind
 from kvjax.ranges import COUNT, POSITIVE, SEED, SIZE, check_ranges
 from kvjax.transmla.calibration import Stats, embed
 from kvjax.transmla.decoupled import output_target, replay

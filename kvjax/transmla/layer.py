@@ -12,12 +12,10 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import NoCache
 from kvjax.cache.attention import visible
 from kvjax.config import GQAConfig, LayerConfig, ModelConfig
-from kvjax.nn.block import ATTENTION, Block, block_kind, run_layer, whole_block
-from kvjax.nn.gqa import qk_norm
-from kvjax.nn.matmul import matmul
-from kvjax.nn.norm import rms_norm
+from kvjax.nn.attention import qk_norm
+from kvjax.nn.layers import matmul, rms_norm
 from kvjax.nn.rope import rope
-from kvjax.nn.transformer import Transformer
+from kvjax.nn.transformer import ATTENTION, Block, Transformer, block_kind, run_layer, whole_block
 from pallas_kernels.reference import NEG_INF, soft_cap
 
 Params = dict[str, Any]

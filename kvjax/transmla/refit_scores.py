@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.nn.block import Block
 from kvjax.nn.rope import Turn
+from kvjax.nn.transformer import Block
 from kvjax.transmla.absorbed import (
     HIGHEST,
     CacheMaps,

@@ -8,7 +8,7 @@ from kernels.hlo import copies
 from meshes import GQA, MLA, WINDOWED, toy
 
 import kvjax
-from kvjax.nn.block import block_kinds, block_program
+from kvjax.nn.transformer import block_kinds, block_program
 
 B, T = 2, 256
 POOLS = [

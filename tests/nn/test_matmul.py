@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.nn.matmul import FEW, _two_of_each, matmul
+from kvjax.nn.layers import FEW, _two_of_each, matmul
 
 IN, HEADS, HEAD_DIM = 256, 4, 64
 

@@ -10,8 +10,8 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kind
 from kvjax.nn.rope import Turn
+from kvjax.nn.transformer import block_kind
 from kvjax.transmla import BEST, calibrate, least_squares, refit_outputs, refit_scores
 from kvjax.transmla.absorbed import CacheMaps, QueryMaps
 from kvjax.transmla.layer import attention_output

@@ -9,7 +9,7 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kinds
+from kvjax.nn.transformer import block_kinds
 from kvjax.transmla import BEST, allocate_sizes, allocation, calibrate, convert
 from kvjax.transmla.size_groups import few_sizes, groups, mergers
 from kvjax.transmla.sizes import Sizes

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 from kvjax.cache import NoCache
 from kvjax.config import ModelConfig
 from kvjax.nn import Transformer
-from kvjax.nn.block import Block, apply_block, block_kinds
-from kvjax.nn.transformer import hidden_logits, output_params
+from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
 
 Batch = Mapping[str, Any]
 """tokens, targets, positions, segments [B, T] int32 and weights [B, T] fp32 of `train.data`."""
@@ -80,7 +79,7 @@ def packed_block(
     """One layer's output; the program of all layers of a kind, part of the step's in training.
 
     Args:
-        block, params, pairs: see `kvjax.nn.block.apply_block`.
+        block, params, pairs: see `kvjax.nn.transformer.apply_block`.
     """
     positions, cache = batch["positions"], NoCache(batch["segments"])
     lengths = jnp.max(positions, axis=1) + 1

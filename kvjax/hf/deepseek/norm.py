@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import MLAConfig
 from kvjax.finite import OVERFLOW, check_finite
 from kvjax.nn import Transformer
-from kvjax.nn.block import block_kind
-from kvjax.nn.matmul import matmul
+from kvjax.nn.layers import matmul
+from kvjax.nn.transformer import block_kind
 from kvjax.token_ids import token_ids
 from kvjax.transmla.calibration import embed
 from kvjax.transmla.layer import attention_input, run_block

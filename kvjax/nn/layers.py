@@ -1,0 +1,180 @@
+"""What every block is made of: parameters, products, norms, and the MLPs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.config import MLPConfig, MoEConfig, NormConfig
+
+Axes = Sequence[str | None]
+
+
+def declare(
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: Axes,
+    in_axis: int | Sequence[int] = 0,
+    init: nn.initializers.Initializer | None = None,
+) -> jax.Array:
+    """A parameter of `module`.
+
+    Args:
+        shape, axes: one logical axis name a dimension; kvjax.sharding maps them to a mesh.
+        in_axis: the dimensions that a product with this weight sums over; the variance of the
+            default normal initializer is 1 / their size.
+        init: another initializer.
+    """
+    if init is None:
+        in_axes = (in_axis,) if isinstance(in_axis, int) else tuple(in_axis)
+        fan_in = 1
+        for axis in in_axes:
+            fan_in *= shape[axis]
+        init = nn.initializers.normal(fan_in**-0.5)
+    boxed = nn.with_logical_partitioning(init, tuple(axes))
+    value: Any = module.param(name, boxed, tuple(shape), jnp.float32)  # unboxed by param
+    return value
+
+
+def zeros(module: nn.Module, name: str, shape: Sequence[int], axes: Axes) -> jax.Array:
+    """A parameter that starts at zero: a bias."""
+    return declare(module, name, shape, axes, init=nn.initializers.zeros_init())
+
+
+FEW = 16
+"""Rows up to which a device of a mesh may have but one; twice as many still cost less than
+reading the weight."""
+
+
+def matmul(
+    x: Float[Array, "*rows In"], weight: Float[Array, "In ..."], dtype: Any = None
+) -> Float[Array, "..."]:
+    """x · weight over x's last and the weight's first axis, accumulated in fp32.
+
+    Args:
+        dtype: of the result; default x's.
+
+    Returns:
+        [*rows, *out] for a weight of shape [In, *out].
+    """
+    dtype = x.dtype if dtype is None else dtype
+    rows = x.size // x.shape[-1]
+    if rows == 1:
+        y = _two_of_each(x, weight)
+    elif rows <= FEW:
+        y = jax.lax.platform_dependent(x, weight, cpu=_product, default=_two_of_each)
+    else:
+        y = _product(x, weight)
+    return y.astype(dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    # An fp32 result is also what lets XLA:CPU multiply bfloat16 as it is; for a bfloat16 result
+    # it first converts the whole weight to fp32, in every decode step.
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+
+
+def _two_of_each(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """With a row of zeros after each, since no backend does well with one row a device.
+
+    XLA:CPU multiplies it outside of its matrix library, on one core, with a weight that it has
+    converted to fp32. XLA:GPU writes the products to memory, in fp32, before it adds them up: five
+    times the traffic of reading the weight. XLA:TPU multiplies on the vector unit.
+    """
+    pairs = jnp.pad(x[..., None, :], ((0, 0),) * (x.ndim - 1) + ((0, 1), (0, 0)))
+    return jax.lax.index_in_dim(_product(pairs, weight), 0, x.ndim - 1, keepdims=False)
+
+
+def norm_weight(module: nn.Module, name: str, width: int, config: NormConfig) -> jax.Array:
+    """The weight of an RMS norm; starts at the identity."""
+    return declare(
+        module, name, (width,), (None,), init=nn.initializers.constant(1.0 - config.offset)
+    )
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], weight: Float[Array, " D"], config: NormConfig
+) -> Float[Array, "*batch D"]:
+    """x / rms(x) · (offset + weight) over the last axis, in fp32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inv_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.eps)
+    scale = weight.astype(jnp.float32) + config.offset
+    return (x32 * inv_rms * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class MLP(nn.Module):
+    """down(act(x · gate) · (x · up)), each product with a bias where the config says so."""
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c, D = self.config, x_BTD.shape[-1]
+        gate = linear(self, "gate", x_BTD, (D, c.width), ("embed", "mlp"), c.bias)
+        up = linear(self, "up", x_BTD, (D, c.width), ("embed", "mlp"), c.bias)
+        hidden = ACTIVATIONS[c.activation](gate) * up
+        return linear(self, "down", hidden, (c.width, D), ("mlp", "embed"), c.bias)
+
+
+def linear(
+    module: nn.Module,
+    name: str,
+    x: Float[Array, "B T X"],
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    bias: bool,
+) -> Float[Array, "B T Y"]:
+    """x · W; parameters `name` [X, Y] and `name`_bias [Y]."""
+    y = matmul(x, declare(module, name, shape, axes))
+    return y + zeros(module, f"{name}_bias", shape[1:], axes[1:])[None, None] if bias else y
+
+
+class MoE(nn.Module):
+    """Each token through its `top_k` experts, weighted by the router's softmax.
+
+    Experts are computed for all tokens and masked by their weight: exact, with static shapes, and
+    free of token dropping; it costs num_experts / top_k times the arithmetic of a routed one.
+    """
+
+    config: MoEConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c, D = self.config, x_BTD.shape[-1]
+        router = declare(self, "router", (D, c.num_experts), ("embed", "expert"))
+        shape, axes = (c.num_experts, D, c.width), ("expert", "embed", "mlp")
+        gate = declare(self, "gate", shape, axes, in_axis=1)
+        up = declare(self, "up", shape, axes, in_axis=1)
+        down = declare(
+            self, "down", (c.num_experts, c.width, D), ("expert", "mlp", "embed"), in_axis=1
+        )
+        weight_BTE = routing_weights(matmul(x_BTD, router), c).astype(x_BTD.dtype)
+
+        def add_expert(total, expert):
+            gate_DF, up_DF, down_FD, weight_BT = expert
+            hidden = ACTIVATIONS[c.activation](matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
+            return total + matmul(hidden, down_FD) * weight_BT[..., None], None
+
+        experts = (gate, up, down, jnp.moveaxis(weight_BTE, -1, 0))
+        return jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), experts)[0]
+
+
+def routing_weights(logits_BTE: Float[Array, "B T E"], config: MoEConfig) -> Float[Array, "B T E"]:
+    """Softmax over the experts, zero outside each token's `top_k`; fp32."""
+    probs = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
+    top, chosen = jax.lax.top_k(probs, config.top_k)
+    if config.normalize:
+        top = top / jnp.sum(top, axis=-1, keepdims=True)
+    one_hot = jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32)
+    return jnp.einsum("btk,btke->bte", top, one_hot)
