@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import ModelCache
-from kvjax.cache.entries import as_pool
-from kvjax.cache.packing import lay_segments
+from kvjax.cache.pool import lay_segments
+from kvjax.cache.storage import as_pool
 from kvjax.config import ModelConfig
 from kvjax.headkv.compression import Budgets, compression
 

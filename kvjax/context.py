@@ -17,10 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
-from kvjax.cache.room import grow_pool, repeat, with_room
-from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
 from kvjax.cache.sharded import head_copies
-from kvjax.cache.trim import trimmed
 from kvjax.config import ModelConfig
 from kvjax.finite import check_finite, first_not_finite
 from kvjax.headkv.facts import sliding_windows, spread_layer

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import ModelCache, advance, rope_lengths_of, with_layer
-from kvjax.cache.schedule import scheduled
+from kvjax.cache.layers import scheduled
 from kvjax.config import ModelConfig
 from kvjax.headkv.scores import attention_heads
 from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from kvjax.cache import cache_bytes
-from kvjax.cache.rows import room_bucket
-from kvjax.cache.slots import whole_slots
+from kvjax.cache.pool import room_bucket
+from kvjax.cache.storage import whole_slots
 from kvjax.config import ModelConfig
 from kvjax.context import Context
 from kvjax.decoding import decode, first_token, step_function

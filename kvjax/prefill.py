@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import ModelCache, PromptCache
+from kvjax.cache import ModelCache, PrefillCache
 from kvjax.config import ModelConfig
 from kvjax.headkv.allocators import HeadImportance
 from kvjax.headkv.compression import Compression
@@ -215,7 +215,7 @@ def read_layer(
     observers: tuple[Any, ...] = (),
     mesh: Mesh | None = None,
     chunk: int | None = None,
-) -> tuple[Float[Array, "B T D"], PromptCache]:
+) -> tuple[Float[Array, "B T D"], PrefillCache]:
     """One layer over the whole prompt, in chunks that end with the longest sequence.
 
     Beside the residual stream no activations but a chunk's exist. The chunk changes no result.

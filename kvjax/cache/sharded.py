@@ -19,11 +19,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
-from kvjax.cache.dense import DenseCache
-from kvjax.cache.latent import LatentCache, stored_width, widened
+from kvjax.cache.dense import DenseCache, LatentCache, stored_width, widened
 from kvjax.cache.pool import Pool, PoolLayer
-from kvjax.cache.prompt import PromptCache
-from kvjax.cache.slots import slot_tile
+from kvjax.cache.prefill import PrefillCache
+from kvjax.cache.storage import slot_tile
 from kvjax.mesh import Layout
 from pallas_kernels.combine import exchange
 
@@ -360,7 +359,7 @@ def _(cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
 
 
 @spread.register
-def _(cache: PromptCache, layout: Layout, window: int | None) -> PromptCache:
+def _(cache: PrefillCache, layout: Layout, window: int | None) -> PrefillCache:
     base = spread(cache.base, layout, window)
     if cache.observers and getattr(base, "copies", 1) > 1:
         raise NotImplementedError(

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kvjax.cache import AttentionSpec, ModelCache, Pool, PromptCache
-from kvjax.cache.pool import pool_alignment
-from kvjax.cache.rows import PoolRows, bucket_rows, pool_rows, room_bucket
+from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
+from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows, room_bucket
 from kvjax.cache.sharded import head_copies, new_pool
 from kvjax.config import ModelConfig
 from kvjax.headkv.facts import attention_spec, entry_widths, no_head_budget
@@ -164,7 +163,7 @@ class Compression:
         pool = make(lengths)
         return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
 
-    def compress(self, caches: ModelCache, layer: int, prompt: PromptCache) -> ModelCache:
+    def compress(self, caches: ModelCache, layer: int, prompt: PrefillCache) -> ModelCache:
         """The caches with what is kept of one layer's prompt."""
         packed, place = self.packing(caches, layer, prompt)(), caches.places[layer]
         if place is None:
@@ -172,7 +171,7 @@ class Compression:
         return caches.with_pool_layer(place, packed)
 
     def packing(
-        self, caches: ModelCache, layer: int, prompt: PromptCache
+        self, caches: ModelCache, layer: int, prompt: PrefillCache
     ) -> functools.partial[Any]:
         """The call of a program that compresses one layer's prompt, not yet made."""
         place, spec = caches.places[layer], attention_spec(self.config.layers[layer].attention)
@@ -195,7 +194,7 @@ class Compression:
         )
 
     def _whole_layer(
-        self, layer: int, prompt: PromptCache, spec: AttentionSpec
+        self, layer: int, prompt: PrefillCache, spec: AttentionSpec
     ) -> functools.partial[Any]:
         """`packing` of a layer whose heads keep the same tokens: the mean of the budgets, or all
         of them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.cache import AttentionSpec, DenseCache, PromptCache
+from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
 from kvjax.cache.sharded import place, spread
 from kvjax.config import (
     AttentionConfig,
@@ -30,7 +30,7 @@ def start_prompt(
     dtype: Any,
     observers: tuple[Any, ...] = (),
     mesh: AnyMesh | None = None,
-) -> PromptCache:
+) -> PrefillCache:
     """An empty cache for a prompt that is to be compressed, for any kind of attention.
 
     Keys that are rebuilt from latents at every step (`equal_cache` with RoPE after the
@@ -51,7 +51,7 @@ def start_prompt(
         expanded = DenseCache.create(batch, heads, prompt_len, width, 0, dtype)
     else:
         width = base.k.shape[-1]
-    cache = PromptCache.create(base, queries, heads, width, jnp.dtype(dtype), expanded, observers)
+    cache = PrefillCache.create(base, queries, heads, width, jnp.dtype(dtype), expanded, observers)
     if mesh is None:
         return cache
     layout = Layout.create(mesh, batch)

@@ -44,7 +44,7 @@ class SumAttention:
     """Adds up attention, [B, K, S] fp32, the mean over the query heads of a group."""
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Float[Array, "B K S"]:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         return jnp.zeros(keys_BKSX.shape[:3], jnp.float32)
 
     def watch(
@@ -56,7 +56,7 @@ class SumAttention:
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Float[Array, "B K S"]:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         T = q_BTNH.shape[1]
         rows = min(QUERY_ROWS, T)
         tiles = -(-T // rows)
@@ -169,7 +169,7 @@ class QueryMoments:
     future: int
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Moments:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         B, _, N, X = q_BTNH.shape
         count, first, second = (jnp.zeros(s, jnp.float32) for s in ((B,), (B, N, X), (B, N, X, X)))
         return Moments(count, first, second, self.rope, self.future)
@@ -183,7 +183,7 @@ class QueryMoments:
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Moments:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         real = positions_BT >= 0
         q = jnp.where(real[:, :, None, None], q_BTNH.astype(jnp.float32), 0.0)
         q = unrotate(q, positions_BT, lengths_B, self.rope)

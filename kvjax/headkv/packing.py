@@ -15,15 +15,14 @@ from kvjax.cache import (
     DenseCache,
     LatentCache,
     PoolLayer,
-    PromptCache,
+    PrefillCache,
     ShardedHeads,
     ShardedSlots,
 )
-from kvjax.cache.entries import take_rows
-from kvjax.cache.packing import copy_rows, lay_segments
+from kvjax.cache.pool import copy_rows, lay_segments
 from kvjax.cache.room import with_room
 from kvjax.cache.sharded import place, specs
-from kvjax.cache.slots import whole_slots
+from kvjax.cache.storage import take_rows, whole_slots
 from kvjax.headkv.prompt import Prompt, Scorer, pool_entries
 from kvjax.headkv.selection import LayerBudget, choose, choose_common
 from kvjax.headkv.split import Split
@@ -37,7 +36,7 @@ from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, qua
     donate_argnames="layer",
 )
 def compress_heads(
-    prompt: PromptCache,
+    prompt: PrefillCache,
     layer: PoolLayer,
     budget: LayerBudget,
     *,
@@ -154,7 +153,7 @@ def pack(
 
 @functools.partial(jax.jit, static_argnames=("slots", "scorer", "spec", "observed", "dtype"))
 def compress_tokens(
-    prompt: PromptCache,
+    prompt: PrefillCache,
     caps: Int[Array, " B"],
     window: Int[Array, " B"],
     *,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache.rows import room_bucket
+from kvjax.cache.pool import room_bucket
 from kvjax.config import ModelConfig
 from kvjax.headkv.allocators import Allocator, HeadImportance, Request, Uniform
 from kvjax.headkv.compression import (

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import AttentionSpec, PoolLayer, PromptCache
-from kvjax.cache.entries import take_rows
+from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
+from kvjax.cache.storage import take_rows
 from pallas_kernels import dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
 
@@ -48,7 +48,7 @@ class Prompt:
     @classmethod
     def create(
         cls,
-        cache: PromptCache,
+        cache: PrefillCache,
         spec: AttentionSpec,
         window: Any = None,
         observed: int | None = None,

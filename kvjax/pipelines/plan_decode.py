@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kvjax.cache.schedule import scheduled, work_lists
+from kvjax.cache.layers import scheduled, work_lists
 from kvjax.decoding import decode_step, embed_step, step_logits
 from kvjax.headkv.scores import attention_heads
 from kvjax.nn import Transformer

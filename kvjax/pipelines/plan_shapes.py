@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from kvjax.cache import ModelCache, PromptCache
+from kvjax.cache import ModelCache, PrefillCache
 from kvjax.cache.sharded import places, specs, with_shardings
 from kvjax.headkv.compression import Compression
 from kvjax.headkv.facts import start_prompt
@@ -92,7 +92,7 @@ class Served:
         caches, observed = self.work.start(), observed_queries([self.work])
         for layer, kind in enumerate(self.model.config.layers):
             watching = Watching.of([self.work], layer)
-            prompt: PromptCache = start_prompt(
+            prompt: PrefillCache = start_prompt(
                 kind.attention,
                 *self.prompt_shape,
                 observed,

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from kvjax.cache import Pool
-from kvjax.cache.packing import lay_segments
-from kvjax.cache.rows import LARGE, bucket_rows, pool_rows, room_bucket
+from kvjax.cache.pool import LARGE, bucket_rows, lay_segments, pool_rows, room_bucket
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.headkv.compression import Budgets, group_rows, kept_tokens, layer_groups
 from kvjax.headkv.scorers import SinksAndRecent

@@ -11,7 +11,7 @@ from meshes import mesh_of_eight, ragged_prompts, toy
 
 import kvjax
 import pallas_kernels
-from kvjax.cache.schedule import scheduled
+from kvjax.cache.layers import scheduled
 from kvjax.config import GQAConfig, RopeConfig
 from kvjax.prompts import pad
 from kvjax.sharding import place_params

@@ -26,7 +26,7 @@ from eval.results import statistics
 from eval.run import evaluate
 from eval.settings import Settings
 from kvjax import generation, transmla
-from kvjax.cache.rows import room_bucket
+from kvjax.cache.pool import room_bucket
 from kvjax.headkv.scores import HeadScores
 from kvjax.text import added_text
 

@@ -9,7 +9,7 @@ import pytest
 from toys import random_params
 
 from kvjax.cache import PoolLayer, cache_bytes
-from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.config import (
     EqualCacheConfig,
     GQAConfig,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache import AttentionSpec, DenseCache, PromptCache
+from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
 from kvjax.config import GQAConfig, RopeConfig, YarnScaling
 from kvjax.headkv.observers import ColumnSums, ExpectedAttention, unrotate
 from kvjax.headkv.prompt import Prompt
@@ -54,7 +54,7 @@ def read(scorer, chunks=(16, 16, 8), config=None, q=None):
     watching = getattr(scorer, "observer", None)
     observers = (watching(config or attention()),) if watching else ()
     dense = DenseCache.create(len(LENGTHS), K, S, H, H, "float32")
-    cache = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"), observers=observers)
+    cache = PrefillCache.create(dense, W, K * G, H, jnp.dtype("float32"), observers=observers)
     start = 0
     for size in chunks:
         part = slice(start, start + size)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
-from kvjax.cache.dense import DenseCache
-from kvjax.cache.latent import LatentCache
+from kvjax.cache.dense import DenseCache, LatentCache
 
 
 @runtime_checkable
@@ -37,7 +36,7 @@ class Observer(Protocol):
 
 
 @flax.struct.dataclass
-class PromptCache:
+class PrefillCache:
     """One layer's prompt while it is read.
 
     Attributes:
@@ -64,7 +63,7 @@ class PromptCache:
         dtype: Any,
         expanded: DenseCache | None = None,
         observers: tuple[Observer, ...] = (),
-    ) -> PromptCache:
+    ) -> PrefillCache:
         """An empty cache that keeps the last `window` queries of `num_heads` × `head_dim`."""
         queries = jnp.zeros((base.lengths.shape[0], window, num_heads, head_dim), dtype)
         cache = cls(base, queries, expanded, observers=observers)
@@ -98,7 +97,7 @@ class PromptCache:
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
         expand: Expand | None = None,
-    ) -> tuple[Float[Array, "B T N Hv"], PromptCache]:
+    ) -> tuple[Float[Array, "B T N Hv"], PrefillCache]:
         """See `Cache.attend`; latents of keys are expanded once, when they come in."""
         if expand is None:
             out, base = self.base.attend(q, k, v, positions, spec)
@@ -117,20 +116,20 @@ class PromptCache:
         k_rope: Float[Array, "B T R"],
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N L"], PromptCache]:
+    ) -> tuple[Float[Array, "B T N L"], PrefillCache]:
         """See `LatentCache.attend_absorbed`."""
         out, base = self.base.attend_absorbed(q_latent, q_rope, latent, k_rope, positions, spec)
         q = self.base.joint(q_latent, q_rope)
         return out, self._after(base, None, q, positions, spec)
 
-    def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:
+    def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PrefillCache:
         queries = last_queries(self.queries, q, positions)
         cache = dataclasses.replace(self, base=base, expanded=expanded, queries=queries)
         watched = (q, positions, cache.keys, base.lengths, spec)
         states = zip(self.observers, self.seen, strict=True)
         return dataclasses.replace(cache, seen=tuple(o.watch(s, *watched) for o, s in states))
 
-    def seen_by(self, observer: int | None) -> PromptCache:
+    def seen_by(self, observer: int | None) -> PrefillCache:
         """The cache with what one of the observers has seen, by its number; None for nothing."""
         seen = None if observer is None else self.seen[observer]
         return dataclasses.replace(self, seen=seen, observers=())
