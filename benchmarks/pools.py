@@ -14,7 +14,7 @@ from kvjax.cache import ModelCache
 from kvjax.cache.pool import lay_segments
 from kvjax.cache.storage import as_pool
 from kvjax.config import ModelConfig
-from kvjax.headkv.compression import Budgets, compression
+from kvjax.policies.compression import Budgets, compression
 
 Fill = Callable[[tuple[int, ...], Any], jax.Array]
 """(shape, dtype) to entries."""

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from eval.loaded import bounds_growth
 from kvjax.config import ModelConfig
 from kvjax.feeding import hidden_states, output_weights
-from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
+from kvjax.policies.policy import Policy
 from kvjax.reading import Start, from_start
 from kvjax.tasks.perplexity import check_losses, chunk_losses
 

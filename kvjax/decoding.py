@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache import ModelCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.layers import scheduled
 from kvjax.config import ModelConfig
-from kvjax.headkv.scores import attention_heads
 from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
@@ -61,7 +60,7 @@ def decode_step(
     start = (params["embedding"], token, cache[0].lengths, live)
     x, positions, lengths = embed_step(config, *start)
     kinds = block_kinds(config)
-    heads = [attention_heads(kind.block.layer.attention)[0] for kind in kinds]
+    heads = [kind.block.layer.attention.query_heads for kind in kinds]
     cache = scheduled(cache, positions, heads)
     for index, kind in enumerate(kinds):
         name = f"layers_{index}"

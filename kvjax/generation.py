@@ -17,10 +17,10 @@ from kvjax.cache.storage import whole_slots
 from kvjax.config import ModelConfig
 from kvjax.context import Context
 from kvjax.decoding import decode, first_token, step_function
-from kvjax.headkv.policy import Policy
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
+from kvjax.policies.policy import Policy
 from kvjax.prompts import (
     batches,
     bucket_length,

@@ -18,12 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import ModelCache, PrefillCache
-from kvjax.config import ModelConfig
-from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.compression import Compression
-from kvjax.headkv.facts import start_prompt
-from kvjax.headkv.policy import Compress, Policy, resolve
-from kvjax.headkv.scores import default_scores
+from kvjax.cache.prefill import start_prefill
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
@@ -34,6 +29,9 @@ from kvjax.nn.transformer import (
     hidden_logits,
     output_params,
 )
+from kvjax.policies.compression import Compression
+from kvjax.policies.named import resolve_each
+from kvjax.policies.policy import Policy
 from kvjax.prompts import bucket_length
 
 CHUNK_ROWS = 2048
@@ -84,19 +82,6 @@ def prefill(
     works = compressions(model, params, lengths, resolved, max_new_tokens)
     logits, caches = read_prompts(model, params, tokens, works)
     return logits, caches[0] if one else caches
-
-
-def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
-    """Policies ready for this model, whose head scores are read where one may need them.
-
-    Raises:
-        ValueError: see `resolve`.
-    """
-    parsed = [Policy.parse(policy) if isinstance(policy, str) else policy for policy in policies]
-    allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
-    lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
-    scores = default_scores(config) if lacking else None
-    return [resolve(policy, config, scores) for policy in parsed]
 
 
 def read_prompts(
@@ -165,7 +150,7 @@ def cache_shapes(work: Compression, slots: int) -> ModelCache:
         for index, layer in enumerate(work.config.layers):
             watching = Watching.of([work], index)
             observers = watching.observers
-            prompt = start_prompt(layer.attention, *shape, work.dtype, observers, mesh)
+            prompt = start_prefill(layer.attention, *shape, work.dtype, observers, mesh)
             caches = work.compress(caches, index, prompt.seen_by(watching.wanted[0]))
         return caches
 
@@ -228,7 +213,7 @@ def read_layer(
     """
     B, T, D = x.shape
     chunk = chunk_tokens(B, mesh) if chunk is None else chunk
-    cache = start_prompt(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
+    cache = start_prefill(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
     place = stream_place(mesh, B, D)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(positions < lengths[:, None], positions, -1)

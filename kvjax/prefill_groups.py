@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.headkv.compression import Compression
 from kvjax.mesh import Layout, mesh_of
 from kvjax.nn import Transformer
+from kvjax.policies.compression import Compression
 from kvjax.prefill import read_prompts
 
 

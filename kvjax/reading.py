@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from kvjax.context import Context, check_model, extend, on_devices_of
-from kvjax.headkv.compression import Compression
-from kvjax.headkv.policy import Full, Policy
 from kvjax.nn import Transformer
-from kvjax.prefill import compressions, resolve_each, shape_bytes
+from kvjax.policies.compression import Compression
+from kvjax.policies.named import parse_policy, resolve_each
+from kvjax.policies.policy import Full, Policy
+from kvjax.prefill import compressions, shape_bytes
 from kvjax.prefill_groups import prefill_in_groups
 from kvjax.prompts import bucket_length
 
@@ -94,7 +95,7 @@ def after_context(
     Raises:
         ValueError: a context of another model; a policy or a prefill size.
     """
-    asked = Policy.parse(policy) if isinstance(policy, str) else policy
+    asked = parse_policy(policy) if isinstance(policy, str) else policy
     if asked != Full() or prefill_size is not None:
         raise ValueError(
             f"got policy {policy!r} and prefill_size {prefill_size} with a context, expected "

@@ -9,8 +9,8 @@ from toys import random_params
 from kvjax import reading
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.generation import generate, generate_each
-from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
+from kvjax.policies.named import parse_policy
 from kvjax.prefill import compressions, shape_bytes
 
 LAYERS, VOCAB = 2, 89
@@ -75,7 +75,7 @@ def test_each_policy_gives_what_it_gives_alone(loaded, prompts, layers_read, tem
 def test_caches_that_are_too_large_together_are_read_for_in_groups(
     loaded, prompts, layers_read, monkeypatch
 ):
-    policies, batch = [Policy.parse(name) for name in POLICIES], prompts[:3]
+    policies, batch = [parse_policy(name) for name in POLICIES], prompts[:3]
     alone = [generate(*loaded, batch, policy=policy, **SETTINGS) for policy in policies]
     sizes = [result.cache_bytes for result in alone]
     most = sizes[0] + sizes[1]
@@ -94,7 +94,7 @@ def test_caches_that_are_too_large_together_are_read_for_in_groups(
 
 def test_the_bytes_of_caches_are_known_before_they_are_made(loaded, prompts):
     lengths = np.asarray([len(prompt) for prompt in prompts[:3]], np.int32)
-    for policy in map(Policy.parse, POLICIES):
+    for policy in map(parse_policy, POLICIES):
         (work,) = compressions(*loaded, lengths, [policy], 9)
         out = generate(*loaded, prompts[:3], policy=policy, **SETTINGS)
         assert shape_bytes(work, 32) == out.cache_bytes

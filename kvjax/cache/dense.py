@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
 from kvjax.cache.storage import empty, live_slots, query_slots, token_slots, write_pool, write_rows
+from kvjax.config import AttentionConfig
 from pallas_kernels import dequantize, gqa_decode, mla_decode
 
 
@@ -250,3 +251,13 @@ def stored_width(width: int, platform: str | None = None) -> int:
 def widened(x: jax.Array, width: int) -> jax.Array:
     """Zeros behind the last axis, up to `width`."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
+
+
+def new_cache(
+    attention: AttentionConfig, batch: int, capacity: int, dtype: Any
+) -> DenseCache | LatentCache:
+    """An empty cache of the kind that this attention fills, for `capacity` tokens a sequence."""
+    widths, dtype = attention.cached_widths, jnp.dtype(dtype)
+    if attention.shared_latent:
+        return LatentCache.create(batch, capacity, *widths, dtype)
+    return DenseCache.create(batch, attention.cached_heads, capacity, *widths, dtype)

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
-from kvjax.cache.dense import DenseCache, LatentCache
+from kvjax.cache.dense import DenseCache, LatentCache, new_cache, widened
+from kvjax.cache.sharded import ShardedSlots, place, spread
+from kvjax.cache.storage import last_queries
+from kvjax.config import AttentionConfig
+from kvjax.mesh import AnyMesh, Layout
 
 
 @runtime_checkable
@@ -138,11 +142,57 @@ class PrefillCache:
         return self.base.keys_and_values(self.queries.dtype)
 
 
-def last_queries(
-    old: Float[Array, "B w N H"], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
-) -> Float[Array, "B w N H"]:
-    """The last w of the old queries and the new ones, padding left out (it is on the right)."""
-    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    seen = jnp.concatenate([old, q.astype(old.dtype)], axis=1)
-    last = count[:, None] + jnp.arange(old.shape[1], dtype=jnp.int32)[None]
-    return jnp.take_along_axis(seen, last[:, :, None, None], axis=1)
+def start_prefill(
+    attention: AttentionConfig,
+    batch: int,
+    prompt_len: int,
+    queries: int,
+    dtype: Any,
+    observers: tuple[Observer, ...] = (),
+    mesh: AnyMesh | None = None,
+) -> PrefillCache:
+    """An empty cache for one layer of a prompt that is compressed once it is read.
+
+    Args:
+        prompt_len: slots of each sequence.
+        queries: the last queries that the cache remembers.
+        observers: what watches all queries.
+        mesh: over which the cache is spread; None for one device.
+
+    Raises:
+        ValueError: the mesh's tensor axis fits neither the KV heads nor their multiples.
+        NotImplementedError: a scorer that watches the prompt, on more devices than KV heads.
+    """
+    base = new_cache(attention, batch, prompt_len, dtype)
+    heads, expanded = attention.query_heads, None
+    if isinstance(base, LatentCache):
+        width = base.latent.shape[-1] + base.k_rope.shape[-1]
+    elif attention.rebuilds_keys:
+        width = attention.unconverted.cached_widths[0]
+        expanded = DenseCache.create(batch, heads, prompt_len, width, 0, dtype)
+    else:
+        width = base.k.shape[-1]
+    cache = PrefillCache.create(base, queries, heads, width, jnp.dtype(dtype), expanded, observers)
+    if mesh is None:
+        return cache
+    layout = Layout.create(mesh, batch)
+    if not attention.rebuilds_keys:
+        return spread(cache, layout, attention.spec.window)
+    # Neither heads nor slots of rebuilt keys can be split: each device of an axis has them all.
+    whole = layout.of_batch()
+    return dataclasses.replace(cache, base=place(base, whole), expanded=place(expanded, whole))
+
+
+@spread.register
+def _(cache: PrefillCache, layout: Layout, window: int | None) -> PrefillCache:
+    base = spread(cache.base, layout, window)
+    if cache.observers and getattr(base, "copies", 1) > 1:
+        raise NotImplementedError(
+            f"{type(cache.observers[0]).__name__} watches the queries of whole groups, which "
+            f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
+            "as KV heads"
+        )
+    if isinstance(base, ShardedSlots):
+        width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
+        return dataclasses.replace(cache, base=base, queries=widened(cache.queries, width))
+    return dataclasses.replace(cache, base=base)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.dispatch import target
 from pallas_kernels.gpu.limits import TILE
@@ -202,3 +202,13 @@ def live_slots(lengths_B: jax.Array, capacity: int) -> Int[Array, "B S"]:
     """[B, S] slot numbers, −1 where nothing is stored."""
     slots = jnp.arange(capacity, dtype=jnp.int32)[None]
     return jnp.where(slots < lengths_B[:, None], slots, -1)
+
+
+def last_queries(
+    old: Float[Array, "B w N H"], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
+) -> Float[Array, "B w N H"]:
+    """The last w of the old queries and the new ones, padding left out (it is on the right)."""
+    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    seen = jnp.concatenate([old, q.astype(old.dtype)], axis=1)
+    last = count[:, None] + jnp.arange(old.shape[1], dtype=jnp.int32)[None]
+    return jnp.take_along_axis(seen, last[:, :, None, None], axis=1)

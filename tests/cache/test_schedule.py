@@ -25,7 +25,7 @@ on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
 @pytest.fixture(autouse=True)
 def aligned(monkeypatch):
     """Pools as TPUs want them."""
-    monkeypatch.setattr("kvjax.headkv.compression.alignment", lambda dtype, layout: 16)
+    monkeypatch.setattr("kvjax.policies.compression.alignment", lambda dtype, layout: 16)
 
 
 def prefilled(layers, mesh=None, attention=WIDE, batch=8):

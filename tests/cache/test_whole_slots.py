@@ -23,9 +23,9 @@ from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.cache.room import with_room
 from kvjax.cache.storage import whole_slots
 from kvjax.generation import full_cache_bytes
-from kvjax.headkv.policy import resolve
-from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import resolve
 from kvjax.prefill import compressions, read_prompts
 from kvjax.topologies import Topology
 

@@ -27,7 +27,7 @@ from eval.run import evaluate
 from eval.settings import Settings
 from kvjax import generation, transmla
 from kvjax.cache.pool import room_bucket
-from kvjax.headkv.scores import HeadScores
+from kvjax.policies.importance import HeadScores
 from kvjax.text import added_text
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 from pools import at_work, attend, budgets, segments
 
 from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
-from kvjax.headkv.split import Adaptive
+from kvjax.policies.budgets import Adaptive
 
 W, K, G, H, S, NEW = 8, 2, 2, 8, 48, 50
 LENGTHS = np.asarray([48, 30, 8, 1], np.int32)

@@ -16,10 +16,9 @@ from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConf
 from kvjax.context import compress
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
-from kvjax.headkv.named import MAKERS
-from kvjax.headkv.policy import resolve
-from kvjax.headkv.size import token_bytes
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import token_bytes
+from kvjax.policies.named import MAKERS, resolve
 from kvjax.prefill import prefill, read_layer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))

@@ -9,10 +9,16 @@ import pytest
 
 from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
 from kvjax.config import GQAConfig, RopeConfig, YarnScaling
-from kvjax.headkv.observers import ColumnSums, ExpectedAttention, unrotate
-from kvjax.headkv.prompt import Prompt
-from kvjax.headkv.scorers import KeyDifference, KeyNorm, LastQuery, SpanWindow, max_pool
 from kvjax.nn.rope import rope
+from kvjax.policies.observers import ColumnSums, ExpectedAttention, unrotate
+from kvjax.policies.scorers import (
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    LayerView,
+    SpanWindow,
+    max_pool,
+)
 
 W, K, G, H, S = 4, 2, 2, 8, 40
 LENGTHS = (1, 3, 21, 40)
@@ -60,7 +66,7 @@ def read(scorer, chunks=(16, 16, 8), config=None, q=None):
         part = slice(start, start + size)
         cache = step(cache, q[:, part], k[:, part], v[:, part], positions[:, part])
         start += size
-    return Prompt.create(cache.seen_by(0 if watching else None), AttentionSpec(0.4))
+    return LayerView.create(cache.seen_by(0 if watching else None), AttentionSpec(0.4))
 
 
 def weights(row, n, head, query):

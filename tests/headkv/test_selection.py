@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pools import at_work, budgets, segments
 
 from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
-from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
-from kvjax.headkv.selection import select
+from kvjax.policies.scorers import ObservationWindow, SinksAndRecent
+from kvjax.policies.selection import select
 
 W, CAPS, K, G, H, S = 8, (5, 17), 2, 2, 4, 40
 LENGTHS = (3, 8, 9, 13, 14, 25, 26, 40)  # around w, cap + w and the end of the bucket

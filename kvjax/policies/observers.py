@@ -20,8 +20,8 @@ from kvjax.config import (
     LongRopeScaling,
     RopeConfig,
 )
-from kvjax.headkv.prompt import Prompt, attention_weights, by_kv_head
 from kvjax.nn.rope import rope
+from kvjax.policies.scorers import LayerView, attention_weights, by_kv_head
 from kvjax.ranges import COUNT, check_ranges
 
 QUERY_ROWS = 64  # queries whose attention over all keys exists at a time
@@ -32,10 +32,10 @@ class ColumnSums:
     """H2O (arXiv 2306.14048): the attention that a token gets from all queries in sum."""
 
     def observer(self, attention: AttentionConfig) -> SumAttention:
-        """See `kvjax.headkv.prompt.Scorer`."""
+        """See `kvjax.policies.scorers.Scorer`."""
         return SumAttention()
 
-    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
         return prompt.seen
 
 
@@ -90,7 +90,7 @@ class ExpectedAttention:
         check_ranges(vars(self), {"future": COUNT})
 
     def observer(self, attention: AttentionConfig) -> QueryMoments:
-        """See `kvjax.headkv.prompt.Scorer`.
+        """See `kvjax.policies.scorers.Scorer`.
 
         Raises:
             NotImplementedError: RoPE whose frequencies depend on the length, or latent attention.
@@ -104,7 +104,7 @@ class ExpectedAttention:
             raise NotImplementedError("expected attention needs RoPE of fixed frequencies")
         return QueryMoments(pure_rotation(config.rope), self.future)
 
-    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
         moments: Moments = prompt.seen
         B, K, _, X = prompt.keys.shape
         mean, covariance = moments.rotated(prompt.lengths)
