@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import random_params
 
-from kvjax import reading
+from kvjax import generation
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.generation import generate, generate_each
 from kvjax.nn import Transformer
@@ -84,7 +84,7 @@ def test_caches_that_are_too_large_together_are_read_for_in_groups(
     del layers_read[:]
     found = generate_each(*loaded, batch, policies, **SETTINGS)
     assert found == alone
-    groups = reading.together(
+    groups = generation.together(
         compressions(*loaded, np.asarray([len(p) for p in batch]), policies, 9), 32
     )
     assert len(groups) > 1 and len(layers_read) == len(groups) * LAYERS

@@ -18,9 +18,9 @@ from kvjax.config import (
     ModelConfig,
     RopeConfig,
 )
+from kvjax.decoding import Sampling, sample
 from kvjax.generation import bucket_length, generate
 from kvjax.nn import Transformer
-from kvjax.sampling import Sampling, sample
 
 V = 89
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))

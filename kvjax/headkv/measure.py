@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float64, Int
 from kvjax.answers import rouge1_recall, token_f1
 from kvjax.cache.prefill import start_prefill
 from kvjax.config import ModelConfig
+from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
 from kvjax.headkv.examples import (
     Batch,
@@ -34,7 +35,6 @@ from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits,
 from kvjax.numerics import not_finite
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.scorers import LayerView, query_attention
-from kvjax.sampling import NO_TOKEN, most_likely
 from kvjax.token_ids import token_ids
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]

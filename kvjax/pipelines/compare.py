@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.config import ModelConfig
+from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
-from kvjax.feeding import hidden_states, output_weights
+from kvjax.generation import Reader, from_start
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
@@ -27,8 +28,7 @@ from kvjax.numerics import not_finite
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prefill import shape_bytes
 from kvjax.ranges import COUNT, check_ranges
-from kvjax.reading import Reader, from_start
-from kvjax.sampling import NO_TOKEN, most_likely
+from kvjax.scoring import hidden_states, output_weights
 from kvjax.token_ids import token_ids
 
 INSIDE, AFTER = "inside", "after"

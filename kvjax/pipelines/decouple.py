@@ -19,13 +19,13 @@ from kvjax.finite import CONVERTED, OVERFLOW, check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.loss import next_token_losses
 from kvjax.pipelines import calibration_text
 from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.convert import write_top
 from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.ranges import COUNT, SIZE, check_ranges, optional
+from kvjax.scoring import next_token_losses
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.calibration import embed

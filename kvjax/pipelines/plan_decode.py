@@ -10,12 +10,11 @@ from typing import Any
 import jax
 
 from kvjax.cache.layers import scheduled, work_lists
-from kvjax.decoding import decode_step, embed_step, step_logits
+from kvjax.decoding import decode_step, embed_step, most_likely, step_logits
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, block_program, output_params
 from kvjax.pipelines.plan_programs import Compiler, Program, compile_call
 from kvjax.pipelines.plan_shapes import Served
-from kvjax.sampling import most_likely
 from kvjax.topologies import device_bytes
 
 

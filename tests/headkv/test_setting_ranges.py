@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from kvjax.decoding import Sampling
 from kvjax.headkv import allocate
 from kvjax.policies.budgets import Adaptive, HeadImportance, Pyramid, Uniform
 from kvjax.policies.named import parse_policy
 from kvjax.policies.observers import ExpectedAttention
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import ObservationWindow, SinksAndRecent, SpanWindow
-from kvjax.sampling import Sampling
 
 NAN, INF = float("nan"), float("inf")
 
