@@ -80,7 +80,7 @@ def test_caches_that_are_too_large_together_are_read_for_in_groups(
     sizes = [result.cache_bytes for result in alone]
     most = sizes[0] + sizes[1]
     assert sizes[0] + sizes[1] + sizes[2] > most < sizes[2] + sizes[3] + sizes[4]
-    monkeypatch.setattr(reading, "bytes_together", lambda: most)
+    monkeypatch.setattr(generation, "bytes_together", lambda: most)
     del layers_read[:]
     found = generate_each(*loaded, batch, policies, **SETTINGS)
     assert found == alone
@@ -88,7 +88,7 @@ def test_caches_that_are_too_large_together_are_read_for_in_groups(
         compressions(*loaded, np.asarray([len(p) for p in batch]), policies, 9), 32
     )
     assert len(groups) > 1 and len(layers_read) == len(groups) * LAYERS
-    monkeypatch.setattr(reading, "bytes_together", lambda: 1)  # even one is too large
+    monkeypatch.setattr(generation, "bytes_together", lambda: 1)  # even one is too large
     assert generate_each(*loaded, batch, policies[:2], **SETTINGS) == alone[:2]
 
 
