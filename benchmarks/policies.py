@@ -26,9 +26,9 @@ from kvjax.headkv.named import parse
 from kvjax.headkv.policy import Compress, resolve
 from kvjax.headkv.scores import HeadScores, default_scores
 from kvjax.paths import local_path
-from kvjax.pipelines.compare import FULL, PROTOCOLS, compare
-from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.scoring import FULL, PROTOCOLS, compare
 from kvjax.tasks import make_examples
+from kvjax.tasks.vocabulary import TokenizerVocabulary
 
 MODEL, LENGTH = "builtin:needle", 1024
 TASKS = ("needle", "multi_key", "two_hop")

@@ -1,6 +1,7 @@
 """The `kvjax` command: info, convert, export, score, compress, generate, plan, demo.
 
-Heavy imports wait until a command needs them, so that `kvjax --help` is instant.
+Each function here is a subcommand: tyro makes the options from its signature. The function checks
+what belongs to the command line, calls `kvjax.commands` or `kvjax.capacity`, and prints the result.
 """
 
 from __future__ import annotations
@@ -15,9 +16,21 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from kvjax import compilation_cache
+from kvjax.capacity.plan import Request, plan_capacity, readable
+from kvjax.commands.checkpoints import describe, export_checkpoint, tensor_statistics
+from kvjax.commands.convert import (
+    DecoupledSettings,
+    EqualCacheSettings,
+    convert_to_decoupled,
+    convert_to_equal_cache,
+)
+from kvjax.commands.demo import run_demo
+from kvjax.commands.score import score_checkpoint
+from kvjax.commands.text import compress_text, generate_text
+from kvjax.headkv.measure import Grid
 from kvjax.paths import local_arguments
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
@@ -44,12 +57,10 @@ def info(
 
     With --tensors, the values of the named tensors too; NaN or infinite ones are an error.
     """
-    from kvjax.pipelines import info as pipeline
-
-    facts = pipeline.describe(model)
+    facts = describe(model)
     _print_facts(model, facts)
     if tensors:
-        facts["tensors"] = pipeline.tensor_statistics(model, tensors)
+        facts["tensors"] = tensor_statistics(model, tensors)
         _print_rows(facts["tensors"])
     _write_json(json_file, facts)
 
@@ -57,67 +68,31 @@ def info(
 def convert(
     model: Model,
     out: Annotated[Positional[Path], arg(help="directory to write", metavar="OUT")],
+    equal_cache: OmitArgPrefixes[EqualCacheSettings],
+    decoupled: OmitArgPrefixes[DecoupledSettings],
     method: Annotated[
         Literal["equal_cache", "decoupled"],
         arg(help="equal_cache: same cache, more expressive; decoupled: a smaller cache"),
     ] = "equal_cache",
-    init: Annotated[
-        str, arg(help="equal_cache: svd_global, svd_per_head, identity or svd_complex")
-    ] = "svd_global",
-    rope_site: Annotated[str, arg(help="equal_cache: after_up or before_up")] = "after_up",
-    kv_rank: Annotated[int, arg(help="decoupled: width of the cached latent")] = 448,
-    rope_dim: Annotated[int, arg(help="decoupled: width of the cached rotary key")] = 128,
-    v_head_dim: Annotated[int | None, arg(help="decoupled: width of a head's output")] = None,
-    calibration: Annotated[
-        Path | None, arg(help="decoupled: text, or .npy of token ids [S, T], to calibrate on")
-    ] = None,
-    calibration_tokens: int = 32_768,
-    calibration_length: Annotated[int, arg(help="tokens a sequence, for texts")] = 256,
-    stats: Annotated[
-        Path | None, arg(help="decoupled: keep the moments in this file, and go on from it")
-    ] = None,
-    exportable: Annotated[
-        bool, arg(help="decoupled: keep to what DeepSeek-V3's layout can express")
-    ] = False,
-    mode: Annotated[str, arg(help="decoupled: fold, post or auto")] = "auto",
-    recipe: Annotated[str, arg(help="decoupled: best, unbiased or published")] = "best",
-    fold: Annotated[int, arg(help="FreqFold of the published recipe; 0: the best")] = 1,
     mesh: MeshText = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Converts a GQA checkpoint to latent attention (TransMLA), a layer at a time from and to disk.
+    """Converts a GQA checkpoint to latent attention (TransMLA), one layer at a time.
 
-    An interrupted run continues where it stopped when the same command is given again.
+    If a run was interrupted, the same command continues where the run stopped.
     """
-    given = locals()
-    _refuse_others(convert, given, OF_METHOD, method, "--method")
-    _refuse_others(convert, given, {"published": ("fold",)}, recipe, "--recipe")
+    changed = {
+        "equal_cache": _changed(EqualCacheSettings, vars(equal_cache)),
+        "decoupled": _changed(DecoupledSettings, vars(decoupled)),
+    }
+    _refuse_unread("--method", method, changed)
     if method == "equal_cache":
-        from kvjax.pipelines.convert import convert_checkpoint
-
-        report = convert_checkpoint(
-            model, out, method=method, init=init, rope_site=rope_site, dtype=dtype, mesh=mesh
-        )
+        report = convert_to_equal_cache(model, out, equal_cache, dtype, mesh)
     else:
-        from kvjax.pipelines.decouple import Decoupling, decouple_checkpoint
-
-        if calibration is None:
-            raise ValueError("method 'decoupled' needs --calibration FILE, a text or token ids")
-        wanted = Decoupling(
-            kv_rank=kv_rank,
-            rope_dim=rope_dim,
-            calibration=calibration,
-            v_head_dim=v_head_dim,
-            exportable=exportable,
-            mode=mode,
-            recipe=recipe,
-            fold=fold,
-            tokens=calibration_tokens,
-            length=calibration_length,
-            stats=stats,
-        )
-        report = decouple_checkpoint(model, out, wanted, dtype, mesh)
+        fold = _changed(DecoupledSettings, vars(decoupled), "fold")
+        _refuse_unread("--recipe", decoupled.recipe, {"published": fold})
+        report = convert_to_decoupled(model, out, decoupled, dtype, mesh)
     _print_facts(f"{model} → {out}", report)
     _write_json(json_file, report)
 
@@ -142,10 +117,8 @@ def export(
 
     Tokenizer and generation defaults come along; what was written is checked in the end.
     """
-    of_norm = {"rms": ("calibration", "calibration_tokens")}
-    _refuse_others(export, locals(), of_norm, norm, "--norm")
-    from kvjax.pipelines.export import export_checkpoint
-
+    of_rms = _changed(export, locals(), "calibration", "calibration_tokens")
+    _refuse_unread("--norm", norm, {"rms": of_rms})
     report = export_checkpoint(
         model, out, norm, calibration, calibration_tokens, dtype, max_shard_bytes
     )
@@ -174,9 +147,6 @@ def score(
 
     An interrupted run continues where it stopped when the same command is given again.
     """
-    from kvjax.pipelines.questions import Grid
-    from kvjax.pipelines.score import score_checkpoint
-
     grid = Grid(estimator, samples, length, seed, haystack)
     report = score_checkpoint(model, out, grid, batch_size, dtype, mesh)
     _print_rows([report])
@@ -201,10 +171,8 @@ def generate(
 ) -> None:
     """Continues a text; tokens appear as they are made."""
     if temperature == 0:
-        of_sampling = {"above 0": ("top_p", "top_k")}
-        _refuse_others(generate, locals(), of_sampling, "0", "--temperature")
-    from kvjax.pipelines.text import generate_text
-
+        of_sampling = _changed(generate, locals(), "top_p", "top_k")
+        _refuse_unread("--temperature", "0", {"above 0": of_sampling})
     report = generate_text(
         model,
         prompt,
@@ -237,8 +205,6 @@ def compress(
     json_file: Json = None,
 ) -> None:
     """Reads a text once and keeps its compressed cache, for `kvjax generate --context OUT`."""
-    from kvjax.pipelines.text import compress_text
-
     report = compress_text(model, text, out, policy, dtype)
     _print_rows([report])
     _write_json(json_file, report)
@@ -251,8 +217,6 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Shows it all on the embedded model: accuracy against cache bytes, heads, conversion."""
-    from kvjax.pipelines.demo import run_demo
-
     _write_json(json_file, run_demo(out, samples=samples, seed=seed))
 
 
@@ -287,26 +251,24 @@ def plan(
     Prefill and decode are compiled for the topology, without weights or devices, where its
     compiler is installed: libtpu, or jax's CUDA plugin.
     """
-    from kvjax.pipelines import plan as pipeline
-
     compilation_cache.enable("off")  # programs for devices that are not here cannot be read back
-    request = pipeline.Request(
+    request = Request(
         config,
         topology,
         context,
         new_tokens,
         batch,
         mesh,
-        policies or pipeline.Request.policies,
+        policies or Request.policies,
         latent if any(latent) else None,
         dtype,
         compile,
     )
-    report = pipeline.plan_capacity(request, check)
+    report = plan_capacity(request, check)
     rows, notes = report.pop("rows"), report.pop("notes")
     checked = report.pop("check", None)
     _print_facts(config, report)
-    _print_rows(pipeline.readable(rows))
+    _print_rows(readable(rows))
     if checked is not None:
         _print_facts("decode, all layers", checked)
     for note in notes:
@@ -314,36 +276,30 @@ def plan(
     _write_json(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
 
 
-OF_METHOD = {
-    "equal_cache": ("init", "rope_site"),
-    "decoupled": (
-        *("kv_rank", "rope_dim", "v_head_dim", "calibration", "calibration_tokens"),
-        *("calibration_length", "stats", "exportable", "mode", "recipe", "fold"),
-    ),
-}
-"""Settings of `convert` that only one method reads."""
-
-
-def _refuse_others(
-    command: Callable[..., None],
-    given: Mapping[str, Any],
-    readers: Mapping[str, Sequence[str]],
-    chosen: str,
-    option: str,
-) -> None:
-    """Raises ValueError for settings that were changed and that nothing would read.
+def _changed(command: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:
+    """The names of the arguments that differ from the defaults of `command`.
 
     Args:
-        given: the command's arguments.
-        readers: a choice of `option` to the settings that no other choice reads.
+        names: arguments to look at; none for all of them.
     """
     defaults = inspect.signature(command).parameters
+    return [name for name in names or defaults if given[name] != defaults[name].default]
+
+
+def _refuse_unread(option: str, chosen: str, changed: Mapping[str, Sequence[str]]) -> None:
+    """Refuses settings that the user changed and that the chosen value of `option` does not read.
+
+    Args:
+        changed: for each value of `option`, the changed settings that only this value reads.
+
+    Raises:
+        ValueError: names the settings.
+    """
     unread = [
         f"--{name.replace('_', '-')} (of {option} {choice})"
-        for choice, names in readers.items()
+        for choice, names in changed.items()
         if choice != chosen
         for name in names
-        if given[name] != defaults[name].default
     ]
     if unread:
         raise ValueError(f"{option} is {chosen}, which does not read {', '.join(unread)}")

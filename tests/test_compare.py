@@ -12,7 +12,7 @@ from kvjax.example import Example
 from kvjax.headkv import HeadScores
 from kvjax.headkv.policy import resolve
 from kvjax.nn import Transformer
-from kvjax.pipelines.compare import compare
+from kvjax.scoring import compare
 
 NAMES = (
     "snapkv:kv_size=16",

@@ -14,8 +14,8 @@ from kvjax.example import Example
 from kvjax.headkv.importance import score_examples
 from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
-from kvjax.pipelines.compare import compare
 from kvjax.sampling import NO_TOKEN, Sampling, most_likely, sample
+from kvjax.scoring import compare
 from kvjax.tasks import teacher_forced
 from kvjax.tasks.perplexity import perplexity
 

@@ -13,19 +13,24 @@ import pytest
 from meshes import GQA, MLA, mesh_of_eight, toy
 
 import kvjax
+from kvjax.capacity.devices import Topology, device_bytes
+from kvjax.capacity.plan import LONGEST, Room, extrapolate
+from kvjax.capacity.programs import (
+    Compiler,
+    Program,
+    block_step,
+    count_collectives,
+    fused_step,
+    heap_bytes,
+    prefill_bytes,
+)
+from kvjax.capacity.variants import Served, Size, Variant, default_mesh, shallower
 from kvjax.cli import main
 from kvjax.headkv.policy import Policy
 from kvjax.hf import read_shape
 from kvjax.nn.block import block_kinds
-from kvjax.pipelines.plan_decode import block_step, fused_step
-from kvjax.pipelines.plan_prefill import prefill_bytes
-from kvjax.pipelines.plan_programs import Compiler, Program, count_collectives, heap_bytes
-from kvjax.pipelines.plan_room import LONGEST, Room, extrapolate
-from kvjax.pipelines.plan_shapes import Served, Size
-from kvjax.pipelines.plan_variants import Variant, default_mesh, shallower
 from kvjax.prefill import OBSERVED, embed_chunks, read_layer
 from kvjax.sharding import place_params
-from kvjax.topologies import Topology, device_bytes
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
 GIB = 2**30

@@ -9,13 +9,13 @@ import pytest
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 pytest.importorskip("libtpu", reason="needs libtpu: make test-aot")
 
+from kvjax.capacity.devices import Topology
+from kvjax.capacity.plan import Request, plan_capacity
+from kvjax.capacity.programs import lower_step
+from kvjax.capacity.variants import Served, Size
 from kvjax.headkv.policy import Policy
 from kvjax.hf import read_shape
 from kvjax.mesh import make_mesh
-from kvjax.pipelines.plan import Request, plan_capacity
-from kvjax.pipelines.plan_decode import lower_step
-from kvjax.pipelines.plan_shapes import Served, Size
-from kvjax.topologies import Topology
 
 pytestmark = pytest.mark.aot
 

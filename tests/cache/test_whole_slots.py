@@ -21,12 +21,12 @@ from kvjax.cache import (
 )
 from kvjax.cache.room import with_room
 from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.capacity.devices import Topology
 from kvjax.generation import full_cache_bytes
 from kvjax.headkv.policy import resolve
 from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout
 from kvjax.prefill import compressions, read_prompts
-from kvjax.topologies import Topology
 
 BUCKET = 48
 on_h200 = functools.partial(on, "NVIDIA H200", "gpu")

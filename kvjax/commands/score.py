@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,64 +15,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvjax.commands.unfinished import differences
 from kvjax.example import Example
 from kvjax.headkv.batches import bucketed
 from kvjax.headkv.importance import BatchScores, score_examples
-from kvjax.headkv.scores import HeadScores
+from kvjax.headkv.measure import Grid, make_examples, model_name, with_origin
 from kvjax.headkv.stability import split_half
 from kvjax.hf import load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.paths import local_path
-from kvjax.pipelines import partial
-from kvjax.pipelines.questions import Grid, make_examples
-
-
-def score_heads(
-    model: Transformer,
-    params: Any,
-    tokenizer: Any,
-    estimator: str = "retrieval_reasoning",
-    samples: int = 64,
-    length: int = 512,
-    seed: int = 0,
-    batch_size: int = 8,
-    haystack: str | Path | None = None,
-) -> HeadScores:
-    """Importance of every query head, from examples in the model's own tokens.
-
-    Args:
-        tokenizer: from `kvjax.load_tokenizer`.
-        estimator: "retrieval", "retrieval_reasoning" or "enhanced_retrieval", for which only
-            examples count that the model answers; "copying", for models that cannot answer
-            questions; or "gradient", the sensitivity of the loss of the answer. On examples of
-            your own: `kvjax.headkv.score_examples`.
-        samples, length, seed, haystack: see `Grid`.
-        batch_size: examples at a time.
-
-    Raises:
-        ValueError: an unknown estimator, a length that cannot hold the facts, no example that
-            the model answers, or a haystack that is missing or too short.
-    """
-    path = None if haystack is None else local_path(haystack, "the haystack")
-    grid = Grid(estimator, samples, length, seed, path)
-    examples = make_examples(tokenizer, grid)
-    scores = score_examples(model, params, examples, estimator=estimator, batch_size=batch_size)
-    return with_origin(scores, model, grid)
-
-
-def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScores:
-    """The scores with what they were measured on in their meta companion."""
-    origin: dict[str, Any] = {"model": model_name(model), "seed": grid.seed, "length": grid.length}
-    if grid.haystack is not None:
-        origin["haystack"] = grid.haystack.name
-    return HeadScores(scores.samples, scores.meta | origin)
-
-
-def model_name(model: Transformer) -> str:
-    """The checkpoint's name, not where it lies."""
-    return Path(model.config.source).name
 
 
 def score_checkpoint(
@@ -101,15 +55,15 @@ def score_checkpoint(
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = partial.partial_path(out)
+    unfinished = partial_path(out)
     weights = identity(model.config, params).digest
     wanted = request(model, grid, examples, batch_size, dtype) | {"weights": weights}
-    finished = partial.resume(unfinished, wanted)
+    finished = finished_batches(unfinished, wanted)
     with progress_bar() as progress:
         task = progress.add_task("head importance", total=total, completed=len(finished))
 
         def on_batch(batch: BatchScores) -> None:
-            partial.append(unfinished, batch)
+            append_batch(unfinished, batch)
             progress.advance(task)
 
         try:
@@ -169,3 +123,68 @@ def progress_bar() -> Progress:
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
+
+
+def partial_path(out: Path) -> Path:
+    """heads.json or heads.json.gz -> heads.partial.jsonl."""
+    stem = out.name.removesuffix(".gz").removesuffix(".json")
+    return out.with_name(f"{stem}.partial.jsonl")
+
+
+def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
+    """The batches that are finished; the file is there afterwards, ready for `append_batch`.
+
+    Args:
+        request: all that the batches depend on.
+
+    Raises:
+        ValueError: the file belongs to another request.
+    """
+    lines = _whole_lines(path) if path.exists() else []
+    if not lines:
+        _write(path, "w", request)
+        return []
+    try:
+        header = json.loads(lines[0])
+        batches = [_batch(json.loads(line)) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} is no file of finished batches; remove it to start over"
+        ) from None
+    if header != request:
+        raise ValueError(
+            f"{path} holds an unfinished run with other settings ({differences(header, request)}):"
+            " repeat that command to finish it, or remove the file to start over"
+        )
+    return batches
+
+
+def append_batch(path: Path, batch: BatchScores) -> None:
+    """Adds one finished batch."""
+    line = {
+        "indices": batch.indices,
+        "answers": batch.answers.tolist(),
+        "heads": batch.heads.tolist(),
+    }
+    _write(path, "a", line)
+
+
+def _batch(line: dict[str, Any]) -> BatchScores:
+    heads = np.asarray(line["heads"], np.float64)
+    return BatchScores(tuple(line["indices"]), heads, np.asarray(line["answers"], np.float64))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Its lines, without a last one that does not end; that one is cut off the file."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    os.truncate(path, end)
+    return content[:end].splitlines()
+
+
+def _write(path: Path, mode: str, value: dict[str, Any]) -> None:
+    # JSON keeps a float's every bit: Python writes the shortest text that reads back the same.
+    with path.open(mode, encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.encoding import ids_after
 from kvjax.example import Example
+from kvjax.headkv.importance import score_examples
+from kvjax.headkv.scores import HeadScores
+from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import haystack, needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler
+from kvjax.tasks.vocabulary import TokenizerVocabulary
 
 LENGTHS = 4  # prompt lengths of the grid, evenly up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
@@ -23,33 +26,6 @@ COPIED_LENGTH = 64  # steps of the copying estimator: with fewer the ranking is 
 DISTRACTORS = 3  # 0, 1 and 2 in turn
 RANGES = {"samples": COUNT, "length": COUNT, "seed": SEED}
 """The numbers of a `Grid`."""
-
-
-@dataclass(frozen=True)
-class TokenizerVocabulary:
-    """A transformers tokenizer as the vocabulary of the tasks."""
-
-    tokenizer: Any
-
-    @property
-    def bos_id(self) -> int | None:
-        """The token that starts a prompt, if the tokenizer has one."""
-        return self.tokenizer.bos_token_id
-
-    @property
-    def size(self) -> int:
-        """V."""
-        return len(self.tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text as it stands within a sentence: after a space."""
-        return ids_after(self.tokenizer, f" {text}")
-
-    @functools.cached_property
-    def ordinary_ids(self) -> list[int]:
-        """All ids but those of special and added tokens."""
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        return [index for index in range(self.size) if index not in special]
 
 
 @dataclass(frozen=True)
@@ -100,6 +76,52 @@ QUESTIONS: dict[str, Question] = {
 }
 """What each estimator asks. The first three ask the kinds of questions of the HeadKV paper (arXiv
 2410.19258, 3.1), but not its prompts or answers: docs/headkv.md lists what differs."""
+
+
+def score_heads(
+    model: Transformer,
+    params: Any,
+    tokenizer: Any,
+    estimator: str = "retrieval_reasoning",
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    batch_size: int = 8,
+    haystack: str | Path | None = None,
+) -> HeadScores:
+    """Importance of every query head, from examples in the model's own tokens.
+
+    Args:
+        tokenizer: from `kvjax.load_tokenizer`.
+        estimator: "retrieval", "retrieval_reasoning" or "enhanced_retrieval", for which only
+            examples count that the model answers; "copying", for models that cannot answer
+            questions; or "gradient", the sensitivity of the loss of the answer. On examples of
+            your own: `kvjax.headkv.score_examples`.
+        samples, length, seed, haystack: see `Grid`.
+        batch_size: examples at a time.
+
+    Raises:
+        ValueError: an unknown estimator, a length that cannot hold the facts, no example that
+            the model answers, or a haystack that is missing or too short.
+    """
+    path = None if haystack is None else local_path(haystack, "the haystack")
+    grid = Grid(estimator, samples, length, seed, path)
+    examples = make_examples(tokenizer, grid)
+    scores = score_examples(model, params, examples, estimator=estimator, batch_size=batch_size)
+    return with_origin(scores, model, grid)
+
+
+def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScores:
+    """The scores with what they were measured on in their meta companion."""
+    origin: dict[str, Any] = {"model": model_name(model), "seed": grid.seed, "length": grid.length}
+    if grid.haystack is not None:
+        origin["haystack"] = grid.haystack.name
+    return HeadScores(scores.samples, scores.meta | origin)
+
+
+def model_name(model: Transformer) -> str:
+    """The checkpoint's name, not where it lies."""
+    return Path(model.config.source).name
 
 
 def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from kvjax.commands.checkpoints import bytes_per_token, logit_change
+from kvjax.headkv.measure import score_heads
 from kvjax.headkv.policy import Compress, resolve
 from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
-from kvjax.pipelines import plots
-from kvjax.pipelines.compare import Compared, compare
-from kvjax.pipelines.convert import bytes_per_token, logit_change
-from kvjax.pipelines.questions import TokenizerVocabulary
-from kvjax.pipelines.score import score_heads
 from kvjax.ranges import COUNT, SEED, check_ranges
+from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
+from kvjax.tasks.vocabulary import TokenizerVocabulary
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
@@ -148,7 +148,7 @@ def describe_importance(scores: HeadScores) -> dict[str, Any]:
 
 def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> None:
     """heads.png, and one accuracy picture a task."""
-    plots.head_importance(scores.mean, out / "heads.png")
+    plot_head_importance(scores.mean, out / "heads.png")
     for task, (full, *rest) in outcomes.items():
         curves = {
             name: [
@@ -160,7 +160,7 @@ def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> N
         }
         title = f"{task}, {PROMPT_LENGTH}-token prompts"
         picture = out / f"accuracy_{task}.png"
-        plots.accuracy_against_bytes(curves, (full.cache_bytes, full.accuracy), title, picture)
+        plot_accuracy(curves, (full.cache_bytes, full.accuracy), title, picture)
 
 
 def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: Path) -> None:
@@ -192,3 +192,60 @@ def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: 
         )
     pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
     console.print(f"{report['seconds']:.0f} s. {out}/: report.json, heads.json, {pictures}")
+
+
+def _figure(width: float, height: float):
+    # matplotlib is slow to import and wants no display.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _finish(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_head_importance(importance: np.ndarray, path: Path) -> None:
+    """Heat-map of [L, N] scores."""
+    layers, heads = importance.shape
+    figure, axes = _figure(1.5 + 0.45 * heads, 1.2 + 0.45 * layers)
+    image = axes.imshow(importance, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(heads))
+    axes.set_yticks(range(layers))
+    axes.set_xlabel("query head")
+    axes.set_ylabel("layer")
+    axes.set_title("Head importance")
+    figure.colorbar(image, ax=axes)
+    _finish(figure, path)
+
+
+def plot_accuracy(
+    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    full: tuple[int, float],
+    title: str,
+    path: Path,
+) -> None:
+    """One line a policy.
+
+    Args:
+        curves: label → (cache bytes, accuracy, standard error) points.
+        full: bytes and accuracy of the full cache, drawn as a horizontal line.
+    """
+    figure, axes = _figure(6.0, 4.0)
+    for marker, (label, points) in zip("osD^v", curves.items(), strict=False):
+        size, accuracy, error = np.array(sorted(points)).T
+        axes.errorbar(size / 1024, accuracy, error, marker=marker, capsize=3, label=label)
+    axes.axhline(full[1], color="grey", linestyle="--", label=f"full ({full[0] / 1024:.0f} KiB)")
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("cache a sequence (KiB, log scale)")
+    axes.set_ylabel("exact match")
+    axes.set_title(title)
+    axes.legend()
+    _finish(figure, path)

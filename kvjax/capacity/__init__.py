@@ -1,0 +1,1 @@
+"""`kvjax plan`: the bytes that a model takes on devices of another machine."""

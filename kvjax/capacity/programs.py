@@ -1,0 +1,231 @@
+"""Programs of a model that has no weights yet, compiled for devices that are not here."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from kvjax.cache.schedule import scheduled, work_lists
+from kvjax.capacity.devices import device_bytes
+from kvjax.capacity.variants import Served, located
+from kvjax.decoding import decode_step, embed_step, step_logits
+from kvjax.headkv.scores import attention_heads
+from kvjax.nn import Transformer
+from kvjax.nn.block import block_kinds, block_program
+from kvjax.nn.transformer import output_params
+from kvjax.prefill import Watching, embed_chunks, last_logits, observed_queries, read_layer
+from kvjax.sampling import most_likely
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+HEAP = re.compile(r"^allocation \d+: size (\d+), (?:page \d+, )?preallocated-temp", re.MULTILINE)
+CALL = re.compile(
+    rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+).*?(?:op_name=\"([^\"]*)|$)",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program, per device.
+
+    Attributes:
+        arguments, temporaries: bytes; what is written in place counts once, as an argument.
+        results: bytes of what is not written in place.
+        collectives: how many of each kind.
+    """
+
+    arguments: int
+    temporaries: int
+    results: int
+    collectives: Counter[str]
+
+
+class Call(NamedTuple):
+    """A call of a compiled program.
+
+    Attributes:
+        program: what it takes.
+        out: the shapes that it returns, each where XLA puts it.
+    """
+
+    program: Program
+    out: Any
+
+
+class Compiler:
+    """Compiles each program once: layers of a kind, and policies, share theirs.
+
+    Attributes:
+        calls: what was compiled, by `signature`.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, Call] = {}
+
+    def __call__(self, function: Any, *args: Any, **settings: Any) -> Call:
+        """The call of a jitted function with shapes in place of arrays."""
+        key = signature(function, args, settings)
+        if key not in self.calls:
+            self.calls[key] = compile_call(function.lower(*args, **settings))
+        return self.calls[key]
+
+
+def signature(function: Any, args: Any, settings: Any) -> Any:
+    """Equal for calls that jax serves with the same program."""
+    leaves, tree = jax.tree.flatten((args, settings))
+    return function, tree, tuple(map(_kind, leaves))
+
+
+def _kind(leaf: Any) -> Any:
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    return leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)
+
+
+def compile_call(lowered: Any) -> Call:
+    """Compiles what `jax.jit(…).lower` gave."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        temporaries = heap_bytes(Path(folder))
+    memory = compiled.memory_analysis()
+    program = Program(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes if temporaries is None else temporaries,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        count_collectives(compiled.as_text()),
+    )
+    return Call(program, jax.tree.map(located, lowered.out_info, compiled.output_shardings))
+
+
+def heap_bytes(folder: Path) -> int | None:
+    """Bytes that a program's temporaries take together, from what XLA wrote of their places.
+
+    `memory_analysis` of TPU programs counts the gaps between them twice: a decode step's many
+    small ones, each in 16 KiB of its own, look twice as large as they are.
+
+    Returns:
+        None where XLA wrote nothing that can be read.
+    """
+    texts = [file.read_text() for file in folder.glob("*buffer-assignment.txt")]
+    sizes = [int(size) for text in texts for size in HEAP.findall(text)]
+    return sum(sizes) if sizes else None
+
+
+def count_collectives(text: str) -> Counter[str]:
+    """Collectives of a compiled program; one that is done in pieces counts once."""
+    return Counter(kind for kind, *_ in {call.groups() for call in CALL.finditer(text)})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of decoding, per device.
+
+    Attributes:
+        temporaries: bytes besides weights and caches.
+        layer, outside: collectives of the last layer, and those besides the layers'.
+    """
+
+    temporaries: int
+    layer: Counter[str]
+    outside: Counter[str]
+
+
+def block_step(served: Served, compile: Compiler) -> Step:
+    """A step that dispatches a program for each layer: the largest one's temporaries count.
+
+    The next token is the most likely one. Sampling takes no more to speak of, but minutes to
+    compile for a TPU.
+    """
+    config, params, cache = served.model.config, served.params, served.cache
+    token, live = served.rows(), served.rows(dtype=bool)
+    embedded = compile(embed_step, config, params["embedding"], token, served.rows(), live)
+    x, positions, _ = embedded.out
+    heads = [attention_heads(each.attention)[0] for each in config.layers]
+
+    def lists(*args: Any, **settings: Any) -> Any:
+        return compile(work_lists, *args, **settings).out
+
+    cache = scheduled(cache, positions, heads, lists)
+    stream = device_bytes((x, [pool.schedule for pool in cache.pools]))
+    most, layer = [taken(embedded.program)], Counter()
+    for index, kind in enumerate(block_kinds(config)):
+        program = block_program(kind.block, donate=True)  # type: ignore[arg-type]
+        arrays = (kind.pairs, x, positions, cache[index], cache.rope_lengths)
+        block = compile(program, params[f"layers_{index}"], *arrays)
+        most.append(stream + taken(block.program))
+        x, layer = block.out[0], block.program.collectives
+    top = {name: params[name] for name in output_params(config)}
+    ranked = compile(step_logits, config, served.layout, top, x)
+    chosen = compile(jitted_most_likely, ranked.out).program
+    most += [stream + taken(ranked.program), device_bytes(ranked.out) + taken(chosen)]
+    outside = (embedded.program, ranked.program, chosen)
+    return Step(max(most), layer, sum((p.collectives for p in outside), Counter()))
+
+
+def fused_step(served: Served) -> Program:
+    """A step as one program."""
+    return compile_call(lower_step(served)).program
+
+
+def lower_step(served: Served) -> Any:
+    """A step as one program, to be compiled."""
+    arrays = (served.params, served.cache, served.rows(), served.rows(dtype=bool))
+    return greedy_step.lower(served.model, *arrays)
+
+
+jitted_most_likely = jax.jit(most_likely)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def greedy_step(
+    model: Transformer, params: Any, cache: Any, token: jax.Array, live: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The most likely next tokens [B], and the cache with the ones that were given."""
+    logits, cache = decode_step(model, params, cache, token, live)
+    return most_likely(logits), cache
+
+
+def taken(program: Program) -> int:
+    """Bytes of a program besides its arguments."""
+    return program.temporaries + program.results
+
+
+def prefill_bytes(served: Served, compile: Compiler) -> int:
+    """Bytes of a device that prefill takes besides weights and caches.
+
+    A layer is read while the prompt of the one before may still be packed, so that the keys and
+    values of two layers exist at a time, beside the residual stream.
+    """
+    config, work, mesh = served.model.config, served.work, served.mesh
+    tokens, lengths = served.rows(served.prompt_shape[1]), served.rows()
+    embedded = compile(embed_chunks, config, mesh, served.params["embedding"], tokens)
+    x, caches, before = embedded.out, served.cache, 0
+    most = embedded.program.temporaries
+    for layer, kind in enumerate(block_kinds(config)):
+        watching = Watching.of([work], layer)
+        own = served.params[f"layers_{layer}"]
+        read = compile(
+            read_layer,
+            *(kind.block, own, kind.pairs, x, lengths, caches.rope_lengths),
+            observed=observed_queries([work]),
+            observers=watching.observers,
+            mesh=mesh,
+        )
+        x, prompt = read.out
+        held = read.program.results
+        packing = work.packing(caches, layer, prompt.seen_by(watching.wanted[0]))
+        packed = compile(packing.func, *packing.args, **packing.keywords).program
+        most = max(most, before + held + read.program.temporaries, held + packed.temporaries)
+        before = held
+    top = {name: served.params[name] for name in output_params(config)}
+    last = compile(last_logits, config, top, x, lengths)
+    most = max(most, before + last.program.temporaries + last.program.results)
+    return device_bytes(x) + most
