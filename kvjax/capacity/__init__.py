@@ -1,1 +1,1 @@
-"""`kvjax plan`: the bytes that a model takes on devices of another machine."""
+"""`kvjax plan`: the memory that a model and its caches take on the devices of another machine."""

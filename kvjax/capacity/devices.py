@@ -1,4 +1,8 @@
-"""Devices that are not here: topologies that only compile, and the memory of each kind."""
+"""Devices of another machine: how much memory each kind has, and devices that can only compile.
+
+jax compiles for a topology without its devices: for TPUs with libtpu, for GPUs with its CUDA plugin
+and a description of the GPU in XLA's words.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,9 @@ class Kind:
     """A kind of device.
 
     Attributes:
-        device_kind: as jax names it.
+        device_kind: jax's name for the kind.
         platform: "tpu" or "gpu".
-        memory: bytes of a device.
+        memory: bytes of one device.
     """
 
     device_kind: str
@@ -30,7 +34,7 @@ class Kind:
 
 MIB, GIB = 2**20, 2**30
 KINDS = {
-    # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: HBM a chip; jax calls a chip a device.
+    # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: HBM per chip; a chip is one jax device.
     "v4": Kind("TPU v4", "tpu", 32 * GIB),
     "v5e": Kind("TPU v5 lite", "tpu", 16 * GIB),
     "v5p": Kind("TPU v5", "tpu", 95 * GIB),
@@ -40,110 +44,15 @@ KINDS = {
     "h200": Kind("NVIDIA H200", "gpu", 143_771 * MIB),
 }
 RESERVED = 0.03
-"""Share of the memory that the runtime keeps: of a v5e's 16 GiB XLA gives out 15.75, and some
-goes to fragmentation."""
+"""Share of a device's memory that programs cannot use. The runtime keeps some (XLA offers 15.75 of
+a v5e's 16 GiB), and fragmentation costs some."""
 
-
-@dataclass(frozen=True)
-class Topology:
-    """So many devices of a kind, such as "v5e:4x4" or "h200:8"."""
-
-    name: str
-    kind: Kind
-    count: int
-
-    @classmethod
-    def parse(cls, name: str) -> Topology:
-        """A topology by its name: a kind, and its shape or number of devices.
-
-        Raises:
-            ValueError: another form, or a kind that is not in `KINDS`.
-        """
-        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-        if found is None or found[1] not in KINDS:
-            raise ValueError(
-                f"got topology {name!r}, expected KIND:SHAPE like v5e:4x4 or h200:8 with one of "
-                f"{', '.join(KINDS)}"
-            )
-        return cls(name, KINDS[found[1]], math.prod(map(int, found[2].split("x"))))
-
-    @property
-    def usable(self) -> int:
-        """Bytes of a device that programs can have."""
-        return int(self.kind.memory * (1 - RESERVED))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What jax must be told to have that much."""
-        if self.kind.platform == "tpu":
-            return ()
-        needed = f"XLA_PYTHON_CLIENT_MEM_FRACTION={1 - RESERVED:g}"
-        return (f"jax takes 75 % of a GPU's memory by itself: this needs {needed}.",)
-
-    def devices(self) -> list[Any]:
-        """The devices, which only compile.
-
-        Raises:
-            ValueError: no compiler for them is installed, or it does not know the topology.
-        """
-        if self.kind.platform == "tpu":
-            return topology_devices(self.name)
-        return gpu_devices(self)
-
-    def abstract_mesh(self, sizes: dict[str, int]) -> AbstractMesh:
-        """A mesh of such devices for shapes alone, which needs no compiler."""
-        device = AbstractDevice(self.kind.device_kind, 1, self.kind.platform)
-        shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-        types = (AxisType.Auto,) * len(MESH_AXES)
-        return AbstractMesh(shape, MESH_AXES, axis_types=types, abstract_device=device)
-
-
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU topology, which only compile.
-
-    Raises:
-        ValueError: libtpu is not installed, or does not know it.
-    """
-    expected = "a topology like v5e:8x8, with libtpu installed (pip install 'jax[tpu]')"
-    return _compile_only(name, expected, topology_name=name, platform="tpu")
-
-
-def gpu_devices(topology: Topology) -> list[Any]:
-    """The devices of a GPU topology, which only compile.
-
-    Raises:
-        ValueError: jax's CUDA plugin is not installed, or older than 0.12.
-    """
-    kind, name = topology.kind, topology_shape(topology.count)
-    return _compile_only(
-        topology.name,
-        "jax 0.12 with its CUDA plugin (pip install 'jax[cuda13]>=0.12'; no GPU is needed)",
-        topology_name=name,
-        topology=name,
-        platform="cuda",
-        target_config=target_config(kind.device_kind, kind.memory),
-    )
-
-
-def _compile_only(name: str, expected: str, **described: str) -> list[Any]:
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(**described).devices)
-    except Exception as error:  # jaxlib raises its own, of several kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot compile for {name!r}: {reason}; expected {expected}") from None
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of shapes with shardings."""
-
-    def size(leaf: Any) -> int:
-        own = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        return math.prod(own) * leaf.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))
-
+# NVIDIA's data sheets, SXM: bytes per second.
+BANDWIDTHS = {
+    "NVIDIA H100 80GB HBM3": 3_350_000_000_000,
+    "NVIDIA H200": 4_800_000_000_000,
+}
+GPUS_PER_HOST = 8
 
 # NVIDIA's H100 tensor core GPU architecture white paper and CUDA's compute capability 9.0.
 HOPPER = """
@@ -173,16 +82,101 @@ runtime_version {{ major: 13 minor: 0 }}
 device_description_str: "{device_kind}"
 """
 
-# NVIDIA's data sheets, SXM: bytes a second.
-BANDWIDTHS = {
-    "NVIDIA H100 80GB HBM3": 3_350_000_000_000,
-    "NVIDIA H200": 4_800_000_000_000,
-}
-NODE = 8  # GPUs of a host
+
+@dataclass(frozen=True)
+class Topology:
+    """A number of devices of one kind, such as "v5e:4x4" or "h200:8".
+
+    Attributes:
+        name: the text that named the topology.
+        kind: of every device.
+        count: number of devices.
+    """
+
+    name: str
+    kind: Kind
+    count: int
+
+    @classmethod
+    def parse(cls, name: str) -> Topology:
+        """Reads a topology from its name: a kind, a colon, and a shape or a number of devices.
+
+        Raises:
+            ValueError: another form, or a kind that is not in `KINDS`.
+        """
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+        if found is None or found[1] not in KINDS:
+            raise ValueError(
+                f"got topology {name!r}, expected KIND:SHAPE like v5e:4x4 or h200:8 with one of "
+                f"{', '.join(KINDS)}"
+            )
+        return cls(name, KINDS[found[1]], math.prod(map(int, found[2].split("x"))))
+
+    @property
+    def usable(self) -> int:
+        """Bytes of one device that programs can use."""
+        return int(self.kind.memory * (1 - RESERVED))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The settings of jax that make `usable` bytes available."""
+        if self.kind.platform == "tpu":
+            return ()
+        needed = f"XLA_PYTHON_CLIENT_MEM_FRACTION={1 - RESERVED:g}"
+        return (f"jax takes 75 % of a GPU's memory by itself: this needs {needed}.",)
+
+    def devices(self) -> list[Any]:
+        """Devices that jax can compile for. They cannot run a program.
+
+        Raises:
+            ValueError: no compiler for these devices is installed, or the compiler does not know
+                the topology.
+        """
+        if self.kind.platform == "tpu":
+            return topology_devices(self.name)
+        return gpu_devices(self)
+
+    def abstract_mesh(self, sizes: dict[str, int]) -> AbstractMesh:
+        """A mesh of these devices for shapes alone. It needs no compiler.
+
+        Args:
+            sizes: devices along each named axis; 1 for an axis without a size.
+        """
+        device = AbstractDevice(self.kind.device_kind, 1, self.kind.platform)
+        shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+        types = (AxisType.Auto,) * len(MESH_AXES)
+        return AbstractMesh(shape, MESH_AXES, axis_types=types, abstract_device=device)
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU topology, for compilation only.
+
+    Raises:
+        ValueError: libtpu is not installed, or libtpu does not know the topology.
+    """
+    expected = "a topology like v5e:8x8, with libtpu installed (pip install 'jax[tpu]')"
+    return _compile_only(name, expected, topology_name=name, platform="tpu")
+
+
+def gpu_devices(topology: Topology) -> list[Any]:
+    """The devices of a GPU topology, for compilation only.
+
+    Raises:
+        ValueError: jax's CUDA plugin is not installed, or is older than 0.12.
+    """
+    kind, name = topology.kind, topology_shape(topology.count)
+    return _compile_only(
+        topology.name,
+        "jax 0.12 with its CUDA plugin (pip install 'jax[cuda13]>=0.12'; no GPU is needed)",
+        topology_name=name,
+        topology=name,
+        platform="cuda",
+        target_config=target_config(kind.device_kind, kind.memory),
+    )
 
 
 def target_config(device_kind: str, memory: int) -> str:
-    """XLA's target configuration, as text.
+    """XLA's text description of a GPU, which it compiles for.
 
     Args:
         device_kind: a key of `BANDWIDTHS`.
@@ -193,6 +187,26 @@ def target_config(device_kind: str, memory: int) -> str:
 
 
 def topology_shape(count: int) -> str:
-    """Partitions × hosts × GPUs of each, as XLA names a topology of so many GPUs."""
-    hosts = count // NODE if count % NODE == 0 else 1
+    """XLA's name for a topology of `count` GPUs: partitions × hosts × GPUs per host."""
+    hosts = count // GPUS_PER_HOST if count % GPUS_PER_HOST == 0 else 1
     return f"1x{hosts}x{count // hosts}"
+
+
+def _compile_only(name: str, expected: str, **described: str) -> list[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(**described).devices)
+    except Exception as error:  # jaxlib raises several types of its own here
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot compile for {name!r}: {reason}; expected {expected}") from None
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+
+    def size(leaf: Any) -> int:
+        own = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(own) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))

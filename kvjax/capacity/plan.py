@@ -1,4 +1,9 @@
-"""What fits on devices that are not here: `kvjax plan`."""
+"""`kvjax plan`: what fits on the devices of another machine.
+
+`plan_capacity` compares the variants. For each variant, `plan_variant` measures a `Footprint`: the
+bytes of one device as a function of batch and context. The largest batch and the longest context
+follow from it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +21,8 @@ from kvjax.capacity.devices import Topology
 from kvjax.capacity.programs import Compiler, Program, Step, block_step, fused_step, prefill_bytes
 from kvjax.capacity.variants import (
     Served,
-    Size,
     Variant,
+    Workload,
     default_mesh,
     head_notes,
     shallower,
@@ -31,7 +36,15 @@ from kvjax.prefill import LONGEST_CHUNK
 from kvjax.prompts import bucket_length
 from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 
-MORE = 8  # sequences a group of devices, by which temporaries are seen to grow
+MORE = 8
+"""Sequences per replica that the second compiled step has more than the first."""
+DEPTHS = (2, 4)
+"""Numbers of layers for which a step as one program is compiled. Further layers are assumed to add
+what the last two of these add."""
+QUERY_TILE, KEY_TILE = 256, 512
+"""Queries and keys of a tile of attention logits, see `kvjax.cache.attention`."""
+LONGEST = 2**20
+"""Longest context in tokens that a plan looks for."""
 RANGES = {
     "context": COUNT,
     "new_tokens": SIZE,
@@ -39,25 +52,25 @@ RANGES = {
     "latent[0]": COUNT,
     "latent[1]": SIZE,
 }
-"""The numbers of a `Request`."""
-DEPTHS = (2, 4)
-"""Layers of a step that is compiled as one program; every further layer adds what these add."""
+"""What the numbers of a `Request` may be."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `kvjax plan` was asked.
+    """The question that `kvjax plan` answers.
 
     Attributes:
         config: config.json, checkpoint directory or hub id.
         topology: such as "v5e:4x4" or "h200:8".
-        context, new_tokens: of each sequence.
-        batch: sequences; None for one a group of devices that holds the model.
+        context: prompt tokens per sequence.
+        new_tokens: per sequence.
+        batch: sequences; None for one per replica of the model.
         mesh: None for `default_mesh`.
-        policies: of the cache, besides "full" with and without 8-bit entries.
-        latent: widths of the latent and of the rotary key of the converted model; None for none.
+        policies: to compare with "full" and with "full" in 8-bit entries.
+        latent: widths of the latent and of the rotary key of the converted model; None for no
+            converted model.
         dtype: of weights and caches.
-        compile: what a step of decoding compiles, as in `kvjax.generate`; None: what that takes
+        compile: "block" or "step", as in `kvjax.generate`; None for what `kvjax.generate` chooses
             on accelerators.
 
     Raises:
@@ -88,18 +101,20 @@ class Request:
 
 
 def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
-    """Bytes of a device, collectives of a layer and what fits, for every variant.
+    """Bytes of one device, collectives of a layer, and what fits, for every variant.
 
     Args:
         check: also compile the first variant's decode step as one program, and compare.
 
     Returns:
-        The request, mesh, notes, and `rows`, one a variant; see `plan_variant`. With `check`,
+        The request, mesh, notes, and `rows`, one per variant; see `plan_variant`. With `check`,
         "check" has what `check_step` returns.
 
     Raises:
-        ValueError: no such model or topology, a mesh that does not fit it or the heads.
+        ValueError: no such model or topology, or a mesh that does not fit the topology or the
+            heads.
     """
+    # Find the mesh. Without a compiler for the topology, only its shape is known.
     model, topology = read_shape(request.config), Topology.parse(request.topology)
     sizes = default_mesh(model, topology, request.dtype)
     sizes = sizes if request.mesh is None else parse_mesh(request.mesh)
@@ -113,12 +128,13 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
         mesh = make_mesh(sizes, topology.devices())
     except ValueError as error:
         notes.append(f"Temporaries are estimated, not compiled: {error}")
-    size = Size(request.batch or ways(mesh), request.context, request.new_tokens)
-    if size.context + size.new_tokens > model.config.context_length:
+    workload = Workload(request.batch or replicas(mesh), request.context, request.new_tokens)
+    if workload.context + workload.new_tokens > model.config.context_length:
         notes.append(f"The model is made for {model.config.context_length} tokens.")
+    # Plan every variant; they share one compiler, so equal programs are compiled once.
     found = variants(model, request.policies, request.latent, notes)
     compile = Compiler()
-    rows = [plan_variant(each, request, size, mesh, topology, compile) for each in found]
+    rows = [plan_variant(each, request, workload, mesh, topology, compile) for each in found]
     add_factors(rows)
     notes += head_notes(model, sizes)
     report = {
@@ -126,93 +142,116 @@ def plan_capacity(request: Request, check: bool = False) -> dict[str, Any]:
         "topology": f"{topology.name}: {topology.count} × {topology.kind.device_kind}",
         "usable_bytes": topology.usable,
         "mesh": ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        "batch": size.batch,
-        "context": size.context,
-        "new_tokens": size.new_tokens,
+        "batch": workload.batch,
+        "context": workload.context,
+        "new_tokens": workload.new_tokens,
         "dtype": request.dtype,
         "compile": request.compiled,
         "notes": notes,
         "rows": rows,
     }
     if check and isinstance(mesh, Mesh):
-        report["check"] = check_step(found[0], request, size, mesh, rows[0])
+        report["check"] = check_step(found[0], request, workload, mesh, rows[0])
     return report
 
 
 def plan_variant(
-    variant: Variant, request: Request, size: Size, mesh: Any, topology: Topology, compile: Compiler
+    variant: Variant,
+    request: Request,
+    workload: Workload,
+    mesh: Any,
+    topology: Topology,
+    compile: Compiler,
 ) -> dict[str, Any]:
     """Bytes of one device, and what fits.
 
     Returns:
         weights, cache, decode_temporaries: bytes at the requested size;
-        decode_temporaries_more: what one more sequence a group of devices adds; prefill: bytes
-        that reading one more sequence a group takes, its cache included; fits: whether they do;
-        collectives_layer and collectives_outside: of a decode step, None where nothing was
-        compiled; batch: the most sequences of the requested context; context: the longest of the
-        requested batch.
+        decode_temporaries_more: bytes that one more sequence per replica adds; prefill: bytes that
+        reading one more sequence per replica takes, its cache included; fits: whether the
+        requested size fits; collectives_layer and collectives_outside: of a decode step, None
+        where nothing was compiled; batch: the most sequences of the requested context; context:
+        the longest context of the requested batch.
     """
 
-    def serve(size: Size) -> Served:
-        return variant.served(size, mesh, request.dtype)
+    def serve(workload: Workload) -> Served:
+        return variant.served(workload, mesh, request.dtype)
 
-    room, counts = Room.measure(serve, size, ways(mesh)), (None, None)
+    footprint = Footprint.measure(serve, workload, replicas(mesh))
     if isinstance(mesh, Mesh):
-        reading = prefill_bytes(serve(dataclasses.replace(size, batch=room.ways)), compile)
-        step = decode_step(variant, request, size, mesh, compile)
-        wide = dataclasses.replace(size, batch=size.batch + MORE * room.ways)
+        single = dataclasses.replace(workload, batch=footprint.replicas)
+        reading = prefill_bytes(serve(single), compile)
+        step = decode_step(variant, request, workload, mesh, compile)
+        # Compile the step at a second batch size: most temporaries do not grow with the batch.
+        wide = dataclasses.replace(workload, batch=workload.batch + MORE * footprint.replicas)
         wider = decode_step(variant, request, wide, mesh, compile)
         more = max(wider.temporaries - step.temporaries, 0) / MORE
         temporaries = Temporaries(float(step.temporaries), more, float(reading))
         counts = dict(step.layer), dict(step.outside)
     else:
-        temporaries = estimate(variant.model, size, room.ways, mesh, request.dtype)
-    room = room.with_temporaries(size, temporaries)
+        temporaries = estimate(variant.model, workload, footprint.replicas, mesh, request.dtype)
+        counts = None, None
+    footprint = footprint.with_temporaries(workload, temporaries)
     return {
         "variant": variant.name,
-        "weights": room.weights,
+        "weights": footprint.weights,
         "collectives_layer": counts[0],
         "collectives_outside": counts[1],
-        "cache": room.cache(size.batch, size.context),
+        "cache": footprint.cache(workload.batch, workload.context),
         "decode_temporaries": round(temporaries.decode),
         "decode_temporaries_more": round(temporaries.decode_more),
-        "prefill": room.prefill_bytes(size.context),
-        "fits": room.needed(size.batch, size.context) <= topology.usable,
-        "batch": room.most_sequences(size.context, topology.usable),
-        "context": room.longest(size.batch, topology.usable),
+        "prefill": footprint.prefill_bytes(workload.context),
+        "fits": footprint.needed(workload.batch, workload.context) <= topology.usable,
+        "batch": footprint.most_sequences(workload.context, topology.usable),
+        "context": footprint.longest(workload.batch, topology.usable),
     }
 
 
 def decode_step(
-    variant: Variant, request: Request, size: Size, mesh: Mesh, compile: Compiler
+    variant: Variant, request: Request, workload: Workload, mesh: Mesh, compile: Compiler
 ) -> Step:
-    """A decode step of all layers: one by one, or as one program, of which two depths are
-    compiled."""
+    """A decode step of all layers, as `request.compiled` says: one program per layer, or one
+    program, which is extrapolated from two depths."""
     if request.compiled == "block":
-        return block_step(variant.served(size, mesh, request.dtype), compile)
+        return block_step(variant.served(workload, mesh, request.dtype), compile)
     programs = []
     for depth in DEPTHS:
-        served = shallower(variant, depth).served(size, mesh, request.dtype)
+        served = shallower(variant, depth).served(workload, mesh, request.dtype)
         programs.append(fused_step(served))
     return all_layers(programs, variant.model.config.num_layers)
 
 
 def all_layers(programs: Sequence[Program], layers: int) -> Step:
-    """A step of all layers as one program, by the programs of DEPTHS layers."""
+    """A step of all layers as one program, extrapolated from the programs of DEPTHS layers."""
     more = programs[1].collectives - programs[0].collectives
     layer = Counter({kind: count // (DEPTHS[1] - DEPTHS[0]) for kind, count in more.items()})
     outside = programs[0].collectives - Counter({k: DEPTHS[0] * n for k, n in layer.items()})
     return Step(extrapolate(programs, DEPTHS, layers, "temporaries"), layer, outside)
 
 
-def check_step(
-    variant: Variant, request: Request, size: Size, mesh: Mesh, row: dict[str, Any]
-) -> dict[str, Any]:
-    """The decode step of all layers as one program: its bytes as planned and as compiled.
+def extrapolate(
+    programs: Sequence[Program], depths: tuple[int, int], layers: int, name: str
+) -> int:
+    """Bytes of the program of all layers, on the line through the programs of two depths.
 
-    The plan's are weights, caches and a step's temporaries, for the requested batch.
+    Args:
+        name: the attribute of `Program` to extrapolate.
     """
-    whole = fused_step(variant.served(size, mesh, request.dtype))
+    first, second = (getattr(program, name) for program in programs)
+    slope = (second - first) / (depths[1] - depths[0])
+    return round(max(first + slope * (layers - depths[0]), first, second))
+
+
+def check_step(
+    variant: Variant, request: Request, workload: Workload, mesh: Mesh, row: dict[str, Any]
+) -> dict[str, Any]:
+    """Compares the planned bytes of a decode step with those of all layers as one program.
+
+    Args:
+        row: the variant's result of `plan_variant`: its weights, caches and decode temporaries
+            are the planned bytes.
+    """
+    whole = fused_step(variant.served(workload, mesh, request.dtype))
     real = whole.arguments + whole.temporaries + whole.results
     guess = row["weights"] + row["cache"] + row["decode_temporaries"]
     return {
@@ -223,8 +262,154 @@ def check_step(
     }
 
 
+@dataclass(frozen=True)
+class Temporaries:
+    """Bytes of one device.
+
+    Attributes:
+        decode: of a decode step.
+        decode_more: what one more sequence per replica adds to a decode step.
+        prefill: of prefill with one sequence per replica.
+    """
+
+    decode: float
+    decode_more: float
+    prefill: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one device as a function of batch and context.
+
+    Contexts count as whole buckets (`bucket_length`).
+
+    Attributes:
+        replicas: copies of the model on the mesh; batches are multiples of this number.
+        weights: bytes.
+        fixed, per_token: the caches of one sequence per replica take fixed + per_token · context.
+        decode, decode_more: bytes of a decode step's temporaries, and what one more sequence per
+            replica adds. Most temporaries are copies of weights, which do not depend on the batch.
+        prefill: bytes per token of context that prefill takes besides caches. One sequence per
+            replica is read at a time (`kvjax.prefill_groups`), and the caches of all sequences
+            exist meanwhile.
+    """
+
+    replicas: int
+    weights: int
+    fixed: float
+    per_token: float
+    decode: float = 0.0
+    decode_more: float = 0.0
+    prefill: float = 0.0
+
+    @classmethod
+    def measure(
+        cls, serve: Callable[[Workload], Served], workload: Workload, replicas: int
+    ) -> Footprint:
+        """Weights and caches. Cache bytes are linear at least from half of the context upward.
+
+        Args:
+            serve: the shapes of a variant under a workload.
+        """
+        whole = bucket_length(workload.context)
+        half = bucket_length(whole // 2)
+
+        def held(context: int) -> tuple[int, int]:
+            return serve(dataclasses.replace(workload, batch=replicas, context=context)).nbytes
+
+        (weights, less), (_, more) = held(half), held(whole)
+        slope = (more - less) / max(whole - half, 1)
+        return cls(replicas, weights, more - slope * whole, slope)
+
+    def with_temporaries(self, workload: Workload, temporaries: Temporaries) -> Footprint:
+        """Adds the temporaries that were found for `workload`."""
+        groups = workload.batch / self.replicas
+        return dataclasses.replace(
+            self,
+            decode=max(temporaries.decode - groups * temporaries.decode_more, 0.0),
+            decode_more=temporaries.decode_more,
+            prefill=temporaries.prefill / bucket_length(workload.context),
+        )
+
+    def prefill_bytes(self, context: int) -> int:
+        """Bytes that reading one more sequence per replica takes, its cache included."""
+        return round(self.prefill * bucket_length(context)) + self.cache(self.replicas, context)
+
+    def cache(self, batch: int, context: int) -> int:
+        """Bytes of the caches. A batch that the replicas do not divide is on every replica."""
+        groups = batch // self.replicas if batch % self.replicas == 0 else batch
+        return round(groups * (self.fixed + self.per_token * bucket_length(context)))
+
+    def needed(self, batch: int, context: int) -> int:
+        """Bytes of prefill or of decode, whichever needs more."""
+        groups = batch // self.replicas if batch % self.replicas == 0 else batch
+        decode = self.decode + groups * self.decode_more
+        # `prefill_bytes` adds the cache of one group to caches that exist already. With a single
+        # group there is no other cache: that cache is the batch's.
+        own = self.cache(self.replicas, context) if groups == 1 else 0
+        more = max(decode, self.prefill_bytes(context) - own)
+        return round(self.weights + self.cache(batch, context) + more)
+
+    def most_sequences(self, context: int, usable: int) -> int:
+        """The largest batch of this context that `usable` bytes hold; 0 for none."""
+        groups = 0
+        step = 2**20
+        while step:
+            if self.needed((groups + step) * self.replicas, context) <= usable:
+                groups += step
+            else:
+                step //= 2
+        return groups * self.replicas
+
+    def longest(self, batch: int, usable: int) -> int:
+        """The longest context of this batch that `usable` bytes hold, at most LONGEST."""
+        if self.needed(batch, LONGEST) <= usable:
+            return LONGEST
+        low, high = 0, LONGEST
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.needed(batch, middle) <= usable:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+def replicas(mesh: Any) -> int:
+    """Copies of the model on the mesh: devices along the axes that shard the batch."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def estimate(
+    model: Transformer, workload: Workload, replicas: int, mesh: Any, dtype: Any
+) -> Temporaries:
+    """The temporaries without a compiler: a guide, within about a factor of two.
+
+    The estimate adds up what exists at the same time: the residual stream, the keys and values of
+    two layers, the activations of a chunk, and a tile of attention logits.
+    """
+    c, tensor = model.config, mesh.shape.get(own_names(mesh).get("tensor"), 1)
+    rows, item = workload.batch / replicas, jnp.dtype(dtype).itemsize
+    layer = c.layers[0]
+    base: Any = getattr(layer.attention, "base", layer.attention)
+    # Bytes of one token's activations, and of the float32 logits of one tile.
+    heads = base.num_heads / tensor
+    width = getattr(layer.mlp, "width", c.hidden_size) / tensor
+    token = item * (4 * c.hidden_size + 3 * width) + 4 * heads * 2 * QUERY_TILE
+    tile = 4 * heads * QUERY_TILE * KEY_TILE * 3
+    # Numbers per token that a layer caches: keys and values, or latent and rotary key.
+    kept = getattr(base, "num_kv_heads", 1) * getattr(base, "head_dim", 0) * 2
+    kept = kept or base.kv_lora_rank + base.qk_rope_head_dim
+    tokens = bucket_length(workload.context)
+    stream = item * tokens * c.hidden_size / tensor
+    own = 2 * item * tokens * kept / tensor
+    logits = 4 * c.vocab_size / tensor
+    prefill = stream + own + LONGEST_CHUNK * token + tile + logits
+    return Temporaries(rows * (token + logits), token + logits, prefill)
+
+
 def add_factors(rows: list[dict[str, Any]]) -> None:
-    """How many times the full cache's sequences, and context, every variant has."""
+    """Adds to each row how many times the full cache's batch and context it has."""
     for row in rows:
         for key in ("batch", "context"):
             full = rows[0][key]
@@ -232,7 +417,7 @@ def add_factors(rows: list[dict[str, Any]]) -> None:
 
 
 def readable(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The report's rows as columns, for people."""
+    """A table for people, with one column per row of the report."""
 
     def gib(name: str) -> list[str]:
         return [f"{row[name] / 2**30:.2f}" for row in rows]
@@ -256,154 +441,9 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def describe_collectives(row: dict[str, Any]) -> str:
-    """Such as "2 all-reduce + 1 all-reduce, 2 all-gather": of a layer, and besides."""
+    """Collectives of a layer + outside the layers: "2 all-reduce + 1 all-reduce, 2 all-gather"."""
     if row["collectives_layer"] is None:
         return "not compiled"
     parts = (row["collectives_layer"], row["collectives_outside"])
     named = (", ".join(f"{count} {kind}" for kind, count in part.items()) for part in parts)
     return " + ".join(text or "none" for text in named)
-
-
-QUERY_TILE, KEY_TILE = 256, 512  # scores that exist at a time: see kvjax.cache.attention
-LONGEST = 2**20  # tokens; contexts beyond are not told apart
-
-
-@dataclass(frozen=True)
-class Temporaries:
-    """Bytes of one device: of a decode step, what one more sequence a group of devices adds to
-    it, and of prefill of one sequence a group."""
-
-    decode: float
-    decode_more: float
-    prefill: float
-
-
-@dataclass(frozen=True)
-class Room:
-    """Bytes of one device as a function of what is served.
-
-    Attributes:
-        ways: devices that the batch is split over; batches are multiples of it.
-        weights: bytes.
-        fixed, per_token: bytes of the caches of `ways` sequences: fixed + per_token · context.
-        decode, decode_more: bytes of a decode step's temporaries, and what `ways` more sequences
-            add to them; most of it are copies of weights that don't depend on the batch.
-        prefill: bytes that prefill takes besides caches, for each token of context; `ways`
-            sequences are read at a time (`kvjax.prefill_groups`), while the caches of all lie
-            there already. Contexts are those of whole buckets (`bucket_length`).
-    """
-
-    ways: int
-    weights: int
-    fixed: float
-    per_token: float
-    decode: float = 0.0
-    decode_more: float = 0.0
-    prefill: float = 0.0
-
-    @classmethod
-    def measure(cls, serve: Callable[[Size], Served], size: Size, ways: int) -> Room:
-        """Weights and caches; their bytes are linear in the context, at least from half of it on.
-
-        Args:
-            serve: a variant at work.
-        """
-        whole = bucket_length(size.context)
-        half = bucket_length(whole // 2)
-
-        def held(context: int) -> tuple[int, int]:
-            return serve(dataclasses.replace(size, batch=ways, context=context)).nbytes
-
-        (weights, less), (_, more) = held(half), held(whole)
-        slope = (more - less) / max(whole - half, 1)
-        return cls(ways, weights, more - slope * whole, slope)
-
-    def with_temporaries(self, size: Size, temporaries: Temporaries) -> Room:
-        """With the temporaries that programs for `size` have; prefill is of `ways` sequences."""
-        groups = size.batch / self.ways
-        return dataclasses.replace(
-            self,
-            decode=max(temporaries.decode - groups * temporaries.decode_more, 0.0),
-            decode_more=temporaries.decode_more,
-            prefill=temporaries.prefill / bucket_length(size.context),
-        )
-
-    def prefill_bytes(self, context: int) -> int:
-        """What reading `ways` more sequences takes, their caches included."""
-        return round(self.prefill * bucket_length(context)) + self.cache(self.ways, context)
-
-    def cache(self, batch: int, context: int) -> int:
-        """Bytes of the caches; a batch that the devices do not divide lies on all of them."""
-        groups = batch // self.ways if batch % self.ways == 0 else batch
-        return round(groups * (self.fixed + self.per_token * bucket_length(context)))
-
-    def needed(self, batch: int, context: int) -> int:
-        """Bytes of the larger of prefill and decode."""
-        groups = batch // self.ways if batch % self.ways == 0 else batch
-        decode = self.decode + groups * self.decode_more
-        # A single group's caches are those of the batch.
-        own = self.cache(self.ways, context) if groups == 1 else 0
-        more = max(decode, self.prefill_bytes(context) - own)
-        return round(self.weights + self.cache(batch, context) + more)
-
-    def most_sequences(self, context: int, usable: int) -> int:
-        """The largest batch of this context."""
-        groups = 0
-        step = 2**20
-        while step:
-            if self.needed((groups + step) * self.ways, context) <= usable:
-                groups += step
-            else:
-                step //= 2
-        return groups * self.ways
-
-    def longest(self, batch: int, usable: int) -> int:
-        """The longest context of this batch, up to LONGEST; prefill and decode both fit."""
-        if self.needed(batch, LONGEST) <= usable:
-            return LONGEST
-        low, high = 0, LONGEST
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.needed(batch, middle) <= usable:
-                low = middle
-            else:
-                high = middle
-        return low
-
-
-def extrapolate(
-    programs: Sequence[Program], depths: tuple[int, int], layers: int, name: str
-) -> int:
-    """Bytes of the program of all layers, by the line through those of two depths."""
-    first, second = (getattr(program, name) for program in programs)
-    slope = (second - first) / (depths[1] - depths[0])
-    return round(max(first + slope * (layers - depths[0]), first, second))
-
-
-def ways(mesh: Any) -> int:
-    """Devices that batches are split over."""
-    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
-
-
-def estimate(model: Transformer, size: Size, group: int, mesh: Any, dtype: Any) -> Temporaries:
-    """The temporaries, by counting what exists at a time.
-
-    The residual stream, the keys and values of two layers, a chunk's activations and a tile of
-    scores; no more than a guide, within about a factor of two of what compilers need.
-    """
-    c, tensor = model.config, mesh.shape.get(own_names(mesh).get("tensor"), 1)
-    rows, item = size.batch / group, jnp.dtype(dtype).itemsize
-    layer = c.layers[0]
-    base: Any = getattr(layer.attention, "base", layer.attention)
-    heads = base.num_heads / tensor
-    width = getattr(layer.mlp, "width", c.hidden_size) / tensor
-    token = item * (4 * c.hidden_size + 3 * width) + 4 * heads * 2 * QUERY_TILE
-    scores = 4 * heads * QUERY_TILE * KEY_TILE * 3
-    kept = getattr(base, "num_kv_heads", 1) * getattr(base, "head_dim", 0) * 2
-    kept = kept or base.kv_lora_rank + base.qk_rope_head_dim
-    tokens = bucket_length(size.context)
-    stream = item * tokens * c.hidden_size / tensor
-    own = 2 * item * tokens * kept / tensor
-    logits = 4 * c.vocab_size / tensor
-    prefill = stream + own + LONGEST_CHUNK * token + scores + logits
-    return Temporaries(rows * (token + logits), token + logits, prefill)

@@ -1,4 +1,9 @@
-"""Programs of a model that has no weights yet, compiled for devices that are not here."""
+"""What prefill and a decode step take, by compiling the programs that they dispatch.
+
+Nothing runs: programs are compiled from shapes, for devices that need not be here. `Compiler`
+compiles each program once; `block_step`, `fused_step` and `prefill_bytes` call the same programs in
+the same order as `kvjax.generate`, and add up what exists at the same time.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +37,132 @@ CALL = re.compile(
 
 
 @dataclass(frozen=True)
-class Program:
-    """One compiled program, per device.
+class Step:
+    """What one decode step takes on one device.
 
     Attributes:
-        arguments, temporaries: bytes; what is written in place counts once, as an argument.
-        results: bytes of what is not written in place.
-        collectives: how many of each kind.
+        temporaries: bytes besides weights and caches.
+        layer: collectives of the last layer, by kind.
+        outside: collectives outside the layers, by kind.
+    """
+
+    temporaries: int
+    layer: Counter[str]
+    outside: Counter[str]
+
+
+def block_step(served: Served, compile: Compiler) -> Step:
+    """A step that dispatches one program per layer: its largest program decides.
+
+    The step takes the most likely token. Sampling needs hardly more memory, but its program takes
+    minutes to compile for a TPU.
+    """
+    config, params, cache = served.model.config, served.params, served.cache
+    # Embed the token, and make the kernels' schedule if the caches have head budgets.
+    token, live = served.rows(), served.rows(dtype=bool)
+    embedded = compile(embed_step, config, params["embedding"], token, served.rows(), live)
+    x, positions, _ = embedded.out
+    heads = [attention_heads(each.attention)[0] for each in config.layers]
+
+    def lists(*args: Any, **settings: Any) -> Any:
+        return compile(work_lists, *args, **settings).out
+
+    cache = scheduled(cache, positions, heads, lists)
+    # Run the layers. The residual stream and the schedule exist beside every layer's program.
+    stream = device_bytes((x, [pool.schedule for pool in cache.pools]))
+    most, layer = [taken(embedded.program)], Counter()
+    for index, kind in enumerate(block_kinds(config)):
+        program = block_program(kind.block, donate=True)  # type: ignore[arg-type]
+        arrays = (kind.pairs, x, positions, cache[index], cache.rope_lengths)
+        block = compile(program, params[f"layers_{index}"], *arrays)
+        most.append(stream + taken(block.program))
+        x, layer = block.out[0], block.program.collectives
+    # Choose the next token.
+    top = {name: params[name] for name in output_params(config)}
+    ranked = compile(step_logits, config, served.layout, top, x)
+    chosen = compile(jitted_most_likely, ranked.out).program
+    most += [stream + taken(ranked.program), device_bytes(ranked.out) + taken(chosen)]
+    outside = (embedded.program, ranked.program, chosen)
+    return Step(max(most), layer, sum((p.collectives for p in outside), Counter()))
+
+
+jitted_most_likely = jax.jit(most_likely)
+
+
+def taken(program: Program) -> int:
+    """Bytes of a program besides its arguments."""
+    return program.temporaries + program.results
+
+
+def fused_step(served: Served) -> Program:
+    """A step that is one program."""
+    return compile_call(lower_step(served)).program
+
+
+def lower_step(served: Served) -> Any:
+    """A step that is one program, lowered but not compiled."""
+    arrays = (served.params, served.cache, served.rows(), served.rows(dtype=bool))
+    return greedy_step.lower(served.model, *arrays)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def greedy_step(
+    model: Transformer, params: Any, cache: Any, token: jax.Array, live: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The most likely next tokens [B], and the cache with the given tokens.
+
+    Args:
+        token: [B] the last tokens.
+        live: [B] whether each sequence continues.
+    """
+    logits, cache = decode_step(model, params, cache, token, live)
+    return most_likely(logits), cache
+
+
+def prefill_bytes(served: Served, compile: Compiler) -> int:
+    """Bytes of one device that prefill takes besides weights and caches.
+
+    Prefill reads a layer while the prompt of the layer before may still be compressed. So the keys
+    and values of two layers exist at the same time, beside the residual stream.
+    """
+    config, work, mesh = served.model.config, served.work, served.mesh
+    tokens, lengths = served.rows(served.prompt_shape[1]), served.rows()
+    embedded = compile(embed_chunks, config, mesh, served.params["embedding"], tokens)
+    x, caches, before = embedded.out, served.cache, 0
+    most = embedded.program.temporaries
+    for layer, kind in enumerate(block_kinds(config)):
+        # Read the prompt.
+        watching = Watching.of([work], layer)
+        own = served.params[f"layers_{layer}"]
+        read = compile(
+            read_layer,
+            *(kind.block, own, kind.pairs, x, lengths, caches.rope_lengths),
+            observed=observed_queries([work]),
+            observers=watching.observers,
+            mesh=mesh,
+        )
+        x, prompt = read.out
+        held = read.program.results
+        # Compress what was read.
+        packing = work.packing(caches, layer, prompt.seen_by(watching.wanted[0]))
+        packed = compile(packing.func, *packing.args, **packing.keywords).program
+        most = max(most, before + held + read.program.temporaries, held + packed.temporaries)
+        before = held
+    top = {name: served.params[name] for name in output_params(config)}
+    last = compile(last_logits, config, top, x, lengths)
+    most = max(most, before + last.program.temporaries + last.program.results)
+    return device_bytes(x) + most
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program on one device.
+
+    Attributes:
+        arguments: bytes. A buffer that is written in place counts once, as an argument.
+        temporaries: bytes.
+        results: bytes of the results that are not written in place.
+        collectives: number of collectives of each kind.
     """
 
     arguments: int
@@ -51,8 +175,8 @@ class Call(NamedTuple):
     """A call of a compiled program.
 
     Attributes:
-        program: what it takes.
-        out: the shapes that it returns, each where XLA puts it.
+        program: bytes and collectives.
+        out: shapes of the results, with the shardings that XLA chose.
     """
 
     program: Program
@@ -60,17 +184,17 @@ class Call(NamedTuple):
 
 
 class Compiler:
-    """Compiles each program once: layers of a kind, and policies, share theirs.
+    """Compiles each program once: equal layers share a program, and so do policies.
 
     Attributes:
-        calls: what was compiled, by `signature`.
+        calls: the compiled programs, by `signature`.
     """
 
     def __init__(self) -> None:
         self.calls: dict[Any, Call] = {}
 
     def __call__(self, function: Any, *args: Any, **settings: Any) -> Call:
-        """The call of a jitted function with shapes in place of arrays."""
+        """Calls a jitted function with shapes in place of arrays."""
         key = signature(function, args, settings)
         if key not in self.calls:
             self.calls[key] = compile_call(function.lower(*args, **settings))
@@ -78,19 +202,19 @@ class Compiler:
 
 
 def signature(function: Any, args: Any, settings: Any) -> Any:
-    """Equal for calls that jax serves with the same program."""
+    """A key that is equal for calls that jax serves with the same program."""
     leaves, tree = jax.tree.flatten((args, settings))
-    return function, tree, tuple(map(_kind, leaves))
+    return function, tree, tuple(map(_abstract, leaves))
 
 
-def _kind(leaf: Any) -> Any:
+def _abstract(leaf: Any) -> Any:
     if not hasattr(leaf, "dtype"):
         return leaf
     return leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)
 
 
 def compile_call(lowered: Any) -> Call:
-    """Compiles what `jax.jit(…).lower` gave."""
+    """Compiles a lowered program, the result of `jax.jit(…).lower(…)`."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
@@ -106,13 +230,16 @@ def compile_call(lowered: Any) -> Call:
 
 
 def heap_bytes(folder: Path) -> int | None:
-    """Bytes that a program's temporaries take together, from what XLA wrote of their places.
+    """Bytes of a program's temporaries, from XLA's dump of its buffers.
 
-    `memory_analysis` of TPU programs counts the gaps between them twice: a decode step's many
-    small ones, each in 16 KiB of its own, look twice as large as they are.
+    `memory_analysis` is not used here because it counts the gaps between temporaries twice for TPU
+    programs. A decode step has many small temporaries in 16 KiB each, and looks twice as large.
+
+    Args:
+        folder: where XLA wrote its dump.
 
     Returns:
-        None where XLA wrote nothing that can be read.
+        None where the folder has no readable dump.
     """
     texts = [file.read_text() for file in folder.glob("*buffer-assignment.txt")]
     sizes = [int(size) for text in texts for size in HEAP.findall(text)]
@@ -120,112 +247,8 @@ def heap_bytes(folder: Path) -> int | None:
 
 
 def count_collectives(text: str) -> Counter[str]:
-    """Collectives of a compiled program; one that is done in pieces counts once."""
+    """Number of collectives of each kind in the text of a compiled program.
+
+    A collective that XLA splits into pieces counts once: the pieces share channel and operation.
+    """
     return Counter(kind for kind, *_ in {call.groups() for call in CALL.finditer(text)})
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of decoding, per device.
-
-    Attributes:
-        temporaries: bytes besides weights and caches.
-        layer, outside: collectives of the last layer, and those besides the layers'.
-    """
-
-    temporaries: int
-    layer: Counter[str]
-    outside: Counter[str]
-
-
-def block_step(served: Served, compile: Compiler) -> Step:
-    """A step that dispatches a program for each layer: the largest one's temporaries count.
-
-    The next token is the most likely one. Sampling takes no more to speak of, but minutes to
-    compile for a TPU.
-    """
-    config, params, cache = served.model.config, served.params, served.cache
-    token, live = served.rows(), served.rows(dtype=bool)
-    embedded = compile(embed_step, config, params["embedding"], token, served.rows(), live)
-    x, positions, _ = embedded.out
-    heads = [attention_heads(each.attention)[0] for each in config.layers]
-
-    def lists(*args: Any, **settings: Any) -> Any:
-        return compile(work_lists, *args, **settings).out
-
-    cache = scheduled(cache, positions, heads, lists)
-    stream = device_bytes((x, [pool.schedule for pool in cache.pools]))
-    most, layer = [taken(embedded.program)], Counter()
-    for index, kind in enumerate(block_kinds(config)):
-        program = block_program(kind.block, donate=True)  # type: ignore[arg-type]
-        arrays = (kind.pairs, x, positions, cache[index], cache.rope_lengths)
-        block = compile(program, params[f"layers_{index}"], *arrays)
-        most.append(stream + taken(block.program))
-        x, layer = block.out[0], block.program.collectives
-    top = {name: params[name] for name in output_params(config)}
-    ranked = compile(step_logits, config, served.layout, top, x)
-    chosen = compile(jitted_most_likely, ranked.out).program
-    most += [stream + taken(ranked.program), device_bytes(ranked.out) + taken(chosen)]
-    outside = (embedded.program, ranked.program, chosen)
-    return Step(max(most), layer, sum((p.collectives for p in outside), Counter()))
-
-
-def fused_step(served: Served) -> Program:
-    """A step as one program."""
-    return compile_call(lower_step(served)).program
-
-
-def lower_step(served: Served) -> Any:
-    """A step as one program, to be compiled."""
-    arrays = (served.params, served.cache, served.rows(), served.rows(dtype=bool))
-    return greedy_step.lower(served.model, *arrays)
-
-
-jitted_most_likely = jax.jit(most_likely)
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def greedy_step(
-    model: Transformer, params: Any, cache: Any, token: jax.Array, live: jax.Array
-) -> tuple[jax.Array, Any]:
-    """The most likely next tokens [B], and the cache with the ones that were given."""
-    logits, cache = decode_step(model, params, cache, token, live)
-    return most_likely(logits), cache
-
-
-def taken(program: Program) -> int:
-    """Bytes of a program besides its arguments."""
-    return program.temporaries + program.results
-
-
-def prefill_bytes(served: Served, compile: Compiler) -> int:
-    """Bytes of a device that prefill takes besides weights and caches.
-
-    A layer is read while the prompt of the one before may still be packed, so that the keys and
-    values of two layers exist at a time, beside the residual stream.
-    """
-    config, work, mesh = served.model.config, served.work, served.mesh
-    tokens, lengths = served.rows(served.prompt_shape[1]), served.rows()
-    embedded = compile(embed_chunks, config, mesh, served.params["embedding"], tokens)
-    x, caches, before = embedded.out, served.cache, 0
-    most = embedded.program.temporaries
-    for layer, kind in enumerate(block_kinds(config)):
-        watching = Watching.of([work], layer)
-        own = served.params[f"layers_{layer}"]
-        read = compile(
-            read_layer,
-            *(kind.block, own, kind.pairs, x, lengths, caches.rope_lengths),
-            observed=observed_queries([work]),
-            observers=watching.observers,
-            mesh=mesh,
-        )
-        x, prompt = read.out
-        held = read.program.results
-        packing = work.packing(caches, layer, prompt.seen_by(watching.wanted[0]))
-        packed = compile(packing.func, *packing.args, **packing.keywords).program
-        most = max(most, before + held + read.program.temporaries, held + packed.temporaries)
-        before = held
-    top = {name: served.params[name] for name in output_params(config)}
-    last = compile(last_logits, config, top, x, lengths)
-    most = max(most, before + last.program.temporaries + last.program.results)
-    return device_bytes(x) + most

@@ -1,4 +1,8 @@
-"""Parameters, prompts and caches as shapes, each where it lies on a mesh."""
+"""The ways to cache that a plan compares, each as shapes with shardings on a mesh.
+
+A `Variant` is a model with a cache policy. `Variant.served` says for how many sequences, and gives
+the shapes of weights, prompts and caches: everything that programs are compiled from.
+"""
 
 from __future__ import annotations
 
@@ -29,129 +33,31 @@ from kvjax.transmla.shape import decoupled_shape
 
 
 @dataclass(frozen=True)
-class Size:
-    """What is served at a time: sequences, prompt tokens and new tokens of each."""
+class Workload:
+    """What is served at the same time.
+
+    Attributes:
+        batch: sequences.
+        context: prompt tokens per sequence.
+        new_tokens: tokens per sequence that the caches have room for besides the prompt.
+    """
 
     batch: int
     context: int
     new_tokens: int
 
 
-@dataclass(frozen=True, eq=False)
-class Served:
-    """A model and a policy at work on a mesh.
-
-    Attributes:
-        model, params: the parameters as shapes, each where it lies.
-        work: the policy on the prompts.
-        mesh: of all devices.
-        dtype: of weights and activations.
-    """
-
-    model: Transformer
-    params: Any
-    work: Compression
-    mesh: AnyMesh
-    dtype: str
-
-    @classmethod
-    def create(
-        cls, model: Transformer, policy: Policy, size: Size, mesh: AnyMesh, dtype: str
-    ) -> Served:
-        """Prompts of the same length."""
-        lengths, layout = [size.context] * size.batch, Layout.create(mesh, size.batch)
-        args = (model.config, lengths, size.new_tokens, jnp.dtype(dtype), layout)
-        work = policy.compression(*args)
-        return cls(model, abstract_params(model, mesh, dtype), work, mesh, dtype)
-
-    @property
-    def layout(self) -> Layout:
-        """Of the batch."""
-        assert self.work.layout is not None
-        return self.work.layout
-
-    @property
-    def prompt_shape(self) -> tuple[int, int]:
-        """[B, T] of the padded prompts."""
-        return len(self.work.lengths), bucket_length(int(self.work.lengths.max()))
-
-    @functools.cached_property
-    def cache(self) -> ModelCache:
-        """The caches after prefill."""
-        return located_cache(jax.eval_shape(self._prefilled), self.layout)
-
-    @property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of a device: weights, and caches after prefill."""
-        return device_bytes(self.params), device_bytes(self.cache)
-
-    def rows(self, *axes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        """An array whose first axis is the batch."""
-        place = NamedSharding(self.layout.mesh, self.layout.spec("batch"))
-        return jax.ShapeDtypeStruct((self.prompt_shape[0], *axes), np.dtype(dtype), sharding=place)
-
-    def _prefilled(self) -> ModelCache:
-        caches, observed = self.work.start(), observed_queries([self.work])
-        for layer, kind in enumerate(self.model.config.layers):
-            watching = Watching.of([self.work], layer)
-            prompt: PromptCache = start_prompt(
-                kind.attention,
-                *self.prompt_shape,
-                observed,
-                jnp.dtype(self.dtype),
-                watching.observers,
-                self.mesh,
-            )
-            caches = self.work.compress(caches, layer, prompt.seen_by(watching.wanted[0]))
-        return caches
-
-
-def abstract_params(model: Transformer, mesh: Any, dtype: Any) -> Any:
-    """The parameters' shapes."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=place),
-        param_shapes(model),
-        param_shardings(model, mesh),
-    )
-
-
-def located(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """The leaf's shape, where it lies."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def located_cache(cache: ModelCache, layout: Layout) -> ModelCache:
-    """The shapes of caches with the shardings that the caches themselves name."""
-
-    def pool(shapes: Any) -> Any:
-        return with_shardings(located, specs(shapes, layout), shapes, layout.mesh)
-
-    def own(shapes: Any) -> Any:
-        if shapes is None:
-            return None
-        parts, layout = places(shapes)
-        return with_shardings(located, parts, shapes, layout.mesh)
-
-    rows = NamedSharding(layout.mesh, layout.spec("batch"))
-    return dataclasses.replace(
-        cache,
-        own=tuple(map(own, cache.own)),
-        pools=tuple(map(pool, cache.pools)),
-        rope_lengths=located(cache.rope_lengths, rows),
-    )
-
-
 @dataclass(frozen=True)
 class Variant:
-    """One way to cache: a model and what stays of its prompts."""
+    """One way to cache: a model and the policy that compresses its prompts."""
 
     name: str
     model: Transformer
     policy: Policy
 
-    def served(self, size: Size, mesh: Any, dtype: str) -> Served:
-        """It at work."""
-        return Served.create(self.model, self.policy, size, mesh, dtype)
+    def served(self, workload: Workload, mesh: Any, dtype: str) -> Served:
+        """The shapes that this variant has under a workload."""
+        return Served.create(self.model, self.policy, workload, mesh, dtype)
 
 
 def variants(
@@ -160,11 +66,11 @@ def variants(
     latent: tuple[int, int] | None,
     notes: list[str],
 ) -> list[Variant]:
-    """Full cache, 8-bit entries, the policies, and the converted model.
+    """The full cache, 8-bit entries, each of the policies, and the converted model.
 
     Args:
-        latent: widths of the converted model's latent and rotary key; None for none.
-        notes: gets what is to be said of them.
+        latent: widths of the converted model's latent and rotary key; None for no such variant.
+        notes: remarks for the user are appended to this list.
     """
     found = [
         Variant("full", model, Policy.parse("full")),
@@ -186,13 +92,13 @@ def variants(
 
 
 def lacks_scores(policy: Policy) -> bool:
-    """Whether budgets go by head scores that the policy does not name."""
+    """Whether the policy needs head scores to share its budget and does not name any."""
     allocator = policy.allocator if isinstance(policy, Compress) else None
     return isinstance(allocator, HeadImportance) and allocator.scores is None
 
 
 def shallower(variant: Variant, depth: int) -> Variant:
-    """The variant with the first layers only; head scores too."""
+    """The variant with its first `depth` layers only, head scores included."""
     config, policy = variant.model.config, variant.policy
     model = Transformer(dataclasses.replace(config, layers=config.layers[:depth]))
     if isinstance(policy, Compress) and isinstance(policy.allocator, HeadImportance):
@@ -203,12 +109,124 @@ def shallower(variant: Variant, depth: int) -> Variant:
     return Variant(variant.name, model, policy)
 
 
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A model and a policy under a workload, as shapes.
+
+    Attributes:
+        model: the model.
+        params: shapes of its parameters, each with its sharding.
+        work: the policy applied to the prompts.
+        mesh: all devices.
+        dtype: of weights and activations.
+    """
+
+    model: Transformer
+    params: Any
+    work: Compression
+    mesh: AnyMesh
+    dtype: str
+
+    @classmethod
+    def create(
+        cls, model: Transformer, policy: Policy, workload: Workload, mesh: AnyMesh, dtype: str
+    ) -> Served:
+        """A batch of prompts that all have `workload.context` tokens."""
+        lengths, layout = [workload.context] * workload.batch, Layout.create(mesh, workload.batch)
+        args = (model.config, lengths, workload.new_tokens, jnp.dtype(dtype), layout)
+        work = policy.compression(*args)
+        return cls(model, abstract_params(model, mesh, dtype), work, mesh, dtype)
+
+    @property
+    def layout(self) -> Layout:
+        """How the batch is sharded over the mesh."""
+        assert self.work.layout is not None
+        return self.work.layout
+
+    @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """[B, T] of the padded prompts."""
+        return len(self.work.lengths), bucket_length(int(self.work.lengths.max()))
+
+    @functools.cached_property
+    def cache(self) -> ModelCache:
+        """Shapes of the caches after prefill, with shardings."""
+        return located_cache(jax.eval_shape(self._prefilled), self.layout)
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of one device: of the weights, and of the caches after prefill."""
+        return device_bytes(self.params), device_bytes(self.cache)
+
+    def rows(self, *axes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        """The shape [B, *axes] of an array with one row per sequence, sharded like the batch."""
+        place = NamedSharding(self.layout.mesh, self.layout.spec("batch"))
+        return jax.ShapeDtypeStruct((self.prompt_shape[0], *axes), np.dtype(dtype), sharding=place)
+
+    def _prefilled(self) -> ModelCache:
+        """Compresses an empty prompt in every layer, as prefill does; only shapes are computed."""
+        caches, observed = self.work.start(), observed_queries([self.work])
+        for layer, kind in enumerate(self.model.config.layers):
+            watching = Watching.of([self.work], layer)
+            prompt: PromptCache = start_prompt(
+                kind.attention,
+                *self.prompt_shape,
+                observed,
+                jnp.dtype(self.dtype),
+                watching.observers,
+                self.mesh,
+            )
+            caches = self.work.compress(caches, layer, prompt.seen_by(watching.wanted[0]))
+        return caches
+
+
+def located(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, with this sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def located_cache(cache: ModelCache, layout: Layout) -> ModelCache:
+    """The shapes of caches with the shardings that prefill gives to real caches."""
+
+    def pool(shapes: Any) -> Any:
+        return with_shardings(located, specs(shapes, layout), shapes, layout.mesh)
+
+    def own(shapes: Any) -> Any:
+        if shapes is None:
+            return None
+        # These caches name their shardings themselves: a dense cache may be sharded by slots.
+        parts, layout = places(shapes)
+        return with_shardings(located, parts, shapes, layout.mesh)
+
+    rows = NamedSharding(layout.mesh, layout.spec("batch"))
+    return dataclasses.replace(
+        cache,
+        own=tuple(map(own, cache.own)),
+        pools=tuple(map(pool, cache.pools)),
+        rope_lengths=located(cache.rope_lengths, rows),
+    )
+
+
+def abstract_params(model: Transformer, mesh: Any, dtype: Any) -> Any:
+    """The shapes of the parameters in `dtype`, with their shardings on the mesh."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=place),
+        param_shapes(model),
+        param_shardings(model, mesh),
+    )
+
+
 def default_mesh(model: Transformer, topology: Topology, dtype: str) -> dict[str, int]:
-    """Heads over as many devices as there are KV heads, or more where the weights need it; the
-    batch over the rest."""
+    """The mesh that a plan takes by default, as axis sizes.
+
+    Heads are sharded over as many devices as there are KV heads, or over more where the weights
+    need more. The batch is sharded over the rest.
+    """
     attention = model.config.layers[0].attention
     query_heads, _ = attention_heads(attention)
     heads = getattr(unconverted(attention), "num_kv_heads", query_heads)
+    # A tensor axis must divide the devices and the query heads, and must give every device whole
+    # KV heads or give every KV head to a whole number of devices.
     ways = [n for n in range(1, topology.count + 1) if topology.count % n == query_heads % n == 0]
     fits = [n for n in ways if heads % n == 0 or n % heads == 0]
     tensor = max(n for n in fits if n <= heads)
@@ -223,7 +241,11 @@ def default_mesh(model: Transformer, topology: Topology, dtype: str) -> dict[str
 
 
 def head_notes(model: Transformer, sizes: dict[str, int]) -> list[str]:
-    """Where there are more devices along the tensor axis than KV heads."""
+    """Remarks for the user where the tensor axis has more devices than there are KV heads.
+
+    Args:
+        sizes: devices along each axis of the mesh.
+    """
     tensor = sizes.get("tensor", 1)
     heads = {getattr(layer.attention, "num_kv_heads", tensor) for layer in model.config.layers}
     return [
