@@ -42,7 +42,7 @@ Dtype = Annotated[
 ]
 
 MeshText = Annotated[
-    str | None, arg(name="mesh", help="devices to spread over, such as data=2,fsdp=1,tensor=4")
+    str | None, arg(name="mesh", help="devices to shard over, such as data=2,fsdp=1,tensor=4")
 ]
 
 
@@ -53,9 +53,9 @@ def info(
     ] = (),
     json_file: Json = None,
 ) -> None:
-    """What a checkpoint is, and what its KV cache costs.
+    """Prints the facts of a checkpoint and the bytes of its KV cache.
 
-    With --tensors, the values of the named tensors too; NaN or infinite ones are an error.
+    With --tensors, also prints statistics of the named tensors. NaN or infinity is an error.
     """
     facts = describe(model)
     _print_facts(model, facts)
@@ -108,14 +108,13 @@ def export(
         Path | None, arg(help="for rms: a text file, or token ids [S, T] in a .npy file")
     ] = None,
     calibration_tokens: int = 32_768,
-    max_shard_bytes: Annotated[int, arg(help="split the weights into files of this size")] = 5
-    * 10**9,
+    max_shard_bytes: Annotated[int, arg(help="largest size of a file of weights")] = 5 * 10**9,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
     """Writes a model of the decoupled conversion as transformers' DeepseekV3ForCausalLM.
 
-    Tokenizer and generation defaults come along; what was written is checked in the end.
+    Copies tokenizer and generation defaults too, and checks the written files.
     """
     of_rms = _changed(export, locals(), "calibration", "calibration_tokens")
     _refuse_unread("--norm", norm, {"rms": of_rms})
@@ -145,7 +144,7 @@ def score(
 ) -> None:
     """Measures the importance of every attention head (HeadKV) and writes a score file.
 
-    An interrupted run continues where it stopped when the same command is given again.
+    If a run was interrupted, the same command continues where the run stopped.
     """
     grid = Grid(estimator, samples, length, seed, haystack)
     report = score_checkpoint(model, out, grid, batch_size, dtype, mesh)
@@ -163,13 +162,13 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     context: Annotated[
-        Path | None, arg(help="go on from a text that `kvjax compress` read; its policy holds")
+        Path | None, arg(help="file of `kvjax compress`: continue its text, with its policy")
     ] = None,
     mesh: MeshText = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Continues a text; tokens appear as they are made."""
+    """Continues a text. Tokens appear one by one."""
     if temperature == 0:
         of_sampling = _changed(generate, locals(), "top_p", "top_k")
         _refuse_unread("--temperature", "0", {"above 0": of_sampling})
@@ -200,11 +199,11 @@ def compress(
     model: Model,
     text: Annotated[Positional[Path], arg(help="text file to read", metavar="TEXT")],
     out: Annotated[Positional[Path], arg(help="file to write", metavar="OUT")],
-    policy: Annotated[str, arg(help="what to keep: snapkv:kv_size=128, …")] = "headkv:kv_size=512",
+    policy: Annotated[str, arg(help="cache policy: snapkv:kv_size=128, …")] = "headkv:kv_size=512",
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Reads a text once and keeps its compressed cache, for `kvjax generate --context OUT`."""
+    """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`."""
     report = compress_text(model, text, out, policy, dtype)
     _print_rows([report])
     _write_json(json_file, report)
@@ -212,11 +211,11 @@ def compress(
 
 def demo(
     out: Annotated[Path, arg(help="directory for report.json and pictures")] = Path("demo_out"),
-    samples: Annotated[int, arg(help="questions a task and setting")] = 32,
+    samples: Annotated[int, arg(help="questions per task and setting")] = 32,
     seed: int = 0,
     json_file: Json = None,
 ) -> None:
-    """Shows it all on the embedded model: accuracy against cache bytes, heads, conversion."""
+    """Shows accuracy against cache bytes, heads and a conversion, on the embedded model."""
     _write_json(json_file, run_demo(out, samples=samples, seed=seed))
 
 
@@ -225,33 +224,33 @@ def plan(
         Positional[str], arg(help="config.json, checkpoint directory or hub id", metavar="CONFIG")
     ],
     topology: Annotated[str, arg(help="devices, such as v5e:4x4, v5p:2x2x4 or h200:8")],
-    batch: Annotated[int | None, arg(help="sequences; default: one a group of devices")] = None,
-    context: Annotated[int, arg(help="prompt tokens of each")] = 32_768,
+    batch: Annotated[int | None, arg(help="sequences; default: one per replica")] = None,
+    context: Annotated[int, arg(help="prompt tokens per sequence")] = 32_768,
     new_tokens: int = 128,
     mesh: Annotated[
-        str | None, arg(help="such as data=2,tensor=8; default: heads over the KV heads' number")
+        str | None, arg(help="such as data=2,tensor=8; default: tensor by the number of KV heads")
     ] = None,
     policies: Annotated[
         UseAppendAction[tuple[str, ...]],
-        arg(name="policy", metavar="POLICY", help="beside full and 8-bit caches; repeat for more"),
+        arg(name="policy", metavar="POLICY", help="besides full and 8-bit caches; repeat for more"),
     ] = (),
     latent: Annotated[
         tuple[int, int], arg(help="latent and rotary key of the converted model; 0 0 for none")
     ] = (512, 128),
-    check: Annotated[bool, arg(help="also compile a step of all layers, and compare")] = False,
+    check: Annotated[bool, arg(help="also compile a step of all layers and compare")] = False,
     dtype: Dtype = "bfloat16",
     compile: Annotated[
         Literal["block", "step"] | None,
-        arg(help="a decode step is a program for each layer, or one; default: by new tokens"),
+        arg(help="a decode step is one program per layer, or one program; default: by new tokens"),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """What fits on devices that are not here: bytes, collectives, largest batch and context.
+    """What fits on other devices: bytes, collectives, largest batch, longest context.
 
-    Prefill and decode are compiled for the topology, without weights or devices, where its
-    compiler is installed: libtpu, or jax's CUDA plugin.
+    Compiles prefill and decode for the topology without weights or devices. This needs the
+    topology's compiler: libtpu, or jax's CUDA plugin.
     """
-    compilation_cache.enable("off")  # programs for devices that are not here cannot be read back
+    compilation_cache.enable("off")  # programs for other devices cannot be read back
     request = Request(
         config,
         topology,
@@ -318,7 +317,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; bad input is one line on standard error and exit code 2."""
+    """Entry point. Bad input gives one line on standard error and exit code 2."""
     commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
     try:
         folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
@@ -336,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """One line a row, the first row's keys as the header; nested values stay out of the table."""
+    """Prints a table with the first row's keys as its header. Nested values are left out."""
     columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
     table = Table(*columns)
     for row in rows:
@@ -345,7 +344,7 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_facts(title: str, facts: dict[str, Any]) -> None:
-    """One line a fact."""
+    """Prints a table with one line per fact."""
     table = Table("", "", show_header=False, title=title)
     for key, value in facts.items():
         table.add_row(key, str(value))

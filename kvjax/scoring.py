@@ -1,9 +1,9 @@
-"""Many policies on the same prompts: one prefill, shared by all of them.
+"""Right answers fed through compressed caches: several policies share one prefill of each prompt.
 
-Answers are teacher-forced through the compressed cache: every token of the right answer, and the
-end after it, must be what the model finds most likely. That is when greedy decoding writes it.
-Where the question is part of the prompt, the prefill predicts the answer's first token, before
-anything is dropped, as it does in decoding.
+The right answer is fed to the model (teacher forcing). An answer counts as right when every token
+of it, and the EOS after it, is the most likely one: then greedy decoding writes this answer. Where
+the question is part of the prompt, prefill predicts the first token of the answer. As in decoding,
+this happens before the cache is compressed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from kvjax.token_ids import token_ids
 
 INSIDE, AFTER = "inside", "after"
 PROTOCOLS = (INSIDE, AFTER)
-"""Whether the question is part of the compressed prompt, or asked after its compression."""
+"""Whether the question is part of the compressed prompt, or follows the compressed prompt."""
 
 FULL = "full"
 SLOTS = 16
+"""Lengths are rounded up to a multiple of SLOTS, so that sets of examples share their programs."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How the policies did on the same examples.
+    """The results of several policies on the same examples.
 
     Attributes:
-        right: [items] of each policy: the whole answer was right.
-        cache_bytes: of each policy, for the longest prompt after prefill, without room for new
+        right: by policy, [items] whether the whole answer was right.
+        cache_bytes: by policy, bytes after prefill of the longest prompt, without room for new
             tokens.
     """
 
@@ -54,15 +55,17 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Batch:
+class AnswerBatch:
     """Examples of one shape, right-padded.
 
     Attributes:
-        context, lengths: [B, S] and [B], what is read and compressed.
-        fed, positions: [B, T] what follows it, −1 for padding: the answer, after the question if
-            that was not part of the context.
-        wanted: [B, 1 + T] the token that should come after the context and after each fed one,
-            −1 where nothing is asked.
+        context: [B, S] the tokens that prefill reads and the policy compresses.
+        lengths: [B] tokens of each context.
+        fed: [B, T] the tokens that follow: the answer, after the question if the question is not
+            part of the context.
+        positions: [B, T] of the fed tokens; −1 for padding.
+        wanted: [B, 1 + T] the right token after the context and after each fed token; −1 where no
+            token is asked for.
     """
 
     context: Int[np.ndarray, "B S"]
@@ -81,17 +84,18 @@ def compare(
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Compared:
-    """Answers every example under every policy and with the full cache (the policy "full").
+    """Judges every example under every policy, and with the full cache (the policy "full").
 
     Args:
-        policies: with their own scores, see `kvjax.headkv.policy.resolve`.
-        protocol: "inside" or "after".
-        on_batch: called with the number of examples done.
+        policies: by name, with their head scores; see `kvjax.headkv.policy.resolve`.
+        protocol: "inside" or "after", see `PROTOCOLS`.
+        batch_size: examples at a time.
+        on_batch: called with the number of finished examples.
 
     Raises:
-        ValueError: an unknown protocol, no examples, such that do not say how long their question
-            is or that have tokens which the model does not have, a model without EOS, or one whose
-            logits are not finite.
+        ValueError: an unknown protocol; no examples; examples without the length of their
+            question, or with tokens outside the vocabulary; a model without EOS; or logits that
+            are not finite.
     """
     check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
     _check(model.config, examples, protocol)
@@ -101,6 +105,7 @@ def compare(
     reader = from_start(model, params, list(every.values()))
     right = {name: np.zeros(len(examples), bool) for name in every}
     for start in range(0, len(examples), batch_size):
+        # The last batch is filled up with copies of one example: one shape, one program.
         part = range(start, min(start + batch_size, len(examples)))
         padded = [examples[i] for i in part] + [examples[start]] * (batch_size - len(part))
         batch = make_batch(padded, protocol, config.eos_ids[0], slots, fed_slots)
@@ -112,10 +117,12 @@ def compare(
                 ids = [*padded[row].prompt, *padded[row].answer]
                 what = f"the logits of example {start + row} under policy {name!r}"
                 raise not_finite(what, model, params, ids)
+            # An example is right where every token that is asked for is the most likely one.
             hits = ((found == batch.wanted) | (batch.wanted < 0)).all(axis=1)
             right[name][start : part.stop] = hits[: len(part)]
         if on_batch is not None:
             on_batch(part.stop)
+    # Cache bytes follow from shapes alone.
     longest = max(_context_length(example, protocol) for example in examples)
     sizes = {}
     for name, policy in every.items():
@@ -125,9 +132,9 @@ def compare(
 
 
 def answer_each(
-    model: Transformer, params: Any, batch: Batch, reader: Reader
+    model: Transformer, params: Any, batch: AnswerBatch, reader: Reader
 ) -> Iterator[Int[np.ndarray, "B T1"]]:
-    """For each policy the most likely token after the context and after each fed one."""
+    """For each policy, the most likely token after the context and after each fed token."""
     top = output_weights(model, params)
     for start in reader.read(batch.context, batch.lengths, batch.fed.shape[1]):
         first = np.asarray(most_likely(start.logits))[:, None]
@@ -137,14 +144,19 @@ def answer_each(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _predictions(config: ModelConfig, top: Any, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
-    """The most likely token after each fed one, from the last layer's output."""
+    """The most likely token after each fed token, from the last layer's output."""
     return most_likely(hidden_logits(config, top, x))
 
 
 def make_batch(
     examples: Sequence[Example], protocol: str, eos_id: int, slots: int, fed_slots: int
-) -> Batch:
-    """Arrays of a few examples."""
+) -> AnswerBatch:
+    """The arrays of a few examples.
+
+    Args:
+        eos_id: ends every answer.
+        slots, fed_slots: S and T.
+    """
     B = len(examples)
     context, lengths = np.zeros((B, slots), np.int32), np.zeros(B, np.int32)
     fed, positions = np.zeros((B, fed_slots), np.int32), np.full((B, fed_slots), -1, np.int32)
@@ -157,17 +169,17 @@ def make_batch(
         fed[row, : len(rest)] = rest
         positions[row, : len(rest)] = n + np.arange(len(rest))
         wanted[row, asked : len(rest) + 1] = [*example.answer, eos_id]
-    return Batch(context, lengths, fed, positions, wanted)
+    return AnswerBatch(context, lengths, fed, positions, wanted)
 
 
 def _context_length(example: Example, protocol: str) -> int:
-    """Tokens of the prompt that are read and compressed; the others are fed with the answer."""
+    """Tokens of the prompt that are compressed; the other tokens are fed with the answer."""
     asked = example.question_length if protocol == AFTER else 0
     return len(example.prompt) - asked
 
 
 def _shape(examples: Sequence[Example], protocol: str) -> tuple[int, int]:
-    """Slots of the context and of what is fed, the same for all batches."""
+    """Slots of the context and of the fed tokens. All batches have the same."""
     contexts = [_context_length(example, protocol) for example in examples]
     whole = [len(example.prompt) + len(example.answer) for example in examples]
     fed = max(n - context for n, context in zip(whole, contexts, strict=True))
@@ -175,7 +187,7 @@ def _shape(examples: Sequence[Example], protocol: str) -> tuple[int, int]:
 
 
 def round_up(size: int) -> int:
-    """To a multiple of SLOTS, so that sets of examples share their programs."""
+    """Rounds a length up to a multiple of SLOTS."""
     return -(-size // SLOTS) * SLOTS
 
 

@@ -197,7 +197,7 @@ def _compile_only(name: str, expected: str, **described: str) -> list[Any]:
 
     try:
         return list(topologies.get_topology_desc(**described).devices)
-    except Exception as error:  # jaxlib raises several types of its own here
+    except Exception as error:  # jaxlib raises several error types here
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot compile for {name!r}: {reason}; expected {expected}") from None
 

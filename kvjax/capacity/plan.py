@@ -345,7 +345,7 @@ class Footprint:
         groups = batch // self.replicas if batch % self.replicas == 0 else batch
         decode = self.decode + groups * self.decode_more
         # `prefill_bytes` adds the cache of one group to caches that exist already. With a single
-        # group there is no other cache: that cache is the batch's.
+        # group the two are the same cache, so it counts once.
         own = self.cache(self.replicas, context) if groups == 1 else 0
         more = max(decode, self.prefill_bytes(context) - own)
         return round(self.weights + self.cache(batch, context) + more)

@@ -1,4 +1,8 @@
-"""What a checkpoint is, without loading it."""
+"""`kvjax info` and `kvjax export`: the facts of a checkpoint, and a checkpoint in another layout.
+
+At the end are the measures that reports of conversions and exports share: cache bytes per token and
+the largest change of a logit.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +35,25 @@ from kvjax.nn import Transformer
 from kvjax.ranges import Range, check_ranges
 from kvjax.sharding import param_shapes
 
+SEQUENCE, BATCH = 256, 8
+"""Tokens per sequence, and sequences at a time, of a calibration for an export."""
+PROBE_TOKENS = 64
+"""Random tokens on which the logits of two models are compared."""
+SHARD = Range(least=1, whole=True)
+
 
 def describe(path: str) -> dict[str, Any]:
     """Family, shapes, parameters and KV cache bytes, from the config and the file headers.
 
-    Weights that are on the hub alone are not downloaded: their dtype is what the config says.
+    Weights that are only on the hub are not downloaded. Their dtype then comes from the config.
 
     Raises:
-        ValueError: no such model, or files that don't fit together.
+        ValueError: no such model, or files that do not fit together.
     """
     directory = resolve(path)
     model, layout = read_model(directory), layout_of(directory)
     config = model.config
     dtypes = _dtypes(model, directory, on_hub(path)) if layout == "hf" else []
-    shapes = jax.tree.leaves(param_shapes(model))
     per_token = bytes_per_token(model, "bfloat16")
     return {
         "family": config.model_type,
@@ -53,7 +62,7 @@ def describe(path: str) -> dict[str, Any]:
         "attention": ", ".join(sorted({describe_attention(a.attention) for a in config.layers})),
         "vocabulary": config.vocab_size,
         "context": config.context_length,
-        "parameters": sum(leaf.size for leaf in shapes),
+        "parameters": count_parameters(param_shapes(model)),
         "layout": ", ".join([layout, *dtypes]),
         "cache bytes a token (bfloat16)": per_token,
         "cache bytes at full context": per_token * config.context_length,
@@ -61,7 +70,7 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _dtypes(model: Transformer, directory: Path, on_hub: bool) -> list[str]:
-    """Of the weights, by their files' headers; or of the config, where the hub has the weights."""
+    """The weights' dtypes: from the file headers, or from the config if only the hub has files."""
     if not on_hub or not missing_weights(directory):
         return sorted({tensor.dtype.name for tensor in stored_tensors(directory).values()})
     raw = json.loads(model.config.hf_json)
@@ -70,7 +79,7 @@ def _dtypes(model: Transformer, directory: Path, on_hub: bool) -> list[str]:
 
 
 def describe_attention(attention: Any) -> str:
-    """The kind of attention and its heads, e.g. "GQA 32/8 × 128"."""
+    """The kind of attention and its heads, such as "GQA 32/8 × 128"."""
     base = getattr(attention, "base", attention)
     kind = type(attention).__name__.removesuffix("Config")
     if not hasattr(base, "num_kv_heads"):
@@ -86,8 +95,8 @@ def tensor_statistics(path: str, patterns: Sequence[str]) -> list[dict[str, Any]
         patterns: names, or shell patterns such as "model.layers.0.*".
 
     Raises:
-        ValueError: a pattern that matches nothing, or tensors that hold NaN or infinity: all of
-            them are named.
+        ValueError: a pattern that matches nothing; or tensors that hold NaN or infinity, all of
+            which are named.
     """
     stored = stored_tensors(path)
     unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in stored)]
@@ -116,12 +125,6 @@ def tensor_statistics(path: str, patterns: Sequence[str]) -> list[dict[str, Any]
     return rows
 
 
-SEQUENCE = 256  # calibration tokens in a row
-BATCH = 8
-PROBE_TOKENS = 64
-SHARD = Range(least=1, whole=True)
-
-
 def export_checkpoint(
     source: str,
     out: Path,
@@ -134,24 +137,28 @@ def export_checkpoint(
     """Writes the converted model at `source` to `out` in the deepseek_v3 layout.
 
     Args:
-        norm: "neutral", or "rms", which needs `calibration`: token ids [S, T] in a .npy file, or a
-            text file.
-        max_shard_bytes: as of `kvjax.save`.
+        norm: "neutral", or "rms", which needs `calibration`.
+        calibration: a text file, or token ids [S, T] in a .npy file.
+        calibration_tokens: most tokens of `calibration` to use.
+        dtype: of the weights.
+        max_shard_bytes: largest file of weights, see `kvjax.save`.
 
     Returns:
-        The sizes that a loader sees, cache bytes a token before and after, what the checkpoint
-        requires of a loader, the largest change of a logit on random tokens, relative to the
-        largest logit, and what `kvjax.hf.check_export` says of the files.
+        The sizes that a loader sees, cache bytes per token before and after, the features that the
+        checkpoint requires of a loader, the largest change of a logit on random tokens relative to
+        the largest logit, and the findings of `kvjax.hf.check_export`.
 
     Raises:
-        ValueError: `out` is not empty, a model that the layout cannot express or that holds NaN,
-            no calibration, or what was written is not whole.
+        ValueError: `out` is not empty; the layout cannot express the model; the model holds NaN;
+            the calibration is missing; or the written files are incomplete.
     """
+    # Refuse bad input before anything is written.
     check_ranges({"max_shard_bytes": max_shard_bytes}, {"max_shard_bytes": SHARD})
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, expected a new directory")
     model, params = load(source, dtype=dtype)
     check_params(params)
+    # The weights of the norm make up for the size of the latents, which calibration measures.
     weights = None
     if norm == "rms":
         if calibration is None:
@@ -161,6 +168,7 @@ def export_checkpoint(
             model, params, [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         )
         check_finite([np.asarray(w) for w in weights], "rms of the latents of layer ")
+    # Write the checkpoint, then load it again and compare: a report describes the files themselves.
     settings = {"norm": norm, "latent_rms": weights, "max_shard_bytes": max_shard_bytes}
     save(model, params, out, layout="deepseek_v3", **settings)
     checked = check_export(out, source=model.config.source)
@@ -179,8 +187,12 @@ def export_checkpoint(
     }
 
 
-def bytes_per_token(model, dtype: str) -> int:
-    """Cache bytes that one more token of one sequence costs, over all layers."""
+def bytes_per_token(model: Transformer, dtype: str) -> int:
+    """Cache bytes that one more token of one sequence costs, over all layers.
+
+    Args:
+        dtype: of the cache.
+    """
 
     def total(length: int) -> int:
         cache = jax.eval_shape(lambda: model.init_cache(1, length, dtype))
@@ -189,13 +201,17 @@ def bytes_per_token(model, dtype: str) -> int:
     return total(2) - total(1)
 
 
-def count_parameters(params) -> int:
-    """Number of parameters."""
+def count_parameters(params: Any) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def logit_change(model, params, new_model, new_params) -> float:
-    """max |new − old| / max |old| over the logits of random tokens."""
+def logit_change(model: Transformer, params: Any, new_model: Transformer, new_params: Any) -> float:
+    """max |new − old| / max |old| over the logits of random tokens.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
     tokens = jnp.asarray(probe_tokens(model.config))
     models = (model, params), (new_model, new_params)
     return relative_change(*(m.apply({"params": p}, tokens)[0] for m, p in models))
@@ -214,6 +230,6 @@ def relative_change(old: jax.Array, new: jax.Array) -> float:
 
 
 def probe_tokens(config: ModelConfig) -> np.ndarray:
-    """Random tokens [1, T] int32, always the same ones."""
+    """Random tokens [1, T] int32. They depend on the vocabulary and the context length alone."""
     length = min(PROBE_TOKENS, config.context_length)
     return np.random.default_rng(0).integers(0, config.vocab_size, (1, length)).astype(np.int32)

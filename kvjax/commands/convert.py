@@ -170,7 +170,7 @@ def convert_to_equal_cache(
 
     Args:
         dtype: of the weights.
-        mesh: devices that each layer is spread over, see `kvjax.mesh.parse_mesh`; None for one.
+        mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
         Method and settings, cache bytes per token before and after, parameters before and after,
@@ -247,7 +247,7 @@ def convert_to_decoupled(
 
     Args:
         dtype: of the weights.
-        mesh: devices that each layer is spread over, see `kvjax.mesh.parse_mesh`; None for one.
+        mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
         Settings, perplexity on held-out sequences before and after every step, cache bytes per

@@ -1,4 +1,8 @@
-"""The whole story on the embedded model: what is lost, and what is saved, in a few minutes."""
+"""`kvjax demo`: accuracy against cache bytes on the embedded model, in a few minutes.
+
+The demo measures head importance, answers questions under every policy, converts the model to an
+equal cache, and writes report.json and pictures.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ from kvjax.tasks.vocabulary import TokenizerVocabulary
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
-PROMPT_LENGTH = 1024
-SCORE_LENGTH = 512  # longest prompt of the importance measurement
+PROMPT_LENGTH = 1024  # tokens of each question's prompt
+SCORE_LENGTH = 512  # tokens of the longest prompt that head importance is measured on
 TASKS = ("needle", "multi_key", "two_hop")
 POLICIES = ("headkv", "snapkv", "streaming")
 KV_SIZES = (16, 32, 64)
@@ -36,10 +40,14 @@ INITS = ("svd_global", "identity")
 
 
 def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
-    """Runs every part, prints one page, writes report.json and pictures into `out`.
+    """Runs every part, prints one page, and writes report.json and pictures into `out`.
 
     Args:
-        samples: examples a task; each policy and size answers all of them.
+        samples: examples per task; each policy at each size answers all of them.
+        seed: of the examples.
+
+    Returns:
+        The content of report.json.
 
     Raises:
         ValueError: fewer than one sample, or a negative seed.
@@ -55,6 +63,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         for task in TASKS
         for example in make_examples(task, vocab, samples, PROMPT_LENGTH, seed)
     ]
+    # Head importance first: the policies share their budgets by it.
     with Progress(transient=True) as progress:
         steps = progress.add_task("head importance", total=2 + len(examples))
         scores = score_heads(model, params, tokenizer, samples=samples, length=SCORE_LENGTH)
@@ -88,12 +97,13 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a policy did on one task.
+    """The result of a policy on one task.
 
     Attributes:
-        accuracy, standard_error: of answers right in every token.
-        items: examples asked.
-        cache_bytes: a sequence, after prefill.
+        policy: its name and settings.
+        accuracy, standard_error: share of the answers that are right in every token.
+        items: number of examples.
+        cache_bytes: per sequence, after prefill.
     """
 
     policy: str
@@ -111,7 +121,7 @@ def policies_of(model: Any, scores: HeadScores) -> dict[str, Compress]:
 
 
 def by_task(compared: Compared, samples: int) -> dict[str, list[Outcome]]:
-    """The outcomes of every policy on each of the tasks, whose examples follow each other."""
+    """Each task's outcomes. The examples of a task follow each other, `samples` of them."""
     outcomes: dict[str, list[Outcome]] = {}
     for index, task in enumerate(TASKS):
         outcomes[task] = []
@@ -124,7 +134,7 @@ def by_task(compared: Compared, samples: int) -> dict[str, list[Outcome]]:
 
 
 def convert_and_compare(model: Any, params: Any, init: str) -> dict[str, Any]:
-    """equal_cache conversion and what it changes: nothing but rounding."""
+    """Converts to an equal cache and measures the change, which is rounding only."""
     new_model, new_params = convert(model, params, method="equal_cache", init=init)
     return {
         "init": init,
@@ -135,7 +145,7 @@ def convert_and_compare(model: Any, params: Any, init: str) -> dict[str, Any]:
 
 
 def describe_importance(scores: HeadScores) -> dict[str, Any]:
-    """The five most important heads, and how many examples were answered rightly."""
+    """The five most important heads, and the number of examples that the model answered."""
     mean = scores.mean
     best = np.argsort(mean, axis=None)[::-1][:5]
     heads = [tuple(int(i) for i in np.unravel_index(index, mean.shape)) for index in best]
@@ -147,7 +157,7 @@ def describe_importance(scores: HeadScores) -> dict[str, Any]:
 
 
 def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> None:
-    """heads.png, and one accuracy picture a task."""
+    """Draws heads.png, and accuracy_<task>.png for each task."""
     plot_head_importance(scores.mean, out / "heads.png")
     for task, (full, *rest) in outcomes.items():
         curves = {
@@ -164,7 +174,7 @@ def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> N
 
 
 def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: Path) -> None:
-    """The results on one page of the terminal."""
+    """Prints the results on one page of the terminal."""
     console = Console()
     full = next(iter(outcomes.values()))[0]
     title = f"{MODEL}: exact match at {PROMPT_LENGTH} tokens"
@@ -195,7 +205,7 @@ def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: 
 
 
 def _figure(width: float, height: float):
-    # matplotlib is slow to import and wants no display.
+    # Imported here because matplotlib is slow to import. Agg draws without a display.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +222,7 @@ def _finish(figure, path: Path) -> None:
 
 
 def plot_head_importance(importance: np.ndarray, path: Path) -> None:
-    """Heat-map of [L, N] scores."""
+    """Draws a heat map of head importance [L, N]."""
     layers, heads = importance.shape
     figure, axes = _figure(1.5 + 0.45 * heads, 1.2 + 0.45 * layers)
     image = axes.imshow(importance, aspect="auto", cmap="viridis")
@@ -231,10 +241,10 @@ def plot_accuracy(
     title: str,
     path: Path,
 ) -> None:
-    """One line a policy.
+    """Draws accuracy against cache bytes, one line per policy.
 
     Args:
-        curves: label → (cache bytes, accuracy, standard error) points.
+        curves: (cache bytes, accuracy, standard error) points by label.
         full: bytes and accuracy of the full cache, drawn as a horizontal line.
     """
     figure, axes = _figure(6.0, 4.0)

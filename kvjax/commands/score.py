@@ -1,4 +1,9 @@
-"""Head importance of a checkpoint, measured on examples that are generated for its tokenizer."""
+"""`kvjax score`: the head importance of a checkpoint, and how an interrupted run continues.
+
+Finished batches are in a file of JSON lines beside the result until the result is written. The
+first line is the request; each further line is one batch. A last line that was not written to its
+end is cut off, and its batch is measured again.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +42,24 @@ def score_checkpoint(
 ) -> dict[str, Any]:
     """Scores the checkpoint at `path` and writes the score file `out`.
 
-    Finished batches are kept beside `out` until it is written: the same call after an interruption
-    goes on where it stopped, and writes the same file.
+    If a run was interrupted, the same call continues after the last finished batch and writes the
+    same file.
 
     Args:
-        mesh: devices to spread over, see `kvjax.mesh.parse_mesh`; None for one.
+        grid: the examples.
+        batch_size: examples at a time.
+        dtype: of weights and activations.
+        mesh: devices to shard over, see `kvjax.mesh.parse_mesh`; None for one device.
 
     Returns:
-        estimator, examples accepted and asked, the most important head, split-half stability,
+        Estimator, examples accepted and asked, the most important head, split-half stability, and
         seconds.
 
     Raises:
         ValueError: see `score_heads`; or an unfinished run with other settings has the same `out`.
     """
     start = time.monotonic()
+    # Read the model and the batches that an earlier run finished.
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
@@ -59,6 +68,7 @@ def score_checkpoint(
     weights = identity(model.config, params).digest
     wanted = request(model, grid, examples, batch_size, dtype) | {"weights": weights}
     finished = finished_batches(unfinished, wanted)
+    # Measure the rest; every batch is on disk before the next one starts.
     with progress_bar() as progress:
         task = progress.add_task("head importance", total=total, completed=len(finished))
 
@@ -71,7 +81,8 @@ def score_checkpoint(
                 model, params, examples, grid.estimator, batch_size, finished, on_batch
             )
         except (ValueError, NotImplementedError):
-            unfinished.unlink()  # an answer, if not the one hoped for: nothing to go on with
+            # The same command would fail in the same way: there is nothing to continue.
+            unfinished.unlink()
             raise
     scores = with_origin(scores, model, grid)
     scores.save(out)
@@ -91,7 +102,7 @@ def score_checkpoint(
 def request(
     model: Transformer, grid: Grid, examples: Sequence[Example], batch_size: int, dtype: str
 ) -> dict[str, Any]:
-    """All that the batches of a run depend on besides the weights, as JSON values."""
+    """Everything besides the weights that the batches of a run depend on, as JSON values."""
     digest = hashlib.sha256(repr([(e.prompt, e.answer, e.span) for e in examples]).encode())
     return {
         "model": model_name(model),
@@ -107,7 +118,7 @@ def request(
 
 
 def progress_bar() -> Progress:
-    """Batches done of how many, and the time that the rest takes; on a terminal, until finished."""
+    """A bar of finished batches and the remaining time. It is shown on terminals only."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -132,10 +143,10 @@ def partial_path(out: Path) -> Path:
 
 
 def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
-    """The batches that are finished; the file is there afterwards, ready for `append_batch`.
+    """Reads the finished batches. Creates the file if there is none, so `append_batch` can follow.
 
     Args:
-        request: all that the batches depend on.
+        request: everything that the batches depend on.
 
     Raises:
         ValueError: the file belongs to another request.
@@ -149,7 +160,7 @@ def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
         batches = [_batch(json.loads(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{path} is no file of finished batches; remove it to start over"
+            f"{path} is not a file of finished batches; remove it to start over"
         ) from None
     if header != request:
         raise ValueError(
@@ -175,7 +186,7 @@ def _batch(line: dict[str, Any]) -> BatchScores:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Its lines, without a last one that does not end; that one is cut off the file."""
+    """The lines of the file. A last line without an end is cut off the file first."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     os.truncate(path, end)
@@ -183,7 +194,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _write(path: Path, mode: str, value: dict[str, Any]) -> None:
-    # JSON keeps a float's every bit: Python writes the shortest text that reads back the same.
+    # JSON keeps every bit of a float: Python writes the shortest text that reads back the same.
     with path.open(mode, encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()

@@ -1,4 +1,4 @@
-"""Text in, text out."""
+"""Texts and text files: `kvjax generate`, `kvjax compress`, and rows of tokens for calibration."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from kvjax.ranges import COUNT, Range, check_ranges
 from kvjax.text import TextStream
 from kvjax.token_ids import token_ids
 
+RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
+"""What the numbers of `token_rows` may be."""
+HELD_OUT = 8
+"""One calibration sequence in HELD_OUT is held out: it decides and reports, and fits nothing."""
+MOST_CHARACTERS = 16
+"""Characters that a token has at most, as a rule; the reader takes no more text than this needs."""
+
 
 def generate_text(
     path: str,
@@ -33,11 +40,14 @@ def generate_text(
     """Continues `prompt` with the checkpoint at `path`.
 
     Args:
-        write: called with pieces of the new text as they are ready.
-        mesh: devices to spread over, see `kvjax.mesh.parse_mesh`; None for one.
-        context: a file that `compress_text` wrote; the prompt follows its text as it is written.
-        settings: of `kvjax.generate`. Without eos_ids, the model's and the tokenizer's EOS and the
-            end of a turn in the chat template end the text.
+        dtype: of weights, activations and cache.
+        write: called with each piece of the new text when the piece is ready.
+        context: a file that `compress_text` wrote. The prompt follows the text of this file, and
+            the policy of the file applies.
+        policy: of the cache. It is ignored with a `context`.
+        mesh: devices to shard over, see `kvjax.mesh.parse_mesh`; None for one device.
+        settings: of `kvjax.generate`. Without eos_ids, three things end the text: the model's EOS,
+            the tokenizer's EOS, and the end of a turn in the chat template.
 
     Returns:
         prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes.
@@ -48,13 +58,13 @@ def generate_text(
     if not prompt:
         raise ValueError("the prompt is empty, expected text")
     if context is None:
-        Policy.parse(policy)  # a policy that cannot be had is refused before a model is read
+        Policy.parse(policy)  # refuses an unknown policy before the model is read
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)
     if held is None:
         ids = prompt_ids(tokenizer, prompt)
-    else:  # the context has begun with BOS
+    else:  # the context begins with BOS already
         ids = ids_after(tokenizer, prompt.removeprefix(tokenizer.bos_token or ""))
     stream, pieces = TextStream(tokenizer, ids), []
 
@@ -85,7 +95,11 @@ def generate_text(
 
 
 def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> dict[str, Any]:
-    """Reads a text file with the checkpoint at `path` and writes what the policy keeps to `out`.
+    """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
+
+    Args:
+        policy: which entries of the cache to keep, such as "snapkv:kv_size=128".
+        dtype: of weights, activations and cache.
 
     Returns:
         tokens, policy, cache_bytes, file_bytes.
@@ -99,7 +113,7 @@ def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> 
     try:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is no text in UTF-8: {error}") from None
+        raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
     model, params = load(path, dtype=dtype)
     ids = prompt_ids(load_tokenizer(path), content)
     context = compress(model, params, ids, policy)
@@ -113,20 +127,16 @@ def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> 
     }
 
 
-RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
-HELD_OUT = 8  # one sequence in so many decides and reports, the others calibrate
-
-
 def calibration_tokens(
     source: str, path: Path, tokens: int, length: int
 ) -> tuple[Int[np.ndarray, "S T"], Int[np.ndarray, "H T"]]:
-    """Sequences to calibrate on, and held-out ones that take every eighth place.
+    """Sequences to calibrate on [S, T], and held-out sequences [H, T]: every eighth one.
 
     Args:
-        source, path, tokens, length: as of `token_rows`.
+        source, path, tokens, length: see `token_rows`.
 
     Raises:
-        ValueError: what `token_rows` raises, or a single sequence.
+        ValueError: see `token_rows`; or the file gives a single sequence.
     """
     rows = token_rows(source, path, tokens, length)
     if len(rows) < 2:
@@ -143,14 +153,14 @@ def token_rows(source: str, path: Path, tokens: int, length: int) -> Int[np.ndar
     """Token ids of a file, one sequence a row.
 
     Args:
-        source: model whose tokenizer reads the file.
-        path: a text, or an .npy file of token ids [S, T], which are taken as they are.
-        tokens: how many to use at most, but for a first sequence.
-        length: tokens a sequence, for texts; at least two, and no more than the model's context.
+        source: the checkpoint whose tokenizer encodes the file.
+        path: a text, or an .npy file of token ids [S, T]. Ids are used as they are.
+        tokens: most tokens to use; of ids, one sequence is always used.
+        length: tokens per sequence, for texts; from 2 to the model's context length.
 
     Raises:
-        ValueError: no such file, ids of another shape or dtype, such that the model does not have,
-            sequences beyond its context, or a text shorter than one sequence.
+        ValueError: no such file; ids of another shape or dtype, or outside the vocabulary;
+            sequences longer than the model's context; or a text shorter than one sequence.
     """
     check_ranges({"tokens": tokens, "length": length}, RANGES)
     if not path.is_file():
@@ -170,7 +180,7 @@ def _read_ids(source: str, path: Path, tokens: int, length: int) -> Integer[np.n
     try:
         rows = np.load(path)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no .npy file of token ids: {error}") from None
+        raise ValueError(f"{path} is not an .npy file of token ids: {error}") from None
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
         raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
     return rows[: max(1, tokens // max(1, rows.shape[1]))]
@@ -178,10 +188,9 @@ def _read_ids(source: str, path: Path, tokens: int, length: int) -> Integer[np.n
 
 def _encode(source: str, path: Path, tokens: int, length: int) -> Int[np.ndarray, "S T"]:
     try:
-        # No more text than can be needed: few tokens have more than sixteen characters.
-        text = path.read_text(encoding="utf-8")[: 16 * tokens]
+        text = path.read_text(encoding="utf-8")[: MOST_CHARACTERS * tokens]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
     ids = np.asarray(prompt_ids(load_tokenizer(source), text), np.int64)[:tokens]
     if len(ids) < length:
         raise ValueError(f"{path} has {len(ids)} tokens, expected at least {length}")

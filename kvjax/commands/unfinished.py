@@ -177,7 +177,7 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
         earlier, attention = json.loads(metadata["request"]), json.loads(metadata["attention"])
         configs = tuple(native.decode(config) for config in attention)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is of no conversion: {error}") from None
+        raise ValueError(f"{path} does not belong to a conversion: {error}") from None
     if earlier != request:
         raise ValueError(
             f"{out} holds an unfinished conversion with other settings "

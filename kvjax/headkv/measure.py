@@ -1,4 +1,8 @@
-"""The examples that head importance is measured on, in the tokens of a model's tokenizer."""
+"""Head importance with a tokenizer: examples are generated in its tokens, asked, and scored.
+
+`score_heads` is the public entry. `Grid` describes the examples, `make_examples` generates them,
+and `kvjax.headkv.importance.score_examples` asks them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,12 @@ from kvjax.tasks import haystack, needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler
 from kvjax.tasks.vocabulary import TokenizerVocabulary
 
-LENGTHS = 4  # prompt lengths of the grid, evenly up to the longest
+LENGTHS = 4  # prompt lengths of the grid, evenly spaced up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
-COPIED_LENGTH = 64  # steps of the copying estimator: with fewer the ranking is less stable
-DISTRACTORS = 3  # 0, 1 and 2 in turn
+COPIED_LENGTH = 64  # tokens that the copying estimator copies: fewer give a less stable ranking
+DISTRACTORS = 3  # examples have 0, 1 and 2 distractors in turn
 RANGES = {"samples": COUNT, "length": COUNT, "seed": SEED}
-"""The numbers of a `Grid`."""
+"""What the numbers of a `Grid` may be."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Grid:
 
     Attributes:
         estimator: a name of `QUESTIONS`.
-        samples: how many.
-        length: longest prompt in tokens; a quarter of the samples each at 1/4, 2/4, 3/4 and all
-            of it, or where the facts begin to fit; depths evenly from start to end.
+        samples: number of examples. Their facts are at evenly spaced depths from start to end.
+        length: longest prompt in tokens. A quarter of the samples each have 1/4, 2/4, 3/4 and all
+            of this length, or the shortest length that holds the facts.
         seed: of the facts, the filler and the random spans.
         haystack: a text file whose sentences are the filler; None for generated sentences.
     """
@@ -49,7 +53,7 @@ class Grid:
 
 
 Question = Callable[..., Example]
-"""(rng, vocab, length, index of the sample, depth, filler) to one example."""
+"""Makes one example from (rng, vocab, length, index of the sample, depth, filler)."""
 
 
 def _facts(generate: Callable[..., Example]) -> Question:
@@ -74,8 +78,8 @@ QUESTIONS: dict[str, Question] = {
     "copying": _random_span,
     "gradient": _facts(two_hop.generate),
 }
-"""What each estimator asks. The first three ask the kinds of questions of the HeadKV paper (arXiv
-2410.19258, 3.1), but not its prompts or answers: docs/headkv.md lists what differs."""
+"""The questions of each estimator. The first three ask the kinds of questions of the HeadKV paper
+(arXiv 2410.19258, 3.1) with other prompts and answers: docs/headkv.md lists the differences."""
 
 
 def score_heads(
@@ -91,12 +95,13 @@ def score_heads(
 ) -> HeadScores:
     """Importance of every query head, from examples in the model's own tokens.
 
+    To measure it on your own examples, use `kvjax.headkv.score_examples`.
+
     Args:
         tokenizer: from `kvjax.load_tokenizer`.
-        estimator: "retrieval", "retrieval_reasoning" or "enhanced_retrieval", for which only
-            examples count that the model answers; "copying", for models that cannot answer
-            questions; or "gradient", the sensitivity of the loss of the answer. On examples of
-            your own: `kvjax.headkv.score_examples`.
+        estimator: "retrieval", "retrieval_reasoning" or "enhanced_retrieval" count the examples
+            that the model answers; "copying" is for models that cannot answer questions;
+            "gradient" is the sensitivity of the loss of the answer.
         samples, length, seed, haystack: see `Grid`.
         batch_size: examples at a time.
 
@@ -112,7 +117,7 @@ def score_heads(
 
 
 def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScores:
-    """The scores with what they were measured on in their meta companion."""
+    """Adds the model and the grid to the metadata of the scores."""
     origin: dict[str, Any] = {"model": model_name(model), "seed": grid.seed, "length": grid.length}
     if grid.haystack is not None:
         origin["haystack"] = grid.haystack.name
@@ -120,12 +125,16 @@ def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScore
 
 
 def model_name(model: Transformer) -> str:
-    """The checkpoint's name, not where it lies."""
+    """The last part of the checkpoint's path."""
     return Path(model.config.source).name
 
 
 def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
-    """The grid of lengths and depths that `score_heads` asks; see `score_heads` for Raises."""
+    """The examples of a grid, in the tokens of a tokenizer.
+
+    Raises:
+        ValueError: an unknown estimator, or numbers or a haystack that `score_heads` refuses.
+    """
     if grid.estimator not in QUESTIONS:
         raise ValueError(f"estimator is {grid.estimator!r}, expected one of {', '.join(QUESTIONS)}")
     check_ranges(vars(grid), RANGES)
@@ -144,8 +153,9 @@ def _ask(
     depth: float,
     filler: Filler | None,
 ) -> Example:
-    """The sample at this place of the grid, in no fewer tokens than its facts and some filler."""
+    """One sample of the grid, long enough for its facts and at least LEAST_HAYSTACK of filler."""
     ask = QUESTIONS[grid.estimator]
+    # A copy of the generator finds the length of the facts and leaves the random numbers unused.
     facts = ask(copy.deepcopy(rng), vocab, None, index, depth, filler)
     shortest = len(facts.prompt) + LEAST_HAYSTACK
     if grid.length < shortest:

@@ -69,7 +69,7 @@ class WordVocabulary:
 
 @dataclass(frozen=True)
 class TokenizerVocabulary:
-    """A transformers tokenizer as the vocabulary of the tasks."""
+    """Adapts a tokenizer of transformers to `Vocabulary`."""
 
     tokenizer: Any
 
@@ -89,6 +89,6 @@ class TokenizerVocabulary:
 
     @functools.cached_property
     def ordinary_ids(self) -> list[int]:
-        """All ids but those of special and added tokens."""
+        """All ids except those of special and added tokens."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return [index for index in range(self.size) if index not in special]

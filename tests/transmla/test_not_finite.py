@@ -242,11 +242,11 @@ def test_calibration_files(folder, tmp_path, ids, message):
 def test_calibration_files_of_other_kinds(folder, tmp_path, monkeypatch):
     source, path = str(folder / "whole"), tmp_path / "ids.npy"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"ids\.npy is no \.npy file of token ids"):
+    with pytest.raises(ValueError, match=r"ids\.npy is not an \.npy file of token ids"):
         token_rows(source, path, 1000, 8)
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"text\.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"text\.txt is not a text in UTF-8"):
         token_rows(source, text, 1000, 8)
     text.write_text("a b c d")
     from kvjax.commands import text

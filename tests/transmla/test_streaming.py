@@ -195,7 +195,9 @@ def test_only_an_unfinished_conversion_is_gone_on_with(source, tmp_path):
     with pytest.raises(ValueError, match="is not empty, expected a new directory"):
         run(source, source / "equal_cache", "equal_cache")
     (tmp_path / "unfinished.safetensors").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"unfinished\.safetensors is of no conversion"):
+    with pytest.raises(
+        ValueError, match=r"unfinished\.safetensors does not belong to a conversion"
+    ):
         run(source, tmp_path, "equal_cache")
 
 
