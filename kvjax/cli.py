@@ -128,16 +128,8 @@ def export(
 def score(
     model: Model,
     out: Annotated[Positional[Path], arg(help="score file to write", metavar="OUT.json")],
-    estimator: Annotated[
-        str, arg(help="retrieval, retrieval_reasoning, enhanced_retrieval, copying or gradient")
-    ] = "retrieval_reasoning",
-    samples: Annotated[int, arg(help="examples to ask")] = 64,
-    length: Annotated[int, arg(help="longest prompt, in tokens")] = 512,
-    seed: int = 0,
+    examples: OmitArgPrefixes[Grid],
     batch_size: Annotated[int, arg(help="examples at a time")] = 8,
-    haystack: Annotated[
-        Path | None, arg(help="text file to hide the facts in, instead of generated sentences")
-    ] = None,
     mesh: MeshText = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
@@ -146,8 +138,7 @@ def score(
 
     If a run was interrupted, the same command continues where the run stopped.
     """
-    grid = Grid(estimator, samples, length, seed, haystack)
-    report = score_checkpoint(model, out, grid, batch_size, dtype, mesh)
+    report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
     _print_rows([report])
     _write_json(json_file, report)
 
@@ -169,6 +160,7 @@ def generate(
     json_file: Json = None,
 ) -> None:
     """Continues a text. Tokens appear one by one."""
+    # Greedy decoding ignores the settings of sampling.
     if temperature == 0:
         of_sampling = _changed(generate, locals(), "top_p", "top_k")
         _refuse_unread("--temperature", "0", {"above 0": of_sampling})
@@ -187,6 +179,7 @@ def generate(
         write=lambda text: print(text, end="", flush=True),
     )
     print()
+    # On standard error, so that standard output is the text alone.
     print(
         f"[{report['new_tokens']} tokens; cache {report['cache_bytes']:,} bytes, "
         f"uncompressed {report['full_cache_bytes']:,}]",
@@ -258,7 +251,7 @@ def plan(
         new_tokens,
         batch,
         mesh,
-        policies or Request.policies,
+        policies or Request.policies,  # tyro appends to the default, so the default is empty here
         latent if any(latent) else None,
         dtype,
         compile,
@@ -318,8 +311,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Bad input gives one line on standard error and exit code 2."""
+    # A URL in place of a path is refused before a command does any work.
     commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
     try:
+        # Every command has this flag, so it is taken out before tyro sees the arguments.
         folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
         compilation_cache.enable(folder)
         tyro.extras.subcommand_cli_from_dict(

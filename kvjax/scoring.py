@@ -136,6 +136,7 @@ def answer_each(
 ) -> Iterator[Int[np.ndarray, "B T1"]]:
     """For each policy, the most likely token after the context and after each fed token."""
     top = output_weights(model, params)
+    # The logits of prefill come before compression; all later ones see the compressed cache.
     for start in reader.read(batch.context, batch.lengths, batch.fed.shape[1]):
         first = np.asarray(most_likely(start.logits))[:, None]
         x, _ = hidden_states(model, params, batch.fed, batch.positions, start.cache)
@@ -165,6 +166,7 @@ def make_batch(
         n = _context_length(example, protocol)
         asked = len(example.prompt) - n
         rest = [*example.prompt[n:], *example.answer]
+        # The question is fed with the answer unless the context holds it.
         context[row, :n], lengths[row] = example.prompt[:n], n
         fed[row, : len(rest)] = rest
         positions[row, : len(rest)] = n + np.arange(len(rest))

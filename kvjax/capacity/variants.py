@@ -78,6 +78,7 @@ def variants(
     ]
     for text in policies:
         policy = Policy.parse(text)
+        # The total budget does not depend on the scores, so equal scores can replace missing ones.
         scores = default_scores(model.config)
         if scores is None and lacks_scores(policy):
             heads, _ = attention_heads(model.config.layers[0].attention)

@@ -66,6 +66,7 @@ def generate_text(
         ids = prompt_ids(tokenizer, prompt)
     else:  # the context begins with BOS already
         ids = ids_after(tokenizer, prompt.removeprefix(tokenizer.bos_token or ""))
+    # Tokens arrive one by one. The stream holds back bytes that are not a whole character yet.
     stream, pieces = TextStream(tokenizer, ids), []
 
     def show(piece: str) -> None:
@@ -143,6 +144,7 @@ def calibration_tokens(
         raise ValueError(
             f"{path} gives one sequence of {rows.size} tokens, expected one to hold out"
         )
+    # Spread over the file, so that both parts have the same kinds of text.
     held = np.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
     if not held.any():
         held[-1] = True

@@ -71,6 +71,7 @@ class ConversionFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What an earlier run wrote stays: that run was not refused.
         if kind is None or not issubclass(kind, ValueError) or not self._begun or self._resumed:
             return
         shutil.rmtree(self.out / native.PARAMS, ignore_errors=True)
@@ -89,6 +90,7 @@ class ConversionFolder:
             streams: residual streams after this layer; a later run finds them in `finished`.
         """
         self._begin()
+        # The layer is on disk before the progress file counts it.
         done = self.finished.attention
         native.write_part(self.out, f"layers_{len(done)}", params)
         self.finished = Finished((*done, attention), streams)

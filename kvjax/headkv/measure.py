@@ -34,15 +34,17 @@ RANGES = {"samples": COUNT, "length": COUNT, "seed": SEED}
 
 @dataclass(frozen=True)
 class Grid:
-    """The examples to ask, apart from the tokenizer.
+    """The examples that importance is measured on.
+
+    Prompts have four lengths: a quarter of the samples each have 1/4, 2/4, 3/4 and all of `length`,
+    or the shortest length that holds the facts. Facts are at evenly spaced depths.
 
     Attributes:
-        estimator: a name of `QUESTIONS`.
-        samples: number of examples. Their facts are at evenly spaced depths from start to end.
-        length: longest prompt in tokens. A quarter of the samples each have 1/4, 2/4, 3/4 and all
-            of this length, or the shortest length that holds the facts.
-        seed: of the facts, the filler and the random spans.
-        haystack: a text file whose sentences are the filler; None for generated sentences.
+        estimator: retrieval, retrieval_reasoning, enhanced_retrieval, copying or gradient
+        samples: number of examples
+        length: longest prompt, in tokens
+        seed: of the facts, the filler and the random spans
+        haystack: text file whose sentences hide the facts, instead of generated sentences
     """
 
     estimator: str = "retrieval_reasoning"

@@ -229,7 +229,7 @@ def test_all_numbers_of_a_conversion_are_one_error(tmp_path):
         (np.full((2, 8), 2**63, np.uint64), "got token ids from 9223372036854775808"),
         (np.ones((2, 97), np.int32), "sequences of 97 tokens, expected 2 to 96, the model's"),
         (np.ones((2, 1), np.int32), "sequences of 1 tokens, expected 2 to 96"),
-        (np.array([[{}]]), r"is no \.npy file of token ids"),
+        (np.array([[{}]]), r"is not an \.npy file of token ids"),
     ],
 )
 def test_calibration_files(folder, tmp_path, ids, message):
@@ -249,10 +249,10 @@ def test_calibration_files_of_other_kinds(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"text\.txt is not a text in UTF-8"):
         token_rows(source, text, 1000, 8)
     text.write_text("a b c d")
-    from kvjax.commands import text
+    from kvjax.commands import text as command
 
     other = SimpleNamespace(encode=lambda text, **_: [5, 10**6, 7, 8])
-    monkeypatch.setattr(text, "load_tokenizer", lambda source: other)
+    monkeypatch.setattr(command, "load_tokenizer", lambda source: other)
     with pytest.raises(ValueError, match="got token ids from 5 to 1000000, expected 0 to"):
         token_rows(source, text, 1000, 4)
 
