@@ -27,7 +27,7 @@ import numpy as np
 import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
-from kvjax.headkv.measure import QUESTIONS, Grid, make_examples
+from kvjax.headkv.questions import QUESTIONS, Grid, make_examples
 from kvjax.headkv.stability import split_half
 from kvjax.paths import local_path
 from kvjax.tasks.vocabulary import TokenizerVocabulary

@@ -11,7 +11,7 @@ import kvjax
 from kvjax.cli import main
 from kvjax.commands import score as command
 from kvjax.headkv import load_scores
-from kvjax.headkv.measure import COPIED_LENGTH, QUESTIONS, Grid, make_examples
+from kvjax.headkv.questions import COPIED_LENGTH, QUESTIONS, Grid, make_examples
 from kvjax.headkv.stability import split_half
 from kvjax.tasks import WordVocabulary, haystack
 from kvjax.tasks.vocabulary import TokenizerVocabulary

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from kvjax.commands.checkpoints import bytes_per_token, logit_change
-from kvjax.headkv.measure import score_heads
 from kvjax.headkv.policy import Compress, resolve
+from kvjax.headkv.questions import score_heads
 from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
 from kvjax.ranges import COUNT, SEED, check_ranges

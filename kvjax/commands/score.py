@@ -24,7 +24,7 @@ from kvjax.commands.unfinished import differences
 from kvjax.example import Example
 from kvjax.headkv.batches import bucketed
 from kvjax.headkv.importance import BatchScores, score_examples
-from kvjax.headkv.measure import Grid, make_examples, model_name, with_origin
+from kvjax.headkv.questions import Grid, make_examples, model_name, with_origin
 from kvjax.headkv.stability import split_half
 from kvjax.hf import load, load_tokenizer
 from kvjax.identity import identity

@@ -3,8 +3,8 @@
 from kvjax.headkv.balance import balance
 from kvjax.headkv.budgets import allocate
 from kvjax.headkv.importance import score_examples
-from kvjax.headkv.measure import score_heads
 from kvjax.headkv.policy import Compress, Policy
+from kvjax.headkv.questions import score_heads
 from kvjax.headkv.scores import HeadScores, load_scores
 
 __all__ = [

@@ -12,8 +12,8 @@ from kvjax.capacity.plan import Request
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv.importance import ESTIMATORS, score_examples
-from kvjax.headkv.measure import Grid, make_examples
 from kvjax.headkv.policy import Policy
+from kvjax.headkv.questions import Grid, make_examples
 from kvjax.nn import Transformer
 from kvjax.scoring import compare
 
