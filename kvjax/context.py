@@ -21,18 +21,17 @@ from kvjax.cache.room import grow_pool, repeat, with_room
 from kvjax.cache.rows import bucket_rows, room_bucket
 from kvjax.cache.sharded import head_copies
 from kvjax.cache.trim import trimmed
+from kvjax.checks import check_finite, first_not_finite, not_finite
 from kvjax.config import ModelConfig
-from kvjax.finite import check_finite, first_not_finite
 from kvjax.headkv.facts import sliding_windows, spread_layer
 from kvjax.headkv.policy import Policy, resolve
 from kvjax.headkv.scores import default_scores
-from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
+from kvjax.hf.safetensors import NewTensor, read_header, read_metadata, write_file
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.block import block_kinds, run_layer
 from kvjax.nn.transformer import output_params
-from kvjax.numerics import not_finite
 from kvjax.paths import local_path
 from kvjax.prefill import compressions, embed_chunks, last_logits, read_prompts
 from kvjax.prompts import bucket_length, check_prompts, pad

@@ -14,13 +14,13 @@ import numpy as np
 from kvjax.cache import cache_bytes
 from kvjax.cache.rows import room_bucket
 from kvjax.cache.slots import whole_slots
+from kvjax.checks import COUNT, Range, check_ranges, not_finite, optional
 from kvjax.config import ModelConfig
 from kvjax.context import Context
 from kvjax.decoding import decode, first_token, step_function
 from kvjax.headkv.policy import Policy
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.numerics import not_finite
 from kvjax.prompts import (
     batches,
     bucket_length,
@@ -30,7 +30,6 @@ from kvjax.prompts import (
     prompt_keys,
     prompt_words,
 )
-from kvjax.ranges import COUNT, Range, check_ranges, optional
 from kvjax.reading import Reader, after_context, from_start
 from kvjax.sampling import NO_TOKEN, Sampling
 

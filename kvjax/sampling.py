@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from kvjax.ranges import NOT_NEGATIVE, Range, check_ranges
+from kvjax.checks import NOT_NEGATIVE, Range, check_ranges
 
 NO_TOKEN = -1
 """Stands where logits are not finite: without it the answer would be token 0 for ever."""

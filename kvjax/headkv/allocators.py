@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, Int32
 
+from kvjax.checks import Range, check_ranges, optional
 from kvjax.headkv.budgets import (
     BETA,
     checked,
@@ -18,7 +19,6 @@ from kvjax.headkv.budgets import (
     token_budget,
 )
 from kvjax.headkv.scores import HeadScores
-from kvjax.ranges import Range, check_ranges, optional
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64, Int, Int32
 
+from kvjax.checks import COUNT, SIZE, Range, check_ranges, optional
 from kvjax.headkv.scores import HeadScores
-from kvjax.ranges import COUNT, SIZE, Range, check_ranges, optional
 
 GRANULARITIES = ("kv_head", "query_head")
 BETA = Range(least=1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from kvjax.answers import rouge1_recall, token_f1
+from kvjax.checks import not_finite, token_ids
 from kvjax.config import ModelConfig
 from kvjax.example import Example
 from kvjax.headkv.batches import Batch, bucketed, make_batch, positions, step_positions
@@ -29,9 +29,8 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.block import Block, apply_block, block_kinds
 from kvjax.nn.transformer import hidden_logits, output_params
-from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
-from kvjax.token_ids import token_ids
+from kvjax.text import rouge1_recall, token_f1
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
 """Model, params, batch to scores of every head [B, L, N] and the token expected at each step

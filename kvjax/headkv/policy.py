@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvjax.cache.rows import room_bucket
+from kvjax.checks import COUNT, SIZE, Range, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.headkv.allocators import Allocator, HeadImportance, Request, Uniform
 from kvjax.headkv.compression import (
@@ -28,7 +29,6 @@ from kvjax.headkv.scores import HeadScores, check_shape
 from kvjax.headkv.size import bytes_to_tokens
 from kvjax.headkv.split import Split
 from kvjax.mesh import Layout
-from kvjax.ranges import COUNT, SIZE, Range, check_ranges
 from pallas_kernels.quantized import DTYPES
 
 RANGES = {

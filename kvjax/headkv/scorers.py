@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kvjax.checks import COUNT, SHARE, SIZE, check_ranges
 from kvjax.headkv.prompt import Prompt, by_kv_head, query_attention
-from kvjax.ranges import COUNT, SHARE, SIZE, check_ranges
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.ranges import SHARE, check_ranges
+from kvjax.checks import SHARE, check_ranges
 
 Split = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K], whose sum is at

@@ -1,7 +1,9 @@
-"""Which tensors of a checkpoint hold which parameters, and how they lie in there: a table."""
+"""Which tensor of a checkpoint holds which parameters, with which axes, under which name."""
+
+from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,10 +108,12 @@ def _weight(name: str, param: str, pattern: str) -> Rule:
     return Rule(name, (param,), pattern)
 
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 TOP = (
-    _weight("model.embed_tokens.weight", "embedding", "vd->vd"),
+    _weight(EMBEDDING, "embedding", "vd->vd"),
     _weight("model.norm.weight", "final_norm", "d->d"),
-    _weight("lm_head.weight", "lm_head", "dv->vd"),
+    _weight(HEAD, "lm_head", "dv->vd"),
 )
 PRE_NORMS = (
     _weight("input_layernorm.weight", "attn_pre_norm", "d->d"),
@@ -274,3 +278,64 @@ def _bind(
         one = tuple(shape[1:] for shape in full)
         for e in range(full[0][0]):
             yield Tensor(prefix + rule.name.format(e=e), rule, paths, one, expert=e)
+
+
+BASE = "model."
+"""The part of a causal language model that checkpoints of the bare model leave out."""
+
+
+def canonical(name: str, expected: Set[str]) -> str:
+    """The expected name that a stored one stands for, by transformers' rule; itself for none.
+
+    A checkpoint of the bare model has "norm.weight" for "model.norm.weight", and one of a model
+    that contains the language model has "model.model.norm.weight".
+    """
+    without = name.removeprefix(BASE)
+    if without != name and without in expected:
+        return without
+    return BASE + name if BASE + name in expected and name not in expected else name
+
+
+def other_names(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Missing tensors that are there under names that only begin otherwise.
+
+    Returns:
+        These names, the missing and the unexpected ones, where the same difference holds for more
+        than one tensor; and a line for each difference.
+    """
+    by_tail: dict[str, list[str]] = {}
+    for name in unexpected:
+        by_tail.setdefault(_tail(name), []).append(name)
+    groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for expected in missing:
+        stored = by_tail.get(_tail(expected), [])
+        if len(stored) == 1:
+            pair = (stored[0], expected)
+            groups.setdefault(_difference(*pair), []).append(pair)
+    names, lines = set(), []
+    for (theirs, ours), pairs in groups.items():
+        if len(pairs) > 1:
+            names.update(name for pair in pairs for name in pair)
+            lines.append(
+                f"{len(pairs)} tensor names begin with {theirs!r}, expected "
+                f"{repr(ours) if ours else 'none of that'} (got {pairs[0][0]}, expected "
+                f"{pairs[0][1]})"
+            )
+    return names, lines
+
+
+def _tail(name: str) -> str:
+    """The part of a name that no wrapper changes: from the layers, or the last two words."""
+    words = name.split(".")
+    if "layers" in words:
+        return ".".join(words[words.index("layers") :])
+    return ".".join(words[-2:])
+
+
+def _difference(stored: str, expected: str) -> tuple[str, ...]:
+    """The beginnings of two names before the words in which they agree."""
+    ours, theirs = expected.split("."), stored.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return tuple("".join(f"{word}." for word in words) for words in (theirs, ours))

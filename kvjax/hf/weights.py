@@ -1,9 +1,11 @@
 """Parameters from the tensors of a checkpoint, and back."""
 
+from __future__ import annotations
+
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +16,28 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import processes
-from kvjax.hf.checkpoint import MAX_SHARD_BYTES, Checkpoint, scan, write
-from kvjax.hf.layout import ParamPath, Shape, Tensor, layouts, tensors
-from kvjax.hf.lazy import LazyParams
-from kvjax.hf.names import canonical, other_names
-from kvjax.hf.problems import collapsed
-from kvjax.hf.tensor_file import DTYPES, NewTensor, StoredTensor
-from kvjax.hf.tied import HEAD, embedding_from_head
+from kvjax.hf.layout import (
+    EMBEDDING,
+    HEAD,
+    ParamPath,
+    Shape,
+    Tensor,
+    canonical,
+    layouts,
+    other_names,
+    tensors,
+)
+from kvjax.hf.safetensors import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    PIECE_BYTES,
+    Checkpoint,
+    NewTensor,
+    StoredTensor,
+    collapsed,
+    scan,
+    write,
+)
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
@@ -28,7 +45,6 @@ BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Tensors that some checkpoints hold though they are no parameters."""
 WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 """What weights may be stored in: 8-bit floats and integers mean nothing without their scales."""
-PIECE_BYTES = 4 << 20  # also what transposes fastest
 ALIGNMENT = 64
 
 
@@ -129,7 +145,7 @@ def _expected(
 ) -> tuple[list[Tensor], Checkpoint]:
     """The tensors of that layout of the family which the checkpoint comes closest to.
 
-    And the checkpoint under the layout's names, see `kvjax.hf.names`.
+    And the checkpoint under the layout's names, see `kvjax.hf.layout`.
     """
     found = []
     for layout in layouts(model.config):
@@ -142,6 +158,14 @@ def _expected(
         found.append((sum(tensor.name in present for tensor in expected), expected, renamed))
     _, expected, renamed = max(found, key=lambda entry: entry[0])
     return expected, renamed
+
+
+def embedding_from_head(checkpoint: Checkpoint) -> Checkpoint:
+    """A tied checkpoint that holds only the output matrix, under the name of the embedding."""
+    held = checkpoint.tensors
+    if HEAD not in held or EMBEDDING in held or EMBEDDING in checkpoint.lost:
+        return checkpoint
+    return checkpoint.renamed(lambda name: EMBEDDING if name == HEAD else name)
 
 
 def _compare(model: Transformer, expected: list[Tensor], checkpoint: Checkpoint) -> list[str]:
@@ -222,3 +246,25 @@ def _copy(source: np.ndarray, out: np.ndarray, release: Callable[[], None]) -> N
         piece = (slice(None),) * axis + (slice(start, start + step),)
         out[piece] = source[piece]
         release()
+
+
+class LazyParams(Mapping[str, Any]):
+    """The top level of a params dict; `params["layers_3"]` reads that layer, every time anew.
+
+    What goes layer by layer (`kvjax.transmla.calibrate`, the conversion) holds one layer at a time
+    this way.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Any]):
+        self._names, self._read = tuple(names), read
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Integer
 
-from kvjax.encoding import prompt_ids
+from kvjax.checks import COUNT, Range, check_ranges, token_ids
 from kvjax.hf import load_tokenizer, read_model
-from kvjax.ranges import COUNT, Range, check_ranges
-from kvjax.token_ids import token_ids
+from kvjax.text import prompt_ids
 
 RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
 HELD_OUT = 8  # one sequence in so many decides and reports, the others calibrate

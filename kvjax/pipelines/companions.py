@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from kvjax.hf.companions import copy_companions
+from kvjax.hf.save import copy_companions
 
 __all__ = ["bytes_per_token", "copy_companions", "peak_memory", "trim_memory"]
 

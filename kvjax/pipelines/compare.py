@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.checks import COUNT, check_ranges, not_finite, token_ids
 from kvjax.config import ModelConfig
 from kvjax.example import Example
 from kvjax.feeding import hidden_states, output_weights
@@ -24,12 +25,9 @@ from kvjax.headkv.policy import Compress, Full, Policy
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
-from kvjax.numerics import not_finite
 from kvjax.prefill import shape_bytes
-from kvjax.ranges import COUNT, check_ranges
 from kvjax.reading import Reader, from_start
 from kvjax.sampling import NO_TOKEN, most_likely
-from kvjax.token_ids import token_ids
 
 INSIDE, AFTER = "inside", "after"
 PROTOCOLS = (INSIDE, AFTER)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.checks import CONVERTED, OVERFLOW, check_finite, first_not_finite
 from kvjax.config import LayerConfig, ModelConfig
-from kvjax.finite import CONVERTED, OVERFLOW, check_finite, first_not_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
+from kvjax.checks import CONVERTED, COUNT, OVERFLOW, SIZE, check_finite, check_ranges, optional
 from kvjax.config import LayerConfig, ModelConfig
-from kvjax.finite import CONVERTED, OVERFLOW, check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
@@ -25,7 +25,6 @@ from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.convert import write_top
 from kvjax.pipelines.unfinished import Output, check_out, describe
-from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.calibration import embed

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.headkv.policy import Compress, resolve
 from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
@@ -22,7 +23,6 @@ from kvjax.pipelines.compare import Compared, compare
 from kvjax.pipelines.convert import bytes_per_token, logit_change
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.pipelines.score import score_heads
-from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import make_examples
 from kvjax.transmla import convert
 

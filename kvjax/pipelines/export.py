@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.finite import check_finite, check_params
+from kvjax.checks import Range, check_finite, check_params, check_ranges
 from kvjax.hf import check_export, latent_rms, load, save
-from kvjax.hf.checkpoint import MAX_SHARD_BYTES
+from kvjax.hf.safetensors import MAX_SHARD_BYTES
 from kvjax.pipelines.calibration_text import token_rows
 from kvjax.pipelines.companions import bytes_per_token
 from kvjax.pipelines.convert import logit_change
-from kvjax.ranges import Range, check_ranges
 
 SEQUENCE = 256  # calibration tokens in a row
 BATCH = 8

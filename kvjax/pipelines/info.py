@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from kvjax.hf import layout_of, read_model, stored_tensors
-from kvjax.hf.hub import missing_weights
-from kvjax.hf.source import on_hub, resolve
+from kvjax.hf.source import missing_weights, on_hub, resolve
 from kvjax.nn import Transformer
 from kvjax.pipelines.convert import bytes_per_token
 from kvjax.sharding import param_shapes

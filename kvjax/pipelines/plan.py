@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from kvjax.checks import COUNT, SIZE, check_ranges, optional
 from kvjax.decoding import FUSED_FROM, step_function
 from kvjax.hf import read_shape
 from kvjax.mesh import make_mesh, parse_mesh
@@ -26,7 +27,6 @@ from kvjax.pipelines.plan_variants import (
     shallower,
     variants,
 )
-from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.topologies import Topology
 
 MORE = 8  # sequences a group of devices, by which temporaries are seen to grow

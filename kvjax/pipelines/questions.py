@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.encoding import ids_after
+from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.example import Example
-from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import haystack, needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler
+from kvjax.text import ids_after
 
 LENGTHS = 4  # prompt lengths of the grid, evenly up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.context import compress, load_context
-from kvjax.encoding import end_ids, ids_after, prompt_ids
 from kvjax.generation import generate
 from kvjax.headkv import Policy
 from kvjax.hf import load, load_tokenizer
 from kvjax.mesh import named_mesh
-from kvjax.text import TextStream
+from kvjax.text import TextStream, end_ids, ids_after, prompt_ids
 
 
 def generate_text(

@@ -9,7 +9,6 @@ from numpy_model import forward
 from toys import random_params
 
 from kvjax import transmla
-from kvjax.answers import rouge1_recall, token_f1
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv.batches import make_batch
@@ -18,6 +17,7 @@ from kvjax.headkv.importance import ESTIMATORS, score_examples
 from kvjax.headkv.scores import HeadScores
 from kvjax.headkv.stability import spearman, split_half
 from kvjax.nn import Transformer
+from kvjax.text import rouge1_recall, token_f1
 
 ATTENTION = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 VOCAB = 7

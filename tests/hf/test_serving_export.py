@@ -12,7 +12,7 @@ import pytest
 
 import kvjax
 from kvjax.hf import check_export
-from kvjax.hf.deepseek.stock import stock_tensors
+from kvjax.hf.deepseek.checks import stock_tensors
 from kvjax.nn import Transformer
 from kvjax.pipelines.companions import copy_companions
 from kvjax.pipelines.export import export_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import kvjax
 from kvjax import processes
-from kvjax.finite import check_finite
+from kvjax.checks import check_finite
 from kvjax.hf import layout_of
 from kvjax.pipelines.companions import copy_companions
 from train.finetune.config import TuneConfig

@@ -1,11 +1,31 @@
-"""config.json of an exported model."""
+"""config.json of an exported model, with the one RoPE that all layers share."""
 
+from __future__ import annotations
+
+import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from kvjax.config import MLPConfig, ModelConfig
-from kvjax.hf.deepseek.rope import SharedRope
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from kvjax.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    MLPConfig,
+    ModelConfig,
+    RopeConfig,
+    SelectedPairs,
+)
+from kvjax.nn.rope import frequencies
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 UNUSED = {
@@ -76,3 +96,117 @@ def describe(c: ModelConfig, rope: SharedRope, params: Mapping[str, Any], norm: 
 def _requires(norm: str, default_rope: bool) -> list[str]:
     """Keys of config.json that this checkpoint needs obeyed and that some engines pass over."""
     return ["attention_bias"] * (norm == "neutral") + ["rope_parameters"] * (not default_rope)
+
+
+Pairs = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SharedRope:
+    """What all layers have in common, and where each finds its own components in it.
+
+    Attributes:
+        parameters: config.json's `rope_parameters`.
+        dim: R, the rotary width of every layer.
+        columns: for each layer, where its rotary components go among the R interleaved ones.
+    """
+
+    parameters: dict[str, Any]
+    dim: int
+    columns: tuple[tuple[int, ...], ...]
+
+    def spread(self, x: Float[np.ndarray, "*rest r"], layer: int) -> Float[np.ndarray, "*rest R"]:
+        """Rotary components of a layer in the shared order; those of other layers are 0."""
+        out = np.zeros((*x.shape[:-1], self.dim))
+        out[..., list(self.columns[layer])] = x
+        return out
+
+
+def shared_rope(ropes: Sequence[RopeConfig], context: int) -> SharedRope:
+    """One RoPE for all layers.
+
+    Layers that rotate different frequencies share the union of them: exact, at the price of a
+    wider rotary key. Evenly spaced frequencies keep their rule (default, linear, llama3); any
+    others are spelled out as the divisors of "longrope", which is how a list of frequencies, and
+    YaRN's, can be told to a loader that computes its own.
+
+    Args:
+        ropes: one a layer.
+        context: max_position_embeddings.
+
+    Raises:
+        ValueError: layers with different rules, or a rule that cannot be told.
+    """
+    selections = [_selection(rope) for rope in ropes]
+    bases = {base for base, _ in selections}
+    if len(bases) != 1:
+        raise ValueError(f"the layers have {len(bases)} different RoPEs, expected one")
+    union = functools.reduce(operator.or_, (Counter(pairs) for _, pairs in selections))
+    shared = tuple(sorted(union.elements()))
+    columns = (
+        _columns(pairs, shared, rope.interleaved)
+        for rope, (_, pairs) in zip(ropes, selections, strict=True)
+    )
+    return SharedRope(
+        rope_parameters(bases.pop(), shared, context), 2 * len(shared), tuple(columns)
+    )
+
+
+def _selection(rope: RopeConfig) -> tuple[RopeConfig, Pairs]:
+    """The RoPE whose frequencies these are, and which of them."""
+    if not isinstance(rope.scaling, SelectedPairs):
+        return dataclasses.replace(rope, interleaved=False), tuple(range(rope.dim // 2))
+    base, pairs = _selection(rope.scaling.of)
+    return base, tuple(pairs[i] for i in rope.scaling.pairs)
+
+
+def _columns(pairs: Pairs, shared: Pairs, interleaved: bool) -> tuple[int, ...]:
+    """The place of each component; a pair that comes n times has n places."""
+    places = [shared.index(p) + pairs[:i].count(p) for i, p in enumerate(pairs)]
+    first, second = [2 * p for p in places], [2 * p + 1 for p in places]
+    if interleaved:
+        return tuple(column for pair in zip(first, second, strict=True) for column in pair)
+    return (*first, *second)
+
+
+def rope_parameters(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, Any]:
+    """The `rope_parameters` with which transformers computes these frequencies of `base`.
+
+    Raises:
+        ValueError: dynamic NTK scaling, which transformers changes while a text grows.
+    """
+    rule, f = base.rule, base.dim // 2
+    if isinstance(rule, DynamicScaling):
+        raise ValueError("dynamic NTK RoPE depends on the rotary width and on the text's length")
+    even = f % len(pairs) == 0 and pairs == tuple(range(0, f, f // len(pairs)))
+    if even and rule is None:
+        return {"rope_type": "default", "rope_theta": base.theta}
+    if even and isinstance(rule, LinearScaling):
+        return {"rope_type": "linear", "rope_theta": base.theta, "factor": rule.factor}
+    if even and isinstance(rule, Llama3Scaling):
+        return {
+            "rope_type": "llama3",
+            "rope_theta": base.theta,
+            "factor": rule.factor,
+            "low_freq_factor": rule.low_freq_factor,
+            "high_freq_factor": rule.high_freq_factor,
+            "original_max_position_embeddings": rule.original_length,
+        }
+    return _listed(base, pairs, context)
+
+
+def _listed(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, Any]:
+    """Explicit frequencies: with a base of 1, the divisors are all that is left of the formula."""
+    rule = base.rule
+    original = rule.original_length if isinstance(rule, LongRopeScaling) else context
+    inverse, attention_factor = frequencies(base, jnp.asarray([1, original + 1], jnp.int32))
+    divisors = 1.0 / np.asarray(inverse, np.float64)[:, list(pairs)]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1.0,
+        "short_factor": divisors[0].tolist(),
+        "long_factor": divisors[-1].tolist(),
+        "factor": 1.0,
+        "attention_factor": float(attention_factor),
+        "original_max_position_embeddings": original,
+    }
