@@ -20,11 +20,11 @@ from kvjax.nn import Transformer
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers between two bounds; True and False are no numbers.
+    """The finite numbers between two bounds. True and False do not count as numbers.
 
     Attributes:
-        least, most: bounds that are allowed themselves.
-        above, below: bounds that are not.
+        least, most: inclusive bounds.
+        above, below: exclusive bounds.
         whole: integers only.
         optional: None is allowed too.
     """
@@ -39,7 +39,7 @@ class Range:
     def holds(self, value: Any) -> bool:
         """Whether `value` is such a number.
 
-        Devices compute in float32, so that 1 − 1e-9 is no number below 1, nor 1e39 a finite one.
+        Devices compute in float32: 1 − 1e-9 rounds to 1 and is not below 1; 1e39 is infinite.
         """
         if value is None:
             return self.optional
@@ -80,12 +80,11 @@ def optional(allowed: Range) -> Range:
 def out_of_range(
     values: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = ""
 ) -> list[str]:
-    """A sentence about each setting that is no number of its range.
+    """A sentence about each setting whose value is outside its range.
 
     Args:
-        values: settings by name, such as `vars` of a dataclass; others than `ranges` has are not
-            looked at.
-        prefix: what stands before the names.
+        values: settings by name, such as `vars` of a dataclass. Only names in `ranges` are checked.
+        prefix: put before each name in the sentences.
     """
     return [
         f"{prefix}{name} is {_shown(values[name])}, expected {allowed}"
@@ -111,6 +110,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _float32(value: Any) -> float | None:
+    # Arrays of one number pass too: settings may come from numpy or jax.
     scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     if not scalar or isinstance(value, bool | np.bool_):
         return None
@@ -140,17 +140,19 @@ def _from_text(value: str) -> float | None:
 
 
 def token_ids(values: Any, vocab_size: int, name: str) -> Int32[np.ndarray, "*shape"]:
-    """The ids as int32, of the shape that they came in.
+    """Checked token ids as int32, in the shape of `values`.
 
     Args:
         values: an array, or lists of equal lengths.
         vocab_size: V; ids are 0 to V − 1.
-        name: of what holds them, the start of an error.
+        name: where the ids come from, such as "calibration"; starts the error.
 
     Raises:
-        ValueError: no ids, numbers that are not of an integer dtype, or ids that the vocabulary
-            does not have.
+        ValueError: there are no ids, their dtype is not an integer, or an id is outside the
+            vocabulary.
     """
+    # A device clamps an id without an embedding row to the last row and raises nothing, so the ids
+    # are checked on the host, before the cast to int32 can wrap them.
     try:
         ids = np.asarray(values)
     except (ValueError, OverflowError):
@@ -171,14 +173,15 @@ def first_not_finite(tree: Any, prefix: str = "") -> str | None:
     """The name of the first array that holds NaN or infinity; None where all are finite.
 
     Args:
-        tree: arrays of any kind, on any devices; integers are not looked at.
-        prefix: what stands before the names, such as "layers_0/".
+        tree: arrays on the host or on devices. Integer arrays are skipped.
+        prefix: put before the name, such as "layers_0/".
     """
     found = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
+    # One jitted call for arrays on devices; numpy for host arrays, which may be memory-mapped.
     on_host = all(isinstance(leaf, np.ndarray) for _, leaf in found)
     leaves = [leaf for _, leaf in found]
     finite = [np.isfinite(leaf).all() for leaf in leaves] if on_host else _all_finite(leaves)
@@ -191,7 +194,7 @@ def check_finite(tree: Any, prefix: str = "", reason: str = "") -> None:
 
     Args:
         tree, prefix: see `first_not_finite`.
-        reason: what it may come from, the end of the sentence.
+        reason: a likely cause, appended to the error.
 
     Raises:
         ValueError: names the first of these arrays.
@@ -202,7 +205,7 @@ def check_finite(tree: Any, prefix: str = "", reason: str = "") -> None:
 
 
 def check_params(params: Mapping[str, Any]) -> None:
-    """`check_finite` of a model's parameters, one part after the other: parts may be read lazily.
+    """`check_finite` of a model's parameters, part by part, because parts may be read lazily.
 
     Raises:
         ValueError: names the first parameter that holds NaN or infinity.
@@ -212,14 +215,14 @@ def check_params(params: Mapping[str, Any]) -> None:
 
 
 def rounded(x: np.ndarray, dtype: Any) -> jax.Array:
-    """An array in a smaller dtype; what overflows is infinite, without numpy's warning."""
+    """An array cast to a smaller dtype. Overflow gives infinity, without numpy's warning."""
     with np.errstate(over="ignore"):
         return jnp.asarray(x.astype(dtype))
 
 
 CONVERTED = " after the conversion: it overflows the dtype, or its fits diverge"
 OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 65504"
-"""What logits that are not finite come from."""
+"""The usual cause of logits that are not finite."""
 
 
 @jax.jit
@@ -234,14 +237,17 @@ def not_finite(what: str, model: Transformer, params: Any, tokens: Ids) -> Value
     """The error for results that are NaN or infinite.
 
     Args:
-        what: the result, as the subject of a sentence in the plural: "the logits of prompt 3".
-        tokens: ids that the model reads again, layer by layer, to find where it happened.
+        what: the result, in the plural: "the logits of prompt 3".
+        tokens: ids that the model reads again, layer by layer, to find where the numbers overflow.
     """
     return ValueError(f"{what} are not finite: {explain(model, params, tokens)}")
 
 
 def explain(model: Transformer, params: Any, tokens: Ids) -> str:
-    """Names the first weights, or else the first layer, whose numbers are not finite."""
+    """Names the first parameter with NaN or infinity, otherwise the first layer that overflows.
+
+    In float16 a residual stream above 65504 becomes infinite, and NaN after the next norm.
+    """
     dtype = params["embedding"].dtype.name
     advice = "; load the model as bfloat16 or float32" if dtype == "float16" else ""
     for name in params:

@@ -28,10 +28,10 @@ def local_path(path: str | os.PathLike[str], what: str = "path") -> Path:
     """The path, unless it is a URL such as gs://bucket/model.
 
     Args:
-        what: names the path in the message.
+        what: names the path in the error.
 
     Raises:
-        ValueError: a URL, also one that pathlib has made "gs:/bucket/model" of.
+        ValueError: the path is a URL, even one that pathlib has shortened to "gs:/bucket/model".
     """
     text = str(path)
     match = URL.match(text)
@@ -83,10 +83,10 @@ def take_flag(argv: list[str], flag: str, expected: str) -> tuple[str | None, li
     """The last value of a flag, "--flag VALUE" or "--flag=VALUE", and the arguments without it.
 
     Args:
-        expected: describes a value, for the error.
+        expected: describes a valid value in the error.
 
     Raises:
-        ValueError: the flag without a value.
+        ValueError: the flag has no value.
     """
     found, rest, words = None, [], iter(argv)
     for word in words:

@@ -42,7 +42,7 @@ def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
 
     Args:
         tokenizer: of transformers.
-        before: the text that it follows; empty where that is not known.
+        before: the text before this one; "" if unknown.
     """
     alone = _encode(tokenizer, text)
     for anchor in filter(None, (before, *ANCHORS)):
@@ -229,7 +229,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def exact_match(prediction: Sequence[int], answer: Sequence[int]) -> float:
-    """1 if every token is right and there is no other, else 0."""
+    """1.0 if the prediction has exactly the tokens of the answer, in the same order; else 0.0."""
     return float(list(prediction) == list(answer))
 
 
@@ -243,7 +243,7 @@ def token_f1(prediction: Sequence[int], answer: Sequence[int]) -> float:
 
 
 def rouge1_recall(prediction: Sequence[int], answer: Sequence[int]) -> float:
-    """Share of the answer's tokens that the prediction has, order ignored."""
+    """Share of the answer's tokens that are in the prediction, order ignored."""
     return _common(prediction, answer) / len(answer) if answer else 0.0
 
 

@@ -33,8 +33,8 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
         generation_config: the content of generation_config.json, whose EOS ids come first.
 
     Raises:
-        ValueError: an unsupported model_type (the message names the supported ones) or feature;
-            or one error lists every key that is missing and every value that means nothing.
+        ValueError: the model_type or a feature is unsupported, or keys are missing or have
+            invalid values. One error lists every such key.
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f"the config is {fields.shown(raw)}, expected an object")
@@ -68,7 +68,8 @@ def read_config(directory: Path) -> ModelConfig:
     """`config_from_hf` of a checkpoint directory, with config.json kept verbatim.
 
     Raises:
-        ValueError: no config.json, one that holds no JSON object, or as `config_from_hf`.
+        ValueError: there is no config.json, config.json has no JSON object, or see
+            `config_from_hf`.
     """
     path, generation = directory / "config.json", directory / GENERATION
     text, raw = read_json(path)
@@ -87,17 +88,17 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
-    """The config, untied where the checkpoint holds an output matrix of its own.
+    """The config, with tie_embeddings off where the checkpoint has a different output matrix.
 
-    transformers does the same. The config.json that a later save writes says so too.
+    transformers does the same. A later save writes tie_word_embeddings = false too.
     """
     return _untied(config) if config.tie_embeddings and _differ(directory) else config
 
 
 def matching(model: Transformer, params: Mapping[str, Any]) -> Transformer:
-    """The model, untied where its parameters have an output matrix of their own.
+    """The model, with tie_embeddings off where its parameters have an output matrix "lm_head".
 
-    For a model that was read when its weights were not there yet to be compared.
+    For a model that was read before its weights existed, when nothing could be compared.
     """
     if not model.config.tie_embeddings or "lm_head" not in params:
         return model
@@ -111,10 +112,10 @@ def _untied(config: ModelConfig) -> ModelConfig:
 
 
 def _differ(directory: Path) -> bool:
-    """Whether a checkpoint holds both matrices, with different numbers; only these are read."""
+    """Whether a checkpoint has both matrices, with different numbers. No other tensor is read."""
     try:
         found = scan(directory)
-    except ValueError:  # no weights, or damaged ones: whoever loads them says so
+    except ValueError:  # missing or damaged weights: loading reports them
         return False
     found = found.renamed(functools.partial(canonical, expected={EMBEDDING, HEAD}))
     if not {EMBEDDING, HEAD} <= found.tensors.keys():
@@ -122,6 +123,7 @@ def _differ(directory: Path) -> bool:
     a, b = found.open(EMBEDDING), found.open(HEAD)
     if a.shape != b.shape or a.ndim == 0:
         return True
+    # Compare a few rows at a time and release their pages: the matrices may take gigabytes.
     rows = max(1, PIECE_BYTES // max(1, a[:1].nbytes))
     for start in range(0, len(a), rows):
         if not _equal(a[start : start + rows], b[start : start + rows]):
@@ -131,7 +133,7 @@ def _differ(directory: Path) -> bool:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays hold the same numbers, in whatever dtypes."""
+    """Whether two arrays have the same numbers; their dtypes may differ."""
     if a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)):
         return True
     return np.array_equal(a.astype(np.float64), b.astype(np.float64))

@@ -270,7 +270,7 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
     """DeepSeek V3's latent attention (arXiv 2412.19437) with dense MLPs.
 
     Raises:
-        ValueError: layers with experts.
+        ValueError: the model has experts.
     """
     dense, layers = raw["first_k_dense_replace"], raw["num_hidden_layers"]
     if dense < layers:
@@ -297,6 +297,9 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
     return decoder(raw, lambda i: layer, lambda i: mlp(raw))
 
 
+# --- Parts of one or two families --------------------------------------------------------------
+
+
 def _qwen_window(raw: Raw, index: int) -> int | None:
     if not raw["use_sliding_window"]:
         return None
@@ -305,10 +308,10 @@ def _qwen_window(raw: Raw, index: int) -> int | None:
 
 
 def _gemma(raw: Raw) -> dict[str, Any]:
-    """What Gemma 2 and 3 change on the whole model.
+    """Settings of the whole model in Gemma 2 and 3.
 
     Raises:
-        ValueError: attention that is not causal.
+        ValueError: the attention is not causal.
     """
     if raw["use_bidirectional_attention"]:
         raise ValueError("use_bidirectional_attention is set, expected a causal model")
@@ -321,7 +324,7 @@ def _gemma(raw: Raw) -> dict[str, Any]:
 
 
 def _local_rope(raw: Raw) -> Raw:
-    """Old style: the sliding layers have a base of their own, and no scaling."""
+    """The RoPE of sliding layers in old configs: rope_local_base_freq as base, no scaling."""
     if "sliding_attention" in rope_settings(raw):
         return raw
     theta = raw["rope_local_base_freq"] or 10_000.0
@@ -335,8 +338,11 @@ def _deepseek_mscale(raw: Raw) -> float:
     return yarn_mscale(settings.get("factor") or 1.0, all_dim) if all_dim else 1.0
 
 
+# --- Parts that all families share -------------------------------------------------------------
+
+
 def head_dim(raw: Raw) -> int:
-    """H: given, or D / N."""
+    """H: head_dim if the config has it, else D / N."""
     return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
 
 
@@ -371,7 +377,7 @@ def mlp(raw: Raw) -> MLPConfig:
 
 
 def activation(raw: Raw) -> str:
-    """Our name of the activation function."""
+    """Our name for the activation function."""
     return ACTIVATIONS[raw["hidden_activation" if "hidden_activation" in raw else "hidden_act"]]
 
 
@@ -396,9 +402,10 @@ def decoder(
 
 
 def layer_type(raw: Raw, index: int, default: Callable[[int], bool]) -> str:
-    """Which kind of attention a layer has: "sliding_attention" or "full_attention".
+    """The kind of a layer's attention: "sliding_attention" or "full_attention".
 
-    `default` tells which layers slide where the config has no `layer_types`.
+    Args:
+        default: whether layer i slides, for configs without `layer_types`.
     """
     kinds = raw.get("layer_types")
     return kinds[index] if kinds else LAYER_TYPES[default(index)]

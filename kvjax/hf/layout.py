@@ -19,11 +19,11 @@ class Rule:
     """One tensor of the checkpoint.
 
     Attributes:
-        name: its name; "{e}" stands for the expert, where each has a tensor of its own.
-        params: the parameters in it, "attn/q".
-        pattern: our axes → those of the tensor; "dnh->(nh)d" is a transposition to [N, H, D] and
-            the merge of the first two axes.
-        join: the axis along which several parameters lie one after the other.
+        name: in the checkpoint, below the layer's prefix; "{e}" stands for the expert's number.
+        params: the parameters that the tensor holds, such as "attn/q".
+        pattern: our axes → the tensor's axes. "dnh->(nh)d" transposes to [N, H, D] and merges the
+            first two axes.
+        join: the axis along which several parameters are concatenated.
     """
 
     name: str
@@ -63,10 +63,10 @@ class Tensor:
 
     Attributes:
         name: its full name in the checkpoint.
-        rule: how it lies there.
-        params: the parameters in it.
-        param_shapes: their shapes; without the expert axis if `expert` is given.
-        expert: which index of the parameters' first axis it holds.
+        rule: the axes of the tensor.
+        params: paths of the parameters that the tensor holds.
+        param_shapes: their shapes, without the expert axis if `expert` is given.
+        expert: the index along the parameters' first axis.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Tensor:
         """The stored tensor as views of its parameters, in our layout."""
         axis = self.rule.join_axis
         sizes = [shape[self.rule.permutation[axis]] for shape in self.param_shapes]
+        # All views: nothing is read from the mapped file until a part is copied.
         parts = np.split(stored.reshape(self._unmerged_shape), np.cumsum(sizes)[:-1], axis)
         return [part.transpose(tuple(np.argsort(self.rule.permutation))) for part in parts]
 
@@ -182,7 +183,7 @@ FUSED_EXPERTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The rules of a family's parts; a rule counts where the model has its parameters."""
+    """The rules of a family's parts. A rule applies if the model has the rule's parameters."""
 
     norms: tuple[Rule, ...] = PRE_NORMS
     attention: tuple[Rule, ...] = SEPARATE_QKV
@@ -198,7 +199,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "olmo2": (Layout(norms=POST_NORMS),),
     "phi3": (Layout(attention=FUSED_QKV, mlp=FUSED_MLP),),
 }
-"""model_type → what its files may look like, first as it is written; the others are as llama's."""
+"""model_type → the layouts of its files; `save` writes the first. Other types are as llama."""
 
 
 def layouts(config: ModelConfig) -> tuple[Layout, ...]:
@@ -246,7 +247,7 @@ def tensors(config: ModelConfig, shapes: Mapping[ParamPath, Shape], layout: Layo
         shapes: of all parameters, by path.
 
     Raises:
-        ValueError: parameters that the layout has no place for.
+        ValueError: the layout has no tensor for some parameters.
     """
     found = list(_bind(TOP, shapes, "", ()))
     for i, layer in enumerate(config.layers):
@@ -275,17 +276,18 @@ def _bind(
         if "{e}" not in rule.name:
             yield Tensor(prefix + rule.name, rule, paths, full)
             continue
+        # Our experts are stacked along the first axis; the checkpoint has one tensor for each.
         one = tuple(shape[1:] for shape in full)
         for e in range(full[0][0]):
             yield Tensor(prefix + rule.name.format(e=e), rule, paths, one, expert=e)
 
 
 BASE = "model."
-"""The part of a causal language model that checkpoints of the bare model leave out."""
+"""Prefix that checkpoints of the bare model, without an output matrix, leave out."""
 
 
 def canonical(name: str, expected: Set[str]) -> str:
-    """The expected name that a stored one stands for, by transformers' rule; itself for none.
+    """The expected name for a stored name, by transformers' rule; other names are unchanged.
 
     A checkpoint of the bare model has "norm.weight" for "model.norm.weight", and one of a model
     that contains the language model has "model.model.norm.weight".
@@ -297,11 +299,11 @@ def canonical(name: str, expected: Set[str]) -> str:
 
 
 def other_names(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Missing tensors that are there under names that only begin otherwise.
+    """Missing tensors that the checkpoint has under another prefix.
 
     Returns:
-        These names, the missing and the unexpected ones, where the same difference holds for more
-        than one tensor; and a line for each difference.
+        The missing and the unexpected names, where at least two tensors differ in the same prefix;
+        and a line for each such prefix.
     """
     by_tail: dict[str, list[str]] = {}
     for name in unexpected:
@@ -325,7 +327,7 @@ def other_names(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[
 
 
 def _tail(name: str) -> str:
-    """The part of a name that no wrapper changes: from the layers, or the last two words."""
+    """The part of a name that wrapper models leave unchanged: from "layers" on, or two words."""
     words = name.split(".")
     if "layers" in words:
         return ".".join(words[words.index("layers") :])
@@ -333,7 +335,7 @@ def _tail(name: str) -> str:
 
 
 def _difference(stored: str, expected: str) -> tuple[str, ...]:
-    """The beginnings of two names before the words in which they agree."""
+    """The prefixes in which two names differ, before their common last words."""
     ours, theirs = expected.split("."), stored.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()

@@ -1,4 +1,4 @@
-"""Models and tokenizers from directories and the hub, and back to directories."""
+"""Models and tokenizers from directories, the hub, or the package."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,15 +32,15 @@ def load(
     Args:
         path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, or
             "builtin:<name>"; no URL.
-        dtype: of the parameters; they are cast once, on their way to the devices.
-        mesh: spreads the parameters over its axes, see `kvjax.sharding`; None: the default device.
+        dtype: of the parameters, which are cast once, on their way to the devices.
+        mesh: shards the parameters, see `kvjax.sharding`; None: the default device.
 
     Returns:
         The model and its parameters, a nested dict.
 
     Raises:
-        ValueError: no such model, an unsupported one, or a checkpoint that does not fit its
-            config; one error lists everything that is missing, unexpected or misshapen.
+        ValueError: the model does not exist or is unsupported, or the checkpoint does not fit its
+            config. One error lists every missing, unexpected or misshapen tensor.
 
     >>> model, params = kvjax.load("Qwen/Qwen3-0.6B")
     """
@@ -52,10 +52,10 @@ def load(
 def open_params(
     path: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None
 ) -> Mapping[str, Any]:
-    """The parameters of the model at `path`, each layer read when it is asked for.
+    """The parameters of the model at `path`; `params["layers_3"]` reads that layer.
 
     Args:
-        dtype, mesh: as of `load`.
+        dtype, mesh: as for `load`.
 
     Raises:
         ValueError: as `load`.
@@ -83,7 +83,7 @@ def read_model(path: str | Path) -> Transformer:
 
 
 def read_shape(source: str) -> Transformer:
-    """The model of a config.json, or at a path or hub id: its shape, for which no weights exist.
+    """The model of a config.json file, or at a path or hub id. Weights are not needed.
 
     Raises:
         ValueError: no such model, or an unsupported one.
@@ -104,11 +104,11 @@ def layout_of(path: str | Path) -> str:
 
 
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face checkpoint by name; each is read when it is opened.
+    """The tensors of a Hugging Face checkpoint by name; `open` reads a tensor.
 
     Raises:
-        ValueError: no such model, damaged files, or the native layout, whose arrays have no
-            files of their own.
+        ValueError: there is no such model, its files are damaged, or its layout is native, which
+            does not store arrays as safetensors.
     """
     directory = resolve(path)
     if native.is_native(directory):
@@ -136,7 +136,7 @@ def load_tokenizer(path: str | Path) -> Any:
     except Exception as error:  # a damaged file may raise anything, in any number of lines
         for file in files:
             if file.suffix == ".json":
-                read_json(file)  # names the file, where it is no JSON object
+                read_json(file)  # raises an error that names a damaged file
         line = " ".join(str(error).split())
         kind = type(error).__name__
         raise ValueError(f"cannot read the tokenizer of {directory}: {kind}: {line}") from error
@@ -145,7 +145,7 @@ def load_tokenizer(path: str | Path) -> Any:
 def _with_weights(path: str | Path) -> tuple[Transformer, Path]:
     """The model at `path`, and its directory with the weights.
 
-    The configuration is read first: a model that is not supported is refused, not downloaded.
+    The configuration is read first, so that an unsupported model is not downloaded.
     """
     directory = resolve(path)
     model = read_model(directory)

@@ -38,7 +38,7 @@ def read_config(directory: Path) -> ModelConfig:
     """The configuration of a saved model.
 
     Raises:
-        ValueError: a file that is damaged or that another version of kvjax wrote.
+        ValueError: the file is damaged, or an incompatible version of kvjax wrote it.
     """
     try:
         content = read_json(directory / CONFIG)[1]
@@ -56,7 +56,7 @@ def read_config(directory: Path) -> ModelConfig:
 def read_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters, in the target dtype and where they shall lie; see `weights.read_params`.
+    """The parameters in the target dtype and shardings; see `weights.read_params`.
 
     Raises:
         ValueError: names every missing, unexpected or misshapen parameter.
@@ -67,7 +67,7 @@ def read_params(
 def open_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> LazyParams:
-    """As `read_params`, but each part is read when it is asked for, and not kept."""
+    """As `read_params`, but each access reads one part anew, and nothing is kept."""
     import orbax.checkpoint as ocp
 
     expected = param_shapes(model)
@@ -86,6 +86,7 @@ def open_params(
     if problems:
         raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
 
+    # orbax restores straight into the target dtype and sharding: no second copy on the host.
     def read(name: str) -> Any:
         targets = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
@@ -181,15 +182,15 @@ NAMES = {
     "qk_norm": ("head", "all"),
     "rope_site": ("after_up", "before_up"),
 }
-"""Fields that choose between ways to compute, and the names of these."""
+"""Fields that name one of several ways to compute, with the valid names."""
 
 
 def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
-    """Every value below a JSON value that is not of the declared type, or means nothing.
+    """A line for each value, at any depth, with the wrong type or outside its range.
 
     Args:
-        hint: what the value must be: a dataclass of kvjax.config, or the type of one's field.
-        place: where the value is, for the lines.
+        hint: the declared type: a dataclass of kvjax.config, or the type of one of its fields.
+        place: path of the value, which starts the line.
     """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, dict):
@@ -205,7 +206,7 @@ def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
             yield from part_problems(one, entry, f"{place}[{index}]")
     elif not any(_fits(value, kind) for kind in kinds):
         yield f"{place} is {shown(value)}, expected {_words(hint)}"
-    elif not _means_something(name := place.rpartition(".")[2], value):
+    elif not _in_range(name := place.rpartition(".")[2], value):
         yield f"{place} is {shown(value)}, expected {_range(name)}"
 
 
@@ -221,7 +222,7 @@ def _field_problems(value: dict[str, Any], cls: type, place: str) -> Iterator[st
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value that is no object and no list is of a type."""
+    """Whether a JSON number, text, boolean or null has a type."""
     if kind is int:
         return TOKEN.accepts(value)
     if kind is float:
@@ -230,7 +231,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
-def _means_something(name: str, value: Any) -> bool:
+def _in_range(name: str, value: Any) -> bool:
     if value is None:
         return True
     if name in COUNTS:

@@ -39,8 +39,8 @@ def rope_config(
     Args:
         raw: config.json, with `rope_theta` and `rope_scaling` or with `rope_parameters`.
         head_dim: H, of which `partial_rotary_factor` may leave a part unrotated.
-        theta: the family's base where the config has none.
-        layer_type: which entry of nested `rope_parameters` counts.
+        theta: the family's base, for a config without one.
+        layer_type: the entry to read where `rope_parameters` has one for each kind of layer.
         interleaved: see `RopeConfig`.
     """
     settings = rope_settings(raw, layer_type)
@@ -143,7 +143,7 @@ SCALINGS: dict[str, tuple[tuple[str, ...], Callable[[Raw, Raw], RopeScaling | No
     "yarn": ((), _yarn),
     "longrope": (("short_factor", "long_factor"), _longrope),
 }
-"""Kind → the numbers that it cannot do without, and its constructor."""
+"""Kind → its required numbers, and its constructor."""
 
 
 FACTORS = optional(listed(POSITIVE, "positive numbers"))
@@ -170,7 +170,7 @@ PARTIAL = "phi3"  # the one family that leaves a part of a head unrotated
 
 
 def _entries(raw: Raw) -> Iterator[tuple[str, Any]]:
-    """Where the config keeps its RoPE, and what is there: one object, or one a kind of layer."""
+    """The place and the content of each RoPE object: one, or one for each kind of layer."""
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     settings = raw.get(key) or {}
     nested = [kind for kind in LAYER_TYPES if kind in settings]
@@ -200,7 +200,7 @@ def _kinds(raw: Raw) -> Iterator[str]:
 
 
 def _family(raw: Raw) -> Iterator[str]:
-    """What a family's RoPE cannot be."""
+    """RoPE settings that the family's model does not have."""
     family = raw["model_type"]
     settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     nested = [kind for kind in LAYER_TYPES if kind in settings]
@@ -222,7 +222,8 @@ def _text_kind(settings: Raw) -> str:
 
 
 def _numbers(raw: Raw) -> Iterator[str]:
-    """Numbers that are each of the right kind but do not fit each other or the heads."""
+    """Valid numbers that do not fit each other or the heads."""
+    # The checks below read numbers that these two have found valid.
     if any(True for _ in _kinds(raw)) or any(True for _ in _family(raw)):
         return
     for place, settings in _entries(raw):

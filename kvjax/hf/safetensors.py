@@ -34,12 +34,12 @@ PIECE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds.
+    """The tensors of a directory.
 
     Attributes:
         tensors: by name.
-        problems: what is wrong with its files.
-        lost: names that the index promises in files that are missing or damaged.
+        problems: a line for each fault of the files.
+        lost: names that the index gives to files that are missing or damaged.
     """
 
     tensors: dict[str, StoredTensor]
@@ -57,7 +57,7 @@ class Checkpoint:
         return tensor.view(self._files[tensor.path])
 
     def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
-        """The same files under other names for the tensors; a name that is there already stays."""
+        """The same tensors with new names, except where the new name already exists."""
         tensors = dict(self.tensors)
         for name in self.tensors:
             new = rename(name)
@@ -66,7 +66,7 @@ class Checkpoint:
         return replace(self, tensors=tensors, lost=frozenset(map(rename, self.lost)))
 
     def release(self) -> None:
-        """Lets go of the pages that were read so far; views stay valid."""
+        """Frees the memory of the pages that were read so far; views stay valid."""
         for file in self._files.values():
             release(file)
 
@@ -77,7 +77,7 @@ def scan(directory: Path) -> Checkpoint:
     Where there is a single file and an index, the single file counts, as in transformers.
 
     Raises:
-        ValueError: no safetensors at all, or an index that is no JSON.
+        ValueError: there are no safetensors, or the index is not JSON.
     """
     if (directory / SINGLE).is_file():
         try:
@@ -115,7 +115,7 @@ def _scan_index(directory: Path) -> Checkpoint:
         problems += collapsed(("the index expects ", t, f" in {name}") for t in absent)
         for tensor, stored in found.items():
             if weight_map.get(tensor, name) != name:
-                continue  # a copy, which the index does not ask for
+                continue  # the index takes this tensor from another file
             if tensor in tensors:
                 problems.append(f"{tensor} is in several shards and not in the index")
             tensors[tensor] = stored
@@ -126,7 +126,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """The files of all tensors by name, as the index has them.
 
     Raises:
-        ValueError: no index.
+        ValueError: the file is not an index.
     """
     weight_map = read_json(path)[1].get("weight_map")
     if not isinstance(weight_map, dict):
@@ -136,7 +136,8 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def _is_inside(file: Any) -> bool:
-    """Whether a name is one of a file below the directory of the index."""
+    """Whether a file name stays below the directory of the index."""
+    # An index from the hub is untrusted input: it must not make a load read other files.
     if not isinstance(file, str) or not file or "\0" in file:
         return False
     paths = PurePosixPath(file), PureWindowsPath(file)
@@ -144,7 +145,7 @@ def _is_inside(file: Any) -> bool:
 
 
 def leftovers(directory: Path) -> list[str]:
-    """Names of weights that lie in a directory: what a save there would be mixed up with."""
+    """Names of the weight files in a directory, which a later save would be mixed up with."""
     found = {path.name for pattern in WEIGHTS for path in directory.glob(pattern)}
     return sorted(found)
 
@@ -179,6 +180,8 @@ def _shards(tensors: Iterable[NewTensor], limit: int) -> Sequence[list[NewTensor
     return shards
 
 
+# --- One file ----------------------------------------------------------------------------------
+
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -202,7 +205,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file; `start` is its first byte."""
+    """The place of a tensor in a file; `start` is its first byte."""
 
     path: Path
     dtype: np.dtype
@@ -225,7 +228,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; `values` makes it when its turn comes."""
+    """A tensor to be written; `values` is called when the tensor is written."""
 
     name: str
     dtype: np.dtype
@@ -243,9 +246,9 @@ def map_file(path: Path) -> np.ndarray:
 
 
 def release(file: np.ndarray) -> None:
-    """Lets go of the pages of a mapped file; what is read again comes from the disk or its cache.
+    """Frees the pages of a mapped file. A later read takes them from the disk or its cache again.
 
-    Otherwise a process that reads a checkpoint part by part holds all of it in the end.
+    Without this, a process that reads a checkpoint part by part has all of it in memory at last.
     """
     mapping: Any = file
     while isinstance(mapping, np.ndarray):
@@ -255,13 +258,14 @@ def release(file: np.ndarray) -> None:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, none of them read.
+    """The tensors of a file; only the header is read.
 
-    The rules are those of the format: the tensors follow each other without holes and overlaps and
-    end where the file ends, and no name comes twice.
+    The format requires tensors without holes and overlaps up to the end of the file, and unique
+    names.
 
     Raises:
-        ValueError: a git-lfs pointer, no safetensors file, a truncated one, or an unknown dtype.
+        ValueError: the file is a git-lfs pointer, not safetensors, truncated, or has an unknown
+            dtype.
     """
     size = path.stat().st_size
     if is_pointer(path):
@@ -297,7 +301,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(metadata: Any) -> None:
-    """Texts by name; the format also has null for none."""
+    """The metadata must be an object of texts, or null."""
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -317,7 +321,7 @@ def _stored(path: Path, start: int, entry: Any) -> StoredTensor:
 
 
 def _end(tensors: Mapping[str, StoredTensor], start: int) -> int:
-    """Where the last tensor ends; each begins where the one before it ends."""
+    """The byte after the last tensor. Every tensor must begin where the previous one ends."""
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != end:
@@ -357,15 +361,17 @@ def write_file(
             file.write(values.reshape(-1).view(np.uint8).data)
 
 
+# --- Lists of tensors in an error --------------------------------------------------------------
+
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # the layer's or expert's
 FEW = 3
 MOST = 30
 
 
 def collapsed(problems: Iterable[tuple[str, str, str]]) -> list[str]:
-    """Lines before + name + after; names that differ only in their numbers share one.
+    """Lines before + name + after, one line for names that differ only in their numbers.
 
-    Of more than thirty lines the others are counted.
+    The result has at most thirty lines, and one with the number of the other lines.
 
     >>> collapsed(("missing ", f"layers.{i}.q", "") for i in (0, 1, 2, 5))
     ['missing layers.{0-2,5}.q']

@@ -41,8 +41,8 @@ COMPANIONS = (
 )
 GENERATION = "generation_config.json"
 NOTICE = "KVJAX_NOTICE.md"
-OF_ITS_WRITER = ("transformers_version", "_from_model_config")
-"""Keys that say how a generation_config.json came to be, not how to generate."""
+WRITER_KEYS = ("transformers_version", "_from_model_config")
+"""Keys about the writer of a generation_config.json; they do not affect generation."""
 
 NEEDS = {
     "attention_bias": "Its kv_a_proj_with_mqa and o_proj have biases, and q_a_proj may have one. "
@@ -62,26 +62,26 @@ def save(
     norm: str = "neutral",
     latent_rms: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Writes a directory that `load` reads: the model, and no tokenizer but for "deepseek_v3".
+    """Writes a model to a directory that `load` reads.
 
-    That layout is for engines, which want one directory: it also gets generation_config.json, and
-    where `model.config.source` names the directory that the model came from, the tokenizer and its
-    other companions.
+    Layout "deepseek_v3" is for serving engines, which need one directory with everything: it also
+    gets generation_config.json, and if `model.config.source` is a directory, the tokenizer, licence
+    and other companion files from there. The other layouts write no tokenizer.
 
-    With several processes (`kvjax.processes`) all call it, with arrays on a mesh of all of them and
-    a directory that all of them see.
+    With several processes (`kvjax.processes`), all call `save` with arrays on a mesh of all
+    processes and a directory on a shared disk.
 
     Args:
         layout: "native" (orbax, any model), "hf" (safetensors and config.json, for models that
             transformers knows), or "deepseek_v3" (the same, for models of the decoupled
             conversion, which transformers loads as DeepseekV3ForCausalLM; see docs/export.md).
-        max_shard_bytes: safetensors files are split beyond that.
-        norm, latent_rms: of "deepseek_v3" alone, see `kvjax.hf.deepseek.to_deepseek`.
+        max_shard_bytes: largest size of a safetensors file.
+        norm, latent_rms: for "deepseek_v3" only, see `kvjax.hf.deepseek.export.to_deepseek`.
 
     Raises:
-        ValueError: an unknown layout, a URL, a path that already holds a checkpoint, a model that
-            the layout cannot express; nothing is written then. With several processes, all raise
-            it.
+        ValueError: the layout is unknown or cannot express the model, the path is a URL, or the
+            path already has a checkpoint. Nothing is written then. With several processes, all
+            raise the error.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
@@ -105,7 +105,7 @@ def _check_free(directory: Path) -> None:
     if native.is_native(directory) or (directory / "config.json").exists():
         raise ValueError(f"{directory} already holds a checkpoint")
     found = leftovers(directory) + [native.PARAMS] * (directory / native.PARAMS).exists()
-    if found:  # of a save that was stopped; what is written now would be read together with them
+    if found:  # from an interrupted save: `load` would mix these files with the new ones
         raise ValueError(
             f"{directory} holds weights without a config ({', '.join(found[:4])}"
             f"{', …' * (len(found) > 4)}): remove them, or save to another directory"
@@ -122,7 +122,7 @@ def _check_spread(params: Any, layout: str) -> None:
 
 
 def _save_hf(model: Transformer, params: Any, directory: Path, max_shard_bytes: int) -> None:
-    text = _hf_config(model.config, params)
+    text = _hf_config(model.config, params)  # before anything is written, because this may raise
     directory.mkdir(parents=True, exist_ok=True)
     weights.write_params(model, params, directory, max_shard_bytes)
     if not processes.is_writer():
@@ -139,7 +139,7 @@ def _hf_config(config: ModelConfig, params: Any) -> str:
     """The config.json the model came with; only its dtype follows the parameters.
 
     Raises:
-        ValueError: the model is no longer, or never was, what its config.json says.
+        ValueError: the model differs from its config.json, or has none.
     """
     raw = json.loads(config.hf_json)
     kinds = sorted({type(layer.attention).__name__ for layer in config.layers})
@@ -158,14 +158,14 @@ def _hf_config(config: ModelConfig, params: Any) -> str:
 
 
 def write_serving_files(source: ModelConfig, raw: Mapping[str, Any], directory: Path) -> None:
-    """Completes an exported directory.
+    """Writes the files of an exported directory beside config.json and weights.
 
     Args:
-        source: of the model that was exported; where its directory is known, the tokenizer and its
-            other companions are copied from there.
+        source: of the model that was exported. If source.source is a directory, the tokenizer and
+            other companion files are copied from there.
         raw: the exported config.json.
     """
-    # Path("") is the working directory.
+    # Without a source, Path("") would copy files from the working directory.
     if source.source and Path(source.source).is_dir():
         copy_companions(Path(source.source), directory)
     path = directory / GENERATION
@@ -184,12 +184,12 @@ def generation_config(raw: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[s
         kept: generation_config.json of the source, {} if there was none.
     """
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    defaults = {key: value for key, value in kept.items() if key not in OF_ITS_WRITER}
+    defaults = {key: value for key, value in kept.items() if key not in WRITER_KEYS}
     return {**defaults, **{key: value for key, value in ids.items() if value is not None}}
 
 
 def notice(requires: list[str]) -> str:
-    """Why not every engine may serve a checkpoint, for those who get it without its history."""
+    """The text of KVJAX_NOTICE.md: what an engine must support to serve this checkpoint."""
     lines = [f"- `{key}`: {NEEDS[key]}" for key in requires]
     return (
         "# Before you serve this checkpoint\n\n"

@@ -16,11 +16,11 @@ BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory of a model; of one from the hub all but the weights is downloaded.
+    """The directory of a model. From the hub, all files except the weights are downloaded.
 
     Raises:
-        ValueError: neither a directory nor a model of the package or of the hub, a URL, or the
-            hub cannot be reached.
+        ValueError: the path is not a directory, a builtin model or a model on the hub; the path is
+            a URL; or the hub cannot be reached.
     """
     if _is_builtin(path):
         return _builtin(str(path).removeprefix(BUILTIN))
@@ -36,16 +36,16 @@ def with_weights(path: str | Path, directory: Path) -> Path:
     """The directory of the model at `path` with its weights, downloaded if it is on the hub.
 
     Args:
-        directory: what `resolve(path)` gave.
+        directory: the result of `resolve(path)`.
 
     Raises:
-        ValueError: see `resolve`, or weights that are not to be had.
+        ValueError: see `resolve`; or a weight file is missing.
     """
     return hub_weights(str(path), directory) if on_hub(path) else directory
 
 
 def on_hub(path: str | Path) -> bool:
-    """Whether a path that `resolve` knows is a hub id."""
+    """Whether a path that `resolve` accepts is a hub id."""
     return not _is_builtin(path) and not Path(path).is_dir()
 
 
@@ -79,18 +79,18 @@ LOOK = (
     "KVJAX_NOTICE*",
     "USE_POLICY*",
 )
-"""The small files of a model. The patterns of the hub's client let `*` stand for folders too, so
-"*.json" or "*.model" would also bring the files of original/ and of checkpoints of a training."""
+"""The small files of a model. In patterns of the hub's client, `*` also matches folders: "*.json"
+or "*.model" would download files of original/ and of training checkpoints too."""
 UNREACHABLE = "; the hub is unreachable"
 FOREIGN = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
 
 
 def hub_files(name: str) -> Path:
-    """The folder with the small files of the model `name`: all but the weights.
+    """Downloads the small files of the model `name` on the hub, and returns their folder.
 
     Raises:
-        ValueError: no such model, the hub cannot be reached, or neither a configuration nor a
-            tokenizer.
+        ValueError: there is no such model, the hub cannot be reached, or the model has neither a
+            configuration nor a tokenizer.
     """
     directory = _download(name, LOOK)
     useful = ("config.json", CONFIG, *TOKENIZER)
@@ -100,21 +100,22 @@ def hub_files(name: str) -> Path:
 
 
 def hub_weights(name: str, directory: Path) -> Path:
-    """The folder of the model `name` with its weights.
+    """Downloads the weights of the model `name` on the hub, and returns their folder.
 
-    They are params/ of the native layout, model.safetensors, or else what the index names, as
-    transformers has it. Other copies of them (original/, consolidated.safetensors, variants) stay
-    on the hub.
+    The weights are params/ of the native layout, model.safetensors, or the files that the index
+    names, as in transformers. Other copies of the weights (original/, consolidated.safetensors,
+    variants) are not downloaded.
 
     Args:
-        directory: what `hub_files` gave.
+        directory: the result of `hub_files`.
 
     Raises:
         ValueError: see `hub_files`; no safetensors under these names, or a missing file.
     """
     if is_native(directory):
         return _download(name, [*LOOK, f"{PARAMS}/*"])
-    # Without the small files a new commit of the model would have its weights in a folder alone.
+    # The hub's client has a folder for each commit. If the model changed since `hub_files`, the
+    # weights arrive in a new folder, which needs the small files too.
     directory = _download(name, [*LOOK, SINGLE])
     if (directory / SINGLE).is_file():
         return directory
@@ -135,14 +136,14 @@ def index_files(directory: Path) -> list[str]:
     """The files that the index names; none without an index.
 
     Raises:
-        ValueError: an index that is none.
+        ValueError: the file is not an index.
     """
     path = directory / INDEX
     return sorted(set(map(str, read_index(path).values()))) if path.is_file() else []
 
 
 def missing_weights(directory: Path) -> list[str]:
-    """Files of weights that a folder lacks; for one without an index that is model.safetensors."""
+    """Weight files that a folder lacks; without an index, model.safetensors."""
     if (directory / SINGLE).is_file():
         return []
     files = index_files(directory) or [SINGLE]
@@ -165,13 +166,13 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
         raise ValueError(
             f"{name} is no directory, is not in the local hub cache, and the hub is unreachable"
         ) from None
-    except Exception as error:  # those of the HTTP library have no base of the hub's
+    except Exception as error:  # errors of the HTTP library have no common base class
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} is no directory, and the hub says: {line}") from None
 
 
 def _not_found(name: str, *files: str) -> ValueError:
-    """Neither of two files is there; says what the model has instead, where the hub tells."""
+    """The error for a model without these files; names weights in formats kvjax does not read."""
     listed = _listing(name)
     found = [file for file in listed or () if file.endswith(FOREIGN)]
     instead = f"; it has {_first(found)}, which kvjax does not read" if found else ""
@@ -188,7 +189,7 @@ def _listing(name: str) -> list[str] | None:
     try:
         files = huggingface_hub.model_info(name, timeout=10).siblings or ()
         return sorted(file.rfilename for file in files)
-    except Exception:  # whatever it is, the message is about another error
+    except Exception:  # the caller reports another error; the listing only adds detail
         return None
 
 

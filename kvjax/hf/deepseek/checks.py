@@ -33,16 +33,16 @@ CONVERT = "convert it with kvjax.transmla.convert(method='decoupled', mode='fold
 def problems(
     config: ModelConfig, params: Mapping[str, Any], norm: str, latent_rms: Sequence[Any] | None
 ) -> list[str]:
-    """Why this model cannot be written with this norm; empty if it can."""
+    """The reasons why this model cannot be exported with this norm; empty if it can."""
     found = [*_model_problems(config), *_layer_problems(config)]
     if found:
-        return found  # the rest reads the layers as what they are not
+        return found  # the checks below assume MLA layers of one size
     check = _neutral_problems if norm == "neutral" else _rms_problems
     return [*_rope_problems(config, norm), *check(config, params, latent_rms)]
 
 
 def latent_configs(config: ModelConfig) -> list[MLAConfig]:
-    """The attention of all layers, where every one is MLA."""
+    """The attention of all MLA layers."""
     return [layer.attention for layer in config.layers if isinstance(layer.attention, MLAConfig)]
 
 
@@ -62,14 +62,14 @@ def _sizes(layer: LayerConfig) -> Any:
     c = layer.attention
     if not isinstance(c, MLAConfig):
         return None
-    # Rotary keys of different widths share one; windows and caps are looked at by themselves.
+    # Rotary keys of different widths share one, and other checks look at windows and soft-caps.
     return dataclasses.replace(
         c, rope=None, qk_rope_head_dim=0, scale=1.0, window=None, softcap=None
     )
 
 
 def _layer_problems(config: ModelConfig) -> list[str]:
-    """Reasons with the layers that they hold for."""
+    """Each reason, with the numbers of its layers."""
     layers: dict[str, list[int]] = defaultdict(list)
     for index, layer in enumerate(config.layers):
         for reason in (*_attention_problems(layer.attention, config), *_mlp_problems(layer)):
@@ -177,18 +177,19 @@ PROBE = "Hello  world!\n\tThe 3 naïve cafés: x = {1, 2};  你好 🙂 <s> </s>
 
 
 def check_export(path: str | Path, source: str | Path | None = None) -> dict[str, Any]:
-    """Looks through a directory that `kvjax.save(layout="deepseek_v3")` wrote; no tensor is read.
+    """Checks a directory that `kvjax.save(layout="deepseek_v3")` wrote. No tensor is read.
 
     Names, shapes and dtypes are compared with what transformers' class expects of this
     config.json, the index with the files, the special tokens of config.json,
     generation_config.json and tokenizer with each other.
 
     Args:
+        path: the exported directory.
         source: directory of the model that was exported; its tokenizer must give the same ids.
 
     Returns:
-        tensors, files, bytes: counts of the weights. tokenizer: its class. eos: ids that end a
-        text. notes: what is allowed and worth knowing.
+        "tensors", "files", "bytes": counts of the weights. "tokenizer": the name of its class.
+        "eos": ids that end a text. "notes": facts that are allowed but unusual.
 
     Raises:
         ValueError: one error lists everything that is wrong.
@@ -245,7 +246,7 @@ def _tensor_problems(found: Checkpoint, expected: dict, dtype: str) -> Iterator[
 
 
 def _file_problems(directory: Path, found: Checkpoint) -> Iterator[str]:
-    """Some engines read every safetensors file, whatever the index says, and some go by it."""
+    """Differences between index and files: some engines read all files, others follow the index."""
     files = {path.name for path in directory.glob("*.safetensors")}
     if SINGLE in files or not (directory / INDEX).is_file():
         yield from (f"{name} belongs to no index" for name in sorted(files - {SINGLE}))
@@ -266,7 +267,7 @@ def _file_problems(directory: Path, found: Checkpoint) -> Iterator[str]:
 def _tokenizer_problems(tokenizer: Any, raw: dict, source: str | Path | None) -> Iterator[str]:
     if len(tokenizer) > raw["vocab_size"]:
         yield f"the tokenizer has {len(tokenizer)} tokens, the model {raw['vocab_size']}"
-    # Without that file a directory of ours does not say which class its tokenizer has.
+    # Without that file, transformers must guess the class of the tokenizer.
     if source is None or not (local_path(source, "source") / "tokenizer_config.json").is_file():
         return
     was, now = (t(PROBE)["input_ids"] for t in (load_tokenizer(source), tokenizer))
@@ -288,13 +289,16 @@ Shape = tuple[int, ...]
 
 
 def stock_tensors(raw: Mapping[str, Any]) -> dict[str, Shape]:
-    """Name and shape of every tensor that the class expects.
+    """Name and shape of every tensor that transformers' DeepseekV3ForCausalLM expects.
+
+    Follows the constructor of the class, not our writer, so that one can check the other. All MLPs
+    must be dense.
 
     Args:
         raw: config.json of type deepseek_v3.
 
     Raises:
-        ValueError: layers with experts, or a key that is missing.
+        ValueError: the model has experts, or a key is missing.
     """
     try:
         layers = raw["num_hidden_layers"]

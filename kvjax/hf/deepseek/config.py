@@ -41,16 +41,16 @@ UNUSED = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
-"""Valid values for what no layer has: experts and extra prediction layers."""
+"""Valid values for parts that no layer has: experts and extra prediction layers."""
 
 
 def describe(c: ModelConfig, rope: SharedRope, params: Mapping[str, Any], norm: str) -> dict:
-    """What config.json says.
+    """The content of config.json.
 
     Args:
-        c: the model that is exported.
-        rope: of all layers.
-        params: the exported ones; sizes are read off them.
+        c: of the model before the export.
+        rope: shared by all layers.
+        params: the exported parameters, whose shapes give the sizes.
         norm: "neutral" or "rms".
     """
     attn, mlp = params["layers_0"]["attn"], c.layers[0].mlp
@@ -94,7 +94,7 @@ def describe(c: ModelConfig, rope: SharedRope, params: Mapping[str, Any], norm: 
 
 
 def _requires(norm: str, default_rope: bool) -> list[str]:
-    """Keys of config.json that this checkpoint needs obeyed and that some engines pass over."""
+    """Keys of config.json that this checkpoint needs and that some engines ignore."""
     return ["attention_bias"] * (norm == "neutral") + ["rope_parameters"] * (not default_rope)
 
 
@@ -103,12 +103,12 @@ Pairs = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SharedRope:
-    """What all layers have in common, and where each finds its own components in it.
+    """One RoPE for all layers, and the place of each layer's components in it.
 
     Attributes:
         parameters: config.json's `rope_parameters`.
         dim: R, the rotary width of every layer.
-        columns: for each layer, where its rotary components go among the R interleaved ones.
+        columns: for each layer, the places of its rotary components among the R interleaved ones.
     """
 
     parameters: dict[str, Any]
@@ -125,17 +125,17 @@ class SharedRope:
 def shared_rope(ropes: Sequence[RopeConfig], context: int) -> SharedRope:
     """One RoPE for all layers.
 
-    Layers that rotate different frequencies share the union of them: exact, at the price of a
-    wider rotary key. Evenly spaced frequencies keep their rule (default, linear, llama3); any
-    others are spelled out as the divisors of "longrope", which is how a list of frequencies, and
-    YaRN's, can be told to a loader that computes its own.
+    Layers with different frequencies share their union, which is exact and makes the rotary key
+    wider. Evenly spaced frequencies keep their rule (default, linear, llama3). Any other list of
+    frequencies, YaRN's included, is written as the divisors of "longrope", because a loader
+    computes its frequencies from such a rule.
 
     Args:
         ropes: one a layer.
         context: max_position_embeddings.
 
     Raises:
-        ValueError: layers with different rules, or a rule that cannot be told.
+        ValueError: the layers have different rules, or config.json cannot express the rule.
     """
     selections = [_selection(rope) for rope in ropes]
     bases = {base for base, _ in selections}
@@ -161,7 +161,7 @@ def _selection(rope: RopeConfig) -> tuple[RopeConfig, Pairs]:
 
 
 def _columns(pairs: Pairs, shared: Pairs, interleaved: bool) -> tuple[int, ...]:
-    """The place of each component; a pair that comes n times has n places."""
+    """The place of each component; a pair that occurs n times has n places."""
     places = [shared.index(p) + pairs[:i].count(p) for i, p in enumerate(pairs)]
     first, second = [2 * p for p in places], [2 * p + 1 for p in places]
     if interleaved:
@@ -173,7 +173,7 @@ def rope_parameters(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, A
     """The `rope_parameters` with which transformers computes these frequencies of `base`.
 
     Raises:
-        ValueError: dynamic NTK scaling, which transformers changes while a text grows.
+        ValueError: the scaling is dynamic NTK, which transformers changes with the text's length.
     """
     rule, f = base.rule, base.dim // 2
     if isinstance(rule, DynamicScaling):
@@ -196,7 +196,7 @@ def rope_parameters(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, A
 
 
 def _listed(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, Any]:
-    """Explicit frequencies: with a base of 1, the divisors are all that is left of the formula."""
+    """Explicit frequencies. With base 1, longrope's formula reduces to 1 / divisor."""
     rule = base.rule
     original = rule.original_length if isinstance(rule, LongRopeScaling) else context
     inverse, attention_factor = frequencies(base, jnp.asarray([1, original + 1], jnp.int32))

@@ -36,11 +36,11 @@ def to_deepseek(
     norm: str = "neutral",
     latent_rms: Sequence[np.ndarray] | None = None,
 ) -> tuple[Transformer, dict[str, Any]]:
-    """The same function as a model of type deepseek_v3.
+    """The same function, as a model of type deepseek_v3.
 
     Args:
-        model, params: of `kvjax.transmla.convert(method="decoupled")` in folded form.
-        norm: "neutral" or "rms"; docs/export.md says which is for what.
+        model, params: from `kvjax.transmla.convert(method="decoupled", mode="fold")`.
+        norm: "neutral" or "rms"; docs/export.md compares them.
         latent_rms: from `kvjax.hf.latent_rms`, for norm="rms".
 
     Returns:
@@ -48,8 +48,8 @@ def to_deepseek(
         of `params`.
 
     Raises:
-        ValueError: lists everything that the class cannot express; or names a parameter that holds
-            NaN, or overflows the dtype.
+        ValueError: lists everything that the class cannot express, or names a parameter that has
+            NaN or overflows the dtype.
     """
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
@@ -76,7 +76,7 @@ def to_deepseek(
 
 
 def _top(c: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Embeddings and output matrix, no longer tied: only the former carry the input's scale."""
+    """Embedding and output matrix, untied, because only the embedding gets the input's scale."""
     embedding = np.asarray(params["embedding"])
     head = embedding.T if c.tie_embeddings else params["lm_head"]
     if c.embedding_scale != 1.0:
@@ -91,8 +91,10 @@ def _norm_weight(c: ModelConfig, weight: Any) -> np.ndarray:
 
 
 def _in_stock_terms(c: MLAConfig, attn: Mapping[str, Any], rope: SharedRope, layer: int) -> Arrays:
-    """Parameters in fp64 with interleaved pairs and the stock scale; latents and output get the
-    biases that they lack."""
+    """Parameters in fp64 with interleaved pairs and the class's softmax scale.
+
+    Missing biases of latents and output become zeros.
+    """
     new = {name: np.asarray(value).astype(np.float64) for name, value in attn.items()}
     D = new["kv_a"].shape[0]
     new.setdefault("kv_a_bias", np.zeros(new["kv_a"].shape[1]))
@@ -115,7 +117,7 @@ def _in_stock_terms(c: MLAConfig, attn: Mapping[str, Any], rope: SharedRope, lay
 
 
 def with_neutral_norm(attn: Arrays, rank: int, input_norm: np.ndarray) -> Arrays:
-    """Biases for the constants: the latent gets one, and the queries if they have a bias."""
+    """Adds a constant dimension to the latent, and to the queries if they have a bias."""
     D = len(input_norm)
     new = {name: attn[name] for name in ("o", "o_bias")}
     latent = neutral(attn["kv_a"][:, :rank], attn["kv_a_bias"][:rank], input_norm)
@@ -132,7 +134,7 @@ def with_neutral_norm(attn: Arrays, rank: int, input_norm: np.ndarray) -> Arrays
 
 
 def with_calibrated_norm(attn: Arrays, rms: np.ndarray) -> Arrays:
-    """No bias anywhere, and full-rank queries, whose norm would be one more approximation."""
+    """Weights without biases. Queries get full rank, because their norm would be inexact too."""
     rank = len(rms)
     latent = calibrated(attn["kv_a"][:, :rank], attn["kv_a_bias"][:rank], rms)
     q = np.einsum("dl,lnh->dnh", attn["q_a"], attn["q"]) if "q_a" in attn else attn["q"]
@@ -149,24 +151,24 @@ def _latent(attn: Arrays, rank: int, latent: NormedLatent) -> Arrays:
 
 
 def _cast(arrays: Arrays, dtype: Any) -> Arrays:
-    with np.errstate(over="ignore"):  # what overflows is infinite, and is refused
+    with np.errstate(over="ignore"):  # overflow gives infinity, which check_finite refuses
         return {name: value.astype(dtype) for name, value in arrays.items()}
 
 
 MARGIN = 2.0**12
-"""The constant dimension over the largest possible ‖latent‖: the norm scales by 1 − 2⁻²⁵ at most,
-less than fp32 resolves."""
+"""Ratio of the constant dimension to the largest possible ‖latent‖. The norm then scales by at most
+1 − 2⁻²⁵, which fp32 does not resolve."""
 BATCH = 8  # sequences that go through a layer at a time
 
 
 @dataclass(frozen=True)
 class NormedLatent:
-    """A latent c [L] of which norm(x · down + bias) · up is left; M is L, or L + 1.
+    """Weights for which norm(x · down + bias) · up is the latent c [L]; M is L or L + 1.
 
     Attributes:
-        down, bias: [D, M] and [M].
-        weight: [M] of the norm.
-        up: [M, L].
+        down, bias: projection of x, [D, M] and [M].
+        weight: of the RMS norm, [M].
+        up: [M, L], to be multiplied into the projections from the latent.
     """
 
     down: Float[np.ndarray, "D M"]
@@ -181,7 +183,7 @@ def neutral(
     input_norm: Float[np.ndarray, " D"],
     margin: float = MARGIN,
 ) -> NormedLatent:
-    """One more dimension, first, of the constant B, so large that it alone sets the rms.
+    """A norm without effect: a new first dimension with a constant B that dominates the rms.
 
     rms = √((B² + ‖c‖²) / M) = B/√M · (1 + ‖c‖² / 2B²), so a weight of B leaves √M · c, and one of
     1 leaves √M of the constant. B is a power of two and √M goes into `up`: B and the weight are
@@ -189,8 +191,8 @@ def neutral(
     ‖c‖ ≤ √D · ‖diag(input_norm) · down‖ + ‖bias‖.
 
     Args:
-        down, bias: x to the latent.
-        input_norm: weight of the RMS norm that x comes from.
+        down, bias: projection of x to the latent.
+        input_norm: weight of the RMS norm whose output is x.
         margin: least B / ‖c‖; the relative error is at most 1 / (2 · margin²).
     """
     D, L = down.shape
@@ -210,9 +212,9 @@ def calibrated(
     bias: Float[np.ndarray, " L"],
     rms: Float[np.ndarray, " L"],
 ) -> NormedLatent:
-    """The norm with the weights `rms` (see `latent_rms`): right on average, not for each token.
+    """The norm with the weights `rms` from `latent_rms`: exact on average, not for each token.
 
-    The latent is brought to an rms of about 1, where it matters little which eps a loader adds.
+    The latent is scaled to an rms of about 1, where the eps of a loader matters little.
     """
     size = float(np.mean(rms))
     L = len(rms)
@@ -222,18 +224,18 @@ def calibrated(
 def latent_rms(
     model: Transformer, params: Mapping[str, Any], batches: Iterable[Int[np.ndarray, "B T"]]
 ) -> list[Float[np.ndarray, " L"]]:
-    """Weights with which an RMS norm changes each layer's latents least, for norm="rms".
+    """The weights of an RMS norm that changes each layer's latents least, for norm="rms".
 
     With ρ = rms(c), the weight of dimension i that minimises E|w·c_i/ρ − c_i|² is
-    E[c_i²/ρ] / E[c_i²/ρ²]: close to the typical ρ, and one for each dimension.
+    E[c_i²/ρ] / E[c_i²/ρ²], which is close to the typical ρ.
 
     Args:
         model: converted, with latent attention in every layer.
         batches: int32 [B, T] of text, without padding, the same T in all.
 
     Raises:
-        ValueError: no batch, ids that the model does not have, a layer of another kind, or latents
-            that are not finite.
+        ValueError: there is no batch, an id is outside the vocabulary, a layer has no latent
+            attention, or latents are not finite.
     """
     rows = list(batches)
     if not rows:
