@@ -55,6 +55,7 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"the checkpoint is quantized ({method}), expected plain weights")
+    # transformers' generate ends texts by generation_config.json, if it has ids.
     eos = (generation_config or {}).get("eos_token_id")
     return dataclasses.replace(
         config,

@@ -47,6 +47,7 @@ def family(**defaults: Any) -> Callable[[Callable[[Raw], ModelConfig]], Callable
     """Registers a function under its name, which is the model_type."""
 
     def register(build: Callable[[Raw], ModelConfig]) -> Callable[[Raw], ModelConfig]:
+        # Gemma names its activation by another key, which then has the default.
         act = {} if "hidden_activation" in defaults else {"hidden_act": "silu"}
         FAMILIES[build.__name__] = Family(build, {"rms_norm_eps": 1e-6, **act, **defaults})
         return build
@@ -120,6 +121,7 @@ def qwen3(raw: Raw) -> ModelConfig:
 )
 def qwen3_moe(raw: Raw) -> ModelConfig:
     """Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
+    # transformers has two names for the number of experts.
     num_experts = raw["num_experts"] or raw["num_local_experts"] or DEFAULT_EXPERTS
     experts = MoEConfig(
         num_experts=num_experts,
@@ -223,6 +225,7 @@ def gemma3_text(raw: Raw) -> ModelConfig:
 def smollm3(raw: Raw) -> ModelConfig:
     """SmolLM 3: llama with no positions in every fourth layer."""
     interval = raw["no_rope_layer_interval"]
+    # The key says the opposite of its name: 1 marks a layer with RoPE.
     rotates = raw["no_rope_layers"] or [
         (i + 1) % interval != 0 for i in range(raw["num_hidden_layers"])
     ]

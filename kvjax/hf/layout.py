@@ -39,7 +39,7 @@ class Rule:
 
     def merged(self, shape: Shape) -> Shape:
         """The unmerged shape with the axes in parentheses multiplied."""
-        sizes, out, inside = iter(shape), [], False
+        sizes, out, inside = iter(shape), [], False  # inside: within parentheses
         for symbol in self.pattern.split("->")[1]:
             if symbol in "()":
                 inside = symbol == "("
@@ -305,6 +305,7 @@ def other_names(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[
         The missing and the unexpected names, where at least two tensors differ in the same prefix;
         and a line for each such prefix.
     """
+    # Pair missing and unexpected names by the part that no wrapper changes.
     by_tail: dict[str, list[str]] = {}
     for name in unexpected:
         by_tail.setdefault(_tail(name), []).append(name)
@@ -314,6 +315,7 @@ def other_names(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[
         if len(stored) == 1:
             pair = (stored[0], expected)
             groups.setdefault(_difference(*pair), []).append(pair)
+    # A difference that only one tensor has is a coincidence, not a prefix.
     names, lines = set(), []
     for (theirs, ours), pairs in groups.items():
         if len(pairs) > 1:

@@ -118,7 +118,7 @@ def write_part(directory: Path, name: str, part: Any) -> None:
 
 def write_config(model: Transformer, directory: Path) -> None:
     """Writes the configuration, after all parts: a directory that has it is complete."""
-    # Where the model came from means nothing elsewhere.
+    # The source directory of the model means nothing on another machine.
     config = dataclasses.replace(model.config, source="")
     content = {"version": VERSION, "model": encode(config)}
     (directory / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -192,6 +192,7 @@ def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
         hint: the declared type: a dataclass of kvjax.config, or the type of one of its fields.
         place: path of the value, which starts the line.
     """
+    # A field such as MLPConfig | MoEConfig | None allows a value of any of its kinds.
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, dict):
         found = [kind for kind in kinds if getattr(kind, "__name__", "") == value.get("type")]

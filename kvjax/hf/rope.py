@@ -125,6 +125,7 @@ def _longrope(settings: Raw, raw: Raw) -> RopeScaling:
     factor = float(settings.get("factor") or raw["max_position_embeddings"] / original)
     attention_factor = settings.get("attention_factor")
     if attention_factor is None:
+        # Phi-3: √(1 + ln(factor) / ln(original length)).
         growth = math.log(factor) / math.log(original) if factor > 1 else 0.0
         attention_factor = math.sqrt(1 + growth)
     return LongRopeScaling(

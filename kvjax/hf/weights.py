@@ -149,7 +149,7 @@ def _expected(
 
     Also returns the checkpoint with the layout's names, see `kvjax.hf.layout.canonical`.
     """
-    found = []
+    found = []  # (number of tensors that are present, the layout's tensors, renamed checkpoint)
     for layout in layouts(model.config):
         expected = tensors(model.config, shapes, layout)
         known = {tensor.name for tensor in expected} | {HEAD}

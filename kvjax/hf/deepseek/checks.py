@@ -71,6 +71,7 @@ def _sizes(layer: LayerConfig) -> Any:
 def _layer_problems(config: ModelConfig) -> list[str]:
     """Each reason, with the numbers of its layers."""
     layers: dict[str, list[int]] = defaultdict(list)
+    # Most reasons hold for many layers: one line for each reason keeps the error short.
     for index, layer in enumerate(config.layers):
         for reason in (*_attention_problems(layer.attention, config), *_mlp_problems(layer)):
             layers[reason].append(index)
@@ -200,12 +201,14 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
         raise ValueError(
             f"{directory} holds {raw.get('architectures')}, expected ['DeepseekV3ForCausalLM']"
         )
+    # Weights: names, shapes and dtypes, and the index against the files.
     found, expected = scan(directory), stock_tensors(raw)
     problems = [
         *found.problems,
         *_tensor_problems(found, expected, raw["dtype"]),
         *_file_problems(directory, found),
     ]
+    # Special tokens: engines read them from three files, which must agree.
     eos = _ids(_read(directory / GENERATION).get("eos_token_id"))
     if eos != _ids(raw.get("eos_token_id")):
         problems.append(f"{GENERATION} ends texts with {eos}, config.json with another")

@@ -141,6 +141,7 @@ def shared_rope(ropes: Sequence[RopeConfig], context: int) -> SharedRope:
     bases = {base for base, _ in selections}
     if len(bases) != 1:
         raise ValueError(f"the layers have {len(bases)} different RoPEs, expected one")
+    # A Counter, because a layer may have the same frequency several times: | takes the maximum.
     union = functools.reduce(operator.or_, (Counter(pairs) for _, pairs in selections))
     shared = tuple(sorted(union.elements()))
     columns = (
@@ -178,6 +179,7 @@ def rope_parameters(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, A
     rule, f = base.rule, base.dim // 2
     if isinstance(rule, DynamicScaling):
         raise ValueError("dynamic NTK RoPE depends on the rotary width and on the text's length")
+    # Every k-th of f frequencies is the same rule for f / k pairs.
     even = f % len(pairs) == 0 and pairs == tuple(range(0, f, f // len(pairs)))
     if even and rule is None:
         return {"rope_type": "default", "rope_theta": base.theta}
@@ -199,6 +201,7 @@ def _listed(base: RopeConfig, pairs: Pairs, context: int) -> dict[str, Any]:
     """Explicit frequencies. With base 1, longrope's formula reduces to 1 / divisor."""
     rule = base.rule
     original = rule.original_length if isinstance(rule, LongRopeScaling) else context
+    # A length of 1 selects the short factors, and a length above `original` the long ones.
     inverse, attention_factor = frequencies(base, jnp.asarray([1, original + 1], jnp.int32))
     divisors = 1.0 / np.asarray(inverse, np.float64)[:, list(pairs)]
     return {

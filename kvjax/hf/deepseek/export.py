@@ -59,11 +59,13 @@ def to_deepseek(
         raise ValueError(f"the deepseek_v3 layout cannot express this model: {'; '.join(reasons)}")
     attention = latent_configs(c)
     rope = shared_rope([a.rope for a in attention if a.rope is not None], c.max_position_embeddings)
+    # The embedding's scale, the offset of the norms and a tied output matrix fold into weights.
     new = _top(c, params)
     dtype = params["embedding"].dtype
     for i, layer in enumerate(attention):
         own = params[f"layers_{i}"]
         norms = {name: _norm_weight(c, own[name]) for name in ("attn_pre_norm", "mlp_pre_norm")}
+        # The layer in the class's terms, then one of two answers to its norm of the latent.
         attn = _in_stock_terms(layer, own["attn"], rope, i)
         if latent_rms is None:
             attn = with_neutral_norm(attn, layer.kv_lora_rank, norms["attn_pre_norm"])
@@ -71,6 +73,7 @@ def to_deepseek(
             attn = with_calibrated_norm(attn, np.asarray(latent_rms[i], np.float64))
         new[f"layers_{i}"] = {**_cast(norms, dtype), "attn": _cast(attn, dtype), "mlp": own["mlp"]}
         check_finite(new[f"layers_{i}"], f"layers_{i}/", f" in this layout in {dtype}")
+    # The model is read back from its config.json, so that both agree by construction.
     text = json.dumps(describe(c, rope, new, norm), indent=2) + "\n"
     return Transformer(config_from_hf(json.loads(text))), new
 
@@ -101,6 +104,7 @@ def _in_stock_terms(c: MLAConfig, attn: Mapping[str, Any], rope: SharedRope, lay
     new.setdefault("o_bias", np.zeros(D))
     if c.q_lora_rank is not None:
         new.setdefault("q_a_bias", np.zeros(c.q_lora_rank))
+    # The class divides logits by √(nope + R); the ratio to our scale goes into the queries.
     scale = c.scale * np.sqrt(c.qk_nope_head_dim + rope.dim)
     for name, plain in {
         "q": c.qk_nope_head_dim,
@@ -123,6 +127,7 @@ def with_neutral_norm(attn: Arrays, rank: int, input_norm: np.ndarray) -> Arrays
     latent = neutral(attn["kv_a"][:, :rank], attn["kv_a_bias"][:rank], input_norm)
     new |= _latent(attn, rank, latent)
     new["kv_a_bias"] = np.concatenate([latent.bias, attn["kv_a_bias"][rank:]])
+    # The class has no bias on full-rank queries, but has one on their low-rank input.
     if "q_a" not in attn and "q_bias" not in attn:
         return new | {"q": attn["q"]}
     down, bias = attn.get("q_a", np.eye(D)), attn.get("q_a_bias", np.zeros(D))
