@@ -29,9 +29,8 @@ import numpy as np
 
 from benchmarks.environment import environment
 from kvjax.hf import config_from_hf
-from kvjax.hf.checkpoint import write
 from kvjax.hf.layout import layouts, tensors
-from kvjax.hf.tensor_file import NewTensor
+from kvjax.hf.safetensors import NewTensor, write
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.sharding import param_shapes

@@ -40,10 +40,9 @@ import numpy as np
 
 from benchmarks.environment import environment
 from kvjax.hf import config_from_hf, open_params
-from kvjax.hf.checkpoint import INDEX
 from kvjax.hf.layout import Tensor, layouts, tensors
-from kvjax.hf.lazy import LazyParams
-from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
+from kvjax.hf.safetensors import INDEX, NewTensor, read_header, read_metadata, write_file
+from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.sharding import param_shapes

@@ -11,10 +11,9 @@ from eval.loaded import Loaded
 from eval.predictions import Prediction, RunFolder
 from eval.settings import Settings
 from eval.task import Task
-from kvjax.encoding import end_ids
 from kvjax.generation import Generation, generate_each
 from kvjax.policies.policy import Policy
-from kvjax.text import added_text
+from kvjax.text import added_text, end_ids
 
 
 def answer(

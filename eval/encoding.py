@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.task import Item, Task
 from kvjax.config import ModelConfig
-from kvjax.encoding import TEMPLATE, prompt_ids
+from kvjax.text import TEMPLATE, prompt_ids
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from eval import continuations
 from eval.decoding import until_stop
 from eval.loaded import Loaded
 from eval.progress import progress_bar
-from kvjax.encoding import end_ids, prompt_ids
 from kvjax.generation import generate
 from kvjax.policies.policy import Full, Policy
-from kvjax.text import added_text
+from kvjax.text import added_text, end_ids, prompt_ids
 
 NEW_TOKENS = 256
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

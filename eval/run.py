@@ -23,9 +23,9 @@ from eval.progress import progress_bar
 from eval.settings import Settings
 from eval.task import Task, check_form
 from kvjax import processes
-from kvjax.encoding import end_ids
 from kvjax.identity import array_digest
 from kvjax.policies.policy import Policy
+from kvjax.text import end_ids
 
 
 def evaluate(

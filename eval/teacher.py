@@ -17,10 +17,10 @@ from eval.predictions import Prediction, RunFolder
 from eval.settings import Settings
 from eval.task import Item, Task
 from kvjax import processes
-from kvjax.encoding import ids_after
 from kvjax.example import Example
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.scoring import AFTER, FULL, INSIDE, compare, round_up
+from kvjax.text import ids_after
 
 METRIC = "teacher_forced_exact_match"
 

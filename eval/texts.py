@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eval.rows import hub_rows, read_rows, read_text
-from kvjax.encoding import prompt_ids
+from kvjax.text import prompt_ids
 
 HUB = "hub:"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from kvjax import flags
+from kvjax import paths
 from kvjax.paths import local_path
 
 FLAG = "--compilation-cache"
@@ -32,7 +32,7 @@ def take_flag(argv: list[str]) -> tuple[str | None, list[str]]:
     Raises:
         ValueError: the flag without a value.
     """
-    return flags.take(argv, FLAG, "a folder, or off")
+    return paths.take_flag(argv, FLAG, "a folder, or off")
 
 
 def enable(choice: str | None = None, several: bool = False) -> None:

@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from kvjax.cache import ModelCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.layers import scheduled
+from kvjax.checks import NOT_NEGATIVE, Range, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
-from kvjax.ranges import NOT_NEGATIVE, Range, check_ranges
 
 NO_TOKEN = -1
 """Stands where logits are not finite: without it the answer would be token 0 for ever."""

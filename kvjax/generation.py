@@ -18,12 +18,12 @@ import numpy as np
 from kvjax.cache import cache_bytes
 from kvjax.cache.pool import room_bucket
 from kvjax.cache.storage import whole_slots
+from kvjax.checks import COUNT, Range, check_ranges, not_finite, optional
 from kvjax.config import ModelConfig
 from kvjax.context import Context, check_model, extend, on_devices_of
 from kvjax.decoding import NO_TOKEN, Sampling, decode, first_token, step_function
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.numerics import not_finite
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import parse_policy, resolve_each
 from kvjax.policies.policy import Full, Policy
@@ -37,7 +37,8 @@ from kvjax.prompts import (
     prompt_keys,
     prompt_words,
 )
-from kvjax.ranges import COUNT, Range, check_ranges, optional
+
+pass  # merged
 
 RANGES = {
     "max_new_tokens": COUNT,

@@ -1,4 +1,4 @@
-"""Local paths. kvjax neither reads nor writes URLs, and this module is where it says so."""
+"""Paths and flags of commands. kvjax neither reads nor writes URLs, and this module says so."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def local_path(path: str | os.PathLike[str], what: str = "path") -> Path:
     """The path, unless it is a URL such as gs://bucket/model.
 
     Args:
-        what: names the path in the message.
+        what: names the path in the error.
 
     Raises:
-        ValueError: a URL, also one that pathlib has made "gs:/bucket/model" of.
+        ValueError: the path is a URL, even one that pathlib has shortened to "gs:/bucket/model".
     """
     text = str(path)
     match = URL.match(text)
@@ -77,3 +77,24 @@ def local_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, **settings)
 
     return checked
+
+
+def take_flag(argv: list[str], flag: str, expected: str) -> tuple[str | None, list[str]]:
+    """The last value of a flag, "--flag VALUE" or "--flag=VALUE", and the arguments without it.
+
+    Args:
+        expected: describes a valid value in the error.
+
+    Raises:
+        ValueError: the flag has no value.
+    """
+    found, rest, words = None, [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != flag:
+            rest.append(word)
+            continue
+        found = value if equals else next(words, None)
+        if found is None:
+            raise ValueError(f"got {flag} without a value, expected {expected}")
+    return found, rest

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.checks import COUNT, check_ranges, not_finite, token_ids
 from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
@@ -25,11 +26,8 @@ from kvjax.generation import Reader, from_start
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
-from kvjax.numerics import not_finite
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prefill import shape_bytes
-from kvjax.ranges import COUNT, check_ranges
-from kvjax.token_ids import token_ids
 
 INSIDE, AFTER = "inside", "after"
 PROTOCOLS = (INSIDE, AFTER)

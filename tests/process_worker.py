@@ -14,7 +14,6 @@ import pytest
 
 import kvjax
 from kvjax import processes
-from kvjax.processes import work
 from kvjax.sharding import make_mesh
 
 
@@ -37,7 +36,7 @@ def writer_and_barriers():
         with pytest.raises(ValueError, match=r"waited 0.5 s at 'alone', expected all 2 processes"):
             processes.barrier("alone", 0.5)
     else:
-        next(work._numbers)
+        next(processes._numbers)
     processes.barrier("again", 60.0)
 
 

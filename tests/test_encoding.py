@@ -6,8 +6,7 @@ import eval_toys as toys
 import pytest
 from tokenizer_toys import CHAT, byte_level, sentencepiece, unigram, word_piece
 
-from kvjax.encoding import end_ids, ids_after, prompt_ids
-from kvjax.text import added_text
+from kvjax.text import added_text, end_ids, ids_after, prompt_ids
 
 SPACED = {
     "first": sentencepiece(),

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from kvjax.finite import check_finite
+from kvjax.checks import check_finite
 from train.step import TrainState
 
 KEPT = 2

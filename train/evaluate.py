@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import kvjax
-from kvjax.ranges import COUNT, SEED, check_ranges
+from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.sets import CHANCE
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import kvjax
+from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.nn import Transformer
 from kvjax.prompts import bucket_length
-from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import rows
 from kvjax.tasks.problem import Problem

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kvjax.finite import first_not_finite
+from kvjax.checks import SIZE, check_ranges, first_not_finite, optional
 from kvjax.nn import Transformer
-from kvjax.ranges import SIZE, check_ranges, optional
 from kvjax.tasks.vocabulary import WordVocabulary
 from train import checkpoints, log
 from train.checkpoints import Progress

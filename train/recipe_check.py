@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvjax.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, optional, out_of_range
+from kvjax.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, optional, out_of_range
 from train.episodes import KINDS, EpisodeConfig
 
 RECIPE = {

@@ -28,7 +28,7 @@ def word_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     """F1 = 2PR / (P + R), order ignored; 0 without a common word.
 
     P and R are the shares of the answer's and the reference's words that the other has too, each
-    as often as in both. `kvjax.answers.token_f1` is the same for token ids.
+    as often as in both. `kvjax.text.token_f1` is the same for token ids.
     """
     common = sum((Counter(answer) & Counter(reference)).values())
     return 2 * common / (len(answer) + len(reference)) if common else 0.0

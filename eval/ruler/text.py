@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
-from kvjax.encoding import ids_after
 from kvjax.tasks import filler, haystack, words
 from kvjax.tasks.prompt import Filler, strew
 from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.text import ids_after
 
 NOUNS = (*words.FILLER_NOUNS, *words.THINGS)
 POOL = len(words.FILLER_ADJECTIVES) * len(NOUNS)

@@ -10,11 +10,11 @@ import numpy as np
 
 from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
-from kvjax.answers import exact_match, rouge1_recall
 from kvjax.example import Example
 from kvjax.tasks import haystack
 from kvjax.tasks.sets import EVALUATION_STREAM
 from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.text import exact_match, rouge1_recall
 
 LENGTHS = (512, 1024)
 DEPTHS = 10
@@ -100,7 +100,7 @@ def _task(name: str, examples: Sequence[tuple[str, Example]], tokenizer: Any, me
 
 
 def word_ids(*texts: str) -> list[list[int]]:
-    """Lower-case words without punctuation, each a number, for the scores of `kvjax.answers`."""
+    """Lower-case words without punctuation, each a number, for the scores of `kvjax.text`."""
     ids: dict[str, int] = {}
     return [
         [ids.setdefault(word, len(ids)) for word in re.findall(r"[^\W_]+", text.lower())]

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.checks import OVERFLOW, Range, check_finite, check_params, check_ranges, first_not_finite
 from kvjax.commands.text import token_rows
 from kvjax.config import AttentionConfig, ModelConfig
-from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.hf import (
     check_export,
     latent_rms,
@@ -28,11 +28,9 @@ from kvjax.hf import (
     save,
     stored_tensors,
 )
-from kvjax.hf.checkpoint import MAX_SHARD_BYTES
-from kvjax.hf.hub import missing_weights
-from kvjax.hf.source import on_hub, resolve
+from kvjax.hf.safetensors import MAX_SHARD_BYTES
+from kvjax.hf.source import missing_weights, on_hub, resolve
 from kvjax.nn import Transformer
-from kvjax.ranges import Range, check_ranges
 from kvjax.sharding import param_shapes
 
 SEQUENCE, BATCH = 256, 8

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
+from kvjax.checks import CONVERTED, COUNT, OVERFLOW, SIZE, check_finite, check_ranges, optional
 from kvjax.commands import text
 from kvjax.commands.checkpoints import (
     bytes_per_token,
@@ -30,12 +31,10 @@ from kvjax.commands.checkpoints import (
 from kvjax.commands.unfinished import ConversionFolder, check_out, describe
 from kvjax.config import LayerConfig, ModelConfig
 from kvjax.feeding import next_token_losses
-from kvjax.finite import CONVERTED, OVERFLOW, check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits, output_params
-from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.sharding import param_shapes
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.commands.checkpoints import bytes_per_token, logit_change
 from kvjax.headkv.questions import score_heads
 from kvjax.hf import load, load_tokenizer
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
-from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
 from kvjax.tasks.vocabulary import TokenizerVocabulary

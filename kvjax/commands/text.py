@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
+from kvjax.checks import COUNT, Range, check_ranges, token_ids
 from kvjax.context import compress, load_context
-from kvjax.encoding import end_ids, ids_after, prompt_ids
 from kvjax.generation import generate
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
 from kvjax.policies.named import parse_policy
-from kvjax.ranges import COUNT, Range, check_ranges
-from kvjax.text import TextStream
-from kvjax.token_ids import token_ids
+from kvjax.text import TextStream, end_ids, ids_after, prompt_ids
 
 RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
 """What the numbers of `token_rows` may be."""

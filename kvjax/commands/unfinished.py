@@ -24,8 +24,8 @@ import numpy as np
 
 from kvjax.config import AttentionConfig
 from kvjax.hf import native
-from kvjax.hf.companions import copy_companions
-from kvjax.hf.tensor_file import NewTensor, map_file, read_header, read_metadata, write_file
+from kvjax.hf.safetensors import NewTensor, map_file, read_header, read_metadata, write_file
+from kvjax.hf.save import copy_companions
 from kvjax.identity import identity
 from kvjax.nn import Transformer
 

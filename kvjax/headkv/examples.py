@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.checks import COUNT, check_ranges
 from kvjax.example import Example
-from kvjax.ranges import COUNT, check_ranges
 
 BUCKET = 64  # lengths are padded to multiples of it, so that few programs are compiled
 

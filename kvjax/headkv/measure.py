@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from kvjax.answers import rouge1_recall, token_f1
 from kvjax.cache.prefill import start_prefill
+from kvjax.checks import not_finite, token_ids
 from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
@@ -32,10 +32,9 @@ from kvjax.headkv.examples import (
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
-from kvjax.numerics import not_finite
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.scorers import LayerView, query_attention
-from kvjax.token_ids import token_ids
+from kvjax.text import rouge1_recall, token_f1
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
 """Model, params, batch to scores of every head [B, L, N] and the token expected at each step

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.example import Example
 from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.policies.importance import HeadScores
-from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import haystack, needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler
 from kvjax.tasks.vocabulary import TokenizerVocabulary

@@ -1,8 +1,8 @@
 """Hugging Face checkpoints: the only place that knows their names."""
 
-from kvjax.hf.config import config_from_hf
-from kvjax.hf.deepseek import latent_rms
-from kvjax.hf.export_check import check_export
+from kvjax.hf.config import config_from_hf, matching
+from kvjax.hf.deepseek.checks import check_export
+from kvjax.hf.deepseek.export import latent_rms
 from kvjax.hf.load import (
     layout_of,
     load,
@@ -10,10 +10,9 @@ from kvjax.hf.load import (
     open_params,
     read_model,
     read_shape,
-    save,
     stored_tensors,
 )
-from kvjax.hf.tied import matching
+from kvjax.hf.save import save
 
 __all__ = [
     "check_export",

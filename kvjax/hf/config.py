@@ -1,16 +1,24 @@
-"""Hugging Face config.json → ModelConfig."""
+"""config.json of a Hugging Face checkpoint → ModelConfig."""
+
+from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvjax.config import ModelConfig
 from kvjax.hf import fields
 from kvjax.hf.families import FAMILIES
-from kvjax.hf.json_file import read_json
-from kvjax.hf.rope_fields import ROPE_CHECKS
+from kvjax.hf.fields import read_json
+from kvjax.hf.layout import EMBEDDING, HEAD, canonical
+from kvjax.hf.rope import ROPE_CHECKS
+from kvjax.hf.safetensors import PIECE_BYTES, scan
+from kvjax.nn import Transformer
 
 Raw = Mapping[str, Any]
 CHECKS = (*fields.CHECKS, *ROPE_CHECKS)
@@ -25,8 +33,8 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
         generation_config: the content of generation_config.json, whose EOS ids come first.
 
     Raises:
-        ValueError: an unsupported model_type (the message names the supported ones) or feature;
-            or one error lists every key that is missing and every value that means nothing.
+        ValueError: the model_type or a feature is unsupported, or keys are missing or have
+            invalid values. One error lists every such key.
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f"the config is {fields.shown(raw)}, expected an object")
@@ -47,6 +55,7 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"the checkpoint is quantized ({method}), expected plain weights")
+    # transformers' generate ends texts by generation_config.json, if it has ids.
     eos = (generation_config or {}).get("eos_token_id")
     return dataclasses.replace(
         config,
@@ -60,7 +69,8 @@ def read_config(directory: Path) -> ModelConfig:
     """`config_from_hf` of a checkpoint directory, with config.json kept verbatim.
 
     Raises:
-        ValueError: no config.json, one that holds no JSON object, or as `config_from_hf`.
+        ValueError: there is no config.json, config.json has no JSON object, or see
+            `config_from_hf`.
     """
     path, generation = directory / "config.json", directory / GENERATION
     text, raw = read_json(path)
@@ -76,3 +86,55 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The config, with tie_embeddings off where the checkpoint has a different output matrix.
+
+    transformers does the same. A later save writes tie_word_embeddings = false too.
+    """
+    return _untied(config) if config.tie_embeddings and _differ(directory) else config
+
+
+def matching(model: Transformer, params: Mapping[str, Any]) -> Transformer:
+    """The model, with tie_embeddings off where its parameters have an output matrix "lm_head".
+
+    For a model that was read before its weights existed, when nothing could be compared.
+    """
+    if not model.config.tie_embeddings or "lm_head" not in params:
+        return model
+    return Transformer(_untied(model.config))
+
+
+def _untied(config: ModelConfig) -> ModelConfig:
+    raw = json.loads(config.hf_json) | {"tie_word_embeddings": False}
+    text = json.dumps(raw, indent=2) + "\n"
+    return dataclasses.replace(config, tie_embeddings=False, hf_json=text)
+
+
+def _differ(directory: Path) -> bool:
+    """Whether a checkpoint has both matrices, with different numbers. No other tensor is read."""
+    try:
+        found = scan(directory)
+    except ValueError:  # missing or damaged weights: loading reports them
+        return False
+    found = found.renamed(functools.partial(canonical, expected={EMBEDDING, HEAD}))
+    if not {EMBEDDING, HEAD} <= found.tensors.keys():
+        return False
+    a, b = found.open(EMBEDDING), found.open(HEAD)
+    if a.shape != b.shape or a.ndim == 0:
+        return True
+    # Compare a few rows at a time and release their pages: the matrices may take gigabytes.
+    rows = max(1, PIECE_BYTES // max(1, a[:1].nbytes))
+    for start in range(0, len(a), rows):
+        if not _equal(a[start : start + rows], b[start : start + rows]):
+            return True
+        found.release()
+    return False
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have the same numbers; their dtypes may differ."""
+    if a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+        return True
+    return np.array_equal(a.astype(np.float64), b.astype(np.float64))

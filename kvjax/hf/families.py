@@ -1,17 +1,26 @@
 """One small function a model family: its config.json → ModelConfig.
 
 Every function gets the config over the family's defaults, because a file may leave out what
-equals the default of transformers' config class.
-"""
+equals the default of transformers' config class. The parts that families share come last."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvjax.config import GQAConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
-from kvjax.hf.fields import DEFAULT_EXPERTS
-from kvjax.hf.parts import activation, attention, decoder, head_dim, layer_type, mlp, norm
+from kvjax.config import (
+    AttentionConfig,
+    GQAConfig,
+    LayerConfig,
+    MLAConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+)
+from kvjax.hf.fields import ACTIVATIONS, DEFAULT_EXPERTS, LAYER_TYPES
 from kvjax.hf.rope import rope_config, rope_settings, yarn_mscale
 
 Raw = Mapping[str, Any]
@@ -38,6 +47,7 @@ def family(**defaults: Any) -> Callable[[Callable[[Raw], ModelConfig]], Callable
     """Registers a function under its name, which is the model_type."""
 
     def register(build: Callable[[Raw], ModelConfig]) -> Callable[[Raw], ModelConfig]:
+        # Gemma names its activation by another key, which then has the default.
         act = {} if "hidden_activation" in defaults else {"hidden_act": "silu"}
         FAMILIES[build.__name__] = Family(build, {"rms_norm_eps": 1e-6, **act, **defaults})
         return build
@@ -111,6 +121,7 @@ def qwen3(raw: Raw) -> ModelConfig:
 )
 def qwen3_moe(raw: Raw) -> ModelConfig:
     """Qwen 3 with experts in every `decoder_sparse_step`-th layer."""
+    # transformers has two names for the number of experts.
     num_experts = raw["num_experts"] or raw["num_local_experts"] or DEFAULT_EXPERTS
     experts = MoEConfig(
         num_experts=num_experts,
@@ -214,6 +225,7 @@ def gemma3_text(raw: Raw) -> ModelConfig:
 def smollm3(raw: Raw) -> ModelConfig:
     """SmolLM 3: llama with no positions in every fourth layer."""
     interval = raw["no_rope_layer_interval"]
+    # The key says the opposite of its name: 1 marks a layer with RoPE.
     rotates = raw["no_rope_layers"] or [
         (i + 1) % interval != 0 for i in range(raw["num_hidden_layers"])
     ]
@@ -261,7 +273,7 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
     """DeepSeek V3's latent attention (arXiv 2412.19437) with dense MLPs.
 
     Raises:
-        ValueError: layers with experts.
+        ValueError: the model has experts.
     """
     dense, layers = raw["first_k_dense_replace"], raw["num_hidden_layers"]
     if dense < layers:
@@ -288,6 +300,9 @@ def deepseek_v3(raw: Raw) -> ModelConfig:
     return decoder(raw, lambda i: layer, lambda i: mlp(raw))
 
 
+# --- Parts of one or two families --------------------------------------------------------------
+
+
 def _qwen_window(raw: Raw, index: int) -> int | None:
     if not raw["use_sliding_window"]:
         return None
@@ -296,10 +311,10 @@ def _qwen_window(raw: Raw, index: int) -> int | None:
 
 
 def _gemma(raw: Raw) -> dict[str, Any]:
-    """What Gemma 2 and 3 change on the whole model.
+    """Settings of the whole model in Gemma 2 and 3.
 
     Raises:
-        ValueError: attention that is not causal.
+        ValueError: the attention is not causal.
     """
     if raw["use_bidirectional_attention"]:
         raise ValueError("use_bidirectional_attention is set, expected a causal model")
@@ -312,7 +327,7 @@ def _gemma(raw: Raw) -> dict[str, Any]:
 
 
 def _local_rope(raw: Raw) -> Raw:
-    """Old style: the sliding layers have a base of their own, and no scaling."""
+    """The RoPE of sliding layers in old configs: rope_local_base_freq as base, no scaling."""
     if "sliding_attention" in rope_settings(raw):
         return raw
     theta = raw["rope_local_base_freq"] or 10_000.0
@@ -324,3 +339,76 @@ def _deepseek_mscale(raw: Raw) -> float:
     settings = rope_settings(raw)
     all_dim = settings.get("mscale_all_dim") or 0.0
     return yarn_mscale(settings.get("factor") or 1.0, all_dim) if all_dim else 1.0
+
+
+# --- Parts that all families share -------------------------------------------------------------
+
+
+def head_dim(raw: Raw) -> int:
+    """H: head_dim if the config has it, else D / N."""
+    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+
+
+def norm(raw: Raw, offset: float = 0.0) -> NormConfig:
+    """The RMS norm of the residual stream."""
+    return NormConfig(eps=float(raw["rms_norm_eps"]), offset=offset)
+
+
+def attention(raw: Raw, **changes: Any) -> GQAConfig:
+    """Llama's attention, with `changes`."""
+    N, H = raw["num_attention_heads"], head_dim(raw)
+    K = raw.get("num_key_value_heads") or N
+    bias = bool(raw.get("attention_bias", False))
+    base = {
+        "num_heads": N,
+        "num_kv_heads": K,
+        "head_dim": H,
+        "scale": H**-0.5,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "norm": norm(raw),
+    }
+    if "rope" not in changes:
+        base["rope"] = rope_config(raw, H, raw.get("default_theta", 10_000.0))
+    return GQAConfig(**{**base, **changes})
+
+
+def mlp(raw: Raw) -> MLPConfig:
+    """The gated MLP."""
+    bias = bool(raw.get("mlp_bias", False))
+    return MLPConfig(raw["intermediate_size"], activation(raw), bias=bias)
+
+
+def activation(raw: Raw) -> str:
+    """Our name for the activation function."""
+    return ACTIVATIONS[raw["hidden_activation" if "hidden_activation" in raw else "hidden_act"]]
+
+
+def decoder(
+    raw: Raw,
+    attention: Callable[[int], AttentionConfig],
+    mlp: Callable[[int], MLPConfig | MoEConfig],
+    **changes: Any,
+) -> ModelConfig:
+    """A model from the attention and the MLP of each layer index, with `changes`."""
+    layers = (LayerConfig(attention(i), mlp(i)) for i in range(raw["num_hidden_layers"]))
+    base = {
+        "model_type": raw["model_type"],
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "layers": tuple(layers),
+        "norm": norm(raw),
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "max_position_embeddings": raw["max_position_embeddings"],
+    }
+    return ModelConfig(**{**base, **changes})
+
+
+def layer_type(raw: Raw, index: int, default: Callable[[int], bool]) -> str:
+    """The kind of a layer's attention: "sliding_attention" or "full_attention".
+
+    Args:
+        default: whether layer i slides, for configs without `layer_types`.
+    """
+    kinds = raw.get("layer_types")
+    return kinds[index] if kinds else LAYER_TYPES[default(index)]

@@ -1,11 +1,15 @@
-"""What each value of a Hugging Face config must be: one table, and one list of all violations.
+"""JSON files, and what each value of a Hugging Face config must be.
 
-Kinds follow the types of transformers' config classes: a count is an integer and nothing else, and
-null is allowed where the class allows None. Real numbers may be written as integers.
-"""
+One table has the kinds of all values, and one error lists all violations. The kinds follow the
+types of transformers' config classes: a count is an integer and nothing else, and null is allowed
+where the class allows None. Real numbers may be written as integers."""
 
+from __future__ import annotations
+
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Raw = Mapping[str, Any]
@@ -20,12 +24,12 @@ DEFAULT_EXPERTS = 128  # of Qwen 3, which has two names for their number
 
 
 Check = tuple[tuple[str, ...], Callable[[Raw], Iterable[str]]]
-"""What is looked at where several keys must fit each other, and the keys that must be right."""
+"""The keys that a check between keys reads, and the check: it yields a line for each problem."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be: `expected` in words, `accepts` as a test."""
+    """What a value must be: `expected` describes valid values, `accepts` tests a value."""
 
     expected: str
     accepts: Callable[[Any], bool]
@@ -134,7 +138,7 @@ OWN = {
     "v_head_dim": count(),
     "rope_interleave": optional(FLAG),
 }
-"""Keys that count where a family has a default for them."""
+"""Keys that a family reads only if the family has a default for them."""
 
 
 def merged(raw: Raw, defaults: Raw) -> Raw:
@@ -147,11 +151,11 @@ def merged(raw: Raw, defaults: Raw) -> Raw:
 
 
 def problems(full: Raw, checks: Sequence[Check] | None = None) -> list[str]:
-    """All values of a config that its family could not make sense of.
+    """A line for each invalid value of a config.
 
     Args:
-        full: as of `merged`.
-        checks: between keys; None for `CHECKS`.
+        full: the result of `merged`.
+        checks: checks between keys; None: `CHECKS`.
     """
     missing = [key for key in REQUIRED if full.get(key) is None]
     found = [f"the config has no {', '.join(missing)}"] if missing else []
@@ -159,7 +163,8 @@ def problems(full: Raw, checks: Sequence[Check] | None = None) -> list[str]:
     if not full.get("use_sliding_window", True):
         table.pop("sliding_window", None)  # as transformers, which then reads no window
     wrong = dict(violations(full, table))
-    named = {*missing, *wrong}  # nothing is said about these again
+    # A check between keys would repeat a problem of a key that is invalid by itself.
+    named = {*missing, *wrong}
     found += wrong.values()
     for needs, check in CHECKS if checks is None else checks:
         if not named.intersection(needs):
@@ -168,7 +173,7 @@ def problems(full: Raw, checks: Sequence[Check] | None = None) -> list[str]:
 
 
 def violations(raw: Raw, table: Mapping[str, Kind], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Keys whose values are not what the table asks for, each with a line that says so."""
+    """Each key whose value the table does not accept, with a line that says so."""
     for key, kind in table.items():
         if key in raw and not kind.accepts(raw[key]):
             yield key, f"{prefix}{key} is {shown(raw[key])}, expected {kind.expected}"
@@ -181,7 +186,7 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def _heads(raw: Raw) -> Iterator[str]:
-    if "kv_lora_rank" in raw:  # latent attention has no KV heads, and widths of its own
+    if "kv_lora_rank" in raw:  # latent attention has no KV heads, and other head widths
         return
     D, N, K = raw["hidden_size"], raw["num_attention_heads"], raw.get("num_key_value_heads")
     if N % (K or N):
@@ -238,3 +243,49 @@ CHECKS: tuple[Check, ...] = (
     (("hidden_act", "hidden_activation"), _activation),
 )
 """Checks between keys, each with the keys that must be right before it."""
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def read_json(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file and the JSON object in it.
+
+    Raises:
+        ValueError: the file is missing, a git-lfs pointer, not UTF-8, or not a JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    data = path.read_bytes()
+    if data.startswith(POINTER):
+        raise ValueError(pointer_message(path))
+    try:
+        text = data.decode("utf-8")
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
+    return text, raw
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is the text that git-lfs keeps in place of a large file."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
+def pointer_message(path: Path | str) -> str:
+    """The error for a git-lfs pointer at `path`, with the command that fetches the file."""
+    return f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository"
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Checks files that another library will read.
+
+    Raises:
+        ValueError: names every git-lfs pointer.
+    """
+    found = [pointer_message(path) for path in sorted(paths) if path.is_file() and is_pointer(path)]
+    if found:
+        raise ValueError("; ".join(found))

@@ -1,7 +1,9 @@
-"""Which tensors of a checkpoint hold which parameters, and how they lie in there: a table."""
+"""Which tensor of a checkpoint holds which parameters, with which axes, under which name."""
+
+from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +19,11 @@ class Rule:
     """One tensor of the checkpoint.
 
     Attributes:
-        name: its name; "{e}" stands for the expert, where each has a tensor of its own.
-        params: the parameters in it, "attn/q".
-        pattern: our axes → those of the tensor; "dnh->(nh)d" is a transposition to [N, H, D] and
-            the merge of the first two axes.
-        join: the axis along which several parameters lie one after the other.
+        name: in the checkpoint, below the layer's prefix; "{e}" stands for the expert's number.
+        params: the parameters that the tensor holds, such as "attn/q".
+        pattern: our axes → the tensor's axes. "dnh->(nh)d" transposes to [N, H, D] and merges the
+            first two axes.
+        join: the axis along which several parameters are concatenated.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Rule:
 
     def merged(self, shape: Shape) -> Shape:
         """The unmerged shape with the axes in parentheses multiplied."""
-        sizes, out, inside = iter(shape), [], False
+        sizes, out, inside = iter(shape), [], False  # inside: within parentheses
         for symbol in self.pattern.split("->")[1]:
             if symbol in "()":
                 inside = symbol == "("
@@ -61,10 +63,10 @@ class Tensor:
 
     Attributes:
         name: its full name in the checkpoint.
-        rule: how it lies there.
-        params: the parameters in it.
-        param_shapes: their shapes; without the expert axis if `expert` is given.
-        expert: which index of the parameters' first axis it holds.
+        rule: the axes of the tensor.
+        params: paths of the parameters that the tensor holds.
+        param_shapes: their shapes, without the expert axis if `expert` is given.
+        expert: the index along the parameters' first axis.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Tensor:
         """The stored tensor as views of its parameters, in our layout."""
         axis = self.rule.join_axis
         sizes = [shape[self.rule.permutation[axis]] for shape in self.param_shapes]
+        # All views: nothing is read from the mapped file until a part is copied.
         parts = np.split(stored.reshape(self._unmerged_shape), np.cumsum(sizes)[:-1], axis)
         return [part.transpose(tuple(np.argsort(self.rule.permutation))) for part in parts]
 
@@ -106,10 +109,12 @@ def _weight(name: str, param: str, pattern: str) -> Rule:
     return Rule(name, (param,), pattern)
 
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 TOP = (
-    _weight("model.embed_tokens.weight", "embedding", "vd->vd"),
+    _weight(EMBEDDING, "embedding", "vd->vd"),
     _weight("model.norm.weight", "final_norm", "d->d"),
-    _weight("lm_head.weight", "lm_head", "dv->vd"),
+    _weight(HEAD, "lm_head", "dv->vd"),
 )
 PRE_NORMS = (
     _weight("input_layernorm.weight", "attn_pre_norm", "d->d"),
@@ -178,7 +183,7 @@ FUSED_EXPERTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The rules of a family's parts; a rule counts where the model has its parameters."""
+    """The rules of a family's parts. A rule applies if the model has the rule's parameters."""
 
     norms: tuple[Rule, ...] = PRE_NORMS
     attention: tuple[Rule, ...] = SEPARATE_QKV
@@ -194,7 +199,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "olmo2": (Layout(norms=POST_NORMS),),
     "phi3": (Layout(attention=FUSED_QKV, mlp=FUSED_MLP),),
 }
-"""model_type → what its files may look like, first as it is written; the others are as llama's."""
+"""model_type → the layouts of its files; `save` writes the first. Other types are as llama."""
 
 
 def layouts(config: ModelConfig) -> tuple[Layout, ...]:
@@ -242,7 +247,7 @@ def tensors(config: ModelConfig, shapes: Mapping[ParamPath, Shape], layout: Layo
         shapes: of all parameters, by path.
 
     Raises:
-        ValueError: parameters that the layout has no place for.
+        ValueError: the layout has no tensor for some parameters.
     """
     found = list(_bind(TOP, shapes, "", ()))
     for i, layer in enumerate(config.layers):
@@ -271,6 +276,70 @@ def _bind(
         if "{e}" not in rule.name:
             yield Tensor(prefix + rule.name, rule, paths, full)
             continue
+        # Our experts are stacked along the first axis; the checkpoint has one tensor for each.
         one = tuple(shape[1:] for shape in full)
         for e in range(full[0][0]):
             yield Tensor(prefix + rule.name.format(e=e), rule, paths, one, expert=e)
+
+
+BASE = "model."
+"""Prefix that checkpoints of the bare model, without an output matrix, leave out."""
+
+
+def canonical(name: str, expected: Set[str]) -> str:
+    """The expected name for a stored name, by transformers' rule; other names are unchanged.
+
+    A checkpoint of the bare model has "norm.weight" for "model.norm.weight", and one of a model
+    that contains the language model has "model.model.norm.weight".
+    """
+    without = name.removeprefix(BASE)
+    if without != name and without in expected:
+        return without
+    return BASE + name if BASE + name in expected and name not in expected else name
+
+
+def other_names(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Missing tensors that the checkpoint has under another prefix.
+
+    Returns:
+        The missing and the unexpected names, where at least two tensors differ in the same prefix;
+        and a line for each such prefix.
+    """
+    # Pair missing and unexpected names by the part that no wrapper changes.
+    by_tail: dict[str, list[str]] = {}
+    for name in unexpected:
+        by_tail.setdefault(_tail(name), []).append(name)
+    groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for expected in missing:
+        stored = by_tail.get(_tail(expected), [])
+        if len(stored) == 1:
+            pair = (stored[0], expected)
+            groups.setdefault(_difference(*pair), []).append(pair)
+    # A difference that only one tensor has is a coincidence, not a prefix.
+    names, lines = set(), []
+    for (theirs, ours), pairs in groups.items():
+        if len(pairs) > 1:
+            names.update(name for pair in pairs for name in pair)
+            lines.append(
+                f"{len(pairs)} tensor names begin with {theirs!r}, expected "
+                f"{repr(ours) if ours else 'none of that'} (got {pairs[0][0]}, expected "
+                f"{pairs[0][1]})"
+            )
+    return names, lines
+
+
+def _tail(name: str) -> str:
+    """The part of a name that wrapper models leave unchanged: from "layers" on, or two words."""
+    words = name.split(".")
+    if "layers" in words:
+        return ".".join(words[words.index("layers") :])
+    return ".".join(words[-2:])
+
+
+def _difference(stored: str, expected: str) -> tuple[str, ...]:
+    """The prefixes in which two names differ, before their common last words."""
+    ours, theirs = expected.split("."), stored.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return tuple("".join(f"{word}." for word in words) for words in (theirs, ours))

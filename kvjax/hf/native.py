@@ -1,11 +1,14 @@
 """kvjax's own layout: kvjax.json with the configuration, params/ with orbax arrays.
 
-Every layer is an orbax checkpoint of its own, so that a model can be written and read layer by
-layer.
-"""
+Every layer is an orbax checkpoint, so that a model can be written and read layer by layer."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,8 @@ from jax.sharding import SingleDeviceSharding
 import kvjax.config
 from kvjax import processes
 from kvjax.config import ModelConfig
-from kvjax.hf.json_file import read_json
-from kvjax.hf.lazy import LazyParams
-from kvjax.hf.native_fields import part_problems
+from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count, read_json, shown
+from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
@@ -36,7 +38,7 @@ def read_config(directory: Path) -> ModelConfig:
     """The configuration of a saved model.
 
     Raises:
-        ValueError: a file that is damaged or that another version of kvjax wrote.
+        ValueError: the file is damaged, or an incompatible version of kvjax wrote it.
     """
     try:
         content = read_json(directory / CONFIG)[1]
@@ -54,7 +56,7 @@ def read_config(directory: Path) -> ModelConfig:
 def read_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters, in the target dtype and where they shall lie; see `weights.read_params`.
+    """The parameters in the target dtype and shardings; see `weights.read_params`.
 
     Raises:
         ValueError: names every missing, unexpected or misshapen parameter.
@@ -65,7 +67,7 @@ def read_params(
 def open_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> LazyParams:
-    """As `read_params`, but each part is read when it is asked for, and not kept."""
+    """As `read_params`, but each access reads one part anew, and nothing is kept."""
     import orbax.checkpoint as ocp
 
     expected = param_shapes(model)
@@ -84,6 +86,7 @@ def open_params(
     if problems:
         raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
 
+    # orbax restores straight into the target dtype and sharding: no second copy on the host.
     def read(name: str) -> Any:
         targets = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
@@ -115,7 +118,7 @@ def write_part(directory: Path, name: str, part: Any) -> None:
 
 def write_config(model: Transformer, directory: Path) -> None:
     """Writes the configuration, after all parts: a directory that has it is complete."""
-    # Where the model came from means nothing elsewhere.
+    # The source directory of the model means nothing on another machine.
     config = dataclasses.replace(model.config, source="")
     content = {"version": VERSION, "model": encode(config)}
     (directory / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -161,3 +164,95 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves
     }
+
+
+COUNTS = (
+    *("vocab_size", "hidden_size", "max_position_embeddings"),
+    *("num_heads", "num_kv_heads", "head_dim", "window", "width", "num_experts", "top_k"),
+    *("latent_heads", "key_rank", "value_rank", "rank", "kv_lora_rank", "q_lora_rank"),
+    *("v_head_dim", "original_length"),
+)
+POSITIVE = (
+    *("theta", "scale", "softcap", "final_softcap"),
+    *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow"),
+)
+NAMES = {
+    "activation": tuple(dict.fromkeys(ACTIVATIONS.values())),
+    "qk_norm": ("head", "all"),
+    "rope_site": ("after_up", "before_up"),
+}
+"""Fields that name one of several ways to compute, with the valid names."""
+
+
+def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
+    """A line for each value, at any depth, with the wrong type or outside its range.
+
+    Args:
+        hint: the declared type: a dataclass of kvjax.config, or the type of one of its fields.
+        place: path of the value, which starts the line.
+    """
+    # A field such as MLPConfig | MoEConfig | None allows a value of any of its kinds.
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, dict):
+        found = [kind for kind in kinds if getattr(kind, "__name__", "") == value.get("type")]
+        if not found:
+            got = shown(value.get("type"))
+            yield f"{place} is an unknown part {got}, expected {_words(hint)}"
+            return
+        yield from _field_problems(value, found[0], place)
+    elif isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
+        entry = next(typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is tuple)
+        for index, one in enumerate(value):
+            yield from part_problems(one, entry, f"{place}[{index}]")
+    elif not any(_fits(value, kind) for kind in kinds):
+        yield f"{place} is {shown(value)}, expected {_words(hint)}"
+    elif not _in_range(name := place.rpartition(".")[2], value):
+        yield f"{place} is {shown(value)}, expected {_range(name)}"
+
+
+def _field_problems(value: dict[str, Any], cls: type, place: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for name in sorted(value.keys() - hints.keys() - {"type"}):
+        yield f"{place} has an unknown field {shown(name)}"
+    for field in dataclasses.fields(cls):
+        if field.name in value:
+            yield from part_problems(value[field.name], hints[field.name], f"{place}.{field.name}")
+        elif field.default is dataclasses.MISSING:
+            yield f"{place} has no {field.name}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON number, text, boolean or null has a type."""
+    if kind is int:
+        return TOKEN.accepts(value)
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= LARGEST_REAL
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _in_range(name: str, value: Any) -> bool:
+    if value is None:
+        return True
+    if name in COUNTS:
+        return count().accepts(value)
+    if name == "eps":
+        return 0 <= value <= 1
+    if name in NAMES:
+        return value in NAMES[name]
+    return name not in POSITIVE or value > 0
+
+
+def _range(name: str) -> str:
+    if name in NAMES:
+        return f"one of {', '.join(NAMES[name])}"
+    return "a number from 0 to 1" if name == "eps" else "a positive number"
+
+
+def _words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_words, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_words(typing.get_args(hint)[0])}"
+    return "null" if hint is types.NoneType else hint.__name__

@@ -1,9 +1,11 @@
 """Parameters from the tensors of a checkpoint, and back."""
 
+from __future__ import annotations
+
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,37 +16,51 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import processes
-from kvjax.hf.checkpoint import MAX_SHARD_BYTES, Checkpoint, scan, write
-from kvjax.hf.layout import ParamPath, Shape, Tensor, layouts, tensors
-from kvjax.hf.lazy import LazyParams
-from kvjax.hf.names import canonical, other_names
-from kvjax.hf.problems import collapsed
-from kvjax.hf.tensor_file import DTYPES, NewTensor, StoredTensor
-from kvjax.hf.tied import HEAD, embedding_from_head
+from kvjax.hf.layout import (
+    EMBEDDING,
+    HEAD,
+    ParamPath,
+    Shape,
+    Tensor,
+    canonical,
+    layouts,
+    other_names,
+    tensors,
+)
+from kvjax.hf.safetensors import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    PIECE_BYTES,
+    Checkpoint,
+    NewTensor,
+    StoredTensor,
+    collapsed,
+    scan,
+    write,
+)
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shapes
 
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
-"""Tensors that some checkpoints hold though they are no parameters."""
+"""Tensors in some checkpoints that are not parameters."""
 WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
-"""What weights may be stored in: 8-bit floats and integers mean nothing without their scales."""
-PIECE_BYTES = 4 << 20  # also what transposes fastest
+"""Dtypes that are read as weights. 8-bit floats and integers would need their scales."""
 ALIGNMENT = 64
 
 
 def read_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint, in the target dtype and where they shall lie.
+    """The parameters of a checkpoint, in the target dtype and shardings.
 
-    Headers, index and file sizes are compared with the model first. Then one parameter after the
-    other goes from the mapped file to its devices, each device's part by itself.
+    Headers, index and file sizes are compared with the model first. Then each device's part of each
+    parameter is copied from the mapped file to the device.
 
     Args:
-        shardings: as of `kvjax.sharding.param_shardings`; None for the default device.
+        shardings: from `kvjax.sharding.param_shardings`; None: the default device.
 
     Raises:
-        ValueError: names every missing, unexpected or misshapen tensor and every missing or
+        ValueError: names every missing, unexpected or misshapen tensor, and every missing or
             truncated file.
     """
     return dict(open_params(model, directory, dtype, shardings))
@@ -53,7 +69,8 @@ def read_params(
 def open_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> LazyParams:
-    """As `read_params`, but each part is read when it is asked for, and not kept."""
+    """As `read_params`, but each access reads one part anew, and nothing is kept."""
+    # Everything that can be wrong is found before the first byte of a tensor is read.
     shapes = _flat_shapes(model)
     checkpoint = scan(directory)
     expected, checkpoint = _expected(model, shapes, checkpoint)
@@ -84,7 +101,7 @@ def write_params(
 ) -> None:
     """Writes safetensors in the family's layout, in the dtype of the parameters.
 
-    Of several processes one writes, and all bring their parts of one tensor after the other.
+    One of several processes writes. All processes contribute their parts of each tensor in turn.
 
     Raises:
         ValueError: the layout cannot express the model.
@@ -106,6 +123,7 @@ def write_params(
     if processes.is_writer():
         write(directory, written, max_shard_bytes)
         return
+    # The other processes take part in the same collectives, in the same order.
     for tensor in written:
         tensor.values()
 
@@ -127,11 +145,11 @@ def _flat_shapes(model: Transformer) -> dict[ParamPath, Shape]:
 def _expected(
     model: Transformer, shapes: dict[ParamPath, Shape], checkpoint: Checkpoint
 ) -> tuple[list[Tensor], Checkpoint]:
-    """The tensors of that layout of the family which the checkpoint comes closest to.
+    """The tensors of the family's layout that fits the checkpoint best.
 
-    And the checkpoint under the layout's names, see `kvjax.hf.names`.
+    Also returns the checkpoint with the layout's names, see `kvjax.hf.layout.canonical`.
     """
-    found = []
+    found = []  # (number of tensors that are present, the layout's tensors, renamed checkpoint)
     for layout in layouts(model.config):
         expected = tensors(model.config, shapes, layout)
         known = {tensor.name for tensor in expected} | {HEAD}
@@ -144,8 +162,16 @@ def _expected(
     return expected, renamed
 
 
+def embedding_from_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Renames the output matrix to the embedding, for a tied checkpoint without an embedding."""
+    held = checkpoint.tensors
+    if HEAD not in held or EMBEDDING in held or EMBEDDING in checkpoint.lost:
+        return checkpoint
+    return checkpoint.renamed(lambda name: EMBEDDING if name == HEAD else name)
+
+
 def _compare(model: Transformer, expected: list[Tensor], checkpoint: Checkpoint) -> list[str]:
-    """What keeps the stored tensors from being those of the model."""
+    """A line for each difference between the stored tensors and the model."""
     stored, wrong, missing = checkpoint.tensors, [], []
     for tensor in expected:
         if tensor.name in stored:
@@ -204,7 +230,7 @@ def _place(
 
 
 def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An empty array that the CPU backend takes over as it is, where it would copy any other."""
+    """An uninitialized array, aligned so that jax's CPU backend uses it without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -212,13 +238,36 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(source: np.ndarray, out: np.ndarray, release: Callable[[], None]) -> None:
-    """A view of a mapped file into memory, of which never more than a piece is in both."""
+    """Copies a view of a mapped file piece by piece, and releases the pages of each piece."""
     if source.nbytes <= PIECE_BYTES:
         out[...] = source
         return
-    axis = int(np.argmax(source.strides))  # the one along which the file goes on
+    # Cut along the axis with the largest stride, so that a piece is contiguous in the file.
+    axis = int(np.argmax(source.strides))
     step = max(1, PIECE_BYTES * source.shape[axis] // source.nbytes)
     for start in range(0, source.shape[axis], step):
         piece = (slice(None),) * axis + (slice(start, start + step),)
         out[piece] = source[piece]
         release()
+
+
+class LazyParams(Mapping[str, Any]):
+    """The top level of a params dict. Each `params["layers_3"]` reads that layer from disk.
+
+    Code that works layer by layer (`kvjax.transmla.calibrate`, the conversion) then has one layer
+    in memory at a time.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Any]):
+        self._names, self._read = tuple(names), read
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32
 
+from kvjax.checks import COUNT, SHARE, SIZE, Range, check_ranges, optional
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.policies.importance import HeadScores
-from kvjax.ranges import COUNT, SHARE, SIZE, Range, check_ranges, optional
 from pallas_kernels.quantized import is_quantized
 
 SCALE_BYTES = 4

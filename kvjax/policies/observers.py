@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AttentionSpec
+from kvjax.checks import COUNT, check_ranges
 from kvjax.config import (
     AttentionConfig,
     DynamicScaling,
@@ -22,7 +23,6 @@ from kvjax.config import (
 )
 from kvjax.nn.rope import rope
 from kvjax.policies.scorers import LayerView, attention_weights, by_kv_head
-from kvjax.ranges import COUNT, check_ranges
 
 QUERY_ROWS = 64  # queries whose attention over all keys exists at a time
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvjax.cache.pool import room_bucket
+from kvjax.checks import COUNT, SIZE, Range, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout
 from kvjax.policies.budgets import (
@@ -29,7 +30,6 @@ from kvjax.policies.compression import (
     kept_tokens,
 )
 from kvjax.policies.scorers import Scorer
-from kvjax.ranges import COUNT, SIZE, Range, check_ranges
 from pallas_kernels.quantized import DTYPES
 
 RANGES = {

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
 from kvjax.cache.storage import take_rows
-from kvjax.ranges import COUNT, SHARE, SIZE, check_ranges
+from kvjax.checks import COUNT, SHARE, SIZE, check_ranges
 from pallas_kernels import dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
 

@@ -4,13 +4,13 @@ Every generator takes a numpy Generator and a vocabulary and returns an `Example
 Those of short problems, `word_problems` and `programs`, return a `Problem`: text and its judge.
 """
 
-from kvjax.answers import exact_match, rouge1_recall, token_f1
 from kvjax.tasks import families, needle, programs, repeated_spans, two_hop, word_problems
 from kvjax.tasks.perplexity import perplexity
 from kvjax.tasks.problem import Problem
 from kvjax.tasks.sets import make_examples
 from kvjax.tasks.teacher_forced import accuracy, predictions
 from kvjax.tasks.vocabulary import Vocabulary, WordVocabulary
+from kvjax.text import exact_match, rouge1_recall, token_f1
 
 __all__ = [
     "Problem",

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from kvjax.checks import not_finite
 from kvjax.nn import Transformer
-from kvjax.numerics import not_finite
 
 
 def chunk_losses(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax.checks import not_finite
 from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
 from kvjax.nn import Transformer
-from kvjax.numerics import not_finite
 
 BUCKET = 128  # lengths are rounded up to a multiple, so that few shapes compile
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
-from kvjax.encoding import ids_after
 from kvjax.tasks import words
+from kvjax.text import ids_after
 
 
 @runtime_checkable

@@ -10,13 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax.checks import COUNT, OVERFLOW, SIZE, check_params, check_ranges, token_ids
 from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
 from kvjax.feeding import next_token_losses
-from kvjax.finite import OVERFLOW, check_params
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import output_params
-from kvjax.ranges import COUNT, SIZE, check_ranges
-from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats, embed
 from kvjax.transmla.latent_layer import LatentLayer, over_heads

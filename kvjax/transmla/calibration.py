@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax.checks import OVERFLOW, check_finite, check_params, first_not_finite, token_ids
 from kvjax.config import GQAConfig
-from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.identity import identity
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, block_kind, embed_tokens
 from kvjax.paths import local_path
-from kvjax.token_ids import token_ids
 from kvjax.transmla.layer import (
     Heads,
     attention_input,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvjax.finite import CONVERTED, check_finite, check_params
+from kvjax.checks import CONVERTED, check_finite, check_params
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.sharding import mesh_of, place_params

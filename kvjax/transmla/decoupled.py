@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax.checks import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
-from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, block_kind
 from kvjax.transmla.calibration import (

@@ -12,10 +12,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from kvjax.finite import check_finite, check_params
+from kvjax.checks import COUNT, POSITIVE, SEED, SIZE, check_finite, check_params, check_ranges
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, block_kind
-from kvjax.ranges import COUNT, POSITIVE, SEED, SIZE, check_ranges
 from kvjax.transmla.calibration import Stats, embed
 from kvjax.transmla.decoupled import output_target, replay
 from kvjax.transmla.layer import attention_output

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.checks import rounded
 from kvjax.config import EqualCacheConfig, GQAConfig
-from kvjax.finite import rounded
 from kvjax.nn import Transformer
 from kvjax.transmla.factors import Factors, check_factors, commutes_with_rope, is_selector
 from kvjax.transmla.inits import INITS, Init, resolve_init

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from kvjax.checks import rounded
 from kvjax.config import DecoupledConfig, GQAConfig, MLAConfig, RopeConfig
-from kvjax.finite import rounded
 from kvjax.transmla.low_rank import LowRank
 from kvjax.transmla.rotary import RotarySplit
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Complex, Float
 
+from kvjax.checks import SIZE, check_ranges
 from kvjax.config import GQAConfig
 from kvjax.nn.rope import frequencies
-from kvjax.ranges import SIZE, check_ranges
 from kvjax.transmla import low_rank, rotary
 from kvjax.transmla.calibration import LayerStats
 from kvjax.transmla.latent_layer import LatentLayer, assemble

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvjax.checks import COUNT, Range, check_finite, check_ranges, optional, token_ids
 from kvjax.config import GQAConfig
-from kvjax.finite import check_finite
 from kvjax.nn import Transformer
-from kvjax.ranges import COUNT, Range, check_ranges, optional
-from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
 from kvjax.transmla.layer import gqa_layers

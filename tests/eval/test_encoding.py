@@ -10,8 +10,7 @@ from eval import teacher
 from eval.encoding import encode
 from eval.task import Item, Task, TaskOptions
 from eval.tasks import ruler
-from kvjax.encoding import end_ids
-from kvjax.text import added_text
+from kvjax.text import added_text, end_ids
 
 WORDS = toys.VOCAB.tokens[10:110]
 

@@ -19,8 +19,8 @@ from eval.sandbox.runner import run_many
 from eval.settings import Settings
 from eval.task import TaskOptions
 from eval.tasks import humaneval, mbpp
-from kvjax.encoding import ids_after
 from kvjax.generation import Generation
+from kvjax.text import ids_after
 
 TIMEOUT = 60
 

@@ -10,7 +10,7 @@ from tokenizer_toys import CHAT, sentencepiece
 
 from eval.continuations import compressed, dense
 from eval.loaded import resolve_all
-from kvjax.encoding import ids_after
+from kvjax.text import ids_after
 
 TASK = """
 task: toy_choice

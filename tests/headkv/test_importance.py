@@ -9,13 +9,13 @@ from numpy_model import forward
 from toys import random_params
 
 from kvjax import transmla
-from kvjax.answers import rouge1_recall, token_f1
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv.examples import make_batch
 from kvjax.headkv.measure import ESTIMATORS, answer_loss, loss_gradient, score_examples
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores, spearman, split_half
+from kvjax.text import rouge1_recall, token_f1
 
 ATTENTION = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 VOCAB = 7

@@ -14,11 +14,8 @@ from toys import forward, random_params
 import kvjax
 from kvjax.commands.convert import EqualCacheSettings, convert_to_equal_cache
 from kvjax.hf import open_params, read_model
-from kvjax.hf.checkpoint import scan
-from kvjax.hf.config import config_from_hf
-from kvjax.hf.problems import collapsed
-from kvjax.hf.tensor_file import NewTensor, write_file
-from kvjax.hf.tied import matching
+from kvjax.hf.config import config_from_hf, matching
+from kvjax.hf.safetensors import NewTensor, collapsed, scan, write_file
 from kvjax.nn import Transformer
 
 RAW = {

@@ -15,9 +15,16 @@ from toys import random_params
 import kvjax
 from kvjax.config import EqualCacheConfig
 from kvjax.hf import weights
-from kvjax.hf.checkpoint import Checkpoint, scan
 from kvjax.hf.config import config_from_hf
-from kvjax.hf.tensor_file import DTYPES, NewTensor, map_file, read_header, write_file
+from kvjax.hf.safetensors import (
+    DTYPES,
+    Checkpoint,
+    NewTensor,
+    map_file,
+    read_header,
+    scan,
+    write_file,
+)
 from kvjax.nn import Transformer
 
 RAW = {

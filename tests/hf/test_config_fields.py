@@ -13,8 +13,7 @@ from kvjax.config import EqualCacheConfig, GQAConfig, YarnScaling
 from kvjax.hf import read_model, read_shape
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.families import FAMILIES
-from kvjax.hf.native import encode
-from kvjax.hf.native_fields import part_problems
+from kvjax.hf.native import encode, part_problems
 from kvjax.hf.source import BUILTIN_DIRECTORY
 from kvjax.nn import Transformer
 

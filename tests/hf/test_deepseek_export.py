@@ -25,9 +25,8 @@ from kvjax.config import (
     SelectedPairs,
 )
 from kvjax.hf import latent_rms
-from kvjax.hf.deepseek import to_deepseek
-from kvjax.hf.deepseek.norm import calibrated, neutral
-from kvjax.hf.deepseek.rope import shared_rope
+from kvjax.hf.deepseek.config import shared_rope
+from kvjax.hf.deepseek.export import calibrated, neutral, to_deepseek
 from kvjax.nn import Transformer
 
 pytest.importorskip("torch")

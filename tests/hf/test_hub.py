@@ -24,9 +24,10 @@ import kvjax
 import kvjax.cli
 import train.__main__
 from kvjax.commands.checkpoints import describe
-from kvjax.hf import hub, layout_of, open_params, read_model, read_shape, stored_tensors
-from kvjax.hf.checkpoint import INDEX, SINGLE
+from kvjax.hf import layout_of, open_params, read_model, read_shape, stored_tensors
 from kvjax.hf.config import config_from_hf
+from kvjax.hf.safetensors import INDEX, SINGLE
+from kvjax.hf.source import hub_files, hub_weights
 from kvjax.nn import Transformer
 from kvjax.policies.importance import default_scores
 
@@ -175,7 +176,7 @@ def test_a_single_file(fake, small, source, repository):
 
 def test_a_single_file_beside_an_index_is_enough(fake, small, source, repository):
     shutil.copy(source / SINGLE, repository)
-    assert hub.weights(ID, hub.look(ID)) == fake.cache
+    assert hub_weights(ID, hub_files(ID)) == fake.cache
     assert fake.fetched == small | {SINGLE, INDEX}
 
 
@@ -364,7 +365,7 @@ def test_one_commit_is_read(fake, monkeypatch, tmp_path, repository):
     """A commit between the look and the weights: config and weights are both of the new one."""
     raw = json.loads((repository / "config.json").read_text()) | {"num_hidden_layers": 1}
     model = Transformer(config_from_hf(raw))
-    look = hub.look
+    look = hub_files
 
     def then_commit(name):
         directory = look(name)
@@ -373,7 +374,7 @@ def test_one_commit_is_read(fake, monkeypatch, tmp_path, repository):
         fake.cache = tmp_path / "next"
         return directory
 
-    monkeypatch.setattr(hub, "look", then_commit)
+    monkeypatch.setattr("kvjax.hf.source.hub_files", then_commit)
     loaded, params = kvjax.load(ID)
     assert loaded.config.num_layers == 1 and "layers_1" not in params
     assert loaded.config.source == str(tmp_path / "next")

@@ -13,8 +13,8 @@ import pytest
 import kvjax
 from kvjax.commands.checkpoints import export_checkpoint
 from kvjax.hf import check_export
-from kvjax.hf.companions import copy_companions
-from kvjax.hf.deepseek.stock import stock_tensors
+from kvjax.hf.deepseek.checks import stock_tensors
+from kvjax.hf.save import copy_companions
 from kvjax.nn import Transformer
 from kvjax.tasks.tokenizer import to_transformers
 from kvjax.tasks.vocabulary import WordVocabulary

@@ -16,7 +16,7 @@ from toys import random_params
 import kvjax
 from kvjax.commands import convert
 from kvjax.hf import config_from_hf, native, open_params
-from kvjax.hf.lazy import LazyParams
+from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer
 from kvjax.transmla import calibrate
 

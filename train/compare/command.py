@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kvjax.checks import COUNT, check_ranges
 from kvjax.paths import local_path
-from kvjax.ranges import COUNT, check_ranges
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 
 
@@ -57,7 +57,7 @@ def check_folder(config: CompareConfig, out: Path) -> None:
         ValueError: they differ, or the model's weights do.
     """
     from kvjax.hf import open_params, read_model
-    from kvjax.hf.json_file import read_json
+    from kvjax.hf.fields import read_json
     from kvjax.identity import identity
 
     model, params = read_model(config.model), open_params(config.model, "float32")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from kvjax import transmla
+from kvjax.checks import COUNT, POSITIVE, SHARE, Range, out_of_range
 from kvjax.config import RopeConfig
 from kvjax.nn import Transformer
-from kvjax.ranges import COUNT, POSITIVE, SHARE, Range, out_of_range
 from kvjax.tasks.families import FAMILIES
 from kvjax.transmla.factors import Factors
 from kvjax.transmla.inits import Init, identity

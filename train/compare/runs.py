@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax.finite import check_finite
+from kvjax.checks import check_finite
 from kvjax.tasks.families import problems
 from kvjax.tasks.problem import Problem
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvjax.ranges import COUNT, POSITIVE, SEED, Range, optional, out_of_range
+from kvjax.checks import COUNT, POSITIVE, SEED, Range, optional, out_of_range
 from train.data.formats import FORMATS
 
 TEMPLATES = ("auto", "chat")

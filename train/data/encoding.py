@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from kvjax.encoding import ids_after
+from kvjax.text import ids_after
 from train.data.formats import read_messages
 from train.data.templates import Piece, chat_pieces, prompt_pieces, uses_chat_template
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from kvjax.finite import check_finite
+from kvjax.checks import check_finite
 from train.finetune.step import TuneState
 
 FOLDER = "checkpoints"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvjax.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, optional, out_of_range
 from kvjax.paths import local_path
-from kvjax.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, optional, out_of_range
 from kvjax.sharding import parse_mesh
 from train.data import DataConfig, SourceConfig
 from train.data import config as data_config

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax import processes
-from kvjax.finite import first_not_finite
+from kvjax.checks import first_not_finite
 from train import log
 from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig

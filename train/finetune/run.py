@@ -13,10 +13,10 @@ import jax
 
 import kvjax
 from kvjax import processes
-from kvjax.hf.json_file import read_json
+from kvjax.checks import COUNT, check_ranges, optional
+from kvjax.hf.fields import read_json
 from kvjax.identity import part_checksum
 from kvjax.paths import local_path
-from kvjax.ranges import COUNT, check_ranges, optional
 from train import log
 from train.data import check_documents, count_batches, make_loader
 from train.finetune.checkpoints import Checkpoints

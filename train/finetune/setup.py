@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import kvjax
 from kvjax import processes
-from kvjax.finite import check_finite
+from kvjax.checks import check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, parse_mesh

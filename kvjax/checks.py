@@ -1,0 +1,267 @@
+"""Checks of what comes in: numbers of settings, token ids, and arrays and logits without NaN."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from kvjax.cache import NoCache
+from kvjax.nn import Transformer
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers between two bounds. True and False do not count as numbers.
+
+    Attributes:
+        least, most: inclusive bounds.
+        above, below: exclusive bounds.
+        whole: integers only.
+        optional: None is allowed too.
+    """
+
+    least: int | float = -math.inf
+    most: int | float = math.inf
+    above: int | float = -math.inf
+    below: int | float = math.inf
+    whole: bool = False
+    optional: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` is such a number.
+
+        Devices compute in float32: 1 − 1e-9 rounds to 1 and is not below 1; 1e39 is infinite.
+        """
+        if value is None:
+            return self.optional
+        number = _integer(value) if self.whole else _float32(value)
+        if number is None or (isinstance(number, float) and not math.isfinite(number)):
+            return False
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a finite number"
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"{kind} from {self.least} to {self.most}"
+        named = (
+            ("of at least", self.least),
+            ("above", self.above),
+            ("of at most", self.most),
+            ("below", self.below),
+        )
+        bounds = [f"{name} {bound}" for name, bound in named if math.isfinite(bound)]
+        return f"{kind} {' and '.join(bounds)}" if bounds else kind
+
+
+COUNT = Range(least=1, most=2**31 - 1, whole=True)
+"""How many of something there are."""
+SIZE = Range(least=0, most=2**31 - 1, whole=True)
+"""How many of something there are, or none."""
+SEED = Range(least=0, most=2**63 - 1, whole=True)
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(least=0)
+SHARE = Range(least=0, most=1)
+
+
+def optional(allowed: Range) -> Range:
+    """The same numbers, or None."""
+    return Range(**{**vars(allowed), "optional": True})
+
+
+def out_of_range(
+    values: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = ""
+) -> list[str]:
+    """A sentence about each setting whose value is outside its range.
+
+    Args:
+        values: settings by name, such as `vars` of a dataclass. Only names in `ranges` are checked.
+        prefix: put before each name in the sentences.
+    """
+    return [
+        f"{prefix}{name} is {_shown(values[name])}, expected {allowed}"
+        for name, allowed in ranges.items()
+        if not allowed.holds(values[name])
+    ]
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raises ValueError that names all settings out of their range; see `out_of_range`."""
+    problems = out_of_range(values, ranges)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _float32(value: Any) -> float | None:
+    # Arrays of one number pass too: settings may come from numpy or jax.
+    scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+    if not scalar or isinstance(value, bool | np.bool_):
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(float(value)))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    """The value; with a hint where YAML took a number for a text, and where float32 rounds it."""
+    if isinstance(value, str):
+        number = _from_text(value)
+        hint = "" if number is None else f" (a text: YAML reads a number as in {number:.1e})"
+        return f"{value[:40]!r}{hint}"
+    number = _float32(value) if isinstance(value, float) else None
+    rounded = number in (0.0, 1.0, math.inf, -math.inf) and number != value
+    return f"{value} ({number} in float32)" if rounded else f"{value}"[:40]
+
+
+def _from_text(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def token_ids(values: Any, vocab_size: int, name: str) -> Int32[np.ndarray, "*shape"]:
+    """Checked token ids as int32, in the shape of `values`.
+
+    Args:
+        values: an array, or lists of equal lengths.
+        vocab_size: V; ids are 0 to V − 1.
+        name: where the ids come from, such as "calibration"; starts the error.
+
+    Raises:
+        ValueError: there are no ids, their dtype is not an integer, or an id is outside the
+            vocabulary.
+    """
+    # A device clamps an id without an embedding row to the last row and raises nothing, so the ids
+    # are checked on the host, before the cast to int32 can wrap them.
+    try:
+        ids = np.asarray(values)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name}: got ids of no one shape, expected an array of them") from None
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name}: got {ids.dtype} {ids.shape}, expected token ids, integers")
+    if ids.size == 0:
+        raise ValueError(f"{name}: got no token ids, shape {ids.shape}, expected at least one")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"{name}: got token ids from {ids.min()} to {ids.max()}, expected 0 to "
+            f"{vocab_size - 1}, the model's vocabulary"
+        )
+    return ids.astype(np.int32)
+
+
+def first_not_finite(tree: Any, prefix: str = "") -> str | None:
+    """The name of the first array that holds NaN or infinity; None where all are finite.
+
+    Args:
+        tree: arrays on the host or on devices. Integer arrays are skipped.
+        prefix: put before the name, such as "layers_0/".
+    """
+    found = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    # One jitted call for arrays on devices; numpy for host arrays, which may be memory-mapped.
+    on_host = all(isinstance(leaf, np.ndarray) for _, leaf in found)
+    leaves = [leaf for _, leaf in found]
+    finite = [np.isfinite(leaf).all() for leaf in leaves] if on_host else _all_finite(leaves)
+    broken = [name for (name, _), good in zip(found, finite, strict=True) if not bool(good)]
+    return f"{prefix}{broken[0]}".rstrip("/") if broken else None
+
+
+def check_finite(tree: Any, prefix: str = "", reason: str = "") -> None:
+    """Refuses arrays that hold NaN or infinity.
+
+    Args:
+        tree, prefix: see `first_not_finite`.
+        reason: a likely cause, appended to the error.
+
+    Raises:
+        ValueError: names the first of these arrays.
+    """
+    name = first_not_finite(tree, prefix)
+    if name is not None:
+        raise ValueError(f"{name} has NaN or infinite values, expected finite ones{reason}")
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    """`check_finite` of a model's parameters, part by part, because parts may be read lazily.
+
+    Raises:
+        ValueError: names the first parameter that holds NaN or infinity.
+    """
+    for name in params:
+        check_finite({name: params[name]})
+
+
+def rounded(x: np.ndarray, dtype: Any) -> jax.Array:
+    """An array cast to a smaller dtype. Overflow gives infinity, without numpy's warning."""
+    with np.errstate(over="ignore"):
+        return jnp.asarray(x.astype(dtype))
+
+
+CONVERTED = " after the conversion: it overflows the dtype, or its fits diverge"
+OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 65504"
+"""The usual cause of logits that are not finite."""
+
+
+@jax.jit
+def _all_finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+Ids = Sequence[int] | np.ndarray
+
+
+def not_finite(what: str, model: Transformer, params: Any, tokens: Ids) -> ValueError:
+    """The error for results that are NaN or infinite.
+
+    Args:
+        what: the result, in the plural: "the logits of prompt 3".
+        tokens: ids that the model reads again, layer by layer, to find where the numbers overflow.
+    """
+    return ValueError(f"{what} are not finite: {explain(model, params, tokens)}")
+
+
+def explain(model: Transformer, params: Any, tokens: Ids) -> str:
+    """Names the first parameter with NaN or infinity, otherwise the first layer that overflows.
+
+    In float16 a residual stream above 65504 becomes infinite, and NaN after the next norm.
+    """
+    dtype = params["embedding"].dtype.name
+    advice = "; load the model as bfloat16 or float32" if dtype == "float16" else ""
+    for name in params:
+        broken = first_not_finite(params[name], f"{name}/")
+        if broken is not None:
+            return f"{broken} has NaN or infinity in {dtype}{advice}"
+    ids = jnp.asarray(np.asarray(tokens, np.int32)[None])
+    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    lengths = jnp.full((1,), ids.shape[1], jnp.int32)
+    x: Any = model.apply({"params": params}, ids, method="embed")
+    for index, layer in enumerate(model.config.layers):
+        args = (index, x, positions, NoCache(), lengths)
+        x = model.apply({"params": params}, *args, method="layer")[0]
+        if first_not_finite(x) is not None:
+            kind = type(layer.attention).__name__.removesuffix("Config")
+            return f"{dtype} overflows in layer {index} ({kind}){advice}"
+    return f"{dtype} overflows in the output logits, or in what was decoded{advice}"
