@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from pallas_kernels import reference, xla
-from pallas_kernels.dispatch import check_name, kernel
+from pallas_kernels.dispatch import check_name, kernel, scheduler
 from pallas_kernels.plan import WorkList
-from pallas_kernels.quantized import Entries, from_bits
+from pallas_kernels.quantized import Entries, from_bits, is_quantized
 from pallas_kernels.reference import NEG_INF
 from pallas_kernels.segments import Newer, Segments
 
@@ -185,6 +186,48 @@ def _of_each_sequence(table: Any, name: str, pool: tuple[int, int]) -> jax.Array
         f"{name} is {shape}, expected (KV heads,) or ({B}, KV heads)",
     )
     return jnp.broadcast_to(_int32(table, name, rows), (B, shape[-1]))
+
+
+def schedule(
+    starts: Int[Array, "L B K"],
+    lengths: Int[Array, "L B K"],
+    *,
+    queries_per_head: int,
+    k_pool: Any,
+    v_pool: Any,
+    align: int = 8,
+    span: int | None = None,
+    implementation: str = "auto",
+) -> WorkList | None:
+    """The work lists of `ragged_gqa_decode` for all layers of a decode step.
+
+    Args:
+        starts, lengths: of the segments of L layers in pools of the same shape.
+        queries_per_head: query heads of a KV head.
+        k_pool, v_pool: [B, P, H] a layer's pools, or their shapes and dtypes.
+        align, span, implementation: as in `ragged_gqa_decode`; `span` bounds every layer.
+
+    Returns:
+        Arrays whose first axis is that of the layers: `jax.tree.map(lambda x: x[layer], …)` is what
+        `ragged_gqa_decode` takes as `schedule`. None where XLA serves, which needs none.
+
+    Raises:
+        NotImplementedError: the named implementation cannot serve these arguments.
+    """
+    (B, P, H), K = k_pool.shape, starts.shape[2]
+    dtype = jnp.bfloat16 if is_quantized(k_pool.dtype) else k_pool.dtype
+    q = jax.ShapeDtypeStruct((B, K * queries_per_head, H), dtype)
+    shape = jax.ShapeDtypeStruct((B, K), jnp.int32)
+    operands = q, k_pool, v_pool, Segments(shape, shape, align, span), None
+    work_list = scheduler(implementation, *operands)
+    if work_list is None:
+        return None
+
+    def of_layer(starts: jax.Array, lengths: jax.Array) -> WorkList:
+        segments = Segments(starts, lengths, align, span)
+        return work_list(segments, jnp.clip(lengths, 0, segments.room(P)), queries_per_head, P)
+
+    return jax.vmap(of_layer)(starts, lengths)
 
 
 def mla_decode(

@@ -1,20 +1,21 @@
-"""Which implementation serves: the platform's kernel, or XLA."""
+"""Which implementation serves, the platform's kernel or XLA, and with which block sizes."""
 
 import functools
 import importlib
+import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels import tuning
 from pallas_kernels.gpu import limits as gpu_limits
 from pallas_kernels.tpu import limits as tpu_limits
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_gpu")
-MODULES = {"gqa_decode": "gqa", "ragged_gqa_decode": "ragged", "mla_decode": "mla"}
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 LIMITS: dict[str, Any] = {"tpu": tpu_limits, "gpu": gpu_limits}
 
@@ -82,15 +83,15 @@ def kernel(implementation: str, operation: str, *operands: Any) -> Callable | No
     return _function(operation, implementation, operation, operands)
 
 
-def scheduler(implementation: str, operation: str, *operands: Any) -> Callable | None:
-    """What makes the kernel's work list, with the same sizes; as `kernel`."""
-    return _function("work_list", implementation, operation, operands)
+def scheduler(implementation: str, *operands: Any) -> Callable | None:
+    """What makes the work list of `ragged_gqa_decode`, with the kernel's sizes; as `kernel`."""
+    return _function("ragged_work_list", implementation, "ragged_gqa_decode", operands)
 
 
 def _function(
     function: str, implementation: str, operation: str, operands: tuple[Any, ...]
 ) -> Callable | None:
-    """A function of the module that has the operation's kernel; see `kernel`.
+    """A function of the platform's `operations`; see `kernel`.
 
     Pallas is imported only by those who run it. Where "auto" leaves an operation to XLA on a
     platform that has kernels, a warning says why, once a process.
@@ -111,7 +112,7 @@ def _function(
             reason = _reason(operation, on, operands)
         if reason is not None:
             raise NotImplementedError(f"{operation} with {implementation}: {reason}")
-    module = importlib.import_module(f"pallas_kernels.{on.platform}.{MODULES[operation]}")
+    module = importlib.import_module(f"pallas_kernels.{on.platform}.operations")
     return functools.partial(getattr(module, function), **_sizes(operation, on))
 
 
@@ -123,7 +124,7 @@ def check_name(implementation: str) -> None:
 
 
 def _sizes(operation: str, on: Target) -> dict[str, int]:
-    return tuning.sizes(on.platform, operation, on.device_kind, on.cores)
+    return sizes(on.platform, operation, on.device_kind, on.cores)
 
 
 def _reason(operation: str, on: Target, operands: tuple[Any, ...]) -> str | None:
@@ -147,3 +148,40 @@ def _warn(operation: str, reason: str) -> None:
         RuntimeWarning,
         stacklevel=5,
     )
+
+
+# Part of jit's cache key, so that a function traced with other sizes is traced again.
+_CHOSEN = jax.make_user_context(default_value=())
+
+
+@contextmanager
+def using(**sizes: int) -> Iterator[None]:
+    """Traces take these sizes instead of the tables': for measurements and tests."""
+    with _CHOSEN(tuple(sorted(sizes.items()))):
+        yield
+
+
+def sizes(
+    platform: str, operation: str, device_kind: str, cores: int | None = None
+) -> dict[str, int]:
+    """The sizes that the operation's kernel takes as arguments.
+
+    Args:
+        platform: "tpu" or "gpu", the table.
+        operation: a public function's name.
+        device_kind: as jax names it, such as "TPU v5 lite".
+        cores: of the device. A GPU's kernel has a share for each; the table's number is for
+            devices that don't tell.
+    """
+    tables = table(platform)
+    found = tables["default"][operation]
+    if platform == "gpu" and cores is not None and cores > 1:
+        found = found | {"shares": cores}
+    found = found | tables.get(device_kind, {}).get(operation, {})
+    return found | {name: size for name, size in _CHOSEN.value if name in found}
+
+
+@functools.cache
+def table(platform: str) -> dict[str, Any]:
+    """{device kind: {operation: {size: number}}}; the kind "default" is complete."""
+    return json.loads((files("pallas_kernels") / "tables" / f"{platform}.json").read_text())

@@ -2,8 +2,7 @@
 
 Segments (the slots of a sequence, the rows of a head) differ in length; a grid over (segment,
 block) would spend steps on blocks beyond their ends. The list names the live blocks only, one
-after the other, and a share of it is a share of the bytes, whatever the segments are. `schedule`
-makes the lists of all layers of a decode step at once.
+after the other, and a share of it is a share of the bytes, whatever the segments are.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
-from pallas_kernels.combine import merge
-from pallas_kernels.quantized import is_quantized
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.reference import NEG_INF
-from pallas_kernels.segments import Segments
 
 COMPARED = 2**20
 """Segments times pieces up to which comparing all of them costs a TPU less than a binary search,
@@ -102,43 +98,99 @@ def combine(
     return total
 
 
-def schedule(
-    starts: Int[Array, "L B K"],
-    lengths: Int[Array, "L B K"],
-    *,
-    queries_per_head: int,
-    k_pool: Any,
-    v_pool: Any,
-    align: int = 8,
-    span: int | None = None,
-    implementation: str = "auto",
-) -> WorkList | None:
-    """The work lists of `ragged_gqa_decode` for all layers of a decode step.
+def merge(
+    a: tuple[Float[Array, "*B H"], Float[Array, "*B"]],
+    b: tuple[Float[Array, "*B H"], Float[Array, "*B"]],
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of attention over both sets of keys, from the (out, lse) of each, all fp32.
+
+    A set without live keys has lse −1e30 and counts for nothing.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    top = jnp.maximum(lse_a, lse_b)
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    total = weight_a + weight_b
+    out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
+    return out, top + jnp.log(total)
+
+
+def exchange(
+    out: Float[Array, "..."], lse: Float[Array, "..."], mesh_axis: str, axis: int
+) -> Float[Array, "..."]:
+    """Under `jax.shard_map`: results of all heads over each device's keys, to results of each
+    device's heads over all keys. One all-to-all.
 
     Args:
-        starts, lengths: of the segments of L layers in pools of the same shape.
-        queries_per_head: query heads of a KV head.
-        k_pool, v_pool: [B, P, H] a layer's pools, or their shapes and dtypes.
-        align, span, implementation: as in `ragged_gqa_decode`; `span` bounds every layer.
+        out, lse: [..., N, ..., H] and [..., N, ...].
+        mesh_axis: whose devices hold disjoint sets of keys.
+        axis: of the heads.
 
     Returns:
-        Arrays whose first axis is that of the layers: `jax.tree.map(lambda x: x[layer], …)` is what
-        `ragged_gqa_decode` takes as `schedule`. None where XLA serves, which needs none.
-
-    Raises:
-        NotImplementedError: the named implementation cannot serve these arguments.
+        out, fp32, of this device's N / devices heads.
     """
-    (B, P, H), K = k_pool.shape, starts.shape[2]
-    dtype = jnp.bfloat16 if is_quantized(k_pool.dtype) else k_pool.dtype
-    q = jax.ShapeDtypeStruct((B, K * queries_per_head, H), dtype)
-    shape = jax.ShapeDtypeStruct((B, K), jnp.int32)
-    operands = q, k_pool, v_pool, Segments(shape, shape, align, span), None
-    work_list = dispatch.scheduler(implementation, "ragged_gqa_decode", *operands)
-    if work_list is None:
-        return None
+    both = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
+    parts = jax.lax.all_to_all(both[None], mesh_axis, axis + 1, 0, tiled=True)
+    out, lse = parts[..., :-1], parts[..., -1]
+    weight = jnp.exp(lse - jnp.max(lse, axis=0, keepdims=True))
+    return jnp.sum(out * weight[..., None], axis=0) / jnp.sum(weight, axis=0)[..., None]
 
-    def of_layer(starts: jax.Array, lengths: jax.Array) -> WorkList:
-        segments = Segments(starts, lengths, align, span)
-        return work_list(segments, jnp.clip(lengths, 0, segments.room(P)), queries_per_head, P)
 
-    return jax.vmap(of_layer)(starts, lengths)
+class Operands(NamedTuple):
+    """The arrays that a kernel reads; refs inside of the kernel.
+
+    Attributes:
+        queries: a tuple of arrays [·, X], whose logits with the keys are summed.
+        keys: a tuple of arrays [·, rows, X], one for each of the queries.
+        own_values: [·, rows, Y]; None where the first of the keys serve as values too (MLA).
+        key_scales: a tuple of [·, rows] fp32, or of None for keys that are not quantized.
+        own_value_scale: likewise for `own_values`.
+        visible: [·, rows] fp32, 0 for rows that a mask hides; None: no mask.
+    """
+
+    queries: Any
+    keys: Any
+    own_values: Any
+    key_scales: Any
+    own_value_scale: Any
+    visible: Any
+
+    @classmethod
+    def of(
+        cls, queries: tuple[Any, ...], keys: tuple[Any, ...], values: Any, visible: Any = None
+    ) -> "Operands":
+        """Takes entries apart into values and scales; shapes serve as well as arrays.
+
+        Args:
+            values: None where the first of the keys serve as values too.
+        """
+        parts = [_split(x) for x in keys]
+        own_values, own_value_scale = _split(values)
+        key_arrays, key_scales = (tuple(part[i] for part in parts) for i in (0, 1))
+        return cls(queries, key_arrays, own_values, key_scales, own_value_scale, visible)
+
+    @property
+    def values(self) -> Any:
+        """The array that the weights are multiplied with."""
+        return self.keys[0] if self.own_values is None else self.own_values
+
+    @property
+    def value_scale(self) -> Any:
+        """The scales of `values`; None where they are not quantized."""
+        return self.key_scales[0] if self.own_values is None else self.own_value_scale
+
+    @property
+    def entries(self) -> list[Any]:
+        """Every array of keys or values, once."""
+        return [*self.keys, *([] if self.own_values is None else [self.own_values])]
+
+    @property
+    def per_row(self) -> list[Any]:
+        """Every array with a number for each row: scales and the mask."""
+        rows = (*self.key_scales, self.own_value_scale, self.visible)
+        return [row for row in rows if row is not None]
+
+
+def _split(entries: Any) -> tuple[Any, Any]:
+    if isinstance(entries, Quantized):
+        return entries.values, entries.scale
+    return entries, None

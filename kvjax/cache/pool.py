@@ -17,7 +17,7 @@ from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
 from kvjax.cache.entries import empty_pool
 from kvjax.cache.prompt import last_queries
 from pallas_kernels import ragged_gqa_decode
-from pallas_kernels.combine import merge
+from pallas_kernels.plan import merge
 from pallas_kernels.segments import Newer, Segments
 from pallas_kernels.xla import attend
 

@@ -25,7 +25,7 @@ from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.prompt import PromptCache
 from kvjax.cache.slots import slot_tile
 from kvjax.mesh import Layout
-from pallas_kernels.combine import exchange
+from pallas_kernels.plan import exchange
 
 
 @functools.singledispatch

@@ -11,52 +11,21 @@ ragged ones as many entries in a dense cache ("dense").
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.bench.baselines import baselines
-from pallas_kernels.bench.cases import Case, gqa_case, mla_case, ragged_case
-from pallas_kernels.bench.optional import optional_baselines
-from pallas_kernels.bench.shapes import GQA, MLA
-from pallas_kernels.bench.timing import copier, in_turns
-from pallas_kernels.bench.tune import tune, write
+from pallas_kernels.bench.baselines import optional_baselines
+from pallas_kernels.bench.cases import GQA, MLA, gqa_case, mla_case, ragged_case
+from pallas_kernels.bench.measure import Row, measure, tune, write
 
 TABLES = Path(__file__).parents[1] / "tables"
 OPERATIONS = ("gqa_decode", "ragged_gqa_decode", "mla_decode")
-
-
-@dataclass
-class Row:
-    """One implementation of one case.
-
-    Attributes:
-        seconds: of single calls; their median is what the other numbers come from.
-        of_copy: bytes of live entries a second over those that a copy moves, 0 … 1.
-        flops_per_s: of the products with the entries.
-        times_xla: the "xla" implementation's time over this one's.
-    """
-
-    operation: str
-    model: str
-    batch: int
-    context: int
-    dtype: str
-    budgets: str
-    implementation: str
-    median: float
-    live_bytes: int
-    of_copy: float
-    flops_per_s: float
-    times_xla: float
-    seconds: list[float]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(found, indent=1))
         return 0
     absent: dict[str, str] = {}
-    rows = [row for case in cases(args) for row in measure(case, args, on.platform, absent)]
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rows: list[Row] = []
+    for case in cases(args):
+        others, missing = optional_baselines(case, on.platform)
+        absent |= missing
+        found, bandwidth = measure(case, others, args.copy_mib * 2**20, args.repeats, clock)
+        for row in found:
+            print(line(row, bandwidth), flush=True)
+        rows += found
     for name, reason in absent.items():
         print(f"without {name}: {reason}")
     if args.json:
@@ -111,58 +88,6 @@ def cases(args: argparse.Namespace):
                         yield gqa_case(*size)
                     if model in GQA and "ragged_gqa_decode" in args.operations:
                         yield from (ragged_case(*size, kind) for kind in ("uniform", "skewed"))
-
-
-def measure(
-    case: Case, args: argparse.Namespace, platform: str, absent: dict[str, str]
-) -> list[Row]:
-    """All implementations of a case and the copy, in turns; what is missing goes to `absent`."""
-    copy, copied = copier(args.copy_mib * 2**20)
-    others, missing = optional_baselines(case, platform)
-    absent |= missing
-    runs = {**implementations(case), **baselines(case), **others}
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    seconds = in_turns({"copy": copy, **runs}, args.repeats, clock)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    bandwidth = copied / medians["copy"]
-    rows = [
-        Row(
-            case.operation,
-            case.model,
-            case.batch,
-            case.context,
-            case.dtype,
-            case.budgets,
-            name,
-            medians[name],
-            case.live_bytes,
-            case.live_bytes / medians[name] / bandwidth,
-            case.flops / medians[name],
-            medians["xla"] / medians[name],
-            seconds[name],
-        )
-        for name in runs
-    ]
-    for row in rows:
-        print(line(row, bandwidth), flush=True)
-    return rows
-
-
-def implementations(case: Case) -> dict[str, Callable[[], Any]]:
-    """Those that serve the case here; "xla" always does."""
-
-    def compiled(name: str) -> Callable[[], Any]:
-        run = jax.jit(lambda *arguments: case.run(*arguments, implementation=name))
-        jax.eval_shape(run, *case.arguments)
-        return lambda: run(*case.arguments)
-
-    found = {"xla": compiled("xla")}
-    for name in dispatch.PLATFORMS:
-        try:
-            found[name] = compiled(name)
-        except NotImplementedError:
-            continue
-    return found
 
 
 def line(row: Row, bandwidth: float) -> str:

@@ -9,8 +9,39 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.quantized import Entries, is_quantized, quantize, to_bits
+
+
+class Gqa(NamedTuple):
+    """Query heads, KV heads, head dim."""
+
+    N: int
+    K: int
+    H: int
+
+
+class Mla(NamedTuple):
+    """Query heads, latent rank, rope dim."""
+
+    N: int
+    L: int
+    R: int
+
+
+GQA = {
+    "llama-3-8b": Gqa(32, 8, 128),
+    "qwen2.5-7b": Gqa(28, 4, 128),
+    "llama-2-7b": Gqa(32, 32, 128),
+    "needle": Gqa(8, 4, 32),
+}
+"""Grouped-query attention; "needle" is the embedded model."""
+
+MLA = {
+    "deepseek-v3": Mla(128, 512, 64),
+    "llama-3-8b-transmla": Mla(32, 448, 128),
+}
+"""Latent attention; the second is what `kvjax.transmla.convert` makes of Llama-3-8B by default."""
+
 
 SKEW = (0.003, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 1.0)
 """Budgets of heads, relative to the largest: the spread that HeadKV gives them."""

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.plan import BLOCK, ROWS, TILE, Plan, Scratch, chunks
-from pallas_kernels.gpu.stretches import Stretch, for_each_piece, live_rows
-from pallas_kernels.operands import Operands
-from pallas_kernels.plan import WorkList
+from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE
+from pallas_kernels.gpu.scratch import Scratch, Settings, Stretch, chunks, for_each_piece, live_rows
+from pallas_kernels.plan import Operands, WorkList
 from pallas_kernels.reference import NEG_INF
 
 LOG2E = math.log2(math.e)
@@ -26,12 +25,12 @@ def lead(
     out_ref: Any,
     sums_ref: Any,
     scratch: Scratch,
-    plan: Plan,
+    settings: Settings,
     columns: slice,
     stretch: Stretch,
 ) -> None:
     """Computes the weights of a segment's blocks, and the first columns of its output."""
-    rows = pl.ds(pl.multiple_of(stretch.owner * plan.group, TILE), ROWS)
+    rows = pl.ds(pl.multiple_of(stretch.owner * settings.group, TILE), ROWS)
     for source, held in zip(x.queries, scratch.queries, strict=True):
         plgpu.copy_gmem_to_smem(source.at[rows], held, scratch.asked)
     plgpu.barrier_wait(scratch.asked)
@@ -43,7 +42,7 @@ def lead(
             pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.taken))
         bounds = live_rows(work, stretch, piece)
         _stage(scratch, stage, bounds)
-        logits, live = _logits(scratch, stage, plan), _live(scratch, stage, bounds)
+        logits, live = _logits(scratch, stage, settings), _live(scratch, stage, bounds)
         logits = jnp.where(live, logits, NEG_INF)
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
         shrink = jnp.exp2(top - new_top)
@@ -59,7 +58,7 @@ def lead(
         return acc, new_top, total
 
     start = _zeros(columns), _full(NEG_INF, (ROWS,), COLUMN), _full(0.0, (ROWS,), COLUMN)
-    acc, top, total = for_each_piece(stretch, plan.stages, step, start)
+    acc, top, total = for_each_piece(stretch, settings.stages, step, start)
     _store(out_ref, stretch.slot, columns, acc)
     sums_ref.at[0, stretch.slot][...] = top
     sums_ref.at[1, stretch.slot][...] = total
@@ -71,7 +70,7 @@ def follow(
     out_ref: Any,
     sums_ref: Any,
     scratch: Scratch,
-    plan: Plan,
+    settings: Settings,
     columns: slice,
     stretch: Stretch,
 ) -> None:
@@ -87,7 +86,7 @@ def follow(
             plgpu.barrier_arrive(scratch.free.at[stage])
         return acc
 
-    acc = for_each_piece(stretch, plan.stages, step, _zeros(columns))
+    acc = for_each_piece(stretch, settings.stages, step, _zeros(columns))
     _store(out_ref, stretch.slot, columns, acc)
 
 
@@ -95,10 +94,7 @@ def _stage(scratch: Scratch, stage: jax.Array, bounds: tuple) -> None:
     """Entries of 8 bits in the dtype of the products, without their scales; dead rows are 0."""
     if scratch.staged is None:
         return
-    pairs = list(zip(scratch.ring.keys, scratch.staged.keys, strict=True))
-    if scratch.ring.values is not None:
-        pairs.append((scratch.ring.values, scratch.staged.values))
-    for ring, staged in pairs:
+    for ring, staged in zip(scratch.ring.entries, scratch.staged.entries, strict=True):
         for c in chunks(slice(0, staged.shape[1])):
             tile = plgpu.layout_cast(ring.at[stage, :, c][...], MATRIX)
             # Of 8-bit floats there is no other conversion than to float32.
@@ -113,7 +109,7 @@ def _rows_or_zero(tile: jax.Array, bounds: tuple) -> jax.Array:
     return jnp.where(live, tile, jnp.zeros((), tile.dtype))
 
 
-def _logits(scratch: Scratch, stage: jax.Array, plan: Plan) -> jax.Array:
+def _logits(scratch: Scratch, stage: jax.Array, settings: Settings) -> jax.Array:
     """[64, 64] fp32, in units of log 2."""
     ring, staged = scratch.ring, scratch.staged
     keys = [k.at[stage] for k in ring.keys] if staged is None else staged.keys
@@ -126,9 +122,9 @@ def _logits(scratch: Scratch, stage: jax.Array, plan: Plan) -> jax.Array:
             for pair, scales in zip(pairs, ring.key_scales, strict=True)
         )
         logits = sum(rest, start=first)
-    logits = logits * plan.scale
-    if plan.softcap is not None:
-        logits = plan.softcap * jnp.tanh(logits / plan.softcap)
+    logits = logits * settings.scale
+    if settings.softcap is not None:
+        logits = settings.softcap * jnp.tanh(logits / settings.softcap)
     return logits * LOG2E
 
 
@@ -153,13 +149,15 @@ def _of_rows(ring: Any, stage: jax.Array) -> jax.Array:
 def _live(scratch: Scratch, stage: jax.Array, bounds: tuple) -> jax.Array:
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=MATRIX)
     live = (row >= bounds[0]) & (row < bounds[1])
-    return live if scratch.ring.seen is None else live & (_of_rows(scratch.ring.seen, stage) > 0)
+    return (
+        live if scratch.ring.visible is None else live & (_of_rows(scratch.ring.visible, stage) > 0)
+    )
 
 
 def _give(scratch: Scratch, stage: jax.Array, weights: Any, live: Any, shrink: Any) -> None:
     """Puts weights into shared memory, where products and the other warpgroups read them."""
-    if scratch.ring.weighed_scale is not None:
-        weights = jnp.where(live, weights * _of_rows(scratch.ring.weighed_scale, stage), 0.0)
+    if scratch.ring.value_scale is not None:
+        weights = jnp.where(live, weights * _of_rows(scratch.ring.value_scale, stage), 0.0)
     scratch.weights[...] = weights.astype(scratch.weights.dtype)
     if scratch.shrink is not None:
         scratch.shrink[...] = shrink
@@ -173,9 +171,9 @@ def _weigh(
 ) -> tuple[jax.Array, ...]:
     """acc · shrink + weights · values; dead rows are zeroed first, for 0 · NaN is NaN."""
     if scratch.staged is not None:
-        values = scratch.staged.weighed
+        values = scratch.staged.values
     else:
-        values = scratch.ring.weighed.at[stage]
+        values = scratch.ring.values.at[stage]
 
         @pl.when((bounds[0] > 0) | (bounds[1] < BLOCK))
         def _():

@@ -8,8 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.shared_memory import entries_of, stages_that_fit
-from pallas_kernels.operands import Operands, operands
+from pallas_kernels.plan import Operands
 from pallas_kernels.quantized import Entries
 from pallas_kernels.segments import Segments
 
@@ -24,7 +23,7 @@ WIDEST_KEYS, WIDEST_VALUES = 640, 512
 
 def gqa_decode(kind: str, sizes: dict[str, int], q: Any, k: Entries, v: Entries) -> str | None:
     """Why `gqa_decode` cannot serve."""
-    return arrays(kind, operands((q,), (k,), v), k.shape[2])
+    return arrays(kind, Operands.of((q,), (k,), v), k.shape[2])
 
 
 def ragged_gqa_decode(
@@ -37,7 +36,7 @@ def ragged_gqa_decode(
     live: Any,
 ) -> str | None:
     """Why `ragged_gqa_decode` cannot serve."""
-    x = operands((q,), (k_pool,), v_pool, live)
+    x = Operands.of((q,), (k_pool,), v_pool, live)
     return arrays(kind, x, k_pool.shape[1]) or starts(segments, k_pool.shape[1])
 
 
@@ -46,7 +45,7 @@ def mla_decode(
 ) -> str | None:
     """Why `mla_decode` cannot serve."""
     parts = 1 if q_rope.shape[2] == 0 else 2
-    x = operands((q_latent, q_rope)[:parts], (latent, k_rope)[:parts], None)
+    x = Operands.of((q_latent, q_rope)[:parts], (latent, k_rope)[:parts], None)
     return arrays(kind, x, latent.shape[1])
 
 
@@ -59,14 +58,14 @@ def arrays(kind: str, x: Operands, slots: int) -> str | None:
 
 def dtypes(x: Operands) -> str | None:
     """Queries of 16 bits, and entries that are all of their dtype or all of one 8-bit one."""
-    entries = entries_of(x)
+    entries = x.entries
     q, found = x.queries[0].dtype, {entry.dtype for entry in entries}
     if q not in map(jnp.dtype, QUERIES) or any(other.dtype != q for other in x.queries):
         return f"tensor cores take queries of 16 bits, got {x.queries[0].dtype}"
     if len(found) > 1 or found.isdisjoint({q, *map(jnp.dtype, EIGHT_BITS)}):
         names = ", ".join(str(entry.dtype) for entry in entries)
         return f"queries are {q} and entries {names}, expected entries of {q} or of one 8-bit dtype"
-    scales = (*x.key_scales, x.weighed_scale)
+    scales = (*x.key_scales, x.value_scale)
     if len({scale is None for scale in scales}) > 1:
         return "some entries have scales and others have none"
     return None
@@ -74,11 +73,11 @@ def dtypes(x: Operands) -> str | None:
 
 def shapes(x: Operands, slots: int) -> str | None:
     """Head dims and slots that tiles, shared memory or registers do not hold."""
-    widths = [entry.shape[-1] for entry in entries_of(x)]
+    widths = [entry.shape[-1] for entry in x.entries]
     step = 16 if x.keys[0].dtype == x.queries[0].dtype else 32
     if any(width % step or width == 0 for width in widths):
         return f"head dims are {widths}, expected multiples of {step}"
-    keys, values = sum(entry.shape[-1] for entry in x.keys), x.weighed.shape[-1]
+    keys, values = sum(entry.shape[-1] for entry in x.keys), x.values.shape[-1]
     if keys > WIDEST_KEYS or values > WIDEST_VALUES:
         return f"head dims are {widths}, more than registers hold"
     if stages_that_fit(x) < 1:
@@ -94,3 +93,27 @@ def starts(segments: Segments, pool_rows: int) -> str | None:
     if align % TILE == 0:
         return None
     return f"segments start at multiples of {align} rows, expected of {TILE}"
+
+
+ROWS = 64
+"""Queries of a tensor core product, whether there are so many or not."""
+BLOCK = 64
+"""Rows of a piece: the rows of a register tile that values pass through when they are cleaned."""
+ALIGNMENT = 1024
+"""Bytes that arrays in shared memory are aligned to."""
+SHARED_MEMORY = 232448 - ALIGNMENT
+"""Bytes that a block of threads may have on Hopper (CUDA's programming guide, compute capability
+9.0: 227 KiB), less what barriers and alignment take."""
+
+
+def stages_that_fit(x: Operands) -> int:
+    """Stages of the ring beside all else in shared memory; without one the kernel cannot run."""
+    size = jnp.dtype(x.queries[0].dtype).itemsize
+    widths = [entry.shape[-1] for entry in x.entries]
+    fixed = ROWS * size * (BLOCK + sum(q.shape[-1] for q in x.queries)) + 4 * ROWS
+    fixed += ALIGNMENT * len(x.per_row)
+    if x.keys[0].dtype != x.queries[0].dtype:
+        fixed += BLOCK * size * sum(widths)
+    entry = jnp.dtype(x.keys[0].dtype).itemsize
+    stage = BLOCK * (entry * sum(widths) + 4 * len(x.per_row))
+    return max(SHARED_MEMORY - fixed, 0) // stage

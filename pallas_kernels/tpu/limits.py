@@ -4,24 +4,15 @@ The functions with the operations' names say all there is to say of a call; `siz
 `tuning.sizes`. Arrays may be `jax.ShapeDtypeStruct`s.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.operands import Operands, operands
+from pallas_kernels.plan import Operands
 from pallas_kernels.quantized import Entries, Quantized
 from pallas_kernels.segments import Segments
-from pallas_kernels.tpu.memory import (
-    MIB,
-    NEWER_VMEM,
-    SMEM,
-    VMEM,
-    smem_bytes,
-    tile_rows,
-    vmem_bytes,
-)
-from pallas_kernels.tpu.tiles import block_size, dense_tiles, row_window
 
 OLD_KINDS = ("TPU v2", "TPU v3", "TPU v4")
 QUERIES = (jnp.float32, jnp.bfloat16)
@@ -33,7 +24,7 @@ def gqa_decode(kind: str, sizes: dict[str, int], q: Any, k: Entries, v: Entries)
     (B, N, H), (K, S) = q.shape, k.shape[1:3]
     size, heads = dense_tiles(k, v, sizes["block"], sizes["piece_bytes"])
     queries = _shape((heads, N // K, H), q.dtype)
-    x = operands((queries,), (_block(k, heads, size),), _block(v, heads, size))
+    x = Operands.of((queries,), (_block(k, heads, size),), _block(v, heads, size))
     U = B * K // heads
     lists = U * -(-S // size), U
     return arrays(kind, [q], [k, v]) or memory(kind, x, sizes["shares"], *lists)
@@ -52,9 +43,9 @@ def ragged_gqa_decode(
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     size = block_size(P, sizes["block"])
     rows = row_window(P, size)
-    seen = None if live is None else _shape((1, rows), jnp.float32)
+    visible = None if live is None else _shape((1, rows), jnp.float32)
     blocks = (_block(pool, 1, size, rows) for pool in (k_pool, v_pool))
-    x = operands((_shape((1, N // K, H), q.dtype),), (next(blocks),), next(blocks), seen)
+    x = Operands.of((_shape((1, N // K, H), q.dtype),), (next(blocks),), next(blocks), visible)
     lists = B * segments.most_blocks(P, size), B * K
     return (
         arrays(kind, [q], [k_pool, v_pool])
@@ -71,7 +62,7 @@ def mla_decode(
     size, parts = min(sizes["block"], S), 1 if R == 0 else 2
     queries = _shape((1, N, L), q_latent.dtype), _shape((1, N, R), q_rope.dtype)
     keys = _block(latent, 1, size), _block(k_rope, 1, size)
-    x = operands(queries[:parts], keys[:parts], None)
+    x = Operands.of(queries[:parts], keys[:parts], None)
     lists = B * -(-S // size), B
     found = arrays(kind, [q_latent, q_rope], [latent, k_rope][:parts])
     return found or memory(kind, x, sizes["shares"], *lists)
@@ -128,3 +119,90 @@ def _block(entries: Any, heads: int, size: int, scales: int | None = None) -> An
     if not isinstance(entries, Quantized):
         return values
     return Quantized(values, _shape((heads, scales or size), jnp.float32))
+
+
+def dense_tiles(k: Entries, v: Entries, block: int, piece_bytes: int) -> tuple[int, int]:
+    """Slots and KV heads of a piece of dense caches [B, K, S, ·]."""
+    size = min(block, k.shape[2])
+    row = sum(x.shape[3] * jnp.dtype(x.dtype).itemsize for x in (k, v))
+    return size, heads_of_piece(k.shape[1], size * row, piece_bytes)
+
+
+def block_size(pool_rows: int, block: int) -> int:
+    """Rows of a piece of a pool: whole lanes, unless the pool is smaller."""
+    fits = min(block, pool_rows) // LANES * LANES
+    return fits if fits else pool_rows
+
+
+def row_window(pool_rows: int, size: int) -> int:
+    """Scales that a piece of a pool reads: those of its rows, from the whole lanes before on."""
+    return pool_rows if size == pool_rows else size + LANES
+
+
+def padded_rows(pool_rows: int, size: int) -> int:
+    """Rows that what belongs to a pool's rows must have: whole lanes, and a window at least."""
+    if size == pool_rows:
+        return pool_rows
+    return max(-(-pool_rows // LANES) * LANES, row_window(pool_rows, size))
+
+
+def heads_of_piece(num_heads: int, bytes_per_head: int, piece_bytes: int) -> int:
+    """The most KV heads, a divisor of them all, whose blocks fit into `piece_bytes`; at least 1."""
+    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    return max((n for n in fits if n * bytes_per_head <= piece_bytes), default=1)
+
+
+LANES = 128
+MIB = 2**20
+VMEM = {"TPU v5 lite": 16 * MIB, "TPU v5": 16 * MIB}
+"""What the compiler gives one kernel of the vector memory, unless it is asked for more: the limit
+that libtpu names when a kernel passes it."""
+NEWER_VMEM = 32 * MIB
+INTERNAL = MIB // 8
+"""What the compiler takes of it for itself."""
+SMEM = MIB - 2**14
+"""The scalar memory of every kind, less what the compiler keeps: lists of 258,048 pieces compile
+and lists of 261,120 do not."""
+
+
+def tile_rows(dtype: Any) -> int:
+    """Rows of a DMA tile: 8 of 4-byte entries, 16 of 2-byte and 32 of 1-byte ones."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def vmem_bytes(x: Operands, out_dtype: Any) -> int:
+    """What a grid step holds in vector memory.
+
+    Beside the blocks and the state these are the copies that the compiler makes: entries widened
+    to the queries' dtype, values without their dead rows, and weights. Where the compiler names
+    the size of a kernel that is too large, it is this or up to a quarter less.
+
+    Args:
+        x: the blocks that a step reads: queries [C, G, X], entries [C, rows, X], what belongs to
+            rows [C, rows].
+    """
+    dtype, (C, G, _) = x.queries[0].dtype, x.queries[0].shape
+    out = C, G, x.values.shape[2]
+    # The next step's blocks arrive while this one's are read.
+    moved = sum(_padded(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
+    moved += _padded(out, out_dtype) + _padded(out[:2], jnp.float32)
+    state = _padded(out, jnp.float32) + 2 * _padded((C, G, 1), jnp.float32)
+    widened = [e.shape for e in x.entries if e.dtype != dtype]
+    masked = [x.values.shape] if x.values.dtype == dtype else []
+    copies = sum(_padded(shape, dtype) for shape in (*widened, *masked))
+    copies += _padded((C, G, x.values.shape[1]), jnp.float32)
+    return 2 * moved + state + copies + INTERNAL
+
+
+def _padded(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array in vector memory: whole tiles, but single rows as they are."""
+    *outer, rows, lanes = shape
+    tile = tile_rows(dtype)
+    rows = rows if rows == 1 else -(-rows // tile) * tile
+    lanes = -(-lanes // LANES) * LANES
+    return math.prod(outer) * rows * lanes * jnp.dtype(dtype).itemsize
+
+
+def smem_bytes(pieces: int, segments: int) -> int:
+    """The work list: an int32 a piece, four a segment, and two."""
+    return 4 * (pieces + 4 * segments + 2)

@@ -18,7 +18,7 @@ from kernels.oracle import on
 import pallas_kernels
 from kvjax.topologies import Topology
 from pallas_kernels import Quantized
-from pallas_kernels.bench.shapes import GQA, MLA
+from pallas_kernels.bench.cases import GQA, MLA
 from pallas_kernels.gpu import limits
 from pallas_kernels.quantized import is_quantized
 

@@ -1,13 +1,15 @@
 """What the GPU kernel knows at compile time: tiles, shared memory, and each warpgroup's columns."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.limits import TILE
-from pallas_kernels.gpu.shared_memory import BLOCK, ROWS, entries_of, rows_of
-from pallas_kernels.operands import Operands
+from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE
+from pallas_kernels.plan import Operands, WorkList
 
 COLUMNS = 256
 """Columns of the widest values that one warpgroup accumulates."""
@@ -17,7 +19,7 @@ CHUNK = 64
 """Columns of values that one product reads."""
 
 
-class Plan(NamedTuple):
+class Settings(NamedTuple):
     """Settings of one kernel.
 
     Attributes:
@@ -78,7 +80,7 @@ def chunks(columns: slice) -> list[slice]:
 def scratch(x: Operands, stages: int) -> Scratch:
     """The kernel's shared memory."""
     dtype = x.queries[0].dtype
-    waiting = len(parts(x.weighed.shape[2])) - 1
+    waiting = len(parts(x.values.shape[2])) - 1
 
     def ring(entry: Any) -> Any:
         return _tile(stages, BLOCK, entry.shape[2], dtype=entry.dtype)
@@ -96,25 +98,25 @@ def scratch(x: Operands, stages: int) -> Scratch:
         return Operands(
             queries=(),
             keys=tuple(entry(k) for k in x.keys),
-            values=None if x.values is None else entry(x.values),
+            own_values=None if x.own_values is None else entry(x.own_values),
             key_scales=tuple(row(k) for k in x.key_scales),
-            value_scale=None if x.value_scale is None else row(x.value_scale),
-            seen=None if x.seen is None else row(x.seen),
+            own_value_scale=None if x.own_value_scale is None else row(x.own_value_scale),
+            visible=None if x.visible is None else row(x.visible),
         )
 
-    plan = Scratch(
+    shared = Scratch(
         queries=tuple(_tile(ROWS, q.shape[1], dtype=dtype) for q in x.queries),
         ring=laid_out(ring, rows),
         staged=None if x.keys[0].dtype == dtype else laid_out(staged, lambda row: None),
-        weights=_tile(ROWS, BLOCK, dtype=dtype, like=x.weighed.shape[2]),
-        filled=barrier(len(entries_of(x)) + len(rows_of(x)), stages),
+        weights=_tile(ROWS, BLOCK, dtype=dtype, like=x.values.shape[2]),
+        filled=barrier(len(x.entries) + len(x.per_row), stages),
         free=barrier(1 + waiting if x.keys[0].dtype == dtype else 1, stages),
         asked=barrier(len(x.queries)),
     )
     if not waiting:
-        return plan
+        return shared
     shrink = plgpu.SMEM((ROWS,), jnp.float32)
-    return plan._replace(shrink=shrink, given=barrier(1), taken=barrier(waiting))
+    return shared._replace(shrink=shrink, given=barrier(1), taken=barrier(waiting))
 
 
 def _tile(*shape: int, dtype: Any, like: int | None = None) -> Any:
@@ -129,3 +131,58 @@ def _tile(*shape: int, dtype: Any, like: int | None = None) -> Any:
     swizzle = min(plgpu.find_swizzle(width * 8 * size), CHUNK * size)
     transforms = plgpu.TilingTransform((TILE, swizzle // size)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+class Stretch(NamedTuple):
+    """The pieces of one segment in one share, in scalars.
+
+    Attributes:
+        owner: the segment.
+        first, last: numbers of its first piece and of the one after the last.
+        begin: number of the share's first piece.
+        slot: where its result goes.
+    """
+
+    owner: jax.Array
+    first: jax.Array
+    last: jax.Array
+    begin: jax.Array
+    slot: jax.Array
+
+
+def for_each_segment(work: WorkList, run: Callable[[Stretch], None]) -> None:
+    """Calls `run` for the segments that have pieces in this share; `work` holds refs."""
+    share = jax.lax.axis_index("share")
+    begin = share * work.bounds[1]
+    end = jnp.minimum(begin + work.bounds[1], work.bounds[0])
+
+    def visit(owner, _):
+        first = work.firsts[owner]
+        pieces = pl.cdiv(work.ends[owner], BLOCK) - work.begins[owner] // BLOCK
+        last = jnp.minimum(first + pieces, end)
+        stretch = Stretch(owner, jnp.maximum(first, begin), last, begin, share + owner)
+        pl.when(stretch.last > stretch.first)(lambda: run(stretch))
+
+    jax.lax.fori_loop(work.owners[share], work.owners[share + 1] + 1, visit, None)
+
+
+def for_each_piece(stretch: Stretch, stages: int, run: Callable, state: Any) -> Any:
+    """state = run(piece, turn, stage, state) for each; `turn` counts the share's pieces."""
+
+    def step(piece, state):
+        turn = piece - stretch.begin
+        return run(piece, turn, turn % stages, state)
+
+    return jax.lax.fori_loop(stretch.first, stretch.last, step, state)
+
+
+def first_row(work: WorkList, stretch: Stretch, piece: jax.Array) -> jax.Array:
+    """First row of a piece, counted from the start of its segment."""
+    owner = stretch.owner
+    return (piece - work.firsts[owner] + work.begins[owner] // BLOCK) * BLOCK
+
+
+def live_rows(work: WorkList, stretch: Stretch, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The piece's first live row and the one after its last."""
+    row = first_row(work, stretch, piece)
+    return work.begins[stretch.owner] - row, work.ends[stretch.owner] - row
