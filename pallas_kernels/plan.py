@@ -56,7 +56,7 @@ def flatten(
         shares: the list is cut into so many shares.
     """
     begins = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
-    pieces = -(-lengths // block) - begins // block
+    pieces = count_pieces(begins, lengths, block)
     upto = jnp.cumsum(pieces, dtype=jnp.int32)
     count = upto[-1]
     per_share = jnp.maximum(-(-count // shares), 1)
@@ -74,9 +74,17 @@ def flatten(
     return WorkList(bounds, owners, upto - pieces, starts, begins, lengths)
 
 
+def count_pieces(begin: jax.Array, end: jax.Array, block: int) -> jax.Array:
+    """Number of blocks that hold rows begin … end − 1 of a segment.
+
+    `pl.cdiv` would make an int64 of `block` under jax_enable_x64, which `lax.div` refuses.
+    """
+    return -(-end // block) - begin // block
+
+
 def touched(work: WorkList, block: int, shares: int) -> Bool[Array, "shares U"]:
     """Which shares have pieces of which segments."""
-    pieces = -(-work.ends // block) - work.begins // block
+    pieces = count_pieces(work.begins, work.ends, block)
     start = jnp.arange(shares, dtype=jnp.int32)[:, None] * work.bounds[1]
     low = jnp.maximum(start, work.firsts[None])
     return low < jnp.minimum(start + work.bounds[1], (work.firsts + pieces)[None])

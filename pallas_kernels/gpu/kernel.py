@@ -28,7 +28,7 @@ from pallas_kernels.gpu.scratch import (
     parts,
     scratch,
 )
-from pallas_kernels.plan import Operands, WorkList
+from pallas_kernels.plan import Operands, WorkList, count_pieces
 from pallas_kernels.reference import NEG_INF
 
 
@@ -114,7 +114,7 @@ def merge_slots(
         out [U, group, Y] and lse [U, group], fp32.
     """
     U, slots = work.ends.shape[0], out.shape[0]
-    pieces = -(-work.ends // BLOCK) - work.begins // BLOCK
+    pieces = count_pieces(work.begins, work.ends, BLOCK)
     segment = jnp.arange(U, dtype=jnp.int32)
     first = segment + work.firsts // work.bounds[1]
     last = jnp.where(pieces > 0, segment + (work.firsts + pieces - 1) // work.bounds[1], -1)

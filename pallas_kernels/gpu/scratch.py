@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE
-from pallas_kernels.plan import Operands, WorkList
+from pallas_kernels.plan import Operands, WorkList, count_pieces
 
 COLUMNS = 256
 """Columns of the widest values that one warpgroup accumulates."""
@@ -158,7 +158,7 @@ def for_each_segment(work: WorkList, run: Callable[[Stretch], None]) -> None:
 
     def visit(owner, _):
         first = work.firsts[owner]
-        pieces = pl.cdiv(work.ends[owner], BLOCK) - work.begins[owner] // BLOCK
+        pieces = count_pieces(work.begins[owner], work.ends[owner], BLOCK)
         last = jnp.minimum(first + pieces, end)
         stretch = Stretch(owner, jnp.maximum(first, begin), last, begin, share + owner)
         pl.when(stretch.last > stretch.first)(lambda: run(stretch))

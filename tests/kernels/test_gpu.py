@@ -55,6 +55,16 @@ def test_gqa_decode(case):
         check_gqa(*GQA[case], "pallas_gpu")
 
 
+def test_gqa_decode_with_64_bit_types():
+    """The flag of the process: a context reaches only one of the interpreter's threads."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with interpreted_gpu():
+            check_gqa(*GQA["window_over_blocks"], "pallas_gpu")
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 @pytest.mark.parametrize("case", MLA)
 def test_mla_decode(case):
     with interpreted_gpu():

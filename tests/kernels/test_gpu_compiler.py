@@ -108,6 +108,13 @@ def test_lowering(case):
     assert lower(case).as_text().count("mosaic_gpu") >= 1
 
 
+@pytest.mark.parametrize("case", ["gqa-96", "ragged-int8", "mla-deepseek-v3-bfloat16"])
+def test_lowering_with_64_bit_types(case):
+    """Whole numbers in the kernels stay int32."""
+    with jax.enable_x64(True):
+        assert lower(case).as_text().count("mosaic_gpu") >= 1
+
+
 @needs_cuda
 @pytest.mark.aot
 @pytest.mark.parametrize("case", CASES)
