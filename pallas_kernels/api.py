@@ -102,8 +102,8 @@ def ragged_gqa_decode(
         align: starts that are arrays are multiples of it; P too.
         span: for starts that are arrays, a bound on the rows of all segments of one sequence; see
             `Segments`. Default P.
-        live: [B, P] bool, rows that may be seen, or `Newer` for a sliding window over kept entries,
-            of which only the segments' own rows are read where XLA serves; default all.
+        live: [B, P] bool, rows that may be seen; or, for a sliding window over kept entries,
+            `Newer`, of which only the segments' own rows are read; default all.
         schedule: one layer's part of what `schedule` made of the same starts, lengths and span;
             default: the kernel's work list is made here.
         scale, softcap, implementation, return_lse: as in `gqa_decode`.
@@ -130,8 +130,8 @@ def ragged_gqa_decode(
     run = kernel(implementation, "ragged_gqa_decode", q, k_pool, v_pool, segments, live)
     settings = (lengths, _scale(scale, H), softcap)
     if run is not None:
-        rows = live.rows()[:, 0] if isinstance(live, Newer) else live
-        out, lse = run(q, from_bits(k_pool), from_bits(v_pool), segments, *settings, rows, schedule)
+        live = live if live is None or isinstance(live, Newer) else Newer.of_mask(live)
+        out, lse = run(q, from_bits(k_pool), from_bits(v_pool), segments, *settings, live, schedule)
     else:
         seen = live if live is None or isinstance(live, Newer) else live[:, None]
         out, lse = xla.attend(q[:, None], k_pool, v_pool, segments, *settings, seen)

@@ -152,7 +152,8 @@ class Operands(NamedTuple):
         own_values: [·, rows, Y]; None where the first of the keys serve as values too (MLA).
         key_scales: a tuple of [·, rows] fp32, or of None for keys that are not quantized.
         own_value_scale: likewise for `own_values`.
-        visible: [·, rows] fp32, 0 for rows that a mask hides; None: no mask.
+        positions: [·, rows] int32; None: all rows are visible.
+        than: [·] int32, rows of this array are visible where their position is larger.
     """
 
     queries: Any
@@ -160,21 +161,25 @@ class Operands(NamedTuple):
     own_values: Any
     key_scales: Any
     own_value_scale: Any
-    visible: Any
+    positions: Any
+    than: Any
 
     @classmethod
     def of(
-        cls, queries: tuple[Any, ...], keys: tuple[Any, ...], values: Any, visible: Any = None
+        cls, queries: tuple[Any, ...], keys: tuple[Any, ...], values: Any, live: Any = None
     ) -> "Operands":
         """Takes entries apart into values and scales; shapes serve as well as arrays.
 
         Args:
             values: None where the first of the keys serve as values too.
+            live: the pair of positions and `than`; None: all rows are visible.
         """
+        positions, than = (None, None) if live is None else live
         parts = [_split(x) for x in keys]
         own_values, own_value_scale = _split(values)
         key_arrays, key_scales = (tuple(part[i] for part in parts) for i in (0, 1))
-        return cls(queries, key_arrays, own_values, key_scales, own_value_scale, visible)
+        scales = key_scales, own_value_scale
+        return cls(queries, key_arrays, own_values, *scales, positions, than)
 
     @property
     def values(self) -> Any:
@@ -193,8 +198,8 @@ class Operands(NamedTuple):
 
     @property
     def per_row(self) -> list[Any]:
-        """Every array with a number for each row: scales and the mask."""
-        rows = (*self.key_scales, self.own_value_scale, self.visible)
+        """Every array with a number for each row: scales and positions."""
+        rows = (*self.key_scales, self.own_value_scale, self.positions)
         return [row for row in rows if row is not None]
 
 

@@ -65,9 +65,10 @@ class Newer(NamedTuple):
     positions: Any
     than: Any
 
-    def rows(self) -> Bool[Array, "B T P"]:
-        """All of the pool's rows that each query may see."""
-        return self.positions[:, None] > self.than[:, :, None]
+    @classmethod
+    def of_mask(cls, live: Bool[Array, "B P"]) -> Newer:
+        """The rows of a mask, in the form that kernels read."""
+        return cls(live.astype(jnp.int32), jnp.zeros((live.shape[0], 1), jnp.int32))
 
 
 def assign_heads(sizes: Int[np.ndarray, "L K"], devices: int) -> Int[np.ndarray, "L K"]:

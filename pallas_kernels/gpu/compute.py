@@ -34,6 +34,7 @@ def lead(
     for source, held in zip(x.queries, scratch.queries, strict=True):
         plgpu.copy_gmem_to_smem(source.at[rows], held, scratch.asked)
     plgpu.barrier_wait(scratch.asked)
+    than = None if x.than is None else x.than[stretch.owner // settings.segments]
 
     def step(piece, turn, stage, state):
         acc, top, total = state
@@ -42,7 +43,7 @@ def lead(
             pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.taken))
         bounds = live_rows(work, stretch, piece)
         _stage(scratch, stage, bounds)
-        logits, live = _logits(scratch, stage, settings), _live(scratch, stage, bounds)
+        logits, live = _logits(scratch, stage, settings), _live(scratch, stage, bounds, than)
         logits = jnp.where(live, logits, NEG_INF)
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
         shrink = jnp.exp2(top - new_top)
@@ -146,12 +147,10 @@ def _of_rows(ring: Any, stage: jax.Array) -> jax.Array:
     )
 
 
-def _live(scratch: Scratch, stage: jax.Array, bounds: tuple) -> jax.Array:
+def _live(scratch: Scratch, stage: jax.Array, bounds: tuple, than: jax.Array | None) -> jax.Array:
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=MATRIX)
     live = (row >= bounds[0]) & (row < bounds[1])
-    return (
-        live if scratch.ring.visible is None else live & (_of_rows(scratch.ring.visible, stage) > 0)
-    )
+    return live if than is None else live & (_of_rows(scratch.ring.positions, stage) > than)
 
 
 def _give(scratch: Scratch, stage: jax.Array, weights: Any, live: Any, shrink: Any) -> None:

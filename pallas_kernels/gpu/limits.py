@@ -6,6 +6,7 @@ The functions with the operations' names say all there is to say of a call; `siz
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plan import Operands
@@ -36,7 +37,8 @@ def ragged_gqa_decode(
     live: Any,
 ) -> str | None:
     """Why `ragged_gqa_decode` cannot serve."""
-    x = Operands.of((q,), (k_pool,), v_pool, live)
+    rows = None if live is None else (jax.ShapeDtypeStruct(k_pool.shape[:2], jnp.int32), None)
+    x = Operands.of((q,), (k_pool,), v_pool, rows)
     return arrays(kind, x, k_pool.shape[1]) or starts(segments, k_pool.shape[1])
 
 

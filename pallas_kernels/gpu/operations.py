@@ -9,7 +9,7 @@ from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE, stages_that_fit
 from pallas_kernels.gpu.scratch import Settings
 from pallas_kernels.plan import Operands, WorkList, flatten
 from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import Newer, Segments
 
 
 def gqa_decode(
@@ -54,7 +54,7 @@ def ragged_gqa_decode(
     lengths: jax.Array,
     scale: float,
     softcap: float | None,
-    live: jax.Array | None,
+    live: Newer | None,
     work: WorkList | None,
     *,
     shares: int,
@@ -70,8 +70,9 @@ def ragged_gqa_decode(
     """
     (B, N, H), K = q.shape, segments.num_heads
     G, (size, groups) = N // K, group_size(N // K)
-    visible = None if live is None else live.astype(jnp.float32)
-    x = Operands.of((into_groups(q.reshape(B * K, G, H)),), (k_pool,), v_pool, visible)
+    if live is not None:
+        live = Newer(live.positions, live.than[:, 0])
+    x = Operands.of((into_groups(q.reshape(B * K, G, H)),), (k_pool,), v_pool, live)
     if work is None:
         work = ragged_work_list(segments, lengths, G, k_pool.shape[1], shares=shares, stages=stages)
     settings = Settings(shares, min(stages, stages_that_fit(x)), size, K * groups, scale, softcap)

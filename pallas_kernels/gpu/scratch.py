@@ -86,7 +86,7 @@ def scratch(x: Operands, stages: int) -> Scratch:
         return _tile(stages, BLOCK, entry.shape[2], dtype=entry.dtype)
 
     def rows(row: Any) -> Any:
-        return None if row is None else plgpu.SMEM((stages, BLOCK), jnp.float32)
+        return None if row is None else plgpu.SMEM((stages, BLOCK), row.dtype)
 
     def staged(entry: Any) -> Any:
         return _tile(BLOCK, entry.shape[2], dtype=dtype)
@@ -101,7 +101,8 @@ def scratch(x: Operands, stages: int) -> Scratch:
             own_values=None if x.own_values is None else entry(x.own_values),
             key_scales=tuple(row(k) for k in x.key_scales),
             own_value_scale=None if x.own_value_scale is None else row(x.own_value_scale),
-            visible=None if x.visible is None else row(x.visible),
+            positions=None if x.positions is None else row(x.positions),
+            than=None,
         )
 
     shared = Scratch(

@@ -67,6 +67,10 @@ class Blocks:
         high = jnp.minimum(work.ends[owner], begin + self.size) + start - row
         return Piece(held, number < work.bounds[0], owner, block, row, low, high)
 
+    def array(self, owner: jax.Array) -> jax.Array:
+        """The array that holds a segment."""
+        return owner
+
     def first_row(self, row: jax.Array) -> jax.Array:
         """Where a block that should begin at `row` begins; the last one may be cut short."""
         return row
@@ -108,6 +112,9 @@ class PoolBlocks(Blocks):
     pool_rows: int
     align: int
 
+    def array(self, owner: jax.Array) -> jax.Array:
+        return owner // self.segments
+
     def first_row(self, row: jax.Array) -> jax.Array:
         """A block that would pass the pool's end is moved back."""
         return jnp.minimum(row, self.pool_rows - self.size)
@@ -116,7 +123,7 @@ class PoolBlocks(Blocks):
         def index(share, step, *work):
             piece = self.piece(share, step, WorkList(*work))
             row = pl.multiple_of(piece.row, self.align)
-            return piece.owner // self.segments, 0, row, 0
+            return self.array(piece.owner), 0, row, 0
 
         shape = (pl.Element(1), pl.Element(1), pl.Element(self.size), pl.Element(width))
         return pl.BlockSpec(shape, index)
@@ -129,7 +136,7 @@ class PoolBlocks(Blocks):
         def index(share, step, *work):
             piece = self.piece(share, step, WorkList(*work))
             begin = 0 if whole else pl.multiple_of(self._first_lane(piece), LANES)
-            return piece.owner // self.segments, 0, begin
+            return self.array(piece.owner), 0, begin
 
         shape = 1, 1, row_window(self.pool_rows, self.size)
         return pl.BlockSpec(shape if whole else tuple(map(pl.Element, shape)), index)
@@ -206,7 +213,7 @@ def _in_hbm(x: Operands) -> Operands:
     def stay(entries):
         return jax.tree.map(lambda e: pltpu.with_memory_space_constraint(e, pltpu.HBM), entries)
 
-    names = ("keys", "own_values", "key_scales", "own_value_scale", "visible")
+    names = ("keys", "own_values", "key_scales", "own_value_scale", "positions")
     return x._replace(**{name: stay(getattr(x, name)) for name in names})
 
 
@@ -225,7 +232,10 @@ def _specs(x: Operands, blocks: Blocks) -> Operands:
     def of_rows(rows):
         return blocks.row_spec(rows.shape[2])
 
-    kinds = Operands(of_owner, of_entries, of_entries, of_rows, of_rows, of_rows)
+    def scalars(_):
+        return pl.BlockSpec(memory_space=pltpu.SMEM)
+
+    kinds = Operands(of_owner, of_entries, of_entries, of_rows, of_rows, of_rows, scalars)
     return Operands(*(jax.tree.map(kind, field) for kind, field in zip(kinds, x, strict=True)))
 
 
@@ -287,9 +297,10 @@ def _update(x, piece, state, blocks, scale, softcap, masked: bool):
     )
     logits = soft_cap(logits * scale, softcap)
     live = _rows(piece, logits.shape, 2) if masked else None
-    if x.visible is not None:
-        seen = blocks.read_rows(x.visible, piece)[:, None] > 0
-        live = seen if live is None else live & seen
+    if x.positions is not None:
+        than = x.than[blocks.array(piece.owner)]
+        visible = blocks.read_rows(x.positions, piece)[:, None] > than
+        live = visible if live is None else live & visible
     logits = _keep(live, logits, NEG_INF)
     top = jnp.maximum(top_ref[...], jnp.max(logits, axis=-1, keepdims=True))
     weights = _keep(live, jnp.exp(logits - top), 0.0)

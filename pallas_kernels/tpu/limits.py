@@ -43,9 +43,9 @@ def ragged_gqa_decode(
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     size = block_size(P, sizes["block"])
     rows = row_window(P, size)
-    visible = None if live is None else _shape((1, rows), jnp.float32)
+    live = None if live is None else (_shape((1, rows), jnp.int32), _shape((B,), jnp.int32))
     blocks = (_block(pool, 1, size, rows) for pool in (k_pool, v_pool))
-    x = Operands.of((_shape((1, N // K, H), q.dtype),), (next(blocks),), next(blocks), visible)
+    x = Operands.of((_shape((1, N // K, H), q.dtype),), (next(blocks),), next(blocks), live)
     lists = B * segments.most_blocks(P, size), B * K
     return (
         arrays(kind, [q], [k_pool, v_pool])
@@ -97,6 +97,7 @@ def starts(segments: Segments, *pools: Any) -> str | None:
 def memory(kind: str, x: Operands, shares: int, pieces: int, segments: int) -> str | None:
     """Blocks beyond vector memory, and work lists beyond scalar memory."""
     needed, room = smem_bytes(pieces, segments), SMEM
+    needed += 0 if x.than is None else 4 * x.than.shape[0]
     if needed > room:
         return (
             f"the work list has {pieces} pieces of {segments} segments, {needed} bytes, and scalar "
@@ -184,7 +185,7 @@ def vmem_bytes(x: Operands, out_dtype: Any) -> int:
     dtype, (C, G, _) = x.queries[0].dtype, x.queries[0].shape
     out = C, G, x.values.shape[2]
     # The next step's blocks arrive while this one's are read.
-    moved = sum(_padded(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
+    moved = sum(_padded(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x._replace(than=None)))
     moved += _padded(out, out_dtype) + _padded(out[:2], jnp.float32)
     state = _padded(out, jnp.float32) + 2 * _padded((C, G, 1), jnp.float32)
     widened = [e.shape for e in x.entries if e.dtype != dtype]

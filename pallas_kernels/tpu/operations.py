@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.plan import Operands, WorkList, flatten
 from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import Newer, Segments
 from pallas_kernels.tpu.kernel import Blocks, PoolBlocks, attend
 from pallas_kernels.tpu.limits import block_size, dense_tiles, tile_rows
 
@@ -55,7 +55,7 @@ def ragged_gqa_decode(
     lengths: jax.Array,
     scale: float,
     softcap: float | None,
-    live: jax.Array | None,
+    live: Newer | None,
     work: WorkList | None,
     *,
     block: int,
@@ -81,8 +81,9 @@ def ragged_gqa_decode(
         return jnp.pad(x[:, None], [(0, 0), (0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)])
 
     k_pool, v_pool = jax.tree.map(one_head, (k_pool, v_pool))
-    visible = None if live is None else one_head(live.astype(jnp.float32))
-    x = Operands.of((q.reshape(B * K, 1, N // K, H),), (k_pool,), v_pool, visible)
+    if live is not None:
+        live = Newer(one_head(live.positions), live.than[:, 0])
+    x = Operands.of((q.reshape(B * K, 1, N // K, H),), (k_pool,), v_pool, live)
     if work is None:
         work = ragged_work_list(segments, lengths, N // K, P, block=block, shares=shares)
     out, lse = attend(x, work, blocks, scale, softcap, shares)

@@ -81,6 +81,14 @@ def test_ragged_gqa_decode(options, hidden):
         check_ragged(*static, lengths, P, 4, 64, options, "pallas_gpu", hidden=hidden)
 
 
+def test_ragged_gqa_decode_in_a_sliding_window():
+    starts, capacities, lengths, P = skewed(3, 8, (3, 200, 0, 40, 67))
+    with interpreted_gpu():
+        settings = {"align": 8, "hidden": 0.4, "newer": True}
+        starts, capacities = (np.stack([x, x]) for x in (starts, capacities))
+        check_ragged(starts, capacities, lengths, P, 2, 64, PLAIN, "pallas_gpu", **settings)
+
+
 def test_ragged_gqa_decode_with_segments_of_each_sequence():
     pools = [skewed(seed, 8, (3, 200, 0, 40, 67)) for seed in (1, 2)]
     starts, capacities = (np.stack([pool[i] for pool in pools]) for i in (0, 1))
