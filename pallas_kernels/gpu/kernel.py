@@ -1,10 +1,11 @@
-"""One Mosaic GPU kernel over a flat work list, which the three operations share.
+"""The Mosaic GPU kernel that the three operations share, and the merge of its partial results.
 
-Each block of threads works off an equal share of the list. One warpgroup streams keys and values
-through a ring in shared memory, the others compute. The queries of a segment fill the 64 rows of
-a tensor core product (what further rows compute is dropped). Of values wider than 256 columns
-each computing warpgroup accumulates a part: 64 × 512 fp32 are more than one's registers; the
-first computes the weights and hands them to the others through shared memory.
+Each thread block works off an equal share of the flat work list (`pallas_kernels.plan`). Its last
+warpgroup, the loader, streams keys and values through a ring in shared memory; the others compute.
+The queries of a segment fill the 64 rows of a tensor core product, however few they are. Values
+wider than 256 columns need more registers than a warpgroup has (64 × 512 fp32), so two warpgroups
+accumulate a part of the columns each: the leader computes the softmax weights, and the follower
+gets them through shared memory.
 """
 
 import functools
@@ -36,11 +37,14 @@ def attend(x: Operands, work: WorkList, settings: Settings) -> tuple[jax.Array, 
     """Softmax attention of each segment's queries over its live rows.
 
     Args:
-        x: queries [U · group, X], entries [A, rows, ·], what belongs to rows [A, rows].
+        x: queries [U · group, X], entries [A, rows, ·], numbers of rows [A, rows], for U segments
+            in A arrays.
+        work: the pieces of `BLOCK` rows.
 
     Returns:
         out [U, group, Y] and lse [U, group] fp32; 0 and −1e30 for segments without live rows.
     """
+    # One slot for each pair of a share and a segment with pieces in it; see `merge_slots`.
     slots, width = settings.shares + work.ends.shape[0], x.values.shape[2]
     columns = parts(width)
     kernel = plgpu.kernel(
@@ -61,8 +65,10 @@ def attend(x: Operands, work: WorkList, settings: Settings) -> tuple[jax.Array, 
 
 
 def _kernel(work, x, out_ref, sums_ref, scratch, *, settings: Settings, columns: list[slice]):
+    """One thread block; every warpgroup takes its own branch."""
     warpgroup = jax.lax.axis_index("wg")
 
+    # Copies need few registers. The loader gives up its own so that the others get 232 each.
     @pl.when(warpgroup == len(columns))
     def _():
         plgpu.set_max_registers(40, action="decrease")
@@ -81,7 +87,7 @@ def _kernel(work, x, out_ref, sums_ref, scratch, *, settings: Settings, columns:
 def _load(
     work: WorkList, x: Operands, scratch: Scratch, settings: Settings, stretch: Stretch
 ) -> None:
-    """Streams the blocks of a segment into the ring."""
+    """Streams the blocks of a stretch into the ring."""
     array = stretch.owner // settings.segments
     sources = [*x.entries, *x.per_row]
     rings = [*scratch.ring.entries, *scratch.ring.per_row]
@@ -89,7 +95,8 @@ def _load(
     def load(piece, turn, stage, _):
         row = work.starts[stretch.owner] + first_row(work, stretch, piece)
         at = array, pl.ds(pl.multiple_of(row, TILE), BLOCK)
-        pl.when(turn >= settings.stages)(lambda: plgpu.barrier_wait(scratch.free.at[stage]))
+        # In the first round every stage is free, and nobody arrives at `freed`.
+        pl.when(turn >= settings.stages)(lambda: plgpu.barrier_wait(scratch.freed.at[stage]))
         for source, ring in zip(sources, rings, strict=True):
             plgpu.copy_gmem_to_smem(source.at[at], ring.at[stage], scratch.filled.at[stage])
 
@@ -102,17 +109,20 @@ def merge_slots(
     work: WorkList,
     settings: Settings,
 ) -> tuple[Float[Array, "U G Y"], Float[Array, "U G"]]:
-    """The result of share s and segment u lies in slot s + u, if u has pieces in s.
+    """Merges the partial results of each segment.
 
-    No two results share a slot: from one to the next of the list s grows, or u, or both.
+    The result of share s for segment u is in slot s + u. No two results have the same slot: from
+    one stretch of the list to the next, s or u grows, or both do.
 
     Args:
-        out: sums of weights · values.
+        out: sums of weights · values; slots that no stretch wrote hold arbitrary numbers.
         sums: the largest logit in units of log 2, and the sum of the weights.
 
     Returns:
         out [U, group, Y] and lse [U, group], fp32.
     """
+    # The segment that wrote each slot, −1 for slots that nobody wrote: segment u has the slots from
+    # the share of its first piece + u to the share of its last piece + u.
     U, slots = work.ends.shape[0], out.shape[0]
     pieces = count_pieces(work.begins, work.ends, BLOCK)
     segment = jnp.arange(U, dtype=jnp.int32)
@@ -122,11 +132,15 @@ def merge_slots(
     inside = (first[:, None] <= slot[None]) & (slot[None] <= last[:, None])
     owner = jnp.max(jnp.where(inside, segment[:, None], -1), axis=0)
     written = owner >= 0
+
+    # The kernel stores 64 rows, of which the first `group` are queries.
     group = slice(0, settings.group)
     out = jnp.where(written[:, None, None], out[:, group], 0.0)
     top = jnp.where(written[:, None], sums[0, :, group], NEG_INF)
     total = jnp.where(written[:, None], sums[1, :, group], 0.0)
 
+    # A softmax over the slots of each segment: rescale to the highest logit, add, divide. Slots
+    # that nobody wrote go to segment U, which the sums drop.
     owner = jnp.where(written, owner, U)
     highest = jnp.maximum(jax.ops.segment_max(top, owner, U), NEG_INF)
     share = jnp.exp2(top - jnp.take(highest, jnp.minimum(owner, U - 1), axis=0))

@@ -1,4 +1,9 @@
-"""The three decode operations on GPUs: which queries and rows make a segment of each."""
+"""The three decode operations on GPUs: each as segments of rows that groups of queries read.
+
+A segment of the work list is what one group of at most 64 queries reads: the slots of one KV head
+of a sequence (`gqa_decode`), one head's rows of a pool (`ragged_gqa_decode`), or a sequence's
+latents (`mla_decode`). More than 64 queries of the same rows make several segments.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +32,14 @@ def gqa_decode(
     """See `pallas_kernels.gqa_decode`; returns out and lse, both fp32.
 
     Args:
-        shares: blocks of threads, as many as the device has multiprocessors.
-        stages: blocks of slots under way to shared memory, fewer where they don't fit.
+        shares: thread blocks, as many as the device has multiprocessors.
+        stages: blocks that the ring in shared memory holds; fewer where they do not fit.
     """
     (B, N, H), K = q.shape, k.shape[1]
     G, (size, groups) = N // K, group_size(N // K)
 
     def by_head(x: jax.Array) -> jax.Array:
+        """[B, K, …] to [B · K, …]."""
         return x.reshape(B * K, *x.shape[2:])
 
     k, v = jax.tree.map(by_head, (k, v))
@@ -65,7 +71,7 @@ def ragged_gqa_decode(
     Segments start, and the pool ends, at multiples of 8 rows (`limits.starts`).
 
     Args:
-        work: what `work_list` makes; None: it is made here.
+        work: what `ragged_work_list` returns; None: it is made here.
         shares, stages: as in `gqa_decode`.
     """
     (B, N, H), K = q.shape, segments.num_heads
@@ -89,7 +95,7 @@ def ragged_work_list(
     shares: int,
     stages: int,
 ) -> WorkList:
-    """The pieces of B pools, once for each group of query heads."""
+    """The work list of B pools: each segment once for each group of its query heads."""
     _, groups = group_size(queries_per_head)
     starts, lengths = (jnp.repeat(y.reshape(-1), groups) for y in (segments.starts, lengths))
     return flatten(starts, lengths, BLOCK, shares=shares)
@@ -110,16 +116,15 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.mla_decode`; returns out and lse, both fp32.
 
-    A block of latents is read once for its keys and its values. Of more than 64 heads each group of
-    64 reads all latents of a sequence before the next one does: from memory again, unless these
-    fit into the L2 cache.
+    A block of latents is read once, as keys and as values. With more than 64 heads, each group of
+    64 reads all latents of a sequence: from memory again, unless the L2 cache still has them.
 
     Args:
         shares, stages: as in `gqa_decode`.
     """
     N, R = q_rope.shape[1:]
     size, groups = group_size(N)
-    parts = 1 if R == 0 else 2
+    parts = 1 if R == 0 else 2  # without rotary dimensions there is no second product
     queries = tuple(into_groups(q) for q in (q_latent, q_rope)[:parts])
     x = Operands.of(queries, (latent, k_rope)[:parts], None)
     lengths = jnp.repeat(lengths, groups)
@@ -131,15 +136,16 @@ def mla_decode(
 
 
 def group_size(queries: int) -> tuple[int, int]:
-    """Queries of a group, a multiple of 8, and how many groups hold them all."""
+    """Queries in a group, a multiple of 8 up to 64, and the number of groups for all of them."""
     groups = -(-queries // ROWS)
     return min(-(-queries // TILE) * TILE, ROWS), groups
 
 
 def into_groups(q: Float[Array, "Z G X"]) -> Float[Array, "rows X"]:
-    """[Z · groups · size, X], and rows enough for a copy of 64."""
+    """Queries as the kernel reads them: [Z · groups · size, X], padded with zeros."""
     (Z, G, X), (size, groups) = q.shape, group_size(q.shape[1])
     rows = jnp.pad(q, ((0, 0), (0, size * groups - G), (0, 0))).reshape(-1, X)
+    # A copy of 64 rows needs an array of at least 64. Rows behind the array's end arrive as 0.
     return jnp.pad(rows, ((0, max(ROWS - Z * groups * size, 0)), (0, 0)))
 
 

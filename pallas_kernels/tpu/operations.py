@@ -1,4 +1,8 @@
-"""The three decode operations on TPUs: how each cuts its cache into pieces for the kernel."""
+"""The three decode operations on TPUs: how each cuts its cache into pieces for the kernel.
+
+A segment of the work list is the slots of a sequence for one or several KV heads (`gqa_decode`),
+one head's rows of a pool (`ragged_gqa_decode`), or a sequence's latents (`mla_decode`).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +31,9 @@ def gqa_decode(
 
     Args:
         block: slots of a piece, a multiple of 128.
-        piece_bytes: a piece takes as many KV heads as bring its entries up to this size.
-        shares: cores that share a chip's memory and each take a part of the work.
+        piece_bytes: a piece reads as many KV heads as fit into this size, so that the fixed cost
+            of a grid step is spread over more bytes.
+        shares: cores that have a chip's memory in common; each takes an equal share of the list.
     """
     (B, N, H), (K, S) = q.shape, k.shape[1:3]
     size, heads = dense_tiles(k, v, block, piece_bytes)
@@ -66,9 +71,9 @@ def ragged_gqa_decode(
     Segments start, and the pool ends, at whole DMA tiles (`limits.starts`).
 
     Args:
-        work: what `work_list` makes; None: it is made here.
+        work: what `ragged_work_list` returns; None: it is made here.
         block: rows of a piece, a multiple of 128.
-        shares: cores that share a chip's memory and each take a part of the work.
+        shares: as in `gqa_decode`.
     """
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     size = block_size(P, block)
@@ -76,7 +81,8 @@ def ragged_gqa_decode(
     blocks = PoolBlocks(size, heads=1, segments=K, pool_rows=P, align=align)
 
     def one_head(x: jax.Array) -> jax.Array:
-        """[B, P, …] to [B, 1, P, …]; what belongs to rows is padded as `read_rows` needs it."""
+        """[B, P, …] to [B, 1, P, …]; numbers of rows [B, P] are padded for `row_spec`."""
+        # Pools whose rows are a multiple of 128 need no padding, which would copy the array.
         pad = blocks.padded_rows() - P if x.ndim == 2 else 0
         return jnp.pad(x[:, None], [(0, 0), (0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)])
 
@@ -99,7 +105,7 @@ def ragged_work_list(
     block: int,
     shares: int,
 ) -> WorkList:
-    """The pieces of B pools: Σ ceil(length / size) of them."""
+    """The work list of B pools: Σ ceil(length / block) pieces."""
     size = block_size(pool_rows, block)
     most = max(lengths.shape[0] * segments.most_blocks(pool_rows, size), 1)
     starts, lengths = segments.starts.reshape(-1), lengths.reshape(-1)
@@ -121,17 +127,18 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.mla_decode`; returns out in q_latent's dtype or fp32, and lse.
 
-    Latents and rotary keys are separate arrays, each padded to whole lanes in memory anyway.
+    A block of latents is read once, as keys and as values of every head. Latents and rotary keys
+    stay separate arrays: joined they would need as much memory, since TPUs pad rows to 128 lanes.
 
     Args:
         block: slots of a piece, a multiple of 128.
-        shares: cores that share a chip's memory and each take a part of the work.
+        shares: as in `gqa_decode`.
     """
     (B, N, L), S, R = q_latent.shape, latent.shape[1], q_rope.shape[2]
     blocks = Blocks(min(block, S), heads=1)
     most = B * -(-S // blocks.size)
     work = flatten(jnp.zeros_like(lengths), lengths, blocks.size, most, window, shares)
-    parts = 1 if R == 0 else 2
+    parts = 1 if R == 0 else 2  # without rotary dimensions there is no second product
     one_head = jax.tree.map(lambda x: x[:, None], (q_latent, q_rope, latent, k_rope))
     queries, keys = one_head[:2][:parts], one_head[2:][:parts]
     out, lse = attend(Operands.of(queries, keys, None), work, blocks, scale, softcap, shares)
