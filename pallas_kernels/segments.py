@@ -49,7 +49,7 @@ class Segments:
         return jnp.where(self.starts < 0, 0, jnp.maximum(rows, 0))
 
     def most_blocks(self, pool_rows: int, size: int) -> int:
-        """An upper bound on the blocks of `size` rows that one sequence's segments have together."""
+        """An upper bound on the blocks of `size` rows in all segments of one sequence."""
         # The worst case: every segment ends with a block that has a single row.
         rows = pool_rows if self.span is None else min(self.span, pool_rows)
         return (rows + self.num_heads * (size - 1)) // size
@@ -62,8 +62,8 @@ class Segments:
 class Newer(NamedTuple):
     """The rows inside each query's sliding window: rows whose position is larger than a bound.
 
-    A bound instead of a mask, because a mask has an entry for every row of the pool, and a query
-    reads only the rows of its own head.
+    A bound instead of a mask: a mask would have to be made for every row of the pool, while a query
+    reads only its head's rows.
 
     Attributes:
         positions: [B, P] int32, positions of the tokens in the pool's rows.

@@ -2,11 +2,11 @@
 
     python -m pallas_kernels.bench [--json FILE] [--tune]
 
-For each operation, model, batch and context: the median time of every implementation that serves,
-the bytes of the live entries, and what part of the bandwidth of a copy on the device, measured in
-the same turns, reading them alone would take. Baselines: XLA's einsum ("xla"); for dense caches
-`jax.nn.dot_product_attention` and, where they can run, jax's paged attention and tokamax; for
-ragged ones as many entries in a dense cache ("dense").
+For each operation, model, batch and context it prints the median time of every implementation that
+can serve, and the bandwidth that reading the live entries in this time amounts to, as a part of the
+bandwidth of a copy on the device in the same turns. Baselines are XLA's einsum ("xla"); for dense
+caches `jax.nn.dot_product_attention` and, where they can run, jax's paged attention and tokamax;
+for ragged caches a dense cache with as many entries ("dense").
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Small sizes by default where the device is a CPU."""
+    """The command's arguments; defaults are small if the device is a CPU."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
     cpu = jax.default_backend() == "cpu"
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace):
-    """One after the other, so that the arrays of one are alive at a time."""
+    """Makes the chosen cases one at a time, so that only one has its arrays in memory."""
     for dtype in args.dtypes:
         for batch in args.batches:
             for context in args.contexts:
@@ -91,7 +91,7 @@ def cases(args: argparse.Namespace):
 
 
 def line(row: Row, bandwidth: float) -> str:
-    """A row for people."""
+    """A row as a line of text."""
     what = f"{row.operation} {row.budgets} {row.model} {row.dtype} B {row.batch} S {row.context}"
     return (
         f"{what:66} {row.implementation:12} {row.median * 1e6:10.1f} µs  "
@@ -102,7 +102,7 @@ def line(row: Row, bandwidth: float) -> str:
 def result(
     rows: list[Row], absent: dict[str, str], args: argparse.Namespace, on: dispatch.Target
 ) -> dict[str, Any]:
-    """What the file holds."""
+    """The content of the JSON file."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": on.device_kind,

@@ -1,4 +1,4 @@
-"""What else jax offers for the same work."""
+"""Other implementations of the benchmark's cases: jax's own, and kernels of other packages."""
 
 import importlib
 import math
@@ -13,7 +13,7 @@ from pallas_kernels.quantized import Quantized
 
 
 def baselines(case: Case) -> dict[str, Callable[[], Any]]:
-    """Other functions that do the case's work."""
+    """Functions of jax, or of this package on another cache, that do the case's work."""
     if case.operation == "ragged_gqa_decode":
         return {"dense": _dense(case)}
     if case.operation == "gqa_decode" and not isinstance(case.arguments[1], Quantized):
@@ -22,7 +22,7 @@ def baselines(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def _dense(case: Case) -> Callable[[], Any]:
-    """As many entries in a dense cache: what ragged budgets cost beside it."""
+    """The same number of entries in a dense cache, which shows the cost of ragged budgets."""
     dense = gqa_case(case.model, case.batch, case.context, case.dtype)
     run = jax.jit(dense.run)
     return lambda: run(*dense.arguments)
@@ -30,7 +30,8 @@ def _dense(case: Case) -> Callable[[], Any]:
 
 def _dot_product_attention(case: Case) -> Callable[[], Any]:
     q, k, v, lengths = case.arguments
-    # It wants [B, S, K, H]; a cache of its own would be laid out so.
+    # It wants [B, S, K, H]. A cache for it would be stored in this order, so the transpose is not
+    # part of the measurement.
     k, v = (jax.block_until_ready(jnp.swapaxes(x, 1, 2)) for x in (k, v))
 
     @jax.jit
@@ -42,13 +43,13 @@ def _dot_product_attention(case: Case) -> Callable[[], Any]:
 
 
 PAGE = {"tpu": 64, "gpu": 16}
-"""Rows of a page of jax's paged attention, which exists for these platforms."""
+"""Rows of a page, on the platforms that have jax's paged attention."""
 
 
 def optional_baselines(
     case: Case, platform: str
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Compiled functions by name; for those that cannot serve the case, why."""
+    """Compiled functions by name, and for those that cannot serve the case the reason."""
     runs: dict[str, Callable[[], Any]] = {}
     absent: dict[str, str] = {}
     if case.operation != "gqa_decode" or isinstance(case.arguments[1], Quantized):
@@ -60,7 +61,7 @@ def optional_baselines(
                 compiled = jax.jit(run).lower(*arguments).compile()
         except ModuleNotFoundError as error:
             absent[name] = f"not installed ({error.name})"
-        except Exception as error:  # what a foreign kernel refuses is no failure of the benchmark
+        except Exception as error:  # each package refuses with exceptions of other types
             absent[name] = (str(error) or type(error).__name__).splitlines()[0]
         else:
             runs[name] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
@@ -68,13 +69,16 @@ def optional_baselines(
 
 
 def paged(platform: str, q, k, v, lengths) -> tuple[Any, ...]:
-    """jax's paged attention over pages that lie in order, and its arguments; scales no logits."""
+    """jax's paged attention over pages in order, and its arguments.
+
+    It does not scale logits, which does not change the time.
+    """
     if platform not in PAGE:
         raise NotImplementedError(f"not on this backend ({platform})")
     module = importlib.import_module(f"jax.experimental.pallas.ops.{platform}.paged_attention")
     (B, K, S, H), size = k.shape, PAGE[platform]
     if S % size:
-        raise NotImplementedError(f"{S} slots are no whole pages of {size}")
+        raise NotImplementedError(f"{S} slots are not a multiple of the page size {size}")
     pages = S // size
     table = jnp.arange(B * pages, dtype=jnp.int32).reshape(B, pages)
     if platform == "tpu":
@@ -92,7 +96,7 @@ def paged(platform: str, q, k, v, lengths) -> tuple[Any, ...]:
 
 
 def tokamax(platform: str, q, k, v, lengths) -> tuple[Any, ...]:
-    """Tokamax's attention, whose cache is laid out [B, S, K, H], and its arguments."""
+    """Tokamax's attention, whose caches are [B, S, K, H], and its arguments."""
     attention = importlib.import_module("tokamax").dot_product_attention
     if platform == "cpu":
         raise NotImplementedError(f"not on this backend ({platform})")

@@ -19,13 +19,16 @@ from pallas_kernels.bench.cases import Case
 
 @dataclass
 class Row:
-    """One implementation of one case.
+    """The times of one implementation of one case.
 
     Attributes:
-        seconds: of single calls; their median is what the other numbers come from.
-        of_copy: bytes of live entries a second over those that a copy moves, 0 … 1.
-        flops_per_s: of the products with the entries.
-        times_xla: the "xla" implementation's time over this one's.
+        operation, model, batch, context, dtype, budgets, live_bytes: as in `Case`.
+        implementation: its name, or the name of a baseline.
+        median: seconds of a call, the median of `seconds`.
+        of_copy: bytes of live entries a second, over bytes a second of a copy.
+        flops_per_s: floating point operations a second of the products with the entries.
+        times_xla: time of the "xla" implementation over this time.
+        seconds: seconds of a call, measured several times.
     """
 
     operation: str
@@ -55,10 +58,11 @@ def measure(
     Args:
         others: more functions that do the case's work, by name.
         copy_bytes: size of the array that is copied.
-        clock: gives seconds.
+        repeats: number of turns.
+        clock: returns seconds.
 
     Returns:
-        A row for each function but the copy, and the bandwidth of the copy in bytes a second.
+        A row for each function except the copy, and the copy's bandwidth in bytes a second.
     """
     copy, copied = copier(copy_bytes)
     runs = {**implementations(case), **baselines(case), **others}
@@ -87,10 +91,11 @@ def measure(
 
 
 def implementations(case: Case) -> dict[str, Callable[[], Any]]:
-    """Those that serve the case here; "xla" always does."""
+    """The implementations that can serve the case on this device: "xla" and perhaps a kernel."""
 
     def compiled(name: str) -> Callable[[], Any]:
         run = jax.jit(lambda *arguments: case.run(*arguments, implementation=name))
+        # Tracing raises NotImplementedError if the implementation cannot serve.
         jax.eval_shape(run, *case.arguments)
         return lambda: run(*case.arguments)
 
@@ -104,18 +109,22 @@ def implementations(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 SHORTEST = 0.02
-"""Seconds that a measurement lasts at least: short calls are made several times."""
+"""Seconds that a measurement lasts at least; short calls are repeated within it."""
 
 
 def in_turns(
     functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each function, `repeats` times, after calls that compile."""
+    """Seconds of a call of each function, measured `repeats` times.
+
+    The functions take turns, so that other load on the machine affects all of them alike.
+    """
     calls = {name: _calls_needed(run) for name, run in functions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, run in functions.items():
-            jax.block_until_ready(run())  # what the one before left, in caches and buffers, is gone
+            # Not timed: the first call pays for what the function before left in caches.
+            jax.block_until_ready(run())
             start = clock()
             for _ in range(calls[name] - 1):
                 run()
@@ -125,16 +134,17 @@ def in_turns(
 
 
 def _calls_needed(run: Callable[[], Any]) -> int:
-    jax.block_until_ready(run())
+    """Calls that last at least `SHORTEST` seconds."""
+    jax.block_until_ready(run())  # compiles
     start = time.perf_counter()
     jax.block_until_ready(run())
     return max(1, int(SHORTEST / max(time.perf_counter() - start, 1e-6)))
 
 
 def copier(bytes_: int) -> tuple[Callable[[], jax.Array], int]:
-    """A copy on the device, and the bytes that it moves: those it reads and those it writes."""
+    """A copy on the device, and the bytes that it moves, read and written."""
     source = jnp.zeros((bytes_ // 4,), jnp.float32)
-    copy = jax.jit(lambda x: x + 1.0)
+    copy = jax.jit(lambda x: x + 1.0)  # XLA would drop a mere copy
     return (lambda: copy(source)), 2 * source.nbytes
 
 
@@ -142,17 +152,25 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "tpu": {"block": (256, 512, 1024, 2048)},
     "gpu": {"stages": (2, 3, 4, 6, 8)},
 }
+"""The size that is tuned for each platform, and the values that are tried."""
 
 
 def tune(
     cases: Iterable[Case], platform: str, repeats: int, seconds: Callable = in_turns
 ) -> dict[str, dict[str, int]]:
-    """{operation: sizes} that have the smallest sum of median times over its cases.
+    """The fastest sizes for each operation: the smallest sum of median times over its cases.
 
-    Sizes that do not compile for all cases of an operation are left out, and said.
+    A size must compile for every case of its operation. Sizes that do not are left out, and a line
+    on stderr says so.
+
+    Args:
+        seconds: `in_turns` or a replacement.
+
+    Returns:
+        {operation: {size: value}}.
 
     Raises:
-        ValueError: a platform without kernels, or an operation for which no size compiles.
+        ValueError: the platform has no kernels, or no size compiles for an operation.
     """
     if platform not in CANDIDATES:
         raise ValueError(f"nothing to tune on a {platform}")
@@ -161,10 +179,11 @@ def tune(
     for case in cases:
         sums = totals.setdefault(case.operation, dict.fromkeys(values, 0.0))
         runs = {}
+        # Compile every size that is still in the race, then time them together.
         for value in list(sums):
             try:
                 runs[str(value)] = _runner(case, platform, {name: value})
-            except Exception as error:  # limits, the kernel's compiler and XLA's each raise others
+            except Exception as error:  # limits, Mosaic and XLA raise different types
                 del sums[value]
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 print(f"{case.operation} without {name}={value}: {reason}", file=sys.stderr)
@@ -191,7 +210,7 @@ def _runner(case: Case, platform: str, sizes: dict[str, int]) -> Callable[[], An
 
 
 def write(path: Path, kind: str, found: dict[str, dict[str, int]]) -> None:
-    """Adds what was found for a device kind to a table."""
+    """Adds the sizes found for a device kind to the table in a file; other sizes stay."""
     table = json.loads(path.read_text())
     entry = table.setdefault(kind, {})
     for operation, sizes in found.items():

@@ -124,7 +124,7 @@ def mla_decode(
     """
     N, R = q_rope.shape[1:]
     size, groups = group_size(N)
-    parts = 1 if R == 0 else 2  # without rotary dimensions there is no second product
+    parts = 1 if R == 0 else 2  # one product without rotary dimensions
     queries = tuple(into_groups(q) for q in (q_latent, q_rope)[:parts])
     x = Operands.of(queries, (latent, k_rope)[:parts], None)
     lengths = jnp.repeat(lengths, groups)

@@ -352,7 +352,7 @@ def _rows(piece: Piece, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def _keep(live: jax.Array | None, x: jax.Array, other: float) -> jax.Array:
-    """x where live, else `other`; x itself if there is no mask."""
+    """x where live, else `other`; x itself without a mask."""
     return x if live is None else jnp.where(live, x, jnp.asarray(other, x.dtype))
 
 

@@ -138,7 +138,7 @@ def mla_decode(
     blocks = Blocks(min(block, S), heads=1)
     most = B * -(-S // blocks.size)
     work = flatten(jnp.zeros_like(lengths), lengths, blocks.size, most, window, shares)
-    parts = 1 if R == 0 else 2  # without rotary dimensions there is no second product
+    parts = 1 if R == 0 else 2  # one product without rotary dimensions
     one_head = jax.tree.map(lambda x: x[:, None], (q_latent, q_rope, latent, k_rope))
     queries, keys = one_head[:2][:parts], one_head[2:][:parts]
     out, lse = attend(Operands.of(queries, keys, None), work, blocks, scale, softcap, shares)
