@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         write(TABLES / f"{on.platform}.json", on.device_kind, found)
         print(json.dumps(found, indent=1))
         return 0
+    # Rows are printed as they come, since a run takes minutes.
     absent: dict[str, str] = {}
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows: list[Row] = []

@@ -200,6 +200,7 @@ def _tile(*shape: int, dtype: Any, like: int | None = None) -> Any:
         like: width that decides on the swizzle, which both sides of a product must have in common;
             default: the last number of `shape`.
     """
+    # At most CHUNK columns: products read that many.
     size = jnp.dtype(dtype).itemsize
     width = shape[-1] if like is None else like
     swizzle = min(plgpu.find_swizzle(width * 8 * size), CHUNK * size)

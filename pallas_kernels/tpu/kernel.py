@@ -179,13 +179,20 @@ def attend(
     Args:
         x: queries [U, C, G, X], entries [A, C, rows, ·] and numbers of rows [A, C, rows], for the
             U segments of A arrays.
+        work: the pieces of `blocks.size` rows, with the owner of each piece.
+        blocks: where the pieces are.
+        shares: cores that work on the list.
 
     Returns:
-        out [U, C, G, Y] and lse [U, C, G] fp32; 0 and −1e30 for segments without live rows.
+        out [U, C, G, Y] and lse [U, C, G] fp32; 0 and −1e30 for segments without live rows. out has
+        the queries' dtype, or fp32 if there are results of several shares to merge.
     """
     U, C, G, _ = x.queries[0].shape
     Y = x.values.shape[-1]
     dtype = x.queries[0].dtype if shares == 1 else jnp.float32
+    # The grid is as long as the list: its length is known when the kernel starts. The steps of a
+    # share run in order ("arbitrary") and pass the softmax on in scratch memory: the largest logit,
+    # the sum of the weights, and the sum of weights · values.
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(work),
         grid=(shares, work.bounds[1]),
