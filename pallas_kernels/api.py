@@ -1,13 +1,15 @@
-"""Public decode operations: argument checks and the choice of an implementation.
+"""The public decode operations: they check arguments and choose an implementation.
 
-Shape letters: B batch, N query heads, K KV heads, S slots, P pool rows, H head dim, L latent rank,
-R rope dim. `implementation` is "auto" (the kernel of the platform where there is one that serves,
-else "xla") or a name; a named implementation that cannot serve raises NotImplementedError with the
-reason, it never hands over to another one. "auto" warns (RuntimeWarning, once a process, operation
-and reason) where it leaves an operation to XLA on a platform that has kernels.
+Shape letters: B batch, N query heads, K KV heads, S slots, P pool rows, H head dim of keys, Hv head
+dim of values, L latent rank, R rope dim.
 
-Lengths are clipped to what there is room for before any implementation sees them: kernels would
-otherwise read beyond the cache.
+`implementation` is "auto" or a name ("xla", "pallas_tpu", "pallas_gpu"). "auto" takes the kernel of
+the platform if there is one that can serve the call, else "xla"; on a platform with kernels it then
+gives the reason as a RuntimeWarning, once for each operation and reason. A named implementation
+that cannot serve raises NotImplementedError with the reason and is never replaced by another one.
+
+Lengths are clipped to the room for them before any implementation sees them, because a kernel would
+read behind the end of the cache.
 """
 
 import math
@@ -17,11 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from pallas_kernels import reference, xla
-from pallas_kernels.dispatch import check_name, kernel
+from pallas_kernels.dispatch import check_name, kernel, scheduler
 from pallas_kernels.plan import WorkList
-from pallas_kernels.quantized import Entries, from_bits
+from pallas_kernels.quantized import Entries, from_bits, is_quantized
 from pallas_kernels.reference import NEG_INF
 from pallas_kernels.segments import Newer, Segments
 
@@ -38,23 +41,24 @@ def gqa_decode(
     implementation: str = "auto",
     return_lse: bool = False,
 ) -> Any:
-    """One query a sequence over a dense cache.
+    """Attention of one query for each sequence over a dense cache.
 
     Args:
         q: [B, N, H]; query head n reads KV head n // (N / K).
-        k, v: [B, K, S, H], or `Quantized`; slots at or beyond a sequence's length never reach the
-            output.
-        lengths: [B] integers, live slots, clipped to 0 … S; 0 gives an output of zeros.
-        scale: multiplies the logits; default H^-0.5.
-        window: only the last `window` live slots are seen.
-        softcap: logits become softcap · tanh(logits / softcap).
+        k, v: [B, K, S, H] and [B, K, S, Hv], or `Quantized`. Slots at or behind a sequence's length
+            may hold anything, NaN included.
+        lengths: [B] integers, the number of live slots, clipped to 0 … S; 0 gives zeros.
+        scale: factor of the logits; default H^-0.5.
+        window: the query sees only the last `window` live slots; default all.
+        softcap: logits become softcap · tanh(logits / softcap); default unchanged.
+        implementation: see the module's docstring.
         return_lse: also return the logsumexp of the logits, [B, N] fp32.
 
     Returns:
-        [B, N, Hv] in q's dtype; with `return_lse` a pair with the logsumexp.
+        [B, N, Hv] in q's dtype; with `return_lse` a pair of this and the logsumexp.
 
     Raises:
-        ValueError: shapes that don't fit together.
+        ValueError: the shapes do not fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
     _check_ranks({"q": (q, 3), "k": (k, 4), "v": (v, 4), "lengths": (lengths, 1)})
@@ -88,30 +92,29 @@ def ragged_gqa_decode(
     implementation: str = "auto",
     return_lse: bool = False,
 ) -> Any:
-    """One query a sequence over a pool in which every KV head has its own segment.
+    """Attention of one query for each sequence over a pool in which each KV head has a segment.
 
     Args:
-        q: [B, N, H].
-        k_pool, v_pool: [B, P, H], or `Quantized`; head k owns rows starts[k] … starts[k] +
-            capacities[k].
-        starts: [B, K] integers; or [K], or a sequence of K ints, the same for all sequences. The
-            pool may hold other segments besides.
-        lengths: [B, K] integers, live rows of each segment, clipped to 0 … its capacity.
-        capacities: as starts; default: up to the next start.
-        align: starts that are arrays are multiples of it; P too.
-        span: for starts that are arrays, a bound on the rows of all segments of one sequence; see
-            `Segments`. Default P.
-        live: [B, P] bool, rows that may be seen, or `Newer` for a sliding window over kept entries,
-            of which only the segments' own rows are read where XLA serves; default all.
-        schedule: one layer's part of what `schedule` made of the same starts, lengths and span;
-            default: the kernel's work list is made here.
+        q: [B, N, H]; query head n reads the segment of KV head n // (N / K).
+        k_pool, v_pool: [B, P, H] and [B, P, Hv], `Quantized` or `Bits`. The segment of head k has
+            the rows starts[k] … starts[k] + capacities[k] − 1; the pool may hold other segments.
+        starts: [B, K] integers; or [K], or a sequence of K ints, for all sequences alike.
+        lengths: [B, K] integers, the number of live rows of each segment, clipped to 0 … capacity.
+        capacities: like `starts`; default: up to the next start.
+        align: if `starts` is an array: a number of which all starts and P are multiples.
+        span: if `starts` is an array: an upper bound on the rows of all segments of one sequence;
+            see `Segments`. Default P.
+        live: [B, P] bool, the rows that the queries may see; or `Newer` for a sliding window over
+            the kept entries, of which only the segments' own rows are read. Default all.
+        schedule: one layer's part of the result of `schedule`, for the same starts, lengths and
+            span. Default: the kernel's work list is made in this call.
         scale, softcap, implementation, return_lse: as in `gqa_decode`.
 
     Returns:
-        [B, N, Hv] in q's dtype; with `return_lse` a pair with the logsumexp.
+        [B, N, Hv] in q's dtype; with `return_lse` a pair of this and the logsumexp.
 
     Raises:
-        ValueError: shapes that don't fit together.
+        ValueError: the shapes do not fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
     _check_ranks({"q": (q, 3), "k_pool": (k_pool, 3), "v_pool": (v_pool, 3)})
@@ -128,9 +131,10 @@ def ragged_gqa_decode(
         return _nothing((B, N, v_pool.shape[2]), q.dtype, implementation, return_lse)
     run = kernel(implementation, "ragged_gqa_decode", q, k_pool, v_pool, segments, live)
     settings = (lengths, _scale(scale, H), softcap)
+    # Kernels read floats. XLA:CPU slices bit patterns and converts the slices to floats.
     if run is not None:
-        rows = live.rows()[:, 0] if isinstance(live, Newer) else live
-        out, lse = run(q, from_bits(k_pool), from_bits(v_pool), segments, *settings, rows, schedule)
+        live = live if live is None or isinstance(live, Newer) else Newer.of_mask(live)
+        out, lse = run(q, from_bits(k_pool), from_bits(v_pool), segments, *settings, live, schedule)
     else:
         seen = live if live is None or isinstance(live, Newer) else live[:, None]
         out, lse = xla.attend(q[:, None], k_pool, v_pool, segments, *settings, seen)
@@ -141,14 +145,16 @@ def ragged_gqa_decode(
 def _segments(
     starts: Any, capacities: Any, align: int, span: int | None, pool: tuple[int, int]
 ) -> Segments:
-    """The segments of pools [B, P], checked where they are known."""
+    """The segments of pools [B, P]; starts that are Python ints are checked against the pool."""
     rows = pool[1]
+    # Ints are known now: they give the best alignment and span.
     if isinstance(starts, Sequence):
         capacities = _checked_capacities(starts, capacities, rows)
         align, span = max(math.gcd(*starts, rows), 1), sum(capacities)
         starts, capacities = (jnp.asarray(x, jnp.int32) for x in (starts, capacities))
     starts = _of_each_sequence(starts, "starts", pool)
     _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
+    # Each segment ends where the next one in the pool starts, the last one at the pool's end.
     if capacities is None:
         later = starts[:, None] > starts[:, :, None]
         capacities = jnp.min(jnp.where(later, starts[:, None], rows), axis=2) - starts
@@ -163,7 +169,7 @@ def _segments(
 def _checked_capacities(
     starts: Sequence[int], capacities: Sequence[int] | None, rows: int
 ) -> Sequence[int]:
-    """The capacities of segments that are known, which must be rows of the pool."""
+    """The capacities of segments with known starts; raises ValueError outside of the pool."""
     if capacities is None:
         capacities = [end - start for start, end in zip(starts, [*starts[1:], rows], strict=True)]
     _check(
@@ -187,6 +193,52 @@ def _of_each_sequence(table: Any, name: str, pool: tuple[int, int]) -> jax.Array
     return jnp.broadcast_to(_int32(table, name, rows), (B, shape[-1]))
 
 
+def schedule(
+    starts: Int[Array, "L B K"],
+    lengths: Int[Array, "L B K"],
+    *,
+    queries_per_head: int,
+    k_pool: Any,
+    v_pool: Any,
+    align: int = 8,
+    span: int | None = None,
+    implementation: str = "auto",
+) -> WorkList | None:
+    """The work lists of `ragged_gqa_decode` for all layers of a decode step.
+
+    One call in front of the layers replaces about a dozen small operations in each of them.
+
+    Args:
+        starts, lengths: the segments of L layers, whose pools have the same shape.
+        queries_per_head: query heads for each KV head.
+        k_pool, v_pool: [B, P, H] the pools of a layer, or their shapes and dtypes.
+        align, span, implementation: as in `ragged_gqa_decode`; `span` holds for every layer.
+
+    Returns:
+        Arrays with a leading axis of L layers: `jax.tree.map(lambda x: x[layer], …)` is the
+        argument `schedule` of `ragged_gqa_decode`. None if XLA serves, which has no work list.
+
+    Raises:
+        NotImplementedError: the named implementation cannot serve these arguments.
+    """
+    (B, P, H), K = k_pool.shape, starts.shape[2]
+    # Limits look at the queries' dtype, which the caller need not know yet: the entries' dtype,
+    # or bfloat16 for 8-bit entries.
+    dtype = jnp.bfloat16 if is_quantized(k_pool.dtype) else k_pool.dtype
+    q = jax.ShapeDtypeStruct((B, K * queries_per_head, H), dtype)
+    shape = jax.ShapeDtypeStruct((B, K), jnp.int32)
+    operands = q, k_pool, v_pool, Segments(shape, shape, align, span), None
+    work_list = scheduler(implementation, *operands)
+    if work_list is None:
+        return None
+
+    def of_layer(starts: jax.Array, lengths: jax.Array) -> WorkList:
+        segments = Segments(starts, lengths, align, span)
+        return work_list(segments, jnp.clip(lengths, 0, segments.room(P)), queries_per_head, P)
+
+    return jax.vmap(of_layer)(starts, lengths)
+
+
 def mla_decode(
     q_latent: jax.Array,
     q_rope: jax.Array,
@@ -203,18 +255,19 @@ def mla_decode(
     """Absorbed multi-head latent attention: the latent is key and value of every head.
 
     Args:
-        q_latent, q_rope: [B, N, L] queries lifted to the latent, and [B, N, R] rotated ones.
+        q_latent: [B, N, L] queries multiplied with the key up-projection.
+        q_rope: [B, N, R] rotated queries.
         latent, k_rope: [B, S, L] and [B, S, R], or `Quantized`: the cache.
-        lengths: [B] integers, live slots, clipped to 0 … S.
-        scale: multiplies the logits.
+        lengths: [B] integers, the number of live slots, clipped to 0 … S.
+        scale: factor of the logits.
         window, softcap, implementation, return_lse: as in `gqa_decode`.
 
     Returns:
-        [B, N, L] in q_latent's dtype: attention-weighted latents, before the value up-projection;
-        with `return_lse` a pair with the logsumexp.
+        [B, N, L] in q_latent's dtype: weighted sums of latents, before the value up-projection;
+        with `return_lse` a pair of this and the logsumexp.
 
     Raises:
-        ValueError: shapes that don't fit together.
+        ValueError: the shapes do not fit together.
         NotImplementedError: the named implementation cannot serve these arguments.
     """
     ranks = {"q_latent": (q_latent, 3), "q_rope": (q_rope, 3), "latent": (latent, 3)}
@@ -234,14 +287,14 @@ def mla_decode(
 
 
 def _live(lengths: jax.Array, shape: tuple[int, ...], room: int | jax.Array) -> jax.Array:
-    """Lengths of any integer dtype within 0 … room, int32."""
+    """Lengths of any integer dtype as int32, clipped to 0 … room."""
     _check(lengths.shape == shape, f"lengths is {lengths.shape}, expected {shape}")
     most = np.iinfo(np.int32).max
     return jnp.clip(_int32(lengths, "lengths", most), 0, room)
 
 
 def _int32(x: jax.Array, name: str, most: int) -> jax.Array:
-    """Integers as int32, those of wider dtypes cut off at 0 and `most` first."""
+    """Integers as int32; wider dtypes are clipped to 0 … `most` before."""
     _check(
         jnp.issubdtype(x.dtype, jnp.integer), f"{name} is of {x.dtype}, expected an integer dtype"
     )
@@ -250,13 +303,13 @@ def _int32(x: jax.Array, name: str, most: int) -> jax.Array:
 
 
 def _window(window: int | None, slots: int) -> int | None:
-    """None where the window holds all slots."""
+    """The window, or None if it holds all slots."""
     _check(window is None or window >= 0, f"window is {window}, expected at least 0")
     return None if window is None or window >= slots else window
 
 
 def _nothing(shape: tuple[int, ...], dtype: Any, implementation: str, return_lse: bool) -> Any:
-    """Zeros, and what a sequence without live slots has as its logsumexp: no kernel is needed."""
+    """The result without entries or queries: zeros, and the logsumexp of no logits."""
     check_name(implementation)
     out, lse = jnp.zeros(shape, dtype), jnp.full(shape[:2], NEG_INF, jnp.float32)
     return _result(out, lse, return_lse)

@@ -1,8 +1,9 @@
-"""Cache entries in 8 bits: a scale for each entry (a token of one head), applied outside the dot.
+"""How cache entries are stored: as floats, in 8 bits with scales, or as bit patterns.
 
-q·k = scale · (q·values), and Σ w·v = Σ (w·scale)·values: the scale of a key multiplies a logit,
-that of a value a weight, so that entries are never rebuilt in full precision (KIVI, arXiv
-2402.02750, quantizes values by token likewise).
+Each 8-bit entry (one token of one head) has a scale. Since q·k = scale · (q·values) and
+Σ w·v = Σ (w·scale)·values, attention multiplies logits with the scales of keys, and weights with
+the scales of values: entries are never rebuilt in full precision. KIVI (arXiv 2402.02750) also
+quantizes values by token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """values · scale.
+    """8-bit entries, which stand for values · scale.
 
     Attributes:
         values: [..., X] int8 or float8_e4m3fn.
@@ -43,14 +44,14 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bits:
-    """16-bit floats as their bit patterns.
+    """16-bit floats, stored as their bit patterns.
 
-    XLA for CPUs widens 16-bit floats before it cuts a slice from them: a loop over a pool would
-    start with a copy of the whole pool in float32. Integers are cut as they are.
+    XLA:CPU converts 16-bit floats to float32 before it slices them: a loop over a pool would start
+    with a float32 copy of the whole pool. Integers are sliced as they are.
 
     Attributes:
         values: [..., X] uint16.
-        dtype: of the floats.
+        dtype: dtype of the floats.
     """
 
     values: Any
@@ -62,26 +63,32 @@ class Bits:
 
 
 Entries = jax.Array | Quantized | Bits
-"""Cache entries [..., X]: as they are, quantized, or as bit patterns."""
+"""Cache entries [..., X]: floats, quantized, or bit patterns."""
 
 
 def to_bits(x: jax.Array) -> Bits:
-    """The bit patterns of 16-bit floats."""
+    """16-bit floats [..., X] as `Bits`."""
     return Bits(jax.lax.bitcast_convert_type(x, jnp.uint16), jnp.dtype(x.dtype))
 
 
 def from_bits(entries: Entries) -> jax.Array | Quantized:
-    """Bit patterns as the floats that they stand for; other entries as they are."""
+    """`Bits` as floats again; other entries unchanged."""
     if not isinstance(entries, Bits):
         return entries
     return jax.lax.bitcast_convert_type(entries.values, entries.dtype)
 
 
 def quantize(x: Float[Array, "*B X"], dtype: Any) -> Quantized:
-    """Symmetric quantization of each row: the largest magnitude becomes the largest value."""
+    """Quantizes each row symmetrically: its largest magnitude becomes the dtype's largest value.
+
+    Args:
+        x: [..., X].
+        dtype: int8 or float8_e4m3fn.
+    """
     x = x.astype(jnp.float32)
     largest = LARGEST[jnp.dtype(dtype)]
     top = jnp.max(jnp.abs(x), axis=-1)
+    # A row of zeros has scale 1, so that nothing is divided by 0.
     scale = jnp.where(top > 0, top / largest, 1.0)
     values = x / scale[..., None]
     if jnp.issubdtype(dtype, jnp.integer):
@@ -95,13 +102,13 @@ def is_quantized(dtype: Any) -> bool:
 
 
 def plain(entries: Entries, dtype: Any) -> jax.Array:
-    """The array that a product reads: quantized values without their scale, in `dtype` (exact)."""
+    """The array for a product: quantized values in `dtype`, exactly and without their scale."""
     entries = from_bits(entries)
     return entries.values.astype(dtype) if isinstance(entries, Quantized) else entries
 
 
 def dequantize(entries: Entries, dtype: Any) -> jax.Array:
-    """[..., X] in `dtype`."""
+    """The entries [..., X] as floats of `dtype`, scales included."""
     entries = from_bits(entries)
     if not isinstance(entries, Quantized):
         return entries.astype(dtype)

@@ -1,7 +1,8 @@
-"""Decode attention in plain jnp: the oracle of the kernels' tests, and the "xla" implementation.
+"""Decode attention in plain jnp: the "xla" implementation of dense and latent caches.
 
-Logits, softmax and accumulators are fp32 whatever the entries' dtype. Slots that are not live are
-replaced before they are used, so that whatever they hold (NaN too) never reaches the output.
+It also is the oracle of the kernels' tests. Logits, softmax and accumulators are fp32 for every
+dtype of the entries. Dead slots are replaced before they are used: their contents, NaN included,
+never reach the output.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.quantized import Entries, Quantized, plain
 from pallas_kernels.segments import Segments
 
-NEG_INF = -1e30  # finite, so that a row without live slots gives 0 and not NaN
+NEG_INF = -1e30  # finite, so that a query without live slots gives 0 and not NaN
 
 
 def softmax_attend(
@@ -22,13 +23,14 @@ def softmax_attend(
     """Softmax over the live slots, then the weighted sum of the values.
 
     Args:
-        logits_BKGS: [B, K, G, S] fp32, G queries that read the same KV head.
-        dtype: in which quantized values are read.
+        logits_BKGS: [B, K, G, S] fp32 logits of the G queries that read the same KV head.
+        dtype: the dtype in which quantized values are multiplied.
 
     Returns:
         out [B, K, G, Hv] fp32 and lse [B, K, G] fp32, −1e30 where no slot is live.
     """
     weights, total, lse = masked_softmax(logits_BKGS, live_BKS)
+    # The scale of a value multiplies its weight. Scales of dead slots may be NaN.
     if isinstance(v_BKSH, Quantized):
         weights = weights * jnp.where(live_BKS, v_BKSH.scale, 0.0)[:, :, None]
     values = plain(v_BKSH, dtype)
@@ -39,7 +41,7 @@ def softmax_attend(
 def masked_softmax(
     logits_BKGS: jax.Array, live_BKS: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Softmax weights before the division, what to divide by [B, K, G], and the lse [B, K, G]."""
+    """Softmax weights before the division, the divisor [B, K, G], and the lse [B, K, G]."""
     live = live_BKS[:, :, None, :]
     logits = jnp.where(live, logits_BKGS, NEG_INF)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=NEG_INF)
@@ -61,8 +63,8 @@ def clean_if_needed(
 ) -> jax.Array:
     """attend(v), where values that are not live have weight 0.
 
-    0 · NaN is NaN, so dead values that are not finite must be replaced. That costs a copy of all
-    values, so it is done only when the result shows that it must.
+    0 · NaN is NaN, so dead values that are not finite must become 0 first. That copies all values,
+    so it is done only if the result has numbers that are not finite.
     """
     out = attend(v)
     zero = jnp.zeros((), v.dtype)
@@ -72,14 +74,14 @@ def clean_if_needed(
 
 
 def scores(q_BKGH: jax.Array, k_BKSH: Entries) -> jax.Array:
-    """q·k, [B, K, G, S] fp32."""
+    """Products of queries and keys, [B, K, G, S] fp32."""
     keys = plain(k_BKSH, q_BKGH.dtype)
     logits = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, keys, preferred_element_type=jnp.float32)
     return logits * k_BKSH.scale[:, :, None] if isinstance(k_BKSH, Quantized) else logits
 
 
 def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
-    """softcap · tanh(logits / softcap); None leaves them."""
+    """softcap · tanh(logits / softcap); the logits themselves if `softcap` is None."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -102,7 +104,7 @@ def gqa_decode(
 
 
 def live_slots(lengths: jax.Array, slots: int, window: int | None) -> jax.Array:
-    """[B, slots] bool: below each sequence's length and no further back than the window."""
+    """[B, slots] bool: slots below each sequence's length, and within its last `window` ones."""
     at = jnp.arange(slots, dtype=jnp.int32)[None]
     live = at < lengths[:, None]
     return live if window is None else live & (at >= lengths[:, None] - window)
@@ -118,13 +120,15 @@ def ragged_gqa_decode(
     softcap: float | None,
     live_pool: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.ragged_gqa_decode`: every head gathered to as many rows as the pool has.
+    """See `pallas_kernels.ragged_gqa_decode`; returns out and lse, both fp32.
 
-    Slow, and for tests; `xla.attend` serves.
+    Only tests call this: it gathers as many rows for each head as the pool has. The "xla"
+    implementation is `xla.attend`.
     """
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     rank = jnp.arange(P, dtype=jnp.int32)[None, None]
     rows = jnp.clip(segments.starts[:, :, None] + rank, 0, P - 1)
+    # Row r of every head is row starts + r of the pool; ranks behind a head's length are dead.
     live = rank < jnp.minimum(lengths, segments.room(P))[:, :, None]
     batch = jnp.arange(B, dtype=jnp.int32)[:, None, None]
     if live_pool is not None:
@@ -147,6 +151,7 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.mla_decode`; returns the latent output and lse, both fp32."""
     live = live_slots(lengths, latent.shape[1], window)[:, None]
+    # A latent cache has one KV head, whose latents are keys and values of all query heads.
     latent, k_rope = jax.tree.map(lambda x: x[:, None], (latent, k_rope))
     logits = scores(q_latent[:, None], latent) + scores(q_rope[:, None], k_rope)
     logits = soft_cap(logits * scale, softcap)

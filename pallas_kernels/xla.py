@@ -1,8 +1,8 @@
-"""Head-ragged attention in plain jnp, whose time follows the live rows of a pool.
+"""Attention over the segments of a pool in plain jnp: the implementation for CPUs.
 
-The live rows are cut into windows of equal size, segment after segment. A loop takes C windows a
-turn, and the number of its turns is data. A turn slices its windows out of the pool, so that no
-other row is ever read: a pool may hold the rows of all layers of a model.
+The live rows of each segment are cut into windows of equal size. A loop computes C windows a turn,
+and the number of turns is data, so that time follows the live rows. A turn slices its windows out
+of the pool and reads no other row: a pool may hold the rows of all layers of a model.
 """
 
 import functools
@@ -18,17 +18,17 @@ from pallas_kernels.reference import NEG_INF, soft_cap
 from pallas_kernels.segments import Newer, Segments
 
 ROWS = 128
-"""Rows of a window: more save turns, fewer save dead rows (measured)."""
+"""Rows of a window (measured): more need fewer turns, fewer have fewer dead rows."""
 
 
 class Turn(NamedTuple):
-    """C windows, which belong to C consecutive segments.
+    """The C windows of one turn of the loop, which belong to at most C consecutive segments.
 
     Attributes:
-        first: the first of the segments.
+        first: the first of these segments.
         owner: [C] the segment of each window, counted from `first`.
-        sequence, row: [C] where each window starts.
-        live: [C, R] which rows of each window are live, and in no window before it.
+        sequence, row: [C] where each window starts in the pool.
+        live: [C, R] which rows of a window are live and not part of an earlier window.
         following: the first segment of the next turn.
     """
 
@@ -64,38 +64,47 @@ def attend(
     softcap: float | None,
     live: Bool[Array, "B T P"] | Bool[Array, "B 1 P"] | Newer | None = None,
 ) -> tuple[Float[Array, "B T N Y"], Float[Array, "B T N"]]:
-    """T queries over the first lengths[b, k] rows of each segment; see `ragged_gqa_decode`.
+    """Attention of T queries over the first lengths[b, k] rows of each segment.
 
     Args:
-        live: rows that each query may see besides; default all.
+        q, k_pool, v_pool, segments, lengths, scale, softcap: as in `ragged_gqa_decode`, with an
+            axis of T queries.
+        live: which of these rows each query may see; default all.
 
     Returns:
         out and lse, fp32.
     """
     (B, T, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     U, G, R = B * K, N // K, min(ROWS, P)
-    C = 4 if U <= 8 else 8  # more windows a turn pay where there are many segments (measured)
+    C = 4 if U <= 8 else 8  # more windows a turn pay off with many segments (measured)
+
+    # The T · G queries of a KV head read the same rows: [U, T · G, H]. The C empty segments behind
+    # the last one let a turn always slice C segments.
     windows = _windows(segments, jnp.clip(lengths, 0, segments.room(P)), (C, R))
     queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 2).reshape(U, T * G, H)
     queries = jnp.pad(queries, ((0, C), (0, 0), (0, 0)))
 
     def step(number: jax.Array, state: tuple[Turn, Softmax]) -> tuple[Turn, Softmax]:
         turn, softmax = state
+        # Masked logits of the turn's windows, [C, T · G, R].
         logits = _logits(_consecutive(queries, turn.first, C)[turn.owner], _cut(k_pool, turn))
         seen = turn.live[:, None]
         if live is not None:
             seen = seen & _shown(live, turn, T * G)
         logits = jnp.where(seen, soft_cap(logits * scale, softcap), NEG_INF)
-        held = _consecutive(softmax, turn.first, C)
-        held = _update(held, turn, logits, _cut_live(v_pool, turn), q.dtype)
-        # A turn finds the windows of the next one. XLA:CPU would otherwise compute where windows
-        # start again for every number that it copies.
+        # The softmax of the C segments that these windows can belong to, and back into the state.
+        part = _consecutive(softmax, turn.first, C)
+        part = _update(part, turn, logits, _cut_live(v_pool, turn), q.dtype)
+        # Each turn computes where the next turn's windows start. Computed in the same turn, XLA:CPU
+        # would fuse that into the copy of a window, and repeat it for every number that it copies.
         following = _turn(windows, turn.following, (number + 1) * C, (C, R), P)
-        return following, _replace(softmax, held, turn.first)
+        return following, _replace(softmax, part, turn.first)
 
     zero = jnp.zeros((), jnp.int32)
     state = _turn(windows, zero, zero, (C, R), P), _nothing(U + C, T * G, v_pool.shape[2])
     _, softmax = jax.lax.fori_loop(0, -(-windows[U - 1, 1] // C), step, state)
+
+    # Divide, and undo the grouping by KV head. Segments without live rows have total 0: out is 0.
     top, total, out = (x[:U] for x in softmax)
     divisor = jnp.maximum(total, 1e-30)
     lse = jnp.where(total > 0, top + jnp.log(divisor), NEG_INF)
@@ -111,17 +120,17 @@ def attend(
 def _windows(
     segments: Segments, lengths: Int[Array, "B K"], size: tuple[int, int]
 ) -> Int[Array, "V 5"]:
-    """The windows of U = B · K segments, and of C empty segments behind them.
+    """A table of the windows of U = B · K segments, and of C empty segments behind them.
 
-    Every segment has at least one window. The C windows of a turn therefore belong to at most C
+    Every segment gets at least one window. The C windows of a turn therefore belong to at most C
     consecutive segments.
 
     Args:
         size: C and R, windows of a turn and rows of a window.
 
     Returns:
-        Of each segment the number of its first window and of the one after its last, the sequence,
-        the first row and the live rows.
+        For each segment: the numbers of its first window and of the window after its last, its
+        sequence, its first row, and its live rows.
     """
     C, R = size
     count = jnp.maximum(-(-lengths // R), 1).reshape(-1)
@@ -130,6 +139,7 @@ def _windows(
     sequences = jnp.broadcast_to(sequences, lengths.shape)
     rest = (x.reshape(-1) for x in (sequences, segments.starts, lengths))
     last, never = ends[-1], jnp.iinfo(jnp.int32).max
+    # Empty segments end at the largest number: no window is counted behind them (see `_turn`).
     empty = jnp.stack([last, *(jnp.asarray(x, jnp.int32) for x in (never, 0, 0, 0))])
     table = jnp.stack([ends - count, ends, *rest], axis=1)
     return jnp.concatenate([table, jnp.broadcast_to(empty, (C, 5))])
@@ -138,69 +148,72 @@ def _windows(
 def _turn(
     windows: jax.Array, first: jax.Array, number: jax.Array, size: tuple[int, int], pool_rows: int
 ) -> Turn:
-    """The C windows of R rows from `number` on; the first of them belongs to segment `first`.
+    """The C windows of R rows from `number` on; the first one belongs to segment `first`.
 
     Args:
         size: C and R.
     """
+    # The owner of a window: how many of the next C segments end at or before it.
     (C, R), near = size, _consecutive(windows, first, size[0])
     numbers = number + jnp.arange(C + 1, dtype=jnp.int32)
     owner = jnp.sum(near[None, :, 1] <= numbers[:, None], axis=1, dtype=jnp.int32)
     following, owner = first + owner[C], owner[:C]
     number, _, sequence, start, length = near[owner].T
     begin = start + (numbers[:C] - number) * R
-    # A window that would pass the pool's end starts earlier, at rows of the window before it.
+    # A window that would pass the pool's end starts earlier. Its first rows belong to the window
+    # before it and are not live here.
     row = jnp.clip(begin, 0, pool_rows - R)
     each = row[:, None] + jnp.arange(R, dtype=jnp.int32)[None]
     live = (each >= begin[:, None]) & (each < (start + length)[:, None])
     return Turn(first, owner, sequence, row, live, following)
 
 
-def _update(held: Softmax, turn: Turn, logits: jax.Array, v: Entries, dtype) -> Softmax:
-    """The softmax of C segments after the C windows of a turn, [C, Q, R] logits and values."""
+def _update(old: Softmax, turn: Turn, logits: jax.Array, v: Entries, dtype) -> Softmax:
+    """Adds the C windows of a turn, with logits [C, Q, R] and values, to the softmax of C segments.
+
+    Several windows can belong to one segment: `owned` [segments, windows] adds them up.
+    """
     C, Q, _ = logits.shape
     owned = jnp.arange(C, dtype=jnp.int32)[:, None] == turn.owner[None]
     tops = jnp.where(owned[..., None], jnp.max(logits, axis=-1)[None], NEG_INF)
-    top = jnp.maximum(held.top, jnp.max(tops, axis=1))
-    # Above every masked logit, so that those have weight 0 where no row is live as well.
+    top = jnp.maximum(old.top, jnp.max(tops, axis=1))
+    # At least NEG_INF / 2, far above masked logits: their weight is 0 even where no row is live.
     shift = jnp.maximum(top, NEG_INF / 2)[turn.owner]
     weights = jnp.exp(logits - shift[..., None])
-    shrink, one_hot = jnp.exp(held.top - top), owned.astype(jnp.float32)
-    total = held.total * shrink + one_hot @ jnp.sum(weights, axis=-1)
+    shrink, one_hot = jnp.exp(old.top - top), owned.astype(jnp.float32)
+    total = old.total * shrink + one_hot @ jnp.sum(weights, axis=-1)
+    # The scale of a value multiplies its weight, so that values are never rebuilt in full.
     if isinstance(v, Quantized):
         weights = weights * v.scale[:, None]
     values = plain(v, dtype)
     weights = weights.astype(values.dtype)
     out = jnp.einsum("cqr,cry->cqy", weights, values, preferred_element_type=jnp.float32)
     out = (one_hot @ out.reshape(C, -1)).reshape(C, Q, -1)
-    return Softmax(top, total, held.out * shrink[..., None] + out)
+    return Softmax(top, total, old.out * shrink[..., None] + out)
 
 
 def _logits(queries: Float[Array, "C Q H"], keys: Entries) -> Float[Array, "C Q R"]:
-    """Products of queries and keys of each window, fp32.
+    """Products of the queries and keys of each window, fp32.
 
-    Which order of the operands XLA:CPU is fast at depends on their dtype, up to a factor of two.
+    The order of the operands matters to XLA:CPU, up to a factor of two, and depends on the dtype.
     """
     k = plain(keys, queries.dtype)
     if k.dtype != jnp.float32:
         logits = jnp.einsum("cqh,crh->cqr", queries, k, preferred_element_type=jnp.float32)
     else:
-        # Keys on the left, and a barrier against their exchange: XLA:CPU packs a transposed right
-        # side in fp32 into a copy of its own, which costs several times the product.
+        # Keys on the left. The barrier keeps XLA:CPU from exchanging the operands again: it would
+        # first copy the transposed fp32 keys, which costs several times the product.
         products = jnp.einsum("crh,cqh->crq", k, queries)
         logits = jnp.swapaxes(jax.lax.optimization_barrier(products), 1, 2)
     return logits * keys.scale[:, None] if isinstance(keys, Quantized) else logits
 
 
 def _cut(tree, turn: Turn):
-    """[C, R, …] a turn's windows of arrays [B, P, …].
-
-    Rows and what follows are one axis, of which XLA:CPU copies long stretches at a time.
-    """
-
+    """[C, R, …] a turn's windows of the arrays [B, P, …] in a tree."""
     rows = turn.live.shape[1]
 
     def cut(x: jax.Array) -> jax.Array:
+        # With rows and their entries as one axis XLA:CPU copies a window in one piece.
         width = math.prod(x.shape[2:])
         flat = x.reshape(x.shape[0], -1)
         windows = [
@@ -213,7 +226,7 @@ def _cut(tree, turn: Turn):
 
 
 def _cut_live(tree, turn: Turn):
-    """As `_cut`, with zeros for rows that are not live, which may hold NaN: 0 · NaN is NaN."""
+    """Like `_cut`, with zeros in dead rows, because they may hold NaN and 0 · NaN is NaN."""
 
     def cut(x: jax.Array) -> jax.Array:
         live = turn.live.reshape(*turn.live.shape, *(1,) * (x.ndim - 2))
@@ -223,7 +236,7 @@ def _cut_live(tree, turn: Turn):
 
 
 def _shown(live: Bool[Array, "B T P"] | Newer, turn: Turn, queries: int) -> Bool[Array, "C Q R"]:
-    """What a turn's queries may see; T divides their number."""
+    """Which rows of a turn's windows the Q = T · G queries of each window may see."""
     if isinstance(live, Newer):
         than = live.than[turn.sequence]
         shown = _cut(live.positions, turn)[:, None] > than[:, :, None]
@@ -232,7 +245,7 @@ def _shown(live: Bool[Array, "B T P"] | Newer, turn: Turn, queries: int) -> Bool
 
 
 def _slices(x: jax.Array, turn: Turn, axis: int) -> jax.Array:
-    """[C, …] a turn's windows of an array [B, …] whose `axis` is the pool's rows."""
+    """[C, …] a turn's windows of an array [B, …]; `axis` is the axis of the pool's rows."""
     zero, size = jnp.zeros((), jnp.int32), [1, *x.shape[1:]]
     size[axis] = turn.live.shape[1]
     windows = []
@@ -244,19 +257,19 @@ def _slices(x: jax.Array, turn: Turn, axis: int) -> jax.Array:
 
 
 def _nothing(segments: int, queries: int, width: int) -> Softmax:
-    """Of no rows."""
+    """The softmax before the first row."""
     shape = segments, queries
     top, zeros = jnp.full(shape, NEG_INF, jnp.float32), jnp.zeros(shape, jnp.float32)
     return Softmax(top, zeros, jnp.zeros((*shape, width), jnp.float32))
 
 
 def _consecutive(tree, first: jax.Array, count: int):
-    """The arrays' elements of `count` segments from `first` on."""
+    """The elements first … first + count − 1 of the arrays in a tree."""
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
     return jax.tree.map(lambda x: cut(x, first, count), tree)
 
 
 def _replace(tree, new, first: jax.Array):
-    """The arrays with `new` elements of the segments from `first` on."""
+    """The arrays in a tree with `new` in place of the elements from `first` on."""
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, allow_negative_indices=False)
     return jax.tree.map(lambda x, y: write(x, y, first, 0), tree, new)

@@ -24,7 +24,7 @@ from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.storage import slot_tile
 from kvjax.config import AttentionConfig
 from kvjax.mesh import Layout
-from pallas_kernels.combine import exchange
+from pallas_kernels.plan import exchange
 
 
 @functools.singledispatch

@@ -19,7 +19,7 @@ from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress, Policy
 from kvjax.sharding import logical_axes
-from pallas_kernels.head_plan import assign_heads
+from pallas_kernels.segments import assign_heads
 
 Orders = tuple[tuple[int, ...], ...]
 """For every layer the old number of each KV head, in the new order."""
@@ -43,7 +43,7 @@ def balance(
 
     Consecutive heads lie on one device. HeadKV's budgets differ between heads, so the device with
     the greediest heads would decide what fits; here heads go to devices by their bytes (see
-    `pallas_kernels.head_plan.assign_heads`). The order of heads within a layer is arbitrary: the
+    `pallas_kernels.segments.assign_heads`). The order of heads within a layer is arbitrary: the
     model computes what it did, up to the order of sums.
 
     Args:

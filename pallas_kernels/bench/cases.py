@@ -1,4 +1,4 @@
-"""What the benchmark runs: operations on random entries in the shapes of real models."""
+"""The benchmark's cases: operations on random entries in the shapes of real models."""
 
 import functools
 from collections.abc import Callable
@@ -9,25 +9,57 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.quantized import Entries, is_quantized, quantize, to_bits
 
+
+class Gqa(NamedTuple):
+    """Grouped-query attention: N query heads, K KV heads, head dim H."""
+
+    N: int
+    K: int
+    H: int
+
+
+class Mla(NamedTuple):
+    """Latent attention: N query heads, latent rank L, rope dim R."""
+
+    N: int
+    L: int
+    R: int
+
+
+GQA = {
+    "llama-3-8b": Gqa(32, 8, 128),
+    "qwen2.5-7b": Gqa(28, 4, 128),
+    "llama-2-7b": Gqa(32, 32, 128),
+    "needle": Gqa(8, 4, 32),
+}
+"""Models by name; "needle" is the model that is embedded in kvjax."""
+
+MLA = {
+    "deepseek-v3": Mla(128, 512, 64),
+    "llama-3-8b-transmla": Mla(32, 448, 128),
+}
+"""Models by name; the second is Llama-3-8B as `kvjax.transmla.convert` converts it by default."""
+
 SKEW = (0.003, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 1.0)
-"""Budgets of heads, relative to the largest: the spread that HeadKV gives them."""
+"""Budgets of heads, relative to the largest one, spread as HeadKV's budgets are."""
 TILE = 64
-"""Segments start at multiples of it: DMA tiles on accelerators."""
+"""Segments start at multiples of it, which are whole DMA tiles for every dtype."""
 
 
 class Case(NamedTuple):
     """One operation at one size.
 
     Attributes:
-        operation, model, batch, context: what it is; `context` is the mean of live entries a head.
-        budgets: "" or, for the ragged operation, "uniform" or "skewed".
-        run: (arguments, implementation) → output.
+        operation: name of a public function.
+        model, batch, dtype: the shapes; `dtype` is that of the entries.
+        context: live entries of a head, on average.
+        budgets: "uniform" or "skewed" for the ragged operation, "" for the others.
+        run: function of `arguments` and `implementation`.
         arguments: arrays.
-        live_bytes: of the entries that must be read.
-        flops: of the products with them.
+        live_bytes: bytes of the live entries, which every implementation must read.
+        flops: floating point operations of the products with these entries.
     """
 
     operation: str
@@ -43,7 +75,7 @@ class Case(NamedTuple):
 
 
 def gqa_case(model: str, batch: int, context: int, dtype: str) -> Case:
-    """A dense cache, full."""
+    """A full dense cache."""
     N, K, H = GQA[model]
     key = jax.random.key(0)
     q = queries(key, (batch, N, H), dtype)
@@ -64,7 +96,7 @@ def gqa_case(model: str, batch: int, context: int, dtype: str) -> Case:
 
 
 def ragged_case(model: str, batch: int, context: int, dtype: str, budgets: str) -> Case:
-    """A pool of heads that hold as many entries in all, evenly or not."""
+    """A pool with as many entries as the dense case, spread evenly over heads or not."""
     N, K, H = GQA[model]
     capacities = head_budgets(K, context, budgets)
     starts = np.cumsum(-(-capacities // TILE) * TILE)
@@ -81,6 +113,7 @@ def ragged_case(model: str, batch: int, context: int, dtype: str, budgets: str) 
         ragged = pallas_kernels.ragged_gqa_decode
         return ragged(q, k, v, starts, lengths, capacities=sizes, **settings)
 
+    # Rows between the end of a segment and the next multiple of TILE are never live.
     live = size_of((k, v)) * int(capacities.sum()) // rows
     flops = 4 * batch * (N // K) * int(capacities.sum()) * H
     operation = "ragged_gqa_decode"
@@ -89,7 +122,7 @@ def ragged_case(model: str, batch: int, context: int, dtype: str, budgets: str) 
 
 
 def mla_case(model: str, batch: int, context: int, dtype: str) -> Case:
-    """A latent cache, full."""
+    """A full latent cache."""
     N, L, R = MLA[model]
     keys = jax.random.split(jax.random.key(0), 4)
     q = queries(keys[0], (batch, N, L), dtype), queries(keys[1], (batch, N, R), dtype)
@@ -111,29 +144,30 @@ def head_budgets(heads: int, mean: int, budgets: str) -> np.ndarray:
         return np.full(heads, mean)
     shares = np.resize(np.asarray(SKEW), heads)
     sizes = np.maximum((shares / shares.sum() * mean * heads).astype(int), 1)
+    # The largest budget takes the rest that rounding leaves.
     sizes[-1] += mean * heads - sizes.sum()
     return sizes
 
 
 def queries(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """Of the entries' dtype, bfloat16 for quantized ones."""
+    """Random queries in the entries' dtype, or bfloat16 for quantized entries."""
     return jax.random.normal(key, shape, jnp.bfloat16 if is_quantized(dtype) else jnp.dtype(dtype))
 
 
 def entries(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Entries:
-    """Random entries."""
+    """Random entries, quantized if `dtype` has 8 bits."""
     if is_quantized(dtype):
         return quantize(jax.random.normal(key, shape, jnp.float32), jnp.dtype(dtype))
     return jax.random.normal(key, shape, jnp.dtype(dtype))
 
 
 def as_stored(pool: Entries) -> Entries:
-    """Pools of 16-bit floats as bit patterns on CPUs; see `Bits`."""
+    """The pool as a cache stores it: on CPUs 16-bit floats are `Bits`."""
     if not isinstance(pool, jax.Array) or pool.dtype.itemsize != 2:
         return pool
     return to_bits(pool) if jax.default_backend() == "cpu" else pool
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of its arrays."""
+    """Bytes of the arrays in a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,1 +1,1 @@
-"""Mosaic GPU kernels for Hopper, one operation a file."""
+"""Mosaic GPU kernels for Hopper. Read operations, kernel, compute, scratch in this order."""

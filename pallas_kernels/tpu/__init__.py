@@ -1,1 +1,1 @@
-"""Mosaic kernels for TPUs, one operation a file."""
+"""Mosaic kernels for TPUs. Read operations, then kernel; limits has the sizes of a piece."""

@@ -6,7 +6,7 @@ import pytest
 
 from kvjax.cache import attention
 from kvjax.cache.attention import AttentionSpec, cached_attention, causal_attention
-from pallas_kernels.combine import merge
+from pallas_kernels.plan import merge
 
 B, T, S, N, K, H = 2, 21, 37, 4, 2, 8
 SPECS = [AttentionSpec(0.3), AttentionSpec(0.3, window=5), AttentionSpec(0.3, softcap=1.5)]

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from pallas_kernels import Quantized, dequantize, quantize
+from pallas_kernels.segments import Newer
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
@@ -157,12 +158,23 @@ def check_mla(lengths, S, N, L, R, options, implementation):
 
 
 def check_ragged(
-    starts, capacities, lengths, P, G, H, options, implementation, align=None, hidden=0.0
+    starts,
+    capacities,
+    lengths,
+    P,
+    G,
+    H,
+    options,
+    implementation,
+    align=None,
+    hidden=0.0,
+    newer=False,
 ):
     """Static segments where `starts` is a tuple, those of each sequence where it is an array.
 
     Args:
         hidden: share of the rows that `live` hides, which hold numbers all the same.
+        newer: `live` says so by positions, and each sequence by a bound of its own.
     """
     rng, (B, K), dtype = np.random.default_rng(1), lengths.shape, options.dtype
     first = np.broadcast_to(np.asarray(starts), (B, K))
@@ -197,6 +209,10 @@ def check_ragged(
 
     arrays = segments if traced else ()
     shown = jnp.asarray(live) if hidden else None
+    if newer:
+        than = 5 * np.arange(B)[:, None]
+        positions = rng.integers(1, 1000, (B, P)) * np.where(live, 1, -1) + than
+        shown = Newer(*(jnp.asarray(x, jnp.int32) for x in (positions, than)))
     got = jax.jit(run)(q, k, v, jnp.asarray(lengths), shown, *arrays)
     expected = []
     for b in range(B):

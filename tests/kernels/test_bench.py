@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
+from pallas_kernels import dispatch
 from pallas_kernels.bench.__main__ import main
-from pallas_kernels.bench.cases import gqa_case, head_budgets, mla_case, ragged_case
-from pallas_kernels.bench.shapes import GQA, MLA
-from pallas_kernels.bench.tune import tune, write
+from pallas_kernels.bench.cases import GQA, MLA, gqa_case, head_budgets, mla_case, ragged_case
+from pallas_kernels.bench.measure import tune, write
 
 
 def test_live_bytes_and_products():
@@ -69,7 +68,7 @@ def test_nothing_to_tune_on_a_cpu(capsys):
 
 def test_tuning_takes_the_fastest_in_sum_and_keeps_the_rest(tmp_path, monkeypatch):
     speeds = {"256": [3.0], "512": [1.0], "1024": [2.0], "2048": [9.0]}
-    monkeypatch.setattr("pallas_kernels.bench.tune._runner", lambda *_: None)
+    monkeypatch.setattr("pallas_kernels.bench.measure._runner", lambda *_: None)
     case = gqa_case("needle", 1, 8, "bfloat16")
     found = tune([case, case], "tpu", 1, lambda runs, *_: {name: speeds[name] for name in runs})
     assert found == {"gqa_decode": {"block": 512}}
@@ -95,7 +94,7 @@ def test_tuning_survives_sizes_that_do_not_compile(monkeypatch, capsys):
         if case is longer and sizes["block"] == 512:
             raise RuntimeError("RESOURCE_EXHAUSTED: vmem")
 
-    monkeypatch.setattr("pallas_kernels.bench.tune._runner", runner)
+    monkeypatch.setattr("pallas_kernels.bench.measure._runner", runner)
     speeds = {"256": [3.0], "512": [1.0], "1024": [2.0], "2048": [0.5]}
     speeds_of = lambda runs, *_: {name: speeds[name] for name in runs}  # noqa: E731
     assert tune([gqa, mla, longer], "tpu", 1, speeds_of) == {
@@ -105,13 +104,13 @@ def test_tuning_survives_sizes_that_do_not_compile(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "mla_decode without block=2048: a piece is too large\n" in said
     assert "gqa_decode without block=512: RESOURCE_EXHAUSTED: vmem\n" in said
-    monkeypatch.setattr("pallas_kernels.bench.tune._runner", lambda *_: 1 / 0)
+    monkeypatch.setattr("pallas_kernels.bench.measure._runner", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="gqa_decode compiles with no block of"):
         tune([gqa], "tpu", 1, speeds_of)
 
 
 def test_sizes_in_a_context():
-    default = tuning.sizes("tpu", "mla_decode", "TPU v6 lite")
-    with tuning.using(block=128, stages=7):
-        assert tuning.sizes("tpu", "mla_decode", "TPU v6 lite") == default | {"block": 128}
-    assert tuning.sizes("tpu", "mla_decode", "TPU v6 lite") == default
+    default = dispatch.sizes("tpu", "mla_decode", "TPU v6 lite")
+    with dispatch.using(block=128, stages=7):
+        assert dispatch.sizes("tpu", "mla_decode", "TPU v6 lite") == default | {"block": 128}
+    assert dispatch.sizes("tpu", "mla_decode", "TPU v6 lite") == default

@@ -12,7 +12,8 @@ from pools import empty_pool
 
 import pallas_kernels
 from kvjax.cache import AttentionSpec, DenseCache, LatentCache
-from pallas_kernels import dispatch, tuning
+from pallas_kernels import dispatch
+from pallas_kernels.tpu.limits import heads_of_piece
 
 B, N, K, S, H = 2, 4, 2, 128, 64
 
@@ -133,19 +134,19 @@ def test_caches_use_the_kernels():
 
 def test_sizes_come_from_the_device_or_the_default():
     for operation in ("gqa_decode", "ragged_gqa_decode", "mla_decode"):
-        default = tuning.sizes("tpu", operation, "TPU of the future")
-        assert default == tuning.table("tpu")["default"][operation]
-        assert tuning.sizes("tpu", operation, "TPU v5") == default | {"shares": 2}
+        default = dispatch.sizes("tpu", operation, "TPU of the future")
+        assert default == dispatch.table("tpu")["default"][operation]
+        assert dispatch.sizes("tpu", operation, "TPU v5") == default | {"shares": 2}
 
 
 def test_a_gpu_has_a_share_for_each_multiprocessor():
     for operation in ("gqa_decode", "ragged_gqa_decode", "mla_decode"):
-        sizes = functools.partial(tuning.sizes, "gpu", operation, "NVIDIA H100 PCIe")
-        assert sizes() == sizes(1) == sizes(132) == tuning.table("gpu")["default"][operation]
+        sizes = functools.partial(dispatch.sizes, "gpu", operation, "NVIDIA H100 PCIe")
+        assert sizes() == sizes(1) == sizes(132) == dispatch.table("gpu")["default"][operation]
         assert sizes(114) == sizes() | {"shares": 114}
-        with tuning.using(shares=3):
+        with dispatch.using(shares=3):
             assert sizes(114) == sizes() | {"shares": 3}
-    assert tuning.sizes("tpu", "mla_decode", "TPU v6 lite", 2)["shares"] == 1
+    assert dispatch.sizes("tpu", "mla_decode", "TPU v6 lite", 2)["shares"] == 1
     with on("NVIDIA H100 PCIe", "gpu", cores=114):
         assert dispatch.target().cores == 114
 
@@ -156,11 +157,11 @@ def test_chosen_sizes_are_part_of_a_programs_key():
 
     @jax.jit
     def traced():
-        seen.append(tuning.sizes("tpu", "mla_decode", "TPU v6 lite")["block"])
+        seen.append(dispatch.sizes("tpu", "mla_decode", "TPU v6 lite")["block"])
         return 0
 
     for block in (128, 256, 128):
-        with tuning.using(block=block):
+        with dispatch.using(block=block):
             traced()
     assert seen == [128, 256]
 
@@ -170,4 +171,4 @@ def test_chosen_sizes_are_part_of_a_programs_key():
     [(8, 10, 80, 8), (8, 10, 79, 4), (6, 10, 45, 3), (7, 99, 9, 1)],
 )
 def test_heads_of_a_piece(heads, size, room, want):
-    assert tuning.heads_of_piece(heads, size, room) == want
+    assert heads_of_piece(heads, size, room) == want

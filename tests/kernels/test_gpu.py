@@ -10,7 +10,7 @@ import pytest
 from kernels.oracle import Options, check_gqa, check_mla, check_ragged, interpreted_gpu
 from kernels.test_tpu import skewed
 
-from pallas_kernels import tuning
+from pallas_kernels import dispatch
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="jax's interpreter of GPU kernels needs 0.11.2"
@@ -37,7 +37,7 @@ MLA = {
 @pytest.fixture(autouse=True)
 def three_multiprocessors():
     """Segments are cut between shares, and not every share has work."""
-    with tuning.using(shares=3):
+    with dispatch.using(shares=3):
         yield
 
 
@@ -55,6 +55,16 @@ def test_gqa_decode(case):
         check_gqa(*GQA[case], "pallas_gpu")
 
 
+def test_gqa_decode_with_64_bit_types():
+    """The flag of the process: a context reaches only one of the interpreter's threads."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with interpreted_gpu():
+            check_gqa(*GQA["window_over_blocks"], "pallas_gpu")
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 @pytest.mark.parametrize("case", MLA)
 def test_mla_decode(case):
     with interpreted_gpu():
@@ -69,6 +79,14 @@ def test_ragged_gqa_decode(options, hidden):
     static = (tuple(int(x) for x in xs) for xs in (starts, capacities))
     with interpreted_gpu():
         check_ragged(*static, lengths, P, 4, 64, options, "pallas_gpu", hidden=hidden)
+
+
+def test_ragged_gqa_decode_in_a_sliding_window():
+    starts, capacities, lengths, P = skewed(3, 8, (3, 200, 0, 40, 67))
+    with interpreted_gpu():
+        settings = {"align": 8, "hidden": 0.4, "newer": True}
+        starts, capacities = (np.stack([x, x]) for x in (starts, capacities))
+        check_ragged(starts, capacities, lengths, P, 2, 64, PLAIN, "pallas_gpu", **settings)
 
 
 def test_ragged_gqa_decode_with_segments_of_each_sequence():

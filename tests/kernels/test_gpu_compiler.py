@@ -18,7 +18,7 @@ from kernels.oracle import on
 import pallas_kernels
 from kvjax.capacity.devices import Topology
 from pallas_kernels import Quantized
-from pallas_kernels.bench.shapes import GQA, MLA
+from pallas_kernels.bench.cases import GQA, MLA
 from pallas_kernels.gpu import limits
 from pallas_kernels.quantized import is_quantized
 
@@ -106,6 +106,13 @@ def lower(case, sharding=None):
 def test_lowering(case):
     """A few in every run; all are lowered where they are compiled."""
     assert lower(case).as_text().count("mosaic_gpu") >= 1
+
+
+@pytest.mark.parametrize("case", ["gqa-96", "ragged-int8", "mla-deepseek-v3-bfloat16"])
+def test_lowering_with_64_bit_types(case):
+    """Whole numbers in the kernels stay int32."""
+    with jax.enable_x64(True):
+        assert lower(case).as_text().count("mosaic_gpu") >= 1
 
 
 @needs_cuda

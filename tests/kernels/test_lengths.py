@@ -18,7 +18,7 @@ from kernels.oracle import (
 )
 
 import pallas_kernels
-from pallas_kernels import tuning
+from pallas_kernels import dispatch
 from pallas_kernels.segments import Segments
 
 IMPLEMENTATIONS = {"xla": nullcontext, "pallas_tpu": interpreted_tpu, "pallas_gpu": interpreted_gpu}
@@ -42,7 +42,7 @@ def implementation(request):
     """Its name, where traces take it."""
     if request.param == "pallas_gpu" and jax.__version_info__ < (0, 11, 2):
         pytest.skip("jax's interpreter of GPU kernels needs 0.11.2")
-    with tuning.using(shares=1), IMPLEMENTATIONS[request.param]():
+    with dispatch.using(shares=1), IMPLEMENTATIONS[request.param]():
         yield request.param
 
 
@@ -96,9 +96,8 @@ def test_work_lists_name_no_block_beyond_the_slots(platform, operation, monkeypa
         lists.append(work)
         raise StopIteration
 
-    for module in ("gqa", "mla", "ragged"):
-        __import__(f"pallas_kernels.{platform}.{module}")
-        monkeypatch.setattr(f"pallas_kernels.{platform}.{module}.attend", attend)
+    __import__(f"pallas_kernels.{platform}.operations")
+    monkeypatch.setattr(f"pallas_kernels.{platform}.operations.attend", attend)
     x, B, H = {"implementation": f"pallas_{platform}"}, 3, 64
     q, pool = jnp.zeros((B, 6, H), jnp.bfloat16), jnp.zeros((B, ROWS, H), jnp.bfloat16)
     lengths, dense = jnp.asarray(HEAD_LENGTHS), jnp.asarray(LENGTHS[:B], jnp.int32)

@@ -82,6 +82,15 @@ def test_ragged_gqa_decode_in_a_small_pool():
         check_ragged((0, 32), (9, 30), lengths, 64, 1, 64, options, "pallas_tpu")
 
 
+def test_ragged_gqa_decode_in_a_sliding_window():
+    starts, capacities, lengths, P = skewed(3, 16)
+    with interpreted_tpu():
+        settings = {"align": 16, "hidden": 0.4, "newer": True}
+        starts, capacities = (np.stack([x, x]) for x in (starts, capacities))
+        arguments = (lengths, P, 2, 64, Options("bfloat16"), "pallas_tpu")
+        check_ragged(starts, capacities, *arguments, **settings)
+
+
 def test_ragged_gqa_decode_with_segments_of_each_sequence():
     pools = [skewed(seed, 8) for seed in (1, 2)]
     starts, capacities = (np.stack([pool[i] for pool in pools]) for i in (0, 1))

@@ -9,8 +9,9 @@ from kvjax.headkv import allocate, load_scores
 from pallas_kernels import plan
 from pallas_kernels.plan import WorkList, combine, flatten, touched
 from pallas_kernels.segments import Segments
-from pallas_kernels.tpu.blocks import Blocks, PoolBlocks
-from pallas_kernels.tpu.ragged import block_size, work_list
+from pallas_kernels.tpu.kernel import Blocks, PoolBlocks
+from pallas_kernels.tpu.limits import block_size
+from pallas_kernels.tpu.operations import ragged_work_list
 
 BLOCK = 512
 
@@ -38,7 +39,7 @@ def test_headkv_budgets_of_llama_3(data_dir):
         segments = Segments(jnp.asarray(starts), jnp.asarray(np.stack([layer] * 2)), 16)
         size = block_size(P, BLOCK)
         lengths = jnp.asarray(np.stack([layer, layer // 3]))
-        work = work_list(segments, lengths, 4, P, block=BLOCK, shares=2)
+        work = ragged_work_list(segments, lengths, 4, P, block=BLOCK, shares=2)
         pieces = walk(PoolBlocks(size, 1, 8, P, 16), work, shares=2)
         assert size == BLOCK
         assert len(pieces.owner) == int(work.bounds[0]) == np.sum(-(-np.asarray(lengths) // BLOCK))
