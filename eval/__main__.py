@@ -13,7 +13,7 @@ COMMANDS = {
     "latency": ("eval.latency", "main"),
     "lm-eval": ("eval.lm_eval", "main"),
     "report": ("eval.report.command", "report"),
-    "run": ("eval.recipes", "main"),
+    "run": ("eval.suites", "main"),
 }
 """Commands beside the tasks: where they are. `main` takes the arguments, others are for tyro."""
 
@@ -28,7 +28,7 @@ commands:  perplexity  of a text, dense, in a sliding window, or from a compress
            latency     time and cache bytes against context and batch
            lm-eval     lm-evaluation-harness through the compressed cache
            report      tables and pictures of finished runs
-           run         CONFIG.yaml: several of these
+           run         FILE.yaml: a suite, several of these
 
 --distributed auto|HOST:PORT,PROCESSES,INDEX (or KVJAX_DISTRIBUTED): one of several processes, which
 share the items of each task
@@ -39,7 +39,7 @@ share the items of each task
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; bad input is one line on standard error and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    from eval.registry import TASKS
+    from eval.task import TASKS
     from kvjax import compilation_cache, processes
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -72,7 +72,7 @@ def dispatch(name: str, argv: list[str]) -> None:
         else:
             tyro.cli(command, prog=f"python -m eval {name}", args=argv)
         return
-    from eval.registry import TASKS
+    from eval.task import TASKS
 
     if name not in TASKS:
         known = ", ".join([*TASKS, *COMMANDS])

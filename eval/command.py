@@ -93,13 +93,23 @@ TASK_FIELDS = ("data_dir", "limit", "lengths", "count", "subsets", "shots", "see
 
 def run_task(name: str, argv: Sequence[str]) -> None:
     """The command of the task `name` with these arguments."""
-    from eval.registry import TASKS
-    from kvjax import processes
+    from eval.task import TASKS
 
     if name not in TASKS:
         raise ValueError(f"no task or command {name!r}, expected one of {', '.join(TASKS)}")
     command = tyro.cli(TaskCommand, prog=f"python -m eval {name}", args=list(argv))
-    report = execute(name, command, [name, *argv])
+    run_command(name, command, [name, *argv])
+
+
+def run_command(name: str, command: TaskCommand, argv: Sequence[str]) -> None:
+    """Runs the task or previews it, prints the result, and writes it where it was asked for.
+
+    Args:
+        argv: arguments of `python -m eval`, for results.json.
+    """
+    from kvjax import processes
+
+    report = execute(name, command, argv)
     if not processes.is_writer():
         return
     (_print_plan if command.dry_run else print_report)(report)
@@ -115,10 +125,8 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     Raises:
         ValueError: see `check_arguments` and `eval.run.evaluate`.
     """
-    from eval.dry_run import dry_run
-    from eval.loaded import Loaded
-    from eval.registry import load_task
-    from eval.run import evaluate
+    from eval.run import Loaded, evaluate
+    from eval.task import load_task
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
 
@@ -163,9 +171,7 @@ def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
     Raises:
         ValueError: settings that do not fit each other, or an option without an effect.
     """
-    from eval import reads
-    from eval.registry import reads as reads_of
-    from eval.settings import Settings
+    from eval.task import Settings, check_options, reads_of
 
     names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
     settings = Settings(
@@ -173,7 +179,7 @@ def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
     )
     options = task_options(command, None)
     read = reads_of(name, options)
-    reads.check(name, options, read)
+    check_options(name, options, read)
     if settings.protocol != "generate":
         idle = [key for key in options.settings if key in read.scoring]
         if idle:
@@ -233,6 +239,57 @@ def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
             raise ValueError(f"got --set {key} twice, expected it once")
         local_path(value, key)
     return [(key, value) for key, _, value in pairs]
+
+
+def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) -> dict[str, Any]:
+    """Items, prompt tokens and cache bytes of each bucket, and shapes to compile for.
+
+    Args:
+        dtype: that the parameters would have.
+
+    Returns:
+        task, items, shapes, buckets: [{bucket, max_new_tokens, batch, items, prompt_tokens,
+        truncated, full_cache_bytes, gqa_cache_bytes, cache_bytes: {policy: bytes}}], bytes of one
+        sequence with room for its answer.
+
+    Raises:
+        ValueError: as `eval.run.evaluate`.
+    """
+    from eval import results
+    from eval.prompts import encode, make_batches, shapes
+    from eval.run import check_ids, resolve_all
+    from eval.task import check_form
+
+    check_ids(task)
+    check_form(task, settings.chat)
+    policies = resolve_all(settings.policies, model)
+    prompts = encode(task, tokenizer, model.config, settings.chat, settings.max_length)
+    batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
+    buckets = []
+    for shape, members in shapes(batches).items():
+        lengths = [len(prompt.ids) for prompt in members]
+        buckets.append(
+            {
+                "bucket": shape.bucket,
+                "max_new_tokens": shape.max_new_tokens,
+                "batch": shape.batch,
+                "items": len(members),
+                "prompt_tokens": {"least": min(lengths), "most": max(lengths)},
+                "truncated": sum(prompt.truncated for prompt in members),
+                "full_cache_bytes": results.uncompressed_bytes(model, dtype, shape),
+                "gqa_cache_bytes": results.gqa_bytes(model, dtype, shape),
+                "cache_bytes": {
+                    name: results.policy_bytes(model, dtype, policy, shape)
+                    for name, policy in policies.items()
+                },
+            }
+        )
+    return {
+        "task": task.name,
+        "items": len(task.items),
+        "shapes": len({(row["bucket"], row["batch"]) for row in buckets}),
+        "buckets": buckets,
+    }
 
 
 def print_report(report: dict[str, Any]) -> None:

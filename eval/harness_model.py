@@ -11,10 +11,8 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from eval import continuations
-from eval.decoding import until_stop
-from eval.loaded import Loaded
-from eval.progress import progress_bar
+from eval.likelihood import Scored, check_feedable, score_compressed, score_dense
+from eval.run import Loaded, progress_bar, until_stop
 from kvjax.encoding import end_ids, prompt_ids
 from kvjax.generation import generate
 from kvjax.headkv.policy import Full, Policy
@@ -49,7 +47,7 @@ class CompressedLM(TemplateLM):
                 below 1.
         """
         super().__init__()
-        continuations.check_feedable(policy)
+        check_feedable(policy)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
         self.loaded, self.policy, self.dense = loaded, policy, dense
@@ -186,11 +184,11 @@ class CompressedLM(TemplateLM):
         keep = self.max_length + 1 - len(rest)
         return context[-keep:], rest
 
-    def _score(self, contexts: list[list[int]], rests: list[list[int]]) -> continuations.Scored:
+    def _score(self, contexts: list[list[int]], rests: list[list[int]]) -> Scored:
         model, params = self.loaded.model, self.loaded.params
         if self.dense:
-            return continuations.dense(model, params, contexts, rests)
-        return continuations.compressed(model, params, contexts, rests, self.policy)
+            return score_dense(model, params, contexts, rests)
+        return score_compressed(model, params, contexts, rests, self.policy)
 
     def _count(self, held: int, full: int, rows: int) -> None:
         self._held, self._full, self._rows = self._held + held, self._full + full, self._rows + rows

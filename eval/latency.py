@@ -54,7 +54,12 @@ class LatencyCommand:
 def main(argv: Sequence[str]) -> None:
     """The command with these arguments."""
     command = tyro.cli(LatencyCommand, prog="python -m eval latency", args=list(argv))
-    report = measure(command, ["latency", *argv])
+    run(command, ["latency", *argv])
+
+
+def run(command: LatencyCommand, argv: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the result where it was asked for."""
+    report = measure(command, argv)
     hidden = ("gqa_cache_bytes", "repeats")
     rows = [{k: _short(v) for k, v in row.items() if k not in hidden} for row in report["rows"]]
     print_rows(rows, f"{command.model}: medians of {command.repeats}")
@@ -73,11 +78,10 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
             model's context.
     """
     import kvjax
-    from eval.environment import environment
-    from eval.loaded import facts, resolve_all
     from eval.predictions import RESULTS
     from eval.predictions import write_json as write_whole
-    from eval.progress import progress_bar
+    from eval.results import environment, facts
+    from eval.run import progress_bar, resolve_all
     from kvjax.mesh import named_mesh
 
     check_arguments(command)
@@ -143,8 +147,8 @@ def time_one(
     import jax
     import numpy as np
 
-    from eval import sizes
-    from eval.batches import Shape
+    from eval import results
+    from eval.prompts import Shape
     from kvjax.cache import cache_bytes
     from kvjax.prefill import compressions
 
@@ -162,14 +166,14 @@ def time_one(
         _decode(model, params, state, policy.every, work)
         steps.append((time.perf_counter() - start) / (command.new_tokens - 1))
     shape, dtype = Shape(context, command.new_tokens, batch), params["embedding"].dtype
-    gqa = sizes.gqa_bytes(model, dtype, shape)
+    gqa = results.gqa_bytes(model, dtype, shape)
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "time_to_first_token": statistics.median(firsts[1:]),
         "time_per_token": statistics.median(steps[1:]),
         "repeats": {"time_to_first_token": firsts[1:], "time_per_token": steps[1:]},
         "cache_bytes": held,
-        "full_cache_bytes": batch * sizes.uncompressed_bytes(model, dtype, shape),
+        "full_cache_bytes": batch * results.uncompressed_bytes(model, dtype, shape),
         "gqa_cache_bytes": None if gqa is None else batch * gqa,
         "device_peak_bytes": memory.get("peak_bytes_in_use"),
     }

@@ -71,7 +71,12 @@ class HarnessCommand:
 def main(argv: Sequence[str]) -> None:
     """The command with these arguments."""
     command = tyro.cli(HarnessCommand, prog="python -m eval lm-eval", args=list(argv))
-    report = measure(command, ["lm-eval", *argv])
+    run(command, ["lm-eval", *argv])
+
+
+def run(command: HarnessCommand, argv: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the result where it was asked for."""
+    report = measure(command, argv)
     print_report(report)
     write_json(command.json_file, report)
 
@@ -87,9 +92,9 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     import kvjax
-    from eval.environment import environment
     from eval.harness_model import CompressedLM
-    from eval.loaded import Loaded, facts, resolve_all
+    from eval.results import environment, facts
+    from eval.run import Loaded, resolve_all
     from kvjax.mesh import named_mesh
 
     start = time.monotonic()

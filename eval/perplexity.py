@@ -1,14 +1,17 @@
-"""`python -m eval perplexity`: of a text, whole or from a compressed prefix."""
+"""perplexity"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from jaxtyping import Int
 
 from eval import checks
 from eval.command import (
@@ -22,7 +25,11 @@ from eval.command import (
     write_json,
 )
 from eval.predictions import check_folder, write_measured
+from eval.rows import hub_rows, read_rows, read_text
+from kvjax.encoding import prompt_ids
 from kvjax.paths import local_path
+
+HUB = "hub:"
 
 KINDS = {
     **dict.fromkeys(("stride", "prefix", "limit", "batch_size"), checks.whole(1)),
@@ -63,7 +70,12 @@ class PerplexityCommand:
 def main(argv: Sequence[str]) -> None:
     """The command with these arguments."""
     command = tyro.cli(PerplexityCommand, prog="python -m eval perplexity", args=list(argv))
-    report = measure(command, ["perplexity", *argv])
+    run(command, ["perplexity", *argv])
+
+
+def run(command: PerplexityCommand, argv: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the result where it was asked for."""
+    report = measure(command, argv)
     print_report(report)
     write_json(command.json_file, report)
 
@@ -74,14 +86,10 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     Raises:
         ValueError: no text, or settings that do not fit it, the model or each other.
     """
-    import numpy as np
-
     import kvjax
-    from eval import losses
-    from eval.environment import environment
-    from eval.loaded import facts, resolve_all
-    from eval.progress import progress_bar
-    from eval.texts import read_ids
+    from eval import likelihood
+    from eval.results import environment, facts
+    from eval.run import progress_bar, resolve_all
     from kvjax.identity import array_digest
     from kvjax.mesh import named_mesh
 
@@ -90,7 +98,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     check(command)
     stride = command.length if command.stride is None else command.stride
     ids = read_ids(command.text, kvjax.load_tokenizer(command.model))
-    rows = losses.chunks(ids, command.length, stride, command.limit)
+    rows = chunks(ids, command.length, stride, command.limit)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     if command.length > model.config.context_length:
         raise ValueError(
@@ -105,16 +113,16 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     with progress_bar() as progress:
         bar = progress.add_task("perplexity", total=len(rows) * len(names), items="")
         if command.prefix is None:
-            parts = losses.dense(model, params, rows, stride, command.batch_size)
+            parts = likelihood.dense_losses(model, params, rows, stride, command.batch_size)
             batches = ((0, part) for part in parts)
         else:
             chosen = command.prefix, list(policies.values()), command.batch_size
-            batches = losses.after_prefix(model, params, rows, *chosen)
+            batches = likelihood.losses_after_prefix(model, params, rows, *chosen)
         for number, part in batches:
             found[number] += part
             progress.update(bar, advance=len(part), items=names[number])
     entries = [
-        {"policy": name, "all": losses.perplexity_of(found[number]), "groups": {}}
+        {"policy": name, "all": perplexity_of(found[number]), "groups": {}}
         | _bytes(command, model, params, policies[name])
         for number, name in enumerate(names)
     ]
@@ -129,6 +137,39 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     }
     write_measured(command.out, request, report)
     return report
+
+
+def chunks(
+    ids: Int[np.ndarray, " S"], length: int, stride: int, count: int | None = None
+) -> Int[np.ndarray, "C T"]:
+    """Stretches of `length` tokens, each `stride` after the one before; a rest is left out.
+
+    Args:
+        count: no more than so many.
+
+    Raises:
+        ValueError: a length that the text does not have, or a stride that leaves tokens out.
+    """
+    if not 2 <= length <= len(ids):
+        raise ValueError(f"length is {length}, expected 2 to {len(ids)}: the tokens of the text")
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride is {stride}, expected 1 to {length}: the length")
+    return np.lib.stride_tricks.sliding_window_view(ids, length)[::stride][:count]
+
+
+def perplexity_of(losses: list[np.ndarray]) -> dict[str, Any]:
+    """exp of the mean loss of all tokens.
+
+    The standard error takes rows as independent, not tokens (delta method): perplexity times the
+    standard error of their means; None for one row.
+    """
+    every = np.concatenate(losses).astype(np.float64)
+    value = math.exp(every.mean())
+    n, error = len(losses), None
+    if n > 1:
+        means = [float(np.mean(row, dtype=np.float64)) for row in losses]
+        error = value * float(np.std(means, ddof=1)) / math.sqrt(n)
+    return {"score": value, "standard_error": error, "items": int(every.size)}
 
 
 def _request(command: PerplexityCommand, names: Sequence[str], count: int) -> dict[str, Any]:
@@ -147,19 +188,19 @@ def _request(command: PerplexityCommand, names: Sequence[str], count: int) -> di
 
 def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> dict[str, Any]:
     """Cache bytes of one chunk: after its prefix, with room for the rest of it."""
-    from eval import sizes
-    from eval.batches import Shape
+    from eval import results
+    from eval.prompts import Shape
 
     dtype = params["embedding"].dtype
     read = command.length if command.prefix is None else command.prefix
     shape = Shape(read, command.length - read, 1)
-    full = sizes.uncompressed_bytes(model, dtype, shape)
+    full = results.uncompressed_bytes(model, dtype, shape)
     compressed = command.prefix is not None
-    kept = sizes.kept_tokens(policy, model.config, read, dtype) if compressed else None
+    kept = results.kept_tokens(policy, model.config, read, dtype) if compressed else None
     return {
-        "cache_bytes": sizes.policy_bytes(model, dtype, policy, shape) if compressed else full,
+        "cache_bytes": results.policy_bytes(model, dtype, policy, shape) if compressed else full,
         "full_cache_bytes": full,
-        "gqa_cache_bytes": sizes.gqa_bytes(model, dtype, shape),
+        "gqa_cache_bytes": results.gqa_bytes(model, dtype, shape),
         "kept": {} if kept is None else {str(read): kept},
         "truncated": 0,
     }
@@ -176,3 +217,32 @@ def check(command: PerplexityCommand) -> None:
         raise ValueError("policies compress a prefix: give --prefix TOKENS, or no --policy")
     if command.prefix is not None and command.stride is not None:
         raise ValueError("got --prefix and --stride, expected one of them")
+
+
+def read_ids(names: Sequence[str], tokenizer: Any) -> Int[np.ndarray, " S"]:
+    """Ids of all documents of all texts, joined with blank lines.
+
+    Args:
+        names: .txt files, one document each; .jsonl files with a document in each line's "text";
+            either may be packed (.gz, .xz); or "hub:DATASET:CONFIG:SPLIT" with the same column.
+
+    Raises:
+        ValueError: nothing there, a line that is no document (says which), or no text at all.
+    """
+    text = "\n\n".join(document for name in names for document in documents(name))
+    if not text.strip():
+        raise ValueError(f"no text in {', '.join(names) or 'no files'}")
+    return np.asarray(prompt_ids(tokenizer, text), np.int32)
+
+
+def documents(name: str) -> Iterator[str]:
+    """The documents of one text; see `read_ids`."""
+    if name.startswith(HUB):
+        parts = name.removeprefix(HUB).split(":")
+        if len(parts) != 3:
+            raise ValueError(f"got text {name!r}, expected hub:DATASET:CONFIG:SPLIT")
+        yield from (row.text("text") for row in hub_rows(*parts))
+    elif ".jsonl" in Path(name).suffixes:
+        yield from (row.text("text") for row in read_rows(Path(name)))
+    else:
+        yield read_text(Path(name))

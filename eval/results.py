@@ -20,24 +20,47 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eval.predictions import Prediction
+from eval.prompts import Shape
 from eval.task import Item, Task
+from kvjax.config import GQAConfig, ModelConfig
+from kvjax.generation import full_cache_bytes
+from kvjax.headkv.allocators import HeadImportance
+from kvjax.headkv.compression import kept_tokens as tokens_kept
+from kvjax.headkv.facts import unconverted
+from kvjax.headkv.policy import Compress, Full, Policy
+from kvjax.hf import config_from_hf
+from kvjax.identity import array_digest, identity
+from kvjax.nn import Transformer
+from kvjax.prefill import shape_bytes
+from kvjax.prompts import bucket_length
+
+PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "transformers", "numpy")
 
 
 def statistics(scores: Sequence[float]) -> dict[str, Any]:
     """Mean, standard error and number of scores.
 
-    The standard error is the sample's standard deviation (n − 1) over √n; None for one item.
+    The standard error is None for a single score.
     """
-    n = len(scores)
-    error = float(np.std(scores, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return {"score": float(np.mean(scores)), "standard_error": error, "items": n}
+    error = standard_error(scores) if len(scores) > 1 else None
+    return {"score": float(np.mean(scores)), "standard_error": error, "items": len(scores)}
 
 
 def by_group(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
@@ -84,3 +107,189 @@ def _pairs(task: Task, predictions: Sequence[Prediction]) -> list[tuple[Item, Pr
 
 def _mean(values: Sequence[int]) -> float:
     return float(np.mean(values))
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Of the mean of independent scores: s / √n with s² = Σ(x − x̄)² / (n − 1); nan below two."""
+    if len(scores) < 2:
+        return math.nan
+    return float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two methods on the same questions.
+
+    Attributes:
+        only_first: questions that the first alone got right.
+        only_second: and the second alone.
+        p_value: two-sided: of a difference at least this large if both were equally good.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool | float], second: Sequence[bool | float]) -> McNemar:
+    """McNemar's test in its exact binomial form.
+
+    Questions that both or neither got right say nothing about the difference. Of the b + c others
+    each falls to either side with probability ½, so p = min(1, 2·P(X ≤ min(b, c))) with
+    X ~ Binomial(b + c, ½) (McNemar 1947, Psychometrika 12; Fagerland et al. 2013, BMC Medical
+    Research Methodology 13:91, eq. 2).
+
+    Args:
+        first, second: right or wrong (1 or 0) on each question, in the same order.
+
+    Raises:
+        ValueError: different lengths, or scores between 0 and 1.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"got {len(first)} and {len(second)} scores, expected the same questions")
+    partial = [score for score in (*first, *second) if score not in (0, 1)]
+    if partial:
+        raise ValueError(f"got a score of {partial[0]}, expected 0 or 1")
+    only_first = sum(a > b for a, b in zip(first, second, strict=True))
+    only_second = sum(a < b for a, b in zip(first, second, strict=True))
+    count = only_first + only_second
+    tail = sum(math.comb(count, i) for i in range(min(only_first, only_second) + 1))
+    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**count))
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Probability that one of k samples, drawn without replacement, passes.
+
+    1 − C(n − c, k) / C(n, k) = 1 − Π_{i=n−c+1..n} (1 − k/i), with n samples of which c passed
+    (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 2.1).
+
+    Raises:
+        ValueError: not 0 ≤ c ≤ n or not 1 ≤ k ≤ n.
+    """
+    if not 0 <= passed <= samples or not 1 <= k <= samples:
+        raise ValueError(f"got n={samples}, c={passed}, k={k}; expected 0 ≤ c ≤ n and 1 ≤ k ≤ n")
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))
+
+
+def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -> int:
+    """Bytes of one sequence's caches after prefill, with room for the answer.
+
+    Args:
+        dtype: of the parameters.
+        policy: with its head scores, see `kvjax.headkv.policy.resolve`.
+    """
+    lengths, dtype = [shape.bucket], jnp.dtype(dtype)
+    work = policy.compression(model.config, lengths, shape.max_new_tokens, dtype)
+    return shape_bytes(work, bucket_length(shape.bucket))
+
+
+def uncompressed_bytes(model: Transformer, dtype: Any, shape: Shape) -> int:
+    """Bytes of one sequence's uncompressed caches."""
+    params = {"embedding": jax.ShapeDtypeStruct((), jnp.dtype(dtype))}
+    slots = bucket_length(shape.bucket)
+    return full_cache_bytes(model, params, (1, slots), shape.max_new_tokens)
+
+
+def gqa_bytes(model: Transformer, dtype: Any, shape: Shape) -> int | None:
+    """`uncompressed_bytes` before any conversion; None for a model that never was GQA."""
+    base = gqa_config(model.config)
+    return None if base is None else uncompressed_bytes(Transformer(base), dtype, shape)
+
+
+def gqa_config(config: ModelConfig) -> ModelConfig | None:
+    """The model as it was before its attention was converted; None where it never was GQA.
+
+    Conversions keep the attention they start from, or the config.json that described it.
+    """
+    base = config.with_attention(tuple(unconverted(layer.attention) for layer in config.layers))
+    if not _is_gqa(base):
+        raw = json.loads(config.hf_json)
+        base = config_from_hf(raw) if raw else base
+    return base if _is_gqa(base) else None
+
+
+def kept_tokens(policy: Policy, config: ModelConfig, prompt_len: int, dtype: Any) -> Any:
+    """[L][K] tokens that each head keeps of a prompt, its window included; None: everything.
+
+    Of policies with a split these are the budgets that the heads of a layer share.
+    """
+    if isinstance(policy, Full):
+        return None
+    return policy.kept(config, prompt_len, jnp.dtype(dtype)).tolist()
+
+
+def kept_share(policy: Policy, config: ModelConfig, lengths: Sequence[int], dtype: Any) -> float:
+    """Share of a prompt's tokens that a head keeps, the mean over heads and prompts."""
+    if isinstance(policy, Full):
+        return 1.0
+    each, counts = np.unique(np.asarray(lengths), return_counts=True)
+    work = policy.compression(config, each, 0, jnp.dtype(dtype))
+    kept = tokens_kept(config, work.budgets, work.lengths).mean(axis=(1, 2))
+    return float(np.average(kept / each, weights=counts))
+
+
+def _is_gqa(config: ModelConfig) -> bool:
+    return all(isinstance(layer.attention, GQAConfig) for layer in config.layers)
+
+
+def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> dict[str, Any]:
+    """What a name does not say: a checkpoint or a score file of that name may have changed."""
+    found = identity(model.config, params)
+    return {
+        "config": found.config,
+        "weights": found.digest,
+        "dtype": found.dtype,
+        "head_scores": score_digests(policies),
+    }
+
+
+def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
+    """What the head scores of each policy that has some contain, as a digest."""
+    found = {}
+    for name, policy in policies.items():
+        allocator = policy.allocator if isinstance(policy, Compress) else None
+        if isinstance(allocator, HeadImportance) and allocator.scores is not None:
+            found[name] = array_digest(allocator.scores.samples)
+    return found
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """The entries of results.json that say where it was made.
+
+    Args:
+        argv: arguments of `python -m eval`.
+    """
+    devices = jax.devices()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+        "versions": {"python": platform.python_version()} | _versions(),
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "eval", *argv]),
+    }
+
+
+def commit() -> str | None:
+    """The checked-out commit; +changes where the code differs from it; None without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    paths = [":/kvjax", ":/pallas_kernels", ":/eval"]
+    try:
+        head, changes = (
+            subprocess.run([*git, *rest], capture_output=True, text=True, check=True).stdout
+            for rest in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", *paths])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+changes" if changes.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,4 +1,4 @@
-"""Rows, JSON and text of local files, packed or not, and rows of hub datasets."""
+"""Rows"""
 
 from __future__ import annotations
 
@@ -198,3 +198,22 @@ def _row(line: str, where: str) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is a JSON {type(values).__name__}, expected an object")
     return Row(where, values)
+
+
+def named_rows(folder: Path | None, name: str, hub: tuple[str, str], split: str) -> list[Row]:
+    """All rows.
+
+    Args:
+        folder: has `name`.jsonl, as it is or packed, or its last part; None: the hub dataset.
+        name: like "gsm8k/test".
+        hub: dataset and configuration.
+        split: of the dataset.
+
+    Raises:
+        ValueError: see `read_rows` and `hub_rows`.
+    """
+    if folder is None:
+        return hub_rows(*hub, split)
+    kinds = (".jsonl",)
+    path = look(folder, name, kinds)
+    return read_rows(path or find(folder, Path(name).name, kinds, of=f"{name} or that"))

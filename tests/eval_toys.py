@@ -10,7 +10,7 @@ import numpy as np
 from toys import random_params
 
 import kvjax
-from eval.loaded import Loaded
+from eval.run import Loaded
 from eval.task import Item, Task
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.headkv.scores import HeadScores

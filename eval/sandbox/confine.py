@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
-from eval.sandbox import landlock, linux, processes, seccomp
+from eval.sandbox import filters, linux
 
 LAYERS = (
     "user_namespace",
@@ -78,19 +78,19 @@ def inside(layers: Collection[str], limits: Limits, uid: int) -> None:
     """
     if "rlimits" in layers:
         own_count = {"user_namespace", "dropped_root"} & set(layers)
-        others = 0 if own_count else processes.count_of_user(os.getuid())
+        others = 0 if own_count else linux.count_of_user(os.getuid())
         set_limits(limits, others)
     if "dropped_root" in layers:
         drop_root(uid)
     elif {"user_namespace", "no_new_privs"} & set(layers):
         linux.set_capabilities(0)
-    processes.die_with_parent()
+    linux.die_with_parent()
     if "no_new_privs" in layers:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     if "landlock" in layers:
-        landlock.restrict(".")
+        filters.restrict_files(".")
     if "seccomp" in layers:
-        seccomp.install()
+        filters.install_seccomp()
 
 
 def set_limits(limits: Limits, others: int) -> None:

@@ -1,8 +1,4 @@
-"""Runs programs, one after the other, and answers with JSON; a fresh interpreter's main.
-
-It reads a job from stdin and writes for each of its programs {"passed", "reason", "stdout",
-"failure"} to stdout, or with "probe" in the job {layer: why it is missing, or ""}.
-"""
+"""Runs programs, one after the other, and answers with JSON; a fresh interpreter's main."""
 
 from __future__ import annotations
 
@@ -12,11 +8,12 @@ import selectors
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
-from eval.sandbox import confine, processes, worker
+from eval.sandbox import confine, linux
 from eval.sandbox.confine import Limits
 
 POLL_SECONDS = 0.005
@@ -25,7 +22,7 @@ RESULT_BYTES = 1 << 14
 
 def main() -> None:
     job = json.load(sys.stdin)
-    processes.die_with_parent()
+    linux.die_with_parent()
     if "probe" in job:
         answer: object = {name: probe(name, job["probe"]) for name in confine.LAYERS}
     else:
@@ -62,7 +59,7 @@ def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> 
     Raises:
         OSError: a namespace that cannot be had.
     """
-    processes.adopt_orphans()
+    linux.adopt_orphans()
     uid = confine.spare_uid()
     token = os.urandom(16).hex()
     confine.outside(layers, limits, scratch, uid)
@@ -72,13 +69,13 @@ def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> 
     if child == 0:
         os.setsid()
         if "pid_namespace" in layers:
-            processes.die_with_parent()
+            linux.die_with_parent()
             _fork_below_init((output_end, result_end))
 
         def put_on() -> None:
             confine.inside(layers, limits, uid)
 
-        worker.work(program, put_on, output_end, result_end, token)
+        work(program, put_on, output_end, result_end, token)
     os.close(output_end)
     os.close(result_end)
     watch = _Watch(output, result, limits)
@@ -161,7 +158,7 @@ def _fork_below_init(descriptors: Collection[int]) -> None:
         return
     for descriptor in descriptors:
         os.close(descriptor)
-    status = processes.serve_as_init(child)
+    status = linux.serve_as_init(child)
     os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
@@ -169,7 +166,7 @@ def _kill_all(child: int, ended: bool) -> bool:
     if not ended:
         os.kill(child, signal.SIGKILL)
     if sys.platform == "linux":
-        return processes.sweep()
+        return linux.sweep()
     with suppress(ProcessLookupError, PermissionError):  # its group is all that can be found
         os.killpg(child, signal.SIGKILL)
     if not ended:
@@ -218,3 +215,68 @@ def _put_on(layers: Collection[str], scratch: str) -> dict[str, str]:
     confine.outside(layers, Limits(), scratch, uid)
     confine.inside(layers, Limits(), uid)
     return {"failure": ""}
+
+
+REASON_CHARACTERS = 500
+
+
+def work(
+    program: str, put_on: Callable[[], None], output: int, result: int, token: str
+) -> NoReturn:
+    """Confines this process, executes `program` as __main__, and ends.
+
+    Args:
+        program: source text. It passes when it runs to its end without an exception, SystemExit
+            among them.
+        put_on: confines this process; raises OSError when it cannot.
+        output: descriptor for stdout and stderr.
+        result: descriptor for one line of JSON: {"setup": why it did not start}, {"reason": …},
+            or {"passed": token}, which a program that merely exits does not write.
+        token: of this run.
+    """
+    write, dumps, leave, getpid = os.write, json.dumps, os._exit, os.getpid
+    worker = getpid()
+    try:
+        result = _rewire(output, result)
+        put_on()
+    except BaseException as error:
+        write(result, dumps({"setup": f"{type(error).__name__}: {error}"}).encode())
+        leave(1)
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["program"]
+    try:
+        exec(compile(program, "<program>", "exec"), module.__dict__)
+        answer = {"passed": token}
+    except BaseException as error:
+        answer = {"reason": _describe(error)}
+    if getpid() != worker:  # a fork of it, which came to this end too
+        leave(0)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # closed or replaced by the program, whose matter that is
+        pass
+    write(result, dumps(answer).encode())
+    leave(0)
+
+
+def _rewire(output: int, result: int) -> int:
+    """No descriptors but an empty stdin, the output twice, and the result as 3."""
+    result = os.dup(result)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if result != 3:
+        os.dup2(result, 3)
+    os.closerange(4, 1 << 16)
+    return 3
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = type(error).__name__
+    return text.removesuffix(": ")[:REASON_CHARACTERS]

@@ -16,8 +16,7 @@ import re
 from pathlib import Path
 
 from eval import rows
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "RMT-team/babilong"
 MAX_NEW_TOKENS = 20
@@ -61,7 +60,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: an unknown length or task, a missing file, or a corrupt row.
     """
-    check("babilong", options, reads(options))
+    check_options("babilong", options, reads(options))
     unknown = [name for name in options.subsets if name not in LABELS]
     if unknown:
         raise ValueError(f"BABILong has no {', '.join(unknown)}, expected some of qa1 … qa20")

@@ -6,12 +6,10 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from eval.numbers import plain
-from eval.reads import Reads, check
-from eval.rows import Row
-from eval.statistics import standard_error
-from eval.task import Item, Task, TaskOptions
-from eval.tasks import named_rows
+from eval.metrics import plain
+from eval.results import standard_error
+from eval.rows import Row, named_rows
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -27,7 +25,7 @@ HUB = ("openai/gsm8k", "main")
 CURRENCY = "$€£¥₹"
 WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+),?"
 NUMBER = rf"[-+]?(?:[{CURRENCY}] *)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
-"""In the plain text of `eval.numbers`. Commas stand before three digits; else they part numbers."""
+"""A number in the text that `plain` gives; a comma belongs to it before three digits."""
 UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?\d+")
 """As in "36 m^2", where the unit has a 2 that is no answer."""
 SETTINGS = ("prompt", "extraction", "max_new_tokens")
@@ -58,7 +56,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: no data, or a wrong setting.
     """
-    check("gsm8k", options, reads(options))
+    check_options("gsm8k", options, reads(options))
     prompt = _choice(options, "prompt", PROMPTS)
     extraction = _choice(options, "extraction", EXTRACTIONS)
     length = options.settings.get("max_new_tokens", "512")
@@ -69,11 +67,11 @@ def load(options: TaskOptions) -> Task:
         raise ValueError(f"got {shots} shots, expected 0 or more")
     examples = ""
     if shots:
-        rows = named_rows.read(options.data_dir, "gsm8k/train", HUB, "train")[:shots]
+        rows = named_rows(options.data_dir, "gsm8k/train", HUB, "train")[:shots]
         if len(rows) < shots:
             raise ValueError(f"got {shots} shots, expected ≤ {len(rows)}: rows of gsm8k/train")
         examples = "".join(map(example, rows))
-    rows = named_rows.read(options.data_dir, "gsm8k/test", HUB, "test")
+    rows = named_rows(options.data_dir, "gsm8k/test", HUB, "test")
     template = "{question}" if shots else {"alpaca": ALPACA, "ask": ASK}[prompt]
     if shots:
         template = "Q: {question}\nA:"
@@ -123,7 +121,7 @@ def example(row: Row) -> str:
 def strict(answer: str) -> str | None:
     """The number right after the last "The answer is", with or without a colon.
 
-    How the number is dressed does not matter, see `eval.numbers`: "**The answer is:** $72$".
+    How the number is dressed does not matter, see `eval.metrics.plain`: "**The answer is:** $72$".
     """
     found = re.findall(rf"[Tt]he answer is\s*:?\s*({NUMBER})", plain(answer, spaces=True))
     return found[-1] if found else None

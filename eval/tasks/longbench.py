@@ -21,13 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from eval import checks, rows
-from eval.metrics import chinese, labels
-from eval.metrics.code import code_similarity
-from eval.metrics.rouge import rouge_l
-from eval.metrics.words import qa_f1
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval import checks, metrics, rows
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "THUDM/LongBench"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -50,14 +45,14 @@ class Subset:
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {
-    "qa_f1": qa_f1,
-    "qa_f1_zh": chinese.qa_f1_zh,
-    "rouge_l": rouge_l,
-    "rouge_zh": chinese.rouge_zh,
-    "count": labels.count,
-    "retrieval": labels.retrieval,
-    "retrieval_zh": labels.retrieval_zh,
-    "code_similarity": code_similarity,
+    "qa_f1": metrics.qa_f1,
+    "qa_f1_zh": metrics.qa_f1_zh,
+    "rouge_l": metrics.rouge_l,
+    "rouge_zh": metrics.rouge_zh,
+    "count": metrics.count,
+    "retrieval": metrics.retrieval,
+    "retrieval_zh": metrics.retrieval_zh,
+    "code_similarity": metrics.code_similarity,
 }
 
 SUBSETS = {
@@ -96,7 +91,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: an unknown subset, a missing file, or a row without what is needed.
     """
-    check("longbench", options, reads(options))
+    check_options("longbench", options, reads(options))
     folder = None if options.data_dir is None else Path(options.data_dir) / "longbench"
     prompts, lengths = _config(folder, options.settings)
     items: list[Item] = []
@@ -120,14 +115,14 @@ def score(item: Item, answer: str) -> float:
         answer = answer.lstrip("\n").split("\n")[0]
     if subset.metric == "classification":
         classes = item.meta["classes"]
-        return max(labels.classification(answer, ref, classes) for ref in item.references)
+        return max(metrics.classification(answer, ref, classes) for ref in item.references)
     return max(METRICS[subset.metric](answer, ref) for ref in item.references)
 
 
 def metric_name(subset: str) -> str:
     """Name of a subset's metric; that of Chinese says so where it is not by jieba's words."""
     name = SUBSETS[subset].metric
-    return chinese.metric_name(name) if name in ("qa_f1_zh", "rouge_zh") else name
+    return metrics.metric_name(name) if name in ("qa_f1_zh", "rouge_zh") else name
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
@@ -135,13 +130,13 @@ def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
     scores: dict[str, list[float]] = {}
     for item, _, value in results:
         scores.setdefault(item.group, []).append(value)
-    metrics = {name: metric_name(name) for name in scores}
+    judged_by = {name: metric_name(name) for name in scores}
     found: dict[str, Any] = {
-        "metrics": metrics,
+        "metrics": judged_by,
         "macro_average": float(np.mean([np.mean(values) for values in scores.values()])),
     }
-    if any(name.endswith("_chars") for name in metrics.values()):
-        found["note"] = chinese.MISSING
+    if any(name.endswith("_chars") for name in judged_by.values()):
+        found["note"] = metrics.MISSING
     return found
 
 

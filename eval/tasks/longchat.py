@@ -14,9 +14,8 @@ import re
 from pathlib import Path
 
 from eval import rows
-from eval.numbers import whole_numbers
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.metrics import whole_numbers
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 MAX_NEW_TOKENS = 32
 NAME = re.compile(r"lines_(\d+)\.jsonl(?:\.gz|\.xz)?")
@@ -33,7 +32,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: no such files, or a row without prompt or number.
     """
-    check("longchat", options, reads(options))
+    check_options("longchat", options, reads(options))
     if options.data_dir is None:
         raise ValueError("longchat has no hub dataset: give --data-dir with longchat/lines_N.jsonl")
     folder = Path(options.data_dir) / "longchat"

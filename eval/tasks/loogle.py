@@ -31,11 +31,8 @@ from typing import Any
 import numpy as np
 
 from eval import rows
-from eval.metrics.rouge import rouge_l
-from eval.metrics.words import exact_match, normalized, qa_f1
-from eval.numbers import plain
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.metrics import exact_match, normalized, plain, qa_f1, rouge_l
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "bigai-nlco/LooGLE"
 MAX_NEW_TOKENS = {"longdep_qa": 500, "shortdep_qa": 300, "longdep_summarization": 500}
@@ -70,7 +67,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: an unknown subset, a missing file, or a corrupt row.
     """
-    check("loogle", options, reads(options))
+    check_options("loogle", options, reads(options))
     unknown = [name for name in options.subsets if name not in SUBSETS]
     if unknown:
         raise ValueError(f"LooGLE has no {', '.join(unknown)}, expected some of {SUBSETS}")

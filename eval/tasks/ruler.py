@@ -25,14 +25,13 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
-from eval.reads import Reads, check
-from eval.ruler import documents, frequent, needles, text, tracking
-from eval.task import Item, Task, TaskOptions
+from eval.ruler import aggregation, questions, retrieval, text
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 from kvjax.pipelines.questions import TokenizerVocabulary
 
-QUESTIONS = {"qa_1": ("squad", documents.squad), "qa_2": ("hotpotqa", documents.hotpotqa)}
+QUESTIONS = {"qa_1": ("squad", questions.squad), "qa_2": ("hotpotqa", questions.hotpotqa)}
 MAX_NEW_TOKENS = {
-    **dict.fromkeys(needles.TASKS, 128),
+    **dict.fromkeys(retrieval.RETRIEVAL_TASKS, 128),
     "vt": 30,
     "cwe": 120,
     "fwe": 50,
@@ -61,7 +60,7 @@ def load(options: TaskOptions) -> Task:
         ValueError: an unknown task, neither lengths nor files, a missing file, or a length that
             is too short.
     """
-    check("ruler", options, reads(options))
+    check_options("ruler", options, reads(options))
     unknown = [name for name in options.subsets if name not in MAX_NEW_TOKENS]
     if unknown:
         raise ValueError(
@@ -160,12 +159,12 @@ def _makers(
 
 
 def _make(name, vocab, essay, rng: np.random.Generator, length: int, index: int) -> text.Prompt:
-    if name in needles.TASKS:
-        return needles.generate(rng, vocab, length, needles.TASKS[name], essay)
+    if name in retrieval.RETRIEVAL_TASKS:
+        return retrieval.retrieval(rng, vocab, length, retrieval.RETRIEVAL_TASKS[name], essay)
     others = {
-        "vt": tracking.generate,
-        "cwe": frequent.common_words,
-        "fwe": frequent.frequent_words,
+        "vt": retrieval.tracking,
+        "cwe": aggregation.common_words,
+        "fwe": aggregation.frequent_words,
     }
     return others[name](rng, vocab, length)
 
@@ -183,7 +182,7 @@ def _question_maker(name: str, path: Path, vocab: TokenizerVocabulary, seed: int
 
     def make(rng: np.random.Generator, length: int, index: int) -> text.Prompt:
         question = corpus.questions[order[index % len(order)]]
-        return documents.generate(rng, vocab, length, question, corpus.paragraphs)
+        return questions.question_prompt(rng, vocab, length, question, corpus.paragraphs)
 
     return make
 

@@ -10,7 +10,7 @@ from eval.predictions import PREDICTIONS, read
 from eval.report.command import ReportCommand, write
 from eval.report.runs import find
 from eval.run import evaluate
-from eval.settings import Settings
+from eval.task import Settings
 
 LINE = {
     "id": "q0",

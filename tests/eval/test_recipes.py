@@ -9,8 +9,8 @@ import eval_toys
 import pytest
 
 import kvjax
-from eval.recipe_plan import parse, parse_policies
-from eval.recipes import main, read
+from eval.preview import parse_policies
+from eval.suites import main, read
 from kvjax.identity import identity
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_configs_fit_the_commands(path):
     for run in recipe.runs:
         assert parse_policies(run.policies)
         assert len(set(run.policies)) == len(run.policies)
-        command = parse(run, run.argv(Path("out"), Path("data")))
+        command = run.build(Path("out"), Path("data"))
         assert command.model == run.model and command.out == Path("out") / run.name
         for policy in run.policies:
             assert "{" not in policy
@@ -151,8 +151,8 @@ def test_mistakes_are_named(toy, change, said):
 def test_options_that_a_command_lacks(toy):
     toy.write_text(TOY.replace("new_tokens: 4", "new_words: 4"))
     run = read(toy).runs[1]
-    with pytest.raises(ValueError, match=r"speed: .*new-words"):
-        parse(run, run.argv(None))
+    with pytest.raises(ValueError, match=r"speed: .*new_words, expected one of .*new_tokens"):
+        run.build(None)
 
 
 def test_unknown_policies_and_names(toy):

@@ -1,19 +1,25 @@
-"""Questions of kvjax.tasks on a grid of prompt lengths and depths."""
+"""Needle and reasoning in a haystack: questions of kvjax.tasks on a grid of lengths and depths.
+
+needle: one fact, somewhere in a long text, and a question about it; with distractors=5 it is the
+multi-key needle. reasoning: the favorite thing of the older of two people (HeadKV, section 3.1);
+the depth is that of the answer's sentence.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.task import Item, Reads, Source, Task, TaskOptions, check_options
 from kvjax.answers import exact_match, rouge1_recall
 from kvjax.example import Example
 from kvjax.pipelines.questions import TokenizerVocabulary
-from kvjax.tasks import haystack
+from kvjax.tasks import haystack, two_hop
+from kvjax.tasks import needle as single_fact
 from kvjax.tasks.sets import EVALUATION_STREAM
 
 LENGTHS = (512, 1024)
@@ -43,7 +49,7 @@ def load(
     Raises:
         ValueError: no tokenizer, an unknown setting, or a length that cannot hold the facts.
     """
-    check(name, options, READS)
+    check_options(name, options, READS)
     if options.tokenizer is None:
         raise ValueError(f"task {name} makes prompts of a length in tokens: it needs a tokenizer")
     metric = options.settings.get("metric", "exact_match")
@@ -106,3 +112,11 @@ def word_ids(*texts: str) -> list[list[int]]:
         [ids.setdefault(word, len(ids)) for word in re.findall(r"[^\W_]+", text.lower())]
         for text in texts
     ]
+
+
+def _source(name: str, generate: Callable[..., Example]) -> Source:
+    return Source(functools.partial(load, name, generate), lambda options: READS)
+
+
+needle = _source("needle", single_fact.generate)
+reasoning = _source("reasoning", two_hop.generate)

@@ -70,7 +70,7 @@ def hotpotqa(path: Path) -> Corpus:
         raise ValueError(f"{path} is not in HotpotQA's format: {error!r}") from None
 
 
-def generate(
+def question_prompt(
     rng: np.random.Generator,
     vocab: TokenizerVocabulary,
     length: int,
