@@ -1,4 +1,4 @@
-"""`python -m eval`: what a model still knows when its cache is compressed, and what it costs."""
+"""`python -m eval`: scores of a model whose cache is compressed, and the cost of the cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COMMANDS = {
     "report": ("eval.report.command", "report"),
     "run": ("eval.suites", "main"),
 }
-"""Commands beside the tasks: where they are. `main` takes the arguments, others are for tyro."""
+"""Commands beside the tasks: module and function. `main` takes argv, tyro calls the others."""
 
 SHARED = ("run",)
-"""Commands that several processes share, as they do tasks; the others process 0 runs alone."""
+"""Commands that several processes share, as they share tasks. Process 0 runs the others alone."""
 
 HELP = """usage: python -m eval COMMAND [OPTIONS]
 
@@ -37,7 +37,7 @@ share the items of each task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; bad input is one line on standard error and exit code 2."""
+    """Entry point. Bad input ends in one line on standard error and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     from eval.task import TASKS
     from kvjax import compilation_cache, processes
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP.format(tasks=", ".join(TASKS), cache=compilation_cache.HELP))
         sys.exit(0 if argv else 2)
+    # These two options belong to every command, so they are taken before a command's parser runs.
     try:
         folder, argv = compilation_cache.take_flag(argv)
         distributed, argv = processes.take_flag(argv)
@@ -83,7 +84,7 @@ def dispatch(name: str, argv: list[str]) -> None:
 
 
 def fail(message: str) -> None:
-    """One line, and exit code 2."""
+    """Prints one line and ends all processes with exit code 2."""
     from kvjax import processes
 
     print(f"eval: error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness (0.4.13) wants it: text in, log-likelihoods and text out."""
+"""A model for lm-evaluation-harness (0.4.13): text in, log-likelihoods and text out."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kvjax.text import added_text
 
 NEW_TOKENS = 256
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Settings of tasks that all mean the longest answer."""
+"""Names that tasks use for the length of the longest answer."""
 
 
 class CompressedLM(TemplateLM):
-    """Scores and writes from caches that a policy has compressed."""
+    """Scores continuations and writes answers from caches that a policy has compressed."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class CompressedLM(TemplateLM):
     ):
         """
         Args:
-            dense: log-likelihoods by one forward pass without a cache.
-            max_length: of context and continuation, where less than the model's context.
-            chat: whether the harness puts prompts inside the chat template: the end of a turn then
+            dense: take log-likelihoods from one forward pass without a cache.
+            max_length: tokens of context and continuation, where less than the model's context.
+            chat: whether the harness puts prompts inside the chat template. The end of a turn then
                 ends an answer too.
 
         Raises:
@@ -64,19 +64,19 @@ class CompressedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: BOS, or EOS where there is none."""
+        """The context of a text without one: BOS, or EOS where the tokenizer has no BOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
+        """The key of the harness's caches of requests."""
         return self.loaded.name.replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text; where nothing is said about special tokens, BOS comes first, once."""
+        """Ids of a text. By default exactly one BOS comes first."""
         if add_special_tokens is None:
             return prompt_ids(self.tokenizer, string)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -84,7 +84,7 @@ class CompressedLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt of a conversation; one that ends with the model's turn goes on in it."""
+        """The prompt of a conversation. If the model's turn is last, the answer continues it."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -95,10 +95,10 @@ class CompressedLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows.
+        """Log-likelihoods of whole texts, in windows.
 
-        Under a policy that compresses, every window but a text's first has half of itself as a
-        context, which is compressed; otherwise as little as the harness's own models have.
+        Under a policy that compresses, half of every window except a text's first is a context,
+        which is compressed. Without one the context is a single token, as in the harness's models.
         """
         context = 1 if self.policy == Full() else max(self.max_length // 2, 1)
         windows, owners = [], []
@@ -122,6 +122,7 @@ class CompressedLM(TemplateLM):
         """Log-likelihood of each continuation, and whether greedy decoding writes it."""
         found: dict[int, tuple[float, bool]] = {}
         pairs = [self._cut(context, rest) for _, context, rest in requests]
+        # Longest first: batches hold similar lengths, and a lack of memory shows at the start.
         order = sorted(range(len(pairs)), key=lambda i: [len(part) for part in pairs[i]])[::-1]
         with progress_bar() as progress:
             bar = progress.add_task("log-likelihoods", total=len(order), items="")
@@ -179,7 +180,7 @@ class CompressedLM(TemplateLM):
         return {"cache_bytes": self._held / rows, "full_cache_bytes": self._full / rows}
 
     def _cut(self, context: list[int], rest: list[int]) -> tuple[list[int], list[int]]:
-        """What fits: the last `max_length` tokens before the last one, a context among them."""
+        """Cuts a context from the left so that both fit; the last token is never read."""
         rest = rest[-self.max_length :]
         keep = self.max_length + 1 - len(rest)
         return context[-keep:], rest
@@ -195,7 +196,7 @@ class CompressedLM(TemplateLM):
 
 
 def _grouped(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Settings, and the indices of the requests that have them."""
+    """Groups requests with equal settings: the settings, and the requests' indices."""
     groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
     for index, request in enumerate(requests):
         settings = request.args[1]
@@ -204,10 +205,10 @@ def _grouped(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
 
 
 def _read(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-    """Stops, the longest answer, and settings of the sampling.
+    """Stops, the length of the longest answer, and the settings of sampling.
 
     Raises:
-        ValueError: a setting that is not known here.
+        ValueError: a setting that this model does not know.
     """
     rest = dict(settings)
     until = rest.pop("until", None) or []

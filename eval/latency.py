@@ -28,14 +28,14 @@ KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": chec
 
 @dataclass(frozen=True)
 class LatencyCommand:
-    """Times prefill and decode on random prompts; compilation is not counted.
+    """Times prefill and decode on random prompts. Compilation does not count.
 
     Attributes:
         out: folder for results.json.
         contexts: prompt lengths in tokens.
-        batches: sequences at a time.
-        new_tokens: tokens that decode is timed over.
-        repeats: of each measurement, after one that compiles; medians are reported.
+        batches: numbers of sequences in a batch.
+        new_tokens: number of tokens that decode is timed over.
+        repeats: number of measurements after a first one that compiles; medians are reported.
     """
 
     model: Model
@@ -52,7 +52,7 @@ class LatencyCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command with these arguments."""
+    """Parses the arguments and runs the command."""
     command = tyro.cli(LatencyCommand, prog="python -m eval latency", args=list(argv))
     run(command, ["latency", *argv])
 
@@ -67,11 +67,11 @@ def run(command: LatencyCommand, argv: Sequence[str]) -> None:
 
 
 def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """All combinations.
+    """Measures all combinations of context, batch and policy.
 
     Returns:
-        model, dtype, new_tokens, repeats, rows and where they were measured; each row is what
-        `time_one` returns, with its policy, context and batch.
+        The content of results.json: model, dtype, new_tokens, rows and the machine. A row has its
+        policy, context and batch, and the numbers of `time_one`.
 
     Raises:
         ValueError: see `check_arguments`; a size below its least, or a prompt that exceeds the
@@ -135,14 +135,15 @@ def check(command: LatencyCommand) -> None:
 def time_one(
     model: Any, params: Any, policy: Any, context: int, batch: int, command: LatencyCommand
 ) -> dict[str, Any]:
-    """One combination.
+    """Measures one combination.
 
     Returns:
-        time_to_first_token and time_per_token in seconds, medians: a token is one step of the
-        whole batch; repeats: all times; cache_bytes: of all sequences, their largest size: after
-        prefill, with room for the new tokens; full_cache_bytes and gqa_cache_bytes: the same
-        uncompressed, and before any conversion; device_peak_bytes: the most that the device has
-        held since the process began, None where it does not say.
+        time_to_first_token, time_per_token: medians in seconds; a token is a step of the batch.
+        repeats: all times.
+        cache_bytes: of all sequences after prefill, with room for the new tokens.
+        full_cache_bytes, gqa_cache_bytes: the same uncompressed, and before any conversion.
+        device_peak_bytes: the most that the device has held since the process began; None where
+            the device does not tell.
     """
     import jax
     import numpy as np
@@ -156,6 +157,7 @@ def time_one(
     tokens = rng.integers(0, model.config.vocab_size, (batch, context), dtype=np.int32)
     lengths = np.full(batch, context, np.int32)
     (work,) = compressions(model, params, lengths, [policy], command.new_tokens)
+    # The first round compiles all programs and is left out of the medians.
     firsts, steps, held = [], [], 0
     for _ in range(1 + command.repeats):
         start = time.perf_counter()
@@ -199,7 +201,7 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
 
 
 def _decode(model: Any, params: Any, state: Any, every: int, work: Any) -> None:
-    """All further tokens; they are fetched, so that they are finished."""
+    """Decodes all further tokens. Fetching them waits until the device has finished."""
     import numpy as np
 
     from kvjax.decoding import decode

@@ -163,9 +163,11 @@ def score_compressed(
     longest = max(map(len, rests))
     room = -(-longest // SHORT_PIECE) * SHORT_PIECE
     bucket = min(bucket_length(max(map(len, reads))), model.config.context_length)
+    # The prefill stores the contexts; only contexts of one token use its logits.
     tokens, lengths = pad(reads, bucket)
     logits, cache = prefill(model, params, tokens, lengths, policy, max_new_tokens=room)
     held = cache_bytes(cache)
+    # Then the rests go through the compressed cache.
     fed = np.full((len(reads), longest), -1, np.int32)
     for row, ids in zip(fed, rests, strict=True):
         row[: len(ids)] = ids
@@ -251,10 +253,11 @@ def _feed(
         none does.
     """
     longest = ids.shape[1]
-    # Whole pieces have one shape, so one program serves all of them.
+    # All pieces have one shape, so one program serves them all.
     padded = np.pad(ids, ((0, 0), (0, piece)), constant_values=-1).astype(np.int32)
     for start in range(0, longest - 1, piece):
         fed, wanted = (padded[:, at : at + piece] for at in (start, start + 1))
+        # Position −1 keeps a token out of the cache: padding, and each row's last token.
         positions = np.asarray(lengths)[:, None] + np.arange(start, start + piece)
         positions = np.where(wanted >= 0, positions, -1).astype(np.int32)
         x, cache = hidden_states(model, params, np.maximum(fed, 0), positions, cache)
@@ -373,8 +376,8 @@ def comparable(policies: Mapping[str, Policy]) -> dict[str, Compress]:
     """The policies that compress.
 
     Raises:
-        ValueError: one that keeps everything in 8 bits, or bounds the growth: answers that are fed
-            in one piece do not show what it does.
+        ValueError: "full" with 8-bit entries, or a policy that bounds the growth: feeding an answer
+            in one piece does not show the effect of such a policy.
     """
     compressing = {}
     for name, policy in policies.items():

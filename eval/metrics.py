@@ -1,4 +1,12 @@
-"""Scores of an answer against one reference, 0 to 1: what the long-context benchmarks use."""
+"""Scores of an answer against one reference, from 0 to 1, as the long-context benchmarks use them.
+
+In order: words (F1 and exact match), ROUGE-L, Chinese text, classes and numbers, lines of code, and
+the plain form of numbers that several tasks compare.
+
+LongBench cuts Chinese into words with the package jieba. Where jieba is not installed, every
+character is a word (runs of Latin letters and digits stay whole). The numbers differ, so the
+metrics are then called qa_f1_zh_chars and rouge_zh_chars.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +38,15 @@ def qa_f1(answer: str, reference: str) -> float:
 def word_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     """F1 = 2PR / (P + R), order ignored; 0 without a common word.
 
-    P and R are the shares of the answer's and the reference's words that the other has too, each
-    as often as in both. `kvjax.answers.token_f1` is the same for token ids.
+    P and R are the shares of the answer's and the reference's words that the other text has too,
+    each counted as often as in both. `kvjax.answers.token_f1` is the same for token ids.
     """
     common = sum((Counter(answer) & Counter(reference)).values())
     return 2 * common / (len(answer) + len(reference)) if common else 0.0
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Whether both are the same when normalized."""
+    """1 if both texts are equal when normalized, else 0."""
     return float(normalized(answer) == normalized(reference))
 
 
@@ -92,13 +100,13 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each part between full stops; one of spaces alone has the empty word."""
+    """Words of each part between full stops. A part of spaces only has one empty word."""
     return [part.split() or [""] for part in text.split(".") if part]
 
 
 MISSING = "jieba is not installed (pip install jieba): Chinese was scored by characters, not words"
 
-# The marks that LongBench removes; others, such as an opening 《, remain words, as there.
+# The marks that LongBench removes. It leaves others, such as an opening 《, as words.
 MARKS = frozenset(
     string.punctuation
     + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"
@@ -122,17 +130,17 @@ def jieba_cut() -> Cut | None:
 
 
 def characters(text: str) -> list[str]:
-    """Every character by itself, runs of Latin letters and digits whole, spaces in one piece."""
+    """Single characters; runs of Latin letters and digits, and runs of spaces, stay whole."""
     return CHARACTER.findall(text)
 
 
 def cut(text: str) -> list[str]:
-    """Words, by jieba where there is one."""
+    """Words of a Chinese text, by jieba where it is installed, else its characters."""
     return (jieba_cut() or characters)(text)
 
 
 def metric_name(name: str) -> str:
-    """The name with what it was cut by, where that is not jieba."""
+    """The metric's name; it ends in "_chars" where text is cut into characters."""
     return name if jieba_cut() else f"{name}_chars"
 
 
@@ -158,9 +166,9 @@ def _unspaced(word: str) -> str:
 def classification(answer: str, reference: str, classes: Collection[str]) -> float:
     """1/n if the reference is among the n classes that the answer names, else 0.
 
-    A class that is part of the reference's name ("Sport" of "Sport event") is not counted: whoever
-    writes the longer one also writes the shorter. LongBench's metric of TREC and LSHT; its own code
-    skips every second class while it removes these, which is not imitated.
+    A class that is part of the reference's name ("Sport" of "Sport event") does not count, because
+    the longer name contains the shorter one. This is LongBench's metric of TREC and LSHT. Its own
+    code skips every second class while it removes these; this code does not.
     """
     named = [c for c in classes if c in answer and (c == reference or c not in reference)]
     return 1 / len(named) if reference in named else 0.0
@@ -195,15 +203,15 @@ def number_after(mark: str, text: str) -> str:
 
 
 NO_CODE = ("`", "#", "//")
-"""What a line has that is a fence or holds a comment."""
+"""Marks of lines that are a fence or have a comment."""
 
 
 def code_similarity(answer: str, reference: str) -> float:
     """2M / T of the answer's first line of code and the reference, in whole hundredths.
 
-    M is the number of characters in matching blocks, T that of both strings (Ratcliff and
-    Obershelp, as `difflib` has it). LongBench's "edit sim" of LCC and RepoBench-P, which takes it
-    from the package fuzzywuzzy; that one uses difflib too unless python-Levenshtein is installed.
+    M is the number of characters in matching blocks, T the number of characters of both strings
+    (Ratcliff and Obershelp, as in `difflib`). It is LongBench's "edit sim" of LCC and RepoBench-P,
+    from the package fuzzywuzzy, which uses difflib too unless python-Levenshtein is installed.
     """
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in NO_CODE)), "")
@@ -218,7 +226,7 @@ INVISIBLE = dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", ""
 CHARACTERS = str.maketrans(DASHES | WIDE | INVISIBLE)
 
 NARROW = "\u00a0\u2006\u2007\u2008\u2009\u200a\u202f"
-"""Spaces that typographers set inside numbers."""
+"""Spaces that typography puts inside numbers."""
 BETWEEN_THOUSANDS = f"{NARROW}_'\u2019"
 
 LATEX_SPACE = re.compile(r"\{\\,\}|\\[,;: ]|\\thinspace\b|(?<!\\)~|&nbsp;|&thinsp;")
@@ -229,18 +237,18 @@ WRAPPER = re.compile(
 FRACTION = re.compile(r"(?<![\d}])\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 ESCAPED = re.compile(r"\\([$%#&])")
 MATH = re.compile(r"\\[()\[\]]|(?<![\^_])\{|\}|`+")
-# Stars and underscores at the edge of a word. Those between two factors are an operator.
+# Stars and underscores at the edge of a word. Between two factors they are an operator.
 EMPHASIS = re.compile(r"(?<![\w)*])[*_]+(?=[^\s*_])|(?<=[^\s*_])[*_]+(?![\w(*])")
 
 
 def plain(text: str, spaces: bool = False) -> str:
-    r"""The text with each number as it would be typed: "\boxed{1{,}234}" has 1,234 in it.
+    r"""The text with each number as on a keyboard: "\boxed{1{,}234}" becomes text with 1,234.
 
-    Separators of thousands become commas. Lists ("1,2"), ranges ("3-4"), products ("2*3") and
-    powers keep their form.
+    LaTeX, typographic characters and Markdown's emphasis are removed. Separators of thousands
+    become commas. Lists ("1,2"), ranges ("3-4"), products ("2*3") and powers keep their form.
 
     Args:
-        spaces: whether an ordinary space separates thousands too, as in "10 000".
+        spaces: whether an ordinary space also separates thousands, as in "10 000".
     """
     text = FRACTION.sub(r"\1/\2", text.translate(CHARACTERS))
     text = text.replace("\\!", "").replace("{,}", ",")

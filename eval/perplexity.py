@@ -1,4 +1,4 @@
-"""perplexity"""
+"""`python -m eval perplexity`: perplexity of a text, dense or from a compressed prefix."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ KINDS = {
 class PerplexityCommand:
     """Perplexity of a text, in chunks of `length` tokens.
 
-    Dense: every token given those before it in its chunk. With --stride, chunks overlap and only
-    new tokens count, so that each has length − stride before it. With --prefix, that many tokens
-    of a chunk are read and compressed by each policy, and the rest is scored from what is left, but
-    for its first token, which the prefill predicts before anything is dropped.
+    Dense: every token is scored given those before it in its chunk. With --stride, chunks overlap
+    and only new tokens count, so each has length − stride tokens before it. With --prefix, that
+    many tokens of a chunk are read and compressed by each policy, and the others are scored from
+    the compressed cache. The first of the others is an exception: the prefill predicts it before
+    anything is dropped.
 
     Attributes:
         text: .txt files, .jsonl files with a "text" a line, packed (.gz, .xz) or not, or
             hub:DATASET:CONFIG:SPLIT; documents are joined with blank lines.
         out: folder for config.json and results.json.
-        limit: chunks to read; all of them otherwise.
+        limit: number of chunks to read; all by default.
     """
 
     model: Model
@@ -68,7 +69,7 @@ class PerplexityCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command with these arguments."""
+    """Parses the arguments and runs the command."""
     command = tyro.cli(PerplexityCommand, prog="python -m eval perplexity", args=list(argv))
     run(command, ["perplexity", *argv])
 
@@ -81,7 +82,7 @@ def run(command: PerplexityCommand, argv: Sequence[str]) -> None:
 
 
 def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """What results.json holds: as of a task, whose metric is perplexity and whose items are tokens.
+    """The content of results.json, as for a task. Its metric is perplexity, its items are tokens.
 
     Raises:
         ValueError: no text, or settings that do not fit it, the model or each other.
@@ -93,6 +94,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     from kvjax.identity import array_digest
     from kvjax.mesh import named_mesh
 
+    # The text and its chunks; problems of the text show before weights are loaded.
     start = time.monotonic()
     names = command.policy or ("full",)
     check(command)
@@ -105,10 +107,12 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
             f"length is {command.length}, expected at most {model.config.context_length}: the "
             "model's context"
         )
+    # config.json; a folder of another measurement is refused.
     policies = resolve_all(names, model)
     request = _request(command, names, len(rows)) | facts(model, params, policies)
     request["text_ids"] = array_digest(np.asarray(ids))
     check_folder(command.out, request)
+    # Losses of every chunk, under each policy.
     found: list[list[Any]] = [[] for _ in names]
     with progress_bar() as progress:
         bar = progress.add_task("perplexity", total=len(rows) * len(names), items="")
@@ -142,13 +146,13 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
 def chunks(
     ids: Int[np.ndarray, " S"], length: int, stride: int, count: int | None = None
 ) -> Int[np.ndarray, "C T"]:
-    """Stretches of `length` tokens, each `stride` after the one before; a rest is left out.
+    """Chunks of `length` tokens that start `stride` tokens apart. An incomplete one is left out.
 
     Args:
-        count: no more than so many.
+        count: at most this many chunks; None: all.
 
     Raises:
-        ValueError: a length that the text does not have, or a stride that leaves tokens out.
+        ValueError: a text that is shorter than `length`, or a stride that leaves tokens out.
     """
     if not 2 <= length <= len(ids):
         raise ValueError(f"length is {length}, expected 2 to {len(ids)}: the tokens of the text")
@@ -158,10 +162,10 @@ def chunks(
 
 
 def perplexity_of(losses: list[np.ndarray]) -> dict[str, Any]:
-    """exp of the mean loss of all tokens.
+    """exp of the mean loss of all tokens, as the "all" of an entry in results.json.
 
-    The standard error takes rows as independent, not tokens (delta method): perplexity times the
-    standard error of their means; None for one row.
+    The standard error treats rows, not tokens, as independent (delta method): perplexity times the
+    standard error of the rows' means; None for one row.
     """
     every = np.concatenate(losses).astype(np.float64)
     value = math.exp(every.mean())
@@ -187,7 +191,7 @@ def _request(command: PerplexityCommand, names: Sequence[str], count: int) -> di
 
 
 def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> dict[str, Any]:
-    """Cache bytes of one chunk: after its prefix, with room for the rest of it."""
+    """Cache bytes of one chunk after its prefix, with room for the other tokens."""
     from eval import results
     from eval.prompts import Shape
 
@@ -207,7 +211,7 @@ def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> 
 
 
 def check(command: PerplexityCommand) -> None:
-    """Raises ValueError for settings without a meaning, or that do not fit each other."""
+    """Raises ValueError for settings that are out of range or do not fit each other."""
     check_arguments(command)
     for name in command.text:
         local_path(name, "text")
@@ -220,14 +224,14 @@ def check(command: PerplexityCommand) -> None:
 
 
 def read_ids(names: Sequence[str], tokenizer: Any) -> Int[np.ndarray, " S"]:
-    """Ids of all documents of all texts, joined with blank lines.
+    """Token ids of all documents of all texts, joined with blank lines.
 
     Args:
-        names: .txt files, one document each; .jsonl files with a document in each line's "text";
-            either may be packed (.gz, .xz); or "hub:DATASET:CONFIG:SPLIT" with the same column.
+        names: .txt files, one document each; .jsonl files with a document in each line's "text".
+            Both may be packed (.gz, .xz). Or "hub:DATASET:CONFIG:SPLIT" with a column "text".
 
     Raises:
-        ValueError: nothing there, a line that is no document (says which), or no text at all.
+        ValueError: a missing file, a line without a document (named), or no text at all.
     """
     text = "\n\n".join(document for name in names for document in documents(name))
     if not text.strip():

@@ -1,4 +1,4 @@
-"""What a run of a suite would read, hold and compile, line by line, without the model's weights."""
+"""The work, memory and shapes of a suite's run, found without the model's weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCORES = re.compile(r"(?<=[:,])scores=[^,]*,?")
 
 
 def preview(name: str, command: Any) -> Iterator[str]:
-    """Lines about the work, the memory and the shapes that programs are compiled for.
+    """Lines about the work, the memory, and the shapes that programs are compiled for.
 
     Args:
         name: a task, perplexity, latency or lm-eval.
@@ -76,7 +76,7 @@ def parse_policies(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_scores(policy: Any, config: Any) -> Any:
-    """The policy with equal scores where it wants some: the sum of the budgets is the same."""
+    """The policy with equal head scores where it needs some: the budgets' sum is the same."""
     return resolve(policy, config, HeadScores(np.ones((*query_heads(config), 1))))
 
 
@@ -113,7 +113,7 @@ def _latency(model: Any, policies: dict[str, Any], command: Any) -> Iterator[str
 
 
 def _task(name: str, model: Any, policies: dict[str, Any], command: Any) -> Iterator[str]:
-    """Items and shapes; where the data cannot be read, the largest cache alone."""
+    """Items and shapes of a task; only the largest cache where the data cannot be read."""
     try:
         tokenizer = load_tokenizer(command.model)
         task = adapted(load_task(name, task_options(command, tokenizer)), command)

@@ -1,4 +1,4 @@
-"""Prompts as token ids in batches of fixed shapes."""
+"""Prompts as token ids: raw or in the chat template, cut to the context, in batches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kvjax.prompts import bucket_length
 
 @dataclass(frozen=True)
 class Prompt:
-    """An item, ready to be read.
+    """The prompt of one item, as token ids.
 
     Attributes:
         index: of the item in its task.
-        ids: what is read.
-        length: tokens before anything was left out.
-        chat: whether it is inside the chat template: this decides what ends its answer.
+        ids: the tokens that the model reads.
+        length: number of tokens before the prompt was cut.
+        chat: whether the prompt is inside the chat template, which decides what ends the answer.
     """
 
     index: int
@@ -33,7 +33,7 @@ class Prompt:
 
     @property
     def truncated(self) -> bool:
-        """Whether something was left out."""
+        """Whether the prompt was cut."""
         return len(self.ids) < self.length
 
 
@@ -43,9 +43,9 @@ def encode(
     """The prompts of all items.
 
     Args:
-        chat: inside the tokenizer's chat template; not for tasks, or items (meta "chat"), that
-            say no. Items that are token ids have their text in meta "text" for this.
-        max_length: of prompt and answer together, where it is less than the model's context.
+        chat: put prompts inside the tokenizer's chat template, except for tasks, or items (meta
+            "chat"), that say no. Items that are token ids have their text in meta "text".
+        max_length: tokens of prompt and answer, where it is less than the model's context.
 
     Raises:
         ValueError: no chat template, no room beside the answer, or a prompt that is too long for
@@ -89,8 +89,8 @@ def cut(ids: Sequence[int], room: int, rule: str, keep: int = 0) -> list[int]:
     """At most `room` of the ids.
 
     Args:
-        rule: "middle" keeps both ends, as LongBench does (arXiv 2308.14508); "left" the end.
-        keep: ids at the start that "left" keeps too (the beginning-of-sequence token).
+        rule: "middle" keeps both ends, as LongBench does (arXiv 2308.14508); "left" keeps the end.
+        keep: number of ids at the start that "left" keeps too (the beginning-of-sequence token).
 
     Raises:
         TooLong: the rule is "refuse".
@@ -104,7 +104,7 @@ def cut(ids: Sequence[int], room: int, rule: str, keep: int = 0) -> list[int]:
 
 
 def _raw(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], int]:
-    """The ids that are read, and how many there were."""
+    """The ids of a raw prompt, and how many there were before the cut."""
     prompt = item.prompt
     ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     starts = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
@@ -112,7 +112,7 @@ def _raw(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], i
 
 
 def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], int]:
-    """As `_raw`; what is cut is the text inside the template, which stays whole."""
+    """As `_raw`, for a prompt inside the chat template. Only the text inside it is cut."""
     text = item.prompt if isinstance(item.prompt, str) else item.meta.get("text")
     if text is None:
         raise ValueError(f"item {item.id} is token ids: no text for the chat template")
@@ -125,7 +125,7 @@ def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list
         raise TooLong(length)
     inner = tokenizer.encode(text, add_special_tokens=False)
     kept = room - (length - len(inner))
-    # A text that is cut and encoded again can come out a few tokens longer.
+    # Cutting and encoding again can add a few tokens, so the text is cut until the prompt fits.
     while kept > 0:
         ids = wrap(tokenizer.decode(cut(inner, kept, rule)))
         if len(ids) <= room:
@@ -135,7 +135,7 @@ def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list
 
 
 def _wrapped(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a user's turn and the beginning of the answer to it."""
+    """Ids of a user's turn with the text, and of the beginning of the answer."""
     turn = [{"role": "user", "content": text}]
     settings = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE}
     return tokenizer.encode(
@@ -145,12 +145,12 @@ def _wrapped(tokenizer: Any, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What programs are compiled for.
+    """The shape that programs are compiled for.
 
     Attributes:
         bucket: prompt tokens, padding included.
-        max_new_tokens: of the answers.
-        batch: sequences.
+        max_new_tokens: longest answer.
+        batch: number of sequences.
     """
 
     bucket: int
@@ -160,10 +160,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one shape and one form that are read together, at most `shape.batch` of them.
+    """At most `shape.batch` prompts of one shape and one form, which are read together.
 
     Attributes:
-        seed: of its random numbers.
+        seed: of the random numbers of sampled answers.
     """
 
     shape: Shape
@@ -172,12 +172,12 @@ class Batch:
 
     @property
     def chat(self) -> bool:
-        """Whether its prompts are inside the chat template."""
+        """Whether the prompts are inside the chat template."""
         return self.prompts[0].chat
 
     @property
     def rows(self) -> list[list[int]]:
-        """[shape.batch] ids, the first prompt again where there are no more."""
+        """Ids of `shape.batch` prompts; the first prompt fills a batch that has fewer."""
         missing = self.shape.batch - len(self.prompts)
         return [list(prompt.ids) for prompt in (*self.prompts, *self.prompts[:1] * missing)]
 
@@ -187,8 +187,9 @@ def make_batches(
 ) -> list[Batch]:
     """Batches of one bucket, longest answer and form (raw or chat), the largest bucket first.
 
-    A bucket with fewer than `batch_size` prompts has batches as small as that, so that every shape
-    is compiled once and what does not fit in memory shows at the start.
+    Batches do not depend on which prompts are answered already. A bucket with fewer prompts than
+    `batch_size` has one batch of that many, so every shape is compiled once. The largest come first
+    so that a lack of memory shows at the start.
 
     Raises:
         ValueError: batch_size below 1.
@@ -205,6 +206,7 @@ def make_batches(
         size = min(batch_size, len(members))
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
+            # Every batch has a seed, so an interrupted run draws what an uninterrupted run draws.
             drawn = np.random.SeedSequence([seed, len(batches)]).generate_state(1)
             batches.append(Batch(Shape(bucket, new, size), part, int(drawn[0] >> 1)))
     return batches

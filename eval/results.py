@@ -1,19 +1,19 @@
-"""What a run reports: results.json, made from its predictions.
+"""The content of results.json: scores and their errors, bytes of caches, model and machine.
 
 {
   "task", "metric", "model", "protocol", "seed", "items",
-  "prompt": "raw" or "chat", and which groups stay raw in a run with --chat,
+  "prompt": "raw" or "chat", with the groups that stay raw in a run with --chat,
   "policies": [{
       "policy",
       "all": {"score", "standard_error", "items"},
       "groups": {group: the same},
       "cache_bytes", "full_cache_bytes", "gqa_cache_bytes",     # means over the items
-      "kept": {bucket: [L][K] tokens},     # of a prompt that fills it, where the policy gives them
-      "kept_share": mean share of a prompt's tokens that a head keeps; of protocol "generate"
+      "kept": {bucket: [L][K] tokens},     # of a prompt that fills the bucket
+      "kept_share": mean share of a prompt's tokens that a head keeps; protocol "generate" only
       "prompt_tokens": {"least", "mean", "most"}, "truncated",
-      "summary": the task's own numbers, if it has some,
+      "summary": further numbers of the task,
   }],
-  "seconds", "computed",     # of the process that finished the run; items of all policies
+  "seconds", "computed",     # of the last process: time, and answers that it computed
   "date", "device", "versions", "commit", "command"
 }
 """
@@ -64,7 +64,7 @@ def statistics(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def by_group(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
-    """`statistics` of each group, in the order in which they come; empty names are no group."""
+    """`statistics` of each group, in order of first occurrence. Group "" is left out."""
     groups: dict[str, list[float]] = {}
     for prediction in predictions:
         if prediction.group:
@@ -79,8 +79,8 @@ def of_policy(
 
     Args:
         predictions: of one policy, in the order of the task's items.
-        kept: bucket → tokens of each head; empty where the policy does not say.
-        gqa_bytes: of each item, the uncompressed cache before any conversion; empty: unknown.
+        kept: bucket → tokens that each head keeps, see `kept_tokens`.
+        gqa_bytes: bytes of each item's uncompressed cache before any conversion; empty: unknown.
     """
     tokens = [prediction.prompt_tokens for prediction in predictions]
     result = {
@@ -110,7 +110,10 @@ def _mean(values: Sequence[int]) -> float:
 
 
 def standard_error(scores: Sequence[float]) -> float:
-    """Of the mean of independent scores: s / √n with s² = Σ(x − x̄)² / (n − 1); nan below two."""
+    """Standard error of the mean of independent scores; nan for fewer than two.
+
+    s / √n with s² = Σ(x − x̄)² / (n − 1).
+    """
     if len(scores) < 2:
         return math.nan
     return float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
@@ -118,12 +121,12 @@ def standard_error(scores: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Two methods on the same questions.
+    """The comparison of two methods on the same questions.
 
     Attributes:
-        only_first: questions that the first alone got right.
-        only_second: and the second alone.
-        p_value: two-sided: of a difference at least this large if both were equally good.
+        only_first: number of questions that only the first method got right.
+        only_second: number of questions that only the second method got right.
+        p_value: two-sided probability of a difference at least this large between equal methods.
     """
 
     only_first: int
@@ -134,10 +137,10 @@ class McNemar:
 def mcnemar(first: Sequence[bool | float], second: Sequence[bool | float]) -> McNemar:
     """McNemar's test in its exact binomial form.
 
-    Questions that both or neither got right say nothing about the difference. Of the b + c others
-    each falls to either side with probability ½, so p = min(1, 2·P(X ≤ min(b, c))) with
-    X ~ Binomial(b + c, ½) (McNemar 1947, Psychometrika 12; Fagerland et al. 2013, BMC Medical
-    Research Methodology 13:91, eq. 2).
+    Questions that both or neither got right do not count. Each of the b + c others falls to either
+    side with probability ½, so p = min(1, 2·P(X ≤ min(b, c))) with X ~ Binomial(b + c, ½)
+    (McNemar 1947, Psychometrika 12; Fagerland et al. 2013, BMC Medical Research Methodology 13:91,
+    eq. 2).
 
     Args:
         first, second: right or wrong (1 or 0) on each question, in the same order.
@@ -177,7 +180,7 @@ def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -
     """Bytes of one sequence's caches after prefill, with room for the answer.
 
     Args:
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
         policy: with its head scores, see `kvjax.headkv.policy.resolve`.
     """
     lengths, dtype = [shape.bucket], jnp.dtype(dtype)
@@ -199,9 +202,9 @@ def gqa_bytes(model: Transformer, dtype: Any, shape: Shape) -> int | None:
 
 
 def gqa_config(config: ModelConfig) -> ModelConfig | None:
-    """The model as it was before its attention was converted; None where it never was GQA.
+    """The model before its attention was converted; None where it never was GQA.
 
-    Conversions keep the attention they start from, or the config.json that described it.
+    A converted model keeps the attention that it was converted from, or the original config.json.
     """
     base = config.with_attention(tuple(unconverted(layer.attention) for layer in config.layers))
     if not _is_gqa(base):
@@ -211,9 +214,9 @@ def gqa_config(config: ModelConfig) -> ModelConfig | None:
 
 
 def kept_tokens(policy: Policy, config: ModelConfig, prompt_len: int, dtype: Any) -> Any:
-    """[L][K] tokens that each head keeps of a prompt, its window included; None: everything.
+    """[L][K] tokens that each head keeps of a prompt, the observed ones included; None: all.
 
-    Of policies with a split these are the budgets that the heads of a layer share.
+    For policies with sharing, the budgets before the heads of a layer share them.
     """
     if isinstance(policy, Full):
         return None
@@ -221,7 +224,7 @@ def kept_tokens(policy: Policy, config: ModelConfig, prompt_len: int, dtype: Any
 
 
 def kept_share(policy: Policy, config: ModelConfig, lengths: Sequence[int], dtype: Any) -> float:
-    """Share of a prompt's tokens that a head keeps, the mean over heads and prompts."""
+    """Mean share of a prompt's tokens that a head keeps, over heads and prompts."""
     if isinstance(policy, Full):
         return 1.0
     each, counts = np.unique(np.asarray(lengths), return_counts=True)
@@ -235,7 +238,7 @@ def _is_gqa(config: ModelConfig) -> bool:
 
 
 def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> dict[str, Any]:
-    """What a name does not say: a checkpoint or a score file of that name may have changed."""
+    """Digests for config.json: a checkpoint or a score file may change and keep its name."""
     found = identity(model.config, params)
     return {
         "config": found.config,
@@ -246,7 +249,7 @@ def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> di
 
 
 def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
-    """What the head scores of each policy that has some contain, as a digest."""
+    """Digests of the head scores, for each policy that has some."""
     found = {}
     for name, policy in policies.items():
         allocator = policy.allocator if isinstance(policy, Compress) else None
@@ -256,7 +259,7 @@ def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:
-    """The entries of results.json that say where it was made.
+    """The entries of results.json about machine, software and command.
 
     Args:
         argv: arguments of `python -m eval`.
@@ -272,7 +275,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checked-out commit; +changes where the code differs from it; None without git."""
+    """The checked-out commit, with "+changes" where the code differs from it; None without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     paths = [":/kvjax", ":/pallas_kernels", ":/eval"]
     try:

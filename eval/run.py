@@ -90,6 +90,7 @@ def evaluate(
             run.
     """
     start = time.monotonic()
+    # Prompts and config.json: a folder of another run is refused before the model answers.
     check_ids(task)
     check_form(task, settings.chat)
     policies = resolve_all(settings.policies, loaded.model)
@@ -97,6 +98,7 @@ def evaluate(
     prompts = encode(task, loaded.tokenizer, config, settings.chat, settings.max_length)
     wanted = request(loaded, task, settings, options or {}, policies, prompts)
     folder = RunFolder(out, wanted, {item.id: item.group for item in task.items})
+    # Answers, appended to the folder batch by batch.
     before = len(folder.done)
     with progress_bar(quiet or not processes.is_writer()) as progress:
         total = len(policies) * sum(len(prompt.ids) for prompt in prompts) / jax.process_count()
@@ -107,6 +109,7 @@ def evaluate(
 
         answer = _decode if settings.protocol == "generate" else _teacher_force
         read = answer(loaded, task, settings, policies, prompts, folder, finished)
+    # All predictions are in one file now; the report is made from them alone.
     folder.finish()
     lacking = len(policies) * len(task.items) - len(folder.done)
     if lacking > 0:
@@ -137,7 +140,7 @@ def evaluate(
 
 
 def check_ids(task: Task) -> None:
-    """Raises ValueError for a task without items, or two with one id: results go by it."""
+    """Raises ValueError for a task without items, or with two items of one id."""
     if not task.items:
         raise ValueError(f"task {task.name} has no items")
     seen: set[str] = set()

@@ -134,12 +134,12 @@ class RunCommand:
     """Runs a suite, each run into its own folder. Finished runs are not repeated.
 
     Attributes:
-        config: see eval/configs.
+        config: the suite's file, see eval/configs.
         out: folder of the runs' folders.
-        model: instead of the file's model, in every run.
-        data_dir: folder with the tasks' files, for the tasks that read some.
+        model: the model of every run, instead of the file's.
+        data_dir: folder with the tasks' files, for tasks that read files.
         scores: folder of head score files, for policies that name {scores}/….
-        only: names of runs; all otherwise.
+        only: names of the runs to do; all by default.
         limit: number of items of each subset of a task.
         dry_run: print each command, the memory it takes and its shapes, and stop.
     """
@@ -155,7 +155,7 @@ class RunCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command with these arguments; a run that fails is reported, and the next begins."""
+    """Parses the arguments and does the runs. A run that fails is reported, and the next begins."""
     command = tyro.cli(RunCommand, prog="python -m eval run", args=list(argv))
     check_local(command)
     suite = read(command.config, command.scores, command.model)
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _do(run: SuiteRun, command: Any, words: list[str], dry: bool, console: Console) -> None:
-    """Runs one command, or prints what it would take."""
+    """Runs one command, or prints its preview."""
     if dry:
         for line in preview(run.command, command):
             console.print(f"  {line}", markup=False)
@@ -231,12 +231,11 @@ def read(path: Path, scores: Path = Path("scores"), model: str | None = None) ->
     """The runs of a file.
 
     Args:
-        scores: stands for {scores}.
-        model: instead of every run's.
+        scores: the folder that {scores} stands for.
+        model: the model of every run, instead of the file's.
 
     Raises:
-        ValueError: no such file, an entry that is not understood, or a URL among the paths of
-            the runs; says which.
+        ValueError: no such file, an unknown or wrong entry, or a URL among the paths of the runs.
     """
     import yaml
 
@@ -285,7 +284,7 @@ def _run(entry: Any, default: str | None, instead: str | None, where: str) -> Su
 
 
 def _check_paths(where: str, value: Any, name: str = "") -> None:
-    """Raises ValueError where a text in the value is a URL: no option of a command wants one."""
+    """Raises ValueError where a text in the value is a URL: no option of a command takes one."""
     if isinstance(value, str):
         local_path(value, f"{where}: {name}")
     elif isinstance(value, list):
@@ -335,7 +334,15 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def _build(kind: type, values: dict[str, Any], options: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from the values of some fields and the options of a file."""
+    """A dataclass from the values of some fields and the options of a file.
+
+    Args:
+        kind: the dataclass.
+        where: file, run and command, for errors.
+
+    Raises:
+        ValueError: an unknown option, a value of another type, or a missing option.
+    """
     types_of = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in GIVEN}
     flags = {name: option for option, name in ALIASES.items()}

@@ -49,12 +49,12 @@ class Item:
     """One question.
 
     Attributes:
-        id: unique within its task, and the same in every run: results are resumed by it.
-        prompt: text, or token ids that are taken as they are.
-        references: right answers; what they mean is the task's matter.
+        id: unique within its task and the same in every run: an interrupted run continues by ids.
+        prompt: text, or token ids that are used unchanged.
+        references: right answers; each task defines how they are compared.
         max_new_tokens: longest answer.
-        group: what it is reported under besides the whole: a subset, a length, a depth.
-        meta: what the score needs besides; JSON.
+        group: a subset, length or depth that gets a score beside the whole task's; "" for none.
+        meta: JSON values that the task's score needs.
     """
 
     id: str
@@ -67,22 +67,22 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Items and how their answers are judged.
+    """Items, and how their answers are judged.
 
     Attributes:
         name: as on the command line.
         items: in the order of the data.
         score: (item, answer text) → 0 to 1; called outside of jit, may be slow.
-        metric: name of that number, e.g. "exact_match", "qa_f1", "pass@1".
-        stops: texts at which an answer to a raw prompt ends (they are cut off), such as the
-            beginning of the next example; the model's EOS ids always end it.
-        truncate: what becomes of prompts longer than the context: "middle" keeps both ends
-            (LongBench's protocol), "left" the end, "refuse" is an error.
+        metric: name of the score, e.g. "exact_match", "qa_f1", "pass@1".
+        stops: texts that end an answer to a raw prompt and are cut off, such as the beginning of
+            the next example. The model's EOS ids always end an answer.
+        truncate: rule for prompts longer than the context: "middle" keeps both ends (LongBench's
+            protocol), "left" keeps the end, "refuse" raises an error.
         chat: whether instruct models get the prompt inside their chat template.
-        raw: why all prompts are raw text, and what to choose for a chat template, if anything.
-        chat_stops: as `stops`, of answers inside the template. The end of the turn ends these, so
-            a text that an answer may contain, such as a line end or a heading, is none of them.
-        summary: further numbers from all (item, answer, score), for results.json.
+        raw: for an error: why all prompts are raw text, and what to choose for a chat template.
+        chat_stops: as `stops`, for answers inside the template. The end of the turn ends these
+            answers, so no text that an answer may contain, such as a line end, belongs here.
+        summary: (item, answer, score) of all items → further numbers for results.json.
     """
 
     name: str
@@ -99,15 +99,15 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the command line says about a task.
+    """The options of a task, as the command line gives them.
 
     Attributes:
         data_dir: folder with local files; None: the hub dataset, where the task has one.
-        tokenizer: of the model, for tasks that build prompts of a length in tokens.
-        limit: the first so many items of each subset; None: all.
+        tokenizer: the model's, for tasks that build prompts of a length in tokens.
+        limit: number of items of each subset, from its start; None: all.
         lengths: prompt lengths in tokens, for tasks that generate their prompts.
-        count: prompts of each length (and depth), for the same; None: COUNT.
-        subsets: of those that have subsets; empty: all.
+        count: generated prompts of each length and depth; None: COUNT.
+        subsets: names of subsets; empty: all.
         seed: of generated prompts.
         shots: examples in the prompt, where the task has a choice.
         settings: further key=value settings of one task.
@@ -133,21 +133,21 @@ class TaskOptions:
 
     @property
     def prompts_each(self) -> int:
-        """Prompts of each length that are generated."""
+        """Number of generated prompts of each length and depth."""
         count = COUNT if self.count is None else self.count
         return count if self.limit is None else min(count, self.limit)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What predictions depend on besides model and task.
+    """How a run makes predictions: all that they depend on beside model and task.
 
     Attributes:
         policies: names and settings, as in `kvjax.generate`.
         protocol: "generate": greedy or sampled answers, scored by the task. "teacher": the right
-            answer is fed through the compressed cache and counts if every token of it, and the
-            end, is the most likely one; "after": the same, with the question asked after the
-            compression. Each batch of prompts is read once for all policies.
+            answer is fed through the compressed cache; the score is 1 if every token of it, and the
+            EOS after it, is the most likely one. "after": the same, with the question asked after
+            the compression. Each batch of prompts is read once for all policies.
         chat: prompts inside the tokenizer's chat template.
         batch_size: prompts at a time.
         max_length: tokens of prompt and answer; None for the model's context.
@@ -196,7 +196,7 @@ class Settings:
 
 
 def check_form(task: Task, chat: bool) -> None:
-    """Raises ValueError where a chat template is asked for that no prompt would be put into."""
+    """Raises ValueError where `chat` is asked for and no prompt of the task may be inside it."""
     if chat and not (task.chat and any(item.meta.get("chat", True) for item in task.items)):
         why = task.raw or "these prompts are raw text, expected no --chat"
         raise ValueError(f"--chat would change no prompt of task {task.name}: {why}")
@@ -204,13 +204,13 @@ def check_form(task: Task, chat: bool) -> None:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a task reads.
+    """The options and settings that a task reads.
 
     Attributes:
-        options: names of the fields of `TaskOptions`.
+        options: names of fields of `TaskOptions`.
         settings: keys of `--set`.
-        scoring: those of the settings that only matter where answers are decoded.
-        why: the reason where a choice of options decides what is read.
+        scoring: the settings that have an effect only where answers are decoded.
+        why: for an error: why the given options rule out others.
     """
 
     options: tuple[str, ...]
@@ -242,7 +242,7 @@ def check_options(name: str, options: TaskOptions, reads: Reads) -> None:
 
 
 def flags(names: tuple[str, ...] | list[str]) -> str:
-    """Names as on the command line."""
+    """Names of fields as on the command line."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 

@@ -19,10 +19,10 @@ class ReportCommand:
     """Writes index.html, with its pictures beside it, from finished runs.
 
     Attributes:
-        runs: folders of runs, or folders with such folders in them; a training log (.jsonl) too.
+        runs: folders of runs, folders that contain such folders, or training logs (.jsonl).
         out: folder of the page.
-        head_scores: score files whose importance and budgets are shown beside those of the models.
-        kv_size: tokens per KV head that the budgets of these files are made for.
+        head_scores: score files to show beside those of the runs' models.
+        kv_size: tokens per KV head, for the budgets that are shown with the scores.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUNS")]]

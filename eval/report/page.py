@@ -1,4 +1,8 @@
-"""HTML and pictures of the page."""
+"""The page's HTML and pictures.
+
+Text becomes HTML only here, and every function escapes its text once. Arguments that are HTML
+already say so.
+"""
 
 from __future__ import annotations
 
@@ -73,10 +77,10 @@ def paragraph(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
-    """A table that scrolls on its own where the page is narrow; numbers stand on the right.
+    """A table that scrolls sideways on narrow pages; columns of numbers are right-aligned.
 
     Args:
-        rows: of texts and numbers; None is an empty cell.
+        rows: texts and numbers; None is an empty cell.
     """
     rows = [list(row) for row in rows]
     right = [
@@ -101,10 +105,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "
 
 
 def figure(name: str, alt: str, caption: str = "") -> str:
-    """A picture that lies beside the page.
+    """A picture in the page's folder.
 
     Args:
-        alt: what it shows, for those who do not see it.
+        alt: a description for readers who do not see the picture.
     """
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     source = escape(name, quote=True)
@@ -115,12 +119,12 @@ def figure(name: str, alt: str, caption: str = "") -> str:
 
 
 def code(text: str) -> str:
-    """A command, as it was typed."""
+    """A command."""
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Names and values; those without a value are left out."""
+    """Names and values; names with None or "" are left out."""
     inner = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
         for name, value in pairs
@@ -130,7 +134,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str | None:
-    """With as many decimals; four significant digits from 1000 on and below a thousandth."""
+    """A number with `digits` decimals; very small ones and those from 1000 on with 4 digits."""
     if value is None:
         return None
     small = value != 0 and abs(value) < 10**-digits
@@ -138,7 +142,7 @@ def number(value: float | None, digits: int = 3) -> str | None:
 
 
 def with_error(part: dict[str, Any]) -> str:
-    """score ± standard error."""
+    """The score, with ± standard error where there is one."""
     error = part.get("standard_error")
     return f"{number(part['score'])}" + ("" if error is None else f" ± {number(error)}")
 
@@ -166,7 +170,7 @@ def _is_number(cell: Any) -> bool:
 
 MARKERS = "osD^vPX*"
 Points = Sequence[tuple[float, float, float | None]]
-"""x, y and the standard error of y, of one line."""
+"""The points of one line: x, y and the standard error of y."""
 
 
 @dataclass
@@ -189,7 +193,7 @@ class Pictures:
 
         Args:
             rows, columns: name of the axis and its labels.
-            limits: of the colours; those of the values otherwise.
+            limits: least and largest value of the colours; None: those of `values`.
         """
         height, width = values.shape
         cell = min(0.45, 9.0 / max(height, width))
@@ -217,7 +221,7 @@ class Pictures:
         """One line for each label.
 
         Args:
-            log: whether the x and the y axis are logarithmic, where values spread enough.
+            log: whether the x and the y axis may be logarithmic; values must spread enough.
             level: label and height of a horizontal line.
         """
         figure, axes = _figure(6.4, 4.2)
@@ -230,7 +234,7 @@ class Pictures:
             axes.axhline(level[1], color="grey", linestyle="--", label=_short(level[0]))
         for index, scale in enumerate((axes.set_xscale, axes.set_yscale)):
             values: list[Any] = [p[index] for points in curves.values() for p in points]
-            # Over less than a factor of three a logarithmic axis has no round numbers to show.
+            # Over less than a factor of three a logarithmic axis has no round numbers as ticks.
             wide = min(values) > 0 and max(values) > 3 * min(values)
             scale("log" if log[index] and wide else "linear")
         axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
@@ -255,7 +259,7 @@ class Pictures:
 
 
 def _figure(width: float, height: float) -> Any:
-    # matplotlib is slow to import and wants no display.
+    # matplotlib is slow to import, and Agg draws without a display.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,6 +269,6 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _short(label: str) -> str:
-    # Text after a dollar sign would be read as mathematics.
+    # matplotlib reads text after a dollar sign as mathematics.
     label = label.replace("$", r"\$")
     return label if len(label) <= 48 else label[:47] + "…"

@@ -20,12 +20,12 @@ CELL = re.compile(r"(\d+)/(\d*\.?\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """A finished run.
 
     Attributes:
         name: unique on the page.
         kind: "scores" (tasks, perplexity, lm-eval), "latency" or "training".
-        results: results.json; of a training run its config.json.
+        results: content of results.json; for a training run, of config.json.
         log: lines of metrics.jsonl.
     """
 
@@ -36,18 +36,18 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What was measured, of which model."""
+        """The task and the model."""
         task, model = self.results.get("task", "training"), self.results.get("model", "")
         return f"{task}: {model}" if model else str(task)
 
     @property
     def policies(self) -> list[dict[str, Any]]:
-        """The entries of results.json."""
+        """The entries "policies" of results.json; empty for runs without scores."""
         return self.results.get("policies", []) if self.kind == "scores" else []
 
 
 def find(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, in order; a folder that is no run is searched one level deep.
+    """The runs in these folders, in order. A folder without a run is searched one level deep.
 
     Raises:
         ValueError: no runs, folders of unfinished runs (names all of them), or a damaged file.
@@ -72,7 +72,7 @@ def find(paths: Sequence[Path]) -> list[Run]:
 
 
 def cells(groups: dict[str, Any]) -> dict[tuple[int, float], dict[str, Any]] | None:
-    """(length, depth) → score of groups named "LENGTH/DEPTH"; None where one is not."""
+    """(length, depth) → score of groups named "LENGTH/DEPTH"; None where a name differs."""
     found = {}
     for name, part in groups.items():
         match = CELL.fullmatch(name)
@@ -111,7 +111,7 @@ def _read(path: Path, taken: set[str]) -> Run | None:
 
 
 def _check(path: Path, results: dict[str, Any], kind: str) -> None:
-    """Raises ValueError where an entry lacks what the page shows, or has a value that is none."""
+    """Raises ValueError where an entry lacks a value that the page shows, or has a wrong one."""
     entries = results.get("rows" if kind == "latency" else "policies")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no policies and no rows: not the results of a run")
@@ -130,7 +130,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log with a step and a loss; a last one that a kill tore is left out.
+    """Lines of a training log with a step and a loss. An unfinished last line is left out.
 
     Raises:
         ValueError: other lines that are damaged, or none with a step and a loss.
@@ -175,7 +175,10 @@ FINITE = Kind("a finite number", lambda value: not isinstance(value, float) or n
 
 
 def of_scores(results: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of the results.json of a run with scores; shares are scores of the tasks."""
+    """Problems of the results.json of a run with scores.
+
+    Scores of tasks are shares from 0 to 1; perplexities and the harness's scores may be larger.
+    """
     yield from of_config(results)
     share = results.get("protocol") in PROTOCOLS
     for entry in results["policies"]:
@@ -189,7 +192,7 @@ def of_scores(results: Mapping[str, Any]) -> Iterator[str]:
             yield from _score(part, f"{at}groups.{name}.", share)
         for bucket, table in entry.get("kept", {}).items():
             if not bucket.isdecimal() or not _is_table(table):
-                yield f"{at}kept.{bucket} is no table, expected tokens for a number of tokens"
+                yield f"{at}kept.{bucket} is not a table, expected tokens for a number of tokens"
         summary = entry.get("summary", {})
         yield from problems(summary, dict.fromkeys(summary, FINITE), f"{at}summary.")
 
@@ -202,12 +205,12 @@ def of_latency(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_config(values: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of what every run says about itself."""
+    """Problems of the values that every run has."""
     yield from problems(values, {}, optional=ABOUT)
 
 
 def of_training(config: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of the config.json of a training run, which has settings of its own besides."""
+    """Problems of a training run's config.json; its training settings are not checked."""
     shown = ("command", "versions")
     yield from problems(config, {}, optional={name: ABOUT[name] for name in shown})
 
@@ -224,7 +227,7 @@ def _score(part: Any, at: str, share: bool) -> Iterator[str]:
 
 
 def _is_table(table: Any) -> bool:
-    """Whether it is [layers][heads] of whole numbers, heads of any count in each layer."""
+    """Whether a value is [layers][heads] of whole numbers; layers may differ in heads."""
     return isinstance(table, Sequence) and all(
         isinstance(row, Sequence) and all(map(whole(0).fits, row)) for row in table
     )

@@ -18,7 +18,7 @@ FULL = "full"
 
 
 def overview(runs: Sequence[Run]) -> str:
-    """One line a run."""
+    """A table with one line for each run."""
     rows = [
         [
             run.name,
@@ -46,7 +46,7 @@ def results(runs: Sequence[Run], pictures: Pictures) -> list[str]:
 
 
 def against_bytes(runs: Sequence[Run], pictures: Pictures) -> list[str]:
-    """Score against the bytes that the cache really holds: a picture for each task and model."""
+    """Score against the bytes that the cache holds: a picture for each task and model."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         name, model = str(run.results.get("task")), str(run.results.get("model"))
@@ -198,7 +198,7 @@ def _policies(run: Run) -> str:
 
 
 def _grids(run: Run, pictures: Pictures) -> list[str]:
-    """Depth against length, for each policy; for runs whose groups are such cells."""
+    """A picture of depth against length for each policy, for runs with such groups."""
     parts = []
     for entry in run.policies:
         found = cells(entry.get("groups", {}))
@@ -236,7 +236,7 @@ def _groups(run: Run) -> list[str]:
 
 
 def _summaries(run: Run) -> list[str]:
-    """The task's own numbers."""
+    """The further numbers of the task, for each policy."""
     parts = []
     for entry in run.policies:
         pairs = [
@@ -261,11 +261,11 @@ def importance(
     """Importance of the query heads, and the KV heads' budgets at one size.
 
     Args:
-        files: score files; those that lie beside the runs' models are added. Nothing is
-            downloaded for it.
+        files: score files. The score files in the folders of the runs' models are added; nothing
+            is downloaded.
 
     Raises:
-        ValueError: a file that is no score file.
+        ValueError: a file that is not a score file.
     """
     from kvjax.headkv import allocate, load_scores
 
@@ -295,7 +295,7 @@ def importance(
 
 
 def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
-    """Tokens of the prompt that each head kept, where heads differ."""
+    """Tokens of the prompt that each head kept, for policies whose heads differ."""
     parts, seen = [], set()
     for run in runs:
         for entry in run.policies:
@@ -306,7 +306,7 @@ def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             bucket = max(tables, key=int)
             key = (model, entry["policy"], bucket)
             if key in seen or len({len(row) for row in tables[bucket]}) != 1:
-                continue  # a picture needs as many heads in every layer
+                continue  # a picture needs the same number of heads in every layer
             values = np.asarray(tables[bucket])
             if not values.size or values.min() == values.max():
                 continue
@@ -325,7 +325,7 @@ def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
 
 
 def _models(runs: Sequence[Run]) -> list[tuple[str, Path, int | None]]:
-    """Models of the runs that have a score file beside them: name, file and KV heads."""
+    """The runs' models that have a score file in their folder: name, file and KV heads."""
     from kvjax.headkv.scores import attention_heads
     from kvjax.hf import read_model
     from kvjax.hf.source import BUILTIN, resolve

@@ -1,4 +1,7 @@
-"""RULER's retrieval and variable tracking: facts strewn over a haystack."""
+"""RULER's retrieval (arXiv 2404.06654, section 3.1) and variable tracking (section 3.2).
+
+Both scatter facts in a haystack: values of keys, or assignments of variables through four hops.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from eval.ruler.text import Prompt, compose, cut, noise, numbers_of, uuids_of, w
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks.prompt import Filler
 
-BATCH = 256  # needles of a haystack that are drawn at a time
+BATCH = 256  # number of needles that a haystack of needles draws at a time
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,10 @@ class Needles:
     """One of the eight retrieval tasks.
 
     Attributes:
-        haystack: few sentences repeated, a text, or nothing but needles with other keys.
-        key, value: what they look like.
-        keys: of all facts; `queries` of them are asked for.
-        values: of each key, all of them asked for.
+        haystack: a few sentences repeated, a text, or only needles with other keys.
+        key, value: the form of keys and values.
+        keys: number of keys; the prompt asks for `queries` of them.
+        values: number of values of each key; the prompt asks for all.
     """
 
     haystack: Literal["noise", "essay", "needles"] = "essay"
@@ -53,10 +56,10 @@ def retrieval(
     task: Needles,
     text: Filler | None = None,
 ) -> Prompt:
-    """One prompt of exactly `length` tokens.
+    """One prompt of exactly `length` tokens that asks for values of keys.
 
     Args:
-        text: the haystack of tasks with an essay; None for generated sentences.
+        text: the haystack of tasks with an essay; None: generated sentences.
 
     Raises:
         ValueError: `length` cannot hold the facts and the question.
@@ -122,7 +125,9 @@ INTRO = "Remember which variables have which values in the text below.\n\n"
 
 
 def tracking(rng: np.random.Generator, vocab: TokenizerVocabulary, length: int) -> Prompt:
-    """One prompt of exactly `length` tokens: an example without haystack, then the chain to track.
+    """One prompt of exactly `length` tokens that asks for the variables with a value.
+
+    An example without haystack comes first, then the chain of assignments to track.
 
     Raises:
         ValueError: `length` cannot hold the facts and the question.

@@ -1,4 +1,12 @@
-"""The kernel's filters on a process: seccomp for system calls, Landlock for files."""
+"""The kernel's filters on a process: seccomp for system calls, Landlock for files.
+
+seccomp refuses sockets, new processes, exec, and access to other processes. The filter is classic
+BPF over `struct seccomp_data` (nr, arch, instruction_pointer, args[6]), see the kernel's
+Documentation/userspace-api/seccomp_filter.rst. Call numbers are those of asm/unistd.
+
+Landlock allows writing below one folder and reading Python's own files, see the kernel's
+Documentation/userspace-api/landlock.rst.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +54,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186),
     "mq_open": (240, 180),
 }
-"""Answered with EPERM."""
+"""Calls that fail with EPERM: their numbers on each machine; None: the machine lacks the call."""
 
 CLONE = (56, 220)
 CLONE3 = (435, 435)
@@ -75,10 +83,10 @@ Code = list[tuple[int, int, int, int]]
 
 
 def install_seccomp() -> None:
-    """Filters this thread from here on, and what it starts. Needs no_new_privs.
+    """Installs the filter for this thread and all that it starts. Needs no_new_privs.
 
     Raises:
-        OSError: no such kernel, or a machine whose call numbers are not known here.
+        OSError: the kernel lacks seccomp, or the machine's call numbers are not in the tables.
     """
     machine = os.uname().machine
     if machine not in ARCHITECTURES:
@@ -137,12 +145,15 @@ class _Beneath(ctypes.Structure):
 
 
 def landlock_version() -> int:
-    """Of the interface. Raises OSError where there is none."""
+    """The version of the kernel's interface. Raises OSError where the kernel lacks Landlock."""
     return linux.syscall("landlock", CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
 
 
 def restrict_files(scratch: str) -> None:
-    """Restricts this thread from here on, and what it starts. Needs no_new_privs."""
+    """Restricts this thread and all that it starts to write below `scratch`.
+
+    Needs no_new_privs.
+    """
     found = landlock_version()
     every = (1 << RIGHTS[min(found, len(RIGHTS)) - 1]) - 1
     fields = [every]
@@ -162,7 +173,7 @@ def restrict_files(scratch: str) -> None:
 
 
 def readable() -> list[str]:
-    """Where the interpreter, its packages and the libraries they need are."""
+    """Folders and files of the interpreter, its packages and the libraries that they need."""
     paths = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
     paths += ["/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero"]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]

@@ -1,4 +1,13 @@
-"""Runs programs in the sandbox, from a process that never executes them itself."""
+"""Runs Python programs that a model wrote, each in its own process, confined in layers.
+
+This process never executes a program. `ask` starts a supervisor, a fresh interpreter with
+namespaces and limits on time and output. The supervisor forks a worker, which has rlimits, another
+uid, seccomp and Landlock, and executes the program.
+
+The layers keep a program from harming the machine and from outliving its run. They do not make its
+result proof: the program runs in the interpreter that reports the result, and a program that sets
+out to forge a pass can do so.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +28,17 @@ from eval.sandbox.confine import Limits
 DEFAULT = Limits()
 BATCH = 16
 GRACE_SECONDS = 60.0
-"""For the interpreter to start and for what is left to be killed, beyond the programs' own time."""
+"""Time beyond the programs' own: the interpreter starts, and left-over processes are killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one program.
+    """The result of one program.
 
     Attributes:
-        passed: it ran to its end without an exception.
-        reason: "passed", the exception, the limit or the signal that ended it.
-        stdout: and stderr, as they came, up to the limit.
+        passed: the program ran to its end without an exception.
+        reason: "passed", or the exception, limit or signal that ended the program.
+        stdout: stdout and stderr together, in order, up to the limit.
     """
 
     passed: bool
@@ -46,19 +55,19 @@ def run(
     unsafe: bool = False,
     layers: Layers | None = None,
 ) -> Outcome:
-    """Executes Python source in a process of its own, confined as far as this machine can.
+    """Executes Python source in a new process, confined by all layers that this machine has.
 
     Args:
-        program: source text; tests are part of it, as assertions.
-        timeout: seconds of wall clock from its start, and of CPU.
-        memory_bytes: of address space.
-        output_bytes: of stdout and stderr.
-        processes: and threads.
-        unsafe: runs it also where `Layers.refusal` has an objection.
-        layers: None: all that there are.
+        program: source text, with tests as assertions.
+        timeout: seconds of wall clock from the program's start, and seconds of CPU.
+        memory_bytes: limit of the address space.
+        output_bytes: limit of stdout and stderr together.
+        processes: limit of processes and threads.
+        unsafe: run the program even where `Layers.refusal` objects.
+        layers: the layers to use; None: all that the machine has.
 
     Raises:
-        ValueError: refused.
+        ValueError: the layers are too few, and `unsafe` is False.
         SandboxError: the sandbox failed, so that nothing is known about the program.
     """
     limits = DEFAULT._replace(
@@ -77,16 +86,16 @@ def run_many(
     unsafe: bool = False,
     layers: Layers | None = None,
 ) -> list[Outcome]:
-    """Runs several at a time; each worker's interpreter starts once for a batch of them.
+    """Runs several programs at a time. One supervisor serves a batch of `BATCH` programs.
 
     Args:
         programs: source texts.
-        workers: at a time; None: as many as there are processors.
-        limits: of each program; None: the usual ones.
+        workers: number of supervisors at a time; None: the number of processors.
+        limits: of each program; None: `DEFAULT`.
         unsafe, layers: see `run`.
 
     Returns:
-        Their outcomes, in their order.
+        The outcomes, in the order of the programs.
 
     Raises:
         ValueError, SandboxError: see `run`.
@@ -100,7 +109,7 @@ def run_many(
 def _run_batch(
     programs: Sequence[str], limits: Limits, unsafe: bool, layers: Layers | None
 ) -> list[Outcome]:
-    """One after the other, each in a folder and with processes of its own."""
+    """Runs programs one after the other, each in its own folder and its own processes."""
     layers = layers or probe()
     require(layers, unsafe)
     with tempfile.TemporaryDirectory(prefix="kvjax-run-", ignore_cleanup_errors=True) as folder:
@@ -122,7 +131,7 @@ def _run_batch(
 
 
 def require(layers: Layers, unsafe: bool) -> None:
-    """Raises ValueError where these layers are too few and it was not asked for all the same."""
+    """Raises ValueError where the layers are too few and the caller did not ask for unsafe runs."""
     why = layers.refusal()
     if why and not unsafe:
         raise ValueError(why)
@@ -136,27 +145,27 @@ START = (
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"} | dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
-"""All that a program sees of the environment: no tokens, no proxies."""
+"""The whole environment of a program. Tokens and proxies of this process stay out of it."""
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed; says nothing about the program."""
+    """The sandbox itself failed; nothing is known about the program."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What confines a program.
+    """The layers that confine a program.
 
     Attributes:
-        available: names out of `eval.sandbox.confine.LAYERS`.
-        missing: the others, each with the reason.
+        available: names from `eval.sandbox.confine.LAYERS`.
+        missing: the other names, each with the reason why the layer is missing.
     """
 
     available: tuple[str, ...]
     missing: Mapping[str, str]
 
     def without(self, *names: str) -> Layers:
-        """The same but for some."""
+        """These layers without the named ones, which count as missing."""
         unknown = set(names) - set(self.available) - set(self.missing)
         if unknown:
             raise ValueError(f"no such layer: {', '.join(sorted(unknown))}")
@@ -165,8 +174,9 @@ class Layers:
         return replace(self, available=kept, missing={**self.missing, **off})
 
     def refusal(self) -> str | None:
-        """Why nothing may run with these, unless it is asked for as unsafe."""
+        """Why these layers are too few to run a program; None where they suffice."""
         have = set(self.available)
+        # A program needs one layer against network access and one that protects files.
         lacking = []
         if not have & {"network_namespace", "seccomp"}:
             lacking.append("keeps programs off the network (network_namespace or seccomp)")
@@ -181,17 +191,22 @@ class Layers:
         )
 
     def describe(self) -> str:
-        """One line a layer."""
+        """One line for each layer."""
         lines = [f"{name}: on" for name in self.available]
         return "\n".join(lines + [f"{name}: off ({why})" for name, why in self.missing.items()])
 
 
 def ask(job: Mapping[str, Any], seconds: float) -> Any:
-    """Starts a supervisor and gives it a job.
+    """Starts a supervisor, gives it a job and returns its answer.
+
+    Args:
+        job: see `eval.sandbox.supervisor`.
+        seconds: how long to wait for the answer.
 
     Raises:
-        SandboxError: no answer in that time, or none that can be read.
+        SandboxError: no answer in that time, or an answer that is not JSON.
     """
+    # -I keeps the user's site-packages and PYTHON* variables out of the supervisor.
     command = [sys.executable, "-I", "-c", START, str(ROOT)]
     try:
         done = subprocess.run(
@@ -212,7 +227,7 @@ def ask(job: Mapping[str, Any], seconds: float) -> Any:
 
 @functools.cache
 def probe() -> Layers:
-    """Tries each layer in a process of its own. Once: the answer is kept."""
+    """The layers that this machine has. Each is tried in its own process, once per interpreter."""
     with tempfile.TemporaryDirectory(prefix="kvjax-probe-") as scratch:
         found = ask({"probe": scratch}, 60)
     return Layers(

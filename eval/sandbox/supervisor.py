@@ -1,4 +1,9 @@
-"""Runs programs, one after the other, and answers with JSON; a fresh interpreter's main."""
+"""The supervisor, a fresh interpreter that runs programs one after the other, and its worker.
+
+`main` reads a job as JSON from stdin. For each of the job's programs it writes {"passed", "reason",
+"stdout", "failure"} to stdout; for a job with "probe", {layer: why it is missing, or ""}. The
+worker is a forked child that confines itself and executes one program.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +40,10 @@ def main() -> None:
 
 
 def in_child(function: Callable[..., object], *arguments: object) -> str:
-    """What a function returns, as JSON, called in a child: namespaces are for good."""
+    """Calls a function in a forked child and returns its result as JSON.
+
+    A process cannot leave a namespace again, so the calls that enter one happen in a child.
+    """
     end, other_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -54,13 +62,14 @@ def in_child(function: Callable[..., object], *arguments: object) -> str:
 
 
 def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> dict[str, Any]:
-    """Starts the worker, watches it, and leaves nothing of it behind.
+    """Starts the worker, watches it, and kills every process that it leaves behind.
 
     Raises:
-        OSError: a namespace that cannot be had.
+        OSError: the kernel refuses a namespace.
     """
     linux.adopt_orphans()
     uid = confine.spare_uid()
+    # A program that exits early never learns the token that stands for a pass.
     token = os.urandom(16).hex()
     confine.outside(layers, limits, scratch, uid)
     output, output_end = os.pipe()
@@ -93,7 +102,12 @@ def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> 
 
 
 class _Watch:
-    """What a child wrote to its two pipes, and whether it kept to its limits."""
+    """Reads a child's two pipes and notes whether the child kept its limits.
+
+    Attributes:
+        broken: the limit that was exceeded, or "".
+        written: the bytes of each pipe so far.
+    """
 
     def __init__(self, output: int, result: int, limits: Limits):
         self.output = output
@@ -112,12 +126,12 @@ class _Watch:
         return self.written[self.output]
 
     def until_end(self, child: int) -> int | None:
-        """Its wait status; None when it is still there and over a limit."""
+        """The child's wait status; None where the child exceeded a limit and still runs."""
         while not self.broken:
             self._read(POLL_SECONDS)
             pid, status = os.waitpid(child, os.WNOHANG)
             late = time.monotonic() > self.deadline
-            # Where this process got no processor, the limit on the child's may come first.
+            # On a busy machine the child can hit its CPU limit before this process wakes up.
             if late and (not pid or _signal(status) in (signal.SIGKILL, signal.SIGXCPU)):
                 self.broken = f"timed out after {self.limits.timeout:g} s"
             if pid:
@@ -125,7 +139,7 @@ class _Watch:
         return None
 
     def drain(self) -> None:
-        """The rest; nobody writes any more."""
+        """Reads what is left in the pipes after the child has ended."""
         while not self.broken and self.selector.get_map():
             if not self._read(0):
                 return
@@ -152,7 +166,10 @@ class _Watch:
 
 
 def _fork_below_init(descriptors: Collection[int]) -> None:
-    """Returns in a child; this process, first of its namespace, waits and ends as that does."""
+    """Forks once more and returns in the child.
+
+    This process is the init of the pid namespace. It waits for the child and exits with its status.
+    """
     child = os.fork()
     if child == 0:
         return
@@ -167,7 +184,8 @@ def _kill_all(child: int, ended: bool) -> bool:
         os.kill(child, signal.SIGKILL)
     if sys.platform == "linux":
         return linux.sweep()
-    with suppress(ProcessLookupError, PermissionError):  # its group is all that can be found
+    # Without /proc only the child's own process group can be found.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     if not ended:
         os.waitpid(child, 0)
@@ -175,7 +193,7 @@ def _kill_all(child: int, ended: bool) -> bool:
 
 
 def _end(status: int | None) -> str:
-    """How a process ended that had no result."""
+    """How a process without a result ended."""
     if status is None:
         return "killed"
     with suppress(ValueError):
@@ -185,14 +203,14 @@ def _end(status: int | None) -> str:
 
 
 def _signal(status: int) -> int:
-    """The signal that ended a process, or the one below an init; 0 for none."""
+    """The signal that ended a process or the child of an init; 0 for none."""
     if os.WIFSIGNALED(status):
         return os.WTERMSIG(status)
     return max(os.WEXITSTATUS(status) - 128, 0) if os.WIFEXITED(status) else 0
 
 
 def probe(name: str, scratch: str) -> str:
-    """Tries one layer, with those it needs, in a child: why it cannot be had, or ""."""
+    """Tries one layer and the layers that it needs in a child: why it is missing, or ""."""
     root = os.geteuid() == 0
     if name != "rlimits" and sys.platform != "linux":
         return "Linux only"
@@ -205,7 +223,8 @@ def probe(name: str, scratch: str) -> str:
         layers.add("user_namespace")
     if name in ("landlock", "seccomp"):
         layers.add("no_new_privs")
-    own = os.path.join(scratch, name)  # its owner may change
+    # `dropped_root` changes the folder's owner, so each layer gets another folder.
+    own = os.path.join(scratch, name)
     os.mkdir(own)
     return json.loads(in_child(_put_on, layers, own))["failure"]
 
@@ -250,19 +269,19 @@ def work(
         answer = {"passed": token}
     except BaseException as error:
         answer = {"reason": _describe(error)}
-    if getpid() != worker:  # a fork of it, which came to this end too
+    if getpid() != worker:  # a fork of the program came to its end: not a result
         leave(0)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:  # closed or replaced by the program, whose matter that is
+    except BaseException:  # the program closed or replaced them
         pass
     write(result, dumps(answer).encode())
     leave(0)
 
 
 def _rewire(output: int, result: int) -> int:
-    """No descriptors but an empty stdin, the output twice, and the result as 3."""
+    """Leaves four descriptors: an empty stdin, the output as stdout and stderr, the result as 3."""
     result = os.dup(result)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -1,4 +1,11 @@
-"""HumanEval and MBPP: programs, judged in the sandbox."""
+"""HumanEval and MBPP: programs that the model writes, judged in the sandbox, with pass@k.
+
+HumanEval (Chen et al. 2021, "Evaluating Large Language Models Trained on Code") has functions to be
+completed from signature and docstring. MBPP (Austin et al. 2021, "Program Synthesis with Large
+Language Models") has short functions to be written from a sentence and three assertions.
+
+Settings of both: samples of a problem (1), timeout (10 seconds), max_new_tokens (512), unsafe (0).
+"""
 
 from __future__ import annotations
 
@@ -21,106 +28,19 @@ SCORING = ("samples", "timeout")
 METRIC = "pass@1"
 
 
-def positive(options: TaskOptions, name: str, default: str, kind: type = int) -> Any:
-    """A setting that is a number above zero.
-
-    Raises:
-        ValueError: it is not.
-    """
-    text = options.settings.get(name, default)
-    try:
-        value = kind(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={text}, expected a number above 0")
-    return value
-
-
-def with_samples(problems: Iterable[Item], options: TaskOptions) -> tuple[Item, ...]:
-    """Each problem as often as the setting `samples` says (1), with ids like "HumanEval/0#3".
-
-    Answers to the same prompt differ only when they are sampled at a temperature above 0.
-    """
-    count = positive(options, "samples", "1")
-    return tuple(
-        dataclasses.replace(item, id=f"{item.id}#{sample}", meta={**item.meta, "problem": item.id})
-        for item in problems
-        for sample in range(count)
-    )
-
-
-def judge(program: Callable[[Item, str], str], options: TaskOptions) -> Callable[..., float]:
-    """Score of an answer: 1 if its program runs to its end.
-
-    Settings: timeout (10 seconds), unsafe or unsafe_execution (run without a sandbox's layers).
-
-    Raises:
-        ValueError: now, not at the first answer, if nothing here can confine a program.
-    """
-    unsafe = any(_flag(options, name) for name in ("unsafe", "unsafe_execution"))
-    timeout = positive(options, "timeout", "10", float)
-    runner.require(probe(), unsafe)
-
-    def score(item: Item, answer: str) -> float:
-        return float(runner.run(program(item, answer), timeout=timeout, unsafe=unsafe).passed)
-
-    return score
-
-
-def _flag(options: TaskOptions, name: str) -> bool:
-    text = options.settings.get(name, "").lower()
-    if text not in (*YES, *NO):
-        raise ValueError(f"{name}={text}, expected 1 or 0")
-    return text in YES
-
-
-def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
-    """pass@k over the problems, for each k that every one of them has samples for.
-
-    Returns:
-        {"pass@1": …, "pass@1_standard_error": …, "problems": …, "samples": of a problem,
-        "sandbox": layers that were on}; the error is that of a mean over problems.
-    """
-    problems: dict[str, list[float]] = defaultdict(list)
-    for item, _, score in results:
-        problems[item.meta["problem"]].append(score)
-    counts = [(len(scores), sum(score == 1 for score in scores)) for scores in problems.values()]
-    fewest = min((samples for samples, _ in counts), default=0)
-    found: dict[str, Any] = {"problems": len(counts), "samples": fewest}
-    for k in PASS_AT:
-        if k <= fewest:
-            rates = [pass_at_k(samples, passed, k) for samples, passed in counts]
-            found[f"pass@{k}"] = sum(rates) / len(rates)
-            found[f"pass@{k}_standard_error"] = standard_error(rates) if len(rates) > 1 else None
-    return found | {"sandbox": list(probe().available)}
-
-
-def fenced(answer: str) -> str:
-    """The first ``` block of an answer, or all of it where there is none."""
-    _, fence, rest = answer.partition("```")
-    if not fence:
-        return answer
-    first, newline, code = rest.partition("\n")
-    code = code if newline else first
-    return code.partition("```")[0]
-
-
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a completion has left the function's body (Chen et al., section 2.2)."""
+"""Texts that follow a completed function's body (Chen et al., section 2.2)."""
 
 HUMANEVAL = "humaneval/HumanEval", ("openai/openai_humaneval", "openai_humaneval")
 
 
 def _humaneval_reads(options: TaskOptions) -> Reads:
-    """Which problems to take, and how they are judged."""
+    """The options and settings that HumanEval reads."""
     return Reads(("data_dir", "limit"), SETTINGS, SCORING)
 
 
 def _humaneval(options: TaskOptions) -> Task:
-    """The 164 problems, with as many samples each as asked for.
-
-    Settings: samples (1), timeout (10 seconds), max_new_tokens (512), unsafe (0).
+    """HumanEval's 164 problems.
 
     Raises:
         ValueError: no data, a wrong setting, or no sandbox.
@@ -157,6 +77,9 @@ def humaneval_program(item: Item, answer: str) -> str:
     return f"{item.prompt}{answer}\n{test}\ncheck({entry_point})\n"
 
 
+humaneval = Source(_humaneval, _humaneval_reads)
+
+
 MBPP = "mbpp/mbpp", ("google-research-datasets/mbpp", "full")
 TEST_IDS = range(11, 511)
 SHOT_IDS = (2, 3, 4)
@@ -173,17 +96,15 @@ MBPP_STOPS = (DONE,)
 
 
 def _mbpp_reads(options: TaskOptions) -> Reads:
-    """Which problems to take, how many examples, and how answers are judged."""
+    """The options and settings that MBPP reads."""
     return Reads(("data_dir", "limit", "shots"), SETTINGS, SCORING)
 
 
 def _mbpp(options: TaskOptions) -> Task:
-    """The 500 test problems, three examples before each; `shots` 0 to 3.
+    """MBPP's 500 test problems, each after `shots` examples: 0 to 3, by default 3.
 
-    Without examples the prompt is the question alone, which suits chat models: their answer's
-    first code block counts. With examples a model continues the text.
-
-    Settings: samples (1), timeout (10 seconds), max_new_tokens (512), unsafe (0).
+    With examples the model continues the text. Without examples the prompt is the question alone,
+    which suits chat models, and the answer's first code block counts.
 
     Raises:
         ValueError: no data, a wrong setting, or no sandbox.
@@ -226,14 +147,14 @@ def _mbpp(options: TaskOptions) -> Task:
 
 
 def mbpp_program(item: Item, answer: str) -> str:
-    """The answer's code, the setup (which uses it), and the assertions."""
+    """The answer's code, the setup, which may use that code, and the assertions."""
     code = fenced(answer).partition(BEGIN)
     code = (code[2] if code[1] else code[0]).partition(DONE)[0]
     return "\n".join((code, item.meta["setup"], *item.meta["tests"], ""))
 
 
 def _mbpp_rows(folder: Path | None) -> list[Row]:
-    """A local file has all splits in one."""
+    """All rows that are needed. A local file holds all splits."""
     splits = ("prompt", "test") if folder is None else ("test",)
     return [row for split in splits for row in named_rows(folder, *MBPP, split)]
 
@@ -250,5 +171,91 @@ def _example(row: Row) -> str:
     return f"{_question(row)}{BEGIN}{_code(row)}\n{DONE}\n\n"
 
 
-humaneval = Source(_humaneval, _humaneval_reads)
 mbpp = Source(_mbpp, _mbpp_reads)
+
+
+def positive(options: TaskOptions, name: str, default: str, kind: type = int) -> Any:
+    """The value of a setting that must be a number above zero.
+
+    Raises:
+        ValueError: another value.
+    """
+    text = options.settings.get(name, default)
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={text}, expected a number above 0")
+    return value
+
+
+def with_samples(problems: Iterable[Item], options: TaskOptions) -> tuple[Item, ...]:
+    """Repeats each problem `samples` times (a setting), with ids such as "HumanEval/0#3".
+
+    Answers to the same prompt differ only when they are sampled at a temperature above 0.
+    """
+    count = positive(options, "samples", "1")
+    return tuple(
+        dataclasses.replace(item, id=f"{item.id}#{sample}", meta={**item.meta, "problem": item.id})
+        for item in problems
+        for sample in range(count)
+    )
+
+
+def judge(program: Callable[[Item, str], str], options: TaskOptions) -> Callable[..., float]:
+    """A function that scores an answer: 1 if its program runs to its end, else 0.
+
+    Args:
+        program: (item, answer) → source text of the program with its tests.
+
+    Raises:
+        ValueError: the machine cannot confine a program. This call raises, so the error comes
+            before the first answer.
+    """
+    unsafe = any(_flag(options, name) for name in ("unsafe", "unsafe_execution"))
+    timeout = positive(options, "timeout", "10", float)
+    runner.require(probe(), unsafe)
+
+    def score(item: Item, answer: str) -> float:
+        return float(runner.run(program(item, answer), timeout=timeout, unsafe=unsafe).passed)
+
+    return score
+
+
+def _flag(options: TaskOptions, name: str) -> bool:
+    text = options.settings.get(name, "").lower()
+    if text not in (*YES, *NO):
+        raise ValueError(f"{name}={text}, expected 1 or 0")
+    return text in YES
+
+
+def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
+    """pass@k over the problems, for each k up to the number of samples of every problem.
+
+    Returns:
+        {"pass@1": …, "pass@1_standard_error": …, "problems": …, "samples": of a problem,
+        "sandbox": names of the layers that were on}; errors are those of a mean over problems.
+    """
+    problems: dict[str, list[float]] = defaultdict(list)
+    for item, _, score in results:
+        problems[item.meta["problem"]].append(score)
+    counts = [(len(scores), sum(score == 1 for score in scores)) for scores in problems.values()]
+    fewest = min((samples for samples, _ in counts), default=0)
+    found: dict[str, Any] = {"problems": len(counts), "samples": fewest}
+    for k in PASS_AT:
+        if k <= fewest:
+            rates = [pass_at_k(samples, passed, k) for samples, passed in counts]
+            found[f"pass@{k}"] = sum(rates) / len(rates)
+            found[f"pass@{k}_standard_error"] = standard_error(rates) if len(rates) > 1 else None
+    return found | {"sandbox": list(probe().available)}
+
+
+def fenced(answer: str) -> str:
+    """The first ``` block of an answer, or the whole answer without a block."""
+    _, fence, rest = answer.partition("```")
+    if not fence:
+        return answer
+    first, newline, code = rest.partition("\n")
+    code = code if newline else first
+    return code.partition("```")[0]

@@ -24,7 +24,7 @@ from kvjax.tasks.sets import EVALUATION_STREAM
 
 LENGTHS = (512, 1024)
 DEPTHS = 10
-MORE_TOKENS = 4  # than the longest answer: room for an EOS, and for other spellings
+MORE_TOKENS = 4  # beside the longest answer: room for an EOS, and for other spellings
 CHAT_TOKENS = 64  # models that chat answer in a sentence
 METRICS = {"exact_match": exact_match, "rouge1_recall": rouge1_recall}
 READS = Reads(
@@ -37,14 +37,15 @@ READS = Reads(
 def load(
     name: str, generate: Callable[..., Example], options: TaskOptions, distractors: int = 0
 ) -> Task:
-    """A task whose groups are "length/depth", `options.prompts_each` prompts each.
+    """A task whose groups are "length/depth", with `options.prompts_each` prompts each.
 
     Args:
-        generate: `kvjax.tasks.needle.generate`, or another with its arguments.
-        options: of `settings`: haystack, a text file whose sentences surround the facts (generated
-            ones otherwise); depths, how many from start to end; distractors, facts that are not
-            asked for; answer_length in words; metric, exact_match or rouge1_recall.
-        distractors: where the settings do not say.
+        generate: `kvjax.tasks.needle.generate`, or a function with the same arguments.
+        options: its `settings` are haystack (a text file whose sentences surround the facts; by
+            default sentences are generated), depths (their number, from start to end), distractors
+            (facts that are not asked for), answer_length (in words), and metric (exact_match or
+            rouge1_recall).
+        distractors: their number where the settings have none.
 
     Raises:
         ValueError: no tokenizer, an unknown setting, or a length that cannot hold the facts.
@@ -77,7 +78,7 @@ def load(
 
 
 def number(options: TaskOptions, name: str, default: int, least: int) -> int:
-    """A setting that is a whole number."""
+    """The value of a setting that must be a whole number, at least `least`."""
     text = options.settings.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{name} is {text!r}, expected a whole number ≥ {least}")

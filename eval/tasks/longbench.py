@@ -8,8 +8,9 @@ from the hub.
 The six few-shot and completion tasks (trec, triviaqa, samsum, lsht, lcc, repobench-p) are never put
 inside a chat template, as in the benchmark: their items have meta {"chat": false}.
 
-Each item's score is the metric of its task against the reference that fits best; "metrics" of the
-summary says which one that is, "macro_average" is the mean over the tasks, the benchmark's total.
+Each item's score is the metric of its task against the reference that fits best. In the summary,
+"metrics" names the metric of each task, and "macro_average" is the benchmark's total, the mean over
+the tasks.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Subset:
 
     Attributes:
         metric: a name of METRICS, or "classification".
-        first_line: only the answer's first line counts, since few-shot prompts invite more. No
-            stop does this: line ends before the answer are skipped, as in the benchmark.
-        chat: whether the prompt may stand inside a chat template.
+        first_line: only the answer's first line counts, because few-shot prompts invite more. A
+            stop cannot do this: the benchmark skips line ends before the answer.
+        chat: whether the prompt may be inside a chat template.
     """
 
     metric: str
@@ -81,12 +82,12 @@ SUBSETS = {
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Which rows to take, and where the prompts are."""
+    """The options and settings that LongBench reads."""
     return Reads(("data_dir", "limit", "subsets"), ("config",))
 
 
 def load(options: TaskOptions) -> Task:
-    """The named subsets; without names all that there are files of, or all 21 from the hub.
+    """The named subsets; without names all subsets with a file, or all 21 from the hub.
 
     Raises:
         ValueError: an unknown subset, a missing file, or a row without what is needed.
@@ -120,13 +121,13 @@ def score(item: Item, answer: str) -> float:
 
 
 def metric_name(subset: str) -> str:
-    """Name of a subset's metric; that of Chinese says so where it is not by jieba's words."""
+    """Name of a subset's metric, see `eval.metrics.metric_name` for Chinese."""
     name = SUBSETS[subset].metric
     return metrics.metric_name(name) if name in ("qa_f1_zh", "rouge_zh") else name
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
-    """Each subset's metric, the mean over subsets, and whether Chinese was cut by characters."""
+    """Each subset's metric, the mean over subsets, and a note where jieba is missing."""
     scores: dict[str, list[float]] = {}
     for item, _, value in results:
         scores.setdefault(item.group, []).append(value)

@@ -1,19 +1,24 @@
 """RULER: retrieval, tracking, aggregation and questions at any length (arXiv 2404.06654).
 
-With `lengths` the prompts are generated, `count` of each task and length, with exactly that many
-tokens (the answer comes on top); groups are "niah_single_1/4096". They are token ids and end with
-the beginning of the answer, so no chat template is put around them. Settings:
+The kinds of questions, their numbers of keys, values, hops and words, and the scores are the
+paper's. Sentences and instructions are this project's, so results compare policies and models here,
+but are not the paper's numbers.
 
-- haystack=FILE: a text (plain, .gz, .xz) for the tasks whose haystack is an essay; else generated.
-- squad=FILE, hotpotqa=FILE: for qa_1 and qa_2; DATA_DIR/ruler/squad.json and hotpotqa.json (also
-  packed) serve as well. Without such files the two are left out, which the summary says, or an
-  error where they are asked for.
+With `lengths` the prompts are generated, `count` of each task and length. A prompt has exactly that
+many tokens, without the answer; groups are "niah_single_1/4096". Prompts are token ids and end with
+the beginning of the answer, so no chat template is used. Settings:
+
+- haystack=FILE: a text (plain, .gz, .xz) for tasks whose haystack is an essay; by default
+  sentences are generated.
+- squad=FILE, hotpotqa=FILE: for qa_1 and qa_2; by default DATA_DIR/ruler/squad.json and
+  hotpotqa.json (also packed). Without these files the two tasks are left out, and the summary says
+  so; it is an error to ask for them.
 
 Without `lengths` ready files are read: rows {input, outputs} of DATA_DIR/ruler/TASK.jsonl (or .gz,
-.xz), as the benchmark's own scripts write them; groups are the tasks' names.
+.xz), as the benchmark's own scripts write them. Groups are the tasks' names.
 
-The score is string_match_all, the share of the answers that the text contains (case ignored), and
-for the two questions string_match_part, whether it contains any.
+The score is string_match_all, the share of the answers that the text contains (case ignored). For
+the two question tasks it is string_match_part, whether the text contains any answer.
 """
 
 from __future__ import annotations
@@ -38,14 +43,14 @@ MAX_NEW_TOKENS = {
     "qa_1": 32,
     "qa_2": 32,
 }
-"""Of all tasks, in the paper's order; its own script's numbers."""
+"""The longest answer of each task, from the benchmark's script, in the paper's order."""
 
 Make = Callable[[np.random.Generator, int, int], text.Prompt]
-"""(rng, length, index of the prompt) to the prompt."""
+"""(rng, length, index of the prompt) → the prompt."""
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Generated prompts have settings and a number; ready files have neither."""
+    """The options that RULER reads. Only generated prompts have settings and a number."""
     if options.lengths:
         names = ("data_dir", "limit", "lengths", "count", "subsets", "seed")
         return Reads(names, ("haystack", "squad", "hotpotqa"))
@@ -54,7 +59,7 @@ def reads(options: TaskOptions) -> Reads:
 
 
 def load(options: TaskOptions) -> Task:
-    """The named tasks; without names all that can be had.
+    """The named tasks; without names all tasks whose data is available.
 
     Raises:
         ValueError: an unknown task, neither lengths nor files, a missing file, or a length that
@@ -81,13 +86,13 @@ def load(options: TaskOptions) -> Task:
 
 
 def score(item: Item, answer: str) -> float:
-    """Share of the references that the answer contains; for questions, whether any."""
+    """Share of the references that the answer contains; for questions, whether it has any."""
     found = [reference.lower() in answer.lower() for reference in item.references]
     return float(any(found) if item.meta["task"] in QUESTIONS else np.mean(found))
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, list[str]]:
-    """Which of the 13 tasks the score is of, and which not."""
+    """The tasks that were run, and those of the 13 that were left out."""
     run = {item.meta["task"] for item, *_ in results}
     return {
         "tasks": [name for name in MAX_NEW_TOKENS if name in run],
@@ -138,7 +143,7 @@ def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
 def _makers(
     options: TaskOptions, folder: Path | None, vocab: TokenizerVocabulary
 ) -> dict[str, Make]:
-    """How to make each of the wanted tasks."""
+    """A function that makes a prompt, for each of the wanted tasks."""
     file = options.settings.get("haystack")
     essay = text.essay(file, vocab) if file else None
     found: dict[str, Make] = {}
