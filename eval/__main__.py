@@ -66,6 +66,7 @@ def dispatch(name: str, argv: list[str]) -> None:
     if name in COMMANDS:
         module, function = COMMANDS[name]
         command = getattr(importlib.import_module(module), function)
+        # Two processes would measure the same and write the same files.
         if name not in SHARED and not processes.is_writer():
             return
         if function == "main":
@@ -78,6 +79,7 @@ def dispatch(name: str, argv: list[str]) -> None:
     if name not in TASKS:
         known = ", ".join([*TASKS, *COMMANDS])
         raise ValueError(f"no task or command {name!r}, expected one of {known}")
+    # Imported late: a wrong name is answered without loading a model's code.
     from eval.command import run_task
 
     run_task(name, argv)

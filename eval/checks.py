@@ -38,6 +38,7 @@ def whole(least: int) -> Kind:
     return Kind(
         f"≥ {least}, a whole number",
         lambda value: (
+            # isinstance(True, int) holds in Python, so bools are excluded by name.
             isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
         ),
     )
@@ -60,6 +61,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 def _as_float(value: Any) -> float:
     try:
         return float(value)
+    # A whole number beyond float's range counts as infinite, which is out of bounds.
     except OverflowError:
         return math.inf
 

@@ -178,6 +178,7 @@ def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
     """
     from eval.task import Settings, check_options, reads_of
 
+    # TaskCommand has a field for each setting, except that it calls policies `policy`.
     names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
     settings = Settings(
         policies=command.policy or ("full",), **{n: getattr(command, n) for n in names}
@@ -210,6 +211,7 @@ def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
 
 def adapted(task: Any, command: TaskCommand) -> Any:
     """The task with the command's --max-new-tokens and --truncate."""
+    # The task's own rule and lengths stay where the command says nothing.
     if command.truncate is not None:
         task = dataclasses.replace(task, truncate=command.truncate)
     most = command.max_new_tokens
@@ -268,11 +270,13 @@ def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) ->
     from eval.run import check_ids, resolve_all
     from eval.task import check_form
 
+    # The checks of `evaluate`, so that a command that would fail fails here too.
     check_ids(task)
     check_form(task, settings.chat)
     policies = resolve_all(settings.policies, model)
     prompts = encode(task, tokenizer, model.config, settings.chat, settings.max_length)
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
+    # Shapes are the ones that `evaluate` would compile, because batches are made the same way.
     buckets = []
     for shape, members in shapes(batches).items():
         lengths = [len(prompt.ids) for prompt in members]
@@ -305,6 +309,7 @@ def print_report(report: dict[str, Any]) -> None:
     title = f"{report['task']}, {report['model']}: {report['metric']}"
     table = Table("policy", report["metric"], "items", "cache, KiB", "of full", title=title)
     for row in report["policies"]:
+        # Bytes and share are means over the items, so groups have none.
         share = row["cache_bytes"] / row["full_cache_bytes"]
         size = f"{row['cache_bytes'] / 1024:.0f}"
         table.add_row(row["policy"], _score(row["all"]), str(report["items"]), size, f"{share:.1%}")

@@ -100,6 +100,7 @@ class CompressedLM(TemplateLM):
         Under a policy that compresses, half of every window except a text's first is a context,
         which is compressed. Without one the context is a single token, as in the harness's models.
         """
+        # A compressing policy needs something to compress; the harness's own default is one token.
         context = 1 if self.policy == Full() else max(self.max_length // 2, 1)
         windows, owners = [], []
         for index, request in enumerate(requests):
@@ -110,6 +111,7 @@ class CompressedLM(TemplateLM):
                 context_len=context,
             ):
                 windows.append((("", ""), *make_disjoint_window(pair)))
+                # A text has several windows; `owners` tells which text a window adds to.
                 owners.append(index)
         totals = [0.0] * len(requests)
         for index, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -128,6 +130,7 @@ class CompressedLM(TemplateLM):
             bar = progress.add_task("log-likelihoods", total=len(order), items="")
             for start in range(0, len(order), self.batch_size):
                 members = order[start : start + self.batch_size]
+                # The last batch is filled with its first row, so every batch has one shape.
                 filled = members + members[:1] * (self.batch_size - len(members))
                 scored = self._score([pairs[i][0] for i in filled], [pairs[i][1] for i in filled])
                 for row, index in enumerate(members):
@@ -147,6 +150,7 @@ class CompressedLM(TemplateLM):
             bar = progress.add_task("answers", total=len(requests), items="")
             for settings, members in _grouped(requests):
                 stops, new, sampling = _read(settings)
+                # The prompt is cut from the left, so that the longest answer fits behind it.
                 room = self.max_length - new
                 if room < 1:
                     raise ValueError(
@@ -213,6 +217,7 @@ def _read(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
     rest = dict(settings)
     until = rest.pop("until", None) or []
     lengths = [value for value in (rest.pop(name, None) for name in NAMES) if value is not None]
+    # Tasks may give sampling settings and switch sampling off; then they have no effect.
     sampled = rest.pop("do_sample", bool(rest.get("temperature")))
     sampling = {k: rest.pop(k) for k in ("temperature", "top_p", "top_k") if k in rest}
     if rest:

@@ -57,6 +57,7 @@ def scores(
     Raises:
         ValueError: no scores at all.
     """
+    # Members of a group are part of its score, so they are not requested again.
     inner = {child for children in found.get("group_subtasks", {}).values() for child in children}
     requested = requested or [name for name in found["results"] if name not in inner]
     names = requested if isinstance(requested, Mapping) else dict.fromkeys(requested, ())
@@ -66,6 +67,7 @@ def scores(
     if not known:
         raise ValueError("lm-evaluation-harness gave no scores for these tasks")
     used = _comparable(known)
+    # Whatever the mean leaves out is named, so that nobody takes it for part of the mean.
     apart = [part.label for part in known if part not in used]
     apart += [f"{name} (no score)" for name, part in zip(names, parts, strict=True) if not part]
     mean = _mean("all", used)
@@ -102,6 +104,7 @@ class _Results:
             members = [self.part(member) for member in self._members(name)]
             known = [part for part in members if part is not None]
             return _mean(name, _comparable(known)) if known else None
+        # A key of the harness is METRIC,FILTER; the standard error's is METRIC_stderr,FILTER.
         metric, comma, filtered = metrics[0].partition(",")
         label = metrics[0].removesuffix(",none")
         return Part(
@@ -158,6 +161,7 @@ def _comparable(parts: Sequence[Part]) -> list[Part]:
 def _mean(name: str, parts: Sequence[Part]) -> Part:
     """The mean of independent scores that are all better high, or all better low."""
     errors = [part.error for part in parts if part.error is not None]
+    # Without the error of every member, the mean's error is unknown.
     complete = len(errors) == len(parts)
     metrics = list(dict.fromkeys(part.metric for part in parts))
     return Part(

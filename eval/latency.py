@@ -88,12 +88,14 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     check(command)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     policies = resolve_all(command.policy or ("full",), model)
+    # Refuse what does not fit before the first, perhaps long, measurement.
     longest = max(command.contexts) + command.new_tokens
     if longest > model.config.context_length:
         raise ValueError(
             f"the longest context and new_tokens are {longest} tokens, expected at most "
             f"{model.config.context_length}: the model's context"
         )
+    # Measurements, one combination after the other.
     cases = [
         (context, batch, name)
         for context in command.contexts
@@ -108,6 +110,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
             measured = time_one(model, params, policies[name], context, batch, command)
             rows.append({**label, **measured})
             progress.update(bar, advance=1, items=name)
+    # The same entries as other runs, so that the report page shows their origin.
     report = {
         "task": "latency",
         "model": command.model,
@@ -153,6 +156,7 @@ def time_one(
     from kvjax.cache import cache_bytes
     from kvjax.prefill import compressions
 
+    # Random ids: time does not depend on the text, and no tokenizer is needed.
     rng = np.random.default_rng(command.seed)
     tokens = rng.integers(0, model.config.vocab_size, (batch, context), dtype=np.int32)
     lengths = np.full(batch, context, np.int32)
@@ -166,9 +170,11 @@ def time_one(
         held = cache_bytes(state.cache)
         start = time.perf_counter()
         _decode(model, params, state, policy.every, work)
+        # The prefill gives the first token, so decode makes new_tokens − 1.
         steps.append((time.perf_counter() - start) / (command.new_tokens - 1))
     shape, dtype = Shape(context, command.new_tokens, batch), params["embedding"].dtype
     gqa = results.gqa_bytes(model, dtype, shape)
+    # CPUs keep no statistics of memory.
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "time_to_first_token": statistics.median(firsts[1:]),
@@ -194,6 +200,7 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
     from kvjax.sampling import Sampling
 
     logits, (cache,) = read_prompts(model, params, tokens, [work])
+    # Greedy decoding draws nothing, but the state has keys.
     keys = jax.random.split(jax.random.key(0), len(tokens))
     never, greedy = np.asarray((), np.int32), Sampling.create(0.0, 0, 1.0)
     state = first_token(logits, keys, greedy, never, mesh_of(params))

@@ -64,6 +64,7 @@ def dense_losses(
         losses = np.asarray(chunk_losses(model, params, jnp.asarray(batch)))
         check_losses(losses, model, params, batch)
         fresh = [row[-stride:] if stride < length else row for row in losses]
+        # The first row has no earlier row, so all its losses are new.
         if start == 0:
             fresh[0] = losses[0]
         yield fresh[: len(rows) - start]
@@ -104,6 +105,7 @@ def _rest_losses(
 ) -> Float[np.ndarray, "B C"]:
     """Losses of the tokens from `prefix` on. The cache of `start` is used up."""
     rest, top = tokens[:, prefix:], output_weights(model, params)
+    # The prefill's logits predict the first token after the prefix.
     found = [_token_losses(start.logits[:, None], rest[:, :1])]
     lengths = np.full(len(tokens), prefix)
     for x, wanted in _feed(model, params, start.cache, rest, lengths, PIECE):
@@ -122,6 +124,7 @@ def _row_batches(
     size = min(batch_size, len(rows))
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
+        # A smaller last batch would compile the program a second time.
         fill = np.repeat(batch[-1:], size - len(batch), axis=0)
         yield start, np.concatenate([batch, fill])
 
@@ -159,6 +162,7 @@ def score_compressed(
     """
     reads = [list(context[:-1] or context) for context in contexts]
     rests = [[*a[len(r) :], *b] for a, b, r in zip(contexts, continuations, reads, strict=True)]
+    # A context of one token stays whole, so the prefill predicts the first token after it.
     alone = np.asarray([len(context) == 1 for context in contexts])
     longest = max(map(len, rests))
     room = -(-longest // SHORT_PIECE) * SHORT_PIECE
@@ -190,11 +194,13 @@ def score_dense(
 ) -> Scored:
     """As `score_compressed`, in one forward pass without a cache."""
     rows = [[*a, *b] for a, b in zip(contexts, continuations, strict=True)]
+    # One more slot than the context: the last token is only predicted.
     bucket = min(bucket_length(max(map(len, rows))), model.config.context_length + 1)
     tokens = np.zeros((len(rows), bucket), np.int32)
     wanted = np.full((len(rows), bucket - 1), -1, np.int32)
     for row, (ids, context) in enumerate(zip(rows, contexts, strict=True)):
         tokens[row, : len(ids)] = ids
+        # The output at position i predicts token i + 1.
         wanted[row, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
     x, _ = hidden_states(model, params, tokens[:, :-1])
     total, greedy = _hidden_sums(model.config, output_weights(model, params), x, wanted)
@@ -346,6 +352,7 @@ class TeacherForced:
             key = round_up(len(example.prompt) - asked), round_up(len(example.answer) + asked)
             groups.setdefault(key, []).append(index)
         return [
+            # Largest shapes first: a lack of memory shows at the start.
             members[start : start + batch_size]
             for _, members in sorted(groups.items(), reverse=True)
             for start in range(0, len(members), batch_size)

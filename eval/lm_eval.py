@@ -102,6 +102,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     names = command.policy or ("full",)
     check_arguments(command)
     check(command)
+    # Tasks and the folder are checked before weights are loaded.
     request = _request(command, names)
     manager = task_manager(command.tasks, command.include_path)
     requested = _requested(manager, command.tasks)
@@ -125,6 +126,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
             task_manager=manager,
             num_fewshot=command.num_fewshot,
             limit=command.limit,
+            # Bootstrapped errors of metrics that have no formula for one.
             bootstrap_iters=1000,
             log_samples=False,
             apply_chat_template=command.chat,
@@ -168,6 +170,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     if include_path is not None:
         if not include_path.is_dir():
             raise ValueError(f"no folder at {include_path}")
+        # The harness's own index has thousands of files and takes seconds to read.
         own = TaskManager(include_path=place, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own

@@ -65,6 +65,7 @@ def rouge_l(answer: str, reference: str) -> float:
     answer_sentences, reference_sentences = _sentences(answer), _sentences(reference)
     if not answer_sentences or not reference_sentences:
         return 0.0
+    # The union over all pairs of sentences, as Lin's equations say.
     common: set[str] = set()
     for wanted in reference_sentences:
         for got in answer_sentences:
@@ -87,6 +88,7 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
         for j, other in enumerate(b):
             row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
         lengths.append(row)
+    # Walk back from the end of the table to collect the words.
     i, j, found = len(a), len(b), []
     while i and j:
         if a[i - 1] == b[j - 1]:
@@ -170,6 +172,7 @@ def classification(answer: str, reference: str, classes: Collection[str]) -> flo
     the longer name contains the shorter one. This is LongBench's metric of TREC and LSHT. Its own
     code skips every second class while it removes these; this code does not.
     """
+    # Keep classes that the answer names, without those inside the reference's name.
     named = [c for c in classes if c in answer and (c == reference or c not in reference)]
     return 1 / len(named) if reference in named else 0.0
 
@@ -250,12 +253,15 @@ def plain(text: str, spaces: bool = False) -> str:
     Args:
         spaces: whether an ordinary space also separates thousands, as in "10 000".
     """
+    # LaTeX and typography first, so that only plain digits are grouped below.
     text = FRACTION.sub(r"\1/\2", text.translate(CHARACTERS))
     text = text.replace("\\!", "").replace("{,}", ",")
     text = ESCAPED.sub(r"\1", WRAPPER.sub("", LATEX_SPACE.sub("\u2009", text)))
     between = BETWEEN_THOUSANDS + " " * spaces
+    # One to three digits, then groups of three; 1.234 and 3-4 stay.
     groups = rf"(?<![\w.,])[1-9]\d{{0,2}}(?:[{between}]\d{{3}})+(?!\d|-[a-zA-Z])"
     text = re.sub(groups, lambda found: re.sub(f"[{between}]", ",", found[0]), text)
+    # Narrow spaces that are left did not separate thousands.
     text = re.sub(f"[{NARROW}]", " ", text)
     return MATH.sub(" ", EMPHASIS.sub("", text))
 

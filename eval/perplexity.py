@@ -158,6 +158,7 @@ def chunks(
         raise ValueError(f"length is {length}, expected 2 to {len(ids)}: the tokens of the text")
     if not 1 <= stride <= length:
         raise ValueError(f"stride is {stride}, expected 1 to {length}: the length")
+    # A view: overlapping chunks share the memory of the ids.
     return np.lib.stride_tricks.sliding_window_view(ids, length)[::stride][:count]
 
 
@@ -171,6 +172,7 @@ def perplexity_of(losses: list[np.ndarray]) -> dict[str, Any]:
     value = math.exp(every.mean())
     n, error = len(losses), None
     if n > 1:
+        # Tokens of one chunk depend on each other; chunks are nearly independent.
         means = [float(np.mean(row, dtype=np.float64)) for row in losses]
         error = value * float(np.std(means, ddof=1)) / math.sqrt(n)
     return {"score": value, "standard_error": error, "items": int(every.size)}
@@ -199,6 +201,7 @@ def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> 
     read = command.length if command.prefix is None else command.prefix
     shape = Shape(read, command.length - read, 1)
     full = results.uncompressed_bytes(model, dtype, shape)
+    # A dense run holds no cache; its bytes are those of an uncompressed one.
     compressed = command.prefix is not None
     kept = results.kept_tokens(policy, model.config, read, dtype) if compressed else None
     return {

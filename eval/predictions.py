@@ -100,6 +100,7 @@ class RunFolder:
         config = self.path / CONFIG
         if config.exists():
             check_same(config, request)
+        # Predictions of unknown settings must not be mixed with new ones.
         elif (self.path / PREDICTIONS).exists():
             raise ValueError(f"{self.path} holds {PREDICTIONS} without {CONFIG}, expected both")
         else:
@@ -136,6 +137,7 @@ def _append(path: Path, predictions: Iterable[Prediction]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in predictions))
         file.flush()
+        # A prediction that a later run relies on must survive a crash of the machine.
         os.fsync(file.fileno())
 
 
@@ -147,6 +149,7 @@ def check_same(config: Path, request: dict[str, Any]) -> None:
         held = None
     if not isinstance(held, dict):
         raise ValueError(f"{config} is no run's configuration; give another --out")
+    # Through JSON, because config.json has lists where the request has tuples.
     wanted = json.loads(json.dumps(request))
     names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
     if names:
@@ -204,6 +207,7 @@ def read(
         problems = [*checks.problems(values, FIELDS)] or [*_foreign(values, known, groups)]
         if not problems:
             key = values["policy"], values["id"]
+            # The first of two equal keys stays; the other one is reported.
             if key not in found:
                 found[key] = number, Prediction(**values)
                 continue
@@ -235,4 +239,5 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a file, atomically."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    # A rename is atomic: readers see the old file or the new one.
     os.replace(new, path)

@@ -45,6 +45,7 @@ def preview(name: str, command: Any) -> Iterator[str]:
     if name == "latency":
         yield from _latency(model, policies, command)
     elif name == "perplexity":
+        # A dense chunk is read as a whole and leaves nothing to feed.
         read = command.length if command.prefix is None else command.prefix
         shape = (read, command.length - read, command.batch_size)
         yield from _caches(model, policies, command.dtype, shape)
@@ -119,6 +120,7 @@ def _task(name: str, model: Any, policies: dict[str, Any], command: Any) -> Iter
         task = adapted(load_task(name, task_options(command, tokenizer)), command)
     except (ValueError, OSError) as error:
         yield f"items unknown: {_line(error)}"
+        # Without items the longest prompt that fits stands for all.
         yield "shapes: one for each prompt bucket"
         whole = min(command.max_length or 10**9, model.config.context_length)
         yield from _caches(model, policies, command.dtype, (whole, 0, command.batch_size))
@@ -132,6 +134,7 @@ def _task(name: str, model: Any, policies: dict[str, Any], command: Any) -> Iter
     read = len({(shape.bucket, shape.batch) for shape in found})
     yield f"shapes: {read}; prompts are read once for {len(policies)} policies"
     largest = max(found, key=lambda shape: shape.bucket * shape.batch)
+    # The largest batch decides how much memory the run needs.
     shape = (largest.bucket, largest.max_new_tokens, largest.batch)
     yield from _caches(model, policies, command.dtype, shape)
 

@@ -56,6 +56,7 @@ def encode(
     whole = min(config.context_length, config.context_length if max_length is None else max_length)
     prompts = []
     for index, item in enumerate(task.items):
+        # The answer must fit into the context behind the prompt.
         room = whole - item.max_new_tokens
         if room < 2:
             raise ValueError(
@@ -99,6 +100,7 @@ def cut(ids: Sequence[int], room: int, rule: str, keep: int = 0) -> list[int]:
         return list(ids)
     if rule == "refuse":
         raise TooLong(len(ids))
+    # An odd token goes to the end, where the question is.
     head = room // 2 if rule == "middle" else keep
     return [*ids[:head], *ids[len(ids) - (room - head) :]]
 
@@ -107,6 +109,7 @@ def _raw(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], i
     """The ids of a raw prompt, and how many there were before the cut."""
     prompt = item.prompt
     ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    # A prompt that is cut on the left keeps its BOS, which models expect first.
     starts = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
     return cut(ids, room, rule, int(starts)), len(ids)
 
@@ -123,6 +126,7 @@ def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list
         return ids, length
     if rule == "refuse":
         raise TooLong(length)
+    # The template's own tokens are what the whole has beyond the text.
     inner = tokenizer.encode(text, add_special_tokens=False)
     kept = room - (length - len(inner))
     # Cutting and encoding again can add a few tokens, so the text is cut until the prompt fits.
@@ -197,6 +201,7 @@ def make_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
     by_shape: dict[tuple[int, int, bool], list[Prompt]] = {}
+    # Sorting by length puts prompts of similar length into one batch.
     for prompt in sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.index)):
         new = items[prompt.index].max_new_tokens
         key = bucket_length(len(prompt.ids)), new, prompt.chat

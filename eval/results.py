@@ -94,6 +94,7 @@ def of_policy(
         "prompt_tokens": {"least": min(tokens), "mean": _mean(tokens), "most": max(tokens)},
         "truncated": sum(prediction.truncated for prediction in predictions),
     }
+    # Fed answers have no text that a task could summarize.
     if task.summary is not None and predictions[0].text is not None:
         triples = [(task_item, p.text or "", p.score) for task_item, p in _pairs(task, predictions)]
         result["summary"] = task.summary(triples)
@@ -156,6 +157,7 @@ def mcnemar(first: Sequence[bool | float], second: Sequence[bool | float]) -> Mc
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(a < b for a, b in zip(first, second, strict=True))
     count = only_first + only_second
+    # Whole numbers stay exact; floats would overflow for many questions.
     tail = sum(math.comb(count, i) for i in range(min(only_first, only_second) + 1))
     return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**count))
 
@@ -190,6 +192,7 @@ def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -
 
 def uncompressed_bytes(model: Transformer, dtype: Any, shape: Shape) -> int:
     """Bytes of one sequence's uncompressed caches."""
+    # Only the parameters' dtype matters, so no parameters are made.
     params = {"embedding": jax.ShapeDtypeStruct((), jnp.dtype(dtype))}
     slots = bucket_length(shape.bucket)
     return full_cache_bytes(model, params, (1, slots), shape.max_new_tokens)
@@ -208,6 +211,7 @@ def gqa_config(config: ModelConfig) -> ModelConfig | None:
     """
     base = config.with_attention(tuple(unconverted(layer.attention) for layer in config.layers))
     if not _is_gqa(base):
+        # Converted attention may have lost its origin; the original config.json has it.
         raw = json.loads(config.hf_json)
         base = config_from_hf(raw) if raw else base
     return base if _is_gqa(base) else None
@@ -227,6 +231,7 @@ def kept_share(policy: Policy, config: ModelConfig, lengths: Sequence[int], dtyp
     """Mean share of a prompt's tokens that a head keeps, over heads and prompts."""
     if isinstance(policy, Full):
         return 1.0
+    # Prompts of one length keep the same share, so each length is computed once.
     each, counts = np.unique(np.asarray(lengths), return_counts=True)
     work = policy.compression(config, each, 0, jnp.dtype(dtype))
     kept = tokens_kept(config, work.budgets, work.lengths).mean(axis=(1, 2))

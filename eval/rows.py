@@ -48,6 +48,7 @@ class Row:
             ValueError: the row has none of the columns, or the value is not such a list.
         """
         value = self.value(*columns)
+        # type() instead of isinstance(): True is an int, but not an answer.
         right = isinstance(value, list) and all(type(part) in (str, int) for part in value)
         if not right or not value:
             raise ValueError(
@@ -69,6 +70,7 @@ class Row:
 
 def look(folder: Path, name: str, kinds: Sequence[str] = KINDS) -> Path | None:
     """The path of `name` with one of the endings, plain or packed (.gz, .xz); None: no file."""
+    # Plain files win over packed ones of the same name.
     candidates = [folder / f"{name}{kind}{end}" for kind in kinds for end in ("", *PACKED)]
     return next((path for path in candidates if path.is_file()), None)
 
@@ -171,6 +173,7 @@ def hub_archive(dataset: str, archive: str, member: str) -> list[Row]:
     import huggingface_hub
 
     try:
+        # `datasets` refuses data sets with a loading script, so the archive is read directly.
         path = huggingface_hub.hf_hub_download(dataset, archive, repo_type="dataset")
         with zipfile.ZipFile(path) as packed:
             lines = packed.read(member).decode().split("\n")

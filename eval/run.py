@@ -111,6 +111,7 @@ def evaluate(
         read = answer(loaded, task, settings, policies, prompts, folder, finished)
     # All predictions are in one file now; the report is made from them alone.
     folder.finish()
+    # Each process sees all predictions only if the folder is on a shared disk.
     lacking = len(policies) * len(task.items) - len(folder.done)
     if lacking > 0:
         raise ValueError(
@@ -173,6 +174,7 @@ def request(
         "eos_ids": [list(end_ids(loaded.tokenizer, loaded.model.config, chat)) for chat in forms],
         "items": len(task.items),
         "items_sha256": _digest([items, task.stops, task.chat_stops]),
+        # The length before each prompt keeps two splits of the same ids apart.
         "prompt_ids": array_digest(np.concatenate([(len(p.ids), *p.ids) for p in prompts])),
     }
 
@@ -183,6 +185,7 @@ def _digest(value: Any) -> str:
 
 def form(prompts: Sequence[Prompt], task: Task) -> str:
     """ "raw" or "chat", with the groups that stay raw inside a run with a chat template."""
+    # A dict instead of a set keeps the order of the groups.
     raw = {task.items[prompt.index].group: None for prompt in prompts if not prompt.chat}
     if len(raw) and any(prompt.chat for prompt in prompts):
         return f"chat, but raw: {', '.join(raw)}"
@@ -271,8 +274,10 @@ def _judge_batch(
     out: Generation,
 ) -> None:
     """Scores a batch's answers under one policy and appends the predictions that were missing."""
+    # `Generation` counts the whole batch, its filling rows included.
     held = out.cache_bytes // batch.shape.batch
     full = out.full_cache_bytes // batch.shape.batch
+    # Filling rows at the batch's end belong to no prompt.
     rows = dict(zip(batch.prompts, out.tokens, strict=False))
     for prompt in missing[policy]:
         item = task.items[prompt.index]
@@ -318,6 +323,7 @@ def _teacher_force(
                 for name in policies
                 for index, right in zip(part, found.right[forced.name_of(name)], strict=True)
             ]
+            # An interrupted batch is judged as a whole again; finished rows are not repeated.
             folder.append(p for p in new if (p.policy, p.id) not in folder.done)
         finished(len(policies) * sum(len(prompts[index].ids) for index in part))
     return forced.shapes()

@@ -166,6 +166,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False, quiet=not processes.is_writer())
     console.print(f"{suite.title}: {len(runs)} runs", markup=False)
     failed = []
+    # The checkpoint may have changed since an earlier call in this process.
     _weights.cache_clear()
     for run in runs:
         places = command.out, command.data_dir, command.limit
@@ -246,6 +247,7 @@ def read(path: Path, scores: Path = Path("scores"), model: str | None = None) ->
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     places = {"{here}": str(path.parent), "{scores}": str(scores)}
+    # Places are filled in first, so that every check sees real paths.
     content = _filled(_known(content, ABOUT, str(path)), places)
     entries = content.get("runs")
     if not isinstance(entries, list) or not entries:
@@ -343,6 +345,7 @@ def _build(kind: type, values: dict[str, Any], options: Mapping[str, Any], where
     Raises:
         ValueError: an unknown option, a value of another type, or a missing option.
     """
+    # Without tyro's markers: the plain types of the fields.
     types_of = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in GIVEN}
     flags = {name: option for option, name in ALIASES.items()}
@@ -352,6 +355,7 @@ def _build(kind: type, values: dict[str, Any], options: Mapping[str, Any], where
         if option not in names:
             raise ValueError(f"{where} has no option {option}, expected one of {', '.join(names)}")
         if option == "set" and isinstance(value, dict):
+            # Settings of a task are KEY=VALUE texts, as with --set.
             value = [f"{key}={text}" for key, text in value.items()]
         name = ALIASES.get(option, option)
         try:
@@ -359,6 +363,7 @@ def _build(kind: type, values: dict[str, Any], options: Mapping[str, Any], where
         except (TypeError, ValueError):
             wanted = _type_name(types_of[name])
             raise ValueError(f"{where}: {option} is {shown(value)}, expected {wanted}") from None
+    # YAML may leave out what the command line insists on.
     required = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
     lacking = [flags.get(name, name) for name in required if name not in values]
     if lacking:
@@ -375,6 +380,7 @@ def _as_type(value: Any, kind: Any) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [part for part in inner if part is not type(None)]
+        # null stands for the default of an optional field.
         return None if value is None else _as_type(value, kinds[0])
     if origin is tuple:
         return tuple(_as_type(part, inner[0]) for part in _as_list(value))

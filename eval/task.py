@@ -183,11 +183,13 @@ class Settings:
             raise ValueError("got no policies, expected at least one")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies are {', '.join(self.policies)}, expected each once")
+        # Feeding the answer needs the raw prompt and no sampling.
         if self.protocol != "generate" and (self.chat or self.temperature):
             raise ValueError(
                 f"protocol {self.protocol!r} feeds the right answer after the raw prompt, "
                 "expected no chat template and temperature 0"
             )
+        # Settings without an effect are errors, here as on the command line.
         if not self.temperature and (self.top_p < 1 or self.top_k):
             raise ValueError(
                 f"top_p is {self.top_p} and top_k is {self.top_k} at temperature 0, which takes "
@@ -221,6 +223,7 @@ class Reads:
 
 def check_options(name: str, options: TaskOptions, reads: Reads) -> None:
     """Raises ValueError that names every option and setting that the task would ignore."""
+    # An option that is ignored would give a result that looks like another.
     unknown = [key for key in options.settings if key not in reads.settings]
     if unknown:
         known = f"one of {', '.join(reads.settings)}" if reads.settings else "none: it has none"

@@ -83,6 +83,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "
         rows: texts and numbers; None is an empty cell.
     """
     rows = [list(row) for row in rows]
+    # A column is right-aligned if all its filled cells are numbers.
     right = [
         bool(rows) and all(_is_number(row[at]) for row in rows if row[at] is not None)
         for at in range(len(header))
@@ -246,6 +247,7 @@ class Pictures:
     def _save(self, figure: Any, name: str) -> str:
         from matplotlib import pyplot
 
+        # Names of runs and policies have characters that files and links may not have.
         stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:60] or "picture"
         file = next(
             candidate

@@ -94,6 +94,7 @@ def _read(path: Path, taken: set[str]) -> Run | None:
     """The run, or None where it has no results."""
     name = path.stem if path.is_file() else path.resolve().name
     stem, number = name, 2
+    # Pictures and headings are named after runs, so names must be unique.
     while name in taken:
         name, number = f"{stem} ({number})", number + 1
     if path.is_file():
@@ -145,6 +146,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
+            # A kill can tear the last line only; damage elsewhere is an error.
             if index < len(texts):
                 wrong.append(f"line {index} is not JSON: {text[:60]!r}")
             continue

@@ -61,6 +61,7 @@ def against_bytes(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             if entry["policy"] == FULL:
                 level = (f"full, {page.size(entry['cache_bytes'])}", part["score"])
             else:
+                # One line for each kind of policy, over its KV sizes.
                 family = entry["policy"].partition(":")[0]
                 curves[family].append((kib, part["score"], part["standard_error"]))
         if not curves:
@@ -86,6 +87,7 @@ def against_context(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             continue
         rows = run.results["rows"]
         parts = []
+        # One picture for each number, with a line for each policy and batch.
         wanted = (
             ("cache_bytes", "cache", "MiB", 2.0**-20),
             ("time_to_first_token", "time to the first token", "ms", 1e3),
@@ -205,6 +207,7 @@ def _grids(run: Run, pictures: Pictures) -> list[str]:
         if found is None:
             continue
         lengths, depths = (sorted({key[axis] for key in found}) for axis in (0, 1))
+        # Cells without a score stay blank.
         values = np.full((len(depths), len(lengths)), np.nan)
         for (length, depth), part in found.items():
             values[depths.index(depth), lengths.index(length)] = part["score"]
@@ -305,9 +308,11 @@ def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
                 continue
             bucket = max(tables, key=int)
             key = (model, entry["policy"], bucket)
+            # Runs of one model repeat the same table; one picture of it is enough.
             if key in seen or len({len(row) for row in tables[bucket]}) != 1:
                 continue  # a picture needs the same number of heads in every layer
             values = np.asarray(tables[bucket])
+            # A picture of equal heads shows nothing.
             if not values.size or values.min() == values.max():
                 continue
             seen.add(key)

@@ -35,6 +35,7 @@ def common_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: i
     drawn = words_of(rng, min(POOL, shown + others + COMMON + length // (2 * seldom) + 1))
     example, drawn = drawn[: shown + others], drawn[shown + others :]
     common, other = drawn[:COMMON], list(itertools.chain(*([w] * seldom for w in drawn[COMMON:])))
+    # One seed for every count that the bisection tries, so texts differ in length only.
     seed = int(rng.integers(2**31))
     first = _shuffled([*example[:shown] * times, *example[shown:]], seed)
     before = f"{_list_task(first)} {' '.join(example[:shown])}.\n\n"
@@ -70,6 +71,7 @@ def frequent_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length:
         )
 
     count = _count_of(vocab, text, length, length)
+    # The asked words must differ in number from each other and from the next word.
     found = _shares(count, len(words))[1 : ASKED + 2]
     if len(set(found)) <= ASKED:
         raise ValueError(

@@ -61,6 +61,7 @@ def hotpotqa(path: Path) -> Corpus:
         paragraphs, questions = [], []
         for row in found:
             told = {title: f"{title}. {''.join(sentences)}" for title, sentences in row["context"]}
+            # A dict removes repeated titles and keeps their order.
             needed = dict.fromkeys(title for title, _ in row["supporting_facts"])
             paragraphs += told.values()
             gold = tuple(told[title] for title in needed if title in told)
@@ -82,6 +83,7 @@ def question_prompt(
     Raises:
         ValueError: `length` cannot hold the question and its paragraphs, or there are too few.
     """
+    # The question's own paragraphs are placed by `compose`, so the haystack leaves them out.
     told = frozenset(question.paragraphs)
 
     def fill(rng: np.random.Generator, room: int) -> list[list[int]]:

@@ -108,6 +108,7 @@ def _asked_for(kind: str, keys: list[str], answers: int) -> str:
 
 def _needles(vocab: TokenizerVocabulary, task: Needles, kind: str, taken: list[str]) -> Filler:
     def sentences(rng: np.random.Generator) -> Iterator[list[int]]:
+        # No needle of the haystack may have a key that is asked for.
         used = set(taken)
         while True:
             keys = [key for key in _draw(rng, task.key, BATCH) if key not in used]
@@ -134,6 +135,7 @@ def tracking(rng: np.random.Generator, vocab: TokenizerVocabulary, length: int) 
     """
     names, value = _variables(rng, 2 * (HOPS + 1)), str(rng.integers(10**4, 10**5))
     shown, asked = names[: HOPS + 1], names[HOPS + 1 :]
+    # Another number of five digits, for the example.
     other = str((int(value) + 12345) % 90000 + 10000)
     example = f"{' '.join(_chain(shown, other))}{_asked_value(other)} {' '.join(shown)}.\n\n"
     ids = compose(

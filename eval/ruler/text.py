@@ -54,6 +54,7 @@ def compose(
     Raises:
         ValueError: they do not fit, or the haystack's text is too short.
     """
+    # The instruction stays first, at depth 0; only the sentences are scattered.
     depths = rng.random(len(sentences))
     context = strew(
         rng,

@@ -87,6 +87,7 @@ def inside(layers: Collection[str], limits: Limits, uid: int) -> None:
     if "dropped_root" in layers:
         drop_root(uid)
     elif {"user_namespace", "no_new_privs"} & set(layers):
+        # A user namespace grants all capabilities inside; the program needs none.
         linux.set_capabilities(0)
     linux.die_with_parent()
     if "no_new_privs" in layers:
@@ -129,6 +130,7 @@ def drop_root(uid: int) -> None:
     reached = all(map(others_reach, (os.path.dirname(os.__file__), sys.prefix)))
     kept = 0 if reached else 1 << linux.CAP_DAC_READ_SEARCH
     linux.prctl(linux.PR_SET_KEEPCAPS, 1)
+    # Groups first: without root they cannot be changed any more.
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

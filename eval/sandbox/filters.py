@@ -101,6 +101,7 @@ def seccomp_program(column: int, architecture: int, pid: int) -> Code:
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
     code = [
         (LOAD, 0, 0, 4),
+        # Another architecture's calls have other numbers, which these tables would misread.
         (EQUAL, 1, 0, architecture),
         (RETURN, 0, 0, KILL_PROCESS),
         (LOAD, 0, 0, 0),

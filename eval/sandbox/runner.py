@@ -113,6 +113,7 @@ def _run_batch(
     layers = layers or probe()
     require(layers, unsafe)
     with tempfile.TemporaryDirectory(prefix="kvjax-run-", ignore_cleanup_errors=True) as folder:
+        # Another uid must be able to reach its folder, but not to list those of others.
         os.chmod(folder, 0o711)
         scratch = [os.path.join(os.path.realpath(folder), str(i)) for i in range(len(programs))]
         for path in scratch:
@@ -123,6 +124,7 @@ def _run_batch(
             "limits": limits._asdict(),
             "scratch": scratch,
         }
+        # The supervisor keeps each program's time; this limit is for a supervisor that hangs.
         answers = ask(job, len(programs) * limits.timeout + GRACE_SECONDS)
     for answer in answers:
         if answer["failure"]:

@@ -85,6 +85,7 @@ def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> 
             confine.inside(layers, limits, uid)
 
         work(program, put_on, output_end, result_end, token)
+    # The pipes end when the child does, if this process keeps no writing end.
     os.close(output_end)
     os.close(result_end)
     watch = _Watch(output, result, limits)
@@ -158,6 +159,7 @@ class _Watch:
             data = os.read(key.fd, 1 << 16)
             if not data:
                 self.selector.unregister(key.fd)
+            # Bytes beyond the limit are dropped, so a program cannot fill this process's memory.
             room = self.most[key.fd] - len(self.written[key.fd])
             self.written[key.fd] += data[:room]
             if len(data) > room:

@@ -66,6 +66,7 @@ def load(options: TaskOptions) -> Task:
     folder = None if options.data_dir is None else Path(options.data_dir) / "babilong"
     items: list[Item] = []
     for length in _lengths(options.lengths, folder):
+        # Items are numbered within their task, so that --limit holds for each of them.
         seen: dict[str, int] = {}
         for task, row in _rows(length, folder, options.subsets):
             index = seen[task] = seen.get(task, -1) + 1

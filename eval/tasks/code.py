@@ -114,10 +114,12 @@ def _mbpp(options: TaskOptions) -> Task:
     shots = len(SHOT_IDS) if options.shots is None else options.shots
     if not 0 <= shots <= len(SHOT_IDS):
         raise ValueError(f"got {shots} shots, expected 0 to {len(SHOT_IDS)}")
+    # Test problems and examples are told apart by their ids, whatever the file's order.
     rows = {row.value("task_id"): row for row in _mbpp_rows(options.data_dir)}
     lacking = [number for number in SHOT_IDS[:shots] if number not in rows]
     if lacking:
         raise ValueError(f"no row with task_id {lacking[0]}, expected it for the examples")
+    # The examples precede every problem; with none the prompt is the question alone.
     examples = "".join(_example(rows[number]) for number in SHOT_IDS[:shots])
     wanted = [number for number in TEST_IDS if number in rows][: options.limit]
     problems = [
@@ -148,6 +150,7 @@ def _mbpp(options: TaskOptions) -> Task:
 
 def mbpp_program(item: Item, answer: str) -> str:
     """The answer's code, the setup, which may use that code, and the assertions."""
+    # A model may repeat the marks of the examples around its code.
     code = fenced(answer).partition(BEGIN)
     code = (code[2] if code[1] else code[0]).partition(DONE)[0]
     return "\n".join((code, item.meta["setup"], *item.meta["tests"], ""))
@@ -215,6 +218,7 @@ def judge(program: Callable[[Item, str], str], options: TaskOptions) -> Callable
     """
     unsafe = any(_flag(options, name) for name in ("unsafe", "unsafe_execution"))
     timeout = positive(options, "timeout", "10", float)
+    # Refuse now: a whole run of answers would be lost otherwise.
     runner.require(probe(), unsafe)
 
     def score(item: Item, answer: str) -> float:
@@ -241,6 +245,7 @@ def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
     for item, _, score in results:
         problems[item.meta["problem"]].append(score)
     counts = [(len(scores), sum(score == 1 for score in scores)) for scores in problems.values()]
+    # pass@k needs at least k samples of every problem.
     fewest = min((samples for samples, _ in counts), default=0)
     found: dict[str, Any] = {"problems": len(counts), "samples": fewest}
     for k in PASS_AT:

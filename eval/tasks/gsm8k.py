@@ -72,12 +72,14 @@ def load(options: TaskOptions) -> Task:
             raise ValueError(f"got {shots} shots, expected ≤ {len(rows)}: rows of gsm8k/train")
         examples = "".join(map(example, rows))
     rows = named_rows(options.data_dir, "gsm8k/test", HUB, "test")
+    # The form of the prompt: examples fix it, otherwise the setting chooses.
     template = "{question}" if shots else {"alpaca": ALPACA, "ask": ASK}[prompt]
     if shots:
         template = "Q: {question}\nA:"
     items = tuple(
         Item(
             id=f"gsm8k/{number}",
+            # replace instead of format: questions contain braces.
             prompt=examples + template.replace("{question}", row.text("question")),
             references=(gold(row),),
             max_new_tokens=int(length),
@@ -114,6 +116,7 @@ def gold(row: Row) -> str:
 
 def example(row: Row) -> str:
     """A row of the training set as question and answer, without calculator annotations."""
+    # The data marks calculations as <<48/2=24>>, which a model should not learn to write.
     reasoning = re.sub(r"<<.*?>>", "", row.text("answer")).rpartition("####")[0].strip()
     return f"Q: {row.text('question')}\nA: {reasoning}\nThe answer is: {gold(row)}\n\n"
 

@@ -67,6 +67,7 @@ def load(
     examples: list[tuple[str, Example]] = []
     for length in options.lengths or LENGTHS:
         for depth in depths:
+            # A cell's prompts depend on its length and depth only, not on the other cells of a run.
             cell = [EVALUATION_STREAM, options.seed, length, round(1000 * depth)]
             rng = np.random.default_rng(cell)
             group = f"{length}/{depth:.2f}"
@@ -95,6 +96,7 @@ def _task(name: str, examples: Sequence[tuple[str, Example]], tokenizer: Any, me
             "answer": list(example.answer),
             "question_tokens": example.question_length,
         }
+        # A chat template wraps text, so items that are ids carry their text too.
         if chats:
             meta["text"] = tokenizer.decode(example.prompt, skip_special_tokens=True)
         answer = tokenizer.decode(example.answer, skip_special_tokens=True).strip()

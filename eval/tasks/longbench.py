@@ -113,6 +113,7 @@ def score(item: Item, answer: str) -> float:
     """The best score over the references."""
     subset = SUBSETS[item.group]
     if subset.first_line:
+        # Few-shot prompts end in a line end, so answers may begin with one.
         answer = answer.lstrip("\n").split("\n")[0]
     if subset.metric == "classification":
         classes = item.meta["classes"]
@@ -198,6 +199,7 @@ def _item(
     references = row.texts("answers")
     try:
         prompt = prompts[name].format(context=row.text("context"), input=row.text("input"))
+    # The prompts are the benchmark's files, which may ask for other columns.
     except (KeyError, IndexError) as error:
         raise ValueError(f"{PROMPTS}: the prompt of {name} wants {error}") from None
     subset = SUBSETS[name]

@@ -37,6 +37,7 @@ def load(options: TaskOptions) -> Task:
         raise ValueError("longchat has no hub dataset: give --data-dir with longchat/lines_N.jsonl")
     folder = Path(options.data_dir) / "longchat"
     names = [name for path in folder.glob("lines_*") if (name := NAME.fullmatch(path.name))]
+    # A packed and a plain file of one length are one group.
     counts = options.lengths or sorted({int(name[1]) for name in names})
     if not counts:
         raise ValueError(f"no {folder / 'lines_N.jsonl'} (nor .gz, .xz): expected LongChat's rows")

@@ -119,6 +119,7 @@ def masks_of(answer: str) -> dict[str, str]:
     braces = re.search(r"\{.*?\}", answer, re.DOTALL)
     if braces:
         try:
+            # Models answer in either form; literal_eval runs no code.
             held = ast.literal_eval(braces[0])
         except (ValueError, SyntaxError):
             held = None
@@ -127,6 +128,7 @@ def masks_of(answer: str) -> dict[str, str]:
     lines = re.findall(r"<?mask-(\d+)>?\W*?[:=]\s*(.+)", answer)
     found: dict[str, str] = {}
     for number, name in lines:
+        # The first name of a mask counts: a model may repeat itself.
         found.setdefault(f"<mask-{number}>", name)
     return found
 

@@ -114,6 +114,7 @@ def _ready(options: TaskOptions, folder: Path | None) -> list[Item]:
         path = rows.find(folder, name, (".jsonl",), of="ready prompts of RULER, or give lengths")
         for index, row in enumerate(rows.read_rows(path, options.limit)):
             prompt = row.text("input")
+            # Newer scripts of the benchmark keep the beginning of the answer apart.
             if "answer_prefix" in row.values:
                 prompt += row.text("answer_prefix")
             answers = tuple(row.texts("outputs"))
@@ -130,6 +131,7 @@ def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
         for length in options.lengths:
             for index in range(options.prompts_each):
                 number = list(MAX_NEW_TOKENS).index(name)
+                # A prompt's random numbers do not depend on which other tasks are run.
                 rng = np.random.default_rng([options.seed, number, length, index])
                 try:
                     prompt = make(rng, length, index)
@@ -183,6 +185,7 @@ def _corpus_file(name: str, settings: Mapping[str, str], folder: Path | None) ->
 
 def _question_maker(name: str, path: Path, vocab: TokenizerVocabulary, seed: int) -> Make:
     corpus = QUESTIONS[name][1](path)
+    # Different questions in a random order, and again from the first where they run out.
     order = np.random.default_rng([seed, len(corpus.questions)]).permutation(len(corpus.questions))
 
     def make(rng: np.random.Generator, length: int, index: int) -> text.Prompt:
