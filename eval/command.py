@@ -128,7 +128,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     Raises:
         ValueError: see `check_arguments`, `checked` and `eval.run.evaluate`.
     """
-    from eval.run import Loaded, evaluate
+    from eval.run import LoadedModel, evaluate
     from eval.task import load_task
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
@@ -146,7 +146,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     if command.dry_run:
         return dry_run(model, tokenizer, task, settings, command.dtype)
     assert command.out is not None
-    loaded = Loaded(
+    loaded = LoadedModel(
         command.model, *load(command.model, command.dtype, named_mesh(command.mesh)), tokenizer
     )
     # config.json leaves data_dir out: the checksum of the items tells what the folder held.

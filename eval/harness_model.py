@@ -11,8 +11,8 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from eval.likelihood import Scored, check_feedable, score_compressed, score_dense
-from eval.run import Loaded, progress_bar, until_stop
+from eval.likelihood import LogLikelihoods, check_feedable, score_compressed, score_dense
+from eval.run import LoadedModel, progress_bar, until_stop
 from kvjax.encoding import end_ids, prompt_ids
 from kvjax.generation import generate
 from kvjax.headkv.policy import Full, Policy
@@ -28,7 +28,7 @@ class CompressedLM(TemplateLM):
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         policy: Policy,
         dense: bool = False,
         batch_size: int = 8,
@@ -189,7 +189,7 @@ class CompressedLM(TemplateLM):
         keep = self.max_length + 1 - len(rest)
         return context[-keep:], rest
 
-    def _score(self, contexts: list[list[int]], rests: list[list[int]]) -> Scored:
+    def _score(self, contexts: list[list[int]], rests: list[list[int]]) -> LogLikelihoods:
         model, params = self.loaded.model, self.loaded.params
         if self.dense:
             return score_dense(model, params, contexts, rests)

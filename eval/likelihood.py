@@ -130,7 +130,7 @@ def _row_batches(
 
 
 @dataclass(frozen=True)
-class Scored:
+class LogLikelihoods:
     """Log-likelihoods of a batch of continuations.
 
     Attributes:
@@ -152,7 +152,7 @@ def score_compressed(
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     policy: Policy,
-) -> Scored:
+) -> LogLikelihoods:
     """Log-likelihoods of continuations of different lengths after contexts that are compressed.
 
     The last token of each context is fed after the compression, so every token of a continuation
@@ -183,7 +183,7 @@ def score_compressed(
         total, greedy = total + more, greedy & right
     full = full_cache_bytes(model, params, (len(reads), bucket), room)
     sums = _checked(np.asarray(total), model, params, contexts, continuations)
-    return Scored(sums, np.asarray(greedy), held, full)
+    return LogLikelihoods(sums, np.asarray(greedy), held, full)
 
 
 def score_dense(
@@ -191,7 +191,7 @@ def score_dense(
     params: Any,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
-) -> Scored:
+) -> LogLikelihoods:
     """As `score_compressed`, in one forward pass without a cache."""
     rows = [[*a, *b] for a, b in zip(contexts, continuations, strict=True)]
     # One more slot than the context: the last token is only predicted.
@@ -206,7 +206,7 @@ def score_dense(
     total, greedy = _hidden_sums(model.config, output_weights(model, params), x, wanted)
     full = full_cache_bytes(model, params, (len(rows), bucket), 0)
     sums = _checked(np.asarray(total), model, params, contexts, continuations)
-    return Scored(sums, np.asarray(greedy), full, full)
+    return LogLikelihoods(sums, np.asarray(greedy), full, full)
 
 
 def check_feedable(policy: Policy) -> None:

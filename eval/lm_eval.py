@@ -95,7 +95,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     import kvjax
     from eval.harness_model import CompressedLM
     from eval.results import environment, facts
-    from eval.run import Loaded, resolve_all
+    from eval.run import LoadedModel, resolve_all
     from kvjax.mesh import named_mesh
 
     start = time.monotonic()
@@ -108,7 +108,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     requested = _requested(manager, command.tasks)
     tokenizer = kvjax.load_tokenizer(command.model)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
-    loaded = Loaded(command.model, model, params, tokenizer)
+    loaded = LoadedModel(command.model, model, params, tokenizer)
     policies = resolve_all(names, loaded.model)
     request |= facts(model, params, policies)
     check_folder(command.out, request)

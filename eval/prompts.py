@@ -163,7 +163,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """At most `shape.batch` prompts of one shape and one form, which are read together.
 
     Attributes:
@@ -188,7 +188,7 @@ class Batch:
 
 def make_batches(
     prompts: Sequence[Prompt], items: Sequence[Item], batch_size: int, seed: int = 0
-) -> list[Batch]:
+) -> list[PromptBatch]:
     """Batches of one bucket, longest answer and form (raw or chat), the largest bucket first.
 
     Batches do not depend on which prompts are answered already. A bucket with fewer prompts than
@@ -206,18 +206,18 @@ def make_batches(
         new = items[prompt.index].max_new_tokens
         key = bucket_length(len(prompt.ids)), new, prompt.chat
         by_shape.setdefault(key, []).append(prompt)
-    batches: list[Batch] = []
+    batches: list[PromptBatch] = []
     for (bucket, new, _), members in sorted(by_shape.items(), reverse=True):
         size = min(batch_size, len(members))
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
             # Every batch has a seed, so an interrupted run draws what an uninterrupted run draws.
             drawn = np.random.SeedSequence([seed, len(batches)]).generate_state(1)
-            batches.append(Batch(Shape(bucket, new, size), part, int(drawn[0] >> 1)))
+            batches.append(PromptBatch(Shape(bucket, new, size), part, int(drawn[0] >> 1)))
     return batches
 
 
-def shapes(batches: Iterable[Batch]) -> dict[Shape, list[Prompt]]:
+def shapes(batches: Iterable[PromptBatch]) -> dict[Shape, list[Prompt]]:
     """The prompts of each shape."""
     found: dict[Shape, list[Prompt]] = {}
     for batch in batches:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from eval import likelihood, results
 from eval.predictions import RESULTS, Prediction, RunFolder, write_json
-from eval.prompts import Batch, Prompt, Shape, encode, make_batches, shapes
+from eval.prompts import Prompt, PromptBatch, Shape, encode, make_batches, shapes
 from eval.results import environment, facts
 from eval.task import Settings, Task, check_form
 from kvjax import processes
@@ -38,7 +38,7 @@ from kvjax.text import added_text
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model with its parameters and tokenizer.
 
     Attributes:
@@ -63,7 +63,7 @@ def resolve_all(names: Sequence[str], model: Transformer) -> dict[str, Policy]:
 
 
 def evaluate(
-    loaded: Loaded,
+    loaded: LoadedModel,
     task: Task,
     settings: Settings,
     out: Path,
@@ -152,7 +152,7 @@ def check_ids(task: Task) -> None:
 
 
 def request(
-    loaded: Loaded,
+    loaded: LoadedModel,
     task: Task,
     settings: Settings,
     options: dict[str, Any],
@@ -193,7 +193,7 @@ def form(prompts: Sequence[Prompt], task: Task) -> str:
 
 
 def _decode(
-    loaded: Loaded,
+    loaded: LoadedModel,
     task: Task,
     settings: Settings,
     policies: Mapping[str, Policy],
@@ -228,16 +228,16 @@ def _decode(
     return {shape: len(members) for shape, members in shapes(batches).items()}
 
 
-def _missing(task: Task, batch: Batch, policy: str, folder: RunFolder) -> list[Prompt]:
+def _missing(task: Task, batch: PromptBatch, policy: str, folder: RunFolder) -> list[Prompt]:
     """The prompts of a batch that have no prediction under the policy."""
     return [p for p in batch.prompts if (policy, task.items[p.index].id) not in folder.done]
 
 
 def _answer_batch(
-    loaded: Loaded,
+    loaded: LoadedModel,
     settings: Settings,
     policies: Mapping[str, Policy],
-    batch: Batch,
+    batch: PromptBatch,
     eos: tuple[int, ...],
     judge: Callable[[str, Generation], None],
     finished: Callable[[], None],
@@ -265,9 +265,9 @@ def _answer_batch(
 
 
 def _judge_batch(
-    loaded: Loaded,
+    loaded: LoadedModel,
     task: Task,
-    batch: Batch,
+    batch: PromptBatch,
     missing: Mapping[str, Sequence[Prompt]],
     folder: RunFolder,
     policy: str,
@@ -294,7 +294,7 @@ def until_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def _teacher_force(
-    loaded: Loaded,
+    loaded: LoadedModel,
     task: Task,
     settings: Settings,
     policies: Mapping[str, Policy],
@@ -354,7 +354,7 @@ def _prediction(
 
 
 def _row(
-    loaded: Loaded,
+    loaded: LoadedModel,
     task: Task,
     name: str,
     policy: Policy,

@@ -5,7 +5,7 @@ import pytest
 
 import kvjax
 from eval.predictions import PREDICTIONS, read
-from eval.run import Loaded, evaluate
+from eval.run import LoadedModel, evaluate
 from eval.task import TASKS, Settings, TaskOptions, load_task
 
 POLICIES = ("snapkv:kv_size=16", "full", "streaming:kv_size=16")
@@ -14,7 +14,7 @@ POLICIES = ("snapkv:kv_size=16", "full", "streaming:kv_size=16")
 @pytest.fixture(scope="module")
 def builtin():
     model, params = kvjax.load("builtin:needle", dtype="float32")
-    return Loaded("builtin:needle", model, params, kvjax.load_tokenizer("builtin:needle"))
+    return LoadedModel("builtin:needle", model, params, kvjax.load_tokenizer("builtin:needle"))
 
 
 def options(**changes):

@@ -95,10 +95,10 @@ def test_agrees_with_transformers(checkpoint, tasks):
     import kvjax
     from eval.harness_model import CompressedLM
     from eval.lm_eval import task_manager
-    from eval.run import Loaded
+    from eval.run import LoadedModel
 
     tokenizer = kvjax.load_tokenizer(checkpoint)
-    loaded = Loaded("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
+    loaded = LoadedModel("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
     full = resolve_all(["full"], loaded.model)["full"]
 
     def answers(model):
@@ -158,10 +158,10 @@ def test_answers_end_at_stops(checkpoint):
     imported()
     import kvjax
     from eval.harness_model import CompressedLM
-    from eval.run import Loaded
+    from eval.run import LoadedModel
 
     tokenizer = kvjax.load_tokenizer(checkpoint)
-    loaded = Loaded("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
+    loaded = LoadedModel("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
     policies = resolve_all(["snapkv:kv_size=12", "snapkv:kv_size=12,every=4"], loaded.model)
     small, bounded = policies.values()
     model = CompressedLM(loaded, small, batch_size=2)
@@ -181,11 +181,11 @@ def test_answers_end_at_stops(checkpoint):
 def test_answers_follow_their_prompts(checkpoint, monkeypatch):
     imported()
     from eval import harness_model
-    from eval.run import Loaded
+    from eval.run import LoadedModel
     from kvjax.generation import Generation
 
     tokenizer = sentencepiece(end=True, chat_template=CHAT)
-    loaded = Loaded("toy", eval_toys.loaded().model, eval_toys.loaded().params, tokenizer)
+    loaded = LoadedModel("toy", eval_toys.loaded().model, eval_toys.loaded().params, tokenizer)
     policy = resolve_all(["full"], loaded.model)["full"]
     model = harness_model.CompressedLM(loaded, policy, batch_size=2)
     assert (

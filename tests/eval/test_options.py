@@ -174,7 +174,7 @@ def test_more_examples_than_there_are(folder):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_recipes_ask_for_nothing_without_effect(path, tmp_path):
+def test_shipped_suites_ask_for_nothing_without_effect(path, tmp_path):
     others = {"latency": latency, "perplexity": perplexity, "lm-eval": lm_eval}
     for run in read(path).runs:
         found = run.build(Path("out"), tmp_path)

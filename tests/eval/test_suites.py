@@ -48,8 +48,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_fit_the_commands(path):
-    recipe = read(path)
-    for run in recipe.runs:
+    suite = read(path)
+    for run in suite.runs:
         assert parse_policies(run.policies)
         assert len(set(run.policies)) == len(run.policies)
         command = run.build(Path("out"), Path("data"))
