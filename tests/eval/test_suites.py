@@ -160,3 +160,33 @@ def test_unknown_policies_and_names(toy):
         parse_policies(["snapkw:kv_size=9"])
     with pytest.raises(ValueError, match="no run nothing"):
         main([str(toy), "--only", "nothing", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("new_tokens: 2.5", "new_tokens is 2.5, expected a whole number"),
+        ("new_tokens: many", "new_tokens is 'many', expected a whole number"),
+        ("new_tokens: true", "new_tokens is True, expected a whole number"),
+        ("contexts: [64, x]", "contexts is [64, 'x'], expected a whole number, or a list of these"),
+        ("dtype: float8", "dtype is 'float8', expected one of float32, bfloat16, float16"),
+        ("mesh: [a]", "mesh is ['a'], expected text, or null"),
+    ],
+)
+def test_values_of_another_type(toy, option, said):
+    toy.write_text(TOY.replace("repeats: 1", option))
+    with pytest.raises(ValueError, match=re.escape(f"{toy}, run 2, speed: latency: {said}")):
+        read(toy).runs[1].build(None)
+
+
+def test_values_that_the_command_line_takes_too(toy):
+    toy.write_text(
+        TOY.replace("contexts: [64, 96], new_tokens: 4", 'contexts: 64, new_tokens: "4"')
+    )
+    command = read(toy).runs[1].build(None)
+    assert (command.contexts, command.new_tokens, command.repeats) == ((64,), 4, 1)
+    toy.write_text(
+        TOY.replace("command: latency", "command: perplexity").replace("contexts", "text")
+    )
+    with pytest.raises(ValueError, match="perplexity has no option new_tokens"):
+        read(toy).runs[1].build(None)
