@@ -1,4 +1,4 @@
-"""`python -m eval`: what a model still knows when its cache is compressed, and what it costs."""
+"""`python -m eval`: scores of a model whose cache is compressed, and the cost of the cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COMMANDS = {
     "latency": ("eval.latency", "main"),
     "lm-eval": ("eval.lm_eval", "main"),
     "report": ("eval.report.command", "report"),
-    "run": ("eval.recipes", "main"),
+    "run": ("eval.suites", "main"),
 }
-"""Commands beside the tasks: where they are. `main` takes the arguments, others are for tyro."""
+"""Commands beside the tasks: module and function. `main` takes argv, tyro calls the others."""
 
 SHARED = ("run",)
-"""Commands that several processes share, as they do tasks; the others process 0 runs alone."""
+"""Commands that several processes share, as they share tasks. Process 0 runs the others alone."""
 
 HELP = """usage: python -m eval COMMAND [OPTIONS]
 
@@ -28,7 +28,7 @@ commands:  perplexity  of a text, dense, in a sliding window, or from a compress
            latency     time and cache bytes against context and batch
            lm-eval     lm-evaluation-harness through the compressed cache
            report      tables and pictures of finished runs
-           run         CONFIG.yaml: several of these
+           run         FILE.yaml: a suite, several of these
 
 --distributed auto|HOST:PORT,PROCESSES,INDEX (or KVJAX_DISTRIBUTED): one of several processes, which
 share the items of each task
@@ -37,14 +37,15 @@ share the items of each task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; bad input is one line on standard error and exit code 2."""
+    """Entry point. Bad input ends in one line on standard error and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    from eval.registry import TASKS
+    from eval.task import TASKS
     from kvjax import compilation_cache, processes
 
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP.format(tasks=", ".join(TASKS), cache=compilation_cache.HELP))
         sys.exit(0 if argv else 2)
+    # These two options belong to every command, so they are taken before a command's parser runs.
     try:
         folder, argv = compilation_cache.take_flag(argv)
         distributed, argv = processes.take_flag(argv)
@@ -65,6 +66,7 @@ def dispatch(name: str, argv: list[str]) -> None:
     if name in COMMANDS:
         module, function = COMMANDS[name]
         command = getattr(importlib.import_module(module), function)
+        # Two processes would measure the same and write the same files.
         if name not in SHARED and not processes.is_writer():
             return
         if function == "main":
@@ -72,18 +74,19 @@ def dispatch(name: str, argv: list[str]) -> None:
         else:
             tyro.cli(command, prog=f"python -m eval {name}", args=argv)
         return
-    from eval.registry import TASKS
+    from eval.task import TASKS
 
     if name not in TASKS:
         known = ", ".join([*TASKS, *COMMANDS])
         raise ValueError(f"no task or command {name!r}, expected one of {known}")
+    # Imported late: a wrong name is answered without loading a model's code.
     from eval.command import run_task
 
     run_task(name, argv)
 
 
 def fail(message: str) -> None:
-    """One line, and exit code 2."""
+    """Prints one line and ends all processes with exit code 2."""
     from kvjax import processes
 
     print(f"eval: error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checks of numbers and texts that people and files give: each error says got and expected."""
+"""Checks of values that people and files give; each error says got and expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ MOST = 5  # problems that one error names
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value should be: a name for errors, and whether a value is of the kind."""
+    """A kind of value: its name for errors, and a test whether a value is of the kind.
+
+    `a | b` is the kind of values that fit either.
+    """
 
     name: str
     fits: Callable[[Any], bool]
@@ -31,17 +34,18 @@ OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 
 
 def whole(least: int) -> Kind:
-    """Whole numbers from `least` on."""
+    """Whole numbers that are at least `least`; bools are not numbers."""
     return Kind(
         f"≥ {least}, a whole number",
         lambda value: (
+            # isinstance(True, int) holds in Python, so bools are excluded by name.
             isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
         ),
     )
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Kind:
-    """Finite numbers within bounds."""
+    """Finite numbers from `least` to `most`; bools are not numbers."""
     bounds = [f"≥ {least:g}"] * (least > -math.inf) + [f"≤ {most:g}"] * (most < math.inf)
     return Kind(
         " and ".join(bounds) or "a finite number",
@@ -57,6 +61,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 def _as_float(value: Any) -> float:
     try:
         return float(value)
+    # A whole number beyond float's range counts as infinite, which is out of bounds.
     except OverflowError:
         return math.inf
 
@@ -64,10 +69,11 @@ def _as_float(value: Any) -> float:
 def problems(
     values: Any, kinds: Mapping[str, Kind], at: str = "", optional: Mapping[str, Kind] | None = None
 ) -> Iterator[str]:
-    """A text for each value that is missing or of another kind.
+    """One text for each value that is missing or of another kind.
 
     Args:
-        at: stands before the values' names, e.g. "all.".
+        values: expected to be a mapping from names to values.
+        at: text before the values' names, e.g. "all.".
         optional: kinds of values that may be missing.
     """
     if not isinstance(values, Mapping):
@@ -82,16 +88,16 @@ def problems(
 
 
 def shown(value: Any) -> str:
-    """The value in an error: one line, not longer than 60 characters."""
+    """The value as one line of at most 60 characters, for an error."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def refuse(found: Sequence[str], where: str = "", hint: str = "") -> None:
-    """Raises ValueError that names the problems, if there are some.
+    """Raises ValueError that names the first problems, if there are any.
 
     Args:
-        where, hint: stand before and after them.
+        where, hint: text before and after the problems.
     """
     if found:
         more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
@@ -99,6 +105,6 @@ def refuse(found: Sequence[str], where: str = "", hint: str = "") -> None:
 
 
 def check(kinds: Mapping[str, Kind], **values: Any) -> None:
-    """Raises ValueError where a value is of another kind; None is a value that was not given."""
+    """Raises ValueError where a value is of another kind; None means that it was not given."""
     given = {name: value for name, value in values.items() if value is not None}
     refuse(list(problems(given, {name: kinds[name] for name in given})))

@@ -1,4 +1,7 @@
-"""`python -m eval TASK`: from the command line to a run, and its result on one page."""
+"""`python -m eval TASK`: from the command line to a run, and its result as a table.
+
+The measurements (perplexity, latency, lm-eval) share the types of options and the tables.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +39,16 @@ MeshText = Annotated[
 class TaskCommand:
     """Runs a task and writes its folder: config.json, predictions.jsonl, results.json.
 
-    The same command goes on with a run that was interrupted. An option that the task would ignore
-    is an error.
+    Repeating the command continues an interrupted run. An option that the task would ignore is an
+    error.
 
     Attributes:
         out: folder of the run.
         data_dir: folder with the task's files.
-        limit: the first so many items of each subset.
+        limit: number of items of each subset, from its start.
         lengths: prompt lengths in tokens, for tasks that make their prompts.
-        count: prompts of each length and depth, for the same; 20 otherwise.
-        subsets: of those that have some; all otherwise.
+        count: prompts of each length and depth, for tasks that make their prompts; 20 by default.
+        subsets: the task's subsets to run; all by default.
         shots: examples in the prompt, where the task has a choice.
         seed: of generated prompts and of sampled answers.
         protocol: teacher: feed the right answer through the compressed cache; after: the same, with
@@ -53,10 +56,10 @@ class TaskCommand:
         chat: prompts inside the tokenizer's chat template.
         max_length: tokens of prompt and answer, where it is less than the model's context.
         max_new_tokens: longest answer, where it is less than the task's.
-        truncate: cut long prompts in another way than the task's: their middle, or their start.
-        unsafe_execution: run programs that a model wrote without a sandbox, if there is none.
-        dry_run: print items, prompt tokens, shapes and cache bytes, and stop. They are those of
-            one device, whatever --mesh says.
+        truncate: remove the middle or the start of long prompts, instead of the task's own rule.
+        unsafe_execution: run programs that a model wrote even where no sandbox is available.
+        dry_run: print items, prompt tokens, shapes and cache bytes, and stop. Bytes are those of a
+            single device, even with --mesh.
     """
 
     model: Model
@@ -93,51 +96,61 @@ TASK_FIELDS = ("data_dir", "limit", "lengths", "count", "subsets", "shots", "see
 
 
 def run_task(name: str, argv: Sequence[str]) -> None:
-    """The command of the task `name` with these arguments."""
-    from eval.registry import TASKS
-    from kvjax import processes
+    """Parses the arguments of the task `name` and runs it."""
+    from eval.task import TASKS
 
     if name not in TASKS:
         raise ValueError(f"no task or command {name!r}, expected one of {', '.join(TASKS)}")
     command = tyro.cli(TaskCommand, prog=f"python -m eval {name}", args=list(argv))
-    report = execute(name, command, [name, *argv])
+    run_command(name, command, [name, *argv])
+
+
+def run_command(name: str, command: TaskCommand, argv: Sequence[str]) -> None:
+    """Runs the task or previews it, prints the result, and writes it where it was asked for.
+
+    Args:
+        argv: arguments of `python -m eval`, for results.json.
+    """
+    from kvjax import processes
+
+    report = execute(name, command, argv)
     if not processes.is_writer():
         return
-    (_print_plan if command.dry_run else print_report)(report)
+    (_print_dry_run if command.dry_run else print_report)(report)
     write_json(command.json_file, report)
 
 
 def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, Any]:
-    """Runs the task, or plans it.
+    """Runs the task and returns results.json's content, or that of `dry_run`.
 
     Args:
         argv: for results.json.
 
     Raises:
-        ValueError: see `check_arguments` and `eval.run.evaluate`.
+        ValueError: see `check_arguments`, `checked` and `eval.run.evaluate`.
     """
-    from eval.dry_run import dry_run
-    from eval.loaded import Loaded
-    from eval.registry import load_task
-    from eval.run import evaluate
+    from eval.run import LoadedModel, evaluate
+    from eval.task import load_task
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
 
+    # Everything that can be refused without the model comes first.
     check_arguments(command)
     _pairs(command.settings)
     if command.out is None and not command.dry_run:
         raise ValueError("give --out FOLDER for the run, or --dry-run")
     settings, read = checked(name, command)
+    # The model's configuration is enough to make prompts; weights are loaded only for a real run.
     model = read_model(command.model)
     tokenizer = load_tokenizer(command.model)
     task = adapted(load_task(name, task_options(command, tokenizer)), command)
     if command.dry_run:
         return dry_run(model, tokenizer, task, settings, command.dtype)
     assert command.out is not None
-    loaded = Loaded(
+    loaded = LoadedModel(
         command.model, *load(command.model, command.dtype, named_mesh(command.mesh)), tokenizer
     )
-    # Not data_dir: the items' checksum says what was in it, wherever it lies.
+    # config.json leaves data_dir out: the checksum of the items tells what the folder held.
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
     described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
@@ -145,11 +158,11 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
 
 
 def check_arguments(command: Any) -> None:
-    """What a command can refuse before it reads a model.
+    """Checks paths and policies, before a model is read.
 
     Raises:
-        ValueError: a path that is a URL, or a policy that does not exist or whose score file
-            cannot be read.
+        ValueError: a path that is a URL, a policy that does not exist, or a score file that cannot
+            be read.
     """
 
     check_local(command)
@@ -158,28 +171,29 @@ def check_arguments(command: Any) -> None:
 
 
 def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
-    """The command's `Settings`, and the names of the options that the task reads.
+    """The command's `eval.task.Settings`, and the names of the options that the task reads.
 
     Raises:
         ValueError: settings that do not fit each other, or an option without an effect.
     """
-    from eval import reads
-    from eval.registry import reads as reads_of
-    from eval.settings import Settings
+    from eval.task import Settings, check_options, reads_of
 
+    # TaskCommand has a field for each setting, except that it calls policies `policy`.
     names = {field.name for field in dataclasses.fields(Settings)} - {"policies"}
     settings = Settings(
         policies=command.policy or ("full",), **{n: getattr(command, n) for n in names}
     )
     options = task_options(command, None)
     read = reads_of(name, options)
-    reads.check(name, options, read)
+    check_options(name, options, read)
+    # Fed answers are judged token by token, so settings of the score have no effect.
     if settings.protocol != "generate":
         idle = [key for key in options.settings if key in read.scoring]
         if idle:
             raise ValueError(
                 f"--set {idle[0]} is for decoded answers, expected --protocol generate with it"
             )
+    # Greedy answers draw no random numbers.
     if not settings.temperature:
         if settings.seed and "seed" not in read.options:
             raise ValueError(
@@ -196,7 +210,8 @@ def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:
 
 
 def adapted(task: Any, command: TaskCommand) -> Any:
-    """The task with shorter answers, or prompts cut otherwise, where that was asked for."""
+    """The task with the command's --max-new-tokens and --truncate."""
+    # The task's own rule and lengths stay where the command says nothing.
     if command.truncate is not None:
         task = dataclasses.replace(task, truncate=command.truncate)
     most = command.max_new_tokens
@@ -212,7 +227,7 @@ def adapted(task: Any, command: TaskCommand) -> Any:
 
 
 def task_options(command: TaskCommand, tokenizer: Any) -> Any:
-    """What the command says about the task, as `eval.task.TaskOptions`."""
+    """The command's options of the task, as `eval.task.TaskOptions`."""
     from eval.task import TaskOptions
 
     settings = dict(_pairs(command.settings))
@@ -225,6 +240,7 @@ def task_options(command: TaskCommand, tokenizer: Any) -> Any:
 
 
 def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and values of --set; raises ValueError for other texts, repeated keys and URLs."""
     pairs = [setting.partition("=") for setting in settings]
     for place, (key, equals, value) in enumerate(pairs):
         if not key or not equals:
@@ -235,11 +251,65 @@ def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
     return [(key, value) for key, _, value in pairs]
 
 
+def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) -> dict[str, Any]:
+    """The work of a run without its weights: items, prompt tokens and cache bytes by bucket.
+
+    Args:
+        dtype: dtype of the parameters in the real run.
+
+    Returns:
+        task, items, shapes (to compile for), buckets: [{bucket, max_new_tokens, batch, items,
+        prompt_tokens, truncated, full_cache_bytes, gqa_cache_bytes, cache_bytes: {policy: bytes}}].
+        Bytes are those of one sequence with room for its answer.
+
+    Raises:
+        ValueError: as `eval.run.evaluate`.
+    """
+    from eval import results
+    from eval.prompts import encode, make_batches, shapes
+    from eval.run import check_ids, resolve_all
+    from eval.task import check_form
+
+    # The checks of `evaluate`, so that a command that would fail fails here too.
+    check_ids(task)
+    check_form(task, settings.chat)
+    policies = resolve_all(settings.policies, model)
+    prompts = encode(task, tokenizer, model.config, settings.chat, settings.max_length)
+    batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
+    # Shapes are the ones that `evaluate` would compile, because batches are made the same way.
+    buckets = []
+    for shape, members in shapes(batches).items():
+        lengths = [len(prompt.ids) for prompt in members]
+        buckets.append(
+            {
+                "bucket": shape.bucket,
+                "max_new_tokens": shape.max_new_tokens,
+                "batch": shape.batch,
+                "items": len(members),
+                "prompt_tokens": {"least": min(lengths), "most": max(lengths)},
+                "truncated": sum(prompt.truncated for prompt in members),
+                "full_cache_bytes": results.uncompressed_bytes(model, dtype, shape),
+                "gqa_cache_bytes": results.gqa_bytes(model, dtype, shape),
+                "cache_bytes": {
+                    name: results.policy_bytes(model, dtype, policy, shape)
+                    for name, policy in policies.items()
+                },
+            }
+        )
+    return {
+        "task": task.name,
+        "items": len(task.items),
+        "shapes": len({(row["bucket"], row["batch"]) for row in buckets}),
+        "buckets": buckets,
+    }
+
+
 def print_report(report: dict[str, Any]) -> None:
-    """A line a policy, and a line a group where there are a few."""
+    """A table with one line for each policy, and one for each group where there are at most 24."""
     title = f"{report['task']}, {report['model']}: {report['metric']}"
     table = Table("policy", report["metric"], "items", "cache, KiB", "of full", title=title)
     for row in report["policies"]:
+        # Bytes and share are means over the items, so groups have none.
         share = row["cache_bytes"] / row["full_cache_bytes"]
         size = f"{row['cache_bytes'] / 1024:.0f}"
         table.add_row(row["policy"], _score(row["all"]), str(report["items"]), size, f"{share:.1%}")
@@ -253,7 +323,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
-    """One line a row, the first row's keys as the header."""
+    """A table with one line for each row and the first row's keys as its header."""
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
@@ -261,13 +331,13 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
 
 
 def write_json(path: Path | None, result: Any) -> None:
-    """Writes the result where one was asked for."""
+    """Writes the result as JSON; None: nothing is written."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _print_plan(plan: dict[str, Any]) -> None:
+def _print_dry_run(found: dict[str, Any]) -> None:
     rows = [
         {
             "bucket": row["bucket"],
@@ -279,9 +349,9 @@ def _print_plan(plan: dict[str, Any]) -> None:
             "full, KiB": f"{row['full_cache_bytes'] / 1024:.0f}",
             **{name: f"{held / 1024:.0f}" for name, held in row["cache_bytes"].items()},
         }
-        for row in plan["buckets"]
+        for row in found["buckets"]
     ]
-    print_rows(rows, f"{plan['task']}: {plan['items']} items, {plan['shapes']} shapes")
+    print_rows(rows, f"{found['task']}: {found['items']} items, {found['shapes']} shapes")
 
 
 def _score(part: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness (0.4.13) wants it: text in, log-likelihoods and text out."""
+"""A model for lm-evaluation-harness (0.4.13): text in, log-likelihoods and text out."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from eval import continuations
-from eval.decoding import until_stop
-from eval.loaded import Loaded
-from eval.progress import progress_bar
+from eval.likelihood import LogLikelihoods, check_feedable, score_compressed, score_dense
+from eval.run import LoadedModel, progress_bar, until_stop
 from kvjax.generation import generate
 from kvjax.policies.policy import Full, Policy
 from kvjax.text import added_text, end_ids, prompt_ids
 
 NEW_TOKENS = 256
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Settings of tasks that all mean the longest answer."""
+"""Names that tasks use for the length of the longest answer."""
 
 
 class CompressedLM(TemplateLM):
-    """Scores and writes from caches that a policy has compressed."""
+    """Scores continuations and writes answers from caches that a policy has compressed."""
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         policy: Policy,
         dense: bool = False,
         batch_size: int = 8,
@@ -38,9 +36,9 @@ class CompressedLM(TemplateLM):
     ):
         """
         Args:
-            dense: log-likelihoods by one forward pass without a cache.
-            max_length: of context and continuation, where less than the model's context.
-            chat: whether the harness puts prompts inside the chat template: the end of a turn then
+            dense: take log-likelihoods from one forward pass without a cache.
+            max_length: tokens of context and continuation, where less than the model's context.
+            chat: whether the harness puts prompts inside the chat template. The end of a turn then
                 ends an answer too.
 
         Raises:
@@ -48,7 +46,7 @@ class CompressedLM(TemplateLM):
                 below 1.
         """
         super().__init__()
-        continuations.check_feedable(policy)
+        check_feedable(policy)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
         self.loaded, self.policy, self.dense = loaded, policy, dense
@@ -65,19 +63,19 @@ class CompressedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: BOS, or EOS where there is none."""
+        """The context of a text without one: BOS, or EOS where the tokenizer has no BOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
+        """The key of the harness's caches of requests."""
         return self.loaded.name.replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text; where nothing is said about special tokens, BOS comes first, once."""
+        """Ids of a text. By default exactly one BOS comes first."""
         if add_special_tokens is None:
             return prompt_ids(self.tokenizer, string)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -85,7 +83,7 @@ class CompressedLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt of a conversation; one that ends with the model's turn goes on in it."""
+        """The prompt of a conversation. If the model's turn is last, the answer continues it."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -96,11 +94,12 @@ class CompressedLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows.
+        """Log-likelihoods of whole texts, in windows.
 
-        Under a policy that compresses, every window but a text's first has half of itself as a
-        context, which is compressed; otherwise as little as the harness's own models have.
+        Under a policy that compresses, half of every window except a text's first is a context,
+        which is compressed. Without one the context is a single token, as in the harness's models.
         """
+        # A compressing policy needs something to compress; the harness's own default is one token.
         context = 1 if self.policy == Full() else max(self.max_length // 2, 1)
         windows, owners = [], []
         for index, request in enumerate(requests):
@@ -111,6 +110,7 @@ class CompressedLM(TemplateLM):
                 context_len=context,
             ):
                 windows.append((("", ""), *make_disjoint_window(pair)))
+                # A text has several windows; `owners` tells which text a window adds to.
                 owners.append(index)
         totals = [0.0] * len(requests)
         for index, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -123,11 +123,13 @@ class CompressedLM(TemplateLM):
         """Log-likelihood of each continuation, and whether greedy decoding writes it."""
         found: dict[int, tuple[float, bool]] = {}
         pairs = [self._cut(context, rest) for _, context, rest in requests]
+        # Longest first: batches hold similar lengths, and a lack of memory shows at the start.
         order = sorted(range(len(pairs)), key=lambda i: [len(part) for part in pairs[i]])[::-1]
         with progress_bar() as progress:
             bar = progress.add_task("log-likelihoods", total=len(order), items="")
             for start in range(0, len(order), self.batch_size):
                 members = order[start : start + self.batch_size]
+                # The last batch is filled with its first row, so every batch has one shape.
                 filled = members + members[:1] * (self.batch_size - len(members))
                 scored = self._score([pairs[i][0] for i in filled], [pairs[i][1] for i in filled])
                 for row, index in enumerate(members):
@@ -147,6 +149,7 @@ class CompressedLM(TemplateLM):
             bar = progress.add_task("answers", total=len(requests), items="")
             for settings, members in _grouped(requests):
                 stops, new, sampling = _read(settings)
+                # The prompt is cut from the left, so that the longest answer fits behind it.
                 room = self.max_length - new
                 if room < 1:
                     raise ValueError(
@@ -180,23 +183,23 @@ class CompressedLM(TemplateLM):
         return {"cache_bytes": self._held / rows, "full_cache_bytes": self._full / rows}
 
     def _cut(self, context: list[int], rest: list[int]) -> tuple[list[int], list[int]]:
-        """What fits: the last `max_length` tokens before the last one, a context among them."""
+        """Cuts a context from the left so that both fit; the last token is never read."""
         rest = rest[-self.max_length :]
         keep = self.max_length + 1 - len(rest)
         return context[-keep:], rest
 
-    def _score(self, contexts: list[list[int]], rests: list[list[int]]) -> continuations.Scored:
+    def _score(self, contexts: list[list[int]], rests: list[list[int]]) -> LogLikelihoods:
         model, params = self.loaded.model, self.loaded.params
         if self.dense:
-            return continuations.dense(model, params, contexts, rests)
-        return continuations.compressed(model, params, contexts, rests, self.policy)
+            return score_dense(model, params, contexts, rests)
+        return score_compressed(model, params, contexts, rests, self.policy)
 
     def _count(self, held: int, full: int, rows: int) -> None:
         self._held, self._full, self._rows = self._held + held, self._full + full, self._rows + rows
 
 
 def _grouped(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Settings, and the indices of the requests that have them."""
+    """Groups requests with equal settings: the settings, and the requests' indices."""
     groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
     for index, request in enumerate(requests):
         settings = request.args[1]
@@ -205,14 +208,15 @@ def _grouped(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
 
 
 def _read(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-    """Stops, the longest answer, and settings of the sampling.
+    """Stops, the length of the longest answer, and the settings of sampling.
 
     Raises:
-        ValueError: a setting that is not known here.
+        ValueError: a setting that this model does not know.
     """
     rest = dict(settings)
     until = rest.pop("until", None) or []
     lengths = [value for value in (rest.pop(name, None) for name in NAMES) if value is not None]
+    # Tasks may give sampling settings and switch sampling off; then they have no effect.
     sampled = rest.pop("do_sample", bool(rest.get("temperature")))
     sampling = {k: rest.pop(k) for k in ("temperature", "top_p", "top_k") if k in rest}
     if rest:

@@ -1,4 +1,4 @@
-"""Results of lm-evaluation-harness (0.4.13) as an entry of "policies": a score a requested task."""
+"""Results of lm-evaluation-harness (0.4.13) as an entry of "policies" in results.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from numbers import Real
 from typing import Any
 
 PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
-"""Metrics that stand for a task in the mean, the first that it has."""
+"""The first of these metrics that a task has represents the task in the mean."""
 
 LOW = ("perplexity", "bits_per_byte", "brier", "ter", "wer", "loss", "mse")
-"""Parts of the names of metrics that are better low, where the harness does not say."""
+"""Parts of names of metrics that are better low, for metrics of which the harness does not say."""
 
 NO_METRIC = ("sample_len", "bypass")
 
@@ -22,8 +22,8 @@ class Part:
     """The score of one requested name.
 
     Attributes:
-        label: the name, and what the score is.
-        high: whether more is better.
+        label: the name and the metric.
+        high: whether a higher score is better.
     """
 
     label: str
@@ -41,22 +41,23 @@ def scores(
     """The harness's results as an entry of "policies".
 
     Each requested task, group or tag has one score, however many tasks are below it. A group's
-    is the harness's own aggregate. A group without one, or a tag, has the plain mean of its
-    members, and its label says so.
+    score is the harness's own aggregate. A group without an aggregate, and a tag, has the plain
+    mean of its members, and its label says so.
 
     Args:
-        found: what `lm_eval.simple_evaluate` returns.
-        requested: names, and the tasks of those that are tags, which the results do not name; None:
-            whatever is in no group.
+        found: the result of `lm_eval.simple_evaluate`.
+        requested: names, each with its tasks where it is a tag, because the results do not name
+            tags; None: all tasks and groups that are in no group.
 
     Returns:
-        all: the mean over the requested names; scores that are better low, or no shares from 0 to
-        1, are left out of it and named under "not in the mean". groups: the score of each name.
-        summary: every number of every task and group.
+        all: the mean over the requested names. Scores that are better low, or are not shares from
+        0 to 1, are left out of the mean and named under "not in the mean".
+        groups: the score of each name. summary: every number of every task and group.
 
     Raises:
         ValueError: no scores at all.
     """
+    # Members of a group are part of its score, so they are not requested again.
     inner = {child for children in found.get("group_subtasks", {}).values() for child in children}
     requested = requested or [name for name in found["results"] if name not in inner]
     names = requested if isinstance(requested, Mapping) else dict.fromkeys(requested, ())
@@ -66,6 +67,7 @@ def scores(
     if not known:
         raise ValueError("lm-evaluation-harness gave no scores for these tasks")
     used = _comparable(known)
+    # Whatever the mean leaves out is named, so that nobody takes it for part of the mean.
     apart = [part.label for part in known if part not in used]
     apart += [f"{name} (no score)" for name, part in zip(names, parts, strict=True) if not part]
     mean = _mean("all", used)
@@ -95,13 +97,14 @@ class _Results:
         """The score of a task, group or tag; None where there is none."""
         values = self._values(name)
         metrics = [key for key in values if "_stderr" not in key]
-        # The sort is stable: of several filters of a metric the task's first one counts.
+        # The sort is stable, so the task's first filter counts where a metric has several.
         order = {metric: place for place, metric in enumerate(PRIMARY)}
         metrics.sort(key=lambda key: order.get(key.partition(",")[0], len(order)))
         if not metrics:
             members = [self.part(member) for member in self._members(name)]
             known = [part for part in members if part is not None]
             return _mean(name, _comparable(known)) if known else None
+        # A key of the harness is METRIC,FILTER; the standard error's is METRIC_stderr,FILTER.
         metric, comma, filtered = metrics[0].partition(",")
         label = metrics[0].removesuffix(",none")
         return Part(
@@ -114,7 +117,7 @@ class _Results:
         )
 
     def _values(self, name: str) -> dict[str, float]:
-        """The finite numbers of an entry that are metrics or their errors, such as "acc,none"."""
+        """The entry's finite metrics and standard errors, by keys such as "acc,none"."""
         entry = self.found["results"].get(name, {})
         return {
             key: float(value)
@@ -142,7 +145,7 @@ class _Results:
         return self.found["results"].get(leaf, {}).get("sample_len", 0)
 
     def _is_high(self, name: str, metric: str) -> bool:
-        # The harness says it of tasks and their groups, not of groups of groups.
+        # The harness tells the direction of tasks and their groups, not of groups of groups.
         said = self.found.get("higher_is_better", {})
         known = [said.get(at, {}).get(metric) for at in (name, *self._leaves(name))]
         known = [value for value in known if value is not None]
@@ -150,14 +153,15 @@ class _Results:
 
 
 def _comparable(parts: Sequence[Part]) -> list[Part]:
-    """Those that a mean can be of: shares that are better high, else all of the first's metric."""
+    """Parts whose mean makes sense: shares that are better high, else those of the first metric."""
     shares = [part for part in parts if part.high and 0 <= part.score <= 1]
     return shares or [part for part in parts if part.metric == parts[0].metric]
 
 
 def _mean(name: str, parts: Sequence[Part]) -> Part:
-    """Mean of independent scores of one direction."""
+    """The mean of independent scores that are all better high, or all better low."""
     errors = [part.error for part in parts if part.error is not None]
+    # Without the error of every member, the mean's error is unknown.
     complete = len(errors) == len(parts)
     metrics = list(dict.fromkeys(part.metric for part in parts))
     return Part(

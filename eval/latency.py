@@ -28,14 +28,14 @@ KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": chec
 
 @dataclass(frozen=True)
 class LatencyCommand:
-    """Times prefill and decode on random prompts; compilation is not counted.
+    """Times prefill and decode on random prompts. Compilation does not count.
 
     Attributes:
         out: folder for results.json.
         contexts: prompt lengths in tokens.
-        batches: sequences at a time.
-        new_tokens: tokens that decode is timed over.
-        repeats: of each measurement, after one that compiles; medians are reported.
+        batches: numbers of sequences in a batch.
+        new_tokens: number of tokens that decode is timed over.
+        repeats: number of measurements after a first one that compiles; medians are reported.
     """
 
     model: Model
@@ -52,9 +52,14 @@ class LatencyCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command with these arguments."""
+    """Parses the arguments and runs the command."""
     command = tyro.cli(LatencyCommand, prog="python -m eval latency", args=list(argv))
-    report = measure(command, ["latency", *argv])
+    run(command, ["latency", *argv])
+
+
+def run(command: LatencyCommand, argv: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the result where it was asked for."""
+    report = measure(command, argv)
     hidden = ("gqa_cache_bytes", "repeats")
     rows = [{k: _short(v) for k, v in row.items() if k not in hidden} for row in report["rows"]]
     print_rows(rows, f"{command.model}: medians of {command.repeats}")
@@ -62,34 +67,35 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """All combinations.
+    """Measures all combinations of context, batch and policy.
 
     Returns:
-        model, dtype, new_tokens, repeats, rows and where they were measured; each row is what
-        `time_one` returns, with its policy, context and batch.
+        The content of results.json: model, dtype, new_tokens, rows and the machine. A row has its
+        policy, context and batch, and the numbers of `time_one`.
 
     Raises:
         ValueError: see `check_arguments`; a size below its least, or a prompt that exceeds the
             model's context.
     """
     import kvjax
-    from eval.environment import environment
-    from eval.loaded import facts, resolve_all
     from eval.predictions import RESULTS
     from eval.predictions import write_json as write_whole
-    from eval.progress import progress_bar
+    from eval.results import environment, facts
+    from eval.run import progress_bar, resolve_all
     from kvjax.mesh import named_mesh
 
     check_arguments(command)
     check(command)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     policies = resolve_all(command.policy or ("full",), model)
+    # Refuse what does not fit before the first, perhaps long, measurement.
     longest = max(command.contexts) + command.new_tokens
     if longest > model.config.context_length:
         raise ValueError(
             f"the longest context and new_tokens are {longest} tokens, expected at most "
             f"{model.config.context_length}: the model's context"
         )
+    # Measurements, one combination after the other.
     cases = [
         (context, batch, name)
         for context in command.contexts
@@ -104,6 +110,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
             measured = time_one(model, params, policies[name], context, batch, command)
             rows.append({**label, **measured})
             progress.update(bar, advance=1, items=name)
+    # The same entries as other runs, so that the report page shows their origin.
     report = {
         "task": "latency",
         "model": command.model,
@@ -131,27 +138,30 @@ def check(command: LatencyCommand) -> None:
 def time_one(
     model: Any, params: Any, policy: Any, context: int, batch: int, command: LatencyCommand
 ) -> dict[str, Any]:
-    """One combination.
+    """Measures one combination.
 
     Returns:
-        time_to_first_token and time_per_token in seconds, medians: a token is one step of the
-        whole batch; repeats: all times; cache_bytes: of all sequences, their largest size: after
-        prefill, with room for the new tokens; full_cache_bytes and gqa_cache_bytes: the same
-        uncompressed, and before any conversion; device_peak_bytes: the most that the device has
-        held since the process began, None where it does not say.
+        time_to_first_token, time_per_token: medians in seconds; a token is a step of the batch.
+        repeats: all times.
+        cache_bytes: of all sequences after prefill, with room for the new tokens.
+        full_cache_bytes, gqa_cache_bytes: the same uncompressed, and before any conversion.
+        device_peak_bytes: the most that the device has held since the process began; None where
+            the device does not tell.
     """
     import jax
     import numpy as np
 
-    from eval import sizes
-    from eval.batches import Shape
+    from eval import results
+    from eval.prompts import Shape
     from kvjax.cache import cache_bytes
     from kvjax.prefill import compressions
 
+    # Random ids: time does not depend on the text, and no tokenizer is needed.
     rng = np.random.default_rng(command.seed)
     tokens = rng.integers(0, model.config.vocab_size, (batch, context), dtype=np.int32)
     lengths = np.full(batch, context, np.int32)
     (work,) = compressions(model, params, lengths, [policy], command.new_tokens)
+    # The first round compiles all programs and is left out of the medians.
     firsts, steps, held = [], [], 0
     for _ in range(1 + command.repeats):
         start = time.perf_counter()
@@ -160,16 +170,18 @@ def time_one(
         held = cache_bytes(state.cache)
         start = time.perf_counter()
         _decode(model, params, state, policy.every, work)
+        # The prefill gives the first token, so decode makes new_tokens − 1.
         steps.append((time.perf_counter() - start) / (command.new_tokens - 1))
     shape, dtype = Shape(context, command.new_tokens, batch), params["embedding"].dtype
-    gqa = sizes.gqa_bytes(model, dtype, shape)
+    gqa = results.gqa_bytes(model, dtype, shape)
+    # CPUs keep no statistics of memory.
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "time_to_first_token": statistics.median(firsts[1:]),
         "time_per_token": statistics.median(steps[1:]),
         "repeats": {"time_to_first_token": firsts[1:], "time_per_token": steps[1:]},
         "cache_bytes": held,
-        "full_cache_bytes": batch * sizes.uncompressed_bytes(model, dtype, shape),
+        "full_cache_bytes": batch * results.uncompressed_bytes(model, dtype, shape),
         "gqa_cache_bytes": None if gqa is None else batch * gqa,
         "device_peak_bytes": memory.get("peak_bytes_in_use"),
     }
@@ -187,6 +199,7 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
     from kvjax.prefill import read_prompts
 
     logits, (cache,) = read_prompts(model, params, tokens, [work])
+    # Greedy decoding draws nothing, but the state has keys.
     keys = jax.random.split(jax.random.key(0), len(tokens))
     never, greedy = np.asarray((), np.int32), Sampling.create(0.0, 0, 1.0)
     state = first_token(logits, keys, greedy, never, mesh_of(params))
@@ -194,7 +207,7 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
 
 
 def _decode(model: Any, params: Any, state: Any, every: int, work: Any) -> None:
-    """All further tokens; they are fetched, so that they are finished."""
+    """Decodes all further tokens. Fetching them waits until the device has finished."""
     import numpy as np
 
     from kvjax.decoding import Sampling, decode

@@ -37,15 +37,16 @@ KINDS = {
 class HarnessCommand:
     """Runs tasks of lm-evaluation-harness.
 
-    A continuation's log-likelihood is that of its tokens fed after the compressed context: the
-    context is read but for its last token, compressed by the policy, and forgotten.
+    A continuation's log-likelihood is that of its tokens, fed after the compressed context. The
+    context's last token is fed after the compression too, so the compressed cache predicts every
+    token of the continuation.
 
     Attributes:
         tasks: names of tasks, groups or tags; each counts once in the mean.
         include_path: folder with task files (.yaml) of your own; if all tasks are from there,
             nothing else is looked for.
-        num_fewshot: examples in the prompt; the task's own number otherwise.
-        limit: the first so many documents of each task.
+        num_fewshot: examples in the prompt; the task's own number by default.
+        limit: number of documents of each task, from its start.
         dense: score log-likelihoods without a cache, in one forward pass; policy "full" only.
         chat: prompts inside the tokenizer's chat template.
         max_length: tokens of context and continuation, where less than the model's context.
@@ -69,42 +70,49 @@ class HarnessCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command with these arguments."""
+    """Parses the arguments and runs the command."""
     command = tyro.cli(HarnessCommand, prog="python -m eval lm-eval", args=list(argv))
-    report = measure(command, ["lm-eval", *argv])
+    run(command, ["lm-eval", *argv])
+
+
+def run(command: HarnessCommand, argv: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the result where it was asked for."""
+    report = measure(command, argv)
     print_report(report)
     write_json(command.json_file, report)
 
 
 def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """What results.json holds: as of a task, whose groups are the requested tasks and groups.
+    """The content of results.json, as for a task. Its groups are the requested tasks and groups.
 
     Raises:
         ModuleNotFoundError: lm_eval is not installed.
         ValueError: unknown tasks, policies that do not fit, or a folder of another run.
     """
-    # First, so that a missing package is said before a model is read.
+    # This import is first, so that a missing package shows before a model is read.
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     import kvjax
-    from eval.environment import environment
     from eval.harness_model import CompressedLM
-    from eval.loaded import Loaded, facts, resolve_all
+    from eval.results import environment, facts
+    from eval.run import LoadedModel, resolve_all
     from kvjax.mesh import named_mesh
 
     start = time.monotonic()
     names = command.policy or ("full",)
     check_arguments(command)
     check(command)
+    # Tasks and the folder are checked before weights are loaded.
     request = _request(command, names)
     manager = task_manager(command.tasks, command.include_path)
     requested = _requested(manager, command.tasks)
     tokenizer = kvjax.load_tokenizer(command.model)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
-    loaded = Loaded(command.model, model, params, tokenizer)
+    loaded = LoadedModel(command.model, model, params, tokenizer)
     policies = resolve_all(names, loaded.model)
     request |= facts(model, params, policies)
     check_folder(command.out, request)
+    # One evaluation by the harness for each policy.
     entries = []
     for name, policy in policies.items():
         model = CompressedLM(
@@ -118,6 +126,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
             task_manager=manager,
             num_fewshot=command.num_fewshot,
             limit=command.limit,
+            # Bootstrapped errors of metrics that have no formula for one.
             bootstrap_iters=1000,
             log_samples=False,
             apply_chat_template=command.chat,
@@ -140,7 +149,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
 
 
 def check(command: HarnessCommand) -> None:
-    """Raises ValueError for settings without a meaning, or that do not fit each other."""
+    """Raises ValueError for settings that are out of range or do not fit each other."""
     names = ("num_fewshot", "limit", "batch_size", "max_length")
     checks.check(KINDS, **{name: getattr(command, name) for name in names})
     if command.dense and (command.policy or ("full",)) != ("full",):
@@ -148,7 +157,7 @@ def check(command: HarnessCommand) -> None:
 
 
 def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """The harness's index of tasks: of the folder alone where that has all of them.
+    """The harness's index of tasks. A folder that has all of `tasks` is indexed alone.
 
     Raises:
         ValueError: no such folder, or a task that is not known.
@@ -161,6 +170,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     if include_path is not None:
         if not include_path.is_dir():
             raise ValueError(f"no folder at {include_path}")
+        # The harness's own index has thousands of files and takes seconds to read.
         own = TaskManager(include_path=place, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own
@@ -172,7 +182,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _requested(manager: Any, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """Names, and the tasks of those that are tags."""
+    """The requested names, each with its tasks where the name is a tag, else with none."""
     tags = set(manager.all_tags)
     return {n: sorted(manager.task_index[n].tags) if n in tags else [] for n in tasks}
 

@@ -1,14 +1,17 @@
-"""`python -m eval perplexity`: of a text, whole or from a compressed prefix."""
+"""`python -m eval perplexity`: perplexity of a text, dense or from a compressed prefix."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from jaxtyping import Int
 
 from eval import checks
 from eval.command import (
@@ -22,7 +25,11 @@ from eval.command import (
     write_json,
 )
 from eval.predictions import check_folder, write_measured
+from eval.rows import hub_rows, read_rows, read_text
 from kvjax.paths import local_path
+from kvjax.text import prompt_ids
+
+HUB = "hub:"
 
 KINDS = {
     **dict.fromkeys(("stride", "prefix", "limit", "batch_size"), checks.whole(1)),
@@ -34,16 +41,17 @@ KINDS = {
 class PerplexityCommand:
     """Perplexity of a text, in chunks of `length` tokens.
 
-    Dense: every token given those before it in its chunk. With --stride, chunks overlap and only
-    new tokens count, so that each has length − stride before it. With --prefix, that many tokens
-    of a chunk are read and compressed by each policy, and the rest is scored from what is left, but
-    for its first token, which the prefill predicts before anything is dropped.
+    Dense: every token is scored given those before it in its chunk. With --stride, chunks overlap
+    and only new tokens count, so each has length − stride tokens before it. With --prefix, that
+    many tokens of a chunk are read and compressed by each policy, and the others are scored from
+    the compressed cache. The first of the others is an exception: the prefill predicts it before
+    anything is dropped.
 
     Attributes:
         text: .txt files, .jsonl files with a "text" a line, packed (.gz, .xz) or not, or
             hub:DATASET:CONFIG:SPLIT; documents are joined with blank lines.
         out: folder for config.json and results.json.
-        limit: chunks to read; all of them otherwise.
+        limit: number of chunks to read; all by default.
     """
 
     model: Model
@@ -61,60 +69,64 @@ class PerplexityCommand:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command with these arguments."""
+    """Parses the arguments and runs the command."""
     command = tyro.cli(PerplexityCommand, prog="python -m eval perplexity", args=list(argv))
-    report = measure(command, ["perplexity", *argv])
+    run(command, ["perplexity", *argv])
+
+
+def run(command: PerplexityCommand, argv: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the result where it was asked for."""
+    report = measure(command, argv)
     print_report(report)
     write_json(command.json_file, report)
 
 
 def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """What results.json holds: as of a task, whose metric is perplexity and whose items are tokens.
+    """The content of results.json, as for a task. Its metric is perplexity, its items are tokens.
 
     Raises:
         ValueError: no text, or settings that do not fit it, the model or each other.
     """
-    import numpy as np
-
     import kvjax
-    from eval import losses
-    from eval.environment import environment
-    from eval.loaded import facts, resolve_all
-    from eval.progress import progress_bar
-    from eval.texts import read_ids
+    from eval import likelihood
+    from eval.results import environment, facts
+    from eval.run import progress_bar, resolve_all
     from kvjax.identity import array_digest
     from kvjax.mesh import named_mesh
 
+    # The text and its chunks; problems of the text show before weights are loaded.
     start = time.monotonic()
     names = command.policy or ("full",)
     check(command)
     stride = command.length if command.stride is None else command.stride
     ids = read_ids(command.text, kvjax.load_tokenizer(command.model))
-    rows = losses.chunks(ids, command.length, stride, command.limit)
+    rows = chunks(ids, command.length, stride, command.limit)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))
     if command.length > model.config.context_length:
         raise ValueError(
             f"length is {command.length}, expected at most {model.config.context_length}: the "
             "model's context"
         )
+    # config.json; a folder of another measurement is refused.
     policies = resolve_all(names, model)
     request = _request(command, names, len(rows)) | facts(model, params, policies)
     request["text_ids"] = array_digest(np.asarray(ids))
     check_folder(command.out, request)
+    # Losses of every chunk, under each policy.
     found: list[list[Any]] = [[] for _ in names]
     with progress_bar() as progress:
         bar = progress.add_task("perplexity", total=len(rows) * len(names), items="")
         if command.prefix is None:
-            parts = losses.dense(model, params, rows, stride, command.batch_size)
+            parts = likelihood.dense_losses(model, params, rows, stride, command.batch_size)
             batches = ((0, part) for part in parts)
         else:
             chosen = command.prefix, list(policies.values()), command.batch_size
-            batches = losses.after_prefix(model, params, rows, *chosen)
+            batches = likelihood.losses_after_prefix(model, params, rows, *chosen)
         for number, part in batches:
             found[number] += part
             progress.update(bar, advance=len(part), items=names[number])
     entries = [
-        {"policy": name, "all": losses.perplexity_of(found[number]), "groups": {}}
+        {"policy": name, "all": perplexity_of(found[number]), "groups": {}}
         | _bytes(command, model, params, policies[name])
         for number, name in enumerate(names)
     ]
@@ -129,6 +141,41 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     }
     write_measured(command.out, request, report)
     return report
+
+
+def chunks(
+    ids: Int[np.ndarray, " S"], length: int, stride: int, count: int | None = None
+) -> Int[np.ndarray, "C T"]:
+    """Chunks of `length` tokens that start `stride` tokens apart. An incomplete one is left out.
+
+    Args:
+        count: at most this many chunks; None: all.
+
+    Raises:
+        ValueError: a text that is shorter than `length`, or a stride that leaves tokens out.
+    """
+    if not 2 <= length <= len(ids):
+        raise ValueError(f"length is {length}, expected 2 to {len(ids)}: the tokens of the text")
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride is {stride}, expected 1 to {length}: the length")
+    # A view: overlapping chunks share the memory of the ids.
+    return np.lib.stride_tricks.sliding_window_view(ids, length)[::stride][:count]
+
+
+def perplexity_of(losses: list[np.ndarray]) -> dict[str, Any]:
+    """exp of the mean loss of all tokens, as the "all" of an entry in results.json.
+
+    The standard error treats rows, not tokens, as independent (delta method): perplexity times the
+    standard error of the rows' means; None for one row.
+    """
+    every = np.concatenate(losses).astype(np.float64)
+    value = math.exp(every.mean())
+    n, error = len(losses), None
+    if n > 1:
+        # Tokens of one chunk depend on each other; chunks are nearly independent.
+        means = [float(np.mean(row, dtype=np.float64)) for row in losses]
+        error = value * float(np.std(means, ddof=1)) / math.sqrt(n)
+    return {"score": value, "standard_error": error, "items": int(every.size)}
 
 
 def _request(command: PerplexityCommand, names: Sequence[str], count: int) -> dict[str, Any]:
@@ -146,27 +193,28 @@ def _request(command: PerplexityCommand, names: Sequence[str], count: int) -> di
 
 
 def _bytes(command: PerplexityCommand, model: Any, params: Any, policy: Any) -> dict[str, Any]:
-    """Cache bytes of one chunk: after its prefix, with room for the rest of it."""
-    from eval import sizes
-    from eval.batches import Shape
+    """Cache bytes of one chunk after its prefix, with room for the other tokens."""
+    from eval import results
+    from eval.prompts import Shape
 
     dtype = params["embedding"].dtype
     read = command.length if command.prefix is None else command.prefix
     shape = Shape(read, command.length - read, 1)
-    full = sizes.uncompressed_bytes(model, dtype, shape)
+    full = results.uncompressed_bytes(model, dtype, shape)
+    # A dense run holds no cache; its bytes are those of an uncompressed one.
     compressed = command.prefix is not None
-    kept = sizes.kept_tokens(policy, model.config, read, dtype) if compressed else None
+    kept = results.kept_tokens(policy, model.config, read, dtype) if compressed else None
     return {
-        "cache_bytes": sizes.policy_bytes(model, dtype, policy, shape) if compressed else full,
+        "cache_bytes": results.policy_bytes(model, dtype, policy, shape) if compressed else full,
         "full_cache_bytes": full,
-        "gqa_cache_bytes": sizes.gqa_bytes(model, dtype, shape),
+        "gqa_cache_bytes": results.gqa_bytes(model, dtype, shape),
         "kept": {} if kept is None else {str(read): kept},
         "truncated": 0,
     }
 
 
 def check(command: PerplexityCommand) -> None:
-    """Raises ValueError for settings without a meaning, or that do not fit each other."""
+    """Raises ValueError for settings that are out of range or do not fit each other."""
     check_arguments(command)
     for name in command.text:
         local_path(name, "text")
@@ -176,3 +224,32 @@ def check(command: PerplexityCommand) -> None:
         raise ValueError("policies compress a prefix: give --prefix TOKENS, or no --policy")
     if command.prefix is not None and command.stride is not None:
         raise ValueError("got --prefix and --stride, expected one of them")
+
+
+def read_ids(names: Sequence[str], tokenizer: Any) -> Int[np.ndarray, " S"]:
+    """Token ids of all documents of all texts, joined with blank lines.
+
+    Args:
+        names: .txt files, one document each; .jsonl files with a document in each line's "text".
+            Both may be packed (.gz, .xz). Or "hub:DATASET:CONFIG:SPLIT" with a column "text".
+
+    Raises:
+        ValueError: a missing file, a line without a document (named), or no text at all.
+    """
+    text = "\n\n".join(document for name in names for document in documents(name))
+    if not text.strip():
+        raise ValueError(f"no text in {', '.join(names) or 'no files'}")
+    return np.asarray(prompt_ids(tokenizer, text), np.int32)
+
+
+def documents(name: str) -> Iterator[str]:
+    """The documents of one text; see `read_ids`."""
+    if name.startswith(HUB):
+        parts = name.removeprefix(HUB).split(":")
+        if len(parts) != 3:
+            raise ValueError(f"got text {name!r}, expected hub:DATASET:CONFIG:SPLIT")
+        yield from (row.text("text") for row in hub_rows(*parts))
+    elif ".jsonl" in Path(name).suffixes:
+        yield from (row.text("text") for row in read_rows(Path(name)))
+    else:
+        yield read_text(Path(name))

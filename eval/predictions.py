@@ -1,7 +1,8 @@
-"""The folder of a run: config.json says what it is, predictions.jsonl holds what is finished.
+"""The folder of a run: config.json describes the run, predictions.jsonl holds finished answers.
 
-Of several processes, all but process 0 write to files of their own, predictions.1.jsonl, …; those
-lines come into predictions.jsonl when all have finished, or when the run goes on.
+Of several processes, process 0 writes predictions.jsonl and each other one its own file,
+predictions.1.jsonl and so forth. Their lines move into predictions.jsonl when all processes have
+finished, or when the run is started again.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ class Prediction:
     """One answer under one policy: a line of predictions.jsonl.
 
     Attributes:
-        prompt_tokens: of the prompt as it was read; truncated: some of it was left out.
+        prompt_tokens: number of tokens that the model read.
+        truncated: whether the prompt was cut.
         text: the answer, cut at the task's stops; None where the right answer was teacher-forced.
         score: 0 to 1.
-        cache_bytes, full_cache_bytes: of one sequence, after prefill; see `kvjax.Generation`.
+        cache_bytes, full_cache_bytes: of one sequence after prefill, see `kvjax.Generation`.
     """
 
     id: str
@@ -58,7 +60,7 @@ FIELDS = {
 
 
 class RunFolder:
-    """Predictions of one run, on disk and in memory; opening it again goes on with the run.
+    """Predictions of one run, on disk and in memory. Opening the folder again continues the run.
 
     Attributes:
         done: (policy, id) → prediction.
@@ -67,12 +69,12 @@ class RunFolder:
     def __init__(
         self, path: Path, request: dict[str, Any], groups: Mapping[str, str] | None = None
     ):
-        """Opens the folder, which is made if it is not there.
+        """Opens the folder and makes it where it is missing.
 
         Args:
-            request: all that the predictions depend on; JSON.
-            groups: of all items, by id: predictions of others are refused. None: any item's are
-                taken.
+            request: JSON values that the predictions depend on, for config.json.
+            groups: the group of every item by id; predictions of other items are refused. None:
+                predictions of any item are taken.
 
         Raises:
             ValueError: the folder holds another run, or a file that is damaged.
@@ -81,12 +83,13 @@ class RunFolder:
         self._policies = request.get("policies")
         processes.on_writer(lambda: self._prepare(request))
         self.done = self._read()
-        processes.barrier("predictions read")  # only then may one be added
+        # All processes must have read the file before any of them appends to it.
+        processes.barrier("predictions read")
         writer = processes.is_writer()
         self._own = path / (PREDICTIONS if writer else f"predictions.{jax.process_index()}.jsonl")
 
     def finish(self) -> None:
-        """Waits for all processes; then what each has finished is in one file and in memory."""
+        """Waits for all processes and collects their predictions in one file and in memory."""
         if processes.several():
             processes.barrier("predictions")
             processes.on_writer(self._gather)
@@ -97,10 +100,9 @@ class RunFolder:
         config = self.path / CONFIG
         if config.exists():
             check_same(config, request)
+        # Predictions of unknown settings must not be mixed with new ones.
         elif (self.path / PREDICTIONS).exists():
-            raise ValueError(
-                f"{self.path} holds {PREDICTIONS} without {CONFIG}: no run to go on with"
-            )
+            raise ValueError(f"{self.path} holds {PREDICTIONS} without {CONFIG}, expected both")
         else:
             write_json(config, request)
         self._gather()
@@ -108,7 +110,7 @@ class RunFolder:
     def _gather(self) -> None:
         for part in sorted(self.path.glob("predictions.*.jsonl")):
             there, found = self._read(), read(part, self._policies, self._groups)
-            # Some are there if a kill came before the file went.
+            # A kill between append and unlink leaves lines that are in both files.
             new = (p for p in found if (p.policy, p.id) not in there)
             _append(self.path / PREDICTIONS, new)
             part.unlink()
@@ -118,10 +120,10 @@ class RunFolder:
         return {(p.policy, p.id): p for p in found}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Adds finished predictions, one durable write for all of them.
+        """Adds finished predictions with one write, synced to disk.
 
         Raises:
-            ValueError: one with a value that is none, such as a score of NaN.
+            ValueError: a prediction with an impossible value, such as a score of NaN.
         """
         new = list(predictions)
         for p in new:
@@ -135,23 +137,25 @@ def _append(path: Path, predictions: Iterable[Prediction]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in predictions))
         file.flush()
+        # A prediction that a later run relies on must survive a crash of the machine.
         os.fsync(file.fileno())
 
 
 def check_same(config: Path, request: dict[str, Any]) -> None:
-    """Raises ValueError where config.json is not the request: the folder is another run's."""
+    """Raises ValueError where config.json differs from the request: the folder is another run's."""
     try:
         held = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
         raise ValueError(f"{config} is no run's configuration; give another --out")
+    # Through JSON, because config.json has lists where the request has tuples.
     wanted = json.loads(json.dumps(request))
     names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
     if names:
         changes = ", ".join(f"{n} {held.get(n)!r}, now {wanted.get(n)!r}" for n in names)
         raise ValueError(
-            f"{config.parent} holds another run ({changes}): repeat its command to go on with it, "
+            f"{config.parent} holds another run ({changes}): repeat its command to continue it, "
             "or give another --out"
         )
 
@@ -163,7 +167,7 @@ def check_folder(out: Path | None, request: dict[str, Any]) -> None:
 
 
 def write_measured(out: Path | None, request: dict[str, Any], report: dict[str, Any]) -> None:
-    """Writes the folder of a measurement, which has no predictions: config.json, results.json."""
+    """Writes config.json and results.json of a measurement, which has no predictions."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / CONFIG, request)
@@ -175,18 +179,19 @@ def read(
     policies: Iterable[str] | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> list[Prediction]:
-    """The predictions of a file; a last line that a kill tore is cut off the file.
+    """The predictions of a file. An unfinished last line, left by a kill, is cut off the file.
 
     Args:
-        policies: of the run; groups: of its items, by id. Others' predictions are refused; None:
-            any are taken.
+        policies: names of the run's policies; None: predictions of any policy are taken.
+        groups: the group of every item by id; None: predictions of any item are taken.
 
     Raises:
-        ValueError: other lines that are no prediction of the run; says which and why.
+        ValueError: another damaged line, or one of another run; names the lines and the reasons.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
+    # Every whole line ends with a newline, so an unfinished one is what follows the last newline.
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
@@ -202,6 +207,7 @@ def read(
         problems = [*checks.problems(values, FIELDS)] or [*_foreign(values, known, groups)]
         if not problems:
             key = values["policy"], values["id"]
+            # The first of two equal keys stays; the other one is reported.
             if key not in found:
                 found[key] = number, Prediction(**values)
                 continue
@@ -214,7 +220,7 @@ def read(
 def _foreign(
     values: dict[str, Any], policies: set[str] | None, groups: Mapping[str, str] | None
 ) -> Iterable[str]:
-    """What does not belong to a prediction of this run."""
+    """Problems of a prediction that does not belong to this run."""
     for name in values.keys() - FIELDS.keys():
         yield f"{name} is unknown, expected only {', '.join(FIELDS)}"
     if policies is not None and values["policy"] not in policies:
@@ -230,7 +236,8 @@ def _foreign(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a whole file or none of it."""
+    """Writes JSON to a file, atomically."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    # A rename is atomic: readers see the old file or the new one.
     os.replace(new, path)

@@ -20,10 +20,10 @@ KINDS = (".jsonl", ".json", ".txt")
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands, for messages.
+    """One row of a data set.
 
     Attributes:
-        where: file and line, or dataset and row, counted from 1.
+        where: file and line, or dataset and row, counted from 1, for errors.
         values: column → value.
     """
 
@@ -34,7 +34,7 @@ class Row:
         """The text in the first of these columns that the row has.
 
         Raises:
-            ValueError: none of them, or no text in it.
+            ValueError: the row has none of the columns, or the value is not text.
         """
         value = self.value(*columns)
         if not isinstance(value, str):
@@ -42,12 +42,13 @@ class Row:
         return value
 
     def texts(self, *columns: str) -> list[str]:
-        """As `text`, of a list of texts; whole numbers in it are taken as texts.
+        """As `text`, for a list of at least one text. Whole numbers in it become texts.
 
         Raises:
-            ValueError: none of the columns, or no list of at least one text.
+            ValueError: the row has none of the columns, or the value is not such a list.
         """
         value = self.value(*columns)
+        # type() instead of isinstance(): True is an int, but not an answer.
         right = isinstance(value, list) and all(type(part) in (str, int) for part in value)
         if not right or not value:
             raise ValueError(
@@ -56,10 +57,10 @@ class Row:
         return [str(part) for part in value]
 
     def value(self, *columns: str) -> Any:
-        """What the first of these columns that the row has holds.
+        """The value in the first of these columns that the row has.
 
         Raises:
-            ValueError: none of them.
+            ValueError: the row has none of the columns.
         """
         for column in columns:
             if column in self.values:
@@ -68,16 +69,17 @@ class Row:
 
 
 def look(folder: Path, name: str, kinds: Sequence[str] = KINDS) -> Path | None:
-    """The file `name` of one of the kinds, plain or packed (.gz, .xz), if the folder has it."""
+    """The path of `name` with one of the endings, plain or packed (.gz, .xz); None: no file."""
+    # Plain files win over packed ones of the same name.
     candidates = [folder / f"{name}{kind}{end}" for kind in kinds for end in ("", *PACKED)]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def find(folder: Path, name: str, kinds: Sequence[str] = KINDS, of: str = "") -> Path:
-    """As `look`.
+    """As `look`, for a file that must exist.
 
     Args:
-        of: what should be there and where it is to be had, for the message.
+        of: for the error: the expected content, and where to get it.
 
     Raises:
         ValueError: no such file.
@@ -91,10 +93,10 @@ def find(folder: Path, name: str, kinds: Sequence[str] = KINDS, of: str = "") ->
 
 
 def read_text(path: Path) -> str:
-    """The whole text, UTF-8.
+    """The whole text of a file in UTF-8, unpacked.
 
     Raises:
-        ValueError: no such file, a URL, one that cannot be unpacked, or not UTF-8.
+        ValueError: no such file, a URL, a damaged archive, or text that is not UTF-8.
     """
     if not local_path(path, "the file").is_file():
         raise ValueError(f"no file at {path}")
@@ -123,13 +125,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """The JSON objects of a file, one a line; blank lines are no rows.
+    """The JSON objects of a file, one in each line. Blank lines are skipped.
 
     Args:
-        limit: the first so many; the rest is not parsed.
+        limit: number of rows; later lines are not parsed.
 
     Raises:
-        ValueError: as `read_text`, a line that is no JSON object, or no rows at all.
+        ValueError: as `read_text`, a line that is not a JSON object, or a file without rows.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -146,7 +148,7 @@ def hub_rows(dataset: str, config: str, split: str) -> list[Row]:
     """The rows of a hub dataset, through the package `datasets`.
 
     Raises:
-        ValueError: the package is missing, or the dataset cannot be had.
+        ValueError: the package is missing, or the dataset cannot be loaded.
     """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -166,11 +168,12 @@ def hub_archive(dataset: str, archive: str, member: str) -> list[Row]:
     """The rows of a .jsonl inside a .zip of a hub dataset that `datasets` cannot load.
 
     Raises:
-        ValueError: the archive cannot be had or lacks the member, or a corrupt line.
+        ValueError: the archive cannot be loaded or lacks the member, or a line is damaged.
     """
     import huggingface_hub
 
     try:
+        # `datasets` refuses data sets with a loading script, so the archive is read directly.
         path = huggingface_hub.hf_hub_download(dataset, archive, repo_type="dataset")
         with zipfile.ZipFile(path) as packed:
             lines = packed.read(member).decode().split("\n")
@@ -198,3 +201,23 @@ def _row(line: str, where: str) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is a JSON {type(values).__name__}, expected an object")
     return Row(where, values)
+
+
+def named_rows(folder: Path | None, name: str, hub: tuple[str, str], split: str) -> list[Row]:
+    """All rows of a data set that has one file for each split.
+
+    Args:
+        folder: contains `name`.jsonl, plain or packed, or the file alone without the folders in
+            `name`; None: the rows come from the hub.
+        name: a path such as "gsm8k/test".
+        hub: dataset and configuration on the hub.
+        split: of the hub's dataset.
+
+    Raises:
+        ValueError: see `read_rows` and `hub_rows`.
+    """
+    if folder is None:
+        return hub_rows(*hub, split)
+    kinds = (".jsonl",)
+    path = look(folder, name, kinds)
+    return read_rows(path or find(folder, Path(name).name, kinds, of=f"{name} or that"))

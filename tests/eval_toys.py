@@ -10,7 +10,7 @@ import numpy as np
 from toys import random_params
 
 import kvjax
-from eval.loaded import Loaded
+from eval.run import LoadedModel
 from eval.task import Item, Task
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
@@ -39,7 +39,7 @@ def loaded(chat=False):
     tokenizer = to_transformers(VOCAB, CONTEXT)
     if chat:
         tokenizer.chat_template = TEMPLATE
-    return Loaded("toy", model, random_params(model), tokenizer)
+    return LoadedModel("toy", model, random_params(model), tokenizer)
 
 
 def checkpoint(path: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from meshes import GQA, LATENTS, MLA, toy
 
 import kvjax
-from eval import continuations, losses
+from eval import likelihood
 from kvjax.decoding import NO_TOKEN, Sampling, most_likely, sample
 from kvjax.example import Example
 from kvjax.headkv.measure import score_examples
@@ -55,7 +55,7 @@ WAYS = {
     "logits of example 0 under policy 'full'": lambda m, p: compare(m, p, [EXAMPLE], {}),
     "logits of example 0": lambda m, p: teacher_forced.predictions(m, p, [EXAMPLE], 2),
     "losses of the text": lambda m, p: perplexity(m, p, [TEXT]),
-    "log-likelihoods": lambda m, p: continuations.dense(m, p, [PROMPT], [[LOUD, 3]]),
+    "log-likelihoods": lambda m, p: likelihood.score_dense(m, p, [PROMPT], [[LOUD, 3]]),
 }
 
 
@@ -69,9 +69,9 @@ def test_every_way_to_a_result_names_dtype_and_layer(what):
 @pytest.mark.parametrize(
     "way",
     [
-        lambda m, p: list(losses.dense(m, p, TEXT, 16, 2)),
-        lambda m, p: list(losses.after_prefix(m, p, TEXT, 6, [HALF], 2)),
-        lambda m, p: continuations.compressed(m, p, [PROMPT], [[LOUD, 3]], HALF),
+        lambda m, p: list(likelihood.dense_losses(m, p, TEXT, 16, 2)),
+        lambda m, p: list(likelihood.losses_after_prefix(m, p, TEXT, 6, [HALF], 2)),
+        lambda m, p: likelihood.score_compressed(m, p, [PROMPT], [[LOUD, 3]], HALF),
         lambda m, p: score_examples(m, p, [EXAMPLE], "gradient"),
         lambda m, p: kvjax.generate(m, p, [LOUD_PROMPT], 3, temperature=1.0),
     ],

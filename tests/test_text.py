@@ -180,7 +180,7 @@ def test_a_token_costs_the_same_wherever_it_stands():
 @pytest.mark.parametrize("name", ["stories260k", "gpt2", "qwen2"])
 def test_humaneval_s_solutions_after_their_prompts(data_dir, name):
     from eval.task import TaskOptions
-    from eval.tasks import humaneval
+    from eval.tasks.code import humaneval
     from kvjax.text import ids_after, prompt_ids
 
     stories = name == "stories260k"

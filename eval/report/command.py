@@ -19,10 +19,10 @@ class ReportCommand:
     """Writes index.html, with its pictures beside it, from finished runs.
 
     Attributes:
-        runs: folders of runs, or folders with such folders in them; a training log (.jsonl) too.
+        runs: folders of runs, folders that contain such folders, or training logs (.jsonl).
         out: folder of the page.
-        head_scores: score files whose importance and budgets are shown beside those of the models.
-        kv_size: tokens per KV head that the budgets of these files are made for.
+        head_scores: score files to show beside those of the runs' models.
+        kv_size: tokens per KV head, for the budgets that are shown with the scores.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUNS")]]
@@ -47,9 +47,8 @@ def write(command: ReportCommand) -> Path:
         ValueError: a URL, a folder without results, a damaged file, or no runs at all.
     """
     from eval import checks
-    from eval.report import heads, sections
-    from eval.report.page import document
-    from eval.report.pictures import Pictures
+    from eval.report import sections
+    from eval.report.page import Pictures, document
     from eval.report.runs import find
 
     check_local(command)
@@ -61,8 +60,8 @@ def write(command: ReportCommand) -> Path:
         sections.overview(runs),
         *sections.results(runs, pictures),
         *sections.against_bytes(runs, pictures),
-        *heads.importance(runs, command.head_scores, command.kv_size, pictures),
-        *heads.kept(runs, pictures),
+        *sections.importance(runs, command.head_scores, command.kv_size, pictures),
+        *sections.kept(runs, pictures),
         *sections.against_context(runs, pictures),
         *sections.training(runs, pictures),
         sections.provenance(runs),

@@ -1,10 +1,20 @@
-"""HTML: everything that is not markup of this file is escaped here, once."""
+"""The page's HTML and pictures.
+
+Text becomes HTML only here, and every function escapes its text once. Arguments that are HTML
+already say so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d5d8de; --soft: #f3f4f7; --text: #1c1f26;
@@ -67,12 +77,13 @@ def paragraph(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
-    """A table that scrolls on its own where the page is narrow; numbers stand on the right.
+    """A table that scrolls sideways on narrow pages; columns of numbers are right-aligned.
 
     Args:
-        rows: of texts and numbers; None is an empty cell.
+        rows: texts and numbers; None is an empty cell.
     """
     rows = [list(row) for row in rows]
+    # A column is right-aligned if all its filled cells are numbers.
     right = [
         bool(rows) and all(_is_number(row[at]) for row in rows if row[at] is not None)
         for at in range(len(header))
@@ -95,10 +106,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "
 
 
 def figure(name: str, alt: str, caption: str = "") -> str:
-    """A picture that lies beside the page.
+    """A picture in the page's folder.
 
     Args:
-        alt: what it shows, for those who do not see it.
+        alt: a description for readers who do not see the picture.
     """
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     source = escape(name, quote=True)
@@ -109,12 +120,12 @@ def figure(name: str, alt: str, caption: str = "") -> str:
 
 
 def code(text: str) -> str:
-    """A command, as it was typed."""
+    """A command."""
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Names and values; those without a value are left out."""
+    """Names and values; names with None or "" are left out."""
     inner = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
         for name, value in pairs
@@ -124,7 +135,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str | None:
-    """With as many decimals; four significant digits from 1000 on and below a thousandth."""
+    """A number with `digits` decimals; very small ones and those from 1000 on with 4 digits."""
     if value is None:
         return None
     small = value != 0 and abs(value) < 10**-digits
@@ -132,7 +143,7 @@ def number(value: float | None, digits: int = 3) -> str | None:
 
 
 def with_error(part: dict[str, Any]) -> str:
-    """score ± standard error."""
+    """The score, with ± standard error where there is one."""
     error = part.get("standard_error")
     return f"{number(part['score'])}" + ("" if error is None else f" ± {number(error)}")
 
@@ -156,3 +167,110 @@ def _is_number(cell: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+MARKERS = "osD^vPX*"
+Points = Sequence[tuple[float, float, float | None]]
+"""The points of one line: x, y and the standard error of y."""
+
+
+@dataclass
+class Pictures:
+    """Draws into a folder; every method returns the name of the file it wrote."""
+
+    folder: Path
+    taken: set[str] = field(default_factory=set)
+
+    def heat(
+        self,
+        name: str,
+        values: np.ndarray,
+        title: str,
+        rows: tuple[str, Sequence[Any]],
+        columns: tuple[str, Sequence[Any]],
+        limits: tuple[float, float] | None = None,
+    ) -> str:
+        """Heat-map of [rows, columns]; nan is blank.
+
+        Args:
+            rows, columns: name of the axis and its labels.
+            limits: least and largest value of the colours; None: those of `values`.
+        """
+        height, width = values.shape
+        cell = min(0.45, 9.0 / max(height, width))
+        figure, axes = _figure(max(4.0, 1.8 + cell * width), max(2.2, 1.2 + cell * height))
+        least, most = limits or (None, None)
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=least, vmax=most)
+        for axis, (label, ticks) in ((axes.yaxis, rows), (axes.xaxis, columns)):
+            step = -(-len(ticks) // 16)
+            axis.set_ticks(range(0, len(ticks), step), [str(t) for t in ticks[::step]])
+            axis.set_label_text(label)
+        axes.set_title(title, fontsize=10, wrap=True)
+        figure.colorbar(image, ax=axes)
+        return self._save(figure, name)
+
+    def lines(
+        self,
+        name: str,
+        curves: Mapping[str, Points],
+        axes_names: tuple[str, str],
+        title: str = "",
+        log: tuple[bool, bool] = (False, False),
+        level: tuple[str, float] | None = None,
+        markers: bool = True,
+    ) -> str:
+        """One line for each label.
+
+        Args:
+            log: whether the x and the y axis may be logarithmic; values must spread enough.
+            level: label and height of a horizontal line.
+        """
+        figure, axes = _figure(6.4, 4.2)
+        for marker, (label, points) in zip(itertools.cycle(MARKERS), curves.items(), strict=False):
+            x, y, error = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            errors = [e or 0.0 for e in error] if any(error) else None
+            shape = {"marker": marker, "markersize": 4} if markers else {}
+            axes.errorbar(x, y, errors, label=_short(label), capsize=3 if errors else 0, **shape)
+        if level is not None:
+            axes.axhline(level[1], color="grey", linestyle="--", label=_short(level[0]))
+        for index, scale in enumerate((axes.set_xscale, axes.set_yscale)):
+            values: list[Any] = [p[index] for points in curves.values() for p in points]
+            # Over less than a factor of three a logarithmic axis has no round numbers as ticks.
+            wide = min(values) > 0 and max(values) > 3 * min(values)
+            scale("log" if log[index] and wide else "linear")
+        axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+        axes.set_title(title, fontsize=10, wrap=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return self._save(figure, name)
+
+    def _save(self, figure: Any, name: str) -> str:
+        from matplotlib import pyplot
+
+        # Names of runs and policies have characters that files and links may not have.
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:60] or "picture"
+        file = next(
+            candidate
+            for candidate in (f"{stem}{'' if n == 1 else f'-{n}'}.png" for n in itertools.count(1))
+            if candidate not in self.taken
+        )
+        self.taken.add(file)
+        figure.savefig(self.folder / file, dpi=120)
+        pyplot.close(figure)
+        return file
+
+
+def _figure(width: float, height: float) -> Any:
+    # matplotlib is slow to import, and Agg draws without a display.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _short(label: str) -> str:
+    # matplotlib reads text after a dollar sign as mathematics.
+    label = label.replace("$", r"\$")
+    return label if len(label) <= 48 else label[:47] + "…"

@@ -1,17 +1,18 @@
-"""Finished runs, read from their folders."""
+"""Finished runs, read from their folders and checked."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eval import checks
+from eval.checks import NAME, NULL, OBJECT, TEXT, Kind, number, problems, whole
 from eval.predictions import CONFIG, RESULTS
-from eval.report import valid
+from eval.task import PROTOCOLS
 
 METRICS = "metrics.jsonl"
 CELL = re.compile(r"(\d+)/(\d*\.?\d+)")
@@ -19,12 +20,12 @@ CELL = re.compile(r"(\d+)/(\d*\.?\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """A finished run.
 
     Attributes:
         name: unique on the page.
         kind: "scores" (tasks, perplexity, lm-eval), "latency" or "training".
-        results: results.json; of a training run its config.json.
+        results: content of results.json; for a training run, of config.json.
         log: lines of metrics.jsonl.
     """
 
@@ -35,18 +36,18 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What was measured, of which model."""
+        """The task and the model."""
         task, model = self.results.get("task", "training"), self.results.get("model", "")
         return f"{task}: {model}" if model else str(task)
 
     @property
     def policies(self) -> list[dict[str, Any]]:
-        """The entries of results.json."""
+        """The entries "policies" of results.json; empty for runs without scores."""
         return self.results.get("policies", []) if self.kind == "scores" else []
 
 
 def find(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, in order; a folder that is no run is searched one level deep.
+    """The runs in these folders, in order. A folder without a run is searched one level deep.
 
     Raises:
         ValueError: no runs, folders of unfinished runs (names all of them), or a damaged file.
@@ -71,7 +72,7 @@ def find(paths: Sequence[Path]) -> list[Run]:
 
 
 def cells(groups: dict[str, Any]) -> dict[tuple[int, float], dict[str, Any]] | None:
-    """(length, depth) → score of groups named "LENGTH/DEPTH"; None where one is not."""
+    """(length, depth) → score of groups named "LENGTH/DEPTH"; None where a name differs."""
     found = {}
     for name, part in groups.items():
         match = CELL.fullmatch(name)
@@ -93,6 +94,7 @@ def _read(path: Path, taken: set[str]) -> Run | None:
     """The run, or None where it has no results."""
     name = path.stem if path.is_file() else path.resolve().name
     stem, number = name, 2
+    # Pictures and headings are named after runs, so names must be unique.
     while name in taken:
         name, number = f"{stem} ({number})", number + 1
     if path.is_file():
@@ -104,17 +106,17 @@ def _read(path: Path, taken: set[str]) -> Run | None:
         return Run(name, kind, results)
     if (path / METRICS).exists():
         config = _object(path / CONFIG) if (path / CONFIG).exists() else {}
-        checks.refuse(list(valid.of_training(config)), f"{path / CONFIG}: ")
+        checks.refuse(list(of_training(config)), f"{path / CONFIG}: ")
         return Run(name, "training", config, _lines(path / METRICS))
     return None
 
 
 def _check(path: Path, results: dict[str, Any], kind: str) -> None:
-    """Raises ValueError where an entry lacks what the page shows, or has a value that is none."""
+    """Raises ValueError where an entry lacks a value that the page shows, or has a wrong one."""
     entries = results.get("rows" if kind == "latency" else "policies")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no policies and no rows: not the results of a run")
-    found = (valid.of_latency if kind == "latency" else valid.of_scores)(results)
+    found = (of_latency if kind == "latency" else of_scores)(results)
     checks.refuse(list(found), f"{path}: ")
 
 
@@ -129,7 +131,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log with a step and a loss; a last one that a kill tore is left out.
+    """Lines of a training log with a step and a loss. An unfinished last line is left out.
 
     Raises:
         ValueError: other lines that are damaged, or none with a step and a loss.
@@ -144,13 +146,90 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
+            # A kill can tear the last line only; damage elsewhere is an error.
             if index < len(texts):
                 wrong.append(f"line {index} is not JSON: {text[:60]!r}")
             continue
         if isinstance(line, dict) and {"step", "loss"} <= line.keys():
-            wrong += [f"line {index}: {problem}" for problem in valid.of_line(line)]
+            wrong += [f"line {index}: {problem}" for problem in of_line(line)]
             lines.append(line)
     checks.refuse(wrong, f"{path}, ")
     if not lines:
         raise ValueError(f"{path} has no lines with a step and a loss: no training log")
     return lines
+
+
+ABOUT = {
+    **dict.fromkeys(("task", "model", "metric", "protocol", "command"), TEXT | NULL),
+    "versions": OBJECT | NULL,
+    "items": whole(0) | NULL,
+    "seconds": number(0) | NULL,
+}
+BYTES = dict.fromkeys(("cache_bytes", "full_cache_bytes", "gqa_cache_bytes"), number(0) | NULL)
+ENTRY = {"policy": NAME, "all": OBJECT}
+PARTS = {"groups": OBJECT, "kept": OBJECT, "summary": OBJECT, "truncated": whole(0) | NULL}
+ROW = {"policy": NAME, "context": whole(1), "batch": whole(1), "cache_bytes": number(0)}
+TIMES = dict.fromkeys(
+    ("time_to_first_token", "time_per_token", "device_peak_bytes"), number(0) | NULL
+)
+LINE = {"step": whole(0), "loss": number()}
+FINITE = Kind("a finite number", lambda value: not isinstance(value, float) or number().fits(value))
+
+
+def of_scores(results: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of the results.json of a run with scores.
+
+    Scores of tasks are shares from 0 to 1; perplexities and the harness's scores may be larger.
+    """
+    yield from of_config(results)
+    share = results.get("protocol") in PROTOCOLS
+    for entry in results["policies"]:
+        found = list(problems(entry, ENTRY, "an entry's ", {**PARTS, **BYTES}))
+        yield from found
+        if found:
+            continue
+        at = f"{entry['policy']}: "
+        yield from _score(entry["all"], f"{at}all.", share)
+        for name, part in entry.get("groups", {}).items():
+            yield from _score(part, f"{at}groups.{name}.", share)
+        for bucket, table in entry.get("kept", {}).items():
+            if not bucket.isdecimal() or not _is_table(table):
+                yield f"{at}kept.{bucket} is not a table, expected tokens for a number of tokens"
+        summary = entry.get("summary", {})
+        yield from problems(summary, dict.fromkeys(summary, FINITE), f"{at}summary.")
+
+
+def of_latency(results: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of the results.json of a latency run."""
+    yield from of_config(results)
+    for index, row in enumerate(results["rows"], 1):
+        yield from problems(row, ROW, f"row {index}: ", {**TIMES, **BYTES, **ROW})
+
+
+def of_config(values: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of the values that every run has."""
+    yield from problems(values, {}, optional=ABOUT)
+
+
+def of_training(config: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of a training run's config.json; its training settings are not checked."""
+    shown = ("command", "versions")
+    yield from problems(config, {}, optional={name: ABOUT[name] for name in shown})
+
+
+def of_line(line: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of a line of a training log."""
+    yield from problems(line, LINE, optional={"learning_rate": number(0) | NULL})
+
+
+def _score(part: Any, at: str, share: bool) -> Iterator[str]:
+    score = number(0, 1) if share else number()
+    kinds = {"score": score, "standard_error": number(0) | NULL}
+    yield from problems(part, kinds, at, {"items": whole(0) | NULL})
+
+
+def _is_table(table: Any) -> bool:
+    """Whether a value is [layers][heads] of whole numbers; layers may differ in heads."""
+    return isinstance(table, Sequence) and all(
+        isinstance(row, Sequence) and all(map(whole(0).fits, row)) for row in table
+    )

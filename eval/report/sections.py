@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.report import page
-from eval.report.pictures import Pictures
+from eval.report.page import Pictures
 from eval.report.runs import Run, cells
 
 MOST_GROUPS = 60
@@ -17,7 +18,7 @@ FULL = "full"
 
 
 def overview(runs: Sequence[Run]) -> str:
-    """One line a run."""
+    """A table with one line for each run."""
     rows = [
         [
             run.name,
@@ -45,7 +46,7 @@ def results(runs: Sequence[Run], pictures: Pictures) -> list[str]:
 
 
 def against_bytes(runs: Sequence[Run], pictures: Pictures) -> list[str]:
-    """Score against the bytes that the cache really holds: a picture for each task and model."""
+    """Score against the bytes that the cache holds: a picture for each task and model."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         name, model = str(run.results.get("task")), str(run.results.get("model"))
@@ -60,6 +61,7 @@ def against_bytes(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             if entry["policy"] == FULL:
                 level = (f"full, {page.size(entry['cache_bytes'])}", part["score"])
             else:
+                # One line for each kind of policy, over its KV sizes.
                 family = entry["policy"].partition(":")[0]
                 curves[family].append((kib, part["score"], part["standard_error"]))
         if not curves:
@@ -85,6 +87,7 @@ def against_context(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             continue
         rows = run.results["rows"]
         parts = []
+        # One picture for each number, with a line for each policy and batch.
         wanted = (
             ("cache_bytes", "cache", "MiB", 2.0**-20),
             ("time_to_first_token", "time to the first token", "ms", 1e3),
@@ -197,13 +200,14 @@ def _policies(run: Run) -> str:
 
 
 def _grids(run: Run, pictures: Pictures) -> list[str]:
-    """Depth against length, for each policy; for runs whose groups are such cells."""
+    """A picture of depth against length for each policy, for runs with such groups."""
     parts = []
     for entry in run.policies:
         found = cells(entry.get("groups", {}))
         if found is None:
             continue
         lengths, depths = (sorted({key[axis] for key in found}) for axis in (0, 1))
+        # Cells without a score stay blank.
         values = np.full((len(depths), len(lengths)), np.nan)
         for (length, depth), part in found.items():
             values[depths.index(depth), lengths.index(length)] = part["score"]
@@ -235,7 +239,7 @@ def _groups(run: Run) -> list[str]:
 
 
 def _summaries(run: Run) -> list[str]:
-    """The task's own numbers."""
+    """The further numbers of the task, for each policy."""
     parts = []
     for entry in run.policies:
         pairs = [
@@ -249,3 +253,96 @@ def _summaries(run: Run) -> list[str]:
 
 def _ms(seconds: float | None) -> str | None:
     return None if seconds is None else page.number(1e3 * seconds, 2)
+
+
+SCORES = "head_scores.json"
+
+
+def importance(
+    runs: Sequence[Run], files: Sequence[Path], kv_size: int, pictures: Pictures
+) -> list[str]:
+    """Importance of the query heads, and the KV heads' budgets at one size.
+
+    Args:
+        files: score files. The score files in the folders of the runs' models are added; nothing
+            is downloaded.
+
+    Raises:
+        ValueError: a file that is not a score file.
+    """
+    from kvjax.headkv import allocate, load_scores
+
+    parts = []
+    for name, path, heads in [*((f.name, f, None) for f in files), *_models(runs)]:
+        scores = load_scores(path)
+        layers, count = scores.mean.shape
+        axis = ("layer", range(layers))
+        file = pictures.heat(
+            f"importance {name}",
+            scores.mean,
+            f"{name}: importance",
+            axis,
+            ("query head", range(count)),
+        )
+        best = np.unravel_index(np.argmax(scores.mean), scores.mean.shape)
+        alt = f"Importance of {count} query heads in {layers} layers, highest in layer {best[0]}"
+        parts += [page.heading(name), page.figure(file, alt)]
+        kind = "query_head" if heads is None else "kv_head"
+        caps = allocate(scores, kv_size=kv_size, num_kv_heads=heads or count, granularity=kind)
+        label = kind.replace("_", " ").replace("kv", "KV")
+        title = f"{name}: tokens besides the window, KV size {kv_size}, β 1.2"
+        file = pictures.heat(f"budgets {name}", caps, title, axis, (label, range(caps.shape[1])))
+        alt = f"Budgets of the heads, {caps.min()} to {caps.max()} tokens at a mean of {kv_size}"
+        parts.append(page.figure(file, alt))
+    return [page.section("Head importance", *parts)] if parts else []
+
+
+def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
+    """Tokens of the prompt that each head kept, for policies whose heads differ."""
+    parts, seen = [], set()
+    for run in runs:
+        for entry in run.policies:
+            tables = entry.get("kept") or {}
+            model = run.results.get("model", "")
+            if not tables:
+                continue
+            bucket = max(tables, key=int)
+            key = (model, entry["policy"], bucket)
+            # Runs of one model repeat the same table; one picture of it is enough.
+            if key in seen or len({len(row) for row in tables[bucket]}) != 1:
+                continue  # a picture needs the same number of heads in every layer
+            values = np.asarray(tables[bucket])
+            # A picture of equal heads shows nothing.
+            if not values.size or values.min() == values.max():
+                continue
+            seen.add(key)
+            title = f"{entry['policy']}, prompts of up to {bucket} tokens"
+            file = pictures.heat(
+                f"kept {entry['policy']}",
+                values,
+                title,
+                ("layer", range(values.shape[0])),
+                ("KV head", range(values.shape[1])),
+            )
+            alt = f"Tokens kept by each KV head under {title}: {values.min()} to {values.max()}"
+            parts.append(page.figure(file, alt, f"{model}: {title}"))
+    return [page.section("Tokens kept per head", *parts)] if parts else []
+
+
+def _models(runs: Sequence[Run]) -> list[tuple[str, Path, int | None]]:
+    """The runs' models that have a score file in their folder: name, file and KV heads."""
+    from kvjax.hf import read_model
+    from kvjax.hf.source import BUILTIN, resolve
+
+    found = []
+    for name in dict.fromkeys(str(run.results.get("model", "")) for run in runs):
+        if not name or not (name.startswith(BUILTIN) or Path(name).is_dir()):
+            continue
+        try:
+            path = resolve(name) / SCORES
+        except ValueError:
+            continue
+        if path.is_file():
+            layer = read_model(name).config.layers[0]
+            found.append((name, path, layer.attention.cached_heads))
+    return found

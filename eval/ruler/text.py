@@ -1,4 +1,4 @@
-"""What all of RULER's prompts are made with: tokens of a text, words, haystacks."""
+"""Parts of all of RULER's prompts: tokens of a text, words, haystacks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from kvjax.text import ids_after
 
 NOUNS = (*words.FILLER_NOUNS, *words.THINGS)
 POOL = len(words.FILLER_ADJECTIVES) * len(NOUNS)
-"""How many different words there are."""
+"""Number of different words."""
 
-NOISE = 4  # sentences that are said over and over
+NOISE = 4  # number of sentences that a haystack of noise repeats
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and what the answer should contain."""
+    """Token ids, and the texts that the answer should contain."""
 
     ids: tuple[int, ...]
     answers: tuple[str, ...]
@@ -46,14 +46,15 @@ def compose(
     fill: Filler | None,
     in_order: bool = False,
 ) -> tuple[int, ...]:
-    """Exactly `length` ids: the instruction, sentences strewn over a haystack, the question.
+    """Exactly `length` ids: the instruction, sentences scattered in a haystack, the question.
 
     Args:
-        in_order: the sentences keep their order; else each stands anywhere.
+        in_order: keep the order of the sentences; otherwise each has a random place.
 
     Raises:
         ValueError: they do not fit, or the haystack's text is too short.
     """
+    # The instruction stays first, at depth 0; only the sentences are scattered.
     depths = rng.random(len(sentences))
     context = strew(
         rng,
@@ -105,7 +106,8 @@ def essay(path: str | Path, vocab: TokenizerVocabulary) -> haystack.Haystack:
     """
     path = Path(path)
     sentences = haystack.SENTENCE_END.split(" ".join(rows.read_text(path).split()))
-    # As vocab.encode, but all at once: a book has thousands. Some tokenizers put the space there.
+    # A book has thousands of sentences, so all are encoded in one call instead of by vocab.encode.
+    # vocab.encode puts a space before a text, except where the tokenizer does this itself.
     space = "" if encode(vocab, "a") == vocab.encode("a") else " "
     texts = [space + sentence for sentence in sentences if sentence]
     pieces = vocab.tokenizer(texts or [" "], add_special_tokens=False)
@@ -113,7 +115,7 @@ def essay(path: str | Path, vocab: TokenizerVocabulary) -> haystack.Haystack:
 
 
 def noise(vocab: TokenizerVocabulary) -> Filler:
-    """A haystack of few sentences, repeated."""
+    """A haystack of a few repeated sentences."""
 
     def fill(rng: np.random.Generator, length: int) -> list[list[int]]:
         said = [vocab.encode(filler.sentence(rng)) for _ in range(NOISE)]
@@ -123,10 +125,10 @@ def noise(vocab: TokenizerVocabulary) -> Filler:
 
 
 def cut(pieces: Iterable[Sequence[int]], length: int) -> list[list[int]]:
-    """The first pieces, of `length` tokens in all; the last is cut.
+    """The first pieces with `length` tokens in all; the last one is cut to fit.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: the pieces have fewer tokens.
     """
     found: list[list[int]] = []
     left = length

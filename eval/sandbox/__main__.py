@@ -1,6 +1,6 @@
 """`python -m eval.sandbox`: the layers that this machine has."""
 
-from eval.sandbox.layers import probe
+from eval.sandbox.runner import probe
 
 if __name__ == "__main__":
     layers = probe()

@@ -1,4 +1,4 @@
-"""The layers, as they are put on: namespaces in the supervisor, the others in the worker."""
+"""How the layers are put on: namespaces in the supervisor, the others in the worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
-from eval.sandbox import landlock, linux, processes, seccomp
+from eval.sandbox import filters, linux
 
 LAYERS = (
     "user_namespace",
@@ -23,7 +23,7 @@ LAYERS = (
     "seccomp",
     "rlimits",
 )
-"""By name, in the order in which they are put on."""
+"""Names of the layers, in the order in which they are put on."""
 
 NAMESPACES = {
     "network_namespace": linux.CLONE_NEWNET | linux.CLONE_NEWIPC,
@@ -35,15 +35,15 @@ NOBODY = 65534
 
 
 class Limits(NamedTuple):
-    """What one program may use.
+    """The resources that one program may use.
 
     Attributes:
-        timeout: seconds, of wall clock and of CPU.
-        memory_bytes: of address space.
-        output_bytes: written to stdout and stderr together; the program ends where it writes more.
-        file_bytes: of one file; of all its files where there is a mount namespace.
-        processes: and threads, where seccomp does not forbid processes altogether.
-        open_files: descriptors.
+        timeout: seconds of wall clock, and seconds of CPU.
+        memory_bytes: size of the address space.
+        output_bytes: bytes of stdout and stderr together; a program that writes more is killed.
+        file_bytes: size of a file; with a mount namespace, of all files together.
+        processes: processes and threads, where seccomp does not forbid processes altogether.
+        open_files: open descriptors.
     """
 
     timeout: float = 10.0
@@ -55,7 +55,10 @@ class Limits(NamedTuple):
 
 
 def outside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> None:
-    """Namespaces of this process (pids: of its children), and `scratch` as working directory."""
+    """Puts this process into namespaces, with `scratch` as its working directory.
+
+    A new pid namespace holds for the children only.
+    """
     flags = sum(NAMESPACES[name] for name in NAMESPACES if name in layers)
     if "user_namespace" in layers:
         user, group = os.geteuid(), os.getegid()
@@ -71,30 +74,32 @@ def outside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> 
 
 
 def inside(layers: Collection[str], limits: Limits, uid: int) -> None:
-    """All else, of this process, for good.
+    """Puts all other layers on this process. None of them can be taken off.
 
     Raises:
-        OSError: a layer that cannot be had.
+        OSError: the kernel refuses a layer.
     """
     if "rlimits" in layers:
+        # The kernel counts processes per user, and this user may run others.
         own_count = {"user_namespace", "dropped_root"} & set(layers)
-        others = 0 if own_count else processes.count_of_user(os.getuid())
+        others = 0 if own_count else linux.count_of_user(os.getuid())
         set_limits(limits, others)
     if "dropped_root" in layers:
         drop_root(uid)
     elif {"user_namespace", "no_new_privs"} & set(layers):
+        # A user namespace grants all capabilities inside; the program needs none.
         linux.set_capabilities(0)
-    processes.die_with_parent()
+    linux.die_with_parent()
     if "no_new_privs" in layers:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     if "landlock" in layers:
-        landlock.restrict(".")
+        filters.restrict_files(".")
     if "seccomp" in layers:
-        seccomp.install()
+        filters.install_seccomp()
 
 
 def set_limits(limits: Limits, others: int) -> None:
-    """`others`: processes that count against the same limit."""
+    """Sets the rlimits. `others`: processes that count against the same limit of processes."""
     seconds = math.ceil(limits.timeout)
     for name, value in {
         "AS": limits.memory_bytes,
@@ -111,20 +116,21 @@ def set_limits(limits: Limits, others: int) -> None:
             continue
         hard = resource.getrlimit(number)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # macOS refuses some
+        # macOS refuses some of the limits.
         with suppress(*(() if sys.platform == "linux" else (OSError, ValueError))):
             resource.setrlimit(number, (value, value))
 
 
 def drop_root(uid: int) -> None:
-    """Becomes `uid`, without groups and capabilities.
+    """Changes the user to `uid`, without groups and capabilities.
 
-    Where Python lies in a folder of root's alone, the capability to read stays: its modules are
-    imported afterwards.
+    The capability to read all files stays where only root can enter Python's folder: the program
+    imports modules from there.
     """
     reached = all(map(others_reach, (os.path.dirname(os.__file__), sys.prefix)))
     kept = 0 if reached else 1 << linux.CAP_DAC_READ_SEARCH
     linux.prctl(linux.PR_SET_KEEPCAPS, 1)
+    # Groups first: without root they cannot be changed any more.
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -132,7 +138,7 @@ def drop_root(uid: int) -> None:
 
 
 def spare_uid() -> int:
-    """A user that nobody is, so that its limit of processes counts this sandbox alone."""
+    """A uid that no user has, so that its limit of processes counts this sandbox only."""
     uid = 0x70000000 + os.getpid()
     with suppress(OSError), open("/proc/self/uid_map") as file:
         for line in file:

@@ -1,30 +1,44 @@
-"""Runs programs in the sandbox, from a process that never executes them itself."""
+"""Runs Python programs that a model wrote, each in its own process, confined in layers.
+
+This process never executes a program. `ask` starts a supervisor, a fresh interpreter with
+namespaces and limits on time and output. The supervisor forks a worker, which has rlimits, another
+uid, seccomp and Landlock, and executes the program.
+
+The layers keep a program from harming the machine and from outliving its run. They do not make its
+result proof: the program runs in the interpreter that reports the result, and a program that sets
+out to forge a pass can do so.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from eval.sandbox.confine import Limits
-from eval.sandbox.layers import Layers, SandboxError, ask, probe
 
 DEFAULT = Limits()
 BATCH = 16
 GRACE_SECONDS = 60.0
-"""For the interpreter to start and for what is left to be killed, beyond the programs' own time."""
+"""Time beyond the programs' own: the interpreter starts, and left-over processes are killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one program.
+    """The result of one program.
 
     Attributes:
-        passed: it ran to its end without an exception.
-        reason: "passed", the exception, the limit or the signal that ended it.
-        stdout: and stderr, as they came, up to the limit.
+        passed: the program ran to its end without an exception.
+        reason: "passed", or the exception, limit or signal that ended the program.
+        stdout: stdout and stderr together, in order, up to the limit.
     """
 
     passed: bool
@@ -41,19 +55,19 @@ def run(
     unsafe: bool = False,
     layers: Layers | None = None,
 ) -> Outcome:
-    """Executes Python source in a process of its own, confined as far as this machine can.
+    """Executes Python source in a new process, confined by all layers that this machine has.
 
     Args:
-        program: source text; tests are part of it, as assertions.
-        timeout: seconds of wall clock from its start, and of CPU.
-        memory_bytes: of address space.
-        output_bytes: of stdout and stderr.
-        processes: and threads.
-        unsafe: runs it also where `Layers.refusal` has an objection.
-        layers: None: all that there are.
+        program: source text, with tests as assertions.
+        timeout: seconds of wall clock from the program's start, and seconds of CPU.
+        memory_bytes: limit of the address space.
+        output_bytes: limit of stdout and stderr together.
+        processes: limit of processes and threads.
+        unsafe: run the program even where `Layers.refusal` objects.
+        layers: the layers to use; None: all that the machine has.
 
     Raises:
-        ValueError: refused.
+        ValueError: the layers are too few, and `unsafe` is False.
         SandboxError: the sandbox failed, so that nothing is known about the program.
     """
     limits = DEFAULT._replace(
@@ -72,16 +86,16 @@ def run_many(
     unsafe: bool = False,
     layers: Layers | None = None,
 ) -> list[Outcome]:
-    """Runs several at a time; each worker's interpreter starts once for a batch of them.
+    """Runs several programs at a time. One supervisor serves a batch of `BATCH` programs.
 
     Args:
         programs: source texts.
-        workers: at a time; None: as many as there are processors.
-        limits: of each program; None: the usual ones.
+        workers: number of supervisors at a time; None: the number of processors.
+        limits: of each program; None: `DEFAULT`.
         unsafe, layers: see `run`.
 
     Returns:
-        Their outcomes, in their order.
+        The outcomes, in the order of the programs.
 
     Raises:
         ValueError, SandboxError: see `run`.
@@ -95,10 +109,11 @@ def run_many(
 def _run_batch(
     programs: Sequence[str], limits: Limits, unsafe: bool, layers: Layers | None
 ) -> list[Outcome]:
-    """One after the other, each in a folder and with processes of its own."""
+    """Runs programs one after the other, each in its own folder and its own processes."""
     layers = layers or probe()
     require(layers, unsafe)
     with tempfile.TemporaryDirectory(prefix="kvjax-run-", ignore_cleanup_errors=True) as folder:
+        # Another uid must be able to reach its folder, but not to list those of others.
         os.chmod(folder, 0o711)
         scratch = [os.path.join(os.path.realpath(folder), str(i)) for i in range(len(programs))]
         for path in scratch:
@@ -109,6 +124,7 @@ def _run_batch(
             "limits": limits._asdict(),
             "scratch": scratch,
         }
+        # The supervisor keeps each program's time; this limit is for a supervisor that hangs.
         answers = ask(job, len(programs) * limits.timeout + GRACE_SECONDS)
     for answer in answers:
         if answer["failure"]:
@@ -117,7 +133,106 @@ def _run_batch(
 
 
 def require(layers: Layers, unsafe: bool) -> None:
-    """Raises ValueError where these layers are too few and it was not asked for all the same."""
+    """Raises ValueError where the layers are too few and the caller did not ask for unsafe runs."""
     why = layers.refusal()
     if why and not unsafe:
         raise ValueError(why)
+
+
+ROOT = Path(__file__).parents[2]
+START = (
+    "import sys; root = sys.argv[1]; sys.path.insert(0, root); "
+    "from eval.sandbox.supervisor import main; sys.path.remove(root); main()"
+)
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"} | dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+)
+"""The whole environment of a program. Tokens and proxies of this process stay out of it."""
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself failed; nothing is known about the program."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that confine a program.
+
+    Attributes:
+        available: names from `eval.sandbox.confine.LAYERS`.
+        missing: the other names, each with the reason why the layer is missing.
+    """
+
+    available: tuple[str, ...]
+    missing: Mapping[str, str]
+
+    def without(self, *names: str) -> Layers:
+        """These layers without the named ones, which count as missing."""
+        unknown = set(names) - set(self.available) - set(self.missing)
+        if unknown:
+            raise ValueError(f"no such layer: {', '.join(sorted(unknown))}")
+        kept = tuple(name for name in self.available if name not in names)
+        off = {name: "switched off" for name in names if name in self.available}
+        return replace(self, available=kept, missing={**self.missing, **off})
+
+    def refusal(self) -> str | None:
+        """Why these layers are too few to run a program; None where they suffice."""
+        have = set(self.available)
+        # A program needs one layer against network access and one that protects files.
+        lacking = []
+        if not have & {"network_namespace", "seccomp"}:
+            lacking.append("keeps programs off the network (network_namespace or seccomp)")
+        if not have & {"mount_namespace", "landlock", "dropped_root"}:
+            lacking.append("protects files (mount_namespace, landlock or dropped_root)")
+        if not lacking:
+            return None
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.missing.items())
+        return (
+            f"nothing here {', and nothing '.join(lacking)}. Missing are {reasons}. "
+            "--unsafe-execution runs what the model wrote all the same"
+        )
+
+    def describe(self) -> str:
+        """One line for each layer."""
+        lines = [f"{name}: on" for name in self.available]
+        return "\n".join(lines + [f"{name}: off ({why})" for name, why in self.missing.items()])
+
+
+def ask(job: Mapping[str, Any], seconds: float) -> Any:
+    """Starts a supervisor, gives it a job and returns its answer.
+
+    Args:
+        job: see `eval.sandbox.supervisor`.
+        seconds: how long to wait for the answer.
+
+    Raises:
+        SandboxError: no answer in that time, or an answer that is not JSON.
+    """
+    # -I keeps the user's site-packages and PYTHON* variables out of the supervisor.
+    command = [sys.executable, "-I", "-c", START, str(ROOT)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(job).encode(),
+            capture_output=True,
+            timeout=seconds,
+            env=ENVIRONMENT,
+            cwd="/",
+        )
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise SandboxError(f"the supervisor gave no answer in {seconds:g} s") from error
+    except ValueError as error:
+        tail = done.stderr.decode("utf-8", "replace")[-500:]
+        raise SandboxError(f"the supervisor ended with {done.returncode}: {tail}") from error
+
+
+@functools.cache
+def probe() -> Layers:
+    """The layers that this machine has. Each is tried in its own process, once per interpreter."""
+    with tempfile.TemporaryDirectory(prefix="kvjax-probe-") as scratch:
+        found = ask({"probe": scratch}, 60)
+    return Layers(
+        available=tuple(name for name, why in found.items() if not why),
+        missing={name: why for name, why in found.items() if why},
+    )

@@ -1,7 +1,8 @@
-"""Runs programs, one after the other, and answers with JSON; a fresh interpreter's main.
+"""The supervisor, a fresh interpreter that runs programs one after the other, and its worker.
 
-It reads a job from stdin and writes for each of its programs {"passed", "reason", "stdout",
-"failure"} to stdout, or with "probe" in the job {layer: why it is missing, or ""}.
+`main` reads a job as JSON from stdin. For each of the job's programs it writes {"passed", "reason",
+"stdout", "failure"} to stdout; for a job with "probe", {layer: why it is missing, or ""}. The
+worker is a forked child that confines itself and executes one program.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import selectors
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
-from eval.sandbox import confine, processes, worker
+from eval.sandbox import confine, linux
 from eval.sandbox.confine import Limits
 
 POLL_SECONDS = 0.005
@@ -25,7 +27,7 @@ RESULT_BYTES = 1 << 14
 
 def main() -> None:
     job = json.load(sys.stdin)
-    processes.die_with_parent()
+    linux.die_with_parent()
     if "probe" in job:
         answer: object = {name: probe(name, job["probe"]) for name in confine.LAYERS}
     else:
@@ -38,7 +40,10 @@ def main() -> None:
 
 
 def in_child(function: Callable[..., object], *arguments: object) -> str:
-    """What a function returns, as JSON, called in a child: namespaces are for good."""
+    """Calls a function in a forked child and returns its result as JSON.
+
+    A process cannot leave a namespace again, so the calls that enter one happen in a child.
+    """
     end, other_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -57,13 +62,14 @@ def in_child(function: Callable[..., object], *arguments: object) -> str:
 
 
 def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> dict[str, Any]:
-    """Starts the worker, watches it, and leaves nothing of it behind.
+    """Starts the worker, watches it, and kills every process that it leaves behind.
 
     Raises:
-        OSError: a namespace that cannot be had.
+        OSError: the kernel refuses a namespace.
     """
-    processes.adopt_orphans()
+    linux.adopt_orphans()
     uid = confine.spare_uid()
+    # A program that exits early never learns the token that stands for a pass.
     token = os.urandom(16).hex()
     confine.outside(layers, limits, scratch, uid)
     output, output_end = os.pipe()
@@ -72,13 +78,14 @@ def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> 
     if child == 0:
         os.setsid()
         if "pid_namespace" in layers:
-            processes.die_with_parent()
+            linux.die_with_parent()
             _fork_below_init((output_end, result_end))
 
         def put_on() -> None:
             confine.inside(layers, limits, uid)
 
-        worker.work(program, put_on, output_end, result_end, token)
+        work(program, put_on, output_end, result_end, token)
+    # The pipes end when the child does, if this process keeps no writing end.
     os.close(output_end)
     os.close(result_end)
     watch = _Watch(output, result, limits)
@@ -96,7 +103,12 @@ def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> 
 
 
 class _Watch:
-    """What a child wrote to its two pipes, and whether it kept to its limits."""
+    """Reads a child's two pipes and notes whether the child kept its limits.
+
+    Attributes:
+        broken: the limit that was exceeded, or "".
+        written: the bytes of each pipe so far.
+    """
 
     def __init__(self, output: int, result: int, limits: Limits):
         self.output = output
@@ -115,12 +127,12 @@ class _Watch:
         return self.written[self.output]
 
     def until_end(self, child: int) -> int | None:
-        """Its wait status; None when it is still there and over a limit."""
+        """The child's wait status; None where the child exceeded a limit and still runs."""
         while not self.broken:
             self._read(POLL_SECONDS)
             pid, status = os.waitpid(child, os.WNOHANG)
             late = time.monotonic() > self.deadline
-            # Where this process got no processor, the limit on the child's may come first.
+            # On a busy machine the child can hit its CPU limit before this process wakes up.
             if late and (not pid or _signal(status) in (signal.SIGKILL, signal.SIGXCPU)):
                 self.broken = f"timed out after {self.limits.timeout:g} s"
             if pid:
@@ -128,7 +140,7 @@ class _Watch:
         return None
 
     def drain(self) -> None:
-        """The rest; nobody writes any more."""
+        """Reads what is left in the pipes after the child has ended."""
         while not self.broken and self.selector.get_map():
             if not self._read(0):
                 return
@@ -147,6 +159,7 @@ class _Watch:
             data = os.read(key.fd, 1 << 16)
             if not data:
                 self.selector.unregister(key.fd)
+            # Bytes beyond the limit are dropped, so a program cannot fill this process's memory.
             room = self.most[key.fd] - len(self.written[key.fd])
             self.written[key.fd] += data[:room]
             if len(data) > room:
@@ -155,13 +168,16 @@ class _Watch:
 
 
 def _fork_below_init(descriptors: Collection[int]) -> None:
-    """Returns in a child; this process, first of its namespace, waits and ends as that does."""
+    """Forks once more and returns in the child.
+
+    This process is the init of the pid namespace. It waits for the child and exits with its status.
+    """
     child = os.fork()
     if child == 0:
         return
     for descriptor in descriptors:
         os.close(descriptor)
-    status = processes.serve_as_init(child)
+    status = linux.serve_as_init(child)
     os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
@@ -169,8 +185,9 @@ def _kill_all(child: int, ended: bool) -> bool:
     if not ended:
         os.kill(child, signal.SIGKILL)
     if sys.platform == "linux":
-        return processes.sweep()
-    with suppress(ProcessLookupError, PermissionError):  # its group is all that can be found
+        return linux.sweep()
+    # Without /proc only the child's own process group can be found.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     if not ended:
         os.waitpid(child, 0)
@@ -178,7 +195,7 @@ def _kill_all(child: int, ended: bool) -> bool:
 
 
 def _end(status: int | None) -> str:
-    """How a process ended that had no result."""
+    """How a process without a result ended."""
     if status is None:
         return "killed"
     with suppress(ValueError):
@@ -188,14 +205,14 @@ def _end(status: int | None) -> str:
 
 
 def _signal(status: int) -> int:
-    """The signal that ended a process, or the one below an init; 0 for none."""
+    """The signal that ended a process or the child of an init; 0 for none."""
     if os.WIFSIGNALED(status):
         return os.WTERMSIG(status)
     return max(os.WEXITSTATUS(status) - 128, 0) if os.WIFEXITED(status) else 0
 
 
 def probe(name: str, scratch: str) -> str:
-    """Tries one layer, with those it needs, in a child: why it cannot be had, or ""."""
+    """Tries one layer and the layers that it needs in a child: why it is missing, or ""."""
     root = os.geteuid() == 0
     if name != "rlimits" and sys.platform != "linux":
         return "Linux only"
@@ -208,7 +225,8 @@ def probe(name: str, scratch: str) -> str:
         layers.add("user_namespace")
     if name in ("landlock", "seccomp"):
         layers.add("no_new_privs")
-    own = os.path.join(scratch, name)  # its owner may change
+    # `dropped_root` changes the folder's owner, so each layer gets another folder.
+    own = os.path.join(scratch, name)
     os.mkdir(own)
     return json.loads(in_child(_put_on, layers, own))["failure"]
 
@@ -218,3 +236,68 @@ def _put_on(layers: Collection[str], scratch: str) -> dict[str, str]:
     confine.outside(layers, Limits(), scratch, uid)
     confine.inside(layers, Limits(), uid)
     return {"failure": ""}
+
+
+REASON_CHARACTERS = 500
+
+
+def work(
+    program: str, put_on: Callable[[], None], output: int, result: int, token: str
+) -> NoReturn:
+    """Confines this process, executes `program` as __main__, and ends.
+
+    Args:
+        program: source text. It passes when it runs to its end without an exception, SystemExit
+            among them.
+        put_on: confines this process; raises OSError when it cannot.
+        output: descriptor for stdout and stderr.
+        result: descriptor for one line of JSON: {"setup": why it did not start}, {"reason": …},
+            or {"passed": token}, which a program that merely exits does not write.
+        token: of this run.
+    """
+    write, dumps, leave, getpid = os.write, json.dumps, os._exit, os.getpid
+    worker = getpid()
+    try:
+        result = _rewire(output, result)
+        put_on()
+    except BaseException as error:
+        write(result, dumps({"setup": f"{type(error).__name__}: {error}"}).encode())
+        leave(1)
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["program"]
+    try:
+        exec(compile(program, "<program>", "exec"), module.__dict__)
+        answer = {"passed": token}
+    except BaseException as error:
+        answer = {"reason": _describe(error)}
+    if getpid() != worker:  # a fork of the program came to its end: not a result
+        leave(0)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # the program closed or replaced them
+        pass
+    write(result, dumps(answer).encode())
+    leave(0)
+
+
+def _rewire(output: int, result: int) -> int:
+    """Leaves four descriptors: an empty stdin, the output as stdout and stderr, the result as 3."""
+    result = os.dup(result)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if result != 3:
+        os.dup2(result, 3)
+    os.closerange(4, 1 << 16)
+    return 3
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = type(error).__name__
+    return text.removesuffix(": ")[:REASON_CHARACTERS]

@@ -1,13 +1,12 @@
-"""BABILong: bAbI's reasoning tasks with their facts strewn over book text (arXiv 2406.10149).
+"""BABILong: bAbI's reasoning tasks with their facts scattered in book text (arXiv 2406.10149).
 
 Rows {input, question, target, task} come from DATA_DIR/babilong/babilong_4k.jsonl (or .gz, .xz) and
-the like, without --data-dir from the hub, where each task is a split and no column. `lengths` are
-prompt lengths as the benchmark counts them (4096 or 4000: "4k"), `subsets` are tasks (qa1 … qa20);
-without them all there are (on the hub: up to 32k). Groups are "4k/qa1".
+similar files; without --data-dir from the hub, where each task is a split instead of a column.
+`lengths` are prompt lengths as the benchmark counts them (4096 or 4000: "4k"), by default all (on
+the hub: up to 32k). `subsets` are tasks (qa1 … qa20), by default all. Groups are "4k/qa1".
 
-The prompt is a plain one of this project's: it says what the answers of the task look like and has
-no examples, so numbers are comparable among policies and models here, not with the benchmark's
-few-shot prompts.
+The prompt is this project's: it describes the form of the task's answers and has no examples. So
+numbers are comparable among policies and models here, not with the benchmark's few-shot prompts.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import re
 from pathlib import Path
 
 from eval import rows
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "RMT-team/babilong"
 MAX_NEW_TOKENS = 20
@@ -39,7 +37,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "qa19": tuple(f"{a},{b}" for a in "nesw" for b in "nesw"),
     "qa20": ("bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"),
 }
-"""The words that answers of each task are made of."""
+"""The words that answers of each task consist of."""
 
 DIRECTION = re.compile(r"\b(?:north|east|south|west|[nesw])\b")
 
@@ -51,7 +49,7 @@ FORM = {
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Nothing but which rows to take."""
+    """The options that BABILong reads."""
     return Reads(("data_dir", "limit", "lengths", "subsets"))
 
 
@@ -61,13 +59,14 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: an unknown length or task, a missing file, or a corrupt row.
     """
-    check("babilong", options, reads(options))
+    check_options("babilong", options, reads(options))
     unknown = [name for name in options.subsets if name not in LABELS]
     if unknown:
         raise ValueError(f"BABILong has no {', '.join(unknown)}, expected some of qa1 … qa20")
     folder = None if options.data_dir is None else Path(options.data_dir) / "babilong"
     items: list[Item] = []
     for length in _lengths(options.lengths, folder):
+        # Items are numbered within their task, so that --limit holds for each of them.
         seen: dict[str, int] = {}
         for task, row in _rows(length, folder, options.subsets):
             index = seen[task] = seen.get(task, -1) + 1
@@ -77,12 +76,12 @@ def load(options: TaskOptions) -> Task:
 
 
 def score(item: Item, answer: str) -> float:
-    """Whether the answer names what is asked for and nothing else.
+    """1 if the answer names the target and no other label, else 0.
 
-    What counts is the answer's first line up to its first full stop, and in it the task's labels
-    as whole words, but for those that the question itself names: they are never asked for. These
-    must be the target, or the targets where it is a list. The benchmark looks for labels anywhere
-    in words ("no" in "know", "one" in "none"), which is not imitated.
+    The answer's first line counts, up to its first full stop. The task's labels that are whole
+    words in it must be the target, or all targets of a list. Labels that the question names do not
+    count: they are never the target. The benchmark looks for labels anywhere in words ("no" in
+    "know", "one" in "none"); this score does not.
     """
     task = item.meta["task"]
     said = answer.lower().strip().split("\n")[0].split(".")[0]
@@ -99,7 +98,7 @@ def _words(text: str) -> set[str]:
 
 
 def _lengths(lengths: tuple[int, ...], folder: Path | None) -> list[str]:
-    """As in file names: "4k"."""
+    """Lengths as in file names: "4k"."""
     if not lengths:
         if folder is None:
             return [f"{k}k" for k in ON_HUB]

@@ -6,12 +6,10 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from eval.numbers import plain
-from eval.reads import Reads, check
-from eval.rows import Row
-from eval.statistics import standard_error
-from eval.task import Item, Task, TaskOptions
-from eval.tasks import named_rows
+from eval.metrics import plain
+from eval.results import standard_error
+from eval.rows import Row, named_rows
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -27,9 +25,9 @@ HUB = ("openai/gsm8k", "main")
 CURRENCY = "$€£¥₹"
 WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+),?"
 NUMBER = rf"[-+]?(?:[{CURRENCY}] *)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
-"""In the plain text of `eval.numbers`. Commas stand before three digits; else they part numbers."""
+"""A number in the text that `plain` gives; a comma belongs to it before three digits."""
 UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?\d+")
-"""As in "36 m^2", where the unit has a 2 that is no answer."""
+"""The power of a unit, as the 2 in "36 m^2", is not an answer."""
 SETTINGS = ("prompt", "extraction", "max_new_tokens")
 SCORING = ("extraction",)
 PROMPTS = ("alpaca", "ask")
@@ -37,7 +35,7 @@ EXTRACTIONS = ("strict", "flexible")
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Examples fix the prompt's form: with some of them there is no choice of a prompt."""
+    """The options and settings of GSM8K. Examples fix the prompt, so `prompt` needs --shots 0."""
     names = ("data_dir", "limit", "shots")
     if options.shots:
         return Reads(names, SETTINGS[1:], SCORING, why="prompt is for --shots 0")
@@ -48,17 +46,17 @@ def load(options: TaskOptions) -> Task:
     """Zero-shot with MetaMath's prompt, or with `shots` examples of reasoning (8 are usual).
 
     The examples are the first rows of the training set, whose solutions are part of the data. The
-    usual prompt for chains of thought (Wei et al. 2022) has eight others, so that scores differ a
-    little from those that are reported with it.
+    usual prompt for chains of thought (Wei et al. 2022) has eight other examples, so scores differ
+    a little from those that are reported with that prompt.
 
-    Settings: prompt, zero-shot only: "alpaca" or "ask" (for chat models); extraction: "strict",
-    after "The answer is", or "flexible", the last number; both are in the summary;
+    Settings: prompt, zero-shot only: "alpaca" or "ask" (for chat models). extraction: "strict" (the
+    number after "The answer is") or "flexible" (the last number); the summary has both scores.
     max_new_tokens (512).
 
     Raises:
         ValueError: no data, or a wrong setting.
     """
-    check("gsm8k", options, reads(options))
+    check_options("gsm8k", options, reads(options))
     prompt = _choice(options, "prompt", PROMPTS)
     extraction = _choice(options, "extraction", EXTRACTIONS)
     length = options.settings.get("max_new_tokens", "512")
@@ -69,17 +67,19 @@ def load(options: TaskOptions) -> Task:
         raise ValueError(f"got {shots} shots, expected 0 or more")
     examples = ""
     if shots:
-        rows = named_rows.read(options.data_dir, "gsm8k/train", HUB, "train")[:shots]
+        rows = named_rows(options.data_dir, "gsm8k/train", HUB, "train")[:shots]
         if len(rows) < shots:
             raise ValueError(f"got {shots} shots, expected ≤ {len(rows)}: rows of gsm8k/train")
         examples = "".join(map(example, rows))
-    rows = named_rows.read(options.data_dir, "gsm8k/test", HUB, "test")
+    rows = named_rows(options.data_dir, "gsm8k/test", HUB, "test")
+    # The form of the prompt: examples fix it, otherwise the setting chooses.
     template = "{question}" if shots else {"alpaca": ALPACA, "ask": ASK}[prompt]
     if shots:
         template = "Q: {question}\nA:"
     items = tuple(
         Item(
             id=f"gsm8k/{number}",
+            # replace instead of format: questions contain braces.
             prompt=examples + template.replace("{question}", row.text("question")),
             references=(gold(row),),
             max_new_tokens=int(length),
@@ -104,7 +104,7 @@ def gold(row: Row) -> str:
     """The number after "####", without commas.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the answer has no such number.
     """
     answer = row.text("answer")
     _, mark, number = answer.rpartition("####")
@@ -116,6 +116,7 @@ def gold(row: Row) -> str:
 
 def example(row: Row) -> str:
     """A row of the training set as question and answer, without calculator annotations."""
+    # The data marks calculations as <<48/2=24>>, which a model should not learn to write.
     reasoning = re.sub(r"<<.*?>>", "", row.text("answer")).rpartition("####")[0].strip()
     return f"Q: {row.text('question')}\nA: {reasoning}\nThe answer is: {gold(row)}\n\n"
 
@@ -123,21 +124,21 @@ def example(row: Row) -> str:
 def strict(answer: str) -> str | None:
     """The number right after the last "The answer is", with or without a colon.
 
-    How the number is dressed does not matter, see `eval.numbers`: "**The answer is:** $72$".
+    Markdown and LaTeX around the number do not matter, see `eval.metrics.plain`.
     """
     found = re.findall(rf"[Tt]he answer is\s*:?\s*({NUMBER})", plain(answer, spaces=True))
     return found[-1] if found else None
 
 
 def flexible(answer: str) -> str | None:
-    """The last number; the power of a unit is none."""
+    """The last number of an answer, except for powers of units."""
     text = UNIT_POWER.sub("", plain(answer, spaces=True))
     found = re.findall(rf"(?<![\w.]){NUMBER}", text)
     return found[-1] if found else None
 
 
 def value(number: str | None) -> Fraction | None:
-    """Of a number as it is written: "$1,234.50", "-3", "1/2"; None for anything else."""
+    """The value of a written number, such as "$1,234.50", "-3" or "1/2"; None for other texts."""
     try:
         return Fraction(re.sub(rf"[{CURRENCY},\s]", "", plain(number or "", spaces=True)))
     except (ValueError, ZeroDivisionError):
@@ -153,7 +154,7 @@ def score_flexible(item: Item, answer: str) -> float:
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
-    """Both extractions, each with its standard error."""
+    """The scores of both extractions, each with its standard error."""
     found: dict[str, Any] = {}
     for name, score in (("strict", score_strict), ("flexible", score_flexible)):
         scores = [score(item, answer) for item, answer, _ in results]
@@ -168,7 +169,7 @@ def _equal(number: str | None, item: Item) -> float:
 
 
 def _stops(shots: int, prompt: str) -> tuple[str, ...]:
-    """Where the next example or instruction of a raw prompt would begin; "ask" has no such text."""
+    """Texts that begin the next example or instruction of a raw prompt; "ask" has none."""
     if shots:
         return ("\nQ:",)
     return ("\n### ",) if prompt == "alpaca" else ()

@@ -8,8 +8,9 @@ from the hub.
 The six few-shot and completion tasks (trec, triviaqa, samsum, lsht, lcc, repobench-p) are never put
 inside a chat template, as in the benchmark: their items have meta {"chat": false}.
 
-Each item's score is the metric of its task against the reference that fits best; "metrics" of the
-summary says which one that is, "macro_average" is the mean over the tasks, the benchmark's total.
+Each item's score is the metric of its task against the reference that fits best. In the summary,
+"metrics" names the metric of each task, and "macro_average" is the benchmark's total, the mean over
+the tasks.
 """
 
 from __future__ import annotations
@@ -21,13 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from eval import checks, rows
-from eval.metrics import chinese, labels
-from eval.metrics.code import code_similarity
-from eval.metrics.rouge import rouge_l
-from eval.metrics.words import qa_f1
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval import checks, metrics, rows
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "THUDM/LongBench"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -39,9 +35,9 @@ class Subset:
 
     Attributes:
         metric: a name of METRICS, or "classification".
-        first_line: only the answer's first line counts, since few-shot prompts invite more. No
-            stop does this: line ends before the answer are skipped, as in the benchmark.
-        chat: whether the prompt may stand inside a chat template.
+        first_line: only the answer's first line counts, because few-shot prompts invite more. A
+            stop cannot do this: the benchmark skips line ends before the answer.
+        chat: whether the prompt may be inside a chat template.
     """
 
     metric: str
@@ -50,14 +46,14 @@ class Subset:
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {
-    "qa_f1": qa_f1,
-    "qa_f1_zh": chinese.qa_f1_zh,
-    "rouge_l": rouge_l,
-    "rouge_zh": chinese.rouge_zh,
-    "count": labels.count,
-    "retrieval": labels.retrieval,
-    "retrieval_zh": labels.retrieval_zh,
-    "code_similarity": code_similarity,
+    "qa_f1": metrics.qa_f1,
+    "qa_f1_zh": metrics.qa_f1_zh,
+    "rouge_l": metrics.rouge_l,
+    "rouge_zh": metrics.rouge_zh,
+    "count": metrics.count,
+    "retrieval": metrics.retrieval,
+    "retrieval_zh": metrics.retrieval_zh,
+    "code_similarity": metrics.code_similarity,
 }
 
 SUBSETS = {
@@ -86,17 +82,17 @@ SUBSETS = {
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Which rows to take, and where the prompts are."""
+    """The options and settings that LongBench reads."""
     return Reads(("data_dir", "limit", "subsets"), ("config",))
 
 
 def load(options: TaskOptions) -> Task:
-    """The named subsets; without names all that there are files of, or all 21 from the hub.
+    """The named subsets; without names all subsets with a file, or all 21 from the hub.
 
     Raises:
         ValueError: an unknown subset, a missing file, or a row without what is needed.
     """
-    check("longbench", options, reads(options))
+    check_options("longbench", options, reads(options))
     folder = None if options.data_dir is None else Path(options.data_dir) / "longbench"
     prompts, lengths = _config(folder, options.settings)
     items: list[Item] = []
@@ -117,31 +113,32 @@ def score(item: Item, answer: str) -> float:
     """The best score over the references."""
     subset = SUBSETS[item.group]
     if subset.first_line:
+        # Few-shot prompts end in a line end, so answers may begin with one.
         answer = answer.lstrip("\n").split("\n")[0]
     if subset.metric == "classification":
         classes = item.meta["classes"]
-        return max(labels.classification(answer, ref, classes) for ref in item.references)
+        return max(metrics.classification(answer, ref, classes) for ref in item.references)
     return max(METRICS[subset.metric](answer, ref) for ref in item.references)
 
 
 def metric_name(subset: str) -> str:
-    """Name of a subset's metric; that of Chinese says so where it is not by jieba's words."""
+    """Name of a subset's metric, see `eval.metrics.metric_name` for Chinese."""
     name = SUBSETS[subset].metric
-    return chinese.metric_name(name) if name in ("qa_f1_zh", "rouge_zh") else name
+    return metrics.metric_name(name) if name in ("qa_f1_zh", "rouge_zh") else name
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
-    """Each subset's metric, the mean over subsets, and whether Chinese was cut by characters."""
+    """Each subset's metric, the mean over subsets, and a note where jieba is missing."""
     scores: dict[str, list[float]] = {}
     for item, _, value in results:
         scores.setdefault(item.group, []).append(value)
-    metrics = {name: metric_name(name) for name in scores}
+    judged_by = {name: metric_name(name) for name in scores}
     found: dict[str, Any] = {
-        "metrics": metrics,
+        "metrics": judged_by,
         "macro_average": float(np.mean([np.mean(values) for values in scores.values()])),
     }
-    if any(name.endswith("_chars") for name in metrics.values()):
-        found["note"] = chinese.MISSING
+    if any(name.endswith("_chars") for name in judged_by.values()):
+        found["note"] = metrics.MISSING
     return found
 
 
@@ -202,6 +199,7 @@ def _item(
     references = row.texts("answers")
     try:
         prompt = prompts[name].format(context=row.text("context"), input=row.text("input"))
+    # The prompts are the benchmark's files, which may ask for other columns.
     except (KeyError, IndexError) as error:
         raise ValueError(f"{PROMPTS}: the prompt of {name} wants {error}") from None
     subset = SUBSETS[name]

@@ -1,11 +1,11 @@
-"""LongChat's line retrieval: one register of hundreds, its number is the answer.
+"""LongChat's line retrieval: the answer is the number in one of hundreds of lines.
 
 From D. Li et al., "How Long Can Open-Source LLMs Truly Promise on Context Length?" (2023). Rows of
 DATA_DIR/longchat/lines_N.jsonl (or .gz, .xz) hold the prompts; there is no hub dataset. `lengths`
-are numbers of lines here, and the groups.
+are numbers of lines; each is a group.
 
-An answer is right if the last number in its first line that has one is the expected number; the
-benchmark takes the last number of the whole answer, which is the same for models that stop.
+An answer's first line with a number counts: its last number must be the expected one. The benchmark
+takes the last number of the whole answer, which is the same for models that stop.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import re
 from pathlib import Path
 
 from eval import rows
-from eval.numbers import whole_numbers
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.metrics import whole_numbers
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 MAX_NEW_TOKENS = 32
 NAME = re.compile(r"lines_(\d+)\.jsonl(?:\.gz|\.xz)?")
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Nothing but which rows to take."""
+    """The options that LongChat reads."""
     return Reads(("data_dir", "limit", "lengths"))
 
 
 def load(options: TaskOptions) -> Task:
-    """The rows of all files, or of those with the given numbers of lines.
+    """The rows of all files, or of the files with the given numbers of lines.
 
     Raises:
         ValueError: no such files, or a row without prompt or number.
     """
-    check("longchat", options, reads(options))
+    check_options("longchat", options, reads(options))
     if options.data_dir is None:
         raise ValueError("longchat has no hub dataset: give --data-dir with longchat/lines_N.jsonl")
     folder = Path(options.data_dir) / "longchat"
     names = [name for path in folder.glob("lines_*") if (name := NAME.fullmatch(path.name))]
+    # A packed and a plain file of one length are one group.
     counts = options.lengths or sorted({int(name[1]) for name in names})
     if not counts:
         raise ValueError(f"no {folder / 'lines_N.jsonl'} (nor .gz, .xz): expected LongChat's rows")

@@ -6,18 +6,18 @@ Four files of DATA_DIR/loogle (.jsonl, also .gz or .xz), without --data-dir the 
 |---|---|
 | longdep_qa, of type timeline_reorder | exact order |
 | longdep_qa, of the types comprehension, information retrieval | F1 |
-| longdep_qa, of type computation | F1, where the dress of numbers does not matter |
+| longdep_qa, of type computation | F1 of texts with plain numbers |
 | shortdep_qa | F1 |
 | shortdep_cloze | exact match: share of the masks |
 | longdep_summarization | ROUGE-L |
 
 Groups are the subsets, and "longdep_qa/TYPE".
 
-The benchmark's own automatic numbers are BLEU, ROUGE, METEOR and BERTScore, its main one is a
-judgement by GPT-4. Those of them that need models or word nets are left out, and F1 is the score of
-questions because it does not reward length. The summary adds ROUGE-L of the questions, the
-benchmark's partial match of masks (a word in common), and the mean deviation of places in orders.
-Prompts are this project's.
+The benchmark's automatic metrics are BLEU, ROUGE, METEOR and BERTScore; its main metric is a
+judgement by GPT-4. Metrics that need models or word nets are left out. F1 is the score of questions
+because it does not reward length. The summary adds ROUGE-L of the questions, the benchmark's
+partial match of masks (a word in common), and the mean deviation of places in orders. Prompts are
+this project's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,8 @@ from typing import Any
 import numpy as np
 
 from eval import rows
-from eval.metrics.rouge import rouge_l
-from eval.metrics.words import exact_match, normalized, qa_f1
-from eval.numbers import plain
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.metrics import exact_match, normalized, plain, qa_f1, rouge_l
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "bigai-nlco/LooGLE"
 MAX_NEW_TOKENS = {"longdep_qa": 500, "shortdep_qa": 300, "longdep_summarization": 500}
@@ -60,7 +57,7 @@ ASK = {
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Nothing but which rows to take."""
+    """The options that LooGLE reads."""
     return Reads(("data_dir", "limit", "subsets"))
 
 
@@ -70,7 +67,7 @@ def load(options: TaskOptions) -> Task:
     Raises:
         ValueError: an unknown subset, a missing file, or a corrupt row.
     """
-    check("loogle", options, reads(options))
+    check_options("loogle", options, reads(options))
     unknown = [name for name in options.subsets if name not in SUBSETS]
     if unknown:
         raise ValueError(f"LooGLE has no {', '.join(unknown)}, expected some of {SUBSETS}")
@@ -84,7 +81,7 @@ def load(options: TaskOptions) -> Task:
 
 
 def score(item: Item, answer: str) -> float:
-    """By the item's subset; see the module's table."""
+    """The score of the item's subset, see the module's table."""
     kind, reference = item.meta["kind"], item.references[0]
     if kind == "timeline_reorder":
         return float(_numbers(answer) == _numbers(reference))
@@ -99,7 +96,7 @@ def score(item: Item, answer: str) -> float:
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
-    """Metric of each group, and the further numbers of the benchmark where they apply."""
+    """The metric of each group, and further numbers of the benchmark for the groups that ran."""
     names = {"timeline_reorder": "exact_order", "shortdep_cloze": "exact_match", "qa": "qa_f1"}
     found: dict[str, list[float]] = {}
     for item, answer, _ in results:
@@ -118,10 +115,11 @@ def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
 
 
 def masks_of(answer: str) -> dict[str, str]:
-    """What an answer says of each mask: a dictionary in braces, or lines like <mask-0>: name."""
+    """The name of each mask in an answer: a dictionary in braces, or lines as <mask-0>: name."""
     braces = re.search(r"\{.*?\}", answer, re.DOTALL)
     if braces:
         try:
+            # Models answer in either form; literal_eval runs no code.
             held = ast.literal_eval(braces[0])
         except (ValueError, SyntaxError):
             held = None
@@ -130,12 +128,13 @@ def masks_of(answer: str) -> dict[str, str]:
     lines = re.findall(r"<?mask-(\d+)>?\W*?[:=]\s*(.+)", answer)
     found: dict[str, str] = {}
     for number, name in lines:
+        # The first name of a mask counts: a model may repeat itself.
         found.setdefault(f"<mask-{number}>", name)
     return found
 
 
 def location_deviation(got: list[int], expected: list[int]) -> float:
-    """LMD = Σ |place in got − place in expected| / n; missing events count as n places off."""
+    """LMD = Σ |place in got − place in expected| / n; a missing event counts as n places off."""
     n = len(expected)
     return float(
         np.mean([abs(got.index(e) - i) if e in got else n for i, e in enumerate(expected)])
@@ -206,7 +205,7 @@ def _start(row: rows.Row, kind: str) -> str:
 
 
 def _pairs(row: rows.Row) -> list[dict[str, Any]]:
-    """Questions of a row: a list, as text in Python's syntax, or the row is one."""
+    """Questions of a row: a list as text in Python's syntax, or the row itself is a question."""
     if "qa_pairs" not in row.values:
         kind = row.values.get("task")
         return [{"Q": row.text("question"), "A": row.value("answer"), "type": kind}]
@@ -219,7 +218,7 @@ def _pairs(row: rows.Row) -> list[dict[str, Any]]:
 
 
 def _literal(row: rows.Row, value: Any) -> Any:
-    """The value that a text writes in Python's syntax."""
+    """The value of a text in Python's syntax; other values are returned unchanged."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError) as error:

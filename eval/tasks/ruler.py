@@ -1,19 +1,24 @@
 """RULER: retrieval, tracking, aggregation and questions at any length (arXiv 2404.06654).
 
-With `lengths` the prompts are generated, `count` of each task and length, with exactly that many
-tokens (the answer comes on top); groups are "niah_single_1/4096". They are token ids and end with
-the beginning of the answer, so no chat template is put around them. Settings:
+The kinds of questions, their numbers of keys, values, hops and words, and the scores are the
+paper's. Sentences and instructions are this project's, so results compare policies and models here,
+but are not the paper's numbers.
 
-- haystack=FILE: a text (plain, .gz, .xz) for the tasks whose haystack is an essay; else generated.
-- squad=FILE, hotpotqa=FILE: for qa_1 and qa_2; DATA_DIR/ruler/squad.json and hotpotqa.json (also
-  packed) serve as well. Without such files the two are left out, which the summary says, or an
-  error where they are asked for.
+With `lengths` the prompts are generated, `count` of each task and length. A prompt has exactly that
+many tokens, without the answer; groups are "niah_single_1/4096". Prompts are token ids and end with
+the beginning of the answer, so no chat template is used. Settings:
+
+- haystack=FILE: a text (plain, .gz, .xz) for tasks whose haystack is an essay; by default
+  sentences are generated.
+- squad=FILE, hotpotqa=FILE: for qa_1 and qa_2; by default DATA_DIR/ruler/squad.json and
+  hotpotqa.json (also packed). Without these files the two tasks are left out, and the summary says
+  so; it is an error to ask for them.
 
 Without `lengths` ready files are read: rows {input, outputs} of DATA_DIR/ruler/TASK.jsonl (or .gz,
-.xz), as the benchmark's own scripts write them; groups are the tasks' names.
+.xz), as the benchmark's own scripts write them. Groups are the tasks' names.
 
-The score is string_match_all, the share of the answers that the text contains (case ignored), and
-for the two questions string_match_part, whether it contains any.
+The score is string_match_all, the share of the answers that the text contains (case ignored). For
+the two question tasks it is string_match_part, whether the text contains any answer.
 """
 
 from __future__ import annotations
@@ -25,28 +30,32 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
-from eval.reads import Reads, check
-from eval.ruler import documents, frequent, needles, text, tracking
-from eval.task import Item, Task, TaskOptions
+from eval.ruler import (
+    aggregation,
+    questions,
+    retrieval,
+    text,
+)
+from eval.task import Item, Reads, Task, TaskOptions, check_options
 from kvjax.tasks.vocabulary import TokenizerVocabulary
 
-QUESTIONS = {"qa_1": ("squad", documents.squad), "qa_2": ("hotpotqa", documents.hotpotqa)}
+QUESTIONS = {"qa_1": ("squad", questions.squad), "qa_2": ("hotpotqa", questions.hotpotqa)}
 MAX_NEW_TOKENS = {
-    **dict.fromkeys(needles.TASKS, 128),
+    **dict.fromkeys(retrieval.RETRIEVAL_TASKS, 128),
     "vt": 30,
     "cwe": 120,
     "fwe": 50,
     "qa_1": 32,
     "qa_2": 32,
 }
-"""Of all tasks, in the paper's order; its own script's numbers."""
+"""The longest answer of each task, from the benchmark's script, in the paper's order."""
 
 Make = Callable[[np.random.Generator, int, int], text.Prompt]
-"""(rng, length, index of the prompt) to the prompt."""
+"""(rng, length, index of the prompt) → the prompt."""
 
 
 def reads(options: TaskOptions) -> Reads:
-    """Generated prompts have settings and a number; ready files have neither."""
+    """The options that RULER reads. Only generated prompts have settings and a number."""
     if options.lengths:
         names = ("data_dir", "limit", "lengths", "count", "subsets", "seed")
         return Reads(names, ("haystack", "squad", "hotpotqa"))
@@ -55,13 +64,13 @@ def reads(options: TaskOptions) -> Reads:
 
 
 def load(options: TaskOptions) -> Task:
-    """The named tasks; without names all that can be had.
+    """The named tasks; without names all tasks whose data is available.
 
     Raises:
         ValueError: an unknown task, neither lengths nor files, a missing file, or a length that
             is too short.
     """
-    check("ruler", options, reads(options))
+    check_options("ruler", options, reads(options))
     unknown = [name for name in options.subsets if name not in MAX_NEW_TOKENS]
     if unknown:
         raise ValueError(
@@ -82,13 +91,13 @@ def load(options: TaskOptions) -> Task:
 
 
 def score(item: Item, answer: str) -> float:
-    """Share of the references that the answer contains; for questions, whether any."""
+    """Share of the references that the answer contains; for questions, whether it has any."""
     found = [reference.lower() in answer.lower() for reference in item.references]
     return float(any(found) if item.meta["task"] in QUESTIONS else np.mean(found))
 
 
 def summary(results: list[tuple[Item, str, float]]) -> dict[str, list[str]]:
-    """Which of the 13 tasks the score is of, and which not."""
+    """The tasks that were run, and those of the 13 that were left out."""
     run = {item.meta["task"] for item, *_ in results}
     return {
         "tasks": [name for name in MAX_NEW_TOKENS if name in run],
@@ -110,6 +119,7 @@ def _ready(options: TaskOptions, folder: Path | None) -> list[Item]:
         path = rows.find(folder, name, (".jsonl",), of="ready prompts of RULER, or give lengths")
         for index, row in enumerate(rows.read_rows(path, options.limit)):
             prompt = row.text("input")
+            # Newer scripts of the benchmark keep the beginning of the answer apart.
             if "answer_prefix" in row.values:
                 prompt += row.text("answer_prefix")
             answers = tuple(row.texts("outputs"))
@@ -126,6 +136,7 @@ def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
         for length in options.lengths:
             for index in range(options.prompts_each):
                 number = list(MAX_NEW_TOKENS).index(name)
+                # A prompt's random numbers do not depend on which other tasks are run.
                 rng = np.random.default_rng([options.seed, number, length, index])
                 try:
                     prompt = make(rng, length, index)
@@ -139,7 +150,7 @@ def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
 def _makers(
     options: TaskOptions, folder: Path | None, vocab: TokenizerVocabulary
 ) -> dict[str, Make]:
-    """How to make each of the wanted tasks."""
+    """A function that makes a prompt, for each of the wanted tasks."""
     file = options.settings.get("haystack")
     essay = text.essay(file, vocab) if file else None
     found: dict[str, Make] = {}
@@ -160,12 +171,12 @@ def _makers(
 
 
 def _make(name, vocab, essay, rng: np.random.Generator, length: int, index: int) -> text.Prompt:
-    if name in needles.TASKS:
-        return needles.generate(rng, vocab, length, needles.TASKS[name], essay)
+    if name in retrieval.RETRIEVAL_TASKS:
+        return retrieval.retrieval(rng, vocab, length, retrieval.RETRIEVAL_TASKS[name], essay)
     others = {
-        "vt": tracking.generate,
-        "cwe": frequent.common_words,
-        "fwe": frequent.frequent_words,
+        "vt": retrieval.tracking,
+        "cwe": aggregation.common_words,
+        "fwe": aggregation.frequent_words,
     }
     return others[name](rng, vocab, length)
 
@@ -179,11 +190,12 @@ def _corpus_file(name: str, settings: Mapping[str, str], folder: Path | None) ->
 
 def _question_maker(name: str, path: Path, vocab: TokenizerVocabulary, seed: int) -> Make:
     corpus = QUESTIONS[name][1](path)
+    # Different questions in a random order, and again from the first where they run out.
     order = np.random.default_rng([seed, len(corpus.questions)]).permutation(len(corpus.questions))
 
     def make(rng: np.random.Generator, length: int, index: int) -> text.Prompt:
         question = corpus.questions[order[index % len(order)]]
-        return documents.generate(rng, vocab, length, question, corpus.paragraphs)
+        return questions.question_prompt(rng, vocab, length, question, corpus.paragraphs)
 
     return make
 

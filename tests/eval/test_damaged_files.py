@@ -10,7 +10,7 @@ from eval.predictions import PREDICTIONS, read
 from eval.report.command import ReportCommand, write
 from eval.report.runs import find
 from eval.run import evaluate
-from eval.settings import Settings
+from eval.task import Settings
 
 LINE = {
     "id": "q0",
@@ -160,8 +160,8 @@ def changed(change):
         (lambda r, e: e.update(policy=3), "an entry's policy is 3, expected text"),
         (lambda r, e: e.update(cache_bytes="512"), "cache_bytes is '512', expected ≥ 0"),
         (lambda r, e: e.update(cache_bytes=float("inf")), "cache_bytes is inf, expected ≥ 0"),
-        (lambda r, e: e.update(kept={"256": [[1.5]]}), "kept.256 is no table"),
-        (lambda r, e: e.update(kept={"many": [[1]]}), "kept.many is no table"),
+        (lambda r, e: e.update(kept={"256": [[1.5]]}), "kept.256 is not a table"),
+        (lambda r, e: e.update(kept={"many": [[1]]}), "kept.many is not a table"),
         (lambda r, e: e["groups"].update(x={"score": 2}), "groups.x.score is 2, expected"),
         (lambda r, e: e.update(summary={"strict": float("nan")}), "summary.strict is nan"),
         (lambda r, e: r.update(items=-1), "items is -1, expected ≥ 0"),

@@ -6,8 +6,8 @@ import eval_toys as toys
 import pytest
 from tokenizer_toys import sentencepiece
 
-from eval import teacher
-from eval.encoding import encode
+from eval import likelihood
+from eval.prompts import encode
 from eval.task import Item, Task, TaskOptions
 from eval.tasks import ruler
 from kvjax.text import added_text, end_ids
@@ -121,7 +121,7 @@ def test_a_right_answer_follows_one_space(scheme):
     loaded = dataclasses.replace(toys.loaded(), tokenizer=tokenizer)
     task = dataclasses.replace(one("so"), items=(item,))
     [prompt] = encode(task, tokenizer, toys.config(), chat=False)
-    example = teacher._example(loaded, task, prompt)
+    example = likelihood._example(loaded.tokenizer, task, prompt)
     assert tokenizer.convert_ids_to_tokens(example.answer) == ["▁th", "e"]
     assert added_text(tokenizer, prompt.ids, example.answer) == " the"
 

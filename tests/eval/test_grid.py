@@ -4,12 +4,9 @@ import eval_toys as toys
 import pytest
 
 import kvjax
-from eval.loaded import Loaded
 from eval.predictions import PREDICTIONS, read
-from eval.registry import TASKS, load_task
-from eval.run import evaluate
-from eval.settings import Settings
-from eval.task import TaskOptions
+from eval.run import LoadedModel, evaluate
+from eval.task import TASKS, Settings, TaskOptions, load_task
 
 POLICIES = ("snapkv:kv_size=16", "full", "streaming:kv_size=16")
 
@@ -17,7 +14,7 @@ POLICIES = ("snapkv:kv_size=16", "full", "streaming:kv_size=16")
 @pytest.fixture(scope="module")
 def builtin():
     model, params = kvjax.load("builtin:needle", dtype="float32")
-    return Loaded("builtin:needle", model, params, kvjax.load_tokenizer("builtin:needle"))
+    return LoadedModel("builtin:needle", model, params, kvjax.load_tokenizer("builtin:needle"))
 
 
 def options(**changes):

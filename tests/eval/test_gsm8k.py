@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from eval.decoding import until_stop
-from eval.rows import Row
+from eval.rows import Row, named_rows
+from eval.run import until_stop
 from eval.task import Item, TaskOptions
-from eval.tasks import gsm8k, named_rows
+from eval.tasks import gsm8k
 from train.data.formats import ALPACA
 
 ROW = {
@@ -213,7 +213,7 @@ def test_every_gold_answer_scores_one_and_a_changed_digit_none(data_dir, extract
 @pytest.mark.data
 def test_every_solution_of_the_test_set_scores_one(data_dir):
     """As the examples write them, annotations and all dropped."""
-    rows = named_rows.read(data_dir, "gsm8k/test", gsm8k.HUB, "test")
+    rows = named_rows(data_dir, "gsm8k/test", gsm8k.HUB, "test")
     for row in rows:
         item = Item("0", "", (gsm8k.gold(row),), 1)
         written = gsm8k.example(row)

@@ -10,15 +10,14 @@ import pytest
 from tokenizer_toys import sentencepiece
 
 import kvjax
-from eval import code_tasks, decoding
-from eval.encoding import encode
+from eval import run as running
+from eval.prompts import encode
 from eval.run import evaluate
 from eval.sandbox.confine import Limits
-from eval.sandbox.layers import probe
-from eval.sandbox.runner import run_many
-from eval.settings import Settings
-from eval.task import TaskOptions
-from eval.tasks import humaneval, mbpp
+from eval.sandbox.runner import probe, run_many
+from eval.task import Settings, TaskOptions
+from eval.tasks import code as code_tasks
+from eval.tasks.code import humaneval, humaneval_program, mbpp, mbpp_program
 from kvjax.generation import Generation
 from kvjax.text import ids_after
 
@@ -122,7 +121,7 @@ def test_mbpp_prompts(folder):
     assert isinstance(prompt, str)
     assert prompt.count("[BEGIN]\n") == 4 and prompt.count("[DONE]\n") == 3
     assert prompt.endswith("[BEGIN]\n") and "\r" not in prompt
-    assert none.items[0].prompt == mbpp.QUESTION.format(
+    assert none.items[0].prompt == code_tasks.QUESTION.format(
         text=MBPP_ROW["text"], tests="\n".join(MBPP_ROW["test_list"])
     )
     assert (few.chat, none.chat) == (False, True)
@@ -163,7 +162,7 @@ def run_of_solutions(task, tokenizer, out, monkeypatch):
         tokens = [answers[tuple(ids)] for ids in prompts]
         on_result(0, Generation(tokens, len(prompts), len(prompts)))
 
-    monkeypatch.setattr(decoding, "generate_each", generate_each)
+    monkeypatch.setattr(running, "generate_each", generate_each)
     return evaluate(loaded, task, Settings(), out, quiet=True)
 
 
@@ -189,7 +188,7 @@ def test_canonical_solutions_pass_in_tokens_of_sentencepiece(data_dir, tmp_path,
 def test_all_canonical_solutions(data_dir):
     task = humaneval.load(TaskOptions(data_dir))
     assert len(task.items) == 164
-    solved = [humaneval.program(item, item.references[0]) for item in task.items]
+    solved = [humaneval_program(item, item.references[0]) for item in task.items]
     outcomes = run_many(solved, None, Limits(TIMEOUT))
     wrong = [(i.id, o.reason) for i, o in zip(task.items, outcomes, strict=True) if not o.passed]
     assert not wrong
@@ -199,7 +198,7 @@ def test_all_canonical_solutions(data_dir):
 @pytest.mark.slow
 def test_no_empty_body_passes(data_dir):
     task = humaneval.load(TaskOptions(data_dir))
-    empty = [humaneval.program(item, "    pass\n") for item in task.items]
+    empty = [humaneval_program(item, "    pass\n") for item in task.items]
     outcomes = run_many(empty, None, Limits(TIMEOUT))
     assert [i.id for i, o in zip(task.items, outcomes, strict=True) if o.passed] == []
 
@@ -210,5 +209,5 @@ def test_some_mbpp_solutions(data_dir):
     task = mbpp.load(TaskOptions(data_dir))
     assert len(task.items) == 500
     items = [item for i, item in enumerate(task.items) if i % 20 == 0 or item.meta["setup"]]
-    outcomes = run_many([mbpp.program(i, i.references[0]) for i in items], None, Limits(TIMEOUT))
+    outcomes = run_many([mbpp_program(i, i.references[0]) for i in items], None, Limits(TIMEOUT))
     assert all(outcome.passed for outcome in outcomes)

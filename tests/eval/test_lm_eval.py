@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizer_toys import CHAT, sentencepiece
 
-from eval.continuations import compressed, dense
-from eval.loaded import resolve_all
+from eval.likelihood import score_compressed, score_dense
+from eval.run import resolve_all
 from kvjax.text import ids_after
 
 TASK = """
@@ -77,8 +77,10 @@ def test_full_cache_scores_as_one_forward_pass():
     contexts, rests = contexts_and_rests()
     policies = resolve_all(["full", "snapkv:kv_size=96", "snapkv:kv_size=12"], loaded.model)
     model, params = loaded.model, loaded.params
-    whole = dense(model, params, contexts, rests)
-    found = [compressed(model, params, contexts, rests, policy) for policy in policies.values()]
+    whole = score_dense(model, params, contexts, rests)
+    found = [
+        score_compressed(model, params, contexts, rests, policy) for policy in policies.values()
+    ]
     for same in found[:2]:
         np.testing.assert_allclose(same.log_likelihood, whole.log_likelihood, atol=2e-4)
         np.testing.assert_array_equal(same.greedy, whole.greedy)
@@ -93,10 +95,10 @@ def test_agrees_with_transformers(checkpoint, tasks):
     import kvjax
     from eval.harness_model import CompressedLM
     from eval.lm_eval import task_manager
-    from eval.loaded import Loaded
+    from eval.run import LoadedModel
 
     tokenizer = kvjax.load_tokenizer(checkpoint)
-    loaded = Loaded("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
+    loaded = LoadedModel("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
     full = resolve_all(["full"], loaded.model)["full"]
 
     def answers(model):
@@ -156,10 +158,10 @@ def test_answers_end_at_stops(checkpoint):
     imported()
     import kvjax
     from eval.harness_model import CompressedLM
-    from eval.loaded import Loaded
+    from eval.run import LoadedModel
 
     tokenizer = kvjax.load_tokenizer(checkpoint)
-    loaded = Loaded("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
+    loaded = LoadedModel("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
     policies = resolve_all(["snapkv:kv_size=12", "snapkv:kv_size=12,every=4"], loaded.model)
     small, bounded = policies.values()
     model = CompressedLM(loaded, small, batch_size=2)
@@ -179,11 +181,11 @@ def test_answers_end_at_stops(checkpoint):
 def test_answers_follow_their_prompts(checkpoint, monkeypatch):
     imported()
     from eval import harness_model
-    from eval.loaded import Loaded
+    from eval.run import LoadedModel
     from kvjax.generation import Generation
 
     tokenizer = sentencepiece(end=True, chat_template=CHAT)
-    loaded = Loaded("toy", eval_toys.loaded().model, eval_toys.loaded().params, tokenizer)
+    loaded = LoadedModel("toy", eval_toys.loaded().model, eval_toys.loaded().params, tokenizer)
     policy = resolve_all(["full"], loaded.model)["full"]
     model = harness_model.CompressedLM(loaded, policy, batch_size=2)
     assert (

@@ -9,8 +9,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval import rows
-from eval.metrics import chinese
+from eval import metrics, rows
 from eval.ruler import text as ruler_text
 from eval.task import Item, TaskOptions
 from eval.tasks import babilong, longbench, longchat, loogle, ruler
@@ -85,7 +84,7 @@ class TestLongBench:
 
     def test_the_summary_says_when_chinese_was_cut_by_characters(self, monkeypatch):
         item = Item("vcsum-0", "", ("今天",), 1, "vcsum")
-        monkeypatch.setattr(chinese, "jieba_cut", lambda: None)
+        monkeypatch.setattr(metrics, "jieba_cut", lambda: None)
         found = longbench.summary([(item, "今天", 1.0)])
         assert found["metrics"] == {"vcsum": "rouge_zh_chars"} and "jieba" in found["note"]
 

@@ -4,10 +4,8 @@ import re
 
 import pytest
 
-from eval.metrics import chinese, labels
-from eval.metrics.code import code_similarity
-from eval.metrics.rouge import common_subsequence, rouge_l
-from eval.metrics.words import exact_match, qa_f1
+from eval import metrics
+from eval.metrics import code_similarity, common_subsequence, exact_match, qa_f1, rouge_l
 
 QA = [
     ("Paris", "Paris", 1),
@@ -133,7 +131,7 @@ RETRIEVAL_ZH = [
 
 @pytest.fixture
 def by_characters(monkeypatch):
-    monkeypatch.setattr(chinese, "jieba_cut", lambda: None)
+    monkeypatch.setattr(metrics, "jieba_cut", lambda: None)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), QA)
@@ -148,17 +146,17 @@ def test_rouge_l(answer, reference, expected):
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), CLASSIFICATION)
 def test_classification(answer, reference, expected):
-    assert labels.classification(answer, reference, CLASSES) == pytest.approx(expected)
+    assert metrics.classification(answer, reference, CLASSES) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), COUNT)
 def test_count(answer, reference, expected):
-    assert labels.count(answer, reference) == pytest.approx(expected)
+    assert metrics.count(answer, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), RETRIEVAL)
 def test_retrieval(answer, reference, expected):
-    assert labels.retrieval(answer, reference) == pytest.approx(expected)
+    assert metrics.retrieval(answer, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), CODE)
@@ -168,43 +166,43 @@ def test_code_similarity(answer, reference, expected):
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), QA_ZH)
 def test_f1_of_chinese_characters(answer, reference, expected, by_characters):
-    assert chinese.qa_f1_zh(answer, reference) == pytest.approx(expected)
+    assert metrics.qa_f1_zh(answer, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), ROUGE_ZH)
 def test_rouge_l_of_chinese_characters(answer, reference, expected, by_characters):
-    assert chinese.rouge_zh(answer, reference) == pytest.approx(expected)
+    assert metrics.rouge_zh(answer, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), CLASSIFICATION_ZH)
 def test_classification_in_chinese(answer, reference, expected):
-    assert labels.classification(answer, reference, CLASSES_ZH) == pytest.approx(expected)
+    assert metrics.classification(answer, reference, CLASSES_ZH) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("answer", "reference", "expected"), RETRIEVAL_ZH)
 def test_retrieval_in_chinese(answer, reference, expected):
-    assert labels.retrieval_zh(answer, reference) == pytest.approx(expected)
+    assert metrics.retrieval_zh(answer, reference) == pytest.approx(expected)
 
 
 def test_chinese_is_cut_into_the_words_of_jieba_where_there_is_one(monkeypatch):
     words = re.compile("厦门|大学|今天|下雨|.")
-    monkeypatch.setattr(chinese, "jieba_cut", lambda: words.findall)
+    monkeypatch.setattr(metrics, "jieba_cut", lambda: words.findall)
     # 厦门 学 院 and 厦门 大学: P 1/3, R 1/2
-    assert chinese.qa_f1_zh("厦门学院", "厦门大学") == pytest.approx(2 / 5)
+    assert metrics.qa_f1_zh("厦门学院", "厦门大学") == pytest.approx(2 / 5)
     # 今天 下 雪 and 今天 下雨
-    assert chinese.rouge_zh("今天下雪", "今天下雨") == pytest.approx(2 / 5)
-    assert chinese.metric_name("qa_f1_zh") == "qa_f1_zh"
+    assert metrics.rouge_zh("今天下雪", "今天下雨") == pytest.approx(2 / 5)
+    assert metrics.metric_name("qa_f1_zh") == "qa_f1_zh"
 
 
 def test_metrics_of_characters_have_names_of_their_own(by_characters):
-    assert chinese.metric_name("qa_f1_zh") == "qa_f1_zh_chars"
-    assert chinese.metric_name("rouge_zh") == "rouge_zh_chars"
+    assert metrics.metric_name("qa_f1_zh") == "qa_f1_zh_chars"
+    assert metrics.metric_name("rouge_zh") == "rouge_zh_chars"
 
 
 def test_real_jieba():
     pytest.importorskip("jieba", reason="Chinese words need jieba")
-    assert chinese.qa_f1_zh("厦门大学。", "厦门大学") == 1
-    assert chinese.metric_name("rouge_zh") == "rouge_zh"
+    assert metrics.qa_f1_zh("厦门大学。", "厦门大学") == 1
+    assert metrics.metric_name("rouge_zh") == "rouge_zh"
 
 
 def test_longest_common_subsequence():
@@ -223,4 +221,4 @@ def test_exact_match_ignores_case_articles_and_punctuation():
 
 def test_a_reference_without_a_number_is_an_error():
     with pytest.raises(ValueError, match="expected 'Paragraph ' and a number"):
-        labels.retrieval("Paragraph 1", "the first")
+        metrics.retrieval("Paragraph 1", "the first")

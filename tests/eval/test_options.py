@@ -9,14 +9,11 @@ import eval_toys as toys
 import pytest
 
 from eval import latency, lm_eval, perplexity
-from eval.command import TaskCommand, checked
-from eval.dry_run import dry_run
-from eval.recipe_plan import parse, plan
-from eval.recipes import RecipeRun, read
-from eval.registry import TASKS, load_task, reads
+from eval.command import TaskCommand, checked, dry_run
+from eval.preview import preview
 from eval.run import evaluate, form
-from eval.settings import Settings
-from eval.task import TaskOptions, check_form
+from eval.suites import SuiteRun, read
+from eval.task import TASKS, Settings, TaskOptions, check_form, load_task, reads_of
 from eval.tasks import longbench
 
 CONFIGS = sorted((Path(__file__).parents[2] / "eval" / "configs").glob("*.yaml"))
@@ -115,7 +112,7 @@ def test_what_a_task_reads_is_taken(name, options):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_says_what_it_reads(name):
-    found, fields = reads(name, TaskOptions()), {f.name for f in dataclasses.fields(TaskOptions)}
+    found, fields = reads_of(name, TaskOptions()), {f.name for f in dataclasses.fields(TaskOptions)}
     assert {"limit"} <= set(found.options) <= fields and set(found.scoring) <= set(found.settings)
     with pytest.raises(ValueError, match="unknown setting 'nonsense'"):
         load_task(name, TaskOptions(settings={"nonsense": "1"}))
@@ -160,7 +157,7 @@ def test_a_chat_template_around_nothing(folder, tmp_path, name, options, message
 
 
 def test_results_say_which_prompts_stay_raw(folder):
-    from eval.encoding import encode
+    from eval.prompts import encode
 
     loaded, short = toys.loaded(chat=True), {"prompt": "ask", "max_new_tokens": "9"}
     task = load_task("longbench", TaskOptions(data_dir=folder))
@@ -177,10 +174,10 @@ def test_more_examples_than_there_are(folder):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_recipes_ask_for_nothing_without_effect(path, tmp_path):
+def test_shipped_suites_ask_for_nothing_without_effect(path, tmp_path):
     others = {"latency": latency, "perplexity": perplexity, "lm-eval": lm_eval}
     for run in read(path).runs:
-        found = parse(run, run.argv(Path("out"), tmp_path))
+        found = run.build(Path("out"), tmp_path)
         if run.command in others:
             others[run.command].check(found)
         else:
@@ -203,14 +200,14 @@ def test_shipped_recipes_ask_for_nothing_without_effect(path, tmp_path):
     ],
 )
 def test_a_plan_refuses_what_the_command_would(name, options, message):
-    run = RecipeRun("r", name, "no model", ("full",), options)
+    run = SuiteRun("r", name, "no model", ("full",), options)
     with pytest.raises(ValueError, match=message):
-        list(plan(run, run.argv(None)))
+        list(preview(run.command, run.build(None)))
 
 
 @pytest.mark.parametrize("value", ["maybe", "2"])
 def test_a_switch_is_on_or_off(value):
-    from eval.code_tasks import judge
+    from eval.tasks.code import judge
 
     with pytest.raises(ValueError, match=f"unsafe={value}, expected 1 or 0"):
         judge(lambda item, answer: "", TaskOptions(settings={"unsafe": value}))

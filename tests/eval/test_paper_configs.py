@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.recipes import read
+from eval.suites import read
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "eval" / "configs"

@@ -11,10 +11,10 @@ import pytest
 from tokenizer_toys import sentencepiece
 from toys import forward
 
-from eval import losses
+from eval import likelihood
 from eval.__main__ import main
-from eval.losses import after_prefix, chunks, dense, perplexity_of
-from eval.texts import read_ids
+from eval.likelihood import dense_losses, losses_after_prefix
+from eval.perplexity import chunks, perplexity_of, read_ids
 from kvjax.policies.named import resolve
 from kvjax.tasks import perplexity
 
@@ -36,7 +36,7 @@ def by_hand(tokens):
 
 def test_dense_is_the_library_s():
     loaded, rows = toys.loaded(), chunks(IDS, LENGTH, LENGTH)
-    found = flat(dense(loaded.model, loaded.params, rows, LENGTH, batch_size=3))
+    found = flat(dense_losses(loaded.model, loaded.params, rows, LENGTH, batch_size=3))
     assert rows.shape == (4, LENGTH) and len(found) == 4
     for row, got in zip(rows, found, strict=True):
         np.testing.assert_allclose(got, by_hand(row), rtol=1e-5)
@@ -48,7 +48,9 @@ def test_dense_is_the_library_s():
 def test_a_sliding_window_scores_every_token_once():
     loaded, stride = toys.loaded(), 25
     rows = chunks(IDS, LENGTH, stride)
-    found = np.concatenate(flat(dense(loaded.model, loaded.params, rows, stride, batch_size=3)))
+    found = np.concatenate(
+        flat(dense_losses(loaded.model, loaded.params, rows, stride, batch_size=3))
+    )
     reached = (len(rows) - 1) * stride + LENGTH
     assert reached > len(IDS) - stride and len(found) == reached - 1
     for token in (1, 40, LENGTH, LENGTH + 3, reached - 1):
@@ -58,13 +60,13 @@ def test_a_sliding_window_scores_every_token_once():
 
 
 def test_a_full_prefix_gives_what_no_prefix_gives(monkeypatch):
-    monkeypatch.setattr(losses, "PIECE", 16)  # several pieces, the last one not full
+    monkeypatch.setattr(likelihood, "PIECE", 16)  # several pieces, the last one not full
     loaded, rows = toys.loaded(), chunks(IDS, LENGTH, LENGTH)
 
     names = ("full", "snapkv:kv_size=10,window=4")
     policies = [resolve(name, loaded.model.config, None) for name in names]
     full, small = [], []
-    for number, part in after_prefix(loaded.model, loaded.params, rows, PREFIX, policies, 3):
+    for number, part in losses_after_prefix(loaded.model, loaded.params, rows, PREFIX, policies, 3):
         (full, small)[number].extend(part)
     assert len(full) == len(small) == len(rows)
     for row, got in zip(rows, full, strict=True):

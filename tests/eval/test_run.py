@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 
 import kvjax
-from eval import decoding, sizes
+from eval import results
+from eval import run as running
 from eval.__main__ import main
-from eval.batches import Shape, make_batches, shapes
-from eval.encoding import encode
-from eval.loaded import resolve_all
 from eval.predictions import PREDICTIONS, RESULTS, read
+from eval.prompts import Shape, encode, make_batches, shapes
 from eval.results import statistics
-from eval.run import evaluate
-from eval.settings import Settings
+from eval.run import evaluate, resolve_all
+from eval.task import Settings
 from kvjax import generation, transmla
 from kvjax.cache.pool import room_bucket
 from kvjax.policies.importance import HeadScores
@@ -236,8 +235,8 @@ def test_each_form_has_stops_and_ends_of_its_own(tmp_path, monkeypatch):
         asked.append((rows, settings["eos_ids"]))
         return generation.generate_each(model, params, rows, policies, **settings)
 
-    monkeypatch.setattr(decoding, "generate_each", generate_each)
-    monkeypatch.setattr(decoding, "end_ids", lambda tokenizer, config, chat: (2, 3)[: 1 + chat])
+    monkeypatch.setattr(running, "generate_each", generate_each)
+    monkeypatch.setattr(running, "end_ids", lambda tokenizer, config, chat: (2, 3)[: 1 + chat])
     settings = Settings(chat=True, batch_size=8)
     for stops, chat_stops in (((" ",), ()), ((), (" ",))):
         out = tmp_path / str(len(stops))
@@ -259,8 +258,8 @@ def test_bytes_without_running_are_those_of_generation():
     for policy in policies.values():
         shape = Shape(48, 5, 2)
         out = kvjax.generate(loaded.model, loaded.params, [[7] * 40, [8] * 48], 5, policy)
-        assert 2 * sizes.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
-        full = sizes.uncompressed_bytes(loaded.model, jnp.float32, shape)
+        assert 2 * results.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
+        full = results.uncompressed_bytes(loaded.model, jnp.float32, shape)
         assert 2 * full == out.full_cache_bytes
 
 
@@ -270,14 +269,14 @@ def test_bytes_of_the_gqa_model_that_was_converted(tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         stats = transmla.calibrate(model, params, batches)
     shape = Shape(64, 4, 1)
-    expected = sizes.uncompressed_bytes(model, jnp.float32, shape)
+    expected = results.uncompressed_bytes(model, jnp.float32, shape)
     mla = transmla.convert(model, params, method="equal_cache")[0]
     small = transmla.convert(model, params, method="decoupled", stats=stats, kv_rank=8, rope_dim=8)[
         0
     ]
     for converted in (mla, small):
-        assert sizes.gqa_bytes(converted, jnp.float32, shape) == expected
-    assert sizes.uncompressed_bytes(small, jnp.float32, shape) < expected
+        assert results.gqa_bytes(converted, jnp.float32, shape) == expected
+    assert results.uncompressed_bytes(small, jnp.float32, shape) < expected
 
 
 def test_batches_have_one_shape_a_bucket():
@@ -328,7 +327,7 @@ def test_killed_five_times_it_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     # Processes of their own, forked from one that has done the imports, which take seconds.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["eval.run", "eval.command", "eval.tasks.needle"])
+    processes.set_forkserver_preload(["eval.run", "eval.command", "eval.tasks.haystack"])
 
     def start(out):
         process = processes.Process(target=main, args=([*command, str(out)],))

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.sandbox import linux, processes, seccomp
+from eval.sandbox import filters, linux
 from eval.sandbox.confine import LAYERS, others_reach
-from eval.sandbox.layers import ROOT, Layers, SandboxError, ask, probe
-from eval.sandbox.runner import run, run_many
+from eval.sandbox.runner import ROOT, Layers, SandboxError, ask, probe, run, run_many
 
 if sys.platform != "linux":
     pytest.skip("the layers are Linux's", allow_module_level=True)
@@ -47,9 +46,9 @@ CONNECT = "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n"
 def nothing_left():
     """Fails if the test leaves a process: orphans of the sandbox would become our children."""
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
-    before = processes.descendants(os.getpid())
+    before = linux.descendants(os.getpid())
     yield
-    left = processes.descendants(os.getpid()) - before
+    left = linux.descendants(os.getpid()) - before
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 0)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
@@ -248,19 +247,19 @@ def test_a_sandbox_that_fails_is_no_failed_program(nothing_left):
 def test_nothing_outlives_the_evaluation(nothing_left, tmp_path):
     """The evaluating process is killed in the middle of a program."""
     code = "from eval.sandbox.runner import run; run('print(1)\\nwhile True: pass', timeout=60)"
-    before = processes.descendants(os.getpid())
+    before = linux.descendants(os.getpid())
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # its folder is left behind
     host = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
     deadline = time.monotonic() + 60
-    while len(processes.descendants(host.pid)) < 3 and time.monotonic() < deadline:
+    while len(linux.descendants(host.pid)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(processes.descendants(host.pid)) >= 3  # supervisor, its child, worker
+    assert len(linux.descendants(host.pid)) >= 3  # supervisor, its child, worker
     host.kill()
     host.wait()
-    while (left := processes.descendants(os.getpid()) - before) and time.monotonic() < deadline:
+    while (left := linux.descendants(os.getpid()) - before) and time.monotonic() < deadline:
         reap(left)
         time.sleep(0.05)
-    reap(processes.descendants(os.getpid()))
+    reap(linux.descendants(os.getpid()))
 
 
 def reap(pids):
@@ -275,7 +274,7 @@ UNPRIVILEGED = """
 import os, sys
 os.setgroups([]); os.setgid(65533); os.setuid(65533)
 sys.path.insert(0, sys.argv[1])
-from eval.sandbox.layers import probe
+from eval.sandbox.runner import probe
 from eval.sandbox.runner import run
 layers = probe()
 if "user_namespace" in layers.missing:
@@ -322,38 +321,38 @@ def decide(code, architecture, number, argument=0):
     while True:
         operation, if_true, if_false, k = code[at]
         at += 1
-        if operation == seccomp.LOAD:
+        if operation == filters.LOAD:
             loaded = words[k]
-        elif operation == seccomp.RETURN:
+        elif operation == filters.RETURN:
             return k
         else:
             holds = {
-                seccomp.EQUAL: loaded == k,
-                seccomp.AT_LEAST: loaded >= k,
-                seccomp.ANY_BIT: bool(loaded & k),
+                filters.EQUAL: loaded == k,
+                filters.AT_LEAST: loaded >= k,
+                filters.ANY_BIT: bool(loaded & k),
             }[operation]
             at += if_true if holds else if_false
 
 
-@pytest.mark.parametrize("machine", seccomp.ARCHITECTURES)
+@pytest.mark.parametrize("machine", filters.ARCHITECTURES)
 def test_filter(machine):
     """Also for the machine that this one is not."""
-    column, architecture = seccomp.ARCHITECTURES[machine]
-    code = seccomp.program(column, architecture, pid=7)
-    refused = seccomp.REFUSE | errno.EPERM
+    column, architecture = filters.ARCHITECTURES[machine]
+    code = filters.seccomp_program(column, architecture, pid=7)
+    refused = filters.REFUSE | errno.EPERM
 
     def answer(number, argument=0):
         return decide(code, architecture, number, argument)
 
-    for numbers in seccomp.DENIED.values():
+    for numbers in filters.DENIED.values():
         assert numbers[column] is None or answer(numbers[column]) == refused
-    assert answer(seccomp.CLONE[column], linux.CLONE_THREAD | 0x11) == seccomp.ALLOW
-    assert answer(seccomp.CLONE[column], signal.SIGCHLD) == refused
-    assert answer(seccomp.CLONE3[column]) == seccomp.REFUSE | errno.ENOSYS
-    assert answer(seccomp.KILL[column], 7) == seccomp.ALLOW
-    assert answer(seccomp.KILL[column], ctypes.c_uint(-1).value) == refused
-    assert answer(seccomp.PRLIMIT[column], 0) == seccomp.ALLOW
-    assert answer(seccomp.PRLIMIT[column], 8) == refused
-    assert answer({"x86_64": 1, "aarch64": 64}[machine]) == seccomp.ALLOW  # write
-    assert answer(seccomp.X32 + 1) == refused
-    assert decide(code, architecture ^ 1, 1) == seccomp.KILL_PROCESS
+    assert answer(filters.CLONE[column], linux.CLONE_THREAD | 0x11) == filters.ALLOW
+    assert answer(filters.CLONE[column], signal.SIGCHLD) == refused
+    assert answer(filters.CLONE3[column]) == filters.REFUSE | errno.ENOSYS
+    assert answer(filters.KILL[column], 7) == filters.ALLOW
+    assert answer(filters.KILL[column], ctypes.c_uint(-1).value) == refused
+    assert answer(filters.PRLIMIT[column], 0) == filters.ALLOW
+    assert answer(filters.PRLIMIT[column], 8) == refused
+    assert answer({"x86_64": 1, "aarch64": 64}[machine]) == filters.ALLOW  # write
+    assert answer(filters.X32 + 1) == refused
+    assert decide(code, architecture ^ 1, 1) == filters.KILL_PROCESS

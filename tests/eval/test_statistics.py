@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from eval.statistics import mcnemar, pass_at_k, standard_error
+from eval.results import mcnemar, pass_at_k, standard_error
 
 
 def pairs(both, only_first, only_second, neither):

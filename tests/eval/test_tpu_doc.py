@@ -66,14 +66,15 @@ def test_a_plan_precedes_every_kind_of_run():
 
 
 def test_other_commands_are_understood(places):
-    from eval.recipe_plan import parse
-    from eval.recipes import RecipeRun, read
+    import tyro
+
+    from eval.command import TaskCommand
+    from eval.suites import read
 
     for words in commands():
         words = filled(words, places)
         if words[0] == "longbench":
-            run = RecipeRun("doc", "longbench", words[words.index("--model") + 1], ())
-            assert parse(run, words).subsets == ("qasper",)
+            assert tyro.cli(TaskCommand, args=words[1:]).subsets == ("qasper",)
         elif words[0] == "run":
             names = [run.name for run in read(ROOT / words[1]).runs]
             assert words[words.index("--only") + 1] in names

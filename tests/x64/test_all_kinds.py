@@ -8,7 +8,7 @@ import pytest
 from meshes import GQA, HEAD_LATENTS, MLA, WINDOWED, spread, toy
 
 import kvjax
-from eval import continuations, losses
+from eval import likelihood
 from kvjax import transmla
 from kvjax.example import Example
 from kvjax.headkv import HeadScores
@@ -64,9 +64,9 @@ def test_contexts_conversions_and_measurements(tmp_path):
     small = transmla.convert(model, params, method="decoupled", **sizes)
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(small[1]))
     rows, policy = np.asarray([PROMPTS[0]] * 2, np.int32), parse_policy(f"snapkv:{SIZE}")
-    _, found = next(losses.after_prefix(model, params, rows, 10, [policy], 2))
+    _, found = next(likelihood.losses_after_prefix(model, params, rows, 10, [policy], 2))
     assert np.isfinite(np.stack(found)).all()
-    scored = continuations.compressed(model, params, [PROMPTS[0]], [[5, 6]], policy)
+    scored = likelihood.score_compressed(model, params, [PROMPTS[0]], [[5, 6]], policy)
     assert np.isfinite(scored.log_likelihood).all()
     example = Example(tuple(PROMPTS[0]), (7, 8), (2, 4), question_length=2)
     assert score_examples(model, params, [example], "copying").samples.shape == (1, 8, 1)

@@ -1,7 +1,11 @@
-"""The seccomp filter: no sockets, no new processes, no exec, no hold on other processes.
+"""The kernel's filters on a process: seccomp for system calls, Landlock for files.
 
-Classic BPF over `struct seccomp_data` (nr, arch, instruction_pointer, args[6]), as in the kernel's
-Documentation/userspace-api/seccomp_filter.rst. Numbers: the kernel's asm/unistd headers.
+seccomp refuses sockets, new processes, exec, and access to other processes. The filter is classic
+BPF over `struct seccomp_data` (nr, arch, instruction_pointer, args[6]), see the kernel's
+Documentation/userspace-api/seccomp_filter.rst. Call numbers are those of asm/unistd.
+
+Landlock allows writing below one folder and reading Python's own files, see the kernel's
+Documentation/userspace-api/landlock.rst.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 
 from eval.sandbox import linux
 
@@ -49,7 +54,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186),
     "mq_open": (240, 180),
 }
-"""Answered with EPERM."""
+"""Calls that fail with EPERM: their numbers on each machine; None: the machine lacks the call."""
 
 CLONE = (56, 220)
 CLONE3 = (435, 435)
@@ -77,25 +82,26 @@ class _Program(ctypes.Structure):
 Code = list[tuple[int, int, int, int]]
 
 
-def install() -> None:
-    """Filters this thread from here on, and what it starts. Needs no_new_privs.
+def install_seccomp() -> None:
+    """Installs the filter for this thread and all that it starts. Needs no_new_privs.
 
     Raises:
-        OSError: no such kernel, or a machine whose call numbers are not known here.
+        OSError: the kernel lacks seccomp, or the machine's call numbers are not in the tables.
     """
     machine = os.uname().machine
     if machine not in ARCHITECTURES:
         raise OSError(errno.ENOSYS, f"seccomp: no table of system calls for {machine}")
-    code = program(*ARCHITECTURES[machine], os.getpid())
+    code = seccomp_program(*ARCHITECTURES[machine], os.getpid())
     instructions = (_Instruction * len(code))(*code)
     linux.prctl(linux.PR_SET_SECCOMP, MODE_FILTER, ctypes.byref(_Program(len(code), instructions)))
 
 
-def program(column: int, architecture: int, pid: int) -> Code:
+def seccomp_program(column: int, architecture: int, pid: int) -> Code:
     """The filter as (code, jump if true, jump if false, k)."""
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
     code = [
         (LOAD, 0, 0, 4),
+        # Another architecture's calls have other numbers, which these tables would misread.
         (EQUAL, 1, 0, architecture),
         (RETURN, 0, 0, KILL_PROCESS),
         (LOAD, 0, 0, 0),
@@ -118,3 +124,64 @@ def program(column: int, architecture: int, pid: int) -> Code:
         code += [(EQUAL, 0, 4, number[column]), first_argument, allowed]
         code += [(RETURN, 0, 0, ALLOW), refuse]
     return [*code, (RETURN, 0, 0, ALLOW)]
+
+
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+PATH_BENEATH = 1
+
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+DEVICES_AND_SOCKETS = 1 << 6 | 1 << 9 | 1 << 11
+RIGHTS = (13, 14, 15, 15, 16)
+"""File rights that version 1, 2, … of the interface knows."""
+NETWORK = 0b11
+"""Bind and connect TCP, from version 4."""
+SCOPES = 0b11
+"""Abstract sockets and signals, from version 6."""
+
+
+class _Beneath(ctypes.Structure):
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))
+
+
+def landlock_version() -> int:
+    """The version of the kernel's interface. Raises OSError where the kernel lacks Landlock."""
+    return linux.syscall("landlock", CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+
+
+def restrict_files(scratch: str) -> None:
+    """Restricts this thread and all that it starts to write below `scratch`.
+
+    Needs no_new_privs.
+    """
+    found = landlock_version()
+    every = (1 << RIGHTS[min(found, len(RIGHTS)) - 1]) - 1
+    fields = [every]
+    if found >= 4:
+        fields.append(NETWORK)
+    if found >= 6:
+        fields.append(SCOPES)
+    attributes = (ctypes.c_uint64 * len(fields))(*fields)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    rules = linux.syscall("landlock_create_ruleset", CREATE_RULESET, attributes, size, 0)
+    _allow(rules, scratch, every & ~EXECUTE & ~DEVICES_AND_SOCKETS)
+    _allow(rules, "/dev/null", READ_FILE | WRITE_FILE)
+    for path in readable():
+        _allow(rules, path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE)
+    linux.syscall("landlock_restrict_self", RESTRICT_SELF, rules, 0)
+    os.close(rules)
+
+
+def readable() -> list[str]:
+    """Folders and files of the interpreter, its packages and the libraries that they need."""
+    paths = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
+    paths += ["/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero"]
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+
+
+def _allow(rules: int, path: str, rights: int) -> None:
+    folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    rule = ctypes.byref(_Beneath(rights, folder))
+    linux.syscall("landlock_add_rule", ADD_RULE, rules, PATH_BENEATH, rule, 0)
+    os.close(folder)

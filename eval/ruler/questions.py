@@ -1,4 +1,4 @@
-"""RULER's question answering: the paragraphs of a question among those of others (section 3.4)."""
+"""RULER's question answering: a question's paragraphs among other paragraphs (section 3.4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvjax.tasks.vocabulary import TokenizerVocabulary
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its right answers, and the paragraphs that tell."""
+    """A question, its right answers, and the paragraphs that contain them."""
 
     text: str
     answers: tuple[str, ...]
@@ -24,14 +24,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Questions, and all paragraphs, each once."""
+    """Questions, and all paragraphs without repetitions."""
 
     questions: tuple[Question, ...]
     paragraphs: tuple[str, ...]
 
 
 def squad(path: Path) -> Corpus:
-    """A file of SQuAD 1.1 or 2.0 (arXiv 1806.03822); questions without answer are left out.
+    """The questions of a file of SQuAD 1.1 or 2.0 (arXiv 1806.03822) that have an answer.
 
     Raises:
         ValueError: no such file, or another format.
@@ -51,7 +51,7 @@ def squad(path: Path) -> Corpus:
 
 
 def hotpotqa(path: Path) -> Corpus:
-    """A file of HotpotQA's distractor setting (arXiv 1809.09600); the supporting ones tell.
+    """A file of HotpotQA's distractor setting (arXiv 1809.09600), with its supporting facts.
 
     Raises:
         ValueError: no such file, or another format.
@@ -61,6 +61,7 @@ def hotpotqa(path: Path) -> Corpus:
         paragraphs, questions = [], []
         for row in found:
             told = {title: f"{title}. {''.join(sentences)}" for title, sentences in row["context"]}
+            # A dict removes repeated titles and keeps their order.
             needed = dict.fromkeys(title for title, _ in row["supporting_facts"])
             paragraphs += told.values()
             gold = tuple(told[title] for title in needed if title in told)
@@ -70,18 +71,19 @@ def hotpotqa(path: Path) -> Corpus:
         raise ValueError(f"{path} is not in HotpotQA's format: {error!r}") from None
 
 
-def generate(
+def question_prompt(
     rng: np.random.Generator,
     vocab: TokenizerVocabulary,
     length: int,
     question: Question,
     paragraphs: Sequence[str],
 ) -> Prompt:
-    """One prompt of exactly `length` tokens; the last of the other paragraphs is cut.
+    """One prompt of exactly `length` tokens. The last of the other paragraphs is cut to fit.
 
     Raises:
         ValueError: `length` cannot hold the question and its paragraphs, or there are too few.
     """
+    # The question's own paragraphs are placed by `compose`, so the haystack leaves them out.
     told = frozenset(question.paragraphs)
 
     def fill(rng: np.random.Generator, room: int) -> list[list[int]]:

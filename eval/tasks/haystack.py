@@ -1,24 +1,30 @@
-"""Questions of kvjax.tasks on a grid of prompt lengths and depths."""
+"""Needle and reasoning in a haystack: questions of kvjax.tasks on a grid of lengths and depths.
+
+needle: one fact, somewhere in a long text, and a question about it; with distractors=5 it is the
+multi-key needle. reasoning: the favorite thing of the older of two people (HeadKV, section 3.1);
+the depth is that of the answer's sentence.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from eval.reads import Reads, check
-from eval.task import Item, Task, TaskOptions
+from eval.task import Item, Reads, Source, Task, TaskOptions, check_options
 from kvjax.example import Example
-from kvjax.tasks import haystack
+from kvjax.tasks import haystack, two_hop
+from kvjax.tasks import needle as single_fact
 from kvjax.tasks.sets import EVALUATION_STREAM
 from kvjax.tasks.vocabulary import TokenizerVocabulary
 from kvjax.text import exact_match, rouge1_recall
 
 LENGTHS = (512, 1024)
 DEPTHS = 10
-MORE_TOKENS = 4  # than the longest answer: room for an EOS, and for other spellings
+MORE_TOKENS = 4  # beside the longest answer: room for an EOS, and for other spellings
 CHAT_TOKENS = 64  # models that chat answer in a sentence
 METRICS = {"exact_match": exact_match, "rouge1_recall": rouge1_recall}
 READS = Reads(
@@ -31,19 +37,20 @@ READS = Reads(
 def load(
     name: str, generate: Callable[..., Example], options: TaskOptions, distractors: int = 0
 ) -> Task:
-    """A task whose groups are "length/depth", `options.prompts_each` prompts each.
+    """A task whose groups are "length/depth", with `options.prompts_each` prompts each.
 
     Args:
-        generate: `kvjax.tasks.needle.generate`, or another with its arguments.
-        options: of `settings`: haystack, a text file whose sentences surround the facts (generated
-            ones otherwise); depths, how many from start to end; distractors, facts that are not
-            asked for; answer_length in words; metric, exact_match or rouge1_recall.
-        distractors: where the settings do not say.
+        generate: `kvjax.tasks.needle.generate`, or a function with the same arguments.
+        options: its `settings` are haystack (a text file whose sentences surround the facts; by
+            default sentences are generated), depths (their number, from start to end), distractors
+            (facts that are not asked for), answer_length (in words), and metric (exact_match or
+            rouge1_recall).
+        distractors: their number where the settings have none.
 
     Raises:
         ValueError: no tokenizer, an unknown setting, or a length that cannot hold the facts.
     """
-    check(name, options, READS)
+    check_options(name, options, READS)
     if options.tokenizer is None:
         raise ValueError(f"task {name} makes prompts of a length in tokens: it needs a tokenizer")
     metric = options.settings.get("metric", "exact_match")
@@ -60,6 +67,7 @@ def load(
     examples: list[tuple[str, Example]] = []
     for length in options.lengths or LENGTHS:
         for depth in depths:
+            # A cell's prompts depend on its length and depth only, not on the other cells of a run.
             cell = [EVALUATION_STREAM, options.seed, length, round(1000 * depth)]
             rng = np.random.default_rng(cell)
             group = f"{length}/{depth:.2f}"
@@ -71,7 +79,7 @@ def load(
 
 
 def number(options: TaskOptions, name: str, default: int, least: int) -> int:
-    """A setting that is a whole number."""
+    """The value of a setting that must be a whole number, at least `least`."""
     text = options.settings.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{name} is {text!r}, expected a whole number ≥ {least}")
@@ -88,6 +96,7 @@ def _task(name: str, examples: Sequence[tuple[str, Example]], tokenizer: Any, me
             "answer": list(example.answer),
             "question_tokens": example.question_length,
         }
+        # A chat template wraps text, so items that are ids carry their text too.
         if chats:
             meta["text"] = tokenizer.decode(example.prompt, skip_special_tokens=True)
         answer = tokenizer.decode(example.answer, skip_special_tokens=True).strip()
@@ -106,3 +115,11 @@ def word_ids(*texts: str) -> list[list[int]]:
         [ids.setdefault(word, len(ids)) for word in re.findall(r"[^\W_]+", text.lower())]
         for text in texts
     ]
+
+
+def _source(name: str, generate: Callable[..., Example]) -> Source:
+    return Source(functools.partial(load, name, generate), lambda options: READS)
+
+
+needle = _source("needle", single_fact.generate)
+reasoning = _source("reasoning", two_hop.generate)

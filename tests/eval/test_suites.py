@@ -9,8 +9,8 @@ import eval_toys
 import pytest
 
 import kvjax
-from eval.recipe_plan import parse, parse_policies
-from eval.recipes import main, read
+from eval.preview import parse_policies
+from eval.suites import main, read
 from kvjax.identity import identity
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +48,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_fit_the_commands(path):
-    recipe = read(path)
-    for run in recipe.runs:
+    suite = read(path)
+    for run in suite.runs:
         assert parse_policies(run.policies)
         assert len(set(run.policies)) == len(run.policies)
-        command = parse(run, run.argv(Path("out"), Path("data")))
+        command = run.build(Path("out"), Path("data"))
         assert command.model == run.model and command.out == Path("out") / run.name
         for policy in run.policies:
             assert "{" not in policy
@@ -151,8 +151,8 @@ def test_mistakes_are_named(toy, change, said):
 def test_options_that_a_command_lacks(toy):
     toy.write_text(TOY.replace("new_tokens: 4", "new_words: 4"))
     run = read(toy).runs[1]
-    with pytest.raises(ValueError, match=r"speed: .*new-words"):
-        parse(run, run.argv(None))
+    with pytest.raises(ValueError, match=r"speed: .*new_words, expected one of .*new_tokens"):
+        run.build(None)
 
 
 def test_unknown_policies_and_names(toy):
@@ -160,3 +160,33 @@ def test_unknown_policies_and_names(toy):
         parse_policies(["snapkw:kv_size=9"])
     with pytest.raises(ValueError, match="no run nothing"):
         main([str(toy), "--only", "nothing", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("new_tokens: 2.5", "new_tokens is 2.5, expected a whole number"),
+        ("new_tokens: many", "new_tokens is 'many', expected a whole number"),
+        ("new_tokens: true", "new_tokens is True, expected a whole number"),
+        ("contexts: [64, x]", "contexts is [64, 'x'], expected a whole number, or a list of these"),
+        ("dtype: float8", "dtype is 'float8', expected one of float32, bfloat16, float16"),
+        ("mesh: [a]", "mesh is ['a'], expected text, or null"),
+    ],
+)
+def test_values_of_another_type(toy, option, said):
+    toy.write_text(TOY.replace("repeats: 1", option))
+    with pytest.raises(ValueError, match=re.escape(f"{toy}, run 2, speed: latency: {said}")):
+        read(toy).runs[1].build(None)
+
+
+def test_values_that_the_command_line_takes_too(toy):
+    toy.write_text(
+        TOY.replace("contexts: [64, 96], new_tokens: 4", 'contexts: 64, new_tokens: "4"')
+    )
+    command = read(toy).runs[1].build(None)
+    assert (command.contexts, command.new_tokens, command.repeats) == ((64,), 4, 1)
+    toy.write_text(
+        TOY.replace("command: latency", "command: perplexity").replace("contexts", "text")
+    )
+    with pytest.raises(ValueError, match="perplexity has no option new_tokens"):
+        read(toy).runs[1].build(None)

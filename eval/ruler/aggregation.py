@@ -1,4 +1,4 @@
-"""RULER's aggregation: the words that stand most often in a list or a coded text (section 3.3)."""
+"""RULER's aggregation: the most frequent words of a list or of a coded text (section 3.3)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 
 def common_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: int) -> Prompt:
-    """Ten words of a numbered list occur 30 times, the others three times: name the ten.
+    """A list in which ten words occur 30 times and others three times. Asked for: the ten words.
 
     Raises:
         ValueError: `length` cannot hold ten common words and the question.
@@ -35,6 +35,7 @@ def common_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: i
     drawn = words_of(rng, min(POOL, shown + others + COMMON + length // (2 * seldom) + 1))
     example, drawn = drawn[: shown + others], drawn[shown + others :]
     common, other = drawn[:COMMON], list(itertools.chain(*([w] * seldom for w in drawn[COMMON:])))
+    # One seed for every count that the bisection tries, so texts differ in length only.
     seed = int(rng.integers(2**31))
     first = _shuffled([*example[:shown] * times, *example[shown:]], seed)
     before = f"{_list_task(first)} {' '.join(example[:shown])}.\n\n"
@@ -47,7 +48,9 @@ def common_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: i
 
 
 def frequent_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: int) -> Prompt:
-    """Made-up words whose k-th occurs n k^−2 / ζ(2) times: name the three after the blank.
+    """A text in which the k-th made-up word occurs n k^−2 / ζ(2) times; the first is a blank.
+
+    Asked for: the three most frequent words after the blank.
 
     Raises:
         ValueError: `length` is too short for their numbers to differ.
@@ -68,6 +71,7 @@ def frequent_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length:
         )
 
     count = _count_of(vocab, text, length, length)
+    # The asked words must differ in number from each other and from the next word.
     found = _shares(count, len(words))[1 : ASKED + 2]
     if len(set(found)) <= ASKED:
         raise ValueError(
@@ -99,7 +103,7 @@ def _shuffled(words: Sequence[str], seed: int) -> list[str]:
 def _count_of(
     vocab: TokenizerVocabulary, text: Callable[[int], str], most: int, length: int
 ) -> int:
-    """Largest count whose text has at most as many tokens as there is room for."""
+    """Largest count whose text fits into `length` tokens, by bisection."""
     room = length - (vocab.bos_id is not None)
     low, high = 0, most
     while low < high:
@@ -112,10 +116,10 @@ def _count_of(
 
 
 def _exactly(vocab: TokenizerVocabulary, text: str, length: int) -> tuple[int, ...]:
-    """Exactly `length` ids; what the text leaves over is filled with line ends in front of it.
+    """Exactly `length` ids: the text, with line ends before it that fill the length.
 
     Raises:
-        ValueError: the text has more.
+        ValueError: the text has more than `length` tokens.
     """
     start = [] if vocab.bos_id is None else [vocab.bos_id]
     ids = encode(vocab, text)
