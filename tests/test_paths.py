@@ -13,14 +13,13 @@ import train.__main__
 from eval.command import task_options
 from eval.rows import read_rows
 from kvjax.context import load_context
+from kvjax.data_files import open_rows
 from kvjax.headkv import HeadScores, Policy, load_scores
 from kvjax.hf import check_export, config_from_hf, layout_of, open_params, read_model, read_shape
 from kvjax.nn import Transformer
 from kvjax.paths import check_local, local_path
 from kvjax.tasks import WordVocabulary, haystack
 from kvjax.transmla.calibration import Stats
-from train.data.config import SourceConfig
-from train.data.sources import open_rows
 from train.finetune.config import TuneConfig, read_config
 from train.finetune.run import finetune
 
@@ -156,7 +155,7 @@ def test_what_is_read(model, kind):
         lambda path: kvjax.headkv.score_heads(*model, None, haystack=path),
         lambda path: Policy.parse(f"headkv:scores={path}"),
         lambda path: read_rows(Path(path)),
-        lambda path: open_rows(SourceConfig(str(path), "text")),
+        lambda path: open_rows(str(path)),
         lambda path: read_config(Path(path)),
     ):
         with pytest.raises(ValueError, match="is the URL gs://bucket/thing, expected a local path"):
@@ -293,7 +292,7 @@ def test_recipes_are_refused_before_their_first_run(capsys, here, run):
 
 
 TUNE = ("finetune", "--model", NONE, "--data", "text:a.txt")
-RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "needle.yaml"
+RECIPE = Path(__file__).parents[1] / "train" / "pretrain" / "needle.yaml"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kvjax import processes, transmla
 from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks.families import rows
 from train import log
-from train.finetune.checkpoints import FOLDER, Checkpoints
+from train.checkpoints import FOLDER, Checkpoints
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 from train.finetune.setup import load
