@@ -89,6 +89,7 @@ def open_file(path: Path) -> Rows:
     if kind == ".txt":
         return Paragraphs(path)
     data = np.frombuffer(read_bytes(path), np.uint8) if packed else _map(path)
+    # A .json file holds one array, or one object a line.
     is_array = kind == ".json" and data[:4096].tobytes().lstrip()[:1] == b"["
     return JsonArray(path) if is_array else JsonLines(path, data)
 
@@ -187,6 +188,7 @@ class JsonLines:
         self.path = path
         self.data = data
         self.ends = np.concatenate([_line_ends(data), [len(data)]])
+        # Without blank lines, which would not parse.
         self.lines = np.array([i for i in range(len(self.ends)) if self._line(i).strip()], np.int64)
 
     def _line(self, line: int) -> bytes:
@@ -226,6 +228,7 @@ class Paragraphs:
     def __init__(self, path: Path):
         self.path = path
         self.text = read_text(path)
+        # A paragraph: lines with text, up to a blank line or the end.
         self.spans = [m.span() for m in re.finditer(r"\S.*(?:\n.*\S.*)*", self.text)]
 
     def __len__(self) -> int:

@@ -37,6 +37,7 @@ def claim(
     Raises:
         ValueError: the file is not a JSON object, or the settings differ.
     """
+    # As JSON returns them: tuples become lists, so that both sides compare equal.
     wanted = json.loads(json.dumps(settings))
     if path.exists():
         check_same(read_settings(path), wanted, holder, advice, ignored)
@@ -93,6 +94,7 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that it is there whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A rename replaces the file in one step; a kill before leaves the old file.
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)

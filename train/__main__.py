@@ -18,6 +18,8 @@ from kvjax.paths import check_local, local_arguments
 from train.compare.command import compare
 from train.compare.runs import write_rows
 from train.finetune.config import TuneConfig, read_config
+from train.finetune.dry_run import dry_run
+from train.finetune.run import finetune
 from train.pretrain.curriculum import read_curriculum
 from train.pretrain.results import evaluate, export, plot_curve
 from train.pretrain.run import pretrain
@@ -126,6 +128,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises:
         ValueError: a bad setting in the file.
     """
+    # Read the file first: its settings become the defaults of the flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(argv)[0].config
@@ -147,17 +150,14 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     processes.join(arguments.distributed)
     if arguments.dry_run:
-        from train.finetune.dry_run import dry_run
-
         if arguments.topology is not None:  # the cache cannot read programs of other devices
             compilation_cache.enable("off")
         report = dry_run(arguments.settings, arguments.topology)
     else:
-        from train.finetune.run import finetune
-
         if arguments.out is None:
             raise ValueError("got no --out, expected a folder for the run")
         report = finetune(arguments.settings, arguments.out, arguments.stop_after)
+    # One of several processes reports.
     if not processes.is_writer():
         return
     if arguments.json is not None:

@@ -88,6 +88,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint has other parameters; the message names some of them.
         """
+        # Compare shapes before loading, to name the parameters that differ.
         step = self.steps()[-1]
         metadata: Any = self._orbax.metadata(step)
         self._check_parameters(step, metadata.metadata, like)

@@ -34,6 +34,7 @@ def utilisation(flops: float, seconds: float, device_kind: str) -> float | None:
         seconds: time of these steps.
         device_kind: `jax.Device.device_kind`.
     """
+    # Kinds are prefixes of each other ("TPU v5", "TPU v5 lite"): the longest match counts.
     known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     if not known or not seconds:
         return None
@@ -69,14 +70,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def plot(path: Path, out: Path) -> None:
     """Draws loss and learning rate over the steps into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = read(path)
     if not lines:
         return
+    plt = pyplot()
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7, 5), sharex=True, layout="constrained", height_ratios=(3, 1)
     )
@@ -90,3 +87,13 @@ def plot(path: Path, out: Path) -> None:
     bottom.set(xlabel="step", ylabel="learning rate")
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def pyplot() -> Any:
+    """The module matplotlib.pyplot, set to draw into files without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

@@ -19,6 +19,7 @@ from kvjax.ranges import COUNT, check_ranges
 from kvjax.runs import claim, write_json
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
+from train.log import pyplot
 
 
 def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
@@ -39,6 +40,7 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
     # Workers are fresh interpreters: jax must not be forked, and it reads the number of cores once.
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _own_core, (context.Value("i", 0),)) as pool:
+        # The search runs of all arms come first: they choose the rates of the reported runs.
         before = pool.apply_async(_before, (settings, out))
         searches = [job for arm in settings.arms for job in search_jobs(settings, arm)]
         pool.starmap(_run, [(settings, out, job) for job in searches], chunksize=1)
@@ -116,6 +118,7 @@ def arm_rows(config: CompareConfig, out: Path, arm: str) -> list[dict[str, Any]]
     rows = []
     for rate in dict.fromkeys(job.rate for job in jobs):
         found = [read_result(out, job) for job in jobs if job.rate == rate]
+        # [seeds, evaluations] held-out losses.
         curve = np.array([[loss for _, loss in run["held_out"]] for run in found])
         quarter = curve.shape[1] // 4
         rows.append(
@@ -154,6 +157,7 @@ def table(config: CompareConfig, result: dict[str, Any]) -> str:
     def cell(pair: list[float]) -> str:
         return f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
+    # The first row is the model before fine-tuning, which has accuracies only.
     before = [f"{result['before'][family]['accuracy']:.3f}" for family in families]
     lines.append(" | ".join(["before", "", "", "", "", "", *before]))
     for row in result["rows"]:
@@ -173,11 +177,7 @@ def table(config: CompareConfig, result: dict[str, Any]) -> str:
 
 def plot(config: CompareConfig, out: Path) -> None:
     """Draws the held-out loss over the steps: mean and standard deviation over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for arm in config.arms:
         best = best_rate(config, out, arm)

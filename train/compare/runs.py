@@ -167,11 +167,13 @@ class Trainer:
         """Loads the model and converts it."""
         model, params = kvjax.load(config.model, dtype="float32")
         check_finite(params, f"{config.model}: ")
+        # Every arm starts as the same function: conversion keeps the logits.
         model, params = ARMS[arm].convert(model, params)
         paths = trainable_paths(model, params, ARMS[arm].train)
         trainable, frozen = partition(params, paths)
         tokenizer = kvjax.load_tokenizer(config.model)
         step = TuneStep(model, adamw(0.9, 0.999, 0.0, 1.0), dtype="float32")
+        # `data` is that of the held-out problems after this loop.
         for name in ("train", "validation"):
             shape, data = model.config, _data(config, out, name, seed=0, epochs=1)
             check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
@@ -203,9 +205,10 @@ class Trainer:
             if self.compiled is None:
                 self.compiled = compile_step(self.step, *arguments)
             state, metrics = self.compiled.call(*arguments)
-            losses.append(metrics["loss"])
+            losses.append(metrics["loss"])  # stays on the device until it is needed
             if (number + 1) % self.config.eval_every == 0 or number + 1 == job.steps:
                 loss = self.held_out_loss(state.params)
+                # A finite held-out loss can follow a step with a loss that was not finite.
                 if not np.isfinite([loss, *losses[-self.config.eval_every :]]).all():
                     diverged(job, number + 1)
                     held_out, losses = [*held_out, (number + 1, None)], []
@@ -258,6 +261,7 @@ def test_accuracies(config: CompareConfig, model: Any, params: Any) -> dict[str,
     for family in config.families:
         asked = test_problems(config, family)[: config.problems]
         share, error, texts = family_accuracy(model, params, asked)
+        # Accuracy of each kind of problem within the family.
         kinds: dict[str, list[bool]] = {}
         for problem, text in zip(asked, texts, strict=True):
             kinds.setdefault(problem.kind, []).append(problem.solved(text))

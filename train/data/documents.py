@@ -49,6 +49,7 @@ class Encoder:
         self.learn_all = learn == "all"
         if not self.is_chat and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS to end an answer with: set its eos_token")
+        # Some tokenizers have a BOS token and don't begin texts with it.
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("").input_ids[:1] == [bos]
         self.start = [bos] if begins and not self.is_chat else []
@@ -97,6 +98,7 @@ class Encoder:
         """
         end = len(ids)
         if piece.learned and self.is_chat:
+            # The last special token ends the turn, unless text follows it.
             last = max((i + 1 for i, token in enumerate(ids) if token in self.special), default=end)
             if not self.tokenizer.decode(ids[last:]).strip():
                 end = last
@@ -140,6 +142,7 @@ class Documents:
             full[row] = len(document.tokens)
             largest[row] = document.tokens[: self._T].max(initial=0)
             learned[row] = document.learned[1 : self._T].sum()  # the first token is not predicted
+        # Drop rows without anything to learn, and long rows unless they are to be cut.
         too_long = full > self._T
         drop = learned == 0
         if config.long_rows == "drop":

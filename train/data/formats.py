@@ -101,6 +101,7 @@ def _gsm8k(row: Row) -> list[Message]:
     """GSM8K without its calculator annotations, ending as MetaMathQA's answers do."""
     answer = _text(row, "answer")
     reasoning, mark, number = re.sub(r"<<.*?>>", "", answer).rpartition("####")
+    # An empty answer is reported by `read_messages`, as for all formats.
     if answer.strip() and not mark:
         raise ValueError(f"got an answer ending {answer[-20:]!r}, expected a line '#### N'")
     return _ask(_text(row, "question"), _conclude(reasoning, number) if mark else "")
@@ -149,6 +150,7 @@ def _turn(turn: Any, where: str, role: str, content: str) -> Message:
         thoughts = [_text(turn, key) for key in ("reasoning_content", "thinking") if key in turn]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    # Chat templates expect reasoning inside of <think>, where it is a separate field of the turn.
     thought = next(filter(None, thoughts), "")
     if thought:
         text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
@@ -225,9 +227,11 @@ def chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[Piece]:
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant" or index == 0:
             continue
+        # Two renderings: up to the point where the assistant begins, and up to its turn's end.
         before = _render(tokenizer, turns[:index], add_generation_prompt=True)
         after = _render(tokenizer, turns[: index + 1], add_generation_prompt=False)
         for text, learned in ((before, False), (after, True)):
+            # Some templates drop the reasoning of earlier turns once more turns follow.
             if not text.startswith(done):
                 raise ValueError(_changed(text, done, index + 1))
             pieces.append(Piece(text[len(done) :], learned))

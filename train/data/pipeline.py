@@ -78,6 +78,7 @@ def count_batches(config: DataConfig, tokenizer: Any, process_count: int = 1) ->
 
 @functools.lru_cache(maxsize=8)
 def _count(config: DataConfig, sources: tuple[Documents, ...], process_count: int) -> int:
+    # Packing depends on lengths only: pack arrays without content.
     lengths = [_Lengths(source) for source in sources]
     rows = [
         sum(1 for _ in _pack(config, _mix(config, lengths, index, process_count), ("tokens",)))
@@ -118,8 +119,10 @@ def _mix(
                 f"{source.path}: got {len(source)} usable rows, expected at least one for each of "
                 f"the {process_count} processes"
             )
+        # A slice for each process before shuffling: no row is seen by two processes.
         part = grain.MapDataset.source(source)[process_index::process_count]
         rows += len(part)
+        # Another seed for each source; `repeat` shuffles every pass differently.
         seed = np.random.SeedSequence([config.seed, index]).generate_state(1)[0]
         parts.append(part.shuffle(seed=int(seed)).repeat())
     weights = [source.weight for source in config.sources]
@@ -142,6 +145,7 @@ def _pack(
 
 def _shift(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds targets and weights: the next token of the same document, and whether it is learned."""
+    # A token has a target if the next token belongs to the same document; 0 marks padding.
     tokens, ids = packed["tokens"], packed["tokens_segment_ids"]
     has_next = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
     targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
@@ -221,6 +225,7 @@ def summary(config: DataConfig, tokenizer: Any, process_count: int = 1) -> Summa
     """
     sources = open_documents(config, tokenizer)
     weights = [source.weight for source in config.sources]
+    # Sources are mixed by weight: share of the run's documents, divided by the source's rows.
     documents = config.epochs * sum(map(len, sources))
     found = tuple(
         SourceSummary(

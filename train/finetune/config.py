@@ -106,6 +106,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         problems = out_of_range(vars(self), RANGES)
         problems += data_config.out_of_choice(vars(self), CHOICES)
+        # YAML may give a text where a list is expected, and a text is a sequence too.
         problems += [
             f"{name} is {getattr(self, name)!r}, expected a list"
             for name in ("data", "train")
@@ -151,6 +152,7 @@ def parse_source(text: str) -> SourceConfig:
     Raises:
         ValueError: a text of another form.
     """
+    # The last "@" separates the weight: paths may contain "@" as well.
     kind, colon, path = text.partition(":")
     path, _, weight = path.rpartition("@") if "@" in path else (path, "", "1")
     try:

@@ -45,6 +45,7 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
     mesh = make_mesh(sizes, devices)
     check_rows(config, mesh)
     step = make_step(config, model, mesh)
+    # Shapes with shardings stand for parameters, optimizer and batch.
     trainable, frozen = abstract_params(model, config, mesh)
     shardings = state_shardings(step.optimizer, trainable).opt_state
     opt_state = jax.tree.map(
@@ -57,6 +58,7 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
         name: jax.ShapeDtypeStruct(size, jnp.dtype(kind), sharding=rows)
         for name, kind in BATCH.items()
     }
+    # Compile, and read the compiler's counts.
     started = time.monotonic()
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     compiled = compile_step(step, TuneState(trainable, opt_state), frozen, batch, rate)

@@ -192,13 +192,14 @@ class Loop:
                 number = at.step + (waiting is not None)
                 rate = learning_rate(number, self.steps, config.learning_rate, config.warmup)
                 arguments = state, self.tuning.frozen, batch, jnp.float32(rate), self.tuning.teacher
-                if compiled is None:
+                if compiled is None:  # compiling does not count as training time
                     compiled = compile_step(self.tuning.step, *arguments)
                     since = time.monotonic()
                 state, metrics = compiled.call(*arguments)
                 # The device computes this step meanwhile.
                 at = at if waiting is None else self.checked(at, waiting)
                 number, waiting = number + 1, metrics
+                # Wait for the step only if it is logged, saved or the last one.
                 due = number % config.log_every == 0, number % config.checkpoint_every == 0
                 if not any(due) and number < last:
                     continue
@@ -285,9 +286,10 @@ def of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         state: of this process: nested dicts of integers.
     """
-    leaves, structure = jax.tree.flatten(state)
     if jax.process_count() == 1:
         return [state]
+    # Gather the integers as one array; the structure is the same on all processes.
+    leaves, structure = jax.tree.flatten(state)
     rows = multihost_utils.process_allgather(np.asarray(leaves, np.int32))
     return [structure.unflatten(row.tolist()) for row in rows]
 

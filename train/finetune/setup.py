@@ -67,6 +67,8 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
         )
     mesh = None if config.mesh is None else make_mesh(parse_mesh(config.mesh))
     check_rows(config, mesh)
+    # A configuration may tie the output matrix to the embedding where the weights have both:
+    # `matching` unties it.
     model = read_model(config.model)
     model = matching(model, open_params(config.model, "float32", mesh))
     trainable, frozen = read_parameters(config, model, mesh)
@@ -120,6 +122,7 @@ def read_parameters(config: TuneConfig, model: Transformer, mesh: Mesh | None) -
     trainable: Flat = {}
     frozen: Flat = {}
     for name in parts:
+        # Indexing reads the layer: at most one layer exists in fp32 beside the parameters.
         part = {name: parts[name]}
         check_finite(part, f"{config.model}: ")
         own, rest = partition(part, paths)
@@ -156,6 +159,7 @@ def trainable_paths(
     paths = set(flatten(params))
     chosen: set[str] = set()
     for pattern in which:
+        # A pattern without a match is a mistake even beside patterns that match.
         found = _match(model, paths, pattern)
         if not found:
             near = sorted(path for path in paths if not path.startswith("layers_") or "_0/" in path)

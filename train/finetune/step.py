@@ -95,11 +95,13 @@ class TuneStep:
             sums = self.losses(masters, frozen, part, teacher_params)
             return (sums.loss + self.distill * sums.divergence) / total, sums
 
+        # Only `masters` is differentiated: no gradient of a frozen parameter exists.
         gradient = jax.grad(loss, has_aux=True)
 
         def add(carry: Any, part: PackedBatch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, gradient(state.params, part)), None
 
+        # Gradients and sums of all micro-batches, added up in fp32.
         if self.accumulate == 1:
             grads, sums = gradient(state.params, jax.tree.map(lambda leaf: leaf[0], parts))
         else:
@@ -108,6 +110,7 @@ class TuneStep:
             (grads, sums), _ = jax.lax.scan(add, (zeros, zero), parts)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        # The rate is an argument, so that a schedule needs no program of each step.
         updates = jax.tree.map(lambda u: -rate * u, updates)
         metrics = {
             "loss": sums.loss / total,
@@ -134,6 +137,7 @@ class TuneStep:
         x = hidden(self.model, params, batch, self.remat, self.sharding)
         teacher = None
         if self.teacher is not None:
+            # The teacher has no backward pass, so nothing needs to be rematerialised.
             seen = hidden(self.teacher, teacher_params, batch, False, self.sharding)
             teacher = self.teacher, teacher_params, jax.lax.stop_gradient(seen)
         return sum_losses(self.model, params, x, batch, teacher, self.sharding)
@@ -173,6 +177,7 @@ def state_shardings(optimizer: optax.GradientTransformation, masters: Flat) -> T
         masters: parameters that train, as arrays or as shapes with shardings.
     """
     shardings = {path: leaf.sharding for path, leaf in masters.items()}
+    # Counters of the optimizer are scalars: replicate them over the mesh.
     one = next(iter(shardings.values()))
     everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
     opt_state = optax.tree.map_params(

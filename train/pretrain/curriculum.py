@@ -96,6 +96,7 @@ def read_curriculum(path: Path) -> Curriculum:
         ValueError: an unknown or a missing key, or an unknown kind of question.
     """
     data = read_settings(path)
+    # Missing keys are KeyError, unknown keys TypeError, wrong types AttributeError or TypeError.
     try:
         stages = tuple(_stage(stage) for stage in data.pop("stages"))
         curriculum = Curriculum(model=ModelShape(**data.pop("model")), stages=stages, **data)
@@ -109,6 +110,7 @@ def read_curriculum(path: Path) -> Curriculum:
 def _stage(data: dict) -> Stage:
     rest = {name: value for name, value in data.items() if name != "episodes"}
     episodes = dict(data["episodes"])
+    # YAML has lists, the dataclass has tuples.
     for key in ("people", "answer_length"):
         episodes[key] = tuple(episodes[key])
     return Stage(episodes=EpisodeConfig(**episodes), **rest)
@@ -124,6 +126,7 @@ def model_config(shape: ModelShape, vocab_size: int, bos_id: int, eos_id: int) -
         rope=RopeConfig(dim=shape.head_dim, theta=shape.rope_theta),
         norm=NormConfig(eps=shape.norm_eps),
     )
+    # Exported checkpoints carry this config.json, which transformers reads.
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -208,7 +211,7 @@ def check_curriculum(curriculum: Any) -> None:
 
 def _model_problems(model: Any) -> list[str]:
     problems = out_of_range(vars(model), MODEL, "model.")
-    if problems:
+    if problems:  # the checks below need numbers
         return problems
     if model.num_heads % model.num_kv_heads:
         problems.append(
@@ -251,6 +254,7 @@ def _kind_problems(name: str, kinds: Mapping[str, Any]) -> list[str]:
     if unknown:
         return [f"{name}: got kinds {unknown}, expected some of {KINDS}"]
     problems = out_of_range(kinds, dict.fromkeys(kinds, NOT_NEGATIVE), f"{name}.")
+    # Sequences of copies have no facts that other kinds could ask about.
     if "copy" in kinds and len(kinds) > 1:
         problems.append(f"{name} has copy beside {sorted(kinds.keys() - {'copy'})}, expected alone")
     if not problems and sum(kinds.values()) <= 0:

@@ -81,6 +81,7 @@ def make_batch(
 
 def _fill_copies(rng, vocab, config, batch, row):
     """One sequence: random words, then spans of them, each after one to three other words."""
+    # The spans stand at the end of the sequence, each with its cue; `at` is where they begin.
     low, high = config.answer_length
     first_word = len(words.SPECIAL)
     lengths = rng.integers(low, high + 1, config.questions) + CUE
@@ -89,6 +90,7 @@ def _fill_copies(rng, vocab, config, batch, row):
     batch.tokens[row] = rng.integers(first_word, vocab.size, config.length + 1)
     batch.tokens[row, 0] = vocab.bos_id
     starts = at + np.cumsum(lengths + gaps) - lengths
+    # Copy each span from a random position; the words after its cue are the answer.
     for index, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         source = rng.integers(1, at - length + 1)
         batch.tokens[row, start : start + length] = batch.tokens[row, source : source + length]
@@ -98,6 +100,7 @@ def _fill_copies(rng, vocab, config, batch, row):
 
 def _fill_facts(rng, vocab, config, batch, row):
     """One sequence: facts in filler, then questions until the room is used."""
+    # People, and the facts about them.
     count = int(rng.integers(config.people[0], config.people[1] + 1))
     low, high = config.answer_length
     cast = people.draw(rng, rng.integers(low, high + 1, count).tolist())
@@ -105,6 +108,7 @@ def _fill_facts(rng, vocab, config, batch, row):
     if set(config.kinds) != {"thing"}:
         facts += [person.is_old() for person in cast]
     facts = [vocab.encode(thin(rng, fact, config.wording)) for fact in facts]
+    # Questions, as long as they fit beside the facts.
     room = config.length + 1 - sum(map(len, facts)) - 1
     asked = []
     for kind in _draw_kinds(rng, config):
@@ -114,6 +118,7 @@ def _fill_facts(rng, vocab, config, batch, row):
         if room < 0:
             break
         asked.append((kind, question, answer))
+    # The questions stand at the end; facts and filler take all tokens before them.
     at = config.length + 1 - sum(len(q) + len(a) + 1 for _, q, a in asked)
     batch.tokens[row, :at] = prompt.strew(rng, vocab, facts, at).ids
     for index, (kind, question, answer) in enumerate(asked):

@@ -17,6 +17,7 @@ from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.sets import CHANCE
 from kvjax.tasks.tokenizer import to_transformers
+from train.log import pyplot
 from train.pretrain.curriculum import Curriculum
 from train.pretrain.episodes import KINDS
 from train.pretrain.run import Run, create_run, initial_state, load_newest
@@ -62,7 +63,7 @@ def write_tokenizer(run: Run, out: Path) -> None:
     )
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.pop("backend", None)
+    config.pop("backend", None)  # transformers 5 adds it
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -122,19 +123,17 @@ def plot_curve(curriculum: Curriculum, metrics: Path, out: Path) -> None:
     Raises:
         ValueError: the log is empty.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     if not lines:
         raise ValueError(f"{metrics} is empty")
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    # One curve for each kind; a kind is missing from lines of stages that don't ask it.
     for kind in KINDS:
         points = [(x["tokens"] / 1e6, x["accuracy"][kind]) for x in lines if kind in x["accuracy"]]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=kind)
+    # Mark where each stage begins, with its sequence length.
     for before, line in zip([None, *lines], lines, strict=False):
         if before is None or before["stage"] != line["stage"]:
             x = (before["tokens"] if before else 0) / 1e6

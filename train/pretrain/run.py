@@ -79,6 +79,7 @@ def pretrain(curriculum: Curriculum, out: Path, max_steps: int | None = None) ->
         state, progress = advance(run, state, progress)
         if progress.step % curriculum.report_every:
             continue
+        # Every `report_every` steps: log, end the stage if its gate is passed, write a checkpoint.
         check_state(state, progress, out)
         accuracy = accuracies(state)
         log_line(metrics, curriculum, state, progress, accuracy, time.monotonic() - started)
@@ -103,6 +104,7 @@ def initial_state(run: Run) -> TrainState:
     """The first state: random parameters from the curriculum's seed."""
     init = jax.jit(run.model.init)
     params = dict(init(jax.random.key(run.curriculum.seed), jnp.zeros((1, 1), jnp.int32))["params"])
+    # Scale the embeddings to their standard deviation in the curriculum.
     embedding = params["embedding"]
     params["embedding"] = embedding * (run.curriculum.embedding_scale / jnp.std(embedding))
     return create_state(params, run.optimizer, len(KINDS))
@@ -135,6 +137,7 @@ def draw_batch(run: Run, progress: Progress) -> EpisodeBatch:
     Questions of a rehearsed stage get kind −1: the gate of the current stage does not count them.
     """
     curriculum = run.curriculum
+    # A generator for each step: a resumed run draws the same batches without replaying the others.
     rng = np.random.default_rng([curriculum.seed, progress.step])
     stage = curriculum.stages[progress.stage]
     rehearse = progress.stage > 0 and rng.random() < curriculum.rehearsal
@@ -204,6 +207,7 @@ def log_line(
 def save(out: Path, state: TrainState, progress: Progress) -> None:
     """Writes a checkpoint and deletes the ones that are no longer needed."""
     checkpoints = Checkpoints(out, KEPT)
+    # Closing waits: the next step donates these buffers.
     content = {"state": state, "progress": dataclasses.asdict(progress)}
     checkpoints.save(progress.step, content, {})
     checkpoints.close()
@@ -216,7 +220,7 @@ def load_newest(out: Path, like: TrainState) -> tuple[TrainState, Progress]:
         like: a state of the same shapes and dtypes.
 
     Raises:
-        ValueError: there is no checkpoint, or the newest one holds NaN.
+        ValueError: no checkpoint, or the newest one holds NaN.
     """
     if not finished_steps(out):
         raise ValueError(f"{out} has no checkpoint")
@@ -308,6 +312,8 @@ def count_answers(
         question, kind: see `episodes.EpisodeBatch`.
         kinds: number of kinds.
     """
+    # Count the wrong tokens of each question. Tokens outside of answers have index −1, which wraps
+    # to the last question: the mask adds 0 for them.
     wrong = (jnp.argmax(logits, axis=-1) != targets) & (question >= 0)
     rows = jnp.arange(kind.shape[0], dtype=jnp.int32)[:, None]
     errors = (
@@ -315,6 +321,7 @@ def count_answers(
         .at[rows, question]
         .add(wrong.astype(jnp.int32), mode="drop")
     )
+    # An answer is right without a wrong token; kind −1 matches no kind and is not counted.
     of_kind = kind[..., None] == jnp.arange(kinds, dtype=jnp.int32)[None, None]
     right = of_kind & (errors == 0)[..., None]
     return (
@@ -347,6 +354,7 @@ def train_step(
 
     (loss, logits), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # The rate is an argument, so that it can change without compiling the step again.
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
     correct, asked = count_answers(logits, targets, question, kind, state.correct.shape[0])
     return TrainState(
