@@ -65,7 +65,10 @@ def open_rows(name: str, split: str = "train") -> Rows:
         match = HUB_ID.fullmatch(name)
         if not match or name.endswith((*SUFFIXES, *PACKED)) or path.exists():
             raise ValueError(f"{name}: no such file")
-        rows = open_hub(match[1], match[2], split)
+        try:
+            rows = open_hub(match[1], match[2], split)
+        except ValueError as error:
+            raise ValueError(f"{name}: no such file, and as a hub dataset: {error}") from error
     if len(rows) == 0:
         raise ValueError(f"{name} has no rows, expected at least one")
     return rows
@@ -108,8 +111,7 @@ def open_hub(dataset: str, config: str | None, split: str) -> Rows:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"{name}: no such file, and loading it from the hub needs a package: "
-            "pip install datasets"
+            f"{name} comes from the hub, which needs a package: pip install datasets"
         ) from error
     try:
         return HubRows(name, datasets.load_dataset(dataset, config, split=split))

@@ -53,7 +53,6 @@ def dense_identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) ->
 
 QO = ("kv_only", "layers_*/attn/q", "layers_*/attn/o")
 
-
 ARMS = {
     "gqa": Arm(None, ("kv_only",)),
     # The control: where K·H = D, as in the embedded model, W_Q and W_O have as many parameters as

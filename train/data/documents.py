@@ -17,6 +17,8 @@ from kvjax.encoding import ids_after
 from train.data.config import DataConfig, SourceConfig
 from train.data.formats import Piece, chat_pieces, prompt_pieces, read_messages, uses_chat_template
 
+log = logging.getLogger(__name__)
+
 
 class Document(NamedTuple):
     """One row of data.
@@ -103,9 +105,6 @@ class Encoder:
             if not self.tokenizer.decode(ids[last:]).strip():
                 end = last
         return [piece.learned and i < end for i in range(len(ids))]
-
-
-log = logging.getLogger(__name__)
 
 
 class Documents:
