@@ -40,7 +40,7 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, in ascending order, those still being written included."""
+        """Steps with a finished checkpoint, in ascending order."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:

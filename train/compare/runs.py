@@ -106,7 +106,7 @@ def write_data(config: CompareConfig, out: Path) -> None:
 
 
 def test_problems(config: CompareConfig, family: str) -> list[Problem]:
-    """Problems that no training row repeats: first those to answer, then those of the loss.
+    """Problems that no training row repeats: first the ones to answer, then the ones of the loss.
 
     They have another seed than 0, because the families were designed by looking at that one.
     """

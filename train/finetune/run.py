@@ -147,7 +147,7 @@ def check_processes(saved: int, out: Path) -> None:
     if saved != jax.process_count():
         raise ValueError(
             f"{out} holds a run of {saved} processes, got {jax.process_count()}: each has its "
-            "share of the data, so start as many"
+            "share of the data; start the same number"
         )
 
 
