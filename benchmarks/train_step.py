@@ -54,11 +54,11 @@ def kvjax_step(directory: str, which: str, tokens: np.ndarray) -> Callable[[], f
     import jax.numpy as jnp
 
     import kvjax
-    from train.finetune.labels import split, trainable_paths
+    from train.finetune.setup import partition, trainable_paths
     from train.finetune.step import TuneStep, adamw, compile_step
 
     model, params = kvjax.load(directory, dtype="float32")
-    trainable, frozen = split(params, trainable_paths(model, params, (which,)))
+    trainable, frozen = partition(params, trainable_paths(model, params, (which,)))
     step = TuneStep(model, adamw(0.9, 0.999, 0.0, 1.0), dtype="float32")
     state = step.init(trainable)
     del params, trainable
@@ -67,7 +67,7 @@ def kvjax_step(directory: str, which: str, tokens: np.ndarray) -> Callable[[], f
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "segments": np.ones(shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
         "weights": np.ones(shape, np.float32),
     }
     batch = jax.tree.map(jnp.asarray, batch)

@@ -15,8 +15,7 @@ from kvjax.nn import Transformer
 from kvjax.tasks import perplexity
 from kvjax.transmla import calibrate, convert
 from kvjax.transmla.distill import distill
-from train.finetune.labels import flatten
-from train.finetune.step import TuneStep, adamw
+from train.finetune.step import TuneStep, adamw, flatten
 
 VOCAB, T = 53, 24
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
@@ -48,12 +47,12 @@ def everything(depth):
         score_examples(converted, new, examples, "copying", batch_size=2)
     with counted() as found["perplexity"]:
         perplexity(converted, new, [TEXT])
-    numbers = {name: jnp.zeros((2, T), jnp.int32) for name in ("segments", "targets")}
+    numbers = {name: jnp.zeros((2, T), jnp.int32) for name in ("segment_ids", "targets")}
     batch = numbers | {"tokens": jnp.asarray(TEXT[:2]), "weights": jnp.ones((2, T))}
     batch["positions"] = jnp.tile(jnp.arange(T, dtype=jnp.int32)[None], (2, 1))
     step = TuneStep(converted, adamw(0.9, 0.999, 0.0, 1.0), "float32")
     with counted() as found["train"]:
-        step.sums({}, flatten(new), batch)
+        step.losses({}, flatten(new), batch)
     return converted, {name: programs.compiled for name, programs in found.items()}
 
 

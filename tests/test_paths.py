@@ -13,6 +13,7 @@ import train.__main__
 from eval.command import task_options
 from eval.rows import read_rows
 from kvjax.context import load_context
+from kvjax.data_files import open_rows
 from kvjax.headkv import HeadScores, load_scores
 from kvjax.hf import check_export, config_from_hf, layout_of, open_params, read_model, read_shape
 from kvjax.nn import Transformer
@@ -20,8 +21,6 @@ from kvjax.paths import check_local, local_path
 from kvjax.policies.named import parse_policy
 from kvjax.tasks import WordVocabulary, haystack
 from kvjax.transmla.calibration import Stats
-from train.data.config import SourceConfig
-from train.data.sources import open_rows
 from train.finetune.config import TuneConfig, read_config
 from train.finetune.run import finetune
 
@@ -157,7 +156,7 @@ def test_what_is_read(model, kind):
         lambda path: kvjax.headkv.score_heads(*model, None, haystack=path),
         lambda path: parse_policy(f"headkv:scores={path}"),
         lambda path: read_rows(Path(path)),
-        lambda path: open_rows(SourceConfig(str(path), "text")),
+        lambda path: open_rows(str(path)),
         lambda path: read_config(Path(path)),
     ):
         with pytest.raises(ValueError, match="is the URL gs://bucket/thing, expected a local path"):
@@ -294,7 +293,7 @@ def test_recipes_are_refused_before_their_first_run(capsys, here, run):
 
 
 TUNE = ("finetune", "--model", NONE, "--data", "text:a.txt")
-RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "needle.yaml"
+RECIPE = Path(__file__).parents[1] / "train" / "pretrain" / "needle.yaml"
 
 
 @pytest.mark.parametrize(

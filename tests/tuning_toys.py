@@ -16,7 +16,7 @@ from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, NormCon
 from kvjax.hf import read_model
 from kvjax.nn import Transformer
 from kvjax.tasks import WordVocabulary
-from train.recipe import ModelShape, model_config
+from train.pretrain.curriculum import ModelShape, model_config
 
 KINDS = ("gqa", "equal_cache", "fold", "post")
 
@@ -44,7 +44,7 @@ def packed_batch(vocab_size, B=4, T=24, seed=0):
         "tokens": np.zeros((B, T), np.int32),
         "targets": np.zeros((B, T), np.int32),
         "positions": np.full((B, T), -1, np.int32),
-        "segments": np.zeros((B, T), np.int32),
+        "segment_ids": np.zeros((B, T), np.int32),
         "weights": np.zeros((B, T), np.float32),
     }
     for row in range(B):
@@ -54,7 +54,7 @@ def packed_batch(vocab_size, B=4, T=24, seed=0):
             here = slice(at, at + length)
             batch["tokens"][row, here], batch["targets"][row, here] = ids[:-1], ids[1:]
             batch["positions"][row, here] = np.arange(length)
-            batch["segments"][row, here] = segment
+            batch["segment_ids"][row, here] = segment
             batch["weights"][row, here] = rng.random(length) < 0.5
             at += length
     return jax.tree.map(jnp.asarray, batch)

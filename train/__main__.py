@@ -1,46 +1,51 @@
-"""`python -m train`: pretrain and fine-tune models, draw data for it, export, evaluate, plot."""
+"""The command line `python -m train`: pretrain, fine-tune, compare, make data, export, plot."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
+import absl.logging
 import tyro
 
 from kvjax import compilation_cache, processes
-from kvjax.paths import local_arguments
+from kvjax.paths import check_local, local_arguments
 from train.compare.command import compare
-from train.curve import plot_curve
-from train.evaluate import evaluate
-from train.export import export
-from train.families import write_rows
-from train.finetune import command
-from train.pretrain import pretrain
-from train.recipe import read_recipe
+from train.compare.runs import write_rows
+from train.finetune.config import TuneConfig, read_config
+from train.finetune.dry_run import dry_run
+from train.finetune.run import finetune
+from train.pretrain.curriculum import read_curriculum
+from train.pretrain.results import evaluate, export, plot_curve
+from train.pretrain.run import pretrain
 
 
 def pretrain_command(config: Path, out: Path, max_steps: int | None = None) -> None:
-    """Pretrain from a recipe; resumes where a run in the same folder stopped.
+    """Pretrain on a curriculum; resumes where a run in the same folder stopped.
 
     Args:
-        config: YAML recipe, e.g. train/recipes/needle.yaml.
+        config: YAML curriculum, e.g. train/recipes/needle.yaml.
         out: folder for checkpoints and metrics.jsonl.
         max_steps: stop after this many steps.
     """
-    pretrain(read_recipe(config), out, max_steps)
+    pretrain(read_curriculum(config), out, max_steps)
 
 
 def export_command(config: Path, run: Path, out: Path, dtype: str = "bfloat16") -> None:
     """Write the newest checkpoint of a pretraining run in Hugging Face's layout.
 
     Args:
-        config: the recipe of the run.
-        run: its folder.
+        config: YAML file of the run's curriculum.
+        run: the run's folder.
         out: folder for the model and its tokenizer.
-        dtype: of the weights in the file.
+        dtype: of the written weights.
     """
-    export(read_recipe(config), run, out, dtype)
+    export(read_curriculum(config), run, out, dtype)
 
 
 def evaluate_command(
@@ -51,14 +56,14 @@ def evaluate_command(
     count: int = 200,
     dtype: str = "bfloat16",
 ) -> None:
-    """Accuracy on unseen prompts, with the full cache.
+    """Measure accuracy on unseen prompts, with the full cache.
 
     Args:
         model: a directory, or builtin:needle.
         out: JSON file for the result.
         tasks: names of kvjax.tasks.sets.
-        lengths: tokens of the prompts.
-        count: prompts for each task and length.
+        lengths: numbers of tokens of the prompts.
+        count: number of prompts for each task and length.
         dtype: of the parameters.
     """
     evaluate(model, out, tasks, lengths, count, dtype)
@@ -68,26 +73,108 @@ def curve_command(config: Path, metrics: Path, out: Path) -> None:
     """Draw the log of a pretraining run.
 
     Args:
-        config: the recipe of the run.
-        metrics: its metrics.jsonl.
+        config: YAML file of the run's curriculum.
+        metrics: the run's metrics.jsonl.
         out: PNG file.
     """
-    plot_curve(read_recipe(config), metrics, out)
+    plot_curve(read_curriculum(config), metrics, out)
 
 
 def family_command(
     name: str, out: Path, count: int = 5000, seed: int = 0, split: str = "train"
 ) -> None:
-    """Write problems of a family for fine-tuning, one JSON object with query and response a line.
+    """Write problems for fine-tuning: JSON lines with "query" and "response".
 
     Args:
         name: word_problems or programs.
         out: the file.
-        count: problems.
+        count: number of problems.
         seed: other seeds give other problems.
-        split: train or test; they share no query.
+        split: train or test; no query is in both.
     """
     write_rows(out, name, count, seed, split)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fine-tune a model; resumes where a run in the same folder stopped.
+
+    Attributes:
+        settings: of the run.
+        out: folder of the run; not needed with --dry-run.
+        config: YAML file with settings; flags override it.
+        stop_after: stop after this many steps in all.
+        dry_run: compile the step, print memory and FLOPs of each device, and stop.
+        topology: for --dry-run: a TPU topology such as v5e:8x8 or v5p:2x2x4 (needs libtpu).
+        distributed: for several processes: "auto" on TPU pods, Slurm and Open MPI, or
+            HOST:PORT,PROCESSES,INDEX with the address of the first process. Default: the
+            environment variable KVJAX_DISTRIBUTED, if it is set.
+        json: also write the result to this file.
+    """
+
+    settings: Annotated[TuneConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    config: Path | None = None
+    stop_after: int | None = None
+    dry_run: bool = False
+    topology: str | None = None
+    distributed: str | None = None
+    json: Path | None = None
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Arguments from flags, which override the settings of the file --config.
+
+    Raises:
+        ValueError: a bad setting in the file.
+    """
+    # Read the file first: its settings become the defaults of the flags.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    config = first.parse_known_args(argv)[0].config
+    default = None if config is None else Arguments(read_config(config))
+    prog = "python -m train finetune"
+    if default is None:
+        return tyro.cli(Arguments, prog=prog, args=argv)
+    return tyro.cli(Arguments, prog=prog, args=argv, default=default)
+
+
+def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
+    """Fine-tune a model; resumes where a run in the same folder stopped.
+
+    Raises:
+        ValueError: see `train.finetune.run.finetune`.
+    """
+    check_local(arguments)
+    # Orbax logs a traceback of every error that it raises: the error alone is enough.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    processes.join(arguments.distributed)
+    if arguments.dry_run:
+        if arguments.topology is not None:  # the cache cannot read programs of other devices
+            compilation_cache.enable("off")
+        report = dry_run(arguments.settings, arguments.topology)
+    else:
+        if arguments.out is None:
+            raise ValueError("got no --out, expected a folder for the run")
+        report = finetune(arguments.settings, arguments.out, arguments.stop_after)
+    # One of several processes reports.
+    if not processes.is_writer():
+        return
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table with one row for each value."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", show_header=False)
+    for key, value in report.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
 
 
 COMMANDS = {
@@ -95,23 +182,23 @@ COMMANDS = {
     "export": export_command,
     "evaluate": evaluate_command,
     "curve": curve_command,
-    "finetune": command.tune,
+    "finetune": tune,
     "compare": compare,
     "family": family_command,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; bad input is one line on standard error and exit code 2."""
+    """Runs a command; bad input is one line on standard error and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         folder, argv = compilation_cache.take_flag(argv)
         if argv[:1] == ["finetune"]:
-            # Apart: its flags override a file that one of them names.
-            arguments = command.parse(argv[1:])
+            # Parsed separately: flags override the file that one of them names.
+            arguments = parse(argv[1:])
             compilation_cache.enable(folder, processes.asked(arguments.distributed))
             with processes.together():
-                command.tune(arguments)
+                tune(arguments)
         else:
             compilation_cache.enable(folder)
             commands = {name: local_arguments(command) for name, command in COMMANDS.items()}

@@ -1,68 +1,135 @@
-"""Checkpoints of a run: one folder a step, the newest two kept."""
+"""Checkpoints of a run: one folder a step, written whole or not at all."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from kvjax.checks import check_finite
-from train.step import TrainState
 
-KEPT = 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: steps taken in all, the stage, steps taken in it, tokens seen."""
-
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    tokens: int = 0
+FOLDER = "checkpoints"
+"""The folder inside a run's folder."""
 
 
-def steps(run: Path) -> list[int]:
-    """Steps that there are finished checkpoints of, in order; orbax renames when all is written."""
-    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+def finished_steps(run: Path) -> list[int]:
+    """Steps with a finished checkpoint, in ascending order; reads the names of folders only."""
+    # Orbax writes under a temporary name and renames the folder to the step's number at the end.
+    return sorted(int(path.name) for path in (run / FOLDER).glob("*") if path.name.isdigit())
 
 
-def save(run: Path, state: TrainState, progress: Progress) -> None:
-    """Writes a checkpoint and removes those that are no longer needed."""
-    content = {"state": state, "progress": dataclasses.asdict(progress)}
-    ocp.save(_path(run, progress.step), content, overwrite=True)
-    for step in steps(run)[:-KEPT]:
-        shutil.rmtree(_path(run, step))
+class Checkpoints:
+    """The checkpoints of one run. Orbax writes them in the background."""
+
+    def __init__(self, run: Path, keep: int):
+        """Opens the folder, which is made if it is missing.
+
+        Args:
+            run: the run's folder.
+            keep: number of checkpoints to keep; older ones are deleted.
+        """
+        self._run, self._directory = run, (run / FOLDER).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(
+            str(self._directory),
+            preservation_policy=newest,
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, in ascending order."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Waits for the previous checkpoint and starts to write this one.
+
+        Args:
+            step: number of steps taken.
+            state: a pytree of arrays.
+            data: JSON values that resuming needs beside the arrays.
+
+        Raises:
+            ValueError: this checkpoint or the previous one could not be written; the message names
+                the last good one.
+        """
+        try:
+            self._orbax.save_async(step, state, force=True, custom_metadata=data)
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from error
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            ValueError: see `save`.
+        """
+        try:
+            self._orbax.wait()
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> ValueError:
+        # On a full disk orbax raises OSError and tensorstore ValueError.
+        steps = finished_steps(self._run)
+        last = f"step {steps[-1]}" if steps else "none"
+        return ValueError(
+            f"cannot write a checkpoint to {self._directory}: {error}; the last good one: {last}"
+        )
+
+    def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
+        """Loads the newest checkpoint as (step, state, data).
+
+        Args:
+            like: a state with the shapes, dtypes and shardings of the stored one.
+
+        Raises:
+            ValueError: the checkpoint has other parameters; the message names some of them.
+        """
+        # Compare shapes before loading, to name the parameters that differ.
+        step = self.steps()[-1]
+        metadata: Any = self._orbax.metadata(step)
+        self._check_parameters(step, metadata.metadata, like)
+        loaded: Any = self._orbax.load(step, jax.tree.map(_abstract, like))
+        return step, loaded, metadata.custom_metadata
+
+    def check_finite(self, step: int, state: Any) -> None:
+        """Raises ValueError where the state of a checkpoint holds NaN; names folder and array."""
+        reason = "; remove this folder to continue from the checkpoint before it"
+        check_finite(state, f"{self._directory / str(step)}: ", reason)
+
+    def _check_parameters(self, step: int, found: Any, like: Any) -> None:
+        stored, expected = _parameter_shapes(found), _parameter_shapes(like)
+        if stored != expected:
+            different = sorted(stored.items() ^ expected.items())[:4]
+            raise ValueError(
+                f"{self._directory / str(step)} trained other parameters than this run would: "
+                f"{different}; give another folder, or the run's own settings"
+            )
+
+    def close(self) -> None:
+        """Waits until everything is written, and closes the folder."""
+        self.wait()
+        self._orbax.close()
 
 
-def load_newest(run: Path, like: TrainState) -> tuple[TrainState, Progress]:
-    """The newest checkpoint.
+def _abstract(leaf: Any) -> Any:
+    """An array's shape, dtype and sharding; orbax takes plain numbers as they are."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
-    Args:
-        like: a state of the same shapes and dtypes.
 
-    Raises:
-        ValueError: there is none, or it holds NaN.
-    """
-    if not steps(run):
-        raise ValueError(f"{run} has no checkpoint")
-    abstract = {
-        "state": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        ),
-        "progress": dataclasses.asdict(Progress()),
+def _parameter_shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves under `params`, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves
+    ]
+    return {
+        name.removeprefix("params/"): tuple(leaf.shape)
+        for name, leaf in named
+        if name.startswith("params/")
     }
-    path = _path(run, steps(run)[-1])
-    content = ocp.load(path, abstract)
-    reason = "; remove this folder to continue from the checkpoint before it"
-    check_finite(content["state"], f"{path}: ", reason)
-    progress = {name: int(value) for name, value in content["progress"].items()}
-    return content["state"], Progress(**progress)
-
-
-def _path(run: Path, step: int) -> str:
-    return str((run / "checkpoints" / str(step)).absolute())

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run, and the pictures of fine-tuning."""
+"""The log metrics.jsonl of a run, utilisation of the devices, and the curves of fine-tuning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# bf16 peak of one chip or card, FLOP/s, from the makers' data sheets; without sparsity.
+from kvjax.runs import whole_lines, write_whole
+
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -20,15 +21,20 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+"""Peak FLOP/s of one device in bf16 without sparsity, from data sheets."""
 
 
 def utilisation(flops: float, seconds: float, device_kind: str) -> float | None:
-    """FLOP/s over the devices' bf16 peak (MFU); None where the peak is unknown.
+    """FLOP/s divided by the device's peak in bf16 (MFU); None where the peak is unknown.
 
     Args:
-        flops: of all steps in these seconds on one device, by the compiler's count: it has what
-            rematerialisation computes twice, and a loop's body (logits, tiles of attention) once.
+        flops: of all steps in these seconds on one device, counted by the compiler. The count
+            includes what rematerialisation computes twice; the body of a loop (slices of logits,
+            tiles of attention) is counted once.
+        seconds: time of these steps.
+        device_kind: `jax.Device.device_kind`.
     """
+    # Kinds are prefixes of each other ("TPU v5", "TPU v5 lite"): the longest match counts.
     known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     if not known or not seconds:
         return None
@@ -36,20 +42,13 @@ def utilisation(flops: float, seconds: float, device_kind: str) -> float | None:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the lines after `step`: those steps are taken again. A torn last line goes too."""
+    """Drops the lines of steps after `step`, which will be taken again, and a torn last line."""
     kept = [json.dumps(line) for line in read(path) if line["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Adds one line."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def tensorboard(out: Path, line: dict[str, Any]) -> None:
-    """Adds one line to the event files under `out`/tensorboard.
+    """Adds one line of the log to the event files under `out`/tensorboard.
 
     Raises:
         ValueError: the package tensorboardX is missing.
@@ -65,26 +64,16 @@ def tensorboard(out: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that was torn by a kill, which can only be the last, is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a log, without a last line that a kill tore."""
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def plot(path: Path, out: Path) -> None:
-    """Loss and learning rate over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draws loss and learning rate over the steps into a PNG."""
     lines = read(path)
     if not lines:
         return
+    plt = pyplot()
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7, 5), sharex=True, layout="constrained", height_ratios=(3, 1)
     )
@@ -98,3 +87,13 @@ def plot(path: Path, out: Path) -> None:
     bottom.set(xlabel="step", ylabel="learning rate")
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def pyplot() -> Any:
+    """The module matplotlib.pyplot, set to draw into files without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

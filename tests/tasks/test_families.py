@@ -7,7 +7,7 @@ import pytest
 import kvjax
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import FAMILIES, problems, rows, split_of
-from train.families import family_accuracy, write_rows
+from train.compare.runs import family_accuracy, write_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,11 +8,12 @@ import pytest
 from tuning_toys import packed_batch, tiny_checkpoint
 
 import kvjax
-from train.compare import report as reports
+from train.compare import command as reports
 from train.compare import runs
 from train.compare.command import check_folder
 from train.compare.config import ARMS, CompareConfig, final_jobs, read_compare, search_jobs
-from train.finetune.labels import flatten, split, trainable_paths
+from train.finetune.setup import partition, trainable_paths
+from train.finetune.step import flatten
 
 SMALL = {
     "families": ("word_problems",),
@@ -46,7 +47,7 @@ def test_every_arm_starts_as_the_same_function():
         got = new_model.apply({"params": new_params}, tokens)[0]
         np.testing.assert_allclose(got, want, atol=3e-4, err_msg=name)
         paths = trainable_paths(new_model, new_params, arm.train)
-        trains[name] = sum(leaf.size for leaf in split(new_params, paths)[0].values())
+        trains[name] = sum(leaf.size for leaf in partition(new_params, paths)[0].values())
         assert len(flatten(new_params)) > len(paths)
     assert trains["gqa_matched"] == trains["mla_svd_global"] == trains["mla_identity"]
     assert trains["gqa"] < trains["mla_svd_per_head"] < trains["gqa_matched"]
@@ -126,7 +127,7 @@ def test_another_comparison_s_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other settings"):
         check_folder(CompareConfig(), tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json, line 1 is not JSON"):
         check_folder(CompareConfig(), tmp_path)
 
 

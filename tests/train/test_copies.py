@@ -3,7 +3,7 @@
 import numpy as np
 
 from kvjax.tasks import WordVocabulary
-from train.episodes import CUE, KINDS, EpisodeConfig, make_batch
+from train.pretrain.episodes import CUE, KINDS, EpisodeConfig, make_batch
 
 
 def test_marked_targets_continue_an_earlier_span():

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvjax.text import added_text
-from train.data.encoding import Encoder
+from train.data.documents import Encoder
 
 
 def words(tokenizer, document):

@@ -31,10 +31,10 @@ def test_loads_whole(data_dir, tokenizer, form):
         assert found.rows == rows
     assert 0.3 < found.learned_tokens / found.tokens < 1
     batch = next(iter(make_loader(data, tokenizer)))
-    assert (batch["segments"] > 0).mean() > 0.9
-    here = (batch["segments"][0] == 1) & (batch["weights"][0] > 0)
+    assert (batch["segment_ids"] > 0).mean() > 0.9
+    here = (batch["segment_ids"][0] == 1) & (batch["weights"][0] > 0)
     answer = tokenizer.decode(batch["targets"][0][here], skip_special_tokens=True)
-    prompt = tokenizer.decode(batch["tokens"][0][batch["segments"][0] == 1])
+    prompt = tokenizer.decode(batch["tokens"][0][batch["segment_ids"][0] == 1])
     if form in ("gsm8k", "gsm8k_backward"):
         assert "\n#### " in answer and "\nThe answer is: " in answer and "<<" not in answer
         assert "### Response: Let's think step by step." in prompt

@@ -2,8 +2,7 @@
 
 import pytest
 
-from train.data.formats import FORMATS, ROLES, Message, read_messages
-from train.data.templates import prompt_pieces
+from train.data.formats import FORMATS, ROLES, Message, prompt_pieces, read_messages
 
 METAMATH = (
     "Below is an instruction that describes a task. Write a response that appropriately "

@@ -9,7 +9,7 @@ import pytest
 from data_rows import config, plain_rows, word_tokenizer, write
 
 from train.data import count_batches, make_loader, summary
-from train.data.encoding import Encoder
+from train.data.documents import Encoder
 
 TOKENIZER = word_tokenizer()
 
@@ -24,7 +24,7 @@ def documents(batches):
     found = []
     for batch in batches:
         for tokens, segments, targets, weights in zip(
-            *(batch[key] for key in ("tokens", "segments", "targets", "weights")), strict=True
+            *(batch[key] for key in ("tokens", "segment_ids", "targets", "weights")), strict=True
         ):
             for segment in range(1, segments.max() + 1):
                 here = segments == segment
@@ -51,7 +51,7 @@ def test_shapes_and_types(path):
         "tokens": ((4, 32), "int32"),
         "targets": ((4, 32), "int32"),
         "positions": ((4, 32), "int32"),
-        "segments": ((4, 32), "int32"),
+        "segment_ids": ((4, 32), "int32"),
         "weights": ((4, 32), "float32"),
     }
 
@@ -62,7 +62,7 @@ def test_documents_are_whole_and_apart(path):
     assert Counter(packed) <= Counter(encoded(plain_rows(200)))
     assert len(packed) > 150  # the rest did not fill a batch
     for batch in batches:
-        segments, positions = batch["segments"], batch["positions"]
+        segments, positions = batch["segment_ids"], batch["positions"]
         assert ((positions == -1) == (segments == 0)).all()
         assert (batch["tokens"][segments == 0] == 0).all()
         starts = np.diff(segments, axis=1, prepend=0) > 0
@@ -76,7 +76,7 @@ def test_documents_are_whole_and_apart(path):
 def test_targets_are_the_next_token_of_the_document(path, learn):
     batches = list(make_loader(config(path, learn=learn), TOKENIZER))
     for batch in batches:
-        segments, targets, weights = (batch[key] for key in ("segments", "targets", "weights"))
+        segments, targets, weights = (batch[key] for key in ("segment_ids", "targets", "weights"))
         goes_on = np.zeros(segments.shape, bool)
         goes_on[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
         following = np.roll(batch["tokens"], -1, axis=1)

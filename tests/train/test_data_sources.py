@@ -11,14 +11,18 @@ import pyarrow.parquet
 import pytest
 from data_rows import config, plain_rows, word_tokenizer, write
 
+from kvjax.data_files import open_rows
 from train.data import DataConfig, SourceConfig, summary
-from train.data.sources import open_rows
 
 ROWS = [*plain_rows(5), {"query": "naïve\n?", "response": "été"}]
 
 
 def source(path, form="plain", **options):
     return SourceConfig(str(path), form, **options)
+
+
+def opened(source):
+    return open_rows(source.path, source.split)
 
 
 def lines():
@@ -39,31 +43,31 @@ def lines():
 def test_json(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data())
-    rows = open_rows(source(path))
+    rows = opened(source(path))
     assert [rows[i] for i in range(len(rows))] == ROWS
     assert rows[3] == ROWS[3]
     array = data().startswith(b"[") or name == "a.json.gz"
-    assert rows.where(2) == f"{path} {'row 3' if array else 'line 5'}"
+    assert rows.where(2) == f"{path}, {'row 3' if array else 'line 5'}"
 
 
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     chats = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(4)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), path, row_group_size=2)
-    rows = open_rows(source(path, "chat"))
+    rows = opened(source(path, "chat"))
     assert len(rows) == 4 and rows[3] == chats[3]
-    assert rows.where(3) == f"{path} row 4"
+    assert rows.where(3) == f"{path}, row 4"
 
 
 def test_paragraphs(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n\nOne day,\nshe sang.\n \n\nThe end.\n")
-    rows = open_rows(source(path, "text"))
+    rows = opened(source(path, "text"))
     assert [rows[i] for i in range(len(rows))] == [
         {"text": "One day,\nshe sang."},
         {"text": "The end."},
     ]
-    assert rows.where(1) == f"{path} line 7"
+    assert rows.where(1) == f"{path}, line 7"
 
 
 def test_hub(monkeypatch):
@@ -76,22 +80,22 @@ def test_hub(monkeypatch):
         return ROWS
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    rows = open_rows(source("org/name:part", split="test"))
+    rows = opened(source("org/name:part", split="test"))
     assert rows[2] == ROWS[2] and len(rows) == len(ROWS)
-    assert rows.where(0) == "org/name:part row 1"
-    open_rows(source("org/name"))
+    assert rows.where(0) == "org/name:part, row 1"
+    opened(source("org/name"))
     assert asked == [
         (("org/name", "part"), {"split": "test"}),
         (("org/name", None), {"split": "train"}),
     ]
     with pytest.raises(ValueError, match="org/name, split 'trian': Unknown split"):
-        open_rows(source("org/name", split="trian"))
+        opened(source("org/name", split="trian"))
 
 
 def test_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"org/name: no such file, .* pip install datasets"):
-        open_rows(source("org/name"))
+        opened(source("org/name"))
 
 
 @pytest.mark.parametrize(
@@ -99,36 +103,36 @@ def test_hub_without_its_package(monkeypatch):
     [
         ("a.csv", b"a,b", "a.csv: unknown kind of file, expected one of .jsonl, .json"),
         ("a.parquet.gz", b"", "unknown kind of file"),
-        ("a.jsonl", b"", "a.jsonl: no rows"),
-        ("a.jsonl", b"\n \n", "a.jsonl: no rows"),
-        ("a.txt", b"\n", "a.txt: no rows"),
-        ("a.json", b"[]", "a.json: no rows"),
-        ("a.json", b"[{]", "a.json: not JSON .*line 1"),
-        ("a.jsonl.gz", b"{}", "a.jsonl.gz: not a whole .gz file"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "not a whole .gz file"),
-        ("a.jsonl.xz", b"{}", "not a whole .xz file"),
-        ("a.parquet", b"{}", "a.parquet: not a parquet file"),
-        ("a.txt", b"\xff", "a.txt: not UTF-8"),
+        ("a.jsonl", b"", "a.jsonl has no rows"),
+        ("a.jsonl", b"\n \n", "a.jsonl has no rows"),
+        ("a.txt", b"\n", "a.txt has no rows"),
+        ("a.json", b"[]", "a.json has no rows"),
+        ("a.json", b"[{]", "a.json, line 1 is not JSON"),
+        ("a.jsonl.gz", b"{}", "a.jsonl.gz is not a whole .gz file"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "is not a whole .gz file"),
+        ("a.jsonl.xz", b"{}", "is not a whole .xz file"),
+        ("a.parquet", b"{}", "a.parquet is not a parquet file"),
+        ("a.txt", b"\xff", "a.txt is not UTF-8"),
     ],
 )
 def test_bad_files(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        open_rows(source(tmp_path / name))
+        opened(source(tmp_path / name))
 
 
 @pytest.mark.parametrize("path", ["no/such.jsonl", "no/such/file", "nothing", "a/b.txt.gz"])
 def test_missing_files(path):
     with pytest.raises(ValueError, match=f"{path}: no such file"):
-        open_rows(source(path))
+        opened(source(path))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"query": "10"', "line 3: got a line that is not JSON"),
-        ("[1, 2]", "line 3: got a JSON list, expected an object"),
-        ("[" * 100_000, "line 3: got a line that is not JSON"),
+        ('{"query": "10"', "line 3 is not JSON"),
+        ("[1, 2]", "line 3 is a JSON list, expected an object"),
+        ("[" * 100_000, "line 3 is not JSON"),
         ('{"query": "10", "answer": "11"}', "line 3: got columns query, answer; .*query, response"),
         ('{"query": "10", "response": ""}', "line 3: no answer to learn"),
     ],

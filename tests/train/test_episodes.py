@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvjax.tasks import WordVocabulary, make_examples
-from train.episodes import KINDS, EpisodeConfig, make_batch, thin
+from train.pretrain.episodes import KINDS, EpisodeConfig, make_batch, thin
 
 VOCAB = WordVocabulary()
 CONFIG = EpisodeConfig(

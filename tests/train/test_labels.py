@@ -5,7 +5,8 @@ import pytest
 from tuning_toys import KINDS, toy
 
 from kvjax.sharding import param_shapes
-from train.finetune.labels import flatten, split, trainable_paths, unflatten
+from train.finetune.setup import partition, trainable_paths
+from train.finetune.step import flatten, unflatten
 
 KV = {
     "gqa": {"k", "v"},
@@ -57,7 +58,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(which):
 
 def test_split_and_back():
     model, params = toy("gqa")
-    trainable, frozen = split(params, trainable_paths(model, params, ["kv_only"]))
+    trainable, frozen = partition(params, trainable_paths(model, params, ["kv_only"]))
     assert not trainable.keys() & frozen.keys()
     whole = unflatten({**trainable, **frozen})
     assert flatten(whole).keys() == flatten(params).keys()

@@ -12,19 +12,18 @@ from tuning_toys import tiny_checkpoint
 
 import kvjax
 from kvjax.tasks.families import rows
-from train import checkpoints as pretrain_checkpoints
-from train import pretrain
 from train.compare import runs
 from train.compare.config import CompareConfig, final_jobs, search_jobs
 from train.data import DataConfig, SourceConfig, check_documents
-from train.episodes import EpisodeConfig
-from train.export import export
-from train.finetune import loop
-from train.finetune.checkpoints import Checkpoints
+from train.finetune import run as loop
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 from train.finetune.setup import load
-from train.recipe import ModelShape, Recipe, Stage
+from train.pretrain.curriculum import Curriculum, ModelShape, Stage
+from train.pretrain.episodes import EpisodeConfig
+from train.pretrain.results import export
+from train.pretrain.run import Checkpoints, finished_steps
+from train.pretrain.run import run as pretrain
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_documents_that_a_model_cannot_read(folder):
 
 
 EPISODES = EpisodeConfig(40, (2, 2), (1, 1), 1, {"thing": 1})
-RECIPE = Recipe(
+RECIPE = Curriculum(
     model=ModelShape(16, 1, 2, 1, 8, 16, 64),
     stages=(Stage(EPISODES, 2, 6),),
     report_every=2,
@@ -145,7 +144,7 @@ def test_pretraining_stops_before_a_nan_checkpoint(tmp_path, monkeypatch, max_st
     )
     with pytest.raises(ValueError, match=r"step 4: NaN or infinite values in params/.*of step 2$"):
         pretrained(tmp_path, max_steps)
-    assert pretrain_checkpoints.steps(tmp_path) == [2]
+    assert finished_steps(tmp_path) == [2]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2]
 
@@ -155,7 +154,7 @@ def test_a_pretraining_checkpoint_of_nan_is_neither_resumed_nor_exported(tmp_pat
     broken = dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
     with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("ignore")
-        pretrain_checkpoints.save(tmp_path, broken, pretrain.Progress(step=4, stage_step=4))
+        pretrain.save(tmp_path, broken, pretrain.Progress(step=4, stage_step=4))
         for again in (
             lambda: pretrained(tmp_path),
             lambda: export(RECIPE, tmp_path, tmp_path / "m"),
@@ -168,7 +167,7 @@ def test_a_pretraining_checkpoint_of_nan_is_neither_resumed_nor_exported(tmp_pat
 def test_steps_beyond_the_last_are_none(tmp_path):
     pretrained(tmp_path, 4)
     assert pretrained(tmp_path, 2) is not None  # it used to run on: 4 is not 2
-    assert pretrain_checkpoints.steps(tmp_path) == [2, 4]
+    assert finished_steps(tmp_path) == [2, 4]
     with pytest.raises(ValueError, match="max_steps is -1"):
         pretrained(tmp_path, -1)
 
@@ -180,7 +179,7 @@ def test_an_export_that_overflows_is_refused(tmp_path):
     )
     with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("ignore")
-        pretrain_checkpoints.save(tmp_path, large, pretrain.Progress(step=4, stage_step=4))
+        pretrain.save(tmp_path, large, pretrain.Progress(step=4, stage_step=4))
         with pytest.raises(ValueError, match=r"embedding has NaN or infinite .* in float16"):
             export(RECIPE, tmp_path, tmp_path / "m", dtype="float16")
         with pytest.raises(ValueError, match="dtype is 'int8', expected one of bfloat16"):

@@ -10,15 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import checkpoints
-from train.episodes import EpisodeConfig
-from train.pretrain import Progress, create_run, draw_batch, learning_rate, pretrain, stage_done
-from train.recipe import ModelShape, Recipe, Stage, read_recipe
-from train.step import answer_loss, count_answers, make_optimizer
+from train.pretrain.curriculum import Curriculum, ModelShape, Stage, read_curriculum
+from train.pretrain.episodes import EpisodeConfig
+from train.pretrain.run import (
+    Progress,
+    answer_loss,
+    count_answers,
+    create_run,
+    draw_batch,
+    finished_steps,
+    learning_rate,
+    load_newest,
+    make_optimizer,
+    pretrain,
+    stage_done,
+)
 
-RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+RECIPES = Path(__file__).parents[2] / "train" / "pretrain"
 EPISODES = EpisodeConfig(40, (2, 2), (1, 1), 1, {"thing": 1})
-RECIPE = Recipe(
+RECIPE = Curriculum(
     model=ModelShape(16, 1, 2, 1, 8, 16, 64),
     stages=(Stage(EPISODES, 2, 4), Stage(EPISODES, 2, 4)),
     report_every=2,
@@ -56,7 +66,7 @@ def test_log_and_checkpoints(finished):
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert [line["stage"] for line in lines] == [0, 0, 1, 1]
     assert [line["tokens"] for line in lines] == [160, 320, 480, 640]
-    assert checkpoints.steps(finished[0]) == [6, 8]
+    assert finished_steps(finished[0]) == [6, 8]
 
 
 def test_norm_weights_stay_at_one_and_the_rest_moves(finished):
@@ -127,7 +137,7 @@ def test_optimizer_updates_everything_but_norms():
 
 def test_shipped_recipes_are_valid():
     for path in RECIPES.glob("*.yaml"):
-        recipe = read_recipe(path)
+        recipe = read_curriculum(path)
         assert recipe.stages[-1].episodes.length < recipe.model.max_position_embeddings
 
 
@@ -143,9 +153,9 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path, change, message):
     path = tmp_path / "bad.yaml"
     path.write_text((RECIPES / "needle.yaml").read_text().replace(change, message))
     with pytest.raises(ValueError, match=r"bad\.yaml: .*(sed|think|depth)"):
-        read_recipe(path)
+        read_curriculum(path)
 
 
 def test_export_needs_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="has no checkpoint"):
-        checkpoints.load_newest(tmp_path, create_run(RECIPE))
+        load_newest(tmp_path, create_run(RECIPE))

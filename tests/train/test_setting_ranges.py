@@ -8,11 +8,11 @@ import pytest
 from train.__main__ import main
 from train.compare.config import CompareConfig, read_compare
 from train.data import DataConfig, SourceConfig
-from train.episodes import EpisodeConfig
 from train.finetune.config import TuneConfig, read_config
-from train.recipe import ModelShape, Recipe, Stage, read_recipe
+from train.pretrain.curriculum import Curriculum, ModelShape, Stage, read_curriculum
+from train.pretrain.episodes import EpisodeConfig
 
-RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "needle.yaml"
+RECIPE = Path(__file__).parents[2] / "train" / "pretrain" / "needle.yaml"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -100,7 +100,7 @@ def recipe(model=None, stage=None, episodes=None, **changes):
     asked |= {"kinds": {"thing": 1}, **(episodes or {})}
     shape = dataclasses.replace(ModelShape(16, 1, 2, 1, 8, 16, 64), **(model or {}))
     taken = {"batch_size": 2, "max_steps": 4, **(stage or {})}
-    return Recipe(shape, (Stage(EpisodeConfig(**asked), **taken),), **changes)
+    return Curriculum(shape, (Stage(EpisodeConfig(**asked), **taken),), **changes)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_all_that_is_wrong_with_a_recipe_is_one_error(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text.replace("wording: 0.3", "wording: .inf"))
     with pytest.raises(ValueError) as error:
-        read_recipe(path)
+        read_curriculum(path)
     named = [part.split(" is ")[0].split(" ")[-1] for part in str(error.value).split("; ")]
     assert named == [
         "learning_rate", "model.head_dim", "stages[2].episodes.wording", "stages[9].max_steps",
@@ -158,7 +158,7 @@ def test_all_that_is_wrong_with_a_recipe_is_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "text", "1: 2", "[" * 5000])
-@pytest.mark.parametrize("read", [read_config, read_recipe, read_compare])
+@pytest.mark.parametrize("read", [read_config, read_curriculum, read_compare])
 def test_a_file_that_holds_no_settings(tmp_path, read, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)

@@ -10,21 +10,21 @@ import pytest
 from tuning_toys import KINDS, packed_batch, toy, wide_model
 
 from train.finetune import loss as losses
-from train.finetune.labels import flatten, split, trainable_paths
-from train.finetune.step import TuneStep, adamw, compile_step, learning_rate
+from train.finetune.setup import partition, trainable_paths
+from train.finetune.step import TuneStep, adamw, compile_step, flatten, learning_rate
 
 OPTIMIZER = adamw(0.9, 0.999, 0.1, 1.0)
 
 
 def prepare(model, params, which=("kv_only",), **settings):
-    trainable, frozen = split(params, trainable_paths(model, params, which))
+    trainable, frozen = partition(params, trainable_paths(model, params, which))
     step = TuneStep(model, OPTIMIZER, dtype="float32", **settings)
     return step, step.init(trainable), frozen
 
 
 def sums(model, params, batch, **settings):
     x = losses.hidden(model, params, batch, remat=False)
-    return losses.token_sums(model, params, x, batch, **settings)
+    return losses.sum_losses(model, params, x, batch, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,8 +35,8 @@ def test_packed_documents_are_what_they_are_alone(kind):
     total, weight = 0.0, 0.0
     forward = jax.jit(lambda tokens, at: model.apply({"params": params}, tokens, at)[0])
     for row in range(4):
-        for segment in range(1, int(batch["segments"][row].max()) + 1):
-            own = np.asarray(batch["segments"][row] == segment)
+        for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
+            own = np.asarray(batch["segment_ids"][row] == segment)
             pad = np.full(24, -1), np.zeros(24, int)
             at, tokens = pad[0].copy(), pad[1].copy()
             at[: own.sum()], tokens[: own.sum()] = np.arange(own.sum()), batch["tokens"][row][own]
@@ -76,7 +76,7 @@ def test_divergence_from_itself_is_zero_and_from_another_is_not():
     )
     apart = sums(model, params, batch, teacher=(model, other, x))
     assert abs(float(same.divergence)) < 1e-5
-    inputs, segments = (batch["tokens"], batch["positions"]), batch["segments"]
+    inputs, segments = (batch["tokens"], batch["positions"]), batch["segment_ids"]
     logits = [model.apply({"params": w}, *inputs, segments=segments)[0] for w in (other, params)]
     p, q = (np.asarray(jax.nn.log_softmax(leaf), np.float64) for leaf in logits)
     by_hand = ((np.exp(p) * (p - q)).sum(-1) * np.asarray(batch["weights"])).sum()
@@ -149,7 +149,7 @@ def test_no_buffer_for_a_frozen_weight():
 
 def test_bf16_compute_keeps_fp32_masters():
     model, params = toy("equal_cache")
-    trainable, frozen = split(params, trainable_paths(model, params, ("kv_only",)))
+    trainable, frozen = partition(params, trainable_paths(model, params, ("kv_only",)))
     frozen = {path: leaf.astype(jnp.bfloat16) for path, leaf in frozen.items()}
     step = TuneStep(model, OPTIMIZER)
     batch = packed_batch(model.config.vocab_size)
@@ -189,7 +189,7 @@ def test_the_same_step_on_eight_devices(mesh, kind):
     want, want_metrics = one_step(*prepare(model, params), batch)
     devices = make_mesh(parse_mesh(mesh), jax.devices()[:8])
     spread = jax.device_put(params, param_shardings(model, devices))
-    step, state, frozen = prepare(model, spread, place=batch_sharding(devices))
+    step, state, frozen = prepare(model, spread, sharding=batch_sharding(devices))
     got, metrics = one_step(step, state, frozen, jax.device_put(batch, batch_sharding(devices)))
     for name in metrics:
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, err_msg=name)

@@ -1,4 +1,4 @@
-"""`python -m train compare`: GQA against MLA, fine-tuned on the same data in the same order."""
+"""`python -m train compare`: runs a comparison of GQA and MLA, and writes its table and curves."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import kvjax
 from kvjax.checks import COUNT, check_ranges
+from kvjax.hf import open_params, read_model
+from kvjax.identity import identity
 from kvjax.paths import local_path
+from kvjax.runs import claim, write_json
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
+from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
+from train.log import pyplot
 
 
 def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
-    """Fine-tunes GQA and the MLA conversions on the same data; table, curves and accuracies.
+    """Fine-tune GQA and the MLA conversions on the same data; write a table, curves and accuracies.
 
-    An interrupted comparison goes on when the same command is given again.
+    The same command resumes an interrupted comparison.
 
     Args:
         out: folder for runs/, results.json, table.md and loss.png.
         config: YAML with the attributes of `CompareConfig`; default: the embedded model.
-        workers: processes, each with one arm at a time on a core of its own.
+        workers: number of processes; each runs one arm at a time on one core.
     """
     check_ranges({"workers": workers}, {"workers": COUNT})
     settings = read_compare(config)
     local_path(settings.model, "model")
     check_folder(settings, out)
-    from train.compare.runs import best_rate, write_data
-
     write_data(settings, out)
-    # A fresh interpreter each: jax must not be forked, and reads its core's settings at start.
+    # Workers are fresh interpreters: jax must not be forked, and it reads the number of cores once.
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _own_core, (context.Value("i", 0),)) as pool:
+        # The search runs of all arms come first: they choose the rates of the reported runs.
         before = pool.apply_async(_before, (settings, out))
         searches = [job for arm in settings.arms for job in search_jobs(settings, arm)]
         pool.starmap(_run, [(settings, out, job) for job in searches], chunksize=1)
@@ -44,34 +51,26 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
         ]
         pool.starmap(_run, [(settings, out, job) for job in finals], chunksize=1)
         accuracies = before.get()
-    from train.compare.report import report
-
     report(settings, out, accuracies)
     print((out / "table.md").read_text())
 
 
 def check_folder(config: CompareConfig, out: Path) -> None:
-    """Writes the settings, or compares them with those of the runs that are there.
+    """Writes the settings to config.json, or compares them with those of the runs in the folder.
 
     Raises:
-        ValueError: they differ, or the model's weights do.
+        ValueError: the settings or the model's weights differ.
     """
-    from kvjax.hf import open_params, read_model
-    from kvjax.hf.fields import read_json
-    from kvjax.identity import identity
 
     model, params = read_model(config.model), open_params(config.model, "float32")
     weights = identity(model.config, params).digest
-    path, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    mine["weights"] = weights
-    if path.exists() and read_json(path)[1] != mine:
-        raise ValueError(f"{out} holds a comparison with other settings; give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1) + "\n")
+    settings = {**dataclasses.asdict(config), "weights": weights}
+    holder = f"{out} holds a comparison with other settings"
+    claim(out / "config.json", settings, holder, "give a new folder")
 
 
 def _own_core(counter: Any) -> None:
-    """Keeps a worker to one core: two runs on a core each are faster than one on both."""
+    """Binds a worker to one core: two runs on a core each are faster than one run on both."""
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
     if hasattr(os, "sched_setaffinity"):
@@ -80,18 +79,126 @@ def _own_core(counter: Any) -> None:
 
 
 def _run(config: CompareConfig, out: Path, job: Job) -> None:
-    from train.compare.runs import trainer
-
     trainer(config, out, job.arm).run_once(job)
 
 
 def _before(config: CompareConfig, out: Path) -> dict[str, Any]:
-    """Accuracies of the model as it is; kept, so that they are measured once."""
+    """Accuracies of the model before fine-tuning; measured once and kept in before.json."""
     path = out / "before.json"
     if not path.exists():
-        import kvjax
-        from train.compare.runs import test_accuracies, whole
-
         model, params = kvjax.load(config.model, dtype="float32")
-        whole(path, json.dumps(test_accuracies(config, model, params)) + "\n")
+        write_json(path, test_accuracies(config, model, params))
     return json.loads(path.read_text())
+
+
+def report(config: CompareConfig, out: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """Writes results.json, table.md and loss.png.
+
+    Args:
+        before: accuracies of the model before fine-tuning.
+    """
+    rows = [row for arm in config.arms for row in arm_rows(config, out, arm)]
+    searches = {
+        arm: {
+            f"{job.rate:g}": read_result(out, job)["held_out"][-1][1]
+            for job in search_jobs(config, arm)
+        }
+        for arm in config.arms
+    }
+    result = {"before": before, "searches": searches, "rows": rows}
+    write_json(out / "results.json", result)
+    (out / "table.md").write_text(table(config, result))
+    plot(config, out)
+    return result
+
+
+def arm_rows(config: CompareConfig, out: Path, arm: str) -> list[dict[str, Any]]:
+    """One row for each rate of an arm: means over the seeds, with standard errors."""
+    best = best_rate(config, out, arm)
+    jobs = final_jobs(config, arm, best)
+    rows = []
+    for rate in dict.fromkeys(job.rate for job in jobs):
+        found = [read_result(out, job) for job in jobs if job.rate == rate]
+        # [seeds, evaluations] held-out losses.
+        curve = np.array([[loss for _, loss in run["held_out"]] for run in found])
+        quarter = curve.shape[1] // 4
+        rows.append(
+            {
+                "arm": arm,
+                "rate": rate,
+                "chosen": rate == best,
+                "seeds": len(found),
+                "trainable": found[0]["trainable"],
+                "loss_quarter": mean_and_error(curve[:, quarter]),
+                "loss_half": mean_and_error(curve[:, curve.shape[1] // 2]),
+                "loss_end": mean_and_error(curve[:, -1]),
+                "accuracy": {
+                    family: mean_and_error(
+                        np.array([run["accuracy"][family]["accuracy"] for run in found])
+                    )
+                    for family in config.families
+                },
+            }
+        )
+    return rows
+
+
+def mean_and_error(values: np.ndarray) -> list[float]:
+    """[mean over the seeds, standard error of the mean]; the error is 0 for one seed."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return [round(float(values.mean()), 4), round(float(error), 4)]
+
+
+def table(config: CompareConfig, result: dict[str, Any]) -> str:
+    """The results as a markdown table."""
+    families = list(config.families)
+    heads = ["arm", "trains", "rate", "loss at ¼", "at ½", "at the end", *families]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+
+    def cell(pair: list[float]) -> str:
+        return f"{pair[0]:.3f} ± {pair[1]:.3f}"
+
+    # The first row is the model before fine-tuning, which has accuracies only.
+    before = [f"{result['before'][family]['accuracy']:.3f}" for family in families]
+    lines.append(" | ".join(["before", "", "", "", "", "", *before]))
+    for row in result["rows"]:
+        lines.append(
+            " | ".join(
+                [
+                    row["arm"],
+                    f"{row['trainable']:,}",
+                    f"{row['rate']:g}" + (" (chosen)" if row["chosen"] else ""),
+                    *(cell(row[f"loss_{when}"]) for when in ("quarter", "half", "end")),
+                    *(cell(row["accuracy"][family]) for family in families),
+                ]
+            )
+        )
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def plot(config: CompareConfig, out: Path) -> None:
+    """Draws the held-out loss over the steps: mean and standard deviation over the seeds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for arm in config.arms:
+        best = best_rate(config, out, arm)
+        for axis, rate in zip(axes, (best, config.paper_rate), strict=True):
+            jobs = [job for job in final_jobs(config, arm, best) if job.rate == rate]
+            draw(axis, out, jobs, f"{arm}, {rate:g}" if axis is axes[0] else arm)
+    axes[0].set(title="each arm at its chosen rate", ylabel="held-out loss, nats a token")
+    axes[1].set(title=f"TransMLA's rate, {config.paper_rate:g}")
+    for axis in axes:
+        axis.set(xlabel="step", yscale="log")
+        axis.legend(fontsize=8)
+    figure.savefig(out / "loss.png", dpi=110)
+    plt.close(figure)
+
+
+def draw(axis: Any, out: Path, jobs: list[Job], label: str) -> None:
+    """Draws the mean of one arm with a band of one standard deviation."""
+    runs = [read_result(out, job)["held_out"] for job in jobs]
+    steps = [step for step, _ in runs[0]]
+    losses = np.array([[loss for _, loss in run] for run in runs])
+    mean, spread = losses.mean(axis=0), losses.std(axis=0)
+    [line] = axis.plot(steps, mean, label=label)
+    axis.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)

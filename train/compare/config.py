@@ -1,8 +1,7 @@
-"""What is compared: arms that start as the same function, and the schedule of their runs."""
+"""Settings of a comparison of GQA and MLA: arms that start as the same function, and their runs."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from kvjax.nn import Transformer
 from kvjax.tasks.families import FAMILIES
 from kvjax.transmla.factors import Factors
 from kvjax.transmla.inits import Init, identity
-from train.settings_file import read_settings
+from train.settings import read_dataclass
 
 RANGES = {
     **dict.fromkeys(("rows", "problems", "batch_size", "seeds", "eval_every", "eval_rows"), COUNT),
@@ -25,7 +24,7 @@ RANGES = {
     "paper_rate": POSITIVE,
     "warmup": SHARE,
 }
-"""The numbers of a `CompareConfig`; a quarter of its steps chooses a rate."""
+"""Ranges of the numbers of a `CompareConfig`; a quarter of the steps chooses the rate."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,22 @@ class Arm:
     """One way to fine-tune the same model.
 
     Attributes:
-        init: of `equal_cache`, a name or a function; None leaves the model with GQA.
-        train: patterns of `train.finetune.labels`.
+        init: of the conversion `equal_cache`, a name or a function; None: the model stays GQA.
+        train: patterns of parameters that train, see `trainable_paths`.
     """
 
     init: str | Init | None
     train: tuple[str, ...]
 
     def convert(self, model: Transformer, params: dict[str, Any]) -> tuple[Transformer, Any]:
-        """The model whose K and V train; its logits are the original's."""
+        """The model of this arm; its logits are those of the original."""
         if self.init is None:
             return model, params
         return transmla.convert(model, params, "equal_cache", init=self.init)
 
 
 def dense_identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Factors:
-    """`identity` with the zeros between KV heads as parameters: one dense matrix."""
+    """The init `identity` as one dense matrix: the zeros between KV heads are parameters too."""
     return identity(weight, repeats, rope).wide()
 
 
@@ -56,36 +55,36 @@ QO = ("kv_only", "layers_*/attn/q", "layers_*/attn/o")
 
 ARMS = {
     "gqa": Arm(None, ("kv_only",)),
-    # Where K·H = D, as in the embedded model, W_Q and W_O have as many parameters as the
-    # up-projections that the conversion adds.
+    # The control: where K·H = D, as in the embedded model, W_Q and W_O have as many parameters as
+    # the up-projections that the conversion adds.
     "gqa_matched": Arm(None, QO),
     "mla_svd_global": Arm("svd_global", ("kv_only",)),
     "mla_svd_per_head": Arm("svd_per_head", ("kv_only",)),
     "mla_identity": Arm(dense_identity, ("kv_only",)),
 }
-"""GQA and MLA as TransMLA compares them, other inits, and a control for capacity."""
+"""GQA and MLA as TransMLA compares them, other inits, and a control with as many parameters."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """GQA against MLA, fine-tuned alike: the comparison that TransMLA v1 and v2 make.
+    """GQA and MLA, fine-tuned alike: the comparison of TransMLA v1 and v2 (arXiv 2502.07864).
 
-    It is known at second hand, from an article; figures and sections of these versions (arXiv
-    2502.07864) were not read. Both arms train K and V, down and up; the authors' released scripts
-    train the up-projections of MLA only, with 128 sequences a step and one epoch.
+    The settings follow an article about these versions, not the papers themselves. All arms train
+    K and V, the MLA arms their down- and up-projections. The authors' released scripts train the
+    up-projections of MLA only, with 128 sequences a step and one epoch.
 
-    Every arm's rate is chosen from `rates` by one seed, a quarter of the steps and the loss on
-    held-out problems; then `seeds` runs at that rate and at `paper_rate`. All arms see the same
-    batches in the same order.
+    For every arm, runs of one seed and a quarter of the steps choose the rate from `rates` by the
+    loss on held-out problems. Then `seeds` runs follow at that rate and at `paper_rate`. All arms
+    see the same batches in the same order.
 
     Attributes:
         model: checkpoint with the project's word vocabulary.
         families: of `kvjax.tasks.families`, mixed in equal parts.
-        rows: training problems of each family.
-        problems: test problems of each family that answers are generated for.
+        rows: number of training problems of each family.
+        problems: number of test problems of each family; answers to them are generated.
         paper_rate: TransMLA's learning rate, the same in the article and in the scripts.
-        eval_every: steps between two held-out losses.
-        eval_rows: held-out problems of each family for these.
+        eval_every: number of steps between two held-out losses.
+        eval_rows: number of held-out problems of each family.
     """
 
     model: str = "builtin:needle"
@@ -123,21 +122,14 @@ class CompareConfig:
 
 
 def read_compare(path: Path | None, **changes: Any) -> CompareConfig:
-    """A comparison from a YAML file with the attributes above; the defaults for None.
+    """Reads the settings from a YAML file; None: the defaults.
 
     Raises:
-        ValueError: no YAML file, a key that there is no attribute for, or a bad setting.
+        ValueError: not a YAML file, a key without an attribute, or a bad value.
     """
-    raw = {} if path is None else read_settings(path)
-    known = {field.name for field in dataclasses.fields(CompareConfig)}
-    unknown = sorted(raw.keys() - known)
-    if unknown:
-        raise ValueError(f"{path}: got keys {unknown}, expected some of {sorted(known)}")
-    content = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
-    try:
-        return CompareConfig(**{**content, **changes})
-    except ValueError as error:
-        raise ValueError(str(error) if path is None else f"{path}: {error}") from None
+    if path is None:
+        return CompareConfig(**changes)
+    return read_dataclass(CompareConfig, path, **changes)
 
 
 @dataclass(frozen=True)
@@ -148,8 +140,8 @@ class Job:
         arm: name in ARMS.
         rate: peak learning rate.
         seed: of the order of the data.
-        steps: it takes.
-        search: whether it only serves to choose the rate; no answers are generated then.
+        steps: number of steps.
+        search: the run only helps to choose the rate; no answers are generated.
     """
 
     arm: str
@@ -160,18 +152,18 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """The name of the run's file."""
         kind = "search" if self.search else f"seed{self.seed}"
         return f"{self.arm}-{self.rate:g}-{kind}"
 
 
 def search_jobs(config: CompareConfig, arm: str) -> list[Job]:
     """The short runs that choose an arm's rate."""
-    # The seed after those of the long runs: no order of data is used to choose and to report.
+    # A seed that the reported runs don't use: choosing and reporting see different orders of data.
     return [Job(arm, rate, config.seeds, config.steps // 4, True) for rate in config.rates]
 
 
 def final_jobs(config: CompareConfig, arm: str, best: float) -> list[Job]:
-    """The runs that are reported."""
+    """The runs that are reported: all seeds at the best rate and at the paper's rate."""
     rates = dict.fromkeys((best, config.paper_rate))
     return [Job(arm, rate, s, config.steps, False) for rate in rates for s in range(config.seeds)]

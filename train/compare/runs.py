@@ -1,10 +1,14 @@
-"""The runs of a comparison: one file each, so that an interrupted comparison goes on."""
+"""Problems and runs of a comparison, and the accuracy of a model on families of problems.
+
+A run writes one file when it ends: an interrupted comparison repeats unfinished runs only.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,49 +18,98 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax.checks import check_finite
-from kvjax.tasks.families import problems
+from kvjax import runs
+from kvjax.checks import COUNT, SEED, check_finite, check_ranges
+from kvjax.nn import Transformer
+from kvjax.prompts import bucket_length
+from kvjax.tasks import WordVocabulary
+from kvjax.tasks.families import problems, rows
 from kvjax.tasks.problem import Problem
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
 from train.data import DataConfig, SourceConfig, check_documents, make_loader
-from train.families import family_accuracy
-from train.finetune.labels import Flat, split, trainable_paths
-from train.finetune.merge import merged
+from train.finetune.setup import partition, trainable_paths
 from train.finetune.step import (
     CompiledStep,
+    Flat,
     TuneStep,
     adamw,
     compile_step,
     learning_rate,
+    merged,
 )
 
 
+def write_rows(path: Path, family: str, count: int, seed: int = 0, split: str = "train") -> None:
+    """Writes problems of a family (`kvjax.tasks.families.rows`) as JSON lines.
+
+    Raises:
+        ValueError: an unknown family or split, a count below 1, or a negative seed.
+    """
+    check_ranges({"count": count, "seed": seed}, {"count": COUNT, "seed": SEED})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows(family, count, seed, split)]
+    path.write_text("".join(lines))
+
+
+def family_accuracy(
+    model: Transformer,
+    params: Any,
+    problems: Sequence[Problem],
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+) -> tuple[float, float, list[str]]:
+    """Share of the problems that greedy decoding with the full cache solves.
+
+    Args:
+        model: with the project's word vocabulary.
+        batch_size: number of prompts at a time.
+
+    Returns:
+        Accuracy p, its standard error sqrt(p(1 − p)/n), and the text of each problem's answer.
+
+    Raises:
+        ValueError: no problems.
+    """
+    if not problems:
+        raise ValueError("got no problems, expected at least one")
+    vocab = WordVocabulary()
+    prompts = [[vocab.bos_id, *vocab.encode(problem.query)] for problem in problems]
+    texts = [""] * len(problems)
+    for bucket in sorted({bucket_length(len(prompt)) for prompt in prompts}):
+        indices = [i for i, prompt in enumerate(prompts) if bucket_length(len(prompt)) == bucket]
+        # Repeat a prompt until the last batch is full: each length bucket then compiles once.
+        fill = [indices[0]] * (-len(indices) % batch_size)
+        chosen = [prompts[i] for i in (*indices, *fill)]
+        out = kvjax.generate(
+            model, params, chosen, max_new_tokens, eos_ids=[vocab.eos_id], batch_size=batch_size
+        )
+        for index, ids in zip(indices, out.tokens, strict=False):
+            texts[index] = vocab.decode(ids)
+    right = [problem.solved(text) for problem, text in zip(problems, texts, strict=True)]
+    share = sum(right) / len(right)
+    return share, (share * (1 - share) / len(right)) ** 0.5, texts
+
+
 def write_data(config: CompareConfig, out: Path) -> None:
-    """Training and held-out problems as files."""
+    """Writes training and held-out problems to files."""
     for family in config.families:
         drawn = {
             "train": problems(family, config.rows, seed=0),
             "validation": test_problems(config, family)[config.problems :],
         }
         for split_name, found in drawn.items():
-            rows = [{"query": p.query, "response": p.response} for p in found]
-            whole(data_path(out, family, split_name), "".join(json.dumps(r) + "\n" for r in rows))
+            lines = [{"query": p.query, "response": p.response} for p in found]
+            runs.write_whole(
+                data_path(out, family, split_name), "".join(json.dumps(x) + "\n" for x in lines)
+            )
 
 
 def test_problems(config: CompareConfig, family: str) -> list[Problem]:
-    """Problems that no training row repeats: those to answer, then those of the held-out loss.
+    """Problems that no training row repeats: first the ones to answer, then the ones of the loss.
 
-    Of a seed of their own: the families were designed with those of seed 0 in sight.
+    They have another seed than 0, because the families were designed by looking at that one.
     """
     return problems(family, config.problems + config.eval_rows, seed=1, split="test")
-
-
-def whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text)
-    temporary.rename(path)
 
 
 def data_path(out: Path, family: str, split_name: str) -> Path:
@@ -66,12 +119,12 @@ def data_path(out: Path, family: str, split_name: str) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def trainer(config: CompareConfig, out: Path, arm: str) -> Trainer:
-    """A process's trainer of an arm: what it compiled serves the arm's next run."""
+    """This process's trainer of an arm; cached, so that all runs of the arm share its programs."""
     return Trainer.create(config, out, arm)
 
 
 def best_rate(config: CompareConfig, out: Path, arm: str) -> float:
-    """The rate whose short run ended with the least held-out loss.
+    """The rate whose short run ended with the smallest held-out loss.
 
     Raises:
         ValueError: the loss of every short run became NaN.
@@ -84,7 +137,7 @@ def best_rate(config: CompareConfig, out: Path, arm: str) -> float:
 
 
 def read_result(out: Path, job: Job) -> dict[str, Any]:
-    """What `Trainer.run_once` wrote."""
+    """The result that `Trainer.run_once` wrote."""
     return json.loads((out / "runs" / f"{job.name}.json").read_text())
 
 
@@ -94,8 +147,9 @@ class Trainer:
 
     Attributes:
         step: the step, in fp32: small models on a CPU gain nothing from bf16.
-        trainable, frozen: where every run starts.
-        held_out: batches whose loss is followed.
+        trainable, frozen: parameters at the start of every run.
+        held_out: batches of the held-out problems.
+        compiled: the compiled step, after the first run has begun.
     """
 
     config: CompareConfig
@@ -112,11 +166,13 @@ class Trainer:
         """Loads the model and converts it."""
         model, params = kvjax.load(config.model, dtype="float32")
         check_finite(params, f"{config.model}: ")
+        # Every arm starts as the same function: conversion keeps the logits.
         model, params = ARMS[arm].convert(model, params)
         paths = trainable_paths(model, params, ARMS[arm].train)
-        trainable, frozen = split(params, paths)
+        trainable, frozen = partition(params, paths)
         tokenizer = kvjax.load_tokenizer(config.model)
         step = TuneStep(model, adamw(0.9, 0.999, 0.0, 1.0), dtype="float32")
+        # `data` is that of the held-out problems after this loop.
         for name in ("train", "validation"):
             shape, data = model.config, _data(config, out, name, seed=0, epochs=1)
             check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
@@ -125,10 +181,10 @@ class Trainer:
         return cls(config, out, tokenizer, step, trainable, frozen, held_out)
 
     def run_once(self, job: Job) -> None:
-        """Trains, measures and writes the run's file, if it is not there.
+        """Trains, measures and writes the run's file, unless the file exists.
 
-        A short run whose loss becomes NaN ends there, with None as its last loss: its rate is not
-        chosen.
+        A search run whose loss becomes NaN ends early with None as its last loss, so that its rate
+        is not chosen.
 
         Raises:
             ValueError: the loss of a run that is reported became NaN; no file is written.
@@ -148,9 +204,10 @@ class Trainer:
             if self.compiled is None:
                 self.compiled = compile_step(self.step, *arguments)
             state, metrics = self.compiled.call(*arguments)
-            losses.append(metrics["loss"])
+            losses.append(metrics["loss"])  # stays on the device until it is needed
             if (number + 1) % self.config.eval_every == 0 or number + 1 == job.steps:
                 loss = self.held_out_loss(state.params)
+                # A finite held-out loss can follow a step with a loss that was not finite.
                 if not np.isfinite([loss, *losses[-self.config.eval_every :]]).all():
                     diverged(job, number + 1)
                     held_out, losses = [*held_out, (number + 1, None)], []
@@ -167,11 +224,11 @@ class Trainer:
             "accuracy": {} if job.search else self.accuracies(state),
             "seconds": round(time.monotonic() - started, 1),
         }
-        whole(path, json.dumps(result) + "\n")
+        runs.write_whole(path, json.dumps(result) + "\n")
 
     def held_out_loss(self, masters: Flat) -> float:
         """Mean cross-entropy of the held-out answers, nats a token."""
-        sums = [self.step.sums(masters, self.frozen, batch) for batch in self.held_out]
+        sums = [self.step.losses(masters, self.frozen, batch) for batch in self.held_out]
         total = sum(float(s.loss) for s in sums) / sum(float(s.weight) for s in sums)
         return round(total, 5)
 
@@ -181,7 +238,7 @@ class Trainer:
         return test_accuracies(self.config, self.step.model, params)
 
     def _endless(self, job: Job) -> DataConfig:
-        # Packing leaves no row more than one document short of full.
+        # Enough epochs even if every problem had only `shortest` tokens.
         needed = job.steps * self.config.batch_size * self.config.sequence_length
         shortest = 8
         rows = self.config.rows * len(self.config.families)
@@ -189,7 +246,7 @@ class Trainer:
 
 
 def diverged(job: Job, step: int) -> None:
-    """Raises ValueError for a run that is reported; a search has other rates to choose from."""
+    """Raises ValueError for a run that is reported; a search run may diverge."""
     if not job.search:
         raise ValueError(
             f"{job.arm}, rate {job.rate:g}, seed {job.seed}: the loss is NaN or infinite at step "
@@ -203,6 +260,7 @@ def test_accuracies(config: CompareConfig, model: Any, params: Any) -> dict[str,
     for family in config.families:
         asked = test_problems(config, family)[: config.problems]
         share, error, texts = family_accuracy(model, params, asked)
+        # Accuracy of each kind of problem within the family.
         kinds: dict[str, list[bool]] = {}
         for problem, text in zip(asked, texts, strict=True):
             kinds.setdefault(problem.kind, []).append(problem.solved(text))

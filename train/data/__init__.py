@@ -1,14 +1,13 @@
-"""Data for supervised fine-tuning: rows of text → packed batches of tokens.
+"""Data for supervised fine-tuning: rows of files → packed batches of tokens.
 
-sources (rows of a file, by number) → formats (a row as messages) → templates (messages as text)
-→ encoding (text as ids, and which of them are learned) → documents (what fits) → pipeline
-(shuffle, mix, pack, batch: grain).
+The path of a row: `kvjax.data_files` reads the row by number; formats turns the row into messages
+and the messages into pieces of text; documents encodes the pieces, marks what is learned and drops
+what does not fit; pipeline shuffles, mixes, packs and batches the documents with grain.
 """
 
 from train.data.config import DataConfig, SourceConfig
 from train.data.documents import check_documents
-from train.data.pipeline import count_batches, make_loader
-from train.data.report import SourceSummary, Summary, summary
+from train.data.pipeline import SourceSummary, Summary, count_batches, make_loader, summary
 
 __all__ = [
     "DataConfig",

@@ -1,4 +1,4 @@
-"""What the data of a run is. Plain data, checked when made."""
+"""Settings of the data of a run; checked when they are made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANGES = {
     "seed": SEED,
     "max_rows": optional(COUNT),
 }
-"""The numbers of a `DataConfig`."""
+"""Ranges of the numbers of a `DataConfig`."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,11 @@ class SourceConfig:
     """One file or hub dataset.
 
     Attributes:
-        path: a local .jsonl, .json, .parquet or .txt file, all but parquet also as .gz or .xz;
-            or a hub dataset, "org/name" or "org/name:subset", which needs the `datasets` package.
-        format: how its rows are read, one of `train.data.formats.FORMATS`.
-        weight: share of the run's documents that come from here, relative to the other sources'
-            weights, whatever the sizes. The ratio to the smallest weight is kept to one percent
-            of it.
-        split: of a hub dataset; a local file is taken whole.
+        path: a local file or a hub dataset, see `kvjax.data_files.open_rows`.
+        format: how rows are read, one of `train.data.formats.FORMATS`.
+        weight: share of the run's documents from this source, relative to the weights of the other
+            sources and whatever its size. Ratios to the smallest weight are exact to one percent.
+        split: of a hub dataset; a local file is read whole.
 
     Raises:
         ValueError: an unknown format, or a weight that is not positive.
@@ -54,25 +52,25 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """All the data of a run, and how it becomes batches.
+    """All data of a run, and how batches are made from it.
 
     Attributes:
         sources: mixed document by document in the ratio of their weights.
         sequence_length: T, tokens of a packed row; a document never spans two.
         batch_size: rows of the global batch, over all processes.
-        template: "auto" puts a row into its format's own prompt, or a chat into the tokenizer's
+        template: "auto" puts a row into the prompt of its format, and a chat into the tokenizer's
             chat template; "chat" puts questions and answers into the chat template too.
-        learn: "answers", or "all" tokens.
-        epochs: the run has epochs × (rows kept in all sources) documents. One source, or several
-            whose weights are as their sizes: each row is seen this often. Otherwise a source is
-            seen epochs · share · (rows of all) / (its own rows) times, where share is its weight
-            over the sum of weights. Each pass over a source has an order of its own.
-        seed: of every order.
+        learn: the loss counts the tokens of "answers", or "all" tokens.
+        epochs: the run has epochs × (rows kept in all sources) documents. A source is seen
+            epochs · share · (rows of all sources) / (rows of the source) times, where share is its
+            weight over the sum of weights. With one source, or weights in proportion to the sizes,
+            that is `epochs` times. Every pass over a source has another order.
+        seed: of all orders.
         long_rows: rows of more than T tokens are "drop"ped (and counted) or "truncate"d to T.
-        max_rows: the first so many rows of each source; None: all.
+        max_rows: reads at most this many rows of each source, from its beginning; None: all.
 
     Raises:
-        ValueError: no source, a choice that is none, or a number out of its range.
+        ValueError: no source, an unknown choice, or a number out of its range.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -94,7 +92,7 @@ class DataConfig:
 
 
 def out_of_choice(values: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """A sentence about each setting that is none of its choices."""
+    """A sentence about each setting whose value is not one of its choices."""
     return [
         f"{name} is {values[name]!r}, expected one of {', '.join(map(str, expected))}"
         for name, expected in choices.items()

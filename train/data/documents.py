@@ -1,43 +1,135 @@
-"""The rows of a source that fit into a sequence, as documents."""
+"""Rows as token ids: which tokens are learned, and which rows fit into a sequence."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
+from kvjax.data_files import Rows, open_rows
+from kvjax.text import ids_after
 from train.data.config import DataConfig, SourceConfig
-from train.data.encoding import Document, Encoder
-from train.data.sources import Rows, open_rows
+from train.data.formats import Piece, chat_pieces, prompt_pieces, read_messages, uses_chat_template
 
 log = logging.getLogger(__name__)
+
+
+class Document(NamedTuple):
+    """One row of data.
+
+    Attributes:
+        tokens: ids. Begins with BOS if the tokenizer adds one; ends with EOS unless it is a chat.
+        learned: True where the loss counts the prediction of the token.
+    """
+
+    tokens: Int32[np.ndarray, " n"]
+    learned: Bool[np.ndarray, " n"]
+
+
+class Encoder:
+    """Turns rows of one format into documents."""
+
+    def __init__(self, tokenizer: Any, form: str, template: str, learn: str):
+        """
+        Args:
+            tokenizer: of transformers.
+            form: one of FORMATS.
+            template, learn: as in DataConfig.
+
+        Raises:
+            ValueError: documents end with EOS, and the tokenizer has no EOS.
+        """
+        self.tokenizer = tokenizer
+        self.form = form
+        self.is_chat = uses_chat_template(form, template)
+        self.learn_all = learn == "all"
+        if not self.is_chat and tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS to end an answer with: set its eos_token")
+        # Some tokenizers have a BOS token and don't begin texts with it.
+        bos = tokenizer.bos_token_id
+        begins = bos is not None and tokenizer("").input_ids[:1] == [bos]
+        self.start = [bos] if begins and not self.is_chat else []
+        self.special = {*tokenizer.all_special_ids} | {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    def __call__(self, row: Mapping[str, Any]) -> Document:
+        """The document of a row.
+
+        Raises:
+            ValueError: the row does not fit the format or the chat template.
+        """
+        messages = read_messages(self.form, row)
+        if self.is_chat:
+            pieces = chat_pieces(messages, self.tokenizer)
+        else:
+            pieces = prompt_pieces(self.form, messages)
+        # Each piece is encoded alone: generation will start from the same ids of the question.
+        tokens, learned, before = [], [], ""
+        for piece in pieces:
+            ids = self._ids(piece.text, before)
+            tokens += ids
+            learned += self._learned(piece, ids)
+            before += piece.text
+        count = len(self.start)
+        if tokens[:count] == self.start:  # the text itself begins with BOS
+            tokens, learned = tokens[count:], learned[count:]
+        tokens, learned = self.start + tokens, [False] * count + learned
+        if not self.is_chat:
+            tokens.append(self.tokenizer.eos_token_id)
+            learned.append(True)
+        return Document(np.array(tokens, np.int32), np.array(learned) | self.learn_all)
+
+    def _ids(self, text: str, before: str) -> list[int]:
+        if before:
+            return ids_after(self.tokenizer, text, before)
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _learned(self, piece: Piece, ids: list[int]) -> list[bool]:
+        """Which ids of a piece are learned: an answer up to the token that ends its turn.
+
+        Blanks that a chat template writes after that token are not part of the answer.
+        """
+        end = len(ids)
+        if piece.learned and self.is_chat:
+            # The last special token ends the turn, unless text follows it.
+            last = max((i + 1 for i, token in enumerate(ids) if token in self.special), default=end)
+            if not self.tokenizer.decode(ids[last:]).strip():
+                end = last
+        return [piece.learned and i < end for i in range(len(ids))]
 
 
 class Documents:
     """Random access to the documents of one source.
 
-    All rows are encoded once, to find the bad and the long ones before training starts; what is
-    kept of it is the lengths. A document is encoded again when it is asked for.
+    All rows are encoded once, so that bad rows are found before training starts. Only the lengths
+    are kept; a document is encoded again when it is asked for.
 
     Attributes:
         path: of the source.
-        rows: how many there are, after max_rows.
-        too_long: rows of more than T tokens; dropped, or cut to T.
-        dropped: rows that are left out: too long, or nothing to learn in their first T tokens.
-        kept: int64 [n], the rows that are documents.
-        lengths: int32 [n], tokens of each.
-        learned: int32 [n], tokens of each that are learned.
-        largest_id: of all their tokens.
+        rows: number of rows, at most `max_rows`.
+        too_long: number of rows of more than T tokens, which are dropped or cut to T.
+        dropped: number of rows that are left out: too long, or without anything to learn in their
+            first T tokens.
+        kept: int64 [n], indices of the rows that are documents.
+        lengths: int32 [n], number of tokens of each document.
+        learned: int32 [n], number of learned tokens of each document.
+        largest_id: largest token id in all documents.
     """
 
     def __init__(self, path: str, rows: Rows, encode: Encoder, config: DataConfig):
-        """
+        """Encodes all rows.
+
         Raises:
-            ValueError: a bad row, by file and line; or no row is left.
+            ValueError: a bad row, named by file and line; or no row is left.
         """
         self.path = path
         self.rows = min(len(rows), config.max_rows or len(rows))
@@ -48,7 +140,8 @@ class Documents:
             document = self._document(row)
             full[row] = len(document.tokens)
             largest[row] = document.tokens[: self._T].max(initial=0)
-            learned[row] = document.learned[1 : self._T].sum()  # the first has nothing before it
+            learned[row] = document.learned[1 : self._T].sum()  # the first token is not predicted
+        # Drop rows without anything to learn, and long rows unless they are to be cut.
         too_long = full > self._T
         drop = learned == 0
         if config.long_rows == "drop":
@@ -74,24 +167,25 @@ class Documents:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Document `index` of those kept: tokens int32 [n] and learned bool [n], n ≤ T."""
+        """Document `index` of the kept ones: tokens int32 [n] and learned bool [n], n ≤ T."""
         tokens, learned = self._document(int(self.kept[index]))
         return {"tokens": tokens[: self._T], "learned": learned[: self._T]}
 
     def _document(self, row: int) -> Document:
+        values = self._rows[row]
         try:
-            return self._encode(self._rows[row])
+            return self._encode(values)
         except ValueError as error:
             raise ValueError(f"{self._rows.where(row)}: {error}") from error
 
 
 def open_documents(config: DataConfig, tokenizer: Any) -> tuple[Documents, ...]:
-    """The documents of every source; sources that were opened before are not read again.
+    """The documents of every source. Sources that were opened before are not read again.
 
     Raises:
         ValueError: as in `open_rows`, `Encoder` and `Documents`.
     """
-    # What is made of the documents makes no others.
+    # These settings don't change documents: leave them out of the cache's key.
     config = dataclasses.replace(config, batch_size=1, epochs=1, seed=0)
     return tuple(
         _open(
@@ -107,9 +201,10 @@ def open_documents(config: DataConfig, tokenizer: Any) -> tuple[Documents, ...]:
 def check_documents(
     config: DataConfig, tokenizer: Any, vocab_size: int, context_length: int
 ) -> None:
-    """Raises ValueError for documents that a model cannot read; names each source that has some.
+    """Raises ValueError for documents that a model cannot read; names their sources.
 
-    A device gives the last token's embedding for an id that a model does not have, and no error.
+    Without this check there would be no error: on a device, an id beyond the vocabulary silently
+    gets the embedding of the last token.
     """
     problems = []
     for source in open_documents(config, tokenizer):
@@ -128,7 +223,7 @@ def check_documents(
 
 
 def _stamp(source: SourceConfig) -> tuple[int, int] | None:
-    """What changes when a file does."""
+    """Time and size of a local file, which change when its content does."""
     path = Path(source.path)
     if not path.is_file():
         return None
@@ -138,7 +233,7 @@ def _stamp(source: SourceConfig) -> tuple[int, int] | None:
 
 @functools.lru_cache(maxsize=8)
 def _open(config: DataConfig, tokenizer: Any, chat_template: str, stamp: Any) -> Documents:
-    del chat_template, stamp  # they only say whether an earlier result still holds
+    del chat_template, stamp  # only part of the cache's key
     (source,) = config.sources
     encode = Encoder(tokenizer, source.format, config.template, config.learn)
-    return Documents(source.path, open_rows(source), encode, config)
+    return Documents(source.path, open_rows(source.path, source.split), encode, config)

@@ -1,9 +1,13 @@
-"""Documents → batches: shuffle, mix, pack, batch. All of it grain's, so an iterator has a state."""
+"""Documents → batches: shuffle, mix, pack, batch; and a summary of what was kept.
+
+All steps are grain's, so that the iterator over batches has a state that a checkpoint can hold.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -14,21 +18,22 @@ from train.data.config import DataConfig
 from train.data.documents import Documents, open_documents
 
 BINS = 64
-"""Rows that are packed side by side: more of them leave fewer gaps, and make a state restore
-more slowly, since the packing of these rows is done again."""
+"""Number of rows that are packed at the same time.
+
+More rows leave fewer gaps, but a state is restored more slowly: these rows are packed again."""
 
 
 def make_loader(
     config: DataConfig, tokenizer: Any, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset:
-    """Batches of packed documents, the share of one process.
+    """One process's share of the batches of packed documents.
 
-    Every row of data belongs to one process for the whole run, row i to process
-    i mod process_count, and all processes have equally many batches. The same arguments give the
-    same batches. The first call reads and encodes all rows, later ones with the same data do not.
+    Row i of the data belongs to process i mod process_count for the whole run, and all processes
+    have the same number of batches. The same arguments give the same batches. The first call reads
+    and encodes all rows; later calls with the same data don't.
 
     Args:
-        config: what data.
+        config: of the data.
         tokenizer: of transformers.
         process_index, process_count: jax.process_index(), jax.process_count().
 
@@ -37,7 +42,7 @@ def make_loader(
         An element is a dict, b = batch_size / process_count, T = sequence_length:
         tokens int32 [b, T], 0 at padding; targets int32 [b, T], the next token of the same
         document, 0 where there is none; positions int32 [b, T], from 0 in every document, −1 at
-        padding; segments int32 [b, T], 1, 2, … for the documents of a row, 0 at padding;
+        padding; segment_ids int32 [b, T], 1, 2, … for the documents of a row, 0 at padding;
         weights float32 [b, T], 1 where the target is learned and 0 elsewhere.
 
     Raises:
@@ -55,10 +60,10 @@ def make_loader(
 
 
 def count_batches(config: DataConfig, tokenizer: Any, process_count: int = 1) -> int:
-    """Batches in all the epochs: what a loader gives before it stops.
+    """Number of batches in all epochs: the exact length of the loader.
 
-    Exact: the lengths of the documents go through the same packing. What does not fill a batch at
-    the end is left out. Of several processes, the one with the fewest counts for all.
+    Counted by packing documents of the same lengths. Rows that don't fill a batch at the end are
+    left out. The process with the fewest batches decides for all.
 
     Raises:
         ValueError: as in `make_loader`.
@@ -73,6 +78,7 @@ def count_batches(config: DataConfig, tokenizer: Any, process_count: int = 1) ->
 
 @functools.lru_cache(maxsize=8)
 def _count(config: DataConfig, sources: tuple[Documents, ...], process_count: int) -> int:
+    # Packing depends on lengths only: pack arrays without content.
     lengths = [_Lengths(source) for source in sources]
     rows = [
         sum(1 for _ in _pack(config, _mix(config, lengths, index, process_count), ("tokens",)))
@@ -89,7 +95,7 @@ def _count(config: DataConfig, sources: tuple[Documents, ...], process_count: in
 
 
 class _Lengths:
-    """In place of the documents, nothing but as many zeros."""
+    """Stands in for documents: arrays of zeros with the same lengths, without memory."""
 
     def __init__(self, documents: Documents):
         self.path = documents.path
@@ -105,7 +111,7 @@ class _Lengths:
 def _mix(
     config: DataConfig, sources: Sequence[Any], process_index: int, process_count: int
 ) -> grain.MapDataset:
-    """All documents of a run, in order, on one process."""
+    """All documents of a run on one process, shuffled and mixed by the sources' weights."""
     parts, rows = [], 0
     for index, source in enumerate(sources):
         if len(source) < process_count:
@@ -113,8 +119,10 @@ def _mix(
                 f"{source.path}: got {len(source)} usable rows, expected at least one for each of "
                 f"the {process_count} processes"
             )
+        # A slice for each process before shuffling: no row is seen by two processes.
         part = grain.MapDataset.source(source)[process_index::process_count]
         rows += len(part)
+        # Another seed for each source; `repeat` shuffles every pass differently.
         seed = np.random.SeedSequence([config.seed, index]).generate_state(1)[0]
         parts.append(part.shuffle(seed=int(seed)).repeat())
     weights = [source.weight for source in config.sources]
@@ -124,8 +132,8 @@ def _mix(
 def _pack(
     config: DataConfig, documents: grain.MapDataset, features: tuple[str, ...]
 ) -> grain.IterDataset:
-    """Rows of T, each with the documents that found room in it."""
-    # One thread: a tokenizer's settings must not change under another thread.
+    """Packs documents into rows of T tokens."""
+    # No threads: a tokenizer's settings are not safe to change from several threads.
     stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0))
     return experimental.FirstFitPackIterDataset(
         stream,
@@ -136,17 +144,99 @@ def _pack(
 
 
 def _shift(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Targets and weights of a packed batch: what the next place of the same document holds."""
-    tokens, segments = packed["tokens"], packed["tokens_segment_ids"]
-    goes_on = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    """Adds targets and weights: the next token of the same document, and whether it is learned."""
+    # A token has a target if the next token belongs to the same document; 0 marks padding.
+    tokens, ids = packed["tokens"], packed["tokens_segment_ids"]
+    has_next = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
     targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
-    targets[:, :-1] = np.where(goes_on, tokens[:, 1:], 0)
-    weights[:, :-1] = goes_on & packed["learned"][:, 1:]
-    positions = np.where(segments > 0, packed["tokens_positions"], np.int32(-1))
+    targets[:, :-1] = np.where(has_next, tokens[:, 1:], 0)
+    weights[:, :-1] = has_next & packed["learned"][:, 1:]
+    positions = np.where(ids > 0, packed["tokens_positions"], np.int32(-1))
     return {
         "tokens": tokens,
         "targets": targets,
         "positions": positions,
-        "segments": segments,
+        "segment_ids": ids,
         "weights": weights,
     }
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """Counts of one source; each row is counted once.
+
+    Attributes:
+        path: as in its config.
+        rows: number of rows read.
+        too_long: number of rows of more than sequence_length tokens, dropped or cut.
+        dropped: number of rows left out: too long, or without a learned token.
+        tokens: number of tokens in the kept rows.
+        learned_tokens: number of these tokens that the loss counts.
+        epochs: average number of times that the run sees a kept row.
+    """
+
+    path: str
+    rows: int
+    too_long: int
+    dropped: int
+    tokens: int
+    learned_tokens: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of all sources, and the number of batches of the run."""
+
+    sources: tuple[SourceSummary, ...]
+    batches: int
+
+    @property
+    def rows(self) -> int:
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def dropped(self) -> int:
+        return sum(source.dropped for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(source.learned_tokens for source in self.sources)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{source.path}: {source.rows} rows, {source.too_long} too long, "
+            f"{source.dropped} dropped; {source.tokens} tokens, {source.learned_tokens} learned; "
+            f"seen {source.epochs:.2f} times"
+            for source in self.sources
+        ]
+        return "\n".join([*lines, f"{self.batches} batches"])
+
+
+def summary(config: DataConfig, tokenizer: Any, process_count: int = 1) -> Summary:
+    """Counts of rows, tokens and batches.
+
+    Raises:
+        ValueError: as in `make_loader`.
+    """
+    sources = open_documents(config, tokenizer)
+    weights = [source.weight for source in config.sources]
+    # Sources are mixed by weight: share of the run's documents, divided by the source's rows.
+    documents = config.epochs * sum(map(len, sources))
+    found = tuple(
+        SourceSummary(
+            path=source.path,
+            rows=source.rows,
+            too_long=source.too_long,
+            dropped=source.dropped,
+            tokens=int(source.lengths.sum()),
+            learned_tokens=int(source.learned.sum()),
+            epochs=documents * weight / sum(weights) / len(source),
+        )
+        for source, weight in zip(sources, weights, strict=True)
+    )
+    return Summary(found, count_batches(config, tokenizer, process_count))

@@ -1,8 +1,7 @@
-"""What a fine-tuning run is: plain data, from flags, from YAML, or both."""
+"""Settings of a fine-tuning run, from flags, from a YAML file, or from both."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +11,11 @@ from kvjax.paths import local_path
 from kvjax.sharding import parse_mesh
 from train.data import DataConfig, SourceConfig
 from train.data import config as data_config
-from train.settings_file import read_settings
+from train.settings import read_dataclass
 
 DECAY_RATE = Range(least=0, below=1)
+
+
 RANGES = data_config.RANGES | {
     "accumulate": COUNT,
     "steps": optional(COUNT),
@@ -29,7 +30,9 @@ RANGES = data_config.RANGES | {
     "log_every": COUNT,
     "keep": COUNT,
 }
-"""The numbers of a `TuneConfig`."""
+"""Ranges of the numbers of a `TuneConfig`."""
+
+
 CHOICES = data_config.CHOICES | {
     "dtype": ("bfloat16", "float32"),
     **dict.fromkeys(("remat", "merge", "tensorboard"), (False, True)),
@@ -38,32 +41,33 @@ CHOICES = data_config.CHOICES | {
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """A fine-tuning run.
+    """Settings of a fine-tuning run.
 
-    Batch, rate and epochs are those of TransMLA v1 and v2 as an article tells them; the authors'
-    released scripts take 128 sequences a step and one epoch (docs/finetuning.md has both).
+    The defaults of batch, rate and epochs are those of TransMLA v1 and v2 according to an article;
+    the authors' released scripts use 128 sequences a step and one epoch (see docs/finetuning.md).
 
     Attributes:
         model: checkpoint directory, hub id, or builtin:<name>; converted or not.
         data: sources as FORMAT:PATH or FORMAT:PATH@WEIGHT, e.g. metamath:meta.jsonl@0.5.
-        tokenizer: where the tokenizer is; None: with the model.
-        train: what trains: kv_only, attention, all, or patterns like "layers_*/attn/q".
-        sequence_length: tokens of a packed row.
-        batch_size: packed rows a step.
-        accumulate: micro-batches that a step is done in.
-        epochs: times the data is seen; `steps` overrides it.
+        tokenizer: directory or hub id of the tokenizer; None: that of the model.
+        train: parameters to train: kv_only, attention, all, or patterns like "layers_*/attn/q".
+        sequence_length: number of tokens of a packed row.
+        batch_size: number of packed rows a step.
+        accumulate: number of micro-batches a step.
+        epochs: number of times that the data is seen; `steps` overrides it.
         template: auto (each format's own prompt) or chat (the tokenizer's chat template).
         learn: answers, or all tokens.
         long_rows: rows longer than a packed row are dropped (and counted), or truncated.
-        max_rows: the first so many rows of each source.
+        max_rows: use at most this many rows of each source, from its beginning.
         learning_rate: peak; linear warm-up over `warmup` of the steps, then a cosine to zero.
         clip: largest gradient norm.
-        dtype: of activations and frozen weights; what trains is kept in fp32.
+        dtype: of activations and frozen weights; trainable parameters are kept in fp32.
         remat: compute activations again in the backward pass, layer by layer.
-        teacher: the original model, to distil from; with `distill` the weight of the KL divergence.
-        mesh: e.g. data=1,fsdp=4,tensor=2; one −1 takes all devices that remain. None: one device.
-        checkpoint_every, log_every: steps.
-        keep: checkpoints that are kept.
+        teacher: the original model, for distillation.
+        distill: weight of the KL divergence from the teacher.
+        mesh: e.g. data=1,fsdp=4,tensor=2; a −1 takes all remaining devices. None: one device.
+        checkpoint_every, log_every: numbers of steps.
+        keep: number of checkpoints to keep.
         merge: write the whole fine-tuned model to OUT/model at the end.
         tensorboard: also write event files (needs the tensorboardX package).
     """
@@ -102,6 +106,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         problems = out_of_range(vars(self), RANGES)
         problems += data_config.out_of_choice(vars(self), CHOICES)
+        # YAML may give a text where a list is expected, and a text is a sequence too.
         problems += [
             f"{name} is {getattr(self, name)!r}, expected a list"
             for name in ("data", "train")
@@ -121,10 +126,10 @@ class TuneConfig:
 
     @property
     def data_config(self) -> DataConfig:
-        """The data, in the terms of `train.data`.
+        """The settings of the data, for `train.data`.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no data.
         """
         if not self.data:
             raise ValueError("got no data, expected sources of the form FORMAT:PATH[@WEIGHT]")
@@ -142,11 +147,12 @@ class TuneConfig:
 
 
 def parse_source(text: str) -> SourceConfig:
-    """A source from FORMAT:PATH or FORMAT:PATH@WEIGHT.
+    """Parses a source of the form FORMAT:PATH or FORMAT:PATH@WEIGHT.
 
     Raises:
-        ValueError: text of another form.
+        ValueError: a text of another form.
     """
+    # The last "@" separates the weight: paths may contain "@" as well.
     kind, colon, path = text.partition(":")
     path, _, weight = path.rpartition("@") if "@" in path else (path, "", "1")
     try:
@@ -161,7 +167,7 @@ def parse_source(text: str) -> SourceConfig:
 
 
 def check_paths(config: TuneConfig) -> None:
-    """Raises ValueError where a model, a tokenizer or data is a URL; nothing is read for it."""
+    """Raises ValueError where a model, a tokenizer or data is a URL, before anything is read."""
     for name in ("model", "tokenizer", "teacher"):
         local_path(getattr(config, name) or "", name)
     for text in config.data:
@@ -169,21 +175,12 @@ def check_paths(config: TuneConfig) -> None:
 
 
 def read_config(path: Path, **changes: Any) -> TuneConfig:
-    """A run from a YAML file whose keys are the attributes of `TuneConfig`.
+    """Reads the settings from a YAML file whose keys are the attributes of `TuneConfig`.
 
     Args:
         changes: attributes that override the file's.
 
     Raises:
-        ValueError: no such file, a URL, no mapping, or a key that there is no attribute for.
+        ValueError: a URL, no such file, a key without an attribute, or a bad value.
     """
-    raw = read_settings(local_path(path, "config"))
-    known = {field.name for field in dataclasses.fields(TuneConfig)}
-    unknown = sorted(raw.keys() - known)
-    if unknown:
-        raise ValueError(f"{path}: got keys {unknown}, expected some of {sorted(known)}")
-    content = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
-    try:
-        return TuneConfig(**{**content, **changes})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_dataclass(TuneConfig, local_path(path, "config"), **changes)

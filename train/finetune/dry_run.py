@@ -1,4 +1,4 @@
-"""The real step, compiled for devices that are not here: memory and FLOPs per device."""
+"""Compiles the step of a run for a device that need not be present: memory and FLOPs a device."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from kvjax.hf import read_shape
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, param_shardings, parse_mesh
 from train.finetune.config import TuneConfig
-from train.finetune.labels import Flat, flatten, trainable_paths
-from train.finetune.setup import check_rows, make_step
-from train.finetune.step import TuneState, compile_step, state_shardings
+from train.finetune.setup import check_rows, make_step, trainable_paths
+from train.finetune.step import Flat, TuneState, compile_step, flatten, state_shardings
 
 BATCH = {
-    **dict.fromkeys(("tokens", "targets", "positions", "segments"), "int32"),
+    **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), "int32"),
     "weights": "float32",
 }
-"""The arrays of a batch, all [B, T], and their dtypes."""
+"""Dtypes of the arrays of a batch, all [B, T]."""
 
 
 def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
-    """Compiles the step of a run; no weight exists, no data is read.
+    """Compiles the step of a run without making weights or reading data.
 
     Args:
         config: `model` may also be a config.json. Without a mesh all devices are used for FSDP.
-        topology: a TPU topology such as "v5e:8x8" or "v5p:2x2x4", which needs libtpu and no TPU;
-            None: the devices that are here.
+        topology: a TPU topology such as "v5e:8x8" or "v5p:2x2x4", which needs libtpu but no TPU;
+            None: the devices of this machine.
 
     Returns:
-        Devices, parameters that train and that don't, per-device bytes of arguments (weights,
-        optimizer, batch), temporaries and their sum, and FLOPs a step.
+        Devices, numbers of trainable and frozen parameters, bytes per device (arguments, which are
+        weights, optimizer and batch; temporaries; their sum), and FLOPs per device and step.
 
     Raises:
-        ValueError: no such model, a topology that is not known, a mesh or batch that does not fit.
+        ValueError: no such model, an unknown topology, or a mesh or batch that does not fit.
     """
     model = read_shape(config.model)
     devices = jax.devices() if topology is None else topology_devices(topology)
@@ -46,24 +45,26 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
     mesh = make_mesh(sizes, devices)
     check_rows(config, mesh)
     step = make_step(config, model, mesh)
+    # Shapes with shardings stand for parameters, optimizer and batch.
     trainable, frozen = abstract_params(model, config, mesh)
-    places = state_shardings(step.optimizer, trainable).opt_state
+    shardings = state_shardings(step.optimizer, trainable).opt_state
     opt_state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(step.optimizer.init, trainable),
-        places,
+        shardings,
     )
     size, rows = (config.batch_size, config.sequence_length), batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(size, jnp.dtype(kind), sharding=rows)
         for name, kind in BATCH.items()
     }
+    # Compile, and read the compiler's counts.
     started = time.monotonic()
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     compiled = compile_step(step, TuneState(trainable, opt_state), frozen, batch, rate)
     memory = compiled.call.memory_analysis()
     held = memory.argument_size_in_bytes
-    # What is donated is written in place.
+    # Outputs that alias donated arguments need no memory.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "model": config.model,
@@ -81,14 +82,14 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
 
 
 def abstract_params(model: Transformer, config: TuneConfig, mesh: Any) -> tuple[Flat, Flat]:
-    """Shapes with shardings of what trains (fp32) and of what does not (compute dtype)."""
-    shapes, places = param_shapes(model), flatten(param_shardings(model, mesh))
+    """(trainable in fp32, frozen in the compute dtype) as shapes with shardings."""
+    shapes, shardings = param_shapes(model), flatten(param_shardings(model, mesh))
     paths = trainable_paths(model, shapes, config.train)
     trainable: Flat = {}
     frozen: Flat = {}
     for path, leaf in flatten(shapes).items():
         target, dtype = (trainable, "float32") if path in paths else (frozen, config.dtype)
         target[path] = jax.ShapeDtypeStruct(
-            leaf.shape, np.dtype(jnp.dtype(dtype)), sharding=places[path]
+            leaf.shape, np.dtype(jnp.dtype(dtype)), sharding=shardings[path]
         )
     return trainable, frozen

@@ -1,72 +1,85 @@
-"""A fine-tuning run; killed, it goes on where it was, to the bit."""
+"""A fine-tuning run: its folder, its loop over steps, its log and its checkpoints.
+
+A run that was killed and resumed ends with the same parameters, bit for bit, as one that was not:
+a checkpoint holds the trainable parameters, the optimizer's state and the state of the data.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import kvjax
-from kvjax import processes
-from kvjax.checks import COUNT, check_ranges, optional
-from kvjax.hf.fields import read_json
+from kvjax import processes, runs
+from kvjax.checks import COUNT, check_finite, check_ranges, first_not_finite, optional
+from kvjax.hf import layout_of
+from kvjax.hf.save import copy_companions
 from kvjax.identity import part_checksum
 from kvjax.paths import local_path
 from train import log
+from train.checkpoints import Checkpoints
 from train.data import check_documents, count_batches, make_loader
-from train.finetune.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig, check_paths
-from train.finetune.loop import Loop, Position
-from train.finetune.merge import write_merged
-from train.finetune.setup import load
+from train.finetune.setup import Tuning, load
+from train.finetune.step import TuneState, compile_step, learning_rate, merged
 
-# Settings that a run may be continued with.
 FREE = frozenset({"checkpoint_every", "log_every", "keep", "merge", "tensorboard", "mesh"})
+"""Settings that may change when a run is resumed."""
 
 
 def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> dict[str, Any]:
-    """Runs, or continues, the run in the folder `out`.
+    """Starts a run in the folder `out`, or resumes the run that the folder holds.
 
-    Writes config.json, weights.json (a checksum of what it began with), metrics.jsonl, loss.png,
-    checkpoints/ and, if asked for, model/.
+    Writes config.json, weights.json (a checksum of the first weights), metrics.jsonl, loss.png,
+    checkpoints/ and, with `config.merge`, model/.
 
     Args:
         stop_after: stop before the end, after this many steps in all.
 
     Returns:
-        Steps, last loss, parameters that train, tokens and learned tokens seen, seconds.
+        Steps, last loss, number of parameters that train, of tokens and of learned tokens, seconds.
 
     Raises:
         ValueError: bad settings or data; a URL; another run's folder; a model or a checkpoint that
-             holds NaN; a loss or parameters that are no numbers, whose step it names; a checkpoint
-             that could not be written.
+            holds NaN; a step whose loss or parameters are not finite; a checkpoint that could not
+            be written.
     """
+    # Refuse bad settings and another run's folder before anything is loaded.
     check_ranges({"stop_after": stop_after}, {"stop_after": optional(COUNT)})
     check_paths(config)
     out = local_path(out, "out")
-    processes.on_writer(lambda: check_folder(config, out))
+    processes.on_writer(lambda: claim_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
     tuning, state = load(config)
+    # Checkpoints don't hold frozen parameters: they must be the ones that the run began with.
     weights = part_checksum([state.params, tuning.frozen, tuning.teacher])
-    processes.on_writer(lambda: check_weights(weights, out))
-    steps, data = plan(config, tokenizer)
+    processes.on_writer(lambda: claim_weights(weights, out))
+    steps, data = steps_and_data(config, tokenizer)
     shape = tuning.step.model.config
     check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
     batches = iter(make_loader(data, tokenizer, jax.process_index(), jax.process_count()))
+    # Resume from the newest checkpoint; log lines of later steps are written again.
     checkpoints = Checkpoints(out, config.keep)
     at = Position()
     if checkpoints.steps():
         number, state, saved = checkpoints.load_newest(state)
+        checkpoints.check_finite(number, state)
         at = Position(number, *(saved[name] for name in ("tokens", "learned")))
         check_processes(len(saved["iterators"]), out)
         batches.set_state(saved["iterators"][jax.process_index()])
     if processes.is_writer():
         log.truncate(out / "metrics.jsonl", at.step)
+    # Train, and report.
     loop = Loop(config, out, tuning, steps, checkpoints, batches)
     started, last = time.monotonic(), steps if stop_after is None else min(steps, stop_after)
     state, at = loop.run(state, at, last)
@@ -89,60 +102,220 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     return report
 
 
-def plan(config: TuneConfig, tokenizer: Any) -> tuple[int, Any]:
-    """Steps of the run, and data that last for them."""
+def steps_and_data(config: TuneConfig, tokenizer: Any) -> tuple[int, Any]:
+    """Number of steps of the run, and data with enough epochs for them."""
     data = config.data_config
     if config.steps is None:
         return count_batches(data, tokenizer, jax.process_count()), data
     once = count_batches(dataclasses.replace(data, epochs=1), tokenizer, jax.process_count())
-    # One more: packing may leave a little less of each epoch.
+    # One more epoch: packing may leave slightly fewer rows in some epochs.
     epochs = math.ceil(config.steps / once) + 1
     return config.steps, dataclasses.replace(data, epochs=epochs)
 
 
-def check_weights(weights: str, out: Path) -> None:
-    """Notes what a new run starts from; compares it where the run goes on.
-
-    Args:
-        weights: checksum of the model's weights, and of its teacher's.
-
-    Raises:
-        ValueError: the run began with others, which its checkpoints do not hold in full.
-    """
-    path = out / "weights.json"
-    held = read_json(path)[1].get("weights") if path.exists() else weights
-    if held != weights:
-        raise ValueError(
-            f"{out} holds a run that began with weights {held}, model and teacher have {weights} "
-            "now: give another folder"
-        )
-    path.write_text(json.dumps({"weights": weights}) + "\n")
-
-
-def check_processes(saved: int, out: Path) -> None:
-    """Raises ValueError where other processes took other shares of the data."""
-    if saved != jax.process_count():
-        raise ValueError(
-            f"{out} holds a run of {saved} processes, got {jax.process_count()}: each has its "
-            "share of the data, so start as many"
-        )
-
-
-def check_folder(config: TuneConfig, out: Path) -> None:
-    """Writes the settings into a new folder; compares them with those of an old one.
+def claim_folder(config: TuneConfig, out: Path) -> None:
+    """Writes the settings to config.json, or compares them with those of the run to resume.
 
     Raises:
         ValueError: the folder holds a run with other settings; names them.
     """
-    path, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
-        theirs = read_json(path)[1]
-        different = [
-            f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now"
-            for name in mine
-            if name not in FREE and theirs.get(name) != mine[name]
-        ]
-        if different:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(different)})")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1) + "\n")
+    holder = f"{out} holds a run with other settings"
+    settings = dataclasses.asdict(config)
+    runs.claim(out / "config.json", settings, holder, "give another folder", FREE)
+
+
+def claim_weights(weights: str, out: Path) -> None:
+    """Writes the checksum of the first weights, or compares it with that of the run to resume.
+
+    Args:
+        weights: checksum of the weights of the model and its teacher.
+
+    Raises:
+        ValueError: the run began with other weights.
+    """
+    holder = f"{out} holds a run that began with other weights of its model or teacher"
+    runs.claim(out / "weights.json", {"weights": weights}, holder, "give another folder")
+
+
+def check_processes(saved: int, out: Path) -> None:
+    """Raises ValueError where the run was started with another number of processes.
+
+    Args:
+        saved: number of processes in the checkpoint; each has read a share of the data.
+    """
+    if saved != jax.process_count():
+        raise ValueError(
+            f"{out} holds a run of {saved} processes, got {jax.process_count()}: each has its "
+            "share of the data; start the same number"
+        )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Progress of a run: numbers of steps taken, of tokens and of learned targets seen."""
+
+    step: int = 0
+    tokens: int = 0
+    learned: int = 0
+
+
+@dataclass
+class Loop:
+    """The loop over steps, with log and checkpoints.
+
+    Attributes:
+        out: the run's folder.
+        steps: number of steps of the whole run.
+        batches: iterator over batches, with `get_state`.
+    """
+
+    config: TuneConfig
+    out: Path
+    tuning: Tuning
+    steps: int
+    checkpoints: Checkpoints
+    batches: Any
+
+    def run(self, state: TuneState, at: Position, last: int) -> tuple[TuneState, Position]:
+        """Takes steps until `last` have been taken in all.
+
+        A step is checked while the device computes the next one, unless a log line or a checkpoint
+        is due: `waiting` holds the metrics of the step that is not checked yet.
+        """
+        config, compiled = self.config, None
+        logged, since, waiting = at, time.monotonic(), None
+        with progress_bar() as bar:
+            task = bar.add_task("training", total=self.steps, completed=at.step, loss="")
+            while at.step < last:
+                batch = self.tuning.device_batch(next(self.batches))
+                number = at.step + (waiting is not None)
+                rate = learning_rate(number, self.steps, config.learning_rate, config.warmup)
+                arguments = state, self.tuning.frozen, batch, jnp.float32(rate), self.tuning.teacher
+                if compiled is None:  # compiling does not count as training time
+                    compiled = compile_step(self.tuning.step, *arguments)
+                    since = time.monotonic()
+                state, metrics = compiled.call(*arguments)
+                # The device computes this step meanwhile.
+                at = at if waiting is None else self.checked(at, waiting)
+                number, waiting = number + 1, metrics
+                # Wait for the step only if it is logged, saved or the last one.
+                due = number % config.log_every == 0, number % config.checkpoint_every == 0
+                if not any(due) and number < last:
+                    continue
+                at, waiting = self.checked(at, metrics), None
+                if due[0] or number == self.steps:
+                    line = self.line(logged, at, metrics, time.monotonic() - since, compiled.flops)
+                    logged, since = at, time.monotonic()
+                    bar.update(task, completed=at.step, loss=f"loss {line['loss']:.4f}")
+                if due[1] or number == last:
+                    self.save(at, state)
+        return state, at
+
+    def checked(self, at: Position, metrics: Any) -> Position:
+        """The position after a step, once its metrics are known to be finite.
+
+        Raises:
+            ValueError: a metric is not finite; no checkpoint of this step is written.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise self.stopped(
+                at.step + 1, f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            )
+        learned = at.learned + int(values["learned"])
+        return Position(at.step + 1, at.tokens + int(values["tokens"]), learned)
+
+    def stopped(self, step: int, got: str) -> ValueError:
+        """The error of a run with numbers that are not finite from this step on."""
+        self.checkpoints.wait()
+        kept = self.checkpoints.steps()
+        last = f"the last good checkpoint is of step {kept[-1]}" if kept else "no checkpoint yet"
+        return ValueError(f"step {step}: {got}, expected finite numbers; stopped, {last}")
+
+    def line(
+        self, before: Position, at: Position, metrics: Any, seconds: float, flops: float | None
+    ) -> dict[str, Any]:
+        """Writes one line of the log: metrics of the last step, speed since the previous line.
+
+        Args:
+            before: position of the previous line.
+            seconds: since the previous line.
+            flops: of a step on one device; None if unknown.
+        """
+        device = jax.devices()[0].device_kind
+        named = ("loss", "accuracy", "divergence", "grad_norm")
+        config = self.config
+        line = {
+            "step": at.step,
+            **{name: round(float(metrics[name]), 6) for name in named},
+            "learning_rate": learning_rate(
+                at.step - 1, self.steps, config.learning_rate, config.warmup
+            ),
+            "tokens": at.tokens,
+            "learned_tokens": at.learned,
+            "tokens_per_second": round((at.tokens - before.tokens) / seconds, 1),
+            "mfu": flops and log.utilisation(flops * (at.step - before.step), seconds, device),
+            "seconds": round(seconds, 2),
+        }
+        if processes.is_writer():
+            runs.append_lines(self.out / "metrics.jsonl", [line])
+            if self.config.tensorboard:
+                log.tensorboard(self.out, line)
+        return line
+
+    def save(self, at: Position, state: TuneState) -> None:
+        """Starts to write a checkpoint of this position, unless it exists.
+
+        Raises:
+            ValueError: a parameter or a moment is not finite; nothing is written.
+        """
+        # The loss of a step comes from the parameters before its update: check the new ones here.
+        if at.step not in self.checkpoints.steps():
+            name = first_not_finite(state.params) or first_not_finite(state.opt_state)
+            if name is not None:
+                raise self.stopped(at.step, f"NaN or infinite values in {name}")
+            iterators = of_all_processes(self.batches.get_state())
+            where = {"iterators": iterators, "tokens": at.tokens, "learned": at.learned}
+            self.checkpoints.save(at.step, state, where)
+
+
+def of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """States of the iterators of all processes, in the order of the processes.
+
+    Args:
+        state: of this process: nested dicts of integers.
+    """
+    if jax.process_count() == 1:
+        return [state]
+    # Gather the integers as one array; the structure is the same on all processes.
+    leaves, structure = jax.tree.flatten(state)
+    rows = multihost_utils.process_allgather(np.asarray(leaves, np.int32))
+    return [structure.unflatten(row.tolist()) for row in rows]
+
+
+def progress_bar() -> Progress:
+    """A bar with the steps, the loss and the remaining time; hidden on all processes but one."""
+    columns = Progress.get_default_columns()[:2]
+    return Progress(
+        *columns,
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+        disable=not processes.is_writer(),
+    )
+
+
+def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path) -> Path:
+    """Writes the fine-tuned model with its tokenizer to a directory that `kvjax.load` reads.
+
+    The layout is that of the run's model: Hugging Face's (also for a healed export) or the native.
+
+    Raises:
+        ValueError: `out` already holds a checkpoint, or a parameter is not finite.
+    """
+    model = tuning.step.model
+    params = merged(state, tuning.frozen, config.dtype)
+    check_finite(params, reason=f" in {config.dtype}; no model is written")
+    kvjax.save(model, params, out, layout=layout_of(config.model))
+    processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
+    return out

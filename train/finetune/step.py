@@ -1,4 +1,7 @@
-"""One optimizer step on the trainable part; nothing of the frozen part has a gradient."""
+"""One optimizer step on the parameters that train; frozen parameters have no gradient.
+
+Parameters are flat dicts here, so that the trainable ones can be told from the frozen ones by path.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,24 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from kvjax.nn import Transformer
-from train.finetune.labels import Flat, unflatten
-from train.finetune.loss import Batch, Sums, hidden, token_sums
+from train.finetune.loss import LossSums, PackedBatch, hidden, sum_losses
+
+Flat = dict[str, Any]
+"""Parameters by path, such as "layers_0/attn/k_up"."""
 
 
 @flax.struct.dataclass
 class TuneState:
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
-        params: fp32 masters of what trains, flat: path → array.
-        opt_state: of the optimizer, for these only.
+        params: `Flat` parameters that train, in fp32.
+        opt_state: the optimizer's state, for these parameters only.
     """
 
     params: Any
@@ -34,16 +40,16 @@ class TuneState:
 
 @dataclass(frozen=True)
 class TuneStep:
-    """What does not change during a run; hashable, the static argument of the jitted step.
+    """Everything that stays the same during a run. Hashable: the static part of the jitted step.
 
     Attributes:
         model: the model that trains.
-        optimizer: up to the learning rate, which is an argument of the step.
-        dtype: of activations and of the weights in products; what trains is cast in every step.
-        accumulate: micro-batches a step; the batch's first axis is divided by it.
-        remat, place: see `loss.hidden`.
+        optimizer: without the learning rate, which is an argument of each step.
+        dtype: of activations, and of weights in products; each step casts the fp32 parameters.
+        accumulate: number of micro-batches that the batch is divided into.
+        remat, sharding: see `loss.hidden`.
         teacher: the original model, for distillation.
-        distill: weight of KL(teacher ‖ model) beside cross-entropy.
+        distill: weight of KL(teacher ‖ model); cross-entropy has weight 1.
     """
 
     model: Transformer
@@ -51,55 +57,60 @@ class TuneStep:
     dtype: str = "bfloat16"
     accumulate: int = 1
     remat: bool = False
-    place: NamedSharding | None = None
+    sharding: NamedSharding | None = None
     teacher: Transformer | None = None
     distill: float = 0.0
 
     def init(self, trainable: Flat) -> TuneState:
-        """The state before the first step: fp32 copies of what trains, moments beside them."""
+        """The state before the first step: fp32 copies, and moments with the same shardings."""
         masters = {path: jnp.array(leaf, jnp.float32) for path, leaf in trainable.items()}
-        places = state_shardings(self.optimizer, masters).opt_state
-        return TuneState(masters, jax.jit(self.optimizer.init, out_shardings=places)(masters))
+        shardings = state_shardings(self.optimizer, masters).opt_state
+        return TuneState(masters, jax.jit(self.optimizer.init, out_shardings=shardings)(masters))
 
     def __call__(
         self,
         state: TuneState,
         frozen: Flat,
-        batch: Batch,
+        batch: PackedBatch,
         rate: Float[Array, ""],
         teacher_params: Any = None,
     ) -> tuple[TuneState, dict[str, jax.Array]]:
-        """The state after one batch, and its metrics (fp32 scalars).
+        """The state after one batch, and the batch's metrics.
 
         Args:
-            frozen: in the compute dtype; read, never written.
+            frozen: parameters that don't train, in `dtype`; never changed.
             rate: learning rate of this step.
+            teacher_params: parameters of the teacher, if there is one.
 
         Returns:
-            metrics: loss (cross-entropy, mean over learned targets), accuracy of teacher-forced
-            tokens, divergence, grad_norm (before clipping), learned (targets), tokens.
+            (state, metrics). Metrics are fp32 scalars: loss (cross-entropy, mean over learned
+            targets), accuracy of teacher-forced tokens, divergence, grad_norm (before clipping),
+            learned (number of targets), tokens (number of tokens).
         """
         parts = _split_batch(batch, self.accumulate)
-        # Weights sum to the same number whatever the parameters: the mean's divisor.
+        # The divisor of all means does not depend on parameters, so micro-batches can be summed.
         total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
-        def loss(masters: Flat, part: Batch) -> tuple[jax.Array, Sums]:
-            sums = self.sums(masters, frozen, part, teacher_params)
+        def loss(masters: Flat, part: PackedBatch) -> tuple[jax.Array, LossSums]:
+            sums = self.losses(masters, frozen, part, teacher_params)
             return (sums.loss + self.distill * sums.divergence) / total, sums
 
+        # Only `masters` is differentiated: no gradient of a frozen parameter exists.
         gradient = jax.grad(loss, has_aux=True)
 
-        def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        def add(carry: Any, part: PackedBatch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, gradient(state.params, part)), None
 
+        # Gradients and sums of all micro-batches, added up in fp32.
         if self.accumulate == 1:
             grads, sums = gradient(state.params, jax.tree.map(lambda leaf: leaf[0], parts))
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            zero = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
+            zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
             (grads, sums), _ = jax.lax.scan(add, (zeros, zero), parts)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        # The rate is an argument, so that a schedule needs no program of each step.
         updates = jax.tree.map(lambda u: -rate * u, updates)
         metrics = {
             "loss": sums.loss / total,
@@ -112,53 +123,80 @@ class TuneStep:
         stepped: Any = optax.apply_updates(state.params, updates)
         return TuneState(stepped, opt_state), metrics
 
-    def sums(self, masters: Flat, frozen: Flat, batch: Batch, teacher_params: Any = None) -> Sums:
-        """Losses of a batch; part of the step, and what an evaluation calls: a program a block."""
+    def losses(
+        self, masters: Flat, frozen: Flat, batch: PackedBatch, teacher_params: Any = None
+    ) -> LossSums:
+        """Losses of a batch. Outside of the step, each kind of layer is one program.
+
+        Args:
+            masters: parameters that train, in fp32.
+            frozen, teacher_params: see `__call__`.
+        """
         cast = {path: leaf.astype(self.dtype) for path, leaf in masters.items()}
         params = unflatten({**frozen, **cast})
-        x = hidden(self.model, params, batch, self.remat, self.place)
+        x = hidden(self.model, params, batch, self.remat, self.sharding)
         teacher = None
         if self.teacher is not None:
-            seen = hidden(self.teacher, teacher_params, batch, False, self.place)
+            # The teacher has no backward pass, so nothing needs to be rematerialised.
+            seen = hidden(self.teacher, teacher_params, batch, False, self.sharding)
             teacher = self.teacher, teacher_params, jax.lax.stop_gradient(seen)
-        return token_sums(self.model, params, x, batch, teacher, self.place)
+        return sum_losses(self.model, params, x, batch, teacher, self.sharding)
 
 
 def _split_batch(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
-    """[B, T] → [parts, B / parts, T]; micro-batch i takes rows i, i + parts, …, which leaves
-    rows where they are when the batch is split over devices."""
+    """[B, T] → [parts, B / parts, T]. Micro-batch i takes rows i, i + parts, …
+
+    With this order no row moves to another device where the batch axis is sharded.
+    """
     return {
         name: jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
         for name, leaf in batch.items()
     }
 
 
+def flatten(params: Mapping[str, Any]) -> Flat:
+    """Nested parameters as a flat dict; paths are joined with "/"."""
+    return flatten_dict(dict(params), sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return unflatten_dict(dict(flat), sep="/")
+
+
+def merged(state: TuneState, frozen: Flat, dtype: str) -> dict:
+    """All parameters, nested and cast to one dtype."""
+    trained = {path: leaf.astype(dtype) for path, leaf in state.params.items()}
+    return unflatten({**{path: leaf.astype(dtype) for path, leaf in frozen.items()}, **trained})
+
+
 def state_shardings(optimizer: optax.GradientTransformation, masters: Flat) -> TuneState:
-    """Where a state lies: moments as their parameters, all else on every device.
+    """Shardings of a state: moments as their parameters, counters on every device.
 
     Args:
-        masters: arrays, or shapes with shardings.
+        masters: parameters that train, as arrays or as shapes with shardings.
     """
-    places = {path: leaf.sharding for path, leaf in masters.items()}
-    one = next(iter(places.values()))
+    shardings = {path: leaf.sharding for path, leaf in masters.items()}
+    # Counters of the optimizer are scalars: replicate them over the mesh.
+    one = next(iter(shardings.values()))
     everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
     opt_state = optax.tree.map_params(
         optimizer,
-        lambda _, place: place,
+        lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, masters),
-        places,
+        shardings,
         transform_non_params=lambda _: everywhere,
     )
-    return TuneState(places, opt_state)
+    return TuneState(shardings, opt_state)
 
 
 class CompiledStep(NamedTuple):
-    """A step for arrays of certain shapes and shardings.
+    """A step, compiled for arrays of certain shapes and shardings.
 
     Attributes:
-        call: (state, frozen, batch, rate, teacher_params) → (state, metrics); donates the state. A
-            `jax.stages.Compiled`, which has a memory analysis.
-        flops: of one device; None where the backend does not say.
+        call: (state, frozen, batch, rate, teacher_params) → (state, metrics); donates the state.
+            A `jax.stages.Compiled`, which has a memory analysis.
+        flops: FLOPs of one device; None if the backend does not count them.
     """
 
     call: Any
@@ -166,23 +204,28 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(
-    step: TuneStep, state: TuneState, frozen: Flat, batch: Batch, rate: Any, teacher: Any = None
+    step: TuneStep,
+    state: TuneState,
+    frozen: Flat,
+    batch: PackedBatch,
+    rate: Any,
+    teacher: Any = None,
 ) -> CompiledStep:
     """Compiles a step ahead of its first call.
 
     Args:
-        state, frozen, batch, rate, teacher: arrays, or shapes with shardings. The new state lies
-            as the old one does.
+        state, frozen, batch, rate, teacher: arrays, or shapes with shardings. The new state gets
+            the shardings of the old one.
     """
-    places = state_shardings(step.optimizer, state.params)
-    run = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    shardings = state_shardings(step.optimizer, state.params)
+    run = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     compiled = run.lower(state, frozen, batch, rate, teacher).compile()
     cost = compiled.cost_analysis() or {}
     return CompiledStep(compiled, cost.get("flops"))
 
 
 def adamw(b1: float, b2: float, weight_decay: float, clip: float) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping, up to its learning rate.
+    """Clipping, then AdamW (arXiv 1711.05101) without the factor of the learning rate.
 
     Args:
         clip: largest global norm of the gradient.
@@ -195,10 +238,10 @@ def adamw(b1: float, b2: float, weight_decay: float, clip: float) -> optax.Gradi
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over `warmup` · steps, then a cosine to zero.
+    """Learning rate of a step: linear warm-up over `warmup` · `steps`, then a cosine to zero.
 
     Args:
-        step: the step that is about to be taken, from 0.
+        step: number of steps taken before this one.
     """
     first = max(1, round(warmup * steps))
     if step < first:

@@ -1,4 +1,7 @@
-"""Training sequences: one context, then several questions about it, each with its answer."""
+"""Training sequences: one context, then several questions about the context, with answers.
+
+Sequences are drawn at random from facts about people (`kvjax.tasks`); one kind copies random words.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,25 @@ from kvjax.tasks import people, prompt, words
 from kvjax.tasks.vocabulary import WordVocabulary
 
 KINDS = ("thing", "age", "older", "two_hop", "copy")
-"""What a question can be about, in the order of `Batch.kind`."""
+"""Kinds of questions; `EpisodeBatch.kind` holds indices into this tuple."""
+
 
 OPTIONAL = frozenset((*words.FUNCTION, ":", "?", "'s"))
 """Words that `thin` may leave out."""
 
 
 CUE = 2
-"""Words of a copied span that are given before the rest is asked for."""
+"""Number of words of a copied span that are given before the rest is asked for."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences of T + 1 tokens, and which of them answer what.
+class EpisodeBatch:
+    """Sequences of T + 1 tokens with up to Q questions each.
 
     Attributes:
         tokens: int32 [B, T + 1].
-        question: int32 [B, T]: the question that target token t + 1 answers, −1 for none.
-        kind: int32 [B, Q]: index into KINDS of each question, −1 where there are fewer.
+        question: int32 [B, T]: number of the question that target token t + 1 answers; −1: none.
+        kind: int32 [B, Q]: index into KINDS of each question; −1 beyond the last question.
     """
 
     tokens: np.ndarray
@@ -38,19 +42,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """What the sequences of a stage look like.
+    """Settings of the sequences of a stage.
 
     Attributes:
         length: T.
-        people: least and largest number of people.
-        answer_length: least and largest number of words of a favorite thing.
-        questions: how many at most; fewer where they would leave no room for filler.
-        kinds: how often each kind of question is asked, relative to the others. Ages stand in
-            the context only if some question needs them.
-            "copy" stands alone: random words, spans of which return; `answer_length` words are to
-            be continued after CUE of them.
-        wording: probability that a word of a fact or a question that carries no information is
-            there; at 0 they shrink to "mary lantern ." and "mary".
+        people: smallest and largest number of people.
+        answer_length: smallest and largest number of words of a favorite thing.
+        questions: largest number of questions; fewer where they would leave no room for filler.
+        kinds: relative frequency of each kind of question. The context tells ages only if some
+            question needs them. "copy" cannot be mixed with other kinds: spans of random words
+            return, and after CUE words the next `answer_length` words are the answer.
+        wording: probability of each word that carries no information. At 0 a fact shrinks to
+            "mary lantern ." and a question to "mary".
     """
 
     length: int
@@ -63,9 +66,9 @@ class EpisodeConfig:
 
 def make_batch(
     rng: np.random.Generator, vocab: WordVocabulary, config: EpisodeConfig, batch_size: int
-) -> Batch:
-    """`batch_size` random sequences."""
-    batch = Batch(
+) -> EpisodeBatch:
+    """Draws `batch_size` sequences."""
+    batch = EpisodeBatch(
         tokens=np.full((batch_size, config.length + 1), vocab.pad_id, np.int32),
         question=np.full((batch_size, config.length), -1, np.int32),
         kind=np.full((batch_size, config.questions), -1, np.int32),
@@ -77,7 +80,8 @@ def make_batch(
 
 
 def _fill_copies(rng, vocab, config, batch, row):
-    """Random words, then spans of them, each after one to three other words."""
+    """One sequence: random words, then spans of them, each after one to three other words."""
+    # The spans stand at the end of the sequence, each with its cue; `at` is where they begin.
     low, high = config.answer_length
     first_word = len(words.SPECIAL)
     lengths = rng.integers(low, high + 1, config.questions) + CUE
@@ -86,6 +90,7 @@ def _fill_copies(rng, vocab, config, batch, row):
     batch.tokens[row] = rng.integers(first_word, vocab.size, config.length + 1)
     batch.tokens[row, 0] = vocab.bos_id
     starts = at + np.cumsum(lengths + gaps) - lengths
+    # Copy each span from a random position; the words after its cue are the answer.
     for index, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         source = rng.integers(1, at - length + 1)
         batch.tokens[row, start : start + length] = batch.tokens[row, source : source + length]
@@ -95,6 +100,7 @@ def _fill_copies(rng, vocab, config, batch, row):
 
 def _fill_facts(rng, vocab, config, batch, row):
     """One sequence: facts in filler, then questions until the room is used."""
+    # People, and the facts about them.
     count = int(rng.integers(config.people[0], config.people[1] + 1))
     low, high = config.answer_length
     cast = people.draw(rng, rng.integers(low, high + 1, count).tolist())
@@ -102,6 +108,7 @@ def _fill_facts(rng, vocab, config, batch, row):
     if set(config.kinds) != {"thing"}:
         facts += [person.is_old() for person in cast]
     facts = [vocab.encode(thin(rng, fact, config.wording)) for fact in facts]
+    # Questions, as long as they fit beside the facts.
     room = config.length + 1 - sum(map(len, facts)) - 1
     asked = []
     for kind in _draw_kinds(rng, config):
@@ -111,6 +118,7 @@ def _fill_facts(rng, vocab, config, batch, row):
         if room < 0:
             break
         asked.append((kind, question, answer))
+    # The questions stand at the end; facts and filler take all tokens before them.
     at = config.length + 1 - sum(len(q) + len(a) + 1 for _, q, a in asked)
     batch.tokens[row, :at] = prompt.strew(rng, vocab, facts, at).ids
     for index, (kind, question, answer) in enumerate(asked):
@@ -125,8 +133,8 @@ def _fill_facts(rng, vocab, config, batch, row):
 def thin(rng: np.random.Generator, text: str, wording: float) -> str:
     """Leaves out words that carry no information, each with probability 1 − `wording`.
 
-    The whole sentences are hard to learn at first: a name must be carried over several words, in
-    the fact and in the question, before either helps. Shrunk ones need it one word away.
+    Whole sentences are hard to learn at first: the model must carry a name over several words in
+    the fact and in the question before either helps. In a shrunk one it is one word away.
     """
     if wording >= 1:
         return text

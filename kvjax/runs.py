@@ -1,0 +1,129 @@
+"""Files of a run that can be stopped at any time and resumed by the same command.
+
+Three rules hold for every resumable job:
+
+1. The settings are written first. A job with other settings is refused (`claim`, `check_same`).
+2. A result is written whole or not at all (`write_whole`, `write_json`).
+3. A file of JSON lines grows by whole lines. A kill can only tear the last line, which is cut off
+   before more lines are added (`append_lines`, `cut_torn_line`, `whole_lines`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvjax.data_files import read_json
+
+
+def claim(
+    path: Path,
+    settings: Mapping[str, Any],
+    holder: str,
+    advice: str,
+    ignored: Collection[str] = (),
+) -> None:
+    """Writes the settings of a run to a JSON file, or compares them with the file that is there.
+
+    Args:
+        path: e.g. config.json in the run's folder, which is made if it is missing.
+        settings: everything that the result depends on; JSON values.
+        holder, advice: for the error, see `check_same`.
+        ignored: names of settings that may change when the run is resumed.
+
+    Raises:
+        ValueError: the file is not a JSON object, or the settings differ.
+    """
+    # As JSON returns them: tuples become lists, so that both sides compare equal.
+    wanted = json.loads(json.dumps(settings))
+    if path.exists():
+        check_same(read_settings(path), wanted, holder, advice, ignored)
+    write_json(path, wanted)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `claim` wrote.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    held = read_json(path)
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds a {type(held).__name__}, expected the settings of a run")
+    return held
+
+
+def check_same(
+    held: Any,
+    wanted: Mapping[str, Any],
+    holder: str,
+    advice: str,
+    ignored: Collection[str] = (),
+) -> None:
+    """Refuses to resume a job whose settings have changed.
+
+    Args:
+        held: the settings that were stored; anything but a mapping differs in all names.
+        wanted: the settings of this job; JSON values.
+        holder: begins the error, e.g. "runs/a holds another run".
+        advice: ends the error, e.g. "give another folder".
+        ignored: names of settings that may differ.
+
+    Raises:
+        ValueError: names every setting that differs, with both values.
+    """
+    different = differences(held, wanted, ignored)
+    if different:
+        raise ValueError(f"{holder} ({different}): {advice}")
+
+
+def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
+    """The settings that differ, as "seed 0, now 1, dtype float32, now bfloat16"; "" for none."""
+    stored = held if isinstance(held, Mapping) else {}
+    names = [name for name in {**stored, **wanted} if name not in ignored]
+    return ", ".join(
+        f"{name} {stored.get(name)}, now {wanted.get(name)}"
+        for name in names
+        if stored.get(name) != wanted.get(name)
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A rename replaces the file in one step; a kill before leaves the old file.
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file so that it is there whole or not at all; makes its folder."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_lines(path: Path, values: Iterable[Any]) -> None:
+    """Adds JSON lines with one write, and waits until the disk has them."""
+    # JSON keeps every bit of a float: Python writes the shortest text that reads back the same.
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(value) + "\n" for value in values))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines that end with a line break; [] without a file. The file stays as it is."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cuts off a last line that has no line break: a kill came while it was written."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)

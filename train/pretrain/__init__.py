@@ -1,0 +1,1 @@
+"""Pretraining of the embedded model on a curriculum of questions about people."""

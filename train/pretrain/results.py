@@ -1,0 +1,150 @@
+"""After pretraining: export of the model, its accuracy, and a picture of the run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import kvjax
+import kvjax.hf
+from kvjax.checks import COUNT, SEED, check_finite, check_ranges
+from kvjax.tasks import WordVocabulary, accuracy, make_examples
+from kvjax.tasks.sets import CHANCE
+from kvjax.tasks.tokenizer import to_transformers
+from train.log import pyplot
+from train.pretrain.curriculum import Curriculum
+from train.pretrain.episodes import KINDS
+from train.pretrain.run import Run, create_run, initial_state, load_newest
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def export(curriculum: Curriculum, run_dir: Path, out: Path, dtype: str = "bfloat16") -> None:
+    """Writes the newest checkpoint of `run_dir`, its configuration and its tokenizer to `out`.
+
+    Args:
+        dtype: of the written weights.
+
+    Raises:
+        ValueError: an unknown dtype, no checkpoint in `run_dir` or one that holds NaN, or a model
+            in `out` already.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    run = create_run(curriculum)
+    state, progress = load_newest(run_dir, initial_state(run))
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), state.params)
+    check_finite(params, reason=f" in {dtype}; no model is written")
+    kvjax.hf.save(run.model, params, out, layout="hf")
+    write_generation_config(run, out)
+    write_tokenizer(run, out)
+    print(
+        f"{out}: step {progress.step}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters"
+    )
+
+
+def write_generation_config(run: Run, out: Path) -> None:
+    """Writes generation_config.json with the ids that begin a prompt and end a generation."""
+    ids = {"bos_token_id": run.vocab.bos_id, "eos_token_id": run.vocab.eos_id}
+    config = {**ids, "pad_token_id": run.vocab.pad_id, "do_sample": False}
+    (out / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tokenizer(run: Run, out: Path) -> None:
+    """Writes tokenizer.json, and a tokenizer_config.json that transformers 4 and 5 both read."""
+    to_transformers(run.vocab, run.curriculum.model.max_position_embeddings).save_pretrained(
+        str(out)
+    )
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("backend", None)  # transformers 5 adds it
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def evaluate(
+    model: str,
+    out: Path | None,
+    tasks: tuple[str, ...],
+    lengths: tuple[int, ...],
+    count: int,
+    dtype: str,
+    seed: int = 0,
+) -> list[dict]:
+    """Measures a model on prompts that training never drew.
+
+    Args:
+        model: a directory, or "builtin:needle".
+        out: JSON file for the result, or None.
+        count: number of prompts for each task and length.
+        dtype: of the parameters.
+
+    Returns:
+        One row for each task and prompt length, with the share of exact answers (1 to 12 tokens).
+
+    Raises:
+        ValueError: a count or a length below 1, an unknown task, or no such model.
+    """
+    lengths_by_name = {f"lengths[{index}]": length for index, length in enumerate(lengths)}
+    values = {"count": count, "seed": seed, **lengths_by_name}
+    check_ranges(values, {"seed": SEED, **dict.fromkeys(("count", *lengths_by_name), COUNT)})
+    transformer, params = kvjax.load(model, dtype=dtype)
+    vocab = WordVocabulary()
+    rows = []
+    for task in tasks:
+        for length in lengths:
+            examples = make_examples(task, vocab, count, length, seed)
+            row = {
+                "task": task,
+                "prompt_tokens": length,
+                "prompts": count,
+                "exact_match": accuracy(transformer, params, examples, vocab.eos_id),
+                "chance": CHANCE.get(task, 0.0),
+                "dtype": dtype,
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["python", "-m", "train", *sys.argv[1:]])
+        result = {"model": model, "seed": seed, "command": command, "rows": rows}
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    return rows
+
+
+def plot_curve(curriculum: Curriculum, metrics: Path, out: Path) -> None:
+    """Draws the accuracy of each kind of question over the tokens seen, with stages, into a PNG.
+
+    Raises:
+        ValueError: the log is empty.
+    """
+    plt = pyplot()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{metrics} is empty")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    # One curve for each kind; a kind is missing from lines of stages that don't ask it.
+    for kind in KINDS:
+        points = [(x["tokens"] / 1e6, x["accuracy"][kind]) for x in lines if kind in x["accuracy"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=kind)
+    # Mark where each stage begins, with its sequence length.
+    for before, line in zip([None, *lines], lines, strict=False):
+        if before is None or before["stage"] != line["stage"]:
+            x = (before["tokens"] if before else 0) / 1e6
+            axes.axvline(x, color="0.8", zorder=0)
+            length = curriculum.stages[line["stage"]].episodes.length
+            axes.text(x, 1.02, f" {length}", color="0.4", fontsize=7)
+    axes.set(
+        xlabel="tokens seen, millions",
+        ylabel="whole answers right, training stage",
+        ylim=(0, 1.08),
+        title="Pretraining; a line starts a stage, the number is its sequence length",
+    )
+    axes.legend(loc="lower right")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
