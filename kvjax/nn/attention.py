@@ -5,6 +5,7 @@ large. `MLA` (DeepSeek-V3) and `DecoupledAttention` (a converted checkpoint behi
 cache one latent and one rotary key for all heads.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -108,6 +109,20 @@ def qk_norm(
         return x_BTNH
     rows = x_BTNH.reshape(*x_BTNH.shape[:2], -1, weight.shape[0])
     return rms_norm(rows, weight, config).reshape(x_BTNH.shape)
+
+
+def gqa_heads(
+    config: GQAConfig, params: Mapping[str, jax.Array], x_BTD: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries, keys and values of the attention input, normed where the model norms them, before
+    RoPE; `params` are those of `GQA`."""
+
+    def heads(name: str) -> jax.Array:
+        y = matmul(x_BTD, params[name])
+        y = y + params[f"{name}_bias"][None, None] if config.qkv_bias else y
+        return qk_norm(y, params.get(f"{name}_norm"), config.norm)
+
+    return heads("q"), heads("k"), heads("v")
 
 
 class EqualCacheAttention(nn.Module):

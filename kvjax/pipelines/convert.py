@@ -16,13 +16,12 @@ from kvjax.finite import CONVERTED, OVERFLOW, check_finite, first_not_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import hidden_logits, output_params
+from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.sharding import param_shapes
-from kvjax.transmla.calibration import embed
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
-from kvjax.transmla.layer import gqa_layers, run_block
+from kvjax.transmla.layer import gqa_layers
 
 PROBE_TOKENS = 64
 STREAMS = ("original", "converted")
@@ -88,7 +87,7 @@ def _write_layers(
     """Converts and writes the layers that are not finished, random tokens through both models."""
     streams = output.finished.streams
     if not output.finished.attention:
-        streams = dict.fromkeys(STREAMS, embed(model, params, probe_tokens(model.config)))
+        streams = dict.fromkeys(STREAMS, embed(model.config, params, probe_tokens(model.config)))
     for index in range(len(output.finished.attention), model.config.num_layers):
         own, layer = params[f"layers_{index}"], model.config.layers[index]
         check_finite(own, f"layers_{index}/")
@@ -97,8 +96,8 @@ def _write_layers(
         check_finite(attn, f"layers_{index}/attn/", CONVERTED)
         new, new_own = LayerConfig(config, layer.mlp), {**own, "attn": attn}
         streams = {
-            "original": run_block(model.config, layer, own, streams["original"]),
-            "converted": run_block(model.config, new, new_own, streams["converted"]),
+            "original": layer_output(block_kind(model.config, layer), own, streams["original"]),
+            "converted": layer_output(block_kind(model.config, new), new_own, streams["converted"]),
         }
         output.write_layer(new_own, config, streams)
         del own, attn, new_own  # before the next one is read

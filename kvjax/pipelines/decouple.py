@@ -20,6 +20,7 @@ from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
+from kvjax.nn.transformer import block_kind, embed, layer_output
 from kvjax.pipelines import calibration_text
 from kvjax.pipelines.calibration_text import calibration_tokens
 from kvjax.pipelines.companions import bytes_per_token, peak_memory
@@ -28,9 +29,7 @@ from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.ranges import COUNT, SIZE, check_ranges, optional
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.calibration import embed
 from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
-from kvjax.transmla.layer import run_block
 from kvjax.transmla.sizes import Sizes
 
 STAGES = ("partial_rope", "low_rank", "final")
@@ -50,7 +49,7 @@ class Decoupling:
     """What `kvjax convert --method decoupled` was asked for.
 
     Attributes:
-        kv_rank, rope_dim, v_head_dim, exportable, mode: as of `kvjax.transmla.decoupled`.
+        kv_rank, rope_dim, v_head_dim, exportable, mode: as of `kvjax.transmla.to_decoupled`.
         recipe: "best", "unbiased", or "published" with FreqFold `fold`; 0 takes the fold with the
             least loss on the held-out sequences.
         calibration, tokens, length: see `calibration_tokens`.
@@ -82,7 +81,7 @@ class Decoupling:
         return recipes[self.recipe]
 
     def settled(self, model: Transformer, tokens: np.ndarray) -> tuple[list[Sizes], Recipe, str]:
-        """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.decoupled`."""
+        """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.to_decoupled`."""
         return settle(
             model,
             tokens,
@@ -179,7 +178,7 @@ def _write_layers(
         text = Streams(*(output.finished.streams[name] for name in Streams._fields))
         steps = {name: output.finished.streams[name] for name in HELD_OUT}
     else:
-        x = embed(model, params, np.concatenate([fit, held]))  # the embedding is read once
+        x = embed(model.config, params, np.concatenate([fit, held]))  # the embedding is read once
         text = Streams(x[: len(fit)], x[: len(fit)])
         steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, text, done)
@@ -200,11 +199,11 @@ def _advance(
 ) -> dict[str, jax.Array]:
     """The held-out text through one layer of the original model and of each step's."""
     layer, own = config.layers[converted.index], converted.source
-    new = {HELD_OUT[0]: run_block(config, layer, own, steps[HELD_OUT[0]])}
+    new = {HELD_OUT[0]: layer_output(block_kind(config, layer), own, steps[HELD_OUT[0]])}
     for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
         attention, attn = converted.layout(getattr(converted, stage))
         changed = LayerConfig(attention, layer.mlp)
-        new[name] = run_block(config, changed, {**own, "attn": attn}, steps[name])
+        new[name] = layer_output(block_kind(config, changed), {**own, "attn": attn}, steps[name])
     return new
 
 

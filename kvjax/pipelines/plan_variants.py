@@ -15,7 +15,7 @@ from kvjax.headkv.scores import HeadScores, attention_heads, default_scores
 from kvjax.nn import Transformer
 from kvjax.pipelines.plan_shapes import Served, Size, abstract_params
 from kvjax.topologies import Topology, device_bytes
-from kvjax.transmla.shape import decoupled_shape
+from kvjax.transmla.sizes import decoupled_shape
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
+from kvjax.config import LayerConfig
 from kvjax.finite import OVERFLOW, check_params
 from kvjax.nn import Transformer
 from kvjax.nn.loss import next_token_losses
-from kvjax.nn.transformer import output_params
+from kvjax.nn.transformer import block_kind, embed, layer_output, output_params
 from kvjax.ranges import COUNT, SIZE, check_ranges
 from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
-from kvjax.transmla.calibration import Stats, embed
-from kvjax.transmla.latent_layer import LatentLayer, over_heads
-from kvjax.transmla.layer import gqa_layers, run_block
-from kvjax.transmla.recipe import BEST, Recipe, close, published
-from kvjax.transmla.size_groups import few_sizes
+from kvjax.transmla.calibration import Stats
+from kvjax.transmla.closed_form import BEST, Recipe, close, published
+from kvjax.transmla.latent_layer import over_heads, padded
+from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import Sizes, checked_stats, layer_sizes
+
+MOST = 3
+"""Sizes (rank and rope_dim) of a model: each is a kind of layer, with programs of its own."""
+
+Changes = dict[int, Sizes]
+"""New sizes of some layers."""
 
 
 def allocate_sizes(
@@ -149,6 +155,67 @@ def _transfers(trial: _Trial, step: int) -> Iterator[dict[int, Sizes]]:
             yield {receiver: larger, donor: smaller}
 
 
+def few_sizes(
+    sizes: Sequence[Sizes],
+    step: int,
+    possible: Callable[[int, Sizes], bool],
+    measure: Callable[[Mapping[int, Sizes]], float],
+    most: int = MOST,
+) -> list[Sizes]:
+    """At most `most` sizes, which hold no more numbers in all than the sizes that are given.
+
+    Two sizes at a time become one, those for which the loss is least.
+
+    Args:
+        sizes: one a layer, a multiple of `step` apart.
+        possible: whether a layer can have a size.
+        measure: the loss with other sizes in some layers than those that are given.
+
+    Returns:
+        One a layer. There are more than `most` only where layers have no possible size in common.
+    """
+    sizes, changes = list(sizes), Changes()
+    while len(groups(sizes)) > most:
+        choices = [
+            merger
+            for merger in mergers(sizes, step)
+            if all(possible(layer, size) for layer, size in merger.items())
+        ]
+        if not choices:
+            break
+        best = min(choices, key=lambda choice: measure(changes | choice))
+        changes |= best
+        for layer, size in best.items():
+            sizes[layer] = size
+    return sizes
+
+
+def groups(sizes: Sequence[Sizes]) -> dict[tuple[int, int], list[int]]:
+    """The layers of each rank and rope_dim."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for layer, size in enumerate(sizes):
+        found.setdefault((size.rank, size.rope_dim), []).append(layer)
+    return found
+
+
+def mergers(sizes: Sequence[Sizes], step: int) -> Iterator[Changes]:
+    """Every way to give the layers of two sizes one: the numbers that both hold on average,
+    down to a multiple of the step, and a rope_dim between the two."""
+    for first, second in itertools.combinations(groups(sizes).items(), 2):
+        (rank, rope), ours = first
+        (other_rank, other_rope), theirs = second
+        total = len(ours) * (rank + rope) + len(theirs) * (other_rank + other_rope)
+        steps = (total // (len(ours) + len(theirs)) - rank - rope) // step
+        low, high = sorted((rope, other_rope))
+        for width in range(low, high + 1, step):
+            size = (rank + rope + steps * step - width, width)
+            yield {
+                layer: dataclasses.replace(sizes[layer], rank=size[0], rope_dim=size[1])
+                for layer in (*ours, *theirs)
+                if (sizes[layer].rank, sizes[layer].rope_dim) != size
+            }
+
+
 class _Trial:
     """The converted model with the present sizes, its hidden states, and its loss.
 
@@ -169,7 +236,7 @@ class _Trial:
         self.tokens = token_ids(tokens, model.config.vocab_size, "tokens")
         self.sizes = list(sizes)
         self.layers = [self._convert(index, size) for index, size in enumerate(sizes)]
-        self.hidden = [embed(model, params, tokens)]
+        self.hidden = [embed(model.config, params, tokens)]
         self.hidden += self._run(0, {})
         self.loss = self._loss(self.hidden[-1])
         if not np.isfinite(self.loss):
@@ -221,7 +288,7 @@ class _Trial:
         outputs, x = [], self.hidden[first]
         for index in range(first, len(self.layers)):
             layer, params = changed.get(index, self.layers[index])
-            x = run_block(self.model.config, layer, params, x)
+            x = layer_output(block_kind(self.model.config, layer), params, x)
             outputs.append(x)
         return outputs
 
@@ -230,45 +297,3 @@ class _Trial:
         losses = next_token_losses(self.model, top, hidden, self.tokens)
         loss = float(np.mean(np.asarray(losses)))
         return loss if np.isfinite(loss) else np.inf  # NaN is smaller than nothing, and no choice
-
-
-def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
-    """The same attention with a latent and a rotary key as wide as the keys and values allow."""
-    width = 2 * base.num_kv_heads * base.head_dim
-    down, k_up, v_up = (_grow(x, axis, width) for x, axis in _latent_axes(layer))
-    grown = dataclasses.replace(layer, down=down, k_up=k_up, v_up=v_up)
-    if base.rope is None:
-        return grown
-    K, half = base.num_kv_heads, base.rope.dim // 2
-    pairs = np.repeat(np.arange(half), K)
-    taken, slots = np.zeros(half, int), []
-    for pair in rotating_pairs(layer):
-        slots.append(pair * K + taken[pair])
-        taken[pair] += 1
-    columns = np.concatenate([slots, half * K + np.asarray(slots)]).astype(int)
-    rope = RopeConfig(2 * half * K, scaling=SelectedPairs(base.rope, tuple(map(int, pairs))))
-
-    def spread(matrix: np.ndarray) -> np.ndarray:
-        wide = np.zeros((*matrix.shape[:-1], rope.dim))
-        wide[..., columns] = matrix
-        return wide
-
-    key, query = spread(layer.key_rope), spread(layer.query_rope)
-    return dataclasses.replace(grown, key_rope=key, query_rope=query, rope=rope)
-
-
-def rotating_pairs(layer: LatentLayer) -> tuple[int, ...]:
-    """The frequency of each rotating component, an index into those of the original RoPE."""
-    if layer.rope is None:
-        return ()
-    assert isinstance(layer.rope.scaling, SelectedPairs)
-    return layer.rope.scaling.pairs
-
-
-def _latent_axes(layer: LatentLayer) -> list[tuple[np.ndarray, int]]:
-    return [(layer.down, 1), (layer.k_up, 0), (layer.v_up, 0)]
-
-
-def _grow(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-    pad = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
-    return np.pad(x, pad)

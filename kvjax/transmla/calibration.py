@@ -20,18 +20,10 @@ from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.identity import identity
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, block_kind, embed_tokens
+from kvjax.nn.transformer import Block, attention_input, block_kinds, embed, layer_output
 from kvjax.paths import local_path
 from kvjax.token_ids import token_ids
-from kvjax.transmla.layer import (
-    Heads,
-    attention_input,
-    attention_weights,
-    gqa_layers,
-    gqa_of,
-    run_block,
-    scores,
-)
+from kvjax.transmla.layer import Heads, attention_weights, gqa_layers, gqa_of, scores
 
 QUERY_ROWS = 128  # queries whose attention over all keys exists at a time
 FORMAT = 2  # 1 did not say whose moments they are
@@ -169,13 +161,6 @@ def calibrate(
     return state
 
 
-def embed(
-    model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "B T"]
-) -> jax.Array:
-    """Input embeddings [B, T, D] of the model."""
-    return embed_tokens(model.config, params["embedding"], jnp.asarray(tokens))
-
-
 def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:
     tokens = token_ids(batch, model.config.vocab_size, "calibration")
     if tokens.ndim != 2:
@@ -195,13 +180,13 @@ def _observe_batch(
 ) -> Stats:
     """The moments of one batch alone."""
     embedding = {"embedding": on_automatic_mesh(params["embedding"])}
-    x, layers = embed(model, embedding, tokens), []
-    for index, layer in enumerate(model.config.layers):
+    x, layers = embed(model.config, embedding, tokens), []
+    for index, kind in enumerate(block_kinds(model.config)):
         own = on_automatic_mesh(params[f"layers_{index}"])
-        moments = observe(block_kind(model.config, layer).block, own, x, input_moments)
+        moments = observe(kind.block, own, x, input_moments)
         check_moments(moments, index, params)
         layers.append(moments)
-        x = run_block(model.config, layer, own, x)
+        x = layer_output(kind, own, x)
     return Stats(tuple(layers), tokens)
 
 

@@ -14,19 +14,20 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from kvjax.finite import OVERFLOW, check_finite, check_params, first_not_finite
-from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, block_kind
-from kvjax.transmla.calibration import (
-    LayerStats,
-    Stats,
-    check_moments,
+from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.nn.transformer import (
+    Block,
+    Transformer,
+    attention_output,
+    block_kind,
     embed,
-    merge,
-    observe,
+    layer_output,
 )
-from kvjax.transmla.latent_layer import LatentLayer, folded, low_rank_query, over_heads
-from kvjax.transmla.layer import attention_output, gqa_layers, run_block
-from kvjax.transmla.recipe import BEST, Recipe, close
+from kvjax.transmla.calibration import LayerStats, Stats, check_moments, merge, observe
+from kvjax.transmla.closed_form import BEST, Recipe, close
+from kvjax.transmla.latent_layer import LatentLayer, folded, over_heads
+from kvjax.transmla.layer import gqa_layers, with_attention
+from kvjax.transmla.low_rank import low_rank_query
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_scores import refit_scores
 from kvjax.transmla.sizes import (
@@ -40,34 +41,6 @@ from kvjax.transmla.sizes import (
 REPLAY = 8  # sequences that are calibrated on, or go through a layer, at a time
 LAYOUTS = {"fold": folded, "post": over_heads}
 """mode → layout of the converted layer."""
-
-
-def settle(
-    model: Transformer,
-    tokens: Int[np.ndarray, "S T"],
-    kv_rank: int | Sequence[int],
-    rope_dim: int | Sequence[int],
-    v_head_dim: int | None,
-    exportable: bool,
-    mode: str,
-    recipe: Recipe,
-) -> tuple[list[Sizes], Recipe, str]:
-    """Sizes, recipe and mode of a conversion, checked before anything is computed.
-
-    Raises:
-        ValueError: as `decoupled`.
-    """
-    bases = gqa_layers(model)
-    if mode != "auto" and mode not in LAYOUTS:
-        raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(LAYOUTS)}")
-    if v_head_dim is not None and not recipe.refit:
-        raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
-    if exportable:
-        recipe = exportable_recipe(recipe, bases, rope_dim)
-        mode = "fold" if mode == "auto" else mode
-    if mode == "fold" and any(base.qk_norm is not None for base in bases):
-        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
-    return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
 
 
 class Streams(NamedTuple):
@@ -105,11 +78,12 @@ class ConvertedLayer:
     layout: Callable[[LatentLayer], tuple[AttentionConfig, dict[str, Any]]]
 
 
-def decoupled(
+@automatic_axes()
+def to_decoupled(
     model: Transformer,
     params: Mapping[str, Any],
+    stats: Stats,
     *,
-    stats: Stats | None = None,
     kv_rank: int | Sequence[int] = 448,
     rope_dim: int | Sequence[int] = 128,
     v_head_dim: int | None = None,
@@ -145,30 +119,58 @@ def decoupled(
         attention is shared with it.
 
     Raises:
-        ValueError: sizes that the model or the calibration cannot serve, no stats, or stats of
-            another model.
+        ValueError: sizes that the model or the calibration cannot serve, stats of another model,
+            or weights that hold NaN, before or after.
     """
+    params = on_automatic_mesh(params)
+    check_params(params)
     stats = checked_stats(model, stats)
     sizes, recipe, mode = settle(
         model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
-    new, configs = dict(params), []
-    x = embed(model, params, stats.tokens)
-    for converted in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
-        config, attn = converted.layout(converted.final)
+    converted = []
+    x = embed(model.config, params, stats.tokens)
+    for layer in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
+        config, attn = layer.layout(layer.final)
         if q_rank is not None:
             assert isinstance(config, MLAConfig)
-            second = stats.layers[converted.index].input_second
+            second = stats.layers[layer.index].input_second
             assert second is not None
             config, attn = low_rank_query(config, attn, q_rank, second)
-        configs.append(config)
-        name = f"layers_{converted.index}"
-        new[name] = {**converted.source, "attn": attn}
+        converted.append((config, attn))
         if progress is not None:
-            progress(converted)
-    return Transformer(model.config.with_attention(tuple(configs))), new
+            progress(layer)
+    return with_attention(model, params, converted)
+
+
+def settle(
+    model: Transformer,
+    tokens: Int[np.ndarray, "S T"],
+    kv_rank: int | Sequence[int],
+    rope_dim: int | Sequence[int],
+    v_head_dim: int | None,
+    exportable: bool,
+    mode: str,
+    recipe: Recipe,
+) -> tuple[list[Sizes], Recipe, str]:
+    """Sizes, recipe and mode of a conversion, checked before anything is computed.
+
+    Raises:
+        ValueError: as `to_decoupled`.
+    """
+    bases = gqa_layers(model)
+    if mode != "auto" and mode not in LAYOUTS:
+        raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(LAYOUTS)}")
+    if v_head_dim is not None and not recipe.refit:
+        raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
+    if exportable:
+        recipe = exportable_recipe(recipe, bases, rope_dim)
+        mode = "fold" if mode == "auto" else mode
+    if mode == "fold" and any(base.qk_norm is not None for base in bases):
+        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
+    return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
 
 
 def decouple_layers(
@@ -271,7 +273,8 @@ def replay(
     config: ModelConfig, layer: LayerConfig, params: dict[str, Any], x: Float[Array, "S T D"]
 ) -> Float[Array, "S T D"]:
     """All sequences through one layer, a few at a time."""
-    return _in_batches(lambda part: run_block(config, layer, params, part), x)
+    kind = block_kind(config, layer)
+    return _in_batches(lambda part: layer_output(kind, params, part), x)
 
 
 def output_target(

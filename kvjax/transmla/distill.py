@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.finite import check_finite, check_params
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, block_kind
+from kvjax.nn.transformer import Block, attention_output, block_kind, embed
 from kvjax.ranges import COUNT, POSITIVE, SEED, SIZE, check_ranges
-from kvjax.transmla.calibration import Stats, embed
+from kvjax.transmla.calibration import Stats
 from kvjax.transmla.decoupled import output_target, replay
-from kvjax.transmla.layer import attention_output
 from kvjax.transmla.sizes import checked_stats
 
 RANGES = {"steps": SIZE, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED}
@@ -62,7 +61,7 @@ def distill(
     stats = checked_stats(model, stats)
     check_params(params)
     check_params(converted_params)
-    original = converted = embed(model, params, stats.tokens)
+    original = converted = embed(model.config, params, stats.tokens)
     new, rng = dict(converted_params), np.random.default_rng(seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     for index, layer in enumerate(model.config.layers):

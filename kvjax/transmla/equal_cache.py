@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import EqualCacheConfig, GQAConfig
-from kvjax.finite import rounded
+from kvjax.finite import check_params, rounded
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.transmla.factors import Factors, check_factors, commutes_with_rope, is_selector
-from kvjax.transmla.inits import INITS, Init, resolve_init
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.inits import (
+    INITS,
+    Factors,
+    Init,
+    check_factors,
+    commutes_with_rope,
+    is_selector,
+    resolve_init,
+)
+from kvjax.transmla.layer import gqa_layers, with_attention
 
 ROPE_SITES = ("after_up", "before_up")
 
 
-def equal_cache(
+@automatic_axes()
+def to_equal_cache(
     model: Transformer,
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     *,
     init: str | Init = "svd_global",
     rope_site: str = "after_up",
@@ -41,24 +51,23 @@ def equal_cache(
         The converted model and its parameters, in the dtype of the source.
 
     Raises:
-        ValueError: an unknown name, a layer that is not GQA, or an init that is not exact with
-            this rope_site.
+        ValueError: an unknown name, a layer that is not GQA, an init that is not exact with this
+            rope_site, or weights that hold NaN, before or after.
     """
+    params = on_automatic_mesh(params)
+    check_params(params)
     inits = checked_inits(init, value_init, rope_site)
-    configs, converted = [], dict(params)
-    for index, base in enumerate(gqa_layers(model)):
-        name = f"layers_{index}"
-        own = params[name]
-        config, attn = equal_cache_layer(index, base, own["attn"], inits, rope_site)
-        configs.append(config)
-        converted[name] = {**own, "attn": attn}
-    return Transformer(model.config.with_attention(tuple(configs))), converted
+    converted = [
+        equal_cache_layer(index, base, params[f"layers_{index}"]["attn"], inits, rope_site)
+        for index, base in enumerate(gqa_layers(model))
+    ]
+    return with_attention(model, params, converted)
 
 
 def checked_inits(
     init: str | Init, value_init: str | Init | None, rope_site: str
 ) -> tuple[Init, Init]:
-    """The inits of keys and values by their names; see `equal_cache`.
+    """The inits of keys and values by their names; see `to_equal_cache`.
 
     Raises:
         ValueError: an unknown name, of an init or of the rope_site.

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from kvjax.config import DecoupledConfig, GQAConfig, MLAConfig, RopeConfig
+from kvjax.config import DecoupledConfig, GQAConfig, MLAConfig, RopeConfig, SelectedPairs
 from kvjax.finite import rounded
-from kvjax.transmla.low_rank import LowRank
-from kvjax.transmla.rotary import RotarySplit
 
 
 @dataclass(frozen=True)
@@ -38,32 +35,6 @@ class LatentLayer:
     out: Float[np.ndarray, "N V D"]
     out_bias: Float[np.ndarray, " D"]
     rope: RopeConfig | None
-
-
-def assemble(
-    split: RotarySplit,
-    low_rank: LowRank,
-    out: Float[np.ndarray, "N H D"],
-    out_bias: Float[np.ndarray, " D"],
-) -> LatentLayer:
-    """Rotary split and joint PCA as one layer; the constant of the values goes to the output."""
-    N, H, _ = out.shape
-    W, n = split.key_nope.shape
-    K = W // H
-    basis = np.zeros((2 * W, n + W))  # x = [k ; v] → [k_nope ; v]
-    basis[:W, :n], basis[W:, n:] = split.key_nope, np.eye(W)
-    key_up, value_up = low_rank.up[:, :n], low_rank.up[:, n:].reshape(-1, K, H)
-    constant = low_rank.constant[n:].reshape(K, H)
-    return LatentLayer(
-        down=basis @ low_rank.down,
-        key_rope=np.concatenate([split.key_rope, np.zeros_like(split.key_rope)]),
-        query_rope=split.query_rope,
-        k_up=np.einsum("lw,nhw->lnh", key_up, split.query_nope, optimize=True),
-        v_up=np.repeat(value_up, N // K, axis=1),
-        out=out,
-        out_bias=out_bias + np.einsum("nh,nhd->d", np.repeat(constant, N // K, axis=0), out),
-        rope=split.rope,
-    )
 
 
 def over_heads(
@@ -144,28 +115,46 @@ def folded(
     return config, _cast(new, attn["o"].dtype)
 
 
-def low_rank_query(
-    config: MLAConfig,
-    attn: Mapping[str, Any],
-    rank: int,
-    input_second: Float[np.ndarray, "D D"],
-) -> tuple[MLAConfig, dict[str, Any]]:
-    """Folded attention whose query projection has a given rank: PCA of the queries it gives.
+def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
+    """The same attention with a latent and a rotary key as wide as the keys and values allow."""
+    width = 2 * base.num_kv_heads * base.head_dim
+    down, k_up, v_up = (_grow(x, axis, width) for x, axis in _latent_axes(layer))
+    grown = dataclasses.replace(layer, down=down, k_up=k_up, v_up=v_up)
+    if base.rope is None:
+        return grown
+    K, half = base.num_kv_heads, base.rope.dim // 2
+    pairs = np.repeat(np.arange(half), K)
+    taken, slots = np.zeros(half, int), []
+    for pair in rotating_pairs(layer):
+        slots.append(pair * K + taken[pair])
+        taken[pair] += 1
+    columns = np.concatenate([slots, half * K + np.asarray(slots)]).astype(int)
+    rope = RopeConfig(2 * half * K, scaling=SelectedPairs(base.rope, tuple(map(int, pairs))))
 
-    Args:
-        input_second: E[yᵀy] of the attention's input.
-    """
-    wide = _fp64(attn["q"]).reshape(len(input_second), -1)
-    values, vectors = np.linalg.eigh(input_second)
-    scale = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
-    root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
-    outputs = root @ wide
-    leading = np.linalg.eigh(outputs @ outputs.T)[1][:, ::-1][:, :rank]
-    q = (leading.T @ outputs).reshape(rank, *attn["q"].shape[1:])
-    new = _cast({"q_a": inverse @ leading, "q": q}, attn["q"].dtype)
-    if config.latent_bias:  # the down-projections share it; the query's own bias comes after
-        new["q_a_bias"] = jnp.zeros((rank,), attn["q"].dtype)
-    return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}
+    def spread(matrix: np.ndarray) -> np.ndarray:
+        wide = np.zeros((*matrix.shape[:-1], rope.dim))
+        wide[..., columns] = matrix
+        return wide
+
+    key, query = spread(layer.key_rope), spread(layer.query_rope)
+    return dataclasses.replace(grown, key_rope=key, query_rope=query, rope=rope)
+
+
+def rotating_pairs(layer: LatentLayer) -> tuple[int, ...]:
+    """The frequency of each rotating component, an index into those of the original RoPE."""
+    if layer.rope is None:
+        return ()
+    assert isinstance(layer.rope.scaling, SelectedPairs)
+    return layer.rope.scaling.pairs
+
+
+def _latent_axes(layer: LatentLayer) -> list[tuple[np.ndarray, int]]:
+    return [(layer.down, 1), (layer.k_up, 0), (layer.v_up, 0)]
+
+
+def _grow(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    pad = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+    return np.pad(x, pad)
 
 
 def _fp64(x: Any) -> np.ndarray:

@@ -1,24 +1,34 @@
-"""One layer of the model that is converted, taken apart: what calibration and refits look at."""
+"""One layer taken apart, as calibration and the least-squares refits see it.
+
+`Heads` holds queries, keys and values of the original layer, `cache_entries` and `latent_scores`
+give what the converted layer caches, and the scores that its queries find there.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import NoCache
 from kvjax.cache.attention import visible
-from kvjax.config import GQAConfig, LayerConfig, ModelConfig
-from kvjax.nn.attention import qk_norm
-from kvjax.nn.layers import matmul, rms_norm
+from kvjax.config import AttentionConfig, GQAConfig, RopeConfig
+from kvjax.finite import CONVERTED, check_finite
+from kvjax.mesh import mesh_of
+from kvjax.nn.attention import gqa_heads
 from kvjax.nn.rope import rope
-from kvjax.nn.transformer import ATTENTION, Block, Transformer, block_kind, run_layer, whole_block
+from kvjax.nn.transformer import Block, Transformer, attention_input, text_positions
+from kvjax.sharding import place_params
+from kvjax.transmla.latent_layer import LatentLayer
 from pallas_kernels.reference import NEG_INF, soft_cap
 
-Params = dict[str, Any]
+GROUP = 8  # sequences that are worked on at a time
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def gqa_layers(model: Transformer) -> list[GQAConfig]:
@@ -34,6 +44,28 @@ def gqa_layers(model: Transformer) -> list[GQAConfig]:
     return [c for c in configs if isinstance(c, GQAConfig)]
 
 
+def with_attention(
+    model: Transformer,
+    params: Mapping[str, Any],
+    layers: Sequence[tuple[AttentionConfig, dict[str, Any]]],
+) -> tuple[Transformer, dict[str, Any]]:
+    """The model with another attention in every layer, on the mesh of `params` if there is one.
+
+    Args:
+        layers: for each layer, the config of its new attention and the parameters of that.
+
+    Raises:
+        ValueError: new parameters hold NaN or infinity.
+    """
+    new = dict(params)
+    for index, (_, attn) in enumerate(layers):
+        name = f"layers_{index}"
+        check_finite(attn, f"{name}/attn/", CONVERTED)
+        new[name] = {**params[name], "attn": attn}
+    converted = Transformer(model.config.with_attention(tuple(config for config, _ in layers)))
+    return converted, place_params(converted, new, mesh_of(params))
+
+
 class Heads(NamedTuple):
     """Queries, keys and values of GQA, normed and not yet rotated.
 
@@ -47,20 +79,14 @@ class Heads(NamedTuple):
     v: jax.Array
 
     @classmethod
-    def of(cls, block: Block, params: Params, x: jax.Array) -> Heads:
+    def of(cls, block: Block, params: dict[str, Any], x: jax.Array) -> Heads:
         """Of a block's parameters and its input [B, T, D], before the norm."""
-        base, attn, x = gqa_of(block), params["attn"], attention_input(block, params, x)
-
-        def project(name: str) -> jax.Array:
-            y = matmul(x, attn[name])
-            y = y + attn[f"{name}_bias"][None, None] if base.qkv_bias else y
-            return qk_norm(y, attn.get(f"{name}_norm"), base.norm)
-
-        return cls(project("q"), project("k"), project("v"))
+        y = attention_input(block, params, x)
+        return cls(*gqa_heads(gqa_of(block), params["attn"], y))
 
     def rotated(self, base: GQAConfig) -> Heads:
         """Queries and keys with RoPE."""
-        at, lengths = _positions(self.q)
+        at, lengths = text_positions(self.q)
         turn = functools.partial(rope, positions_BT=at, lengths_B=lengths, config=base.rope)
         return self._replace(q=turn(self.q), k=turn(self.k))
 
@@ -69,18 +95,6 @@ def gqa_of(block: Block) -> GQAConfig:
     """The attention of a block that is to be converted."""
     assert isinstance(block.layer.attention, GQAConfig)
     return block.layer.attention
-
-
-def attention_input(block: Block, params: Params, x: jax.Array) -> jax.Array:
-    """The block's input after the norm that stands before its attention, if one does."""
-    return rms_norm(x, params["attn_pre_norm"], block.norm) if block.pre_norm else x
-
-
-def _positions(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, T] positions and [B] lengths of sequences without padding."""
-    B, T = x.shape[:2]
-    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    return at, jnp.full((B,), T, jnp.int32)
 
 
 def scores(
@@ -102,28 +116,79 @@ def attention_weights(
     return jax.nn.softmax(jnp.where(mask, soft_cap(s_BNQS, base.softcap), NEG_INF), axis=-1)
 
 
-def run_block(
-    config: ModelConfig, layer: LayerConfig, params: Params, x: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    """The output of a layer for sequences without padding, by the program of its kind."""
-    at, lengths = _positions(x)
-    return run_layer(block_kind(config, layer), params, x, at, NoCache(), lengths)[0]
+class CacheMaps(NamedTuple):
+    """Keys and values to what is cached, in fp32.
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def attention_output(
-    block: Block,
-    params: Params,
-    pairs: Int[Array, " half"] | None,
-    x: Float[Array, "B T D"],
-) -> Float[Array, "B T D"]:
-    """The output of a block's attention, before any norm and the residual sum.
-
-    Args:
-        block, pairs: of a `BlockKind`.
+    Attributes:
+        down, key_rope: [X, L] and [X, R], as in `LatentLayer`.
     """
-    config = whole_block(block, pairs).layer.attention
-    at, lengths = _positions(x)
-    attention = ATTENTION[type(config)](config, parent=None)
-    y = attention_input(block, params, x)
-    return attention.apply({"params": params["attn"]}, y, at, NoCache(), lengths)[0]
+
+    down: jax.Array
+    key_rope: jax.Array
+
+    @classmethod
+    def of(cls, layer: LatentLayer) -> CacheMaps:
+        """Those of a layer."""
+        return cls(_fp32(layer.down), _fp32(layer.key_rope))
+
+
+class QueryMaps(NamedTuple):
+    """Queries to what they meet in the cache, in fp32.
+
+    Attributes:
+        k_up: [L, N, H], also the map from a head's query to the latent it looks for.
+        query_rope: [N, H, R].
+    """
+
+    k_up: jax.Array
+    query_rope: jax.Array
+
+    @classmethod
+    def of(cls, layer: LatentLayer) -> QueryMaps:
+        """Those of a layer."""
+        return cls(_fp32(layer.k_up), _fp32(layer.query_rope))
+
+
+def _fp32(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def cache_entries(
+    heads: Heads, maps: CacheMaps, turn: RopeConfig | None
+) -> tuple[Float[Array, "B T L"], Float[Array, "B T R"]]:
+    """Latents and rotated keys of unrotated keys and values; fp32."""
+    B, T = heads.k.shape[:2]
+    kv = jnp.concatenate([heads.k, heads.v], axis=2).reshape(B, T, -1).astype(jnp.float32)
+    at, lengths = text_positions(kv)
+    key = jnp.einsum("btx,xr->btr", kv, maps.key_rope, precision=HIGHEST)
+    key = rope(key[:, :, None], at, lengths, turn)[:, :, 0]
+    return jnp.einsum("btx,xl->btl", kv, maps.down, precision=HIGHEST), key
+
+
+def latent_scores(
+    maps: QueryMaps,
+    q: Float[Array, "Q N H"],
+    c: Float[Array, "T L"],
+    k_rope: Float[Array, "T R"],
+    at: Int[Array, " Q"],
+    scale: float,
+    turn: RopeConfig | None,
+) -> Float[Array, "N Q T"]:
+    """Absorbed scores of queries at the positions `at`."""
+    T = c.shape[0]
+    q_rope = jnp.einsum("qnh,nhr->qnr", q, maps.query_rope)
+    q_rope = rope(q_rope[None], at[None], jnp.full((1,), T, jnp.int32), turn)[0]
+    q_latent = jnp.einsum("qnh,lnh->qnl", q, maps.k_up)
+    s = jnp.einsum("qnl,tl->nqt", q_latent, c) + jnp.einsum("qnr,tr->nqt", q_rope, k_rope)
+    return s * scale
+
+
+def grouped(x: Float[Array, "S T D"]) -> Float[Array, "groups g T D"]:
+    """A few sequences at a time: one alone keeps no processor busy."""
+    return x.reshape(-1, math.gcd(len(x), GROUP), *x.shape[1:])
+
+
+def rows(x: jax.Array, inner: int) -> jax.Array:
+    """All axes but the last `inner` as one."""
+    outer = x.ndim - inner
+    return x.reshape(math.prod(x.shape[:outer]), *x.shape[outer:])  # R may be 0: no −1

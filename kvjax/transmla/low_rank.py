@@ -5,11 +5,19 @@ x = [k_nope ; v] is cached as c = x · down, and read back as c · up + a consta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+
+from kvjax.config import GQAConfig, MLAConfig
+from kvjax.finite import rounded
+from kvjax.transmla.calibration import LayerStats
+from kvjax.transmla.rotary import PartialRope
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,31 @@ class JointMoments:
     mean: Float[np.ndarray, " W"]
     key_metric: Float[np.ndarray, "n n"]
     value_metric: Float[np.ndarray, "V V"]
+
+
+def joint_moments(
+    base: GQAConfig,
+    attn: dict[str, Any],
+    stats: LayerStats,
+    partial: PartialRope,
+    centred: bool,
+) -> JointMoments:
+    """Moments of [k_nope ; v] and the metrics of both."""
+    K, H, joint = base.num_kv_heads, base.head_dim, partial.joint
+    W = K * H
+    mean = stats.kv_mean.copy() if centred else np.zeros_like(stats.kv_mean)
+    if base.softcap is not None:
+        mean[:W] = 0.0
+    covariance = stats.kv_second - np.outer(mean, stats.kv_mean) - np.outer(stats.kv_mean, mean)
+    covariance += np.outer(mean, mean)
+    queries = partial.query_nope
+    key_metric = np.einsum("nhw,nhg,ngx->wx", queries, stats.q_second, queries, optimize=True)
+    out = np.asarray(attn["o"]).astype(np.float64).reshape(K, -1, H, attn["o"].shape[-1])
+    value_metric = np.zeros((K, H, K, H))
+    for head in range(K):
+        value_metric[head, :, head] = np.tensordot(out[head], out[head], ((0, 2), (0, 2)))
+    covariance = joint.T @ covariance @ joint
+    return JointMoments(covariance, mean @ joint, key_metric, value_metric.reshape(W, W))
 
 
 Metric = Callable[[JointMoments], Float[np.ndarray, "W W"]]
@@ -90,6 +123,31 @@ def joint_pca(moments: JointMoments, metric: Metric, rank: int) -> LowRank:
     leading = leading * np.sign(pivot)
     down, up = root @ leading, leading.T @ _power(root, -1.0)
     return LowRank(down, up, moments.mean - moments.mean @ down @ up)
+
+
+def low_rank_query(
+    config: MLAConfig,
+    attn: Mapping[str, Any],
+    rank: int,
+    input_second: Float[np.ndarray, "D D"],
+) -> tuple[MLAConfig, dict[str, Any]]:
+    """Folded attention whose query projection has a given rank: PCA of the queries it gives.
+
+    Args:
+        input_second: E[yᵀy] of the attention's input.
+    """
+    wide = np.asarray(attn["q"]).astype(np.float64).reshape(len(input_second), -1)
+    values, vectors = np.linalg.eigh(input_second)
+    scale = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
+    root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
+    outputs = root @ wide
+    leading = np.linalg.eigh(outputs @ outputs.T)[1][:, ::-1][:, :rank]
+    q = (leading.T @ outputs).reshape(rank, *attn["q"].shape[1:])
+    dtype = attn["q"].dtype
+    new = {"q_a": rounded(inverse @ leading, dtype), "q": rounded(q, dtype)}
+    if config.latent_bias:  # the down-projections share it; the query's own bias comes after
+        new["q_a_bias"] = jnp.zeros((rank,), dtype)
+    return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}
 
 
 def _normalized(metric: np.ndarray) -> np.ndarray:

@@ -17,17 +17,20 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.nn.rope import Turn
 from kvjax.nn.transformer import Block
-from kvjax.transmla.absorbed import (
+from kvjax.transmla.latent_layer import LatentLayer
+from kvjax.transmla.layer import (
     HIGHEST,
     CacheMaps,
+    Heads,
     QueryMaps,
+    attention_weights,
     cache_entries,
+    gqa_of,
     grouped,
     latent_scores,
     rows,
+    scores,
 )
-from kvjax.transmla.latent_layer import LatentLayer
-from kvjax.transmla.layer import Heads, attention_weights, gqa_of, scores
 
 QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
 ITERATIONS = 20  # of the conjugate gradients

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Complex, Float, Int
 
 from kvjax.config import GQAConfig, RopeConfig, SelectedPairs
-from kvjax.transmla.factors import rotary_pairs
+from kvjax.transmla.inits import rotary_pairs
 
 Rotation = Callable[[Complex[np.ndarray, "g g"]], Complex[np.ndarray, "g g"]]
 """E[κᴴκ] of one group of components → a unitary basis, columns by falling energy."""
@@ -146,7 +146,7 @@ def _blocks(covariance: np.ndarray, rotation: Rotation, size: int) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class RotarySplit:
+class PartialRope:
     """Keys and queries in a basis of which a part rotates; fp64.
 
     q·RoPE·k ≈ q_rope·RoPE·k_rope + q_nope·k_nope, equal where everything rotates.
@@ -163,8 +163,18 @@ class RotarySplit:
     query_nope: Float[np.ndarray, "N H n"]
     rope: RopeConfig | None
 
+    @property
+    def joint(self) -> Float[np.ndarray, "X Y"]:
+        """[2·K·H, n + K·H], the map from [k ; v] to [k_nope ; v]."""
+        W, n = self.key_nope.shape
+        joint = np.zeros((2 * W, n + W))
+        joint[:W, :n], joint[W:, n:] = self.key_nope, np.eye(W)
+        return joint
 
-def split(base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]) -> RotarySplit:
+
+def partial_rope(
+    base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]
+) -> PartialRope:
     """The real matrices of a basis.
 
     Args:
@@ -193,7 +203,7 @@ def split(base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]) -
     rope = None
     if len(basis.kept) and base.rope is not None:
         rope = RopeConfig(len(kept), scaling=SelectedPairs(base.rope, basis.pairs))
-    return RotarySplit(
+    return PartialRope(
         keys[:, kept],
         np.concatenate([keys[:, other], unit], axis=1),
         rotating[..., kept],

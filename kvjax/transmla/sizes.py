@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvjax.config import GQAConfig
+from kvjax.config import AttentionConfig, DecoupledConfig, GQAConfig, RopeConfig, SelectedPairs
 from kvjax.finite import check_finite
 from kvjax.nn import Transformer
 from kvjax.ranges import COUNT, Range, check_ranges, optional
 from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
+from kvjax.transmla.closed_form import Recipe
+from kvjax.transmla.latent_layer import folded_config
 from kvjax.transmla.layer import gqa_layers
-from kvjax.transmla.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,12 @@ def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]
     return [int(value) for value in values]
 
 
-def checked_stats(model: Transformer, stats: Stats | None) -> Stats:
+def checked_stats(model: Transformer, stats: Stats) -> Stats:
     """The calibration, which must be of this model.
 
     Raises:
-        ValueError: there is none, its shapes or its tokens are another model's, or a moment is
-            NaN.
+        ValueError: its shapes or its tokens are another model's, or a moment is NaN.
     """
-    if stats is None:
-        raise ValueError("method 'decoupled' needs stats=transmla.calibrate(model, params, …)")
     for index, layer in enumerate(stats.layers):
         check_finite(vars(layer), f"stats: layer {index}: ")
     token_ids(stats.tokens, model.config.vocab_size, "stats")
@@ -139,3 +137,31 @@ def exportable_recipe(
     if width < 2 or full % width:
         raise ValueError(f"rope_dim is {width}, expected a divisor of {full} to be exportable")
     return dataclasses.replace(recipe, placement=rotary.every(full // width))
+
+
+def decoupled_shape(model: Transformer, kv_rank: int, rope_dim: int) -> Transformer:
+    """The model that `decoupled` gives with these sizes; frequencies are the first that there are.
+
+    Raises:
+        ValueError: a layer that is not GQA, or sizes that its keys and values don't have.
+    """
+    configs = tuple(_layer_shape(base, kv_rank, rope_dim) for base in gqa_layers(model))
+    return Transformer(model.config.with_attention(configs))
+
+
+def _layer_shape(base: GQAConfig, kv_rank: int, rope_dim: int) -> AttentionConfig:
+    turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
+    width, most = min(rope_dim, turning), 2 * base.num_kv_heads * base.head_dim
+    if width % 2 or kv_rank < 1 or kv_rank + width > most:
+        raise ValueError(
+            f"got kv_rank {kv_rank} and rope_dim {rope_dim}, expected an even rope_dim and at most "
+            f"{most} in all: 2·{base.num_kv_heads}·{base.head_dim}"
+        )
+    rope = None
+    if base.rope is not None and width:
+        pairs = tuple(index % (base.rope.dim // 2) for index in range(width // 2))
+        selected = SelectedPairs(base.rope, pairs)
+        rope = RopeConfig(width, base.rope.theta, selected, base.rope.interleaved)
+    if base.qk_norm is None:
+        return folded_config(base, kv_rank, rope, base.head_dim)
+    return DecoupledConfig(base, kv_rank, rope, base.head_dim, out_bias=True)

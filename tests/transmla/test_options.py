@@ -9,10 +9,10 @@ from calibrated_toys import build, error, forward
 
 from kvjax.nn import Transformer
 from kvjax.transmla import BEST, calibrate, convert, published
-from kvjax.transmla.allocation import allocate_sizes, choose_fold, choose_rope_dim, padded
+from kvjax.transmla.allocation import allocate_sizes, choose_fold, choose_rope_dim
+from kvjax.transmla.closed_form import close
 from kvjax.transmla.distill import distill
-from kvjax.transmla.latent_layer import over_heads
-from kvjax.transmla.recipe import close
+from kvjax.transmla.latent_layer import over_heads, padded
 
 CLOSED = dataclasses.replace(BEST, refit=False)
 SIZES = {"kv_rank": 12, "rope_dim": 4}

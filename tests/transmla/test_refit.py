@@ -11,11 +11,10 @@ from toys import random_params
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 from kvjax.nn.rope import Turn
-from kvjax.nn.transformer import block_kind
-from kvjax.transmla import BEST, calibrate, least_squares, refit_outputs, refit_scores
-from kvjax.transmla.absorbed import CacheMaps, QueryMaps
-from kvjax.transmla.layer import attention_output
-from kvjax.transmla.recipe import close
+from kvjax.nn.transformer import attention_output, block_kind
+from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
+from kvjax.transmla.closed_form import close
+from kvjax.transmla.layer import CacheMaps, QueryMaps
 
 GQA = GQAConfig(2, 1, 8, 8**-0.5, RopeConfig(8), window=9, softcap=30.0)
 S, T, D, L, R = 24, 16, 12, 6, 4
@@ -88,7 +87,7 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
 
 
 def test_outputs_are_the_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(least_squares, "RIDGE", 1e-12)
+    monkeypatch.setattr(refit_outputs, "RIDGE", 1e-12)
     block, own, latent, original, converted = problem
     target = attention_output(block, own, None, original)
     maps = CacheMaps.of(latent), QueryMaps.of(latent)
@@ -150,7 +149,7 @@ def test_rows_and_normal_equations_have_the_same_solution(problem, monkeypatch, 
     target = original[:1] - converted[:1]
     args = (block, own, latent, converted[:1, :10], target[:, :10])
     few = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
-    monkeypatch.setattr(refit_outputs, "Rows", least_squares.Normal)
+    monkeypatch.setattr(refit_outputs, "Rows", refit_outputs.Normal)
     monkeypatch.setattr(refit_outputs, "output_rows", refit_outputs.output_equations)
     many = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
     product = [np.einsum("lnv,nvd->nld", fitted.v_up, fitted.out) for fitted in (few, many)]

@@ -19,10 +19,8 @@ from kvjax.config import MLAConfig
 from kvjax.finite import OVERFLOW, check_finite
 from kvjax.nn import Transformer
 from kvjax.nn.layers import matmul
-from kvjax.nn.transformer import block_kind
+from kvjax.nn.transformer import attention_input, block_kind, embed, layer_output
 from kvjax.token_ids import token_ids
-from kvjax.transmla.calibration import embed
-from kvjax.transmla.layer import attention_input, run_block
 
 MARGIN = 2.0**12
 """The constant dimension over the largest possible ‖latent‖: the norm scales by 1 − 2⁻²⁵ at most,
@@ -110,19 +108,19 @@ def latent_rms(
     if not rows:
         raise ValueError("got no batch to calibrate on")
     ids = [token_ids(batch, model.config.vocab_size, "calibration") for batch in rows]
-    x = embed(model, params, np.concatenate(ids))
+    x = embed(model.config, params, np.concatenate(ids))
     weights = []
     for index, layer in enumerate(model.config.layers):
         c, own = layer.attention, params[f"layers_{index}"]
         if not isinstance(c, MLAConfig):
             raise ValueError(f"layer {index} is {type(c).__name__}, expected MLAConfig")
         parts = [x[i : i + BATCH] for i in range(0, len(x), BATCH)]
-        block = block_kind(model.config, layer).block
-        sums = [_moments(attention_input(block, own, part), own["attn"], c) for part in parts]
+        kind = block_kind(model.config, layer)
+        sums = [_moments(attention_input(kind.block, own, part), own["attn"], c) for part in parts]
         first, second = np.sum(np.asarray(sums, np.float64), axis=0)
         check_finite({"latents": first}, f"layer {index}: ", f": {OVERFLOW}")
         weights.append(first / np.maximum(second, np.finfo(np.float64).tiny))
-        x = jnp.concatenate([run_block(model.config, layer, own, part) for part in parts])
+        x = jnp.concatenate([layer_output(kind, own, part) for part in parts])
     return weights
 
 

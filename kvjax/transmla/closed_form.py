@@ -15,7 +15,7 @@ from kvjax.nn.rope import frequencies
 from kvjax.ranges import SIZE, check_ranges
 from kvjax.transmla import low_rank, rotary
 from kvjax.transmla.calibration import LayerStats
-from kvjax.transmla.latent_layer import LatentLayer, assemble
+from kvjax.transmla.latent_layer import LatentLayer
 
 Constants = Callable[[Complex[np.ndarray, " f"]], Complex[np.ndarray, " f"]]
 
@@ -99,20 +99,45 @@ def close(
         rope_dim: width R of the rotary key.
         seen: the moments that the joint PCA works with; None: `stats`, as the rotary split.
     """
-    split = split_rotary(base, stats, rope_dim, recipe)
-    moments = joint_moments(base, attn, stats if seen is None else seen, split, recipe.centred)
+    partial = fit_partial_rope(base, stats, rope_dim, recipe)
+    observed = stats if seen is None else seen
+    moments = low_rank.joint_moments(base, attn, observed, partial, recipe.centred)
     if rank is None:
         low = low_rank.whole(len(moments.mean))
     else:
         low = low_rank.joint_pca(moments, recipe.metric, rank)
     out = np.asarray(attn["o"]).astype(np.float64)
     bias = np.asarray(attn["o_bias"]).astype(np.float64) if base.out_bias else 0.0
-    return assemble(split, low, out, bias + np.zeros(out.shape[-1]))
+    return assemble(partial, low, out, bias + np.zeros(out.shape[-1]))
 
 
-def split_rotary(
+def assemble(
+    partial: rotary.PartialRope,
+    low: low_rank.LowRank,
+    out: Float[np.ndarray, "N H D"],
+    out_bias: Float[np.ndarray, " D"],
+) -> LatentLayer:
+    """Rotary split and joint PCA as one layer; the constant of the values goes to the output."""
+    N, H, _ = out.shape
+    W, n = partial.key_nope.shape
+    K = W // H
+    key_up, value_up = low.up[:, :n], low.up[:, n:].reshape(-1, K, H)
+    constant = low.constant[n:].reshape(K, H)
+    return LatentLayer(
+        down=partial.joint @ low.down,
+        key_rope=np.concatenate([partial.key_rope, np.zeros_like(partial.key_rope)]),
+        query_rope=partial.query_rope,
+        k_up=np.einsum("lw,nhw->lnh", key_up, partial.query_nope, optimize=True),
+        v_up=np.repeat(value_up, N // K, axis=1),
+        out=out,
+        out_bias=out_bias + np.einsum("nh,nhd->d", np.repeat(constant, N // K, axis=0), out),
+        rope=partial.rope,
+    )
+
+
+def fit_partial_rope(
     base: GQAConfig, stats: LayerStats, rope_dim: int, recipe: Recipe
-) -> rotary.RotarySplit:
+) -> rotary.PartialRope:
     """The basis in which R components go on rotating, with the constants of the others."""
     inverse, factor = _frequencies(base, len(stats.distance))
     angles = np.arange(len(stats.distance))[:, None] * inverse[None]
@@ -129,7 +154,7 @@ def split_rotary(
         keys, energy[real] + energy[imag], turning, spread, base.num_kv_heads
     )
     basis = recipe.placement(statistics, recipe.rotation, rope_dim // 2)
-    return rotary.split(base, basis, constants * factor**2)
+    return rotary.partial_rope(base, basis, constants * factor**2)
 
 
 def _frequencies(base: GQAConfig, length: int) -> tuple[Float[np.ndarray, " f"], float]:
@@ -145,31 +170,3 @@ def _hermitian(second: np.ndarray, real: np.ndarray, imag: np.ndarray) -> np.nda
     rr, ii = second[np.ix_(real, real)], second[np.ix_(imag, imag)]
     ri = second[np.ix_(real, imag)]
     return rr + ii + 1j * (ri - ri.T)
-
-
-def joint_moments(
-    base: GQAConfig,
-    attn: dict[str, Any],
-    stats: LayerStats,
-    split: rotary.RotarySplit,
-    centred: bool,
-) -> low_rank.JointMoments:
-    """Moments of [k_nope ; v] and the metrics of both."""
-    W, n = split.key_nope.shape
-    K, H = base.num_kv_heads, base.head_dim
-    basis = np.zeros((2 * W, n + W))
-    basis[:W, :n], basis[W:, n:] = split.key_nope, np.eye(W)
-    mean = stats.kv_mean.copy() if centred else np.zeros_like(stats.kv_mean)
-    if base.softcap is not None:
-        mean[:W] = 0.0
-    covariance = stats.kv_second - np.outer(mean, stats.kv_mean) - np.outer(stats.kv_mean, mean)
-    covariance += np.outer(mean, mean)
-    queries = split.query_nope
-    key_metric = np.einsum("nhw,nhg,ngx->wx", queries, stats.q_second, queries, optimize=True)
-    out = np.asarray(attn["o"]).astype(np.float64).reshape(K, -1, H, attn["o"].shape[-1])
-    value_metric = np.zeros((K, H, K, H))
-    for head in range(K):
-        value_metric[head, :, head] = np.tensordot(out[head], out[head], ((0, 2), (0, 2)))
-    return low_rank.JointMoments(
-        basis.T @ covariance @ basis, mean @ basis, key_metric, value_metric.reshape(W, W)
-    )
