@@ -20,7 +20,7 @@ from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
 from kvjax.reading import Start, from_start
-from kvjax.tasks.perplexity import check_losses, chunk_losses
+from kvjax.tasks.scoring import check_losses, chunk_losses
 
 PIECE = 128  # tokens of a continuation that are fed at a time
 

@@ -16,8 +16,8 @@ from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
 from kvjax.pipelines.compare import compare
 from kvjax.sampling import NO_TOKEN, Sampling, most_likely, sample
-from kvjax.tasks import teacher_forced
-from kvjax.tasks.perplexity import perplexity
+from kvjax.tasks import scoring
+from kvjax.tasks.scoring import perplexity
 
 LOUD = 60  # the token whose embedding overflows two layers on
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -53,7 +53,7 @@ WAYS = {
     "logits after the text": lambda m, p: kvjax.compress(m, p, LOUD_PROMPT, HALF),
     "scores of example 0": lambda m, p: score_examples(m, p, [EXAMPLE], "copying"),
     "logits of example 0 under policy 'full'": lambda m, p: compare(m, p, [EXAMPLE], {}),
-    "logits of example 0": lambda m, p: teacher_forced.predictions(m, p, [EXAMPLE], 2),
+    "logits of example 0": lambda m, p: scoring.predictions(m, p, [EXAMPLE], 2),
     "losses of the text": lambda m, p: perplexity(m, p, [TEXT]),
     "log-likelihoods": lambda m, p: continuations.dense(m, p, [PROMPT], [[LOUD, 3]]),
 }

@@ -17,7 +17,8 @@ from kvjax.headkv import HeadScores, Policy, load_scores
 from kvjax.hf import check_export, config_from_hf, layout_of, open_params, read_model, read_shape
 from kvjax.nn import Transformer
 from kvjax.paths import check_local, local_path
-from kvjax.tasks import WordVocabulary, haystack
+from kvjax.tasks import WordVocabulary
+from kvjax.tasks.prompt import read_haystack
 from kvjax.transmla.calibration import Stats
 from train.data.config import SourceConfig
 from train.data.sources import open_rows
@@ -151,7 +152,7 @@ def test_what_is_read(model, kind):
         Stats.load,
         lambda path: read_shape(str(path)),
         lambda path: load_context(path, *model),
-        lambda path: haystack.read(path, WordVocabulary()),
+        lambda path: read_haystack(path, WordVocabulary()),
         lambda path: kvjax.transmla.calibrate(*model, [], resume=path),
         lambda path: kvjax.headkv.score_heads(*model, None, haystack=path),
         lambda path: Policy.parse(f"headkv:scores={path}"),

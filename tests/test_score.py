@@ -19,7 +19,8 @@ from kvjax.pipelines.questions import (
     TokenizerVocabulary,
     make_examples,
 )
-from kvjax.tasks import WordVocabulary, haystack
+from kvjax.tasks import WordVocabulary
+from kvjax.tasks.prompt import read_haystack
 
 MODEL = "builtin:needle"
 ARGUMENTS = "--estimator copying --samples 10 --length 128 --batch-size 2"
@@ -217,7 +218,7 @@ def test_facts_stand_between_the_sentences_of_the_text(tokenizer, text):
 
 
 def test_sentences_of_a_text(text):
-    hay = haystack.read(text, WordVocabulary())
+    hay = read_haystack(text, WordVocabulary())
     assert len(hay.pieces) == 40 and hay.size == 400
     rng = np.random.default_rng(0)
     for length in (0, 5, 37, 400):

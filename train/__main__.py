@@ -56,7 +56,7 @@ def evaluate_command(
     Args:
         model: a directory, or builtin:needle.
         out: JSON file for the result.
-        tasks: names of kvjax.tasks.sets.
+        tasks: names of kvjax.tasks.recall.
         lengths: tokens of the prompts.
         count: prompts for each task and length.
         dtype: of the parameters.

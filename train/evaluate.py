@@ -10,7 +10,7 @@ from pathlib import Path
 import kvjax
 from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
-from kvjax.tasks.sets import CHANCE
+from kvjax.tasks.recall import TASKS
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
                 "prompt_tokens": length,
                 "prompts": count,
                 "exact_match": accuracy(transformer, params, examples, vocab.eos_id),
-                "chance": CHANCE.get(task, 0.0),
+                "chance": TASKS[task].chance,
                 "dtype": dtype,
             }
             rows.append(row)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import kvjax.hf
 from kvjax.finite import check_finite
-from kvjax.tasks.tokenizer import to_transformers
+from kvjax.tasks.words import to_transformers
 from train import checkpoints
 from train.pretrain import Run, create_run, initial_state
 from train.recipe import Recipe

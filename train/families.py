@@ -13,7 +13,7 @@ from kvjax.prompts import bucket_length
 from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import rows
-from kvjax.tasks.problem import Problem
+from kvjax.tasks.prompt import Problem
 
 
 def write_rows(path: Path, family: str, count: int, seed: int = 0, split: str = "train") -> None:

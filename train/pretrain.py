@@ -17,7 +17,7 @@ import optax
 from kvjax.finite import first_not_finite
 from kvjax.nn import Transformer
 from kvjax.ranges import SIZE, check_ranges, optional
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.words import WordVocabulary
 from train import checkpoints, log
 from train.checkpoints import Progress
 from train.episodes import KINDS, Batch, make_batch

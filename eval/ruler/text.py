@@ -13,8 +13,8 @@ import numpy as np
 from eval import rows
 from kvjax.encoding import ids_after
 from kvjax.pipelines.questions import TokenizerVocabulary
-from kvjax.tasks import filler, haystack, words
-from kvjax.tasks.prompt import Filler, strew
+from kvjax.tasks import words
+from kvjax.tasks.prompt import SENTENCE_END, Filler, Haystack, sentence, strew
 
 NOUNS = (*words.FILLER_NOUNS, *words.THINGS)
 POOL = len(words.FILLER_ADJECTIVES) * len(NOUNS)
@@ -97,26 +97,26 @@ def _different(make: Callable[[], str], count: int) -> list[str]:
     return list(found)
 
 
-def essay(path: str | Path, vocab: TokenizerVocabulary) -> haystack.Haystack:
+def essay(path: str | Path, vocab: TokenizerVocabulary) -> Haystack:
     """The haystack in a text file, plain or packed (.gz, .xz).
 
     Raises:
         ValueError: no such file, or not UTF-8.
     """
     path = Path(path)
-    sentences = haystack.SENTENCE_END.split(" ".join(rows.read_text(path).split()))
+    sentences = SENTENCE_END.split(" ".join(rows.read_text(path).split()))
     # As vocab.encode, but all at once: a book has thousands. Some tokenizers put the space there.
     space = "" if encode(vocab, "a") == vocab.encode("a") else " "
     texts = [space + sentence for sentence in sentences if sentence]
     pieces = vocab.tokenizer(texts or [" "], add_special_tokens=False)
-    return haystack.Haystack(path.name, tuple(tuple(p) for p in pieces["input_ids"] if p))
+    return Haystack(path.name, tuple(tuple(p) for p in pieces["input_ids"] if p))
 
 
 def noise(vocab: TokenizerVocabulary) -> Filler:
     """A haystack of few sentences, repeated."""
 
     def fill(rng: np.random.Generator, length: int) -> list[list[int]]:
-        said = [vocab.encode(filler.sentence(rng)) for _ in range(NOISE)]
+        said = [vocab.encode(sentence(rng)) for _ in range(NOISE)]
         return cut(itertools.cycle(said), length)
 
     return fill

@@ -13,8 +13,8 @@ from eval.task import Item, Task, TaskOptions
 from kvjax.answers import exact_match, rouge1_recall
 from kvjax.example import Example
 from kvjax.pipelines.questions import TokenizerVocabulary
-from kvjax.tasks import haystack
-from kvjax.tasks.sets import EVALUATION_STREAM
+from kvjax.tasks.prompt import read_haystack
+from kvjax.tasks.recall import EVALUATION_STREAM
 
 LENGTHS = (512, 1024)
 DEPTHS = 10
@@ -52,7 +52,7 @@ def load(
     vocab = TokenizerVocabulary(options.tokenizer)
     path = options.settings.get("haystack")
     rest = {
-        "filler": haystack.read(path, vocab) if path else None,
+        "filler": read_haystack(path, vocab) if path else None,
         "distractors": number(options, "distractors", distractors, 0),
         "answer_length": number(options, "answer_length", 4, 1),
     }

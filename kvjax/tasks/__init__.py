@@ -5,12 +5,11 @@ Those of short problems, `word_problems` and `programs`, return a `Problem`: tex
 """
 
 from kvjax.answers import exact_match, rouge1_recall, token_f1
-from kvjax.tasks import families, needle, programs, repeated_spans, two_hop, word_problems
-from kvjax.tasks.perplexity import perplexity
-from kvjax.tasks.problem import Problem
-from kvjax.tasks.sets import make_examples
-from kvjax.tasks.teacher_forced import accuracy, predictions
-from kvjax.tasks.vocabulary import Vocabulary, WordVocabulary
+from kvjax.tasks import families, programs, word_problems
+from kvjax.tasks.prompt import Problem
+from kvjax.tasks.recall import make_examples, needle, repeated_spans, two_hop
+from kvjax.tasks.scoring import accuracy, perplexity, predictions
+from kvjax.tasks.words import Vocabulary, WordVocabulary
 
 __all__ = [
     "Problem",

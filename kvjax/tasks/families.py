@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kvjax.tasks import programs, word_problems
-from kvjax.tasks.problem import Problem
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.prompt import Problem
+from kvjax.tasks.words import WordVocabulary
 
 FAMILIES: dict[str, tuple[Callable[..., Problem], tuple[int, ...]]] = {
     "word_problems": (word_problems.generate, (1, 2, 1, 2, 3)),

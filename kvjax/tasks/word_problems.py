@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvjax.tasks import words
-from kvjax.tasks.problem import Problem, fits
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.prompt import Problem, fits
+from kvjax.tasks.words import WordVocabulary
 
 LOW, HIGH = int(words.AGES[0]), int(words.AGES[-1])
 TENS = (10, 20, 30)

@@ -1,4 +1,17 @@
-"""The words of the tasks: written for this project, every one a single token of its vocabulary."""
+"""The words of the tasks, and the vocabulary that gives each of them one token id.
+
+Every word was chosen for this project. `Vocabulary` says what the tasks need of a tokenizer;
+`WordVocabulary` is the project's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, runtime_checkable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -82,3 +95,91 @@ ALL = (
     *FILLER_ADVERBS,
 )
 """Every token, in the order of the ids."""
+
+SPLIT = r"<[a-z]+>|'s|\w+|[^\w\s]"
+"""Words, possessive endings, single punctuation marks."""
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """Turns a piece of text into ids, without special tokens, the same wherever it stands."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Starts every prompt; None for models without one."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """V."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class WordVocabulary:
+    """Word-level vocabulary: one id a word, words separated by single spaces.
+
+    Attributes:
+        tokens: all tokens, their index is their id; the first four are pad, bos, eos, unknown.
+    """
+
+    tokens: tuple[str, ...] = ALL
+    _ids: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(ids) != len(self.tokens):
+            twice = sorted({token for token in self.tokens if self.tokens.count(token) > 1})
+            raise ValueError(f"tokens stand twice in the vocabulary: {', '.join(twice)}")
+        if self.tokens[:4] != SPECIAL:
+            raise ValueError(f"got first tokens {self.tokens[:4]}, expected {SPECIAL}")
+        object.__setattr__(self, "_ids", ids)
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    unknown_id = 3
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the space-separated words of `text`; unknown words get `unknown_id`."""
+        return [self._ids.get(word, self.unknown_id) for word in text.split()]
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """The words, joined by spaces."""
+        return " ".join(self.tokens[index] for index in ids)
+
+
+def to_transformers(vocab: WordVocabulary, max_length: int) -> PreTrainedTokenizerFast:
+    """A lower-casing word-level tokenizer with the ids of `vocab`; encoding starts with <bos>.
+
+    Args:
+        max_length: the context of the model that it belongs to.
+    """
+    # Heavy, and needed by no one who only generates ids.
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, eos, unknown = vocab.tokens[:4]
+    ids = {token: index for index, token in enumerate(vocab.tokens)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, vocab.bos_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        padding_side="right",
+        model_max_length=max_length,
+    )

@@ -16,8 +16,7 @@ from kvjax.hf.deepseek.stock import stock_tensors
 from kvjax.nn import Transformer
 from kvjax.pipelines.companions import copy_companions
 from kvjax.pipelines.export import export_checkpoint
-from kvjax.tasks.tokenizer import to_transformers
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.words import WordVocabulary, to_transformers
 
 pytest.importorskip("torch")
 from tiny_checkpoints import CASES, build, torch_logits

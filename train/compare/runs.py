@@ -16,7 +16,7 @@ import numpy as np
 import kvjax
 from kvjax.finite import check_finite
 from kvjax.tasks.families import problems
-from kvjax.tasks.problem import Problem
+from kvjax.tasks.prompt import Problem
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
 from train.data import DataConfig, SourceConfig, check_documents, make_loader
 from train.families import family_accuracy
