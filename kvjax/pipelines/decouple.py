@@ -186,7 +186,7 @@ def _write_layers(
         task = bar.add_task("converting", total=model.config.num_layers, completed=done)
         for layer in layers:
             steps = _advance(model.config, layer, steps)
-            config, attn = layer.layout(layer.final)
+            config, attn = layer.attention(layer.final)
             check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
             streams = layer.streams._asdict() | steps
             output.write_layer({**layer.source, "attn": attn}, config, streams)
@@ -201,7 +201,7 @@ def _advance(
     layer, own = config.layers[converted.index], converted.source
     new = {HELD_OUT[0]: layer_output(block_kind(config, layer), own, steps[HELD_OUT[0]])}
     for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
-        attention, attn = converted.layout(getattr(converted, stage))
+        attention, attn = converted.attention(getattr(converted, stage))
         changed = LayerConfig(attention, layer.mlp)
         new[name] = layer_output(block_kind(config, changed), {**own, "attn": attn}, steps[name])
     return new

@@ -1,4 +1,8 @@
-"""A recipe says how a layer is decoupled: small functions that compose, the paper's or better."""
+"""The closed form of a decoupled layer, from its second moments and a recipe.
+
+A `Recipe` names the function of each step: a published one (arXiv 2502.07864v5), or a better one.
+`close` runs the steps: partial RoPE, then the joint PCA, then both as one `LatentLayer`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,11 @@ from kvjax.transmla.calibration import LayerStats
 from kvjax.transmla.latent_layer import LatentLayer
 
 Constants = Callable[[Complex[np.ndarray, " f"]], Complex[np.ndarray, " f"]]
+"""E_Δ[e^(iΔθ)] of each frequency → the constant that replaces e^(iΔθ) where nothing rotates."""
 
 
 def expected(turning: Complex[np.ndarray, " f"]) -> Complex[np.ndarray, " f"]:
-    """c = E_Δ[e^(iΔθ)], the best constant by least squares: fast components shrink towards 0."""
+    """c = E_Δ[e^(iΔθ)], the least-squares constant: fast components shrink towards 0."""
     return turning
 
 
@@ -35,18 +40,18 @@ class Recipe:
     """The closed form of a layer's conversion, and what is fitted afterwards.
 
     Attributes:
-        rotation: the unitary basis of one frequency's components.
-        placement: which components go on rotating.
-        constants: what stands for e^(iΔθ) where nothing rotates any more.
-        metric: in which the joint PCA measures errors.
-        centred: take the means of k_nope and v out of the PCA. A constant in k_nope shifts all
-            the scores of a query alike (unless they are soft-capped: there it stays), one in v is
-            a bias of the output.
-        refit: fit scores and outputs to the original layer's by least squares, layer after layer
-            (kvjax.transmla.refit_scores, refit_outputs).
-        biased: the fitted outputs may have a bias.
-        recalibrate: take the moments of the joint PCA from the model whose RoPE is already partial,
-            as the published code does.
+        rotation: chooses the unitary basis of one frequency's components.
+        placement: chooses the components that keep RoPE.
+        constants: chooses the constant that replaces e^(iΔθ) in the other components.
+        metric: the metric in which the joint PCA measures errors.
+        centred: subtract the means of k_nope and v before the PCA. This is exact: a constant in
+            k_nope shifts all scores of a query alike, and a constant in v becomes a bias of the
+            output. Means of keys are kept where scores are soft-capped.
+        refit: fit scores and outputs to those of the original layer by least squares, layer after
+            layer (kvjax.transmla.refit_scores, refit_outputs).
+        biased: fit a bias of the output too.
+        recalibrate: measure the moments of the joint PCA in the model with partial RoPE, as the
+            published code does.
     """
 
     rotation: rotary.Rotation = rotary.complex_rotation
@@ -60,16 +65,19 @@ class Recipe:
 
 
 BEST = Recipe()
-"""What measured best of the recipes in docs/decoupled.md: within 0.1 % on stories260k, within one
-standard error on the embedded model."""
-
+"""The recipe that measured best in docs/decoupled.md. The next ones are within 0.1 % on stories260k
+and within one standard error on the embedded model."""
 
 UNBIASED = Recipe(centred=False, biased=False)
-"""The best that gives a model without biases none: what `norm="rms"` exports need."""
+"""The best recipe that adds no bias to a model without biases, as exports with norm="rms" need."""
 
 
 def published(fold: int) -> Recipe:
-    """The method of TransMLA v3 to v5 (arXiv 2502.07864) with FreqFold `fold`."""
+    """The method of TransMLA v3 to v5 (arXiv 2502.07864) with FreqFold `fold`.
+
+    Raises:
+        ValueError: a `fold` that is not a number from 0.
+    """
     check_ranges({"fold": fold}, {"fold": SIZE})
     return Recipe(
         rotary.real_rotation,
@@ -91,13 +99,14 @@ def close(
     recipe: Recipe,
     seen: LayerStats | None = None,
 ) -> LatentLayer:
-    """One layer's conversion in closed form.
+    """Converts the attention of one layer in closed form.
 
     Args:
-        base, attn: the layer's attention and its parameters.
-        rank: latent width; None for all of it, so that only RoPE is approximated.
+        base, attn: the attention of the layer and its parameters.
+        stats: moments of the layer in the original model.
+        rank: latent width; None for the full width, which leaves RoPE as the only approximation.
         rope_dim: width R of the rotary key.
-        seen: the moments that the joint PCA works with; None: `stats`, as the rotary split.
+        seen: other moments for the joint PCA (see `Recipe.recalibrate`); None: `stats`.
     """
     partial = fit_partial_rope(base, stats, rope_dim, recipe)
     observed = stats if seen is None else seen
@@ -117,11 +126,13 @@ def assemble(
     out: Float[np.ndarray, "N H D"],
     out_bias: Float[np.ndarray, " D"],
 ) -> LatentLayer:
-    """Rotary split and joint PCA as one layer; the constant of the values goes to the output."""
+    """One layer from its partial RoPE and its joint PCA; `out` and `out_bias` are those of GQA."""
     N, H, _ = out.shape
     W, n = partial.key_nope.shape
     K = W // H
     key_up, value_up = low.up[:, :n], low.up[:, n:].reshape(-1, K, H)
+    # The weights of the attention add up to 1, so a constant value becomes a bias of the output.
+    # The constant of the keys drops out of the softmax.
     constant = low.constant[n:].reshape(K, H)
     return LatentLayer(
         down=partial.joint @ low.down,
@@ -138,12 +149,18 @@ def assemble(
 def fit_partial_rope(
     base: GQAConfig, stats: LayerStats, rope_dim: int, recipe: Recipe
 ) -> rotary.PartialRope:
-    """The basis in which R components go on rotating, with the constants of the others."""
+    """Chooses the components that keep RoPE, and the constants of the others.
+
+    Args:
+        rope_dim: width R of the rotary key; R / 2 complex components keep RoPE.
+    """
     inverse, factor = _frequencies(base, len(stats.distance))
+    # How far each frequency turns over the distances that the layer attends to.
     angles = np.arange(len(stats.distance))[:, None] * inverse[None]
     turning = stats.distance @ np.exp(1j * angles)
     constants = recipe.constants(turning)
     spread = stats.distance @ np.abs(np.exp(1j * angles) - constants) ** 2
+    # The energies of keys and queries in every complex component.
     real, imag = rotary.component_rows(base)
     width = base.num_kv_heads * base.head_dim
     second = stats.kv_second[:width, :width]
@@ -158,7 +175,7 @@ def fit_partial_rope(
 
 
 def _frequencies(base: GQAConfig, length: int) -> tuple[Float[np.ndarray, " f"], float]:
-    """Angle by token of every rotary pair, and the factor that RoPE puts on queries and keys."""
+    """Radians a token of every rotary pair, and RoPE's factor on queries and keys."""
     if base.rope is None:
         return np.zeros(0), 1.0
     inverse, factor = frequencies(base.rope, jnp.full((1,), length, jnp.int32))

@@ -1,4 +1,7 @@
-"""The weights of one converted layer, in fp64, and the two ways to lay them out."""
+"""The weights of one converted layer in fp64, and the two forms of parameters they can take.
+
+`over_heads` ("post") keeps the projections of GQA, `folded` ("fold") multiplies the maps into them.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ class LatentLayer:
     """Latent attention over the keys and values x = [k ; v] of GQA, X = 2·K·H numbers.
 
     Attributes:
-        down: [X, L], what is cached as the latent.
-        key_rope: [X, R], what is cached as the rotary key, before RoPE.
-        query_rope: [N, H, R], a head's query to its rotary part.
-        k_up, v_up: [L, N, H] and [L, N, V].
-        out, out_bias: [N, V, D] and [D].
-        rope: of the R rotating components; None for R = 0.
+        down: [X, L], from x to the cached latent.
+        key_rope: [X, R], from x to the cached rotary key, before RoPE.
+        query_rope: [N, H, R], from the query of a head to its rotary part.
+        k_up, v_up: [L, N, H] and [L, N, V], from the latent to the keys and values of a head.
+        out, out_bias: [N, V, D] and [D], the output projection.
+        rope: RoPE of the R rotating components; None for R = 0.
     """
 
     down: Float[np.ndarray, "X L"]
@@ -40,7 +43,13 @@ class LatentLayer:
 def over_heads(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[DecoupledConfig, dict[str, Any]]:
-    """The layout that keeps the projections and norms of GQA: for any family."""
+    """Parameters of `DecoupledAttention`: the projections and norms of GQA, then the maps.
+
+    Possible for every model, with QK-norm too.
+
+    Args:
+        base, attn: the attention of the original layer and its parameters.
+    """
     config = DecoupledConfig(
         base, layer.down.shape[1], layer.rope, layer.out.shape[1], out_bias=True
     )
@@ -59,7 +68,7 @@ def over_heads(
 def folded_config(
     base: GQAConfig, rank: int, rope: RopeConfig | None, v_head_dim: int
 ) -> MLAConfig:
-    """The attention that `folded` gives: a latent of width `rank`, a rotary key of rope.dim."""
+    """The config of folded attention with a latent of width `rank`, a rotary key of rope.dim."""
     return MLAConfig(
         num_heads=base.num_heads,
         qk_nope_head_dim=base.head_dim,
@@ -81,10 +90,13 @@ def folded_config(
 def folded(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[MLAConfig, dict[str, Any]]:
-    """Multi-head latent attention proper: the maps are multiplied into the projections.
+    """Parameters of `MLA`: the maps multiplied into the projections.
+
+    Args:
+        base, attn: the attention of the original layer and its parameters.
 
     Raises:
-        ValueError: QK-norm, which stands between projections and maps.
+        ValueError: the model has QK-norm, which comes between projections and maps.
     """
     if base.qk_norm is not None:
         raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
@@ -92,12 +104,12 @@ def folded(
     joint = np.concatenate([layer.down, layer.key_rope], axis=1)
 
     def with_rope(q: np.ndarray) -> np.ndarray:
-        """Queries [X, N, H], and behind them their rotary parts."""
+        """Queries [X, N, H], followed by their rotary parts: [X, N, H + R]."""
         turning = np.swapaxes(q, 0, 1) @ layer.query_rope
         return np.concatenate([q, np.swapaxes(turning, 0, 1)], axis=2)
 
     def heads_to_latent(name: str) -> np.ndarray:
-        """k and v (weights or biases) of all heads through the joint map."""
+        """Weights or biases of k and v of all heads, through the joint map."""
         parts = [_fp64(attn[f"{p}{name}"]) for p in "kv"]
         return np.concatenate([p.reshape(*p.shape[:-2], -1) for p in parts], axis=-1) @ joint
 
@@ -116,13 +128,15 @@ def folded(
 
 
 def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
-    """The same attention with a latent and a rotary key as wide as the keys and values allow."""
+    """The same attention, padded with zeros to the widest possible latent and rotary key."""
     width = 2 * base.num_kv_heads * base.head_dim
     down, k_up, v_up = (_grow(x, axis, width) for x, axis in _latent_axes(layer))
     grown = dataclasses.replace(layer, down=down, k_up=k_up, v_up=v_up)
     if base.rope is None:
         return grown
     K, half = base.num_kv_heads, base.rope.dim // 2
+    # The widest rotary key has K components of every frequency; each component of the layer takes
+    # the next free one of its frequency.
     pairs = np.repeat(np.arange(half), K)
     taken, slots = np.zeros(half, int), []
     for pair in rotating_pairs(layer):

@@ -1,7 +1,8 @@
-"""One layer taken apart, as calibration and the least-squares refits see it.
+"""The inside of one layer, for calibration and the least-squares refits.
 
-`Heads` holds queries, keys and values of the original layer, `cache_entries` and `latent_scores`
-give what the converted layer caches, and the scores that its queries find there.
+`Heads`, `scores` and `attention_weights` are the attention of the original layer. `cache_entries`
+and `latent_scores` are that of the converted layer, in the absorbed form: what it caches, and the
+scores of queries against the cache.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from kvjax.sharding import place_params
 from kvjax.transmla.latent_layer import LatentLayer
 from pallas_kernels.reference import NEG_INF, soft_cap
 
-GROUP = 8  # sequences that are worked on at a time
+GROUP = 8  # sequences that a refit works on at a time
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def gqa_layers(model: Transformer) -> list[GQAConfig]:
-    """The attention of all layers.
+    """The attention configs of all layers.
 
     Raises:
-        ValueError: names the layers that are not GQA.
+        ValueError: a layer that is not GQA; names all of them.
     """
     configs = [layer.attention for layer in model.config.layers]
     others = [f"{i}: {type(c).__name__}" for i, c in enumerate(configs) if type(c) is not GQAConfig]
@@ -67,7 +68,7 @@ def with_attention(
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values of GQA, normed and not yet rotated.
+    """Queries, keys and values of GQA, with QK-norm and without RoPE.
 
     Attributes:
         q: [B, T, N, H].
@@ -80,19 +81,19 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, block: Block, params: dict[str, Any], x: jax.Array) -> Heads:
-        """Of a block's parameters and its input [B, T, D], before the norm."""
+        """The heads of a block; `x` [B, T, D] is the input of the block, before its norm."""
         y = attention_input(block, params, x)
         return cls(*gqa_heads(gqa_of(block), params["attn"], y))
 
     def rotated(self, base: GQAConfig) -> Heads:
-        """Queries and keys with RoPE."""
+        """The same heads with RoPE on queries and keys."""
         at, lengths = text_positions(self.q)
         turn = functools.partial(rope, positions_BT=at, lengths_B=lengths, config=base.rope)
         return self._replace(q=turn(self.q), k=turn(self.k))
 
 
 def gqa_of(block: Block) -> GQAConfig:
-    """The attention of a block that is to be converted."""
+    """The attention config of a block that is to be converted."""
     assert isinstance(block.layer.attention, GQAConfig)
     return block.layer.attention
 
@@ -110,14 +111,18 @@ def scores(
 def attention_weights(
     s_BNQS: Float[Array, "B N Q S"], at: jax.Array, base: GQAConfig
 ) -> Float[Array, "B N Q S"]:
-    """Softmax of the scores of queries at the positions `at` [Q] over the keys they see; fp32."""
+    """Softmax of the scores over the keys that each query sees; fp32.
+
+    Args:
+        at: [Q] positions of the queries; the keys have positions 0 … S − 1.
+    """
     keys = jnp.arange(s_BNQS.shape[3], dtype=jnp.int32)
     mask = visible(at[None], keys[None], base.window)[:, None]
     return jax.nn.softmax(jnp.where(mask, soft_cap(s_BNQS, base.softcap), NEG_INF), axis=-1)
 
 
 class CacheMaps(NamedTuple):
-    """Keys and values to what is cached, in fp32.
+    """The maps from keys and values to cache entries, in fp32.
 
     Attributes:
         down, key_rope: [X, L] and [X, R], as in `LatentLayer`.
@@ -128,16 +133,16 @@ class CacheMaps(NamedTuple):
 
     @classmethod
     def of(cls, layer: LatentLayer) -> CacheMaps:
-        """Those of a layer."""
+        """The maps of a layer."""
         return cls(_fp32(layer.down), _fp32(layer.key_rope))
 
 
 class QueryMaps(NamedTuple):
-    """Queries to what they meet in the cache, in fp32.
+    """The maps from queries to vectors that are compared with cache entries, in fp32.
 
     Attributes:
-        k_up: [L, N, H], also the map from a head's query to the latent it looks for.
-        query_rope: [N, H, R].
+        k_up: [L, N, H]; takes the query of a head to a vector of the latent's width.
+        query_rope: [N, H, R]; takes the query of a head to its rotary part.
     """
 
     k_up: jax.Array
@@ -145,7 +150,7 @@ class QueryMaps(NamedTuple):
 
     @classmethod
     def of(cls, layer: LatentLayer) -> QueryMaps:
-        """Those of a layer."""
+        """The maps of a layer."""
         return cls(_fp32(layer.k_up), _fp32(layer.query_rope))
 
 
@@ -156,7 +161,12 @@ def _fp32(x: np.ndarray) -> jax.Array:
 def cache_entries(
     heads: Heads, maps: CacheMaps, turn: RopeConfig | None
 ) -> tuple[Float[Array, "B T L"], Float[Array, "B T R"]]:
-    """Latents and rotated keys of unrotated keys and values; fp32."""
+    """The cache entries of keys and values: latents, and rotary keys with RoPE; fp32.
+
+    Args:
+        heads: with keys before RoPE.
+        turn: RoPE of the rotary key; None where it has no components.
+    """
     B, T = heads.k.shape[:2]
     kv = jnp.concatenate([heads.k, heads.v], axis=2).reshape(B, T, -1).astype(jnp.float32)
     at, lengths = text_positions(kv)
@@ -174,7 +184,13 @@ def latent_scores(
     scale: float,
     turn: RopeConfig | None,
 ) -> Float[Array, "N Q T"]:
-    """Absorbed scores of queries at the positions `at`."""
+    """The scores of queries of one sequence against its cache entries, in the absorbed form.
+
+    Args:
+        q: queries before RoPE.
+        c, k_rope: from `cache_entries`.
+        at: positions of the queries.
+    """
     T = c.shape[0]
     q_rope = jnp.einsum("qnh,nhr->qnr", q, maps.query_rope)
     q_rope = rope(q_rope[None], at[None], jnp.full((1,), T, jnp.int32), turn)[0]
@@ -184,11 +200,11 @@ def latent_scores(
 
 
 def grouped(x: Float[Array, "S T D"]) -> Float[Array, "groups g T D"]:
-    """A few sequences at a time: one alone keeps no processor busy."""
+    """Groups of up to GROUP sequences, because one sequence is too small to fill a processor."""
     return x.reshape(-1, math.gcd(len(x), GROUP), *x.shape[1:])
 
 
 def rows(x: jax.Array, inner: int) -> jax.Array:
-    """All axes but the last `inner` as one."""
+    """Merges all axes before the last `inner` into one."""
     outer = x.ndim - inner
     return x.reshape(math.prod(x.shape[:outer]), *x.shape[outer:])  # R may be 0: no −1

@@ -1,6 +1,7 @@
-"""One latent for what does not rotate of the keys, and the values: joint PCA (2502.07864v5, 4.2).
+"""One latent for the values and for the key components without RoPE: joint PCA.
 
-x = [k_nope ; v] is cached as c = x · down, and read back as c · up + a constant.
+x = [k_nope ; v] is cached as c = x · down, and read back as c · up + constant (arXiv 2502.07864v5,
+section 4.2).
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ class JointMoments:
     """Statistics of x = [k_nope ; v] of one layer, W = n + K·H numbers; fp64.
 
     Attributes:
-        covariance: E[xᵀx] [W, W], centred where a constant in x costs nothing.
-        mean: [W], zeros where it is not centred.
-        key_metric: [n, n] Σ over heads of E[q_nopeᵀ q_nope]: what an error in k_nope does to the
+        covariance: E[xᵀx] [W, W], centred in the components that `mean` has.
+        mean: [W], zeros for components that are not centred.
+        key_metric: [n, n] Σ over heads of E[q_nopeᵀ q_nope]: how an error in k_nope changes the
             scores.
-        value_metric: [K·H, K·H] Σ over heads of W_O W_Oᵀ: what an error in v does to the
-            output.
+        value_metric: [K·H, K·H] Σ over heads of W_O W_Oᵀ: how an error in v changes the output.
     """
 
     covariance: Float[np.ndarray, "W W"]
@@ -46,12 +46,18 @@ def joint_moments(
     partial: PartialRope,
     centred: bool,
 ) -> JointMoments:
-    """Moments of [k_nope ; v] and the metrics of both."""
+    """The moments of [k_nope ; v], and the metrics of keys and values.
+
+    Args:
+        base, attn: the attention of the layer and its parameters.
+        centred: subtract the means; those of keys only where scores have no soft-cap.
+    """
     K, H, joint = base.num_kv_heads, base.head_dim, partial.joint
     W = K * H
     mean = stats.kv_mean.copy() if centred else np.zeros_like(stats.kv_mean)
-    if base.softcap is not None:
+    if base.softcap is not None:  # a shift of all scores is no longer free
         mean[:W] = 0.0
+    # E[(x − m)ᵀ(x − m)], where the means m may be of some components only.
     covariance = stats.kv_second - np.outer(mean, stats.kv_mean) - np.outer(stats.kv_mean, mean)
     covariance += np.outer(mean, mean)
     queries = partial.query_nope
@@ -69,16 +75,16 @@ Metric = Callable[[JointMoments], Float[np.ndarray, "W W"]]
 
 
 def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
-    """Errors of keys as the queries see them, of values as the output projection does.
+    """Measures errors of keys by the scores, and errors of values by the output.
 
-    The two are in different units; each is divided by its trace.
+    Scores and outputs have different units, so each metric is divided by its trace.
     """
     parts = (_normalized(moments.key_metric), _normalized(moments.value_metric))
     return _diagonal(*(_power(part, 0.5) for part in parts))
 
 
 def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
-    """Balanced KV, the published rule: keys divided by the ratio of the mean column norms."""
+    """Balanced KV, the published rule: divides keys by the ratio of the mean column norms."""
     n = len(moments.key_metric)
     norms = np.sqrt(np.diag(moments.covariance))
     keys, values = norms[:n].mean() if n else 0.0, norms[n:].mean()
@@ -87,7 +93,7 @@ def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
 
 
 def plain(moments: JointMoments) -> Float[np.ndarray, "W W"]:
-    """Keys and values as they are."""
+    """Weighs all components of keys and values alike."""
     return np.eye(len(moments.covariance))
 
 
@@ -106,7 +112,7 @@ class LowRank:
 
 
 def whole(width: int) -> LowRank:
-    """x as it is: all of the rank, nothing to decompose."""
+    """The identity: a latent of the full width W."""
     return LowRank(np.eye(width), np.eye(width), np.zeros(width))
 
 
@@ -114,11 +120,12 @@ def joint_pca(moments: JointMoments, metric: Metric, rank: int) -> LowRank:
     """The projection on `rank` components with the least expected error in the metric.
 
     With the root M^½ of the metric and the leading eigenvectors U of M^½ C M^½:
-    down = M^½ U, up = Uᵀ M^-½, and the constant is the part of the mean that they lose.
+    down = M^½ U, up = Uᵀ M^-½, and the constant is the part of the mean that the two lose.
     """
     root = metric(moments)
     values, vectors = np.linalg.eigh(root @ moments.covariance @ root)
     leading = vectors[:, np.argsort(-values, kind="stable")[:rank]]
+    # Eigenvectors have no sign: fix one, so that platforms agree.
     pivot = np.take_along_axis(leading, np.abs(leading).argmax(axis=0)[None], axis=0)
     leading = leading * np.sign(pivot)
     down, up = root @ leading, leading.T @ _power(root, -1.0)
@@ -131,27 +138,29 @@ def low_rank_query(
     rank: int,
     input_second: Float[np.ndarray, "D D"],
 ) -> tuple[MLAConfig, dict[str, Any]]:
-    """Folded attention whose query projection has a given rank: PCA of the queries it gives.
+    """Cuts the query projection of folded attention to a rank, by PCA of the queries.
 
     Args:
-        input_second: E[yᵀy] of the attention's input.
+        config, attn: from `latent_layer.folded`.
+        input_second: E[yᵀy] of the input of the attention.
     """
     wide = np.asarray(attn["q"]).astype(np.float64).reshape(len(input_second), -1)
     values, vectors = np.linalg.eigh(input_second)
     scale = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
     root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
+    # With a white input, the error of a query is that of its projection: a plain PCA.
     outputs = root @ wide
     leading = np.linalg.eigh(outputs @ outputs.T)[1][:, ::-1][:, :rank]
     q = (leading.T @ outputs).reshape(rank, *attn["q"].shape[1:])
     dtype = attn["q"].dtype
     new = {"q_a": rounded(inverse @ leading, dtype), "q": rounded(q, dtype)}
-    if config.latent_bias:  # the down-projections share it; the query's own bias comes after
+    if config.latent_bias:  # q_a and kv_a have a bias both or none; that of the queries stays in q
         new["q_a_bias"] = jnp.zeros((rank,), dtype)
     return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}
 
 
 def _normalized(metric: np.ndarray) -> np.ndarray:
-    """Trace 1, and no direction that costs nothing: the root must have an inverse."""
+    """Scales the metric to trace 1 and lifts its eigenvalues above 0: its root is inverted."""
     if not len(metric):
         return metric
     trace = np.trace(metric)
@@ -167,6 +176,6 @@ def _diagonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-    """A power of a positive symmetric matrix."""
+    """A power of a symmetric positive matrix."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.maximum(values, 1e-300) ** exponent) @ vectors.T

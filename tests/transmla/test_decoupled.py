@@ -98,7 +98,7 @@ def test_partial_rope_is_full_rank_mla():
             x = embed(model.config, params, stats.tokens)
             streams = Streams(x, x)
             for layer in decouple_layers(model, params, stats, sizes, recipe, mode, streams):
-                config, attn = layer.layout(getattr(layer, stage))
+                config, attn = layer.attention(getattr(layer, stage))
                 attentions.append(config)
                 new[f"layers_{layer.index}"] = {**params[f"layers_{layer.index}"], "attn": attn}
             converted = Transformer(model.config.with_attention(tuple(attentions)))
