@@ -201,7 +201,12 @@ def latent_scores(
 
 def grouped(x: Float[Array, "S T D"]) -> Float[Array, "groups g T D"]:
     """Groups of up to GROUP sequences, because one sequence is too small to fill a processor."""
-    return x.reshape(-1, math.gcd(len(x), GROUP), *x.shape[1:])
+    return x.reshape(-1, group_size(len(x)), *x.shape[1:])
+
+
+def group_size(count: int) -> int:
+    """The number of sequences in a group of `grouped`, where there are `count` in all."""
+    return math.gcd(count, GROUP)
 
 
 def rows(x: jax.Array, inner: int) -> jax.Array:

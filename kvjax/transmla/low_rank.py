@@ -79,8 +79,7 @@ def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
 
     Scores and outputs have different units, so each metric is divided by its trace.
     """
-    parts = (_normalized(moments.key_metric), _normalized(moments.value_metric))
-    return _diagonal(*(_power(part, 0.5) for part in parts))
+    return _diagonal(_root(moments.key_metric), _root(moments.value_metric))
 
 
 def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
@@ -128,7 +127,7 @@ def joint_pca(moments: JointMoments, metric: Metric, rank: int) -> LowRank:
     # Eigenvectors have no sign: fix one, so that platforms agree.
     pivot = np.take_along_axis(leading, np.abs(leading).argmax(axis=0)[None], axis=0)
     leading = leading * np.sign(pivot)
-    down, up = root @ leading, leading.T @ _power(root, -1.0)
+    down, up = root @ leading, leading.T @ _inverse(root)
     return LowRank(down, up, moments.mean - moments.mean @ down @ up)
 
 
@@ -159,14 +158,14 @@ def low_rank_query(
     return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}
 
 
-def _normalized(metric: np.ndarray) -> np.ndarray:
-    """Scales the metric to trace 1 and lifts its eigenvalues above 0: its root is inverted."""
-    if not len(metric):
-        return metric
-    trace = np.trace(metric)
+def _root(metric: np.ndarray) -> np.ndarray:
+    """The symmetric root of a metric scaled to trace 1, with eigenvalues lifted above 0."""
+    n, trace = len(metric), np.trace(metric)
     if trace <= 0:
-        return np.eye(len(metric)) / len(metric)
-    return metric / trace + 1e-9 / len(metric) * np.eye(len(metric))
+        return np.eye(n) / np.sqrt(max(n, 1))
+    values, vectors = np.linalg.eigh(metric / trace)
+    # Rounding leaves some eigenvalues below 0. The root is inverted, so none may be 0 either.
+    return (vectors * np.sqrt(np.maximum(values, 0.0) + 1e-9 / n)) @ vectors.T
 
 
 def _diagonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -175,7 +174,7 @@ def _diagonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return out
 
 
-def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-    """A power of a symmetric positive matrix."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.maximum(values, 1e-300) ** exponent) @ vectors.T
+def _inverse(root: np.ndarray) -> np.ndarray:
+    """The inverse of a symmetric positive matrix."""
+    values, vectors = np.linalg.eigh(root)
+    return (vectors / np.maximum(values, 1e-300)) @ vectors.T

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.nn.rope import Turn
 from kvjax.nn.transformer import Block
@@ -27,12 +27,15 @@ from kvjax.transmla.layer import (
     attention_weights,
     cache_entries,
     gqa_of,
+    group_size,
     grouped,
     latent_scores,
     rows,
 )
 
-RIDGE = 1e-4  # pull towards the start, relative to the mean of the diagonal
+RIDGE = 1e-4  # weight of the distance to the start, relative to the mean of the diagonal
+LIFT = 1e-6  # least weight relative to each feature, above the rounding of fp32 products
+FLOOR = 1e-10  # least eigenvalue of a scaled FᵀF, whose mean eigenvalue is 1
 
 
 def refit_outputs(
@@ -76,7 +79,6 @@ def refit_outputs(
     return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def output_equations(
     block: Block,
     params: dict[str, Any],
@@ -85,20 +87,49 @@ def output_equations(
     maps: QueryMaps,
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
-) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
-    """FᵀF and FᵀY, F the attention-weighted latents of all heads and a column of ones."""
+) -> tuple[Float[np.ndarray, "F F"], Float[np.ndarray, "F D"]]:
+    """FᵀF and FᵀY, where F has the attention-weighted latents of all heads and a column of ones.
+
+    Groups of sequences are multiplied on the device in fp32 and added on the host in fp64. The
+    blocks of FᵀF that belong to one head are multiplied in fp64 too: `factor` takes their roots.
+    """
+    N, L = gqa_of(block).num_heads, cached.down.shape[1]
+    width = N * L + 1
+    gram, product = np.zeros((width, width)), np.zeros((width, converted.shape[-1]))
+    blocks = np.zeros((N, L, L))
+    for index in range(len(converted) // group_size(len(converted))):
+        arrays = (converted, target, np.int32(index))
+        f, part, part_product = _group_equations(block, params, turn, cached, maps, *arrays)
+        gram += np.asarray(part)
+        product += np.asarray(part_product)
+        # Where most attention goes to one token, the features of a head hardly differ from each
+        # other but for their size. Sums of fp32 products then have negative eigenvalues.
+        for head, own in enumerate(np.split(np.asarray(f)[:, :-1], N, axis=1)):
+            own = own.astype(np.float64)
+            blocks[head] += own.T @ own
+    for head in range(N):
+        columns = slice(head * L, (head + 1) * L)
+        gram[columns, columns] = blocks[head]
+    return gram, product
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _group_equations(
+    block: Block,
+    params: dict[str, Any],
+    turn: Turn,
+    cached: CacheMaps,
+    maps: QueryMaps,
+    converted: Float[Array, "S T D"],
+    target: Float[Array, "S T D"],
+    index: Int[Array, ""],
+) -> tuple[Float[Array, "M F"], Float[Array, "F F"], Float[Array, "F D"]]:
+    """F, FᵀF and FᵀY of one group of sequences; fp32."""
     features = functools.partial(_features, block, params, turn, cached, maps)
-
-    def add(total, group):
-        f, y = rows(jax.vmap(features)(group[0]), 1), rows(group[1], 1).astype(jnp.float32)
-        gram = jnp.einsum("qf,qg->fg", f, f, precision=HIGHEST)
-        product = jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
-        return (total[0] + gram, total[1] + product), None
-
-    width = gqa_of(block).num_heads * cached.down.shape[1] + 1
-    zero = jnp.zeros((width, width), jnp.float32)
-    start = (zero, jnp.zeros((width, converted.shape[-1]), jnp.float32))
-    return jax.lax.scan(add, start, (grouped(converted), grouped(target)))[0]
+    f = rows(jax.vmap(features)(grouped(converted)[index]), 1)
+    y = rows(grouped(target)[index], 1).astype(jnp.float32)
+    gram = jnp.einsum("qf,qg->fg", f, f, precision=HIGHEST)
+    return f, gram, jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -139,15 +170,20 @@ def factor(
     gram: Float[np.ndarray, "L L"], weight: Float[np.ndarray, "L D"], width: int
 ) -> tuple[Float[np.ndarray, "L V"], Float[np.ndarray, "V D"]]:
     """The best factors of a given width: least ‖F·(weight − a·b)‖² for FᵀF = gram."""
-    lifted = gram + (1e-9 * np.trace(gram) / len(gram) + 1e-30) * np.eye(len(gram))
-    root = np.linalg.cholesky(lifted).T
+    # Features can differ in size a thousandfold: scaled to one size, none hides in the rounding of
+    # another. The floor keeps the root invertible where features depend on each other.
+    squares = np.diag(gram)
+    size = np.sqrt(np.maximum(squares, 1e-20 * squares.max() + 1e-60))
+    values, vectors = np.linalg.eigh(gram / np.outer(size, size))
+    scale = np.sqrt(np.maximum(values, FLOOR))
+    root, inverse = scale[:, None] * (vectors.T * size), (vectors / size[:, None]) / scale
     seen = root @ weight
-    # The left singular vectors alone, from a matrix that is no wider than high.
+    # Left singular vectors from the smaller of the two square matrices.
     squares, u = np.linalg.eigh(seen @ seen.T)
     u, squares = u[:, ::-1][:, :width], squares[::-1][:width]
-    # Below the floor there is rounding only; b is as small there.
+    # Smaller singular values are rounding errors, and rows of b are as small there.
     scale = np.maximum(squares, 1e-20 * squares[0] + 1e-60) ** 0.25
-    a, b = np.linalg.solve(root, u * scale), u.T @ seen / scale[:, None]
+    a, b = inverse @ (u * scale), u.T @ seen / scale[:, None]
     missing = max(width - len(gram), 0)
     return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
 
@@ -306,10 +342,11 @@ def ridge(
     product: Float[np.ndarray, "F D"],
     start: Float[np.ndarray, "F D"],
 ) -> Float[np.ndarray, "F D"]:
-    """argmin ‖F·W − Y‖² + ρ·‖W − start‖² from FᵀF and FᵀY."""
-    rho = _pull(np.trace(gram), len(gram))
-    lifted = gram + rho * np.eye(len(gram))
-    return np.linalg.solve(lifted, product + rho * start)
+    """argmin ‖F·W − Y‖² + Σ ρ·(W − start)² from FᵀF and FᵀY, with a weight ρ for each feature."""
+    rho = np.maximum(_pull(np.trace(gram), len(gram)), LIFT * np.diag(gram))
+    lifted = gram.copy()
+    lifted[np.diag_indices_from(lifted)] += rho
+    return np.linalg.solve(lifted, product + rho[:, None] * start)
 
 
 def _pull(trace: float, features: int) -> float:

@@ -125,6 +125,45 @@ def test_factors_of_a_given_width_are_the_best():
         np.testing.assert_allclose(error, (tail**2).sum(), rtol=1e-5, atol=1e-5)
 
 
+def test_factors_of_features_that_differ_in_size_and_hardly_in_direction():
+    """Most attention on one token with a large latent: relative to it, all else is rounding."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** rng.uniform(-2, 2, 12)
+    features = sizes * (1 + 1e-4 * rng.standard_normal((400, 12)))
+    features = features.astype(np.float32).astype(np.float64)
+    weight = rng.standard_normal((12, 20)) / sizes[:, None]
+    gram = features.T @ features
+    with pytest.raises(np.linalg.LinAlgError):
+        single = features.astype(np.float32)
+        np.linalg.cholesky((single.T @ single).astype(np.float64))
+    for width in (1, 4, 11):
+        a, b = refit_outputs.factor(gram, weight, width)
+        tail = np.linalg.svd(features @ weight, compute_uv=False)[width:]
+        error = ((features @ (weight - a @ b)) ** 2).sum()
+        np.testing.assert_allclose(error, (tail**2).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-6])
+def test_outputs_of_inputs_that_hardly_differ(problem, difference):
+    block, own, latent, _, _ = problem
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal(D) + difference * rng.standard_normal((S, T, D))
+    inputs = jnp.asarray(inputs, jnp.float32)
+    target = attention_output(block, own, None, inputs)
+    fitted = refit_outputs.refit_outputs(block, own, latent, inputs, target, v_head_dim=3)
+    maps = CacheMaps.of(latent), QueryMaps.of(latent)
+    features, wanted = (
+        np.asarray(x, np.float64)
+        for x in refit_outputs.output_rows(block, own, Turn.of(latent.rope), *maps, inputs, target)
+    )
+
+    def error(layer):
+        heads = refit_outputs.HeadMaps(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias)
+        return ((features @ heads.weight - wanted) ** 2).mean() / (wanted**2).mean()
+
+    assert error(fitted) < 1e-2 * error(latent)
+
+
 def test_query_positions_end_positionsthe_last():
     np.testing.assert_array_equal(refit_scores.query_positions(10, 3), [3, 6, 9])
     np.testing.assert_array_equal(refit_scores.query_positions(4, 100), np.arange(4))
