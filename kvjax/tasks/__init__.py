@@ -1,7 +1,8 @@
-"""Questions about long prompts that the project writes itself, and the scores of their answers.
+"""Synthetic tasks: long prompts with questions, short problems, and the scores of answers.
 
-Every generator takes a numpy Generator and a vocabulary and returns an `Example`: ids and spans.
-Those of short problems, `word_problems` and `programs`, return a `Problem`: text and its judge.
+`needle`, `two_hop` and `repeated_spans` are tasks of long prompts: `generate` takes a numpy
+Generator and a vocabulary, and returns an `Example`, token ids and spans. The generators of short
+problems, in `word_problems` and `programs`, return a `Problem`: a text and a judge of its answers.
 """
 
 from kvjax.answers import exact_match, rouge1_recall, token_f1

@@ -1,7 +1,7 @@
-"""What the tasks ask: long prompts of an exact length, and short problems with a judge.
+"""Long prompts of an exact length, and short problems with a judge.
 
-A long prompt is a filler text with sentences that matter strewn over it, then the question. The
-filler is made by a small grammar, or taken from a text of the user (`Haystack`).
+A long prompt is a filler text with facts between its sentences, then the question. The filler comes
+from a small grammar, or from a text of the user (`Haystack`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvjax.tasks import words
 from kvjax.tasks.words import Vocabulary, WordVocabulary
 
 Filler = Callable[[np.random.Generator, int], list[list[int]]]
-"""Sentences of exactly that many tokens in all, the last one cut."""
+"""(rng, length) → token ids of sentences, `length` tokens in total; the last sentence is cut."""
 
 SLOTS = {
     "N": words.FILLER_NOUNS,
@@ -28,7 +28,7 @@ SLOTS = {
     "D": words.FILLER_ADVERBS,
     "P": words.FILLER_PREPOSITIONS,
 }
-"""What a capital letter in a pattern stands for."""
+"""The words that a capital letter in a pattern can become."""
 
 PATTERNS = (
     "the A N V the N .",
@@ -42,12 +42,12 @@ PATTERNS = (
 SENTENCE_END = re.compile(r"""(?:(?<=[.!?…])|(?<=[.!?…]["'”’)]))\s+""")
 
 LONGEST = 64
-"""Tokens of a query and its response, <bos> and <eos> included."""
+"""Largest number of tokens in a query and its response, with <bos> and <eos>."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Token ids and the half-open span of each sentence that was placed, in the given order."""
+    """Token ids of a prompt, and the half-open span of each fact, in the order they were given."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
@@ -62,19 +62,19 @@ def strew(
     depths: Sequence[float] | None = None,
     filler: Filler | None = None,
 ) -> Context:
-    """Places sentences between the sentences of a filler text, and the question at its end.
+    """Places facts between the sentences of a filler text, and the question at the end.
 
     Args:
-        facts: token ids of each sentence to place.
-        length: tokens in all, the beginning-of-sequence token and the question included;
-            None for no filler at all.
+        facts: token ids of each fact.
+        length: tokens of the prompt, with the beginning-of-sequence token and the question;
+            None for a prompt without filler.
         question: token ids.
-        depths: where each sentence stands, 0 (start) to 1 (end), to the nearest end of a filler
+        depths: the place of each fact, 0 (start) to 1 (end), moved to the nearest end of a filler
             sentence; None for random places.
-        filler: makes the text around the sentences; None for the generated one.
+        filler: makes the text around the facts; None for the grammar.
 
     Raises:
-        ValueError: sentences and question alone are longer than `length`.
+        ValueError: `length` cannot hold the facts and the question.
     """
     start = [] if vocab.bos_id is None else [vocab.bos_id]
     shortest = len(start) + len(question) + sum(map(len, facts))
@@ -83,9 +83,11 @@ def strew(
         raise ValueError(f"got length {length}, expected ≥ {shortest} for facts and question")
     pieces = sentences(rng, vocab, room) if filler is None else filler(rng, room)
     places = rng.random(len(facts)).tolist() if depths is None else depths
+    # Facts go between filler sentences: the gap that is nearest to each depth.
     ends = np.cumsum([0, *map(len, pieces)])
     gaps = [int(np.abs(ends - depth * room).argmin()) for depth in places]
     ids, spans = start, [(0, 0)] * len(facts)
+    # Facts with the same gap keep their order.
     for gap in range(len(pieces) + 1):
         for index in (i for i, g in enumerate(gaps) if g == gap):
             spans[index] = (len(ids), len(ids) + len(facts[index]))
@@ -96,7 +98,7 @@ def strew(
 
 
 def sentence(rng: np.random.Generator) -> str:
-    """One random sentence."""
+    """One random sentence of the grammar."""
     parts = PATTERNS[rng.integers(len(PATTERNS))].split()
     draws = rng.random(len(parts))
     return " ".join(_fill(part, draw) for part, draw in zip(parts, draws, strict=True))
@@ -108,7 +110,7 @@ def _fill(part: str, draw: float) -> str:
 
 
 def sentences(rng: np.random.Generator, vocab: Vocabulary, length: int) -> list[list[int]]:
-    """Sentences of `length` tokens in all; the last one is cut where they would exceed it."""
+    """Random sentences, `length` tokens in total; the last sentence is cut."""
     pieces = []
     while length > 0:
         piece = vocab.encode(sentence(rng))[:length]
@@ -119,11 +121,11 @@ def sentences(rng: np.random.Generator, vocab: Vocabulary, length: int) -> list[
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text as token ids; called, it is a `Filler`.
+    """A text of the user, as token ids. It is a `Filler`: call it for a part of the text.
 
     Attributes:
-        name: of the file, for messages.
-        pieces: ids of each sentence.
+        name: name of the file, for errors.
+        pieces: token ids of each sentence.
     """
 
     name: str
@@ -135,12 +137,13 @@ class Haystack:
         return sum(map(len, self.pieces))
 
     def __call__(self, rng: np.random.Generator, length: int) -> list[list[int]]:
-        """Sentences that follow each other, from a random one on; the last is cut.
+        """Consecutive sentences from a random one; the last sentence is cut.
 
         Raises:
             ValueError: the text is shorter than `length` tokens.
         """
-        sizes = np.cumsum([len(piece) for piece in self.pieces][::-1])[::-1]  # from each to the end
+        # Tokens from each sentence to the end: only early sentences leave enough.
+        sizes = np.cumsum([len(piece) for piece in self.pieces][::-1])[::-1]
         starts = int((sizes >= length).sum())
         if starts == 0:
             raise ValueError(
@@ -155,10 +158,10 @@ class Haystack:
 
 
 def read_haystack(path: str | Path, vocab: Vocabulary) -> Haystack:
-    """The haystack in a text file, UTF-8.
+    """Reads a haystack from a UTF-8 text file.
 
     Raises:
-        ValueError: no such file, a URL, not UTF-8, or nothing in it.
+        ValueError: a missing file, a URL, or a text that is not UTF-8.
     """
     path = local_path(path, "the haystack")
     if not path.is_file():
@@ -174,12 +177,12 @@ def read_haystack(path: str | Path, vocab: Vocabulary) -> Haystack:
 
 @dataclass(frozen=True)
 class Problem:
-    """A query, a response that is right, and the judge of all others.
+    """A query, a right response, and the judge of other responses.
 
     Attributes:
         query: text that ends with "answer :".
-        response: the reference, as training shows it.
-        check: whether a text solves the problem; false for anything it cannot read.
+        response: the reference response, as training shows it.
+        check: whether a text solves the problem; False for texts that it cannot read.
         kind: the kind of problem within its family.
     """
 
@@ -189,7 +192,7 @@ class Problem:
     kind: str
 
     def solved(self, text: str) -> bool:
-        """Whether a model's text solves the problem."""
+        """Whether the text of a model solves the problem."""
         return self.check(text)
 
 
@@ -197,7 +200,7 @@ def fits(vocab: WordVocabulary, problem: Problem) -> bool:
     """Whether query and response have at most LONGEST tokens.
 
     Raises:
-        ValueError: the vocabulary lacks a word of them.
+        ValueError: the vocabulary lacks a word of the query or the response.
     """
     text = f"{problem.query} {problem.response}"
     ids = vocab.encode(text)
@@ -206,4 +209,4 @@ def fits(vocab: WordVocabulary, problem: Problem) -> bool:
             {word for word in text.split() if vocab.encode(word) == [vocab.unknown_id]}
         )
         raise ValueError(f"the vocabulary lacks the words {', '.join(missing)}")
-    return len(ids) + 2 <= LONGEST
+    return len(ids) + 2 <= LONGEST  # <bos> and <eos>

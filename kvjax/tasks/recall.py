@@ -1,4 +1,10 @@
-"""Questions about long prompts: find a fact, compare two, or continue a span seen before."""
+"""Tasks of long prompts: find a fact, compare two facts, or continue a span that stood before.
+
+`needle` asks for the favorite thing of one person. `two_hop` asks for the favorite thing of the
+older of two people: the kind of example behind HeadKV-R2 (arXiv 2410.19258, section 3.1), with two
+candidate sentences, the ages that decide between them, and a question that names neither. In
+`repeated_spans` only copying helps, as induction heads do (arXiv 2209.11895).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ from kvjax.tasks.prompt import Filler, strew
 from kvjax.tasks.words import Vocabulary
 
 EVALUATION_STREAM = 1_000_003
-"""First number of the seeds of evaluation; pretraining's seeds begin with the recipe's seed."""
+"""First number of the seeds of evaluation, so that they differ from those of pretraining."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,8 @@ class Task:
 
     Attributes:
         generate: (rng, vocab, length, answer_length, …) → one `Example`.
-        chance: share of right answers of a model that copies one of the candidates without knowing
-            which. Of a needle there is only one candidate, so a model that finds any favorite thing
-            is right. 0 where there are no candidates.
+        chance: the share of right answers if a model copies a random candidate. A needle has one
+            candidate, so every model that finds a favorite thing is right. 0 without candidates.
     """
 
     generate: Callable[..., Example]
@@ -41,16 +46,16 @@ def _needle(
     depth: float | None = None,
     filler: Filler | None = None,
 ) -> Example:
-    """One prompt of exactly `length` tokens; the question is its end.
+    """One prompt of exactly `length` tokens that ends with the question.
 
     Args:
-        length: tokens of the prompt, question and beginning-of-sequence token included;
-            None for the shortest one, without filler.
+        length: tokens of the prompt, with the question and the beginning-of-sequence token;
+            None for the shortest prompt, without filler.
         answer_length: words of the answer.
-        distractors: facts about other people, with answers of the same length; more than none
-            makes it the multi-key task.
-        depth: where the fact stands, 0 to 1; None for a random place.
-        filler: makes the text around the facts; None for the generated one.
+        distractors: number of facts about other people, with answers of the same length. With any,
+            the task is called multi-key.
+        depth: the place of the fact, 0 to 1; None for a random place.
+        filler: makes the text around the facts; None for the grammar.
 
     Raises:
         ValueError: `length` cannot hold the facts and the question.
@@ -81,17 +86,18 @@ def _two_hop(
     depth: float | None = None,
     filler: Filler | None = None,
 ) -> Example:
-    """One prompt of exactly `length` tokens; `span` is the older person's favorite thing.
+    """One prompt of exactly `length` tokens that ends with the question.
 
-    Who guesses between the two candidates is right half of the time.
+    The span of the example is the sentence with the favorite thing of the older person. A guess
+    between the two candidates is right half of the time.
 
     Args:
-        length: tokens of the prompt, question and beginning-of-sequence token included;
-            None for the shortest one, without filler.
-        answer_length: words of both candidates' things.
-        distractors: further people, with age and favorite thing.
-        depth: where the answer's sentence stands, 0 to 1; None for a random place.
-        filler: makes the text around the facts; None for the generated one.
+        length: tokens of the prompt, with the question and the beginning-of-sequence token;
+            None for the shortest prompt, without filler.
+        answer_length: words of the favorite thing of each person.
+        distractors: number of other people, each with an age and a favorite thing.
+        depth: the place of the sentence with the answer, 0 to 1; None for a random place.
+        filler: makes the text around the facts; None for the grammar.
 
     Raises:
         ValueError: `length` cannot hold the facts and the question.
@@ -101,6 +107,7 @@ def _two_hop(
     question = vocab.encode(ask_thing_of_older(cast[0], cast[1]))
     likes = [vocab.encode(person.likes()) for person in cast]
     ages = [vocab.encode(person.is_old()) for person in cast]
+    # Every sentence has its own random place: first those with things, then those with ages.
     depths = rng.random(2 * len(cast)).tolist()
     answer_at = cast.index(right)
     if depth is not None:
@@ -125,15 +132,17 @@ def _repeated_spans(
     depth: float | None = None,
     ids: Sequence[int] | None = None,
 ) -> Example:
-    """Random tokens that end with the first `cue_length` tokens of a span they contain.
+    """Random tokens that end with the first `cue_length` tokens of a span among them.
+
+    The distance to the span is random, so that it cannot be learned as an offset.
 
     Args:
-        length: tokens of the prompt, cue and beginning-of-sequence token included; None for
+        length: tokens of the prompt, with the cue and the beginning-of-sequence token; None for
             the span and the cue alone.
         answer_length: tokens of the span after the cue: the answer.
-        depth: where the span stands, 0 to 1; None for a random place.
-        ids: what is drawn from; None for all but the first four, the special tokens of the
-            project's vocabulary.
+        depth: the place of the span, 0 to 1; None for a random place.
+        ids: the tokens to draw from; None for all but the first four, which are the special tokens
+            of `WordVocabulary`.
 
     Raises:
         ValueError: `length` cannot hold the span and the cue.
@@ -144,6 +153,7 @@ def _repeated_spans(
     room = 0 if length is None else length - shortest
     if room < 0:
         raise ValueError(f"got length {length}, expected ≥ {shortest}")
+    # A stretch of random tokens; its end repeats the start of a span within it.
     choices = np.arange(4, vocab.size) if ids is None else np.asarray(ids)
     text = choices[rng.integers(len(choices), size=room + span_length)].tolist()
     at = int(rng.integers(room + 1)) if depth is None else round(depth * room)
@@ -180,17 +190,21 @@ def make_examples(
     seed: int = 0,
     answer_lengths: tuple[int, int] = (1, 12),
 ) -> list[Example]:
-    """Examples of one of TASKS, with answers of random lengths.
+    """Examples of a task, with answers of random lengths.
+
+    >>> [example] = make_examples("needle", WordVocabulary(), 1, length=256)
 
     Args:
+        task: a name in TASKS.
         length: tokens of every prompt.
-        answer_lengths: least and largest number of words of the answers.
+        answer_lengths: smallest and largest number of words of the answers.
 
     Raises:
         ValueError: an unknown task.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    # The length is part of the seed: other lengths give other people and words.
     rng = np.random.default_rng([EVALUATION_STREAM, seed, length])
     low, high = answer_lengths
     return [
@@ -201,28 +215,28 @@ def make_examples(
 
 @dataclass(frozen=True)
 class Person:
-    """A person of a prompt; `thing` is of one or more words."""
+    """A person in a prompt; the favorite `thing` has one or more words."""
 
     name: str
     thing: str
     age: int
 
     def likes(self) -> str:
-        """The sentence that says the favorite thing."""
+        """The sentence with the favorite thing."""
         return f"{self.name} 's favorite thing is {self.thing} ."
 
     def is_old(self) -> str:
-        """The sentence that says the age."""
+        """The sentence with the age."""
         return f"{self.name} is {self.age} years old ."
 
 
 def draw_people(rng: np.random.Generator, thing_lengths: Sequence[int]) -> list[Person]:
-    """Random people of different names and ages.
+    """Random people with different names and ages.
 
-    Words of things repeat only when all of them together need more than there are.
+    Words of favorite things repeat only if the people need more words than there are.
 
     Args:
-        thing_lengths: words of each person's favorite thing.
+        thing_lengths: number of words in the favorite thing of each person.
 
     Raises:
         ValueError: more people than names.
@@ -233,6 +247,7 @@ def draw_people(rng: np.random.Generator, thing_lengths: Sequence[int]) -> list[
     names = rng.choice(len(words.NAMES), count, replace=False)
     ages = rng.choice(len(words.AGES), count, replace=False)
     things = rng.choice(len(words.THINGS), total, replace=total > len(words.THINGS))
+    # The first words go to the first person, and so on.
     parts = np.split(things, np.cumsum(thing_lengths)[:-1])
     return [
         Person(words.NAMES[name], " ".join(words.THINGS[i] for i in part), int(words.AGES[age]))
@@ -241,27 +256,27 @@ def draw_people(rng: np.random.Generator, thing_lengths: Sequence[int]) -> list[
 
 
 def older(a: Person, b: Person) -> Person:
-    """The older one."""
+    """The older of two people."""
     return a if a.age > b.age else b
 
 
 def ask_thing(person: Person) -> str:
-    """One hop: the favorite thing of a person."""
+    """Asks for the favorite thing of a person (one hop)."""
     return f"question : what is the favorite thing of {person.name} ? answer :"
 
 
 def ask_age(person: Person) -> str:
-    """One hop: the age."""
+    """Asks for the age of a person (one hop)."""
     return f"question : how old is {person.name} ? answer :"
 
 
 def ask_older(a: Person, b: Person) -> str:
-    """A comparison: who is older."""
+    """Asks who of two people is older (a comparison)."""
     return f"question : who is the older one between {a.name} and {b.name} ? answer :"
 
 
 def ask_thing_of_older(a: Person, b: Person) -> str:
-    """Two hops: compare the ages, then look the favorite thing up."""
+    """Asks for the favorite thing of the older person (two hops)."""
     return (
         "question : what is the favorite thing of the older one between "
         f"{a.name} and {b.name} ? answer :"

@@ -1,8 +1,7 @@
-"""What a model makes of a known text in one forward pass: its answers, and its perplexity.
+"""Answers and perplexity of a model on a known text, by one forward pass without a cache.
 
-An answer is the argmax at every answer position, with the right tokens before it: no decoding
-loop, no cache. An answer and its end-of-sequence token are all right exactly when greedy decoding
-writes them.
+An answer is the argmax at every answer position, given the right tokens before it: teacher forcing.
+The whole answer and the end-of-sequence token are right exactly when greedy decoding writes them.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
 from kvjax.sampling import NO_TOKEN, most_likely
 
-BUCKET = 128  # lengths are rounded up to a multiple, so that few shapes compile
+BUCKET = 128  # lengths are rounded up to a multiple of this, so that few shapes compile
 
 
 def accuracy(
     model: Transformer, params: Any, examples: Sequence[Example], eos_id: int, batch_size: int = 8
 ) -> float:
-    """Share of examples answered right in every token, the ending one included."""
+    """The share of examples with every token of the answer right, and the end-of-sequence token."""
     found = predictions(model, params, examples, eos_id, batch_size)
     right = [ids == [*example.answer, eos_id] for ids, example in zip(found, examples, strict=True)]
     return float(np.mean(right)) if right else float("nan")
@@ -36,10 +35,13 @@ def accuracy(
 def predictions(
     model: Transformer, params: Any, examples: Sequence[Example], eos_id: int, batch_size: int = 8
 ) -> list[list[int]]:
-    """The teacher-forced answer and what follows it, for every example.
+    """The teacher-forced answer of every example, and the token after it.
+
+    Args:
+        batch_size: examples in one forward pass.
 
     Returns:
-        len(answer) + 1 ids each; the last one should be `eos_id`.
+        len(answer) + 1 ids for each example; the last one is `eos_id` if the model ends there.
 
     Raises:
         ValueError: logits that are not finite.
@@ -50,12 +52,14 @@ def predictions(
         chunk = examples[first : first + batch_size]
         rows = [[*example.prompt, *example.answer, eos_id] for example in chunk]
         T = -(-max(map(len, rows)) // BUCKET) * BUCKET
+        # Rows of the last batch without an example are padding; so all batches have one shape.
         tokens = np.full((batch_size, T), eos_id, np.int32)
         positions = np.full((batch_size, T), -1, np.int32)
         at = np.zeros((batch_size, longest_answer), np.int32)
         for index, (row, example) in enumerate(zip(rows, chunk, strict=True)):
             tokens[index, : len(row)] = row
             positions[index, : len(row)] = np.arange(len(row))
+            # The token at position p is predicted at p − 1.
             count = len(example.answer) + 1
             at[index, :count] = len(example.prompt) - 1 + np.arange(count)
         arrays = jnp.asarray(tokens), jnp.asarray(positions)
@@ -93,11 +97,11 @@ def perplexity(model: Transformer, params: Any, batches: Iterable[np.ndarray]) -
     """exp of the mean loss over all predictions of all chunks.
 
     Args:
-        batches: int32 [B, T] each; T (and B) may differ, every shape compiles once.
+        batches: int32 [B, T] each. B and T may differ; each shape compiles once.
 
     Raises:
-        ValueError: no batch, or chunks of a single token: nothing to predict; or losses that are
-            not finite.
+        ValueError: no batch, or only chunks of one token, which leave nothing to predict; or losses
+            that are not finite.
     """
     total, count = 0.0, 0
     for tokens in batches:

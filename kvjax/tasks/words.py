@@ -1,7 +1,7 @@
-"""The words of the tasks, and the vocabulary that gives each of them one token id.
+"""The words of the tasks, written for this project, and a vocabulary with one token for each word.
 
-Every word was chosen for this project. `Vocabulary` says what the tasks need of a tokenizer;
-`WordVocabulary` is the project's own.
+`Vocabulary` is the interface that the tasks need of a tokenizer, and `WordVocabulary` is the
+tokenizer of the embedded model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 PUNCTUATION = _split(". , : ? 's")
 
-# What facts and questions are made of.
+# The words of facts and questions.
 FUNCTION = _split(
     "the a of is and one favorite thing older between years old who what how question answer "
     "in on under near behind beside over"
@@ -35,8 +35,8 @@ NAMES = _split(
 
 AGES = tuple(str(age) for age in range(10, 70))
 
-# What a favorite thing is made of; apart from the filler, so that an answer can be found only
-# in its own sentence.
+# The words of favorite things. None is a word of the filler, so that an answer can be found in its
+# own sentence only.
 THINGS = _split(
     "lantern violin copper saddle amber compass velvet anchor ribbon marble candle feather mirror "
     "barrel carpet walnut hammer pepper silver needle parcel button ladder cradle goblet turnip "
@@ -102,11 +102,11 @@ SPLIT = r"<[a-z]+>|'s|\w+|[^\w\s]"
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """Turns a piece of text into ids, without special tokens, the same wherever it stands."""
+    """Encodes a piece of text without special tokens, independently of the text around it."""
 
     @property
     def bos_id(self) -> int | None:
-        """Starts every prompt; None for models without one."""
+        """The first token of every prompt; None for models without such a token."""
         ...
 
     @property
@@ -114,15 +114,20 @@ class Vocabulary(Protocol):
         """V."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
 
 
 @dataclass(frozen=True)
 class WordVocabulary:
-    """Word-level vocabulary: one id a word, words separated by single spaces.
+    """A vocabulary of words: one id for each word, with spaces between words.
 
     Attributes:
-        tokens: all tokens, their index is their id; the first four are pad, bos, eos, unknown.
+        tokens: all tokens in the order of their ids; the first four are pad, bos, eos, unknown.
+
+    Raises:
+        ValueError: a token that occurs twice, or other tokens at the start.
     """
 
     tokens: tuple[str, ...] = ALL
@@ -157,12 +162,14 @@ class WordVocabulary:
 
 
 def to_transformers(vocab: WordVocabulary, max_length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing word-level tokenizer with the ids of `vocab`; encoding starts with <bos>.
+    """A tokenizer of transformers with the words and ids of `vocab`.
+
+    It makes text lower-case, and starts every encoded text with <bos>.
 
     Args:
-        max_length: the context of the model that it belongs to.
+        max_length: the context length of the model.
     """
-    # Heavy, and needed by no one who only generates ids.
+    # Imported here because the import is slow, and most users of this module generate ids only.
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
