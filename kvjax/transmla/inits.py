@@ -1,8 +1,8 @@
-"""Ways to factor a projection, and what makes two factors usable.
+"""Ways to factor a K or V projection, and checks of the factors.
 
-An init is any function (weight [I, K, H] fp64, repeats G = N/K, rope) → Factors; `rope` is None for
-values and for layers without positions. I is D, plus one row for the bias where there is one. All
-inits are the same function at step 0; they differ in what training does.
+An init is a function (weight [I, K, H] fp64, repeats G = N/K, rope) → `Factors`. I is D, plus one
+row for the bias if there is one; `rope` is None for values and for layers without positions. The
+model is the same with every init before training; they lead to different models when trained.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from jaxtyping import Float
 
 from kvjax.config import RopeConfig
 
-EXACT = 1e-9  # relative error that fp64 algebra stays far below
+EXACT = 1e-9  # largest relative error of factors; fp64 algebra stays far below it
 
 Init = Callable[[np.ndarray, int, RopeConfig | None], "Factors"]
+"""weight, repeats and rope → factors; see the docstring of this module."""
 
 
 @dataclass(frozen=True)
 class Factors:
     """W · repeat = down · up for one K or V projection; fp64.
 
-    I input rows: the D of the model and, where the projection has a bias, one more that holds it.
-
     Attributes:
-        down: [I, C, X], input to C latent heads of X numbers: what the cache holds.
-        up: [C, X, N/C, H], each latent head to the query heads that read it.
+        down: [I, C, X], from the input to the cached latents: C heads of X numbers. The last row is
+            the bias where the projection has one.
+        up: [C, X, N/C, H], from each latent head to the query heads that read it.
     """
 
     down: Float[np.ndarray, "I C X"]
@@ -40,7 +40,7 @@ class Factors:
         return product.reshape(len(product), -1, product.shape[-1])
 
     def wide(self) -> Factors:
-        """The same product with one latent head: the C blocks of `up` on a diagonal."""
+        """The same product with one latent head; `up` gets the C blocks on its diagonal."""
         C, X, M, H = self.up.shape
         up = np.zeros((C, X, C, M, H))
         for head in range(C):
@@ -56,24 +56,24 @@ def svd_global(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Fac
 
 
 def svd_per_head(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Factors:
-    """One SVD for each KV head: block-diagonal, so that each head keeps a latent of its own."""
+    """One SVD for each KV head, as in the published code: every KV head has its own latent."""
     left_KIX, right_KXH = balanced_svd(np.swapaxes(weight, 0, 1), repeats)
     return Factors(np.swapaxes(left_KIX, 0, 1), np.repeat(right_KXH[:, :, None], repeats, axis=2))
 
 
 def identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Factors:
-    """The latent is the keys or values themselves, `up` a 0/1 selector (the paper's ablation)."""
+    """Caches the keys or values themselves; `up` is a 0/1 selector (the paper's ablation)."""
     _, K, H = weight.shape
     return Factors(weight, np.tile(np.eye(H)[None, :, None], (K, 1, repeats, 1)))
 
 
 def svd_complex(weight: np.ndarray, repeats: int, rope: RopeConfig | None) -> Factors:
-    """One SVD for each rotary frequency, heads mixed and pairs kept: commutes with RoPE.
+    """One complex SVD for each rotary frequency, which commutes with RoPE.
 
-    RoPE multiplies κ[t, k, i] = k[t, k, i] + i·k[t, k, i + R/2] by e^(i·t·θ_i) for every head k
-    alike, so a complex map over the heads of one frequency may stand on either side of it. The
-    latent is laid out as K rotating heads of H numbers; components that RoPE leaves alone are
-    factored by one real SVD.
+    RoPE multiplies κ[t, k, i] = k[t, k, i] + i·k[t, k, i + R/2] by e^(i·t·θ_i), the same for every
+    head k. So a complex map over the heads of one frequency can come before or after RoPE. The
+    latent has K heads of H numbers, rotated like keys. Components without RoPE are factored by one
+    real SVD.
     """
     rows, K, H = weight.shape
     real, imag = rotary_pairs(rope)
@@ -99,7 +99,7 @@ INITS: dict[str, Init] = {
 
 
 def resolve_init(init: str | Init) -> Init:
-    """The init of that name; a function is taken as it is.
+    """The init with that name; a function is returned unchanged.
 
     Raises:
         ValueError: an unknown name.
@@ -117,10 +117,10 @@ def _to_query_heads(right_XKH: np.ndarray, repeats: int) -> np.ndarray:
 
 
 def balanced_svd(matrix: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of equal norm of `matrix` with its columns repeated `repeats` times.
+    """Factors, of equal norm, of `matrix` with its columns repeated `repeats` times.
 
-    The singular values of the repeated matrix are √repeats · S, and its right vectors those of
-    `matrix` repeated and divided by √repeats; so the wide matrix is never built (TransMLA v2,
+    The repeated matrix has the singular values √repeats · S, and the right singular vectors of
+    `matrix`, repeated and divided by √repeats. So the wide matrix is never built (TransMLA v2,
     section 3.2).
 
     Args:
@@ -129,7 +129,7 @@ def balanced_svd(matrix: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarr
     Returns:
         left [..., I, W] = U·(√repeats·S)^½ and right [..., W, W], not repeated, with
         left · right = matrix; zero-padded where I < W. The largest entry of each row of `right`
-        is real and positive, so that the factors don't depend on the platform's LAPACK.
+        is real and positive, so that the factors are the same on every platform.
     """
     width = matrix.shape[-1]
     if matrix.size == 0:
@@ -147,19 +147,20 @@ def balanced_svd(matrix: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarr
 
 
 def check_factors(factors: Factors, weight: Float[np.ndarray, "I K H"], repeats: int) -> None:
-    """Refuses factors of another shape than the cache's, or of another product than the weight.
+    """Checks the factors of an init that the user wrote.
 
     Raises:
-        ValueError: says what is wrong; possible only with a user's own init.
+        ValueError: shapes that the cache cannot hold, or a product that is not the weight.
     """
     rows, K, H = weight.shape
     shapes = {
         C: ((rows, C, K * H // C), (C, K * H // C, K * repeats // C, H)) for C in (1, K)
-    }  # one latent head, or one a KV head; K·H numbers a token in either case
+    }  # one latent head, or one for each KV head: K·H numbers a token in both cases
     got = factors.down.shape, factors.up.shape
     if got not in shapes.values():
         expected = " or ".join(map(str, shapes.values()))
         raise ValueError(f"the init gave down and up of shapes {got}, expected {expected}")
+    # Four random inputs show a wrong product, and cost less than the product itself.
     probe = np.random.default_rng(0).standard_normal((4, rows))
     latents = np.einsum("bi,icx->bcx", probe, factors.down)
     product = np.einsum("bcx,cxmh->bcmh", latents, factors.up).reshape(4, K * repeats, H)
@@ -170,7 +171,7 @@ def check_factors(factors: Factors, weight: Float[np.ndarray, "I K H"], repeats:
 
 
 def rotary_pairs(rope: RopeConfig | None) -> tuple[np.ndarray, np.ndarray]:
-    """[R/2] head components that are the real and the imaginary parts of what RoPE turns."""
+    """[R/2] indices into a head: the real and the imaginary parts of the rotating components."""
     index = np.arange(0 if rope is None else rope.dim)
     if rope is not None and rope.interleaved:
         return index[::2], index[1::2]
@@ -178,9 +179,10 @@ def rotary_pairs(rope: RopeConfig | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def commutes_with_rope(up: Float[np.ndarray, "C X M H"], rope: RopeConfig | None) -> bool:
-    """Whether rotating the latent, seen as heads of H numbers, rotates the up-projected keys.
+    """Whether RoPE on the latent, taken as heads of H numbers, equals RoPE on the keys made of it.
 
-    Tried with one random angle a frequency: only complex-linear maps within each frequency pass.
+    Tested with one random angle for each frequency: only complex-linear maps within each frequency
+    pass.
     """
     H = up.shape[-1]
     if rope is None:
@@ -199,6 +201,6 @@ def commutes_with_rope(up: Float[np.ndarray, "C X M H"], rope: RopeConfig | None
 
 
 def is_selector(up: Float[np.ndarray, "C X M H"]) -> bool:
-    """Whether the latents are the keys themselves: every key component one latent component."""
+    """Whether every key component is one latent component, so that latents are the keys."""
     ones = (up == 1).sum(axis=1) == 1
     return bool(ones.all() and np.isin(up, (0, 1)).all())

@@ -1,7 +1,12 @@
-"""Values and output fitted to the original's: the second least squares after the closed form.
+"""Fits values and output to the original output: the second least squares after the closed form.
 
-With attention and cached latents as they are, the output is linear in v_up · out and the bias. What
-is fitted is what the layers that are already converted really give this one.
+With the attention weights and cached latents fixed, the output is linear in v_up · out and in the
+bias: F·W = Y, [M, F] · [F, D] = [M, D]. The features F are the attention-weighted latents of all N
+heads, L numbers each, and a column of ones: N·L + 1 numbers. The inputs are those that the
+converted layers in front of this one give.
+
+The equations are kept in the smaller of two forms, both in fp64: `Normal` (FᵀF and FᵀY) for many
+rows, `Rows` (F and Y) for fewer rows than features. Both have the same minimum.
 """
 
 from __future__ import annotations
@@ -51,20 +56,28 @@ def refit_outputs(
     """Fits value up-projections, output projection and output bias to a target.
 
     Args:
-        block, params, converted: as in `refit_scores`.
-        target: what the attention shall add to the residual stream.
-        v_head_dim: width V of the product v_up · out of a head.
-        biased: whether the bias is fitted too; it stays as it is otherwise.
-        sweeps: alternations between the two factors.
+        block, params: the original layer.
+        layer: the converted layer so far.
+        converted: the input of this layer behind the converted layers.
+        target: the output that the attention should have.
+        v_head_dim: width V between v_up and out of a head.
+        biased: fit the bias too; otherwise it is kept.
+        sweeps: alternations between the two factors, where V is too small for an exact product.
+
+    Returns:
+        The layer with other `v_up`, `out` and `out_bias`.
     """
     N, L = layer.k_up.shape[1], layer.k_up.shape[0]
     maps = (CacheMaps.of(layer), QueryMaps.of(layer))
+    # The equations, in the smaller form.
     few = converted.shape[0] * converted.shape[1] <= N * L
     form, solve_for = (Rows, output_rows) if few else (Normal, output_equations)
     arrays = solve_for(block, params, Turn.of(layer.rope), *maps, converted, target)
     equations: Equations = form(*(np.asarray(x, np.float64) for x in arrays))
     if not biased:
         equations = equations.without_bias(layer.out_bias)
+    # One least squares for all heads without a limit on the rank, then the best factors of width V
+    # of each head.
     heads = HeadMaps(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias)
     whole = equations.ridge(heads.weight)
     columns = map(heads.columns, range(N))
@@ -72,6 +85,7 @@ def refit_outputs(
     v_up, out = (np.stack(parts) for parts in zip(*factors, strict=True))
     heads = HeadMaps(v_up, out, whole[-1].copy())
     del whole  # the largest array of a layer
+    # Heads were cut one by one: now each is fitted again to what the others leave.
     if v_head_dim < min(L, out.shape[-1]):
         for _ in range(sweeps):
             heads = _alternate(equations, heads)
@@ -142,7 +156,7 @@ def output_rows(
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
 ) -> tuple[Float[Array, "M F"], Float[Array, "M D"]]:
-    """F and Y themselves, M = S·T; see `output_equations`."""
+    """F and Y, with M = S·T rows; see `output_equations`."""
     features = functools.partial(_features, block, params, turn, cached, maps)
     return rows(jax.lax.map(features, converted), 1), rows(target, 1).astype(jnp.float32)
 
@@ -155,7 +169,7 @@ def _features(
     maps: QueryMaps,
     x: Float[Array, "T D"],
 ) -> Float[Array, "T F"]:
-    """Attention-weighted latents of all heads of one sequence, and a column of ones."""
+    """The features of one sequence: attention-weighted latents of all heads, and ones."""
     T = len(x)
     at = jnp.arange(T, dtype=jnp.int32)
     base, rope, heads = gqa_of(block), turn.rope, Heads.of(block, params, x[None])
@@ -169,7 +183,14 @@ def _features(
 def factor(
     gram: Float[np.ndarray, "L L"], weight: Float[np.ndarray, "L D"], width: int
 ) -> tuple[Float[np.ndarray, "L V"], Float[np.ndarray, "V D"]]:
-    """The best factors of a given width: least ‖F·(weight − a·b)‖² for FᵀF = gram."""
+    """The factors a [L, V] and b [V, D] of width V with the least ‖F·(weight − a·b)‖².
+
+    With a root R of FᵀF = RᵀR, they are a truncated SVD of R · weight, times R⁻¹ on the left.
+
+    Args:
+        gram: FᵀF.
+        width: V; columns beyond the rank are zeros.
+    """
     # Features can differ in size a thousandfold: scaled to one size, none hides in the rounding of
     # another. The floor keeps the root invertible where features depend on each other.
     squares = np.diag(gram)
@@ -189,11 +210,11 @@ def factor(
 
 
 def _alternate(equations: Equations, heads: HeadMaps) -> HeadMaps:
-    """Each head's v_up for the others as they are, then the outputs of all heads at once."""
+    """Fits v_up of one head after the other, then the output projections of all heads at once."""
     heads = dataclasses.replace(heads, v_up=heads.v_up.copy())
     search = equations.search(heads)
     for head, out in enumerate(heads.out):
-        # The fit of the head's v_up · out, times outᵀ on both sides: V numbers wide, not D.
+        # Multiplied by outᵀ on both sides, the equations of v_up · out are V numbers wide, not D.
         gram, metric = equations.block(heads.columns(head)), out @ out.T
         own = heads.v_up[head] @ metric
         fitted = ridge(gram, search.gradient(head) + gram @ own, own)
@@ -204,7 +225,7 @@ def _alternate(equations: Equations, heads: HeadMaps) -> HeadMaps:
 
 @dataclass(frozen=True)
 class HeadMaps:
-    """W of rank V a head: the products v_up · out one below the other, and the bias.
+    """W with rank V for each head: the products v_up · out stacked over the heads, then the bias.
 
     Attributes:
         v_up, out, bias: [N, L, V], [N, V, D] and [D].
@@ -216,12 +237,12 @@ class HeadMaps:
 
     @property
     def rows(self) -> Float[np.ndarray, "W D"]:
-        """W behind the maps of the heads: N·V + 1 rows."""
+        """The rest of W after the maps v_up: `out` of all heads and the bias, N·V + 1 rows."""
         return np.concatenate([self.out.reshape(-1, len(self.bias)), self.bias[None]])
 
     @property
     def weight(self) -> Float[np.ndarray, "F D"]:
-        """W itself."""
+        """W: N·L + 1 rows."""
         N, L, _ = self.v_up.shape
         whole = np.empty((N * L + 1, len(self.bias)))
         np.matmul(self.v_up, self.out, out=whole[:-1].reshape(N, L, -1))
@@ -229,20 +250,20 @@ class HeadMaps:
         return whole
 
     def columns(self, head: int) -> slice:
-        """The features of one head."""
+        """The columns of F that belong to one head."""
         L = self.v_up.shape[1]
         return slice(head * L, (head + 1) * L)
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Of any number of rows: FᵀF and FᵀY."""
+    """The equations as FᵀF and FᵀY, for any number of rows."""
 
     gram: Float[np.ndarray, "F F"]
     product: Float[np.ndarray, "F D"]
 
     def block(self, columns: slice) -> Float[np.ndarray, "C C"]:
-        """FᵀF of some of the features."""
+        """FᵀF of some features."""
         return self.gram[columns, columns]
 
     def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
@@ -250,24 +271,24 @@ class Normal:
         return ridge(self.gram, self.product, start)
 
     def narrowed(self, v_up: Float[np.ndarray, "N L V"]) -> Normal:
-        """The equations behind a map of every head from L to V numbers."""
+        """The equations of `HeadMaps.rows`: features of L numbers a head become V numbers."""
         half = _narrow(self.gram, v_up)
         return Normal(_narrow(half.T, v_up), _narrow(self.product.T, v_up).T)
 
     def without_bias(self, bias: Float[np.ndarray, " D"]) -> Normal:
-        """The equations of all but the last row of W; `ridge` leaves it as it starts."""
+        """The equations with a fixed bias: `ridge` keeps the last row of its start."""
         gram, product = self.gram.copy(), self.product - self.gram[:, -1:] * bias
         gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, 0.0
         return Normal(gram, product)
 
     def search(self, heads: HeadMaps) -> NormalSearch:
-        """Takes the maps over, to replace v_up a head at a time."""
+        """A search that replaces v_up of one head after the other, in the arrays of `heads`."""
         return NormalSearch(self, heads)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Of fewer rows than features, where FFᵀ is the smaller matrix; see `Normal`."""
+    """The equations as F and Y, for fewer rows than features; the methods are those of `Normal`."""
 
     features: Float[np.ndarray, "M F"]
     target: Float[np.ndarray, "M D"]
@@ -276,7 +297,7 @@ class Rows:
         return self.features[:, columns].T @ self.features[:, columns]
 
     def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
-        # (FᵀF + ρ)⁻¹ Fᵀ = Fᵀ (FFᵀ + ρ)⁻¹
+        # (FᵀF + ρ)⁻¹ Fᵀ = Fᵀ (FFᵀ + ρ)⁻¹: the matrix to solve with is [M, M].
         gram = self.features @ self.features.T
         gram[np.diag_indices_from(gram)] += _pull(np.trace(gram), self.features.shape[1])
         change = self.features.T @ np.linalg.solve(gram, self.target - self.features @ start)
@@ -301,26 +322,27 @@ Equations = Normal | Rows
 
 @dataclass(frozen=True)
 class NormalSearch:
-    """Heads whose maps are replaced one after the other."""
+    """The heads whose v_up are replaced one after the other."""
 
     equations: Normal
     heads: HeadMaps
 
     def gradient(self, head: int) -> Float[np.ndarray, "L V"]:
-        """Fᵀ(Y − F·W)·outᵀ for the features and the output of one head."""
+        """Fᵀ(Y − F·W)·outᵀ, with F and `out` of one head."""
+        # (W·outᵀ) first: V numbers wide, not D.
         columns, out = self.heads.columns(head), self.heads.out[head].T
         each = self.heads.v_up @ (self.heads.out @ out)
         weight = np.concatenate([each.reshape(-1, out.shape[1]), self.heads.bias[None] @ out])
         return self.equations.product[columns] @ out - self.equations.gram[columns] @ weight
 
     def replace(self, head: int, v_up: Float[np.ndarray, "L V"]) -> None:
-        """Another map of one head."""
+        """Replaces v_up of one head."""
         self.heads.v_up[head] = v_up
 
 
 @dataclass(frozen=True)
 class RowsSearch:
-    """As `NormalSearch`, with what is missing so far, Y − F·W, at hand."""
+    """Like `NormalSearch`, and keeps the residual Y − F·W up to date."""
 
     equations: Rows
     heads: HeadMaps
@@ -356,7 +378,7 @@ def _pull(trace: float, features: int) -> float:
 def _narrow(
     x: Float[np.ndarray, "M F"], v_up: Float[np.ndarray, "N L V"]
 ) -> Float[np.ndarray, "M W"]:
-    """Every head's L columns through its map to V; the last column as it is."""
+    """Multiplies the L columns of every head by its v_up; the last column stays."""
     N, L, _ = v_up.shape
     heads = [x[:, h * L : (h + 1) * L] @ v_up[h] for h in range(N)]
     return np.concatenate([*heads, x[:, -1:]], axis=1)
