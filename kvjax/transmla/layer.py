@@ -1,8 +1,7 @@
 """The inside of one layer, for calibration and the least-squares refits.
 
-`Heads`, `scores` and `attention_weights` are the attention of the original layer. `cache_entries`
-and `latent_scores` are that of the converted layer, in the absorbed form: what it caches, and the
-scores of queries against the cache.
+The original layer: `Heads`, `scores` and `attention_weights`. The converted layer in the absorbed
+form: `cache_entries`, and `latent_scores` of queries against them.
 """
 
 from __future__ import annotations

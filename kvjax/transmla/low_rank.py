@@ -55,7 +55,7 @@ def joint_moments(
     K, H, joint = base.num_kv_heads, base.head_dim, partial.joint
     W = K * H
     mean = stats.kv_mean.copy() if centred else np.zeros_like(stats.kv_mean)
-    if base.softcap is not None:  # a shift of all scores is no longer free
+    if base.softcap is not None:  # a shift of all scores would change the output
         mean[:W] = 0.0
     # E[(x − m)ᵀ(x − m)], where the means m may be of some components only.
     covariance = stats.kv_second - np.outer(mean, stats.kv_mean) - np.outer(stats.kv_mean, mean)

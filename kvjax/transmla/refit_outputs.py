@@ -116,8 +116,8 @@ def output_equations(
         f, part, part_product = _group_equations(block, params, turn, cached, maps, *arrays)
         gram += np.asarray(part)
         product += np.asarray(part_product)
-        # Where most attention goes to one token, the features of a head hardly differ from each
-        # other but for their size. Sums of fp32 products then have negative eigenvalues.
+        # Where most attention goes to one token, the features of a head are nearly multiples of
+        # each other. Sums of fp32 products then have negative eigenvalues.
         for head, own in enumerate(np.split(np.asarray(f)[:, :-1], N, axis=1)):
             own = own.astype(np.float64)
             blocks[head] += own.T @ own
