@@ -27,9 +27,9 @@ import numpy as np
 import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
-from kvjax.headkv.stability import split_half
 from kvjax.paths import local_path
 from kvjax.pipelines.questions import QUESTIONS, Grid, TokenizerVocabulary, make_examples
+from kvjax.policies.importance import split_half
 
 MODEL = "builtin:needle"
 

@@ -30,8 +30,8 @@ from benchmarks.environment import environment
 from benchmarks.pools import held_pool
 from kvjax.cache import AttentionSpec, DenseCache, ModelCache, advance, with_layer
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.budgets import allocate
 from kvjax.paths import local_path
+from kvjax.policies.budgets import allocate
 
 GOAL = 0.15  # of the full cache's time, for 5 % of its entries
 

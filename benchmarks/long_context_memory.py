@@ -34,15 +34,14 @@ import numpy as np
 from benchmarks.environment import environment
 from kvjax.cache import ModelCache
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.decoding import decode, first_token
-from kvjax.headkv.compression import Compression
-from kvjax.headkv.policy import resolve
-from kvjax.headkv.scores import HeadScores
+from kvjax.decoding import Sampling, decode, first_token
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, block_program
 from kvjax.paths import local_path
+from kvjax.policies.compression import Compression
+from kvjax.policies.importance import HeadScores
+from kvjax.policies.named import resolve
 from kvjax.prefill import OBSERVED, cache_shapes, read_layer, read_prompts
-from kvjax.sampling import Sampling
 
 SETTINGS = ("no cache", "full", "headkv")
 NO_EOS = np.zeros(0, np.int32)

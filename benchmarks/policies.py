@@ -22,12 +22,12 @@ from rich.progress import Progress
 import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
-from kvjax.headkv.named import parse
-from kvjax.headkv.policy import Compress, resolve
-from kvjax.headkv.scores import HeadScores, default_scores
 from kvjax.paths import local_path
 from kvjax.pipelines.compare import FULL, PROTOCOLS, compare
 from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.policies.importance import HeadScores, default_scores
+from kvjax.policies.named import parse_policy, resolve
+from kvjax.policies.policy import Compress
 from kvjax.tasks import make_examples
 
 MODEL, LENGTH = "builtin:needle", 1024
@@ -118,7 +118,9 @@ def label(name: str, size: int) -> str:
 
 def sized(name: str, size: int, config: Any, scores: HeadScores | None) -> Compress:
     """The policy at a KV size, with the model's head scores where it needs any."""
-    policy = resolve(parse(f"{name}{',' if ':' in name else ':'}kv_size={size}"), config, scores)
+    policy = resolve(
+        parse_policy(f"{name}{',' if ':' in name else ':'}kv_size={size}"), config, scores
+    )
     assert isinstance(policy, Compress), f"{name} compresses nothing; {FULL} is measured anyway"
     return policy
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import ModelCache
-from kvjax.cache.entries import as_pool
-from kvjax.cache.packing import lay_segments
+from kvjax.cache.pool import lay_segments
+from kvjax.cache.storage import as_pool
 from kvjax.config import ModelConfig
-from kvjax.headkv.compression import Budgets, compression
+from kvjax.policies.compression import Budgets, compression
 
 Fill = Callable[[tuple[int, ...], Any], jax.Array]
 """(shape, dtype) to entries."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from tyro.conf import UseAppendAction, arg
 
 from kvjax.paths import check_local, local_path
+from kvjax.policies.named import parse_policy
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Policies = Annotated[
@@ -150,11 +151,10 @@ def check_arguments(command: Any) -> None:
         ValueError: a path that is a URL, or a policy that does not exist or whose score file
             cannot be read.
     """
-    from kvjax.headkv import Policy
 
     check_local(command)
     for policy in command.policy:
-        Policy.parse(policy)
+        parse_policy(policy)
 
 
 def checked(name: str, command: TaskCommand) -> tuple[Any, tuple[str, ...]]:

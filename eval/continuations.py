@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 from eval.loaded import bounds_growth
 from kvjax.cache import cache_bytes
 from kvjax.config import ModelConfig
-from kvjax.feeding import hidden_states, output_weights
+from kvjax.decoding import most_likely
 from kvjax.generation import full_cache_bytes
-from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
 from kvjax.numerics import not_finite
+from kvjax.policies.policy import Policy
 from kvjax.prefill import prefill
 from kvjax.prompts import bucket_length, pad
-from kvjax.sampling import most_likely
+from kvjax.scoring import hidden_states, output_weights
 
 PIECE = 64  # tokens of a continuation that are fed at a time
 

@@ -13,7 +13,7 @@ from eval.settings import Settings
 from eval.task import Task
 from kvjax.encoding import end_ids
 from kvjax.generation import Generation, generate_each
-from kvjax.headkv.policy import Policy
+from kvjax.policies.policy import Policy
 from kvjax.text import added_text
 
 

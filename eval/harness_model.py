@@ -17,7 +17,7 @@ from eval.loaded import Loaded
 from eval.progress import progress_bar
 from kvjax.encoding import end_ids, prompt_ids
 from kvjax.generation import generate
-from kvjax.headkv.policy import Full, Policy
+from kvjax.policies.policy import Full, Policy
 from kvjax.text import added_text
 
 NEW_TOKENS = 256

@@ -182,10 +182,9 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
     import jax
     import numpy as np
 
-    from kvjax.decoding import first_token
+    from kvjax.decoding import Sampling, first_token
     from kvjax.mesh import mesh_of
     from kvjax.prefill import read_prompts
-    from kvjax.sampling import Sampling
 
     logits, (cache,) = read_prompts(model, params, tokens, [work])
     keys = jax.random.split(jax.random.key(0), len(tokens))
@@ -198,8 +197,7 @@ def _decode(model: Any, params: Any, state: Any, every: int, work: Any) -> None:
     """All further tokens; they are fetched, so that they are finished."""
     import numpy as np
 
-    from kvjax.decoding import decode
-    from kvjax.sampling import Sampling
+    from kvjax.decoding import Sampling, decode
 
     greedy, never = Sampling.create(0.0, 0, 1.0), np.asarray((), np.int32)
     for _ in decode(model, params, state, greedy, never, work.new_tokens, every, work.again):

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.policy import Compress, Policy, resolve
-from kvjax.headkv.scores import default_scores
 from kvjax.identity import array_digest, identity
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import HeadImportance
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import resolve
+from kvjax.policies.policy import Compress, Policy
 
 
 @dataclass(frozen=True)

@@ -98,17 +98,17 @@ def parse_policies(names: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: a policy that does not exist.
     """
-    from kvjax.headkv import Policy
+    from kvjax.policies import parse_policy
 
-    return {name: Policy.parse(SCORES.sub("", name).rstrip(",:")) for name in names}
+    return {name: parse_policy(SCORES.sub("", name).rstrip(",:")) for name in names}
 
 
 def _with_scores(policy: Any, config: Any) -> Any:
     """The policy with equal scores where it wants some: the sum of the budgets is the same."""
-    from kvjax.headkv.policy import resolve
-    from kvjax.headkv.scores import HeadScores, query_heads
+    from kvjax.policies.importance import HeadScores
+    from kvjax.policies.named import resolve
 
-    return resolve(policy, config, HeadScores(np.ones((*query_heads(config), 1))))
+    return resolve(policy, config, HeadScores(np.ones((config.num_layers, config.query_heads, 1))))
 
 
 def _parameters(model: Any, dtype: str) -> Iterator[str]:

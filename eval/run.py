@@ -24,8 +24,8 @@ from eval.settings import Settings
 from eval.task import Task, check_form
 from kvjax import processes
 from kvjax.encoding import end_ids
-from kvjax.headkv.policy import Policy
 from kvjax.identity import array_digest
+from kvjax.policies.policy import Policy
 
 
 def evaluate(

@@ -13,11 +13,10 @@ import numpy as np
 from eval.batches import Shape
 from kvjax.config import GQAConfig, ModelConfig
 from kvjax.generation import full_cache_bytes
-from kvjax.headkv.compression import kept_tokens as tokens_kept
-from kvjax.headkv.facts import unconverted
-from kvjax.headkv.policy import Full, Policy
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
+from kvjax.policies.compression import kept_tokens as tokens_kept
+from kvjax.policies.policy import Full, Policy
 from kvjax.prefill import shape_bytes
 from kvjax.prompts import bucket_length
 
@@ -27,7 +26,7 @@ def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -
 
     Args:
         dtype: of the parameters.
-        policy: with its head scores, see `kvjax.headkv.policy.resolve`.
+        policy: with its head scores, see `kvjax.policies.policy.resolve`.
     """
     lengths, dtype = [shape.bucket], jnp.dtype(dtype)
     work = policy.compression(model.config, lengths, shape.max_new_tokens, dtype)
@@ -52,7 +51,7 @@ def gqa_config(config: ModelConfig) -> ModelConfig | None:
 
     Conversions keep the attention they start from, or the config.json that described it.
     """
-    base = config.with_attention(tuple(unconverted(layer.attention) for layer in config.layers))
+    base = config.with_attention(tuple(layer.attention.unconverted for layer in config.layers))
     if not _is_gqa(base):
         raw = json.loads(config.hf_json)
         base = config_from_hf(raw) if raw else base

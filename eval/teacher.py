@@ -19,8 +19,8 @@ from eval.task import Item, Task
 from kvjax import processes
 from kvjax.encoding import ids_after
 from kvjax.example import Example
-from kvjax.headkv.policy import Compress, Full, Policy
 from kvjax.pipelines.compare import AFTER, FULL, INSIDE, compare, round_up
+from kvjax.policies.policy import Compress, Full, Policy
 
 METRIC = "teacher_forced_exact_match"
 

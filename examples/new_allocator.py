@@ -6,11 +6,10 @@ import numpy as np
 
 import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.allocators import Request
-from kvjax.headkv.budgets import largest_remainder
-from kvjax.headkv.policy import Compress
-from kvjax.headkv.scorers import ObservationWindow
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import Request, largest_remainder
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import ObservationWindow
 
 
 def ends_first(request: Request) -> np.ndarray:

@@ -6,13 +6,13 @@ import numpy as np
 
 import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.allocators import Uniform
-from kvjax.headkv.policy import Compress
-from kvjax.headkv.prompt import Prompt
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import Uniform
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import LayerView
 
 
-def small_keys(prompt: Prompt) -> jax.Array:
+def small_keys(prompt: LayerView) -> jax.Array:
     """[B, K, S] scores, higher for tokens to keep; padding and the window are not asked for."""
     return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
 

@@ -1,6 +1,6 @@
 """kvjax makes the KV cache of existing grouped-query LLMs smaller, in JAX."""
 
-from kvjax import headkv, tasks, transmla
+from kvjax import headkv, policies, tasks, transmla
 from kvjax.context import Context, compress, load_context
 from kvjax.decoding import decode_step
 from kvjax.example import Example
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "load_context",
     "load_tokenizer",
+    "policies",
     "prefill",
     "save",
     "tasks",

@@ -108,6 +108,15 @@ class NormConfig:
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """What attention does to its logits: scale, sliding window, soft-cap (see `GQAConfig`)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class GQAConfig:
     """Grouped-query attention.
 
@@ -135,9 +144,72 @@ class GQAConfig:
     qk_norm: str | None = None
     norm: NormConfig = NormConfig()
 
+    no_head_budget = None
+    """Why the heads cannot keep tokens of their own; None where they can."""
+    rebuilds_keys = False
+    """Whether every step rebuilds the keys from cached latents."""
+    shared_latent = False
+    """Whether all heads share one cached latent and one rotary key."""
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """What happens to the logits."""
+        return AttentionSpec(self.scale, self.window, self.softcap)
+
+    @property
+    def unconverted(self) -> GQAConfig:
+        """The attention that a conversion kept inside: here the attention itself."""
+        return self
+
+    @property
+    def query_heads(self) -> int:
+        """N."""
+        return self.num_heads
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads, or streams of latents, that the cache holds."""
+        return self.num_kv_heads
+
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """Numbers of a key and of a value in one cached head."""
+        return self.head_dim, self.head_dim
+
+    @property
+    def budget_heads(self) -> int:
+        """Heads that budgets are made for: K, before a conversion too."""
+        return self.num_kv_heads
+
+
+class Converted:
+    """Facts that a converted attention has from the one that it was made of."""
+
+    base: GQAConfig
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """See `GQAConfig.spec`."""
+        return self.base.spec
+
+    @property
+    def unconverted(self) -> GQAConfig:
+        """See `GQAConfig.unconverted`."""
+        return self.base
+
+    @property
+    def query_heads(self) -> int:
+        """N."""
+        return self.base.num_heads
+
+    @property
+    def budget_heads(self) -> int:
+        """See `GQAConfig.budget_heads`."""
+        return self.base.num_kv_heads
+
 
 @dataclass(frozen=True)
-class EqualCacheConfig:
+class EqualCacheConfig(Converted):
     """GQA whose K and V projections are factored, W = down · up (TransMLA v1, arXiv 2502.07864v2).
 
     The cache holds the latents x · down: `latent_heads` streams of `key_rank` and `value_rank`
@@ -156,10 +228,39 @@ class EqualCacheConfig:
     value_rank: int
     rope_site: str = "after_up"
 
+    shared_latent = False
+
     @property
     def rope(self) -> RopeConfig | None:
         """RoPE of the converted attention."""
         return self.base.rope
+
+    @property
+    def cached_heads(self) -> int:
+        """See `GQAConfig.cached_heads`."""
+        return self.latent_heads
+
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """See `GQAConfig.cached_widths`."""
+        return self.key_rank, self.value_rank
+
+    @property
+    def no_head_budget(self) -> str | None:
+        """See `GQAConfig.no_head_budget`."""
+        if self.rebuilds_keys:
+            return "its keys are rotated after the up-projection, from latents without positions"
+        if self.latent_heads != self.base.num_kv_heads:
+            return f"its {self.base.num_kv_heads} KV heads share one latent"
+        return None
+
+    @property
+    def rebuilds_keys(self) -> bool:
+        """See `GQAConfig.rebuilds_keys`."""
+        return self.rope_site == "after_up"
+
+
+ONE_LATENT = "multi-head latent attention caches one latent for all heads"
 
 
 @dataclass(frozen=True)
@@ -193,9 +294,35 @@ class MLAConfig:
     window: int | None = None
     softcap: float | None = None
 
+    cached_heads = 1
+    budget_heads = 1
+    no_head_budget = ONE_LATENT
+    rebuilds_keys = False
+    shared_latent = True
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """See `GQAConfig.spec`."""
+        return AttentionSpec(self.scale, self.window, self.softcap)
+
+    @property
+    def unconverted(self) -> MLAConfig:
+        """See `GQAConfig.unconverted`."""
+        return self
+
+    @property
+    def query_heads(self) -> int:
+        """N."""
+        return self.num_heads
+
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """Numbers of the latent and of the rotary key."""
+        return self.kv_lora_rank, self.qk_rope_head_dim
+
 
 @dataclass(frozen=True)
-class DecoupledConfig:
+class DecoupledConfig(Converted):
     """GQA that caches one latent and one rotary key for all heads, made of its keys and values.
 
     What `MLAConfig` is, for attention that norms its keys: the projections and norms of `base`
@@ -216,13 +343,24 @@ class DecoupledConfig:
     v_head_dim: int
     out_bias: bool = False
 
+    cached_heads = 1
+    no_head_budget = ONE_LATENT
+    rebuilds_keys = False
+    shared_latent = True
+
     @property
     def rope_dim(self) -> int:
         """Width R of the rotary key."""
         return 0 if self.rope is None else self.rope.dim
 
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """Numbers of the latent and of the rotary key."""
+        return self.rank, self.rope_dim
+
 
 AttentionConfig = GQAConfig | EqualCacheConfig | MLAConfig | DecoupledConfig
+"""Each carries the facts that caches, policies and plans need; see the properties of GQAConfig."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +443,29 @@ class ModelConfig:
         ]
         return max([self.max_position_embeddings, *stretched])
 
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """[L] the sliding window of each layer, None without one."""
+        return tuple(layer.attention.spec.window for layer in self.layers)
+
+    @property
+    def query_heads(self) -> int:
+        """N.
+
+        Raises:
+            ValueError: layers differ.
+        """
+        return _the_same({layer.attention.query_heads for layer in self.layers}, "query heads")
+
+    @property
+    def budget_heads(self) -> int:
+        """K, the heads that budgets are made for.
+
+        Raises:
+            ValueError: layers differ.
+        """
+        return _the_same({layer.attention.budget_heads for layer in self.layers}, "KV heads")
+
     def with_attention(self, attention: tuple[AttentionConfig, ...]) -> ModelConfig:
         """The same model with other attention in every layer."""
         if len(attention) != len(self.layers):
@@ -316,3 +477,10 @@ class ModelConfig:
             for layer, a in zip(self.layers, attention, strict=True)
         )
         return dataclasses.replace(self, layers=layers)
+
+
+def _the_same(heads: set[int], name: str) -> int:
+    """The number of heads that all layers have."""
+    if len(heads) != 1:
+        raise ValueError(f"layers have {sorted(heads)} {name}, expected the same in all")
+    return heads.pop()

@@ -17,15 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
-from kvjax.cache.room import grow_pool, repeat, with_room
-from kvjax.cache.rows import bucket_rows, room_bucket
-from kvjax.cache.sharded import head_copies
-from kvjax.cache.trim import trimmed
+from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
+from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.config import ModelConfig
 from kvjax.finite import check_finite, first_not_finite
-from kvjax.headkv.facts import sliding_windows, spread_layer
-from kvjax.headkv.policy import Policy, resolve
-from kvjax.headkv.scores import default_scores
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
@@ -33,6 +29,9 @@ from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, output_params, run_layer
 from kvjax.numerics import not_finite
 from kvjax.paths import local_path
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import resolve
+from kvjax.policies.policy import Policy
 from kvjax.prefill import compressions, embed_chunks, last_logits, read_prompts
 from kvjax.prompts import bucket_length, check_prompts, pad
 from pallas_kernels import Quantized
@@ -238,7 +237,7 @@ def grown(
     config: ModelConfig, cache: ModelCache, batch: int, room: int, layout: Layout | None
 ) -> ModelCache:
     """The cache of one sequence, for a batch that goes on from it, with room for more tokens."""
-    windows = sliding_windows(config)
+    windows = config.sliding_windows
     own: list[Any] = [None] * len(cache)
     rows: list[list[int]] = [[] for _ in cache.pools]
     for index, (layer, place) in enumerate(zip(cache.own, cache.places, strict=True)):

@@ -1,4 +1,8 @@
-"""Text generation: prompts in, new tokens out, in length buckets and chunks."""
+"""Text generation: prompts in, new tokens out, in length buckets.
+
+A `Reader` says how a batch of prompts is read: from the start under several policies, or as what
+follows a context.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,24 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from kvjax.cache import cache_bytes
-from kvjax.cache.rows import room_bucket
-from kvjax.cache.slots import whole_slots
+from kvjax.cache.pool import room_bucket
+from kvjax.cache.storage import whole_slots
 from kvjax.config import ModelConfig
-from kvjax.context import Context
-from kvjax.decoding import decode, first_token, step_function
-from kvjax.headkv.policy import Policy
+from kvjax.context import Context, check_model, extend, on_devices_of
+from kvjax.decoding import NO_TOKEN, Sampling, decode, first_token, step_function
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
+from kvjax.policies.compression import Compression
+from kvjax.policies.named import parse_policy, resolve_each
+from kvjax.policies.policy import Full, Policy
+from kvjax.prefill import compressions, prefill_in_groups, shape_bytes
 from kvjax.prompts import (
     batches,
     bucket_length,
@@ -31,8 +38,6 @@ from kvjax.prompts import (
     prompt_words,
 )
 from kvjax.ranges import COUNT, Range, check_ranges, optional
-from kvjax.reading import Reader, after_context, from_start
-from kvjax.sampling import NO_TOKEN, Sampling
 
 RANGES = {
     "max_new_tokens": COUNT,
@@ -95,10 +100,10 @@ def generate(
             "headkv:kv_size=128,beta=1.2,scores=heads.json". Without scores= a headkv policy uses
             head_scores.json of the model's directory.
         temperature: 0 for greedy.
-        top_k, top_p: see `kvjax.sampling.Sampling`.
+        top_k, top_p: see `kvjax.decoding.Sampling`.
         eos_ids: ids that end a sequence; None for the model's own, () for none.
         batch_size: sequences at a time; None for a whole bucket.
-        prefill_size: sequences that are read at a time, see `kvjax.prefill_groups`; None for all.
+        prefill_size: sequences that are read at a time, see `kvjax.prefill`; None for all.
         on_tokens: called with (prompt index, new tokens) as tokens are ready, one by one.
         context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. What
             the prompts add is kept in full, so that neither `policy` nor `prefill_size` can be
@@ -144,7 +149,7 @@ def generate_each(
     """Continues every prompt under each of several policies, and reads it once for all of them.
 
     A batch's caches exist beside each other until each has been decoded. Where they are too large
-    for that (see `kvjax.reading.together`) the batch is read once for a part of the policies.
+    for that (see `kvjax.generation.together`) the batch is read once for a part of the policies.
 
     Args:
         policies: see `generate`, as for all other arguments.
@@ -272,3 +277,121 @@ def full_cache_bytes(
     leaves = jax.tree.leaves(jax.eval_shape(make))
     whole_lengths = 4 * batch
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + whole_lengths
+
+
+TOGETHER = 2**30
+"""Bytes of caches of several policies that exist at a time, where the device does not say how much
+memory it has."""
+SHARE = 8
+"""Of a device's memory no more than one part in `SHARE` holds the caches of several policies."""
+
+
+class Start(NamedTuple):
+    """A batch of prompts under one policy, ready for decoding.
+
+    Attributes:
+        logits: [B, V] after each prompt.
+        cache: with room for the new tokens.
+        every, again: see `kvjax.decoding.decode`.
+    """
+
+    logits: jax.Array
+    cache: Any
+    every: int = 0
+    again: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads batches of prompts for a number of policies.
+
+    Attributes:
+        read: padded prompts [B, T], their lengths [B] and the number of new tokens, to a `Start`
+            for each policy, in order. Take one after the other: they hold the caches.
+        policies: how many.
+        before: tokens that precede every prompt.
+    """
+
+    read: Callable[[np.ndarray, np.ndarray, int], Iterator[Start]]
+    policies: int = 1
+    before: int = 0
+
+
+def from_start(
+    model: Transformer,
+    params: Any,
+    policies: Sequence[str | Policy],
+    prefill_size: int | None = None,
+) -> Reader:
+    """Reads each batch once for all policies whose caches fit beside each other, see `together`.
+
+    Args:
+        prefill_size: sequences that are read at a time, see `kvjax.prefill`.
+
+    Raises:
+        ValueError: a policy that cannot be resolved.
+    """
+    resolved = resolve_each(policies, model.config)
+
+    def read(tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int) -> Iterator[Start]:
+        works = compressions(model, params, lengths, resolved, max_new_tokens)
+        rest = iter(resolved)
+        for group in together(works, tokens.shape[1]):
+            logits, caches = prefill_in_groups(model, params, tokens, group, prefill_size)
+            for work in group:
+                yield Start(logits, caches.pop(0), next(rest).every, work.again)
+
+    return Reader(read, len(resolved))
+
+
+def after_context(
+    model: Transformer,
+    params: Any,
+    context: Context,
+    policy: str | Policy,
+    prefill_size: int | None = None,
+) -> Reader:
+    """Reads prompts as what follows the context, which stays as it is.
+
+    Raises:
+        ValueError: a context of another model; a policy or a prefill size.
+    """
+    asked = parse_policy(policy) if isinstance(policy, str) else policy
+    if asked != Full() or prefill_size is not None:
+        raise ValueError(
+            f"got policy {policy!r} and prefill_size {prefill_size} with a context, expected "
+            "neither: a context is compressed already, and what prompts add stays"
+        )
+    check_model(context, model, params)
+    held = on_devices_of(params, context.cache)
+
+    def read(tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int) -> Iterator[Start]:
+        yield Start(*extend(model, params, tokens, lengths, held, max_new_tokens))
+
+    return Reader(read, before=context.length)
+
+
+def together(works: Sequence[Compression], prompt_len: int) -> list[list[Compression]]:
+    """The policies in groups, in order, whose caches may exist at the same time.
+
+    Args:
+        prompt_len: tokens of the longest prompt.
+    """
+    if len(works) == 1:
+        return [list(works)]
+    groups: list[list[Compression]] = []
+    held, most = 0, bytes_together()
+    for work in works:
+        size = shape_bytes(work, bucket_length(prompt_len))
+        if not groups or held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(work)
+        held += size
+    return groups
+
+
+def bytes_together() -> int:
+    """Bytes that the caches of several policies may hold; the same on all devices of a kind."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return TOGETHER if memory is None else memory // SHARE

@@ -17,13 +17,8 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import ModelCache, PromptCache
-from kvjax.config import ModelConfig
-from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.compression import Compression
-from kvjax.headkv.facts import start_prompt
-from kvjax.headkv.policy import Compress, Policy, resolve
-from kvjax.headkv.scores import default_scores
+from kvjax.cache import ModelCache, PrefillCache
+from kvjax.cache.prefill import start_prefill
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
@@ -34,6 +29,9 @@ from kvjax.nn.transformer import (
     hidden_logits,
     output_params,
 )
+from kvjax.policies.compression import Compression
+from kvjax.policies.named import resolve_each
+from kvjax.policies.policy import Policy
 from kvjax.prompts import bucket_length
 
 CHUNK_ROWS = 2048
@@ -84,19 +82,6 @@ def prefill(
     works = compressions(model, params, lengths, resolved, max_new_tokens)
     logits, caches = read_prompts(model, params, tokens, works)
     return logits, caches[0] if one else caches
-
-
-def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
-    """Policies ready for this model, whose head scores are read where one may need them.
-
-    Raises:
-        ValueError: see `resolve`.
-    """
-    parsed = [Policy.parse(policy) if isinstance(policy, str) else policy for policy in policies]
-    allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
-    lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
-    scores = default_scores(config) if lacking else None
-    return [resolve(policy, config, scores) for policy in parsed]
 
 
 def read_prompts(
@@ -165,7 +150,7 @@ def cache_shapes(work: Compression, slots: int) -> ModelCache:
         for index, layer in enumerate(work.config.layers):
             watching = Watching.of([work], index)
             observers = watching.observers
-            prompt = start_prompt(layer.attention, *shape, work.dtype, observers, mesh)
+            prompt = start_prefill(layer.attention, *shape, work.dtype, observers, mesh)
             caches = work.compress(caches, index, prompt.seen_by(watching.wanted[0]))
         return caches
 
@@ -215,7 +200,7 @@ def read_layer(
     observers: tuple[Any, ...] = (),
     mesh: Mesh | None = None,
     chunk: int | None = None,
-) -> tuple[Float[Array, "B T D"], PromptCache]:
+) -> tuple[Float[Array, "B T D"], PrefillCache]:
     """One layer over the whole prompt, in chunks that end with the longest sequence.
 
     Beside the residual stream no activations but a chunk's exist. The chunk changes no result.
@@ -228,7 +213,7 @@ def read_layer(
     """
     B, T, D = x.shape
     chunk = chunk_tokens(B, mesh) if chunk is None else chunk
-    cache = start_prompt(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
+    cache = start_prefill(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
     place = stream_place(mesh, B, D)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(positions < lengths[:, None], positions, -1)
@@ -304,3 +289,80 @@ def last_logits(
     """Logits after the last token of each prompt."""
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return hidden_logits(config, params, last)[:, 0]
+
+
+def prefill_in_groups(
+    model: Transformer,
+    params: Any,
+    tokens: Int[np.ndarray, "B T"],
+    works: Sequence[Compression],
+    size: int | None = None,
+) -> tuple[jax.Array, list[Any]]:
+    """`kvjax.prefill.read_prompts` of a few sequences after the others.
+
+    While a prompt is read, one layer's keys and values exist uncompressed, and so do the residual
+    streams: with small caches that is what limits the batch, unless few are read at a time.
+
+    Args:
+        works: of the whole batch.
+        size: sequences at a time, at least the devices that the batch is split over; taken is the
+            largest divisor of the batch up to it. None: all.
+
+    Returns:
+        As `read_prompts`.
+    """
+    ways = batch_ways(params, len(tokens))
+    rows = group_rows(len(tokens), size, ways)
+    if len(rows) == 1:
+        return read_prompts(model, params, tokens, works)
+    whole: Any = None
+    for index, group in enumerate(rows):
+        part = read_prompts(model, params, tokens[group], [work.take(group) for work in works])
+        whole = jax.tree.map(functools.partial(_empty, len(rows)), part) if index == 0 else whole
+        whole = _put(whole, part, jnp.asarray(index, jnp.int32), ways)
+    return whole
+
+
+def batch_ways(params: Any, batch: int) -> int:
+    """Devices that a batch is split over."""
+    mesh = mesh_of(params)
+    if mesh is None:
+        return 1
+    return Layout.create(mesh, batch).batch_ways
+
+
+def group_rows(batch: int, size: int | None, ways: int) -> Int[np.ndarray, "groups size"]:
+    """The sequences of each group: of every device's share of the batch as many.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"prefill_size is {size}, expected ≥ 1")
+    share = batch // ways
+    own = max(
+        (n for n in range(1, share + 1) if share % n == 0 and n * ways <= (size or batch)),
+        default=1,
+    )
+    order = np.arange(batch).reshape(ways, share // own, own)
+    return np.swapaxes(order, 0, 1).reshape(-1, ways * own)
+
+
+def _empty(groups: int, leaf: jax.Array) -> jax.Array:
+    """Room for all groups, where the first one lies."""
+    shape = (groups * leaf.shape[0], *leaf.shape[1:])
+    return jnp.zeros(shape, leaf.dtype, device=leaf.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(whole: Any, part: Any, index: jax.Array, ways: int) -> Any:
+    """Writes one group's rows in every device's share."""
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        own = part.shape[0] // ways
+        shares = whole.reshape(ways, -1, own, *whole.shape[1:])
+        new = part.reshape(ways, 1, own, *part.shape[1:])
+        shares = jax.lax.dynamic_update_slice_in_dim(shares, new, index, 1)
+        return shares.reshape(whole.shape)
+
+    return jax.tree.map(put, whole, part)

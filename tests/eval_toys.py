@@ -13,8 +13,8 @@ import kvjax
 from eval.loaded import Loaded
 from eval.task import Item, Task
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.scores import HeadScores
 from kvjax.nn import Transformer
+from kvjax.policies.importance import HeadScores
 from kvjax.tasks.words import WordVocabulary, to_transformers
 
 VOCAB = WordVocabulary()

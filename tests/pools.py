@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import ModelCache, Pool
-from kvjax.cache.packing import lay_segments
-from kvjax.cache.rows import pool_rows
+from kvjax.cache.pool import lay_segments, pool_rows
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.compression import Budgets, compression
-from kvjax.headkv.scorers import ObservationWindow
+from kvjax.policies.compression import Budgets, compression
+from kvjax.policies.scorers import ObservationWindow
 
 
 def budgets(caps, batch, window=8, room=50, rings=False, scorer=None, **settings):

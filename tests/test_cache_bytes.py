@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.headkv import allocate, load_scores
-from kvjax.headkv.policy import resolve
-from kvjax.headkv.scores import default_scores
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import resolve
 from kvjax.tasks import WordVocabulary, make_examples
 
 LENGTH, NEW = 1024, 8

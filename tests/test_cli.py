@@ -13,9 +13,9 @@ from toys import random_params
 
 import kvjax
 from kvjax.cli import main
-from kvjax.headkv.scores import HeadScores
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
+from kvjax.policies.importance import HeadScores
 from kvjax.tasks.words import WordVocabulary, to_transformers
 from kvjax.text import added_text
 

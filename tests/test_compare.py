@@ -10,9 +10,9 @@ import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv import HeadScores
-from kvjax.headkv.policy import resolve
 from kvjax.nn import Transformer
 from kvjax.pipelines.compare import compare
+from kvjax.policies.named import resolve
 
 NAMES = (
     "snapkv:kv_size=16",

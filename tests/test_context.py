@@ -12,9 +12,9 @@ from toys import random_params
 import kvjax
 from kvjax import transmla
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.policy import Full
 from kvjax.hf.tensor_file import NewTensor, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
+from kvjax.policies.policy import Full
 from kvjax.sharding import make_mesh, parse_mesh, place_params
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))

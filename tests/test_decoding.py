@@ -12,7 +12,7 @@ from toys import forward
 import kvjax
 from kvjax.config import GQAConfig, LongRopeScaling, RopeConfig
 from kvjax.headkv import HeadScores
-from kvjax.headkv.policy import resolve
+from kvjax.policies.named import resolve
 
 LENGTHS = np.asarray([40, 33, 9], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 48)).astype(np.int32)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from toys import random_params
 
-from kvjax import reading
+from kvjax import generation
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.generation import generate, generate_each
-from kvjax.headkv.policy import Policy
 from kvjax.nn import Transformer
+from kvjax.policies.named import parse_policy
 from kvjax.prefill import compressions, shape_bytes
 
 LAYERS, VOCAB = 2, 89
@@ -75,26 +75,26 @@ def test_each_policy_gives_what_it_gives_alone(loaded, prompts, layers_read, tem
 def test_caches_that_are_too_large_together_are_read_for_in_groups(
     loaded, prompts, layers_read, monkeypatch
 ):
-    policies, batch = [Policy.parse(name) for name in POLICIES], prompts[:3]
+    policies, batch = [parse_policy(name) for name in POLICIES], prompts[:3]
     alone = [generate(*loaded, batch, policy=policy, **SETTINGS) for policy in policies]
     sizes = [result.cache_bytes for result in alone]
     most = sizes[0] + sizes[1]
     assert sizes[0] + sizes[1] + sizes[2] > most < sizes[2] + sizes[3] + sizes[4]
-    monkeypatch.setattr(reading, "bytes_together", lambda: most)
+    monkeypatch.setattr(generation, "bytes_together", lambda: most)
     del layers_read[:]
     found = generate_each(*loaded, batch, policies, **SETTINGS)
     assert found == alone
-    groups = reading.together(
+    groups = generation.together(
         compressions(*loaded, np.asarray([len(p) for p in batch]), policies, 9), 32
     )
     assert len(groups) > 1 and len(layers_read) == len(groups) * LAYERS
-    monkeypatch.setattr(reading, "bytes_together", lambda: 1)  # even one is too large
+    monkeypatch.setattr(generation, "bytes_together", lambda: 1)  # even one is too large
     assert generate_each(*loaded, batch, policies[:2], **SETTINGS) == alone[:2]
 
 
 def test_the_bytes_of_caches_are_known_before_they_are_made(loaded, prompts):
     lengths = np.asarray([len(prompt) for prompt in prompts[:3]], np.int32)
-    for policy in map(Policy.parse, POLICIES):
+    for policy in map(parse_policy, POLICIES):
         (work,) = compressions(*loaded, lengths, [policy], 9)
         out = generate(*loaded, prompts[:3], policy=policy, **SETTINGS)
         assert shape_bytes(work, 32) == out.cache_bytes

@@ -8,7 +8,7 @@ from compilations import counted
 from toys import forward, random_params
 
 from kvjax.cache import cache_bytes
-from kvjax.cache.rows import room_bucket
+from kvjax.cache.pool import room_bucket
 from kvjax.config import (
     DynamicScaling,
     GQAConfig,
@@ -18,9 +18,9 @@ from kvjax.config import (
     ModelConfig,
     RopeConfig,
 )
+from kvjax.decoding import Sampling, sample
 from kvjax.generation import bucket_length, generate
 from kvjax.nn import Transformer
-from kvjax.sampling import Sampling, sample
 
 V = 89
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))

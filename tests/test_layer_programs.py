@@ -10,7 +10,7 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
-from kvjax.headkv.importance import score_examples
+from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
 from kvjax.tasks import perplexity
 from kvjax.transmla import calibrate, convert

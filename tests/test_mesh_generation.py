@@ -21,9 +21,9 @@ from meshes import (
 
 import kvjax
 from kvjax.config import RopeConfig
-from kvjax.headkv import HeadScores, Policy, balance
-from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.named import snapkv
+from kvjax.headkv import HeadScores, balance
+from kvjax.policies.budgets import HeadImportance
+from kvjax.policies.named import parse_policy, snapkv
 from kvjax.prompts import pad
 from kvjax.sharding import make_mesh, place_params
 
@@ -124,7 +124,7 @@ def test_every_cache_over_heads_and_sequences(kind, policy):
     model, params = model_of(kind)
     if policy.startswith("headkv_adaptive"):
         policy = dataclasses.replace(
-            Policy.parse(policy), allocator=HeadImportance(1.2, HeadScores(np.ones((3, 8, 1))))
+            parse_policy(policy), allocator=HeadImportance(1.2, HeadScores(np.ones((3, 8, 1))))
         )
     want = kvjax.generate(model, params, ragged_prompts(), NEW, policy, eos_ids=())
     many = spread(model, params, "data=2,tensor=4")

@@ -10,12 +10,12 @@ from meshes import GQA, LATENTS, MLA, toy
 
 import kvjax
 from eval import continuations, losses
+from kvjax.decoding import NO_TOKEN, Sampling, most_likely, sample
 from kvjax.example import Example
-from kvjax.headkv.importance import score_examples
-from kvjax.headkv.policy import Policy
+from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
 from kvjax.pipelines.compare import compare
-from kvjax.sampling import NO_TOKEN, Sampling, most_likely, sample
+from kvjax.policies.named import parse_policy
 from kvjax.tasks import scoring
 from kvjax.tasks.scoring import perplexity
 
@@ -45,7 +45,7 @@ def model_of(*attention, dtype="float16"):
 
 MODEL, PARAMS = model_of(GQA, GQA)
 EXAMPLE = Example(tuple(LOUD_PROMPT), (7, 8), (2, 4), question_length=2)
-HALF = Policy.parse("snapkv:kv_size=6,window=4")
+HALF = parse_policy("snapkv:kv_size=6,window=4")
 TEXT = np.asarray([[*PROMPT, *PROMPT], [*LOUD_PROMPT, *PROMPT[1:]]], np.int32)
 
 WAYS = {

@@ -13,10 +13,11 @@ import train.__main__
 from eval.command import task_options
 from eval.rows import read_rows
 from kvjax.context import load_context
-from kvjax.headkv import HeadScores, Policy, load_scores
+from kvjax.headkv import HeadScores, load_scores
 from kvjax.hf import check_export, config_from_hf, layout_of, open_params, read_model, read_shape
 from kvjax.nn import Transformer
 from kvjax.paths import check_local, local_path
+from kvjax.policies.named import parse_policy
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.prompt import read_haystack
 from kvjax.transmla.calibration import Stats
@@ -155,7 +156,7 @@ def test_what_is_read(model, kind):
         lambda path: read_haystack(path, WordVocabulary()),
         lambda path: kvjax.transmla.calibrate(*model, [], resume=path),
         lambda path: kvjax.headkv.score_heads(*model, None, haystack=path),
-        lambda path: Policy.parse(f"headkv:scores={path}"),
+        lambda path: parse_policy(f"headkv:scores={path}"),
         lambda path: read_rows(Path(path)),
         lambda path: open_rows(SourceConfig(str(path), "text")),
         lambda path: read_config(Path(path)),

@@ -8,9 +8,9 @@ from tokenizer_toys import sentencepiece
 
 import kvjax
 from kvjax.headkv import load_scores
-from kvjax.headkv.stability import split_half
 from kvjax.pipelines import demo
 from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
 
 MODEL = "builtin:needle"

@@ -14,7 +14,6 @@ from meshes import GQA, MLA, mesh_of_eight, toy
 
 import kvjax
 from kvjax.cli import main
-from kvjax.headkv.policy import Policy
 from kvjax.hf import read_shape
 from kvjax.nn.transformer import block_kinds
 from kvjax.pipelines.plan_decode import block_step, fused_step
@@ -23,6 +22,7 @@ from kvjax.pipelines.plan_programs import Compiler, Program, count_collectives, 
 from kvjax.pipelines.plan_room import LONGEST, Room, extrapolate
 from kvjax.pipelines.plan_shapes import Served, Size
 from kvjax.pipelines.plan_variants import Variant, default_mesh, shallower
+from kvjax.policies.named import parse_policy
 from kvjax.prefill import OBSERVED, embed_chunks, read_layer
 from kvjax.sharding import place_params
 from kvjax.topologies import Topology, device_bytes
@@ -57,7 +57,7 @@ def test_bytes_of_a_device():
 
     def held(policy):
         size = Size(32, 4096, 128)
-        return Served.create(model, Policy.parse(policy), size, mesh, "bfloat16").nbytes
+        return Served.create(model, parse_policy(policy), size, mesh, "bfloat16").nbytes
 
     weights, caches = held("full")
     assert weights == split + norms
@@ -80,7 +80,7 @@ def test_shapes_are_those_of_real_programs(kind, policy):
     params = place_params(model, params, mesh)
     tokens, lengths = np.ones((4, 48), np.int32), np.full(4, 48, np.int32)
     _, cache = kvjax.prefill(model, params, tokens, lengths, policy=policy, max_new_tokens=8)
-    served = Served.create(model, Policy.parse(policy), Size(4, 48, 8), mesh, "float32")
+    served = Served.create(model, parse_policy(policy), Size(4, 48, 8), mesh, "float32")
     assert jax.tree.map(shape_of, served.cache) == jax.tree.map(shape_of, cache)
     held = device_bytes(params), device_bytes(cache)
     assert served.nbytes == held
@@ -108,7 +108,7 @@ def test_a_layer_has_two_all_reduces():
     model, mesh = toy(GQA, GQA, GQA)[0], mesh_of_eight("data=2,tensor=4")
     found = []
     for depth in (1, 3):
-        shallow = shallower(Variant("", model, Policy.parse("full")), depth)
+        shallow = shallower(Variant("", model, parse_policy("full")), depth)
         served = shallow.served(Size(4, 48, 8), mesh, "float32")
         found.append(fused_step(served).collectives)
     assert found[1] - found[0] == Counter({"all-reduce": 4})
@@ -122,7 +122,7 @@ def test_layers_of_a_kind_are_compiled_once():
     mesh, counts = mesh_of_eight("data=2,tensor=4"), []
     for depth in (3, 6):
         model, _ = toy(*[GQA] * depth)
-        variant, compile = Variant("", model, Policy.parse("snapkv:kv_size=16")), Compiler()
+        variant, compile = Variant("", model, parse_policy("snapkv:kv_size=16")), Compiler()
         served = variant.served(Size(4, 48, 8), mesh, "float32")
         prefill_bytes(served, compile)
         block_step(served, compile)

@@ -7,7 +7,7 @@ from meshes import GQA, HEAD_LATENTS, LATENTS, MLA, WINDOWED, toy
 
 import kvjax
 from kvjax.headkv import HeadScores
-from kvjax.headkv.policy import resolve
+from kvjax.policies.named import resolve
 
 SIZE = "kv_size=16,window=4"
 POLICIES = (

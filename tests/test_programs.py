@@ -20,8 +20,8 @@ from kvjax.config import (
 )
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
-from kvjax.headkv.policy import resolve
 from kvjax.nn import Transformer
+from kvjax.policies.named import resolve
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 SNAPKV = "snapkv:kv_size=20"

@@ -9,8 +9,8 @@ from toys import random_params
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
-from kvjax.headkv.policy import resolve
 from kvjax.nn import Transformer
+from kvjax.policies.named import resolve
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), window=13)

@@ -10,7 +10,6 @@ import pytest
 import kvjax
 from kvjax.cli import main
 from kvjax.headkv import load_scores
-from kvjax.headkv.stability import split_half
 from kvjax.pipelines import partial
 from kvjax.pipelines.questions import (
     COPIED_LENGTH,
@@ -19,6 +18,7 @@ from kvjax.pipelines.questions import (
     TokenizerVocabulary,
     make_examples,
 )
+from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.prompt import read_haystack
 

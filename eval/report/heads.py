@@ -85,7 +85,7 @@ def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
 
 def _models(runs: Sequence[Run]) -> list[tuple[str, Path, int | None]]:
     """Models of the runs that have a score file beside them: name, file and KV heads."""
-    from kvjax.headkv.scores import attention_heads
+
     from kvjax.hf import read_model
     from kvjax.hf.source import BUILTIN, resolve
 
@@ -99,5 +99,5 @@ def _models(runs: Sequence[Run]) -> list[tuple[str, Path, int | None]]:
             continue
         if path.is_file():
             layer = read_model(name).config.layers[0]
-            found.append((name, path, attention_heads(layer.attention)[1]))
+            found.append((name, path, layer.attention.cached_heads))
     return found

@@ -1,12 +1,12 @@
 """Causal attention of many queries, by position: what prefill and training run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.config import AttentionSpec
 from pallas_kernels.dispatch import target
 from pallas_kernels.quantized import Entries, dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
@@ -16,15 +16,6 @@ TILE = 256, 512
 CPU_TILE = 256, 128
 """As many on CPUs, whose caches must hold a tile of all heads: one that does not fit costs up to
 four times as much."""
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What attention does to its logits: scale, sliding window, soft-cap (see GQAConfig)."""
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 Expand = Callable[[jax.Array, jax.Array], jax.Array]

@@ -1,19 +1,129 @@
-"""The caches of all layers, as prefill makes them and every step of decoding takes them."""
+"""What the model sees of its caches: the contract of one layer's cache, and the caches of all
+layers, as prefill makes them and every step of decoding takes them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from functools import singledispatch
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
 from kvjax.cache.pool import Pool, PoolLayer
-from kvjax.cache.sharded import ShardedHeads
+from kvjax.cache.sharded import ShardedHeads, device_spec, specs
 from kvjax.mesh import Layout
+from pallas_kernels import schedule
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Keys and values of one layer.
+
+    Caches are pytrees, whose fields jax fills with other things than arrays (shapes, shardings,
+    markers): they are annotated Any, and their docstrings give the shapes.
+
+    `lengths` [B] counts the tokens a sequence has given to the cache. Beyond `capacity` tokens
+    nothing more is stored, and lengths > capacity says so.
+    """
+
+    @property
+    def lengths(self) -> jax.Array: ...
+
+    @property
+    def capacity(self) -> int | jax.Array:
+        """Tokens a sequence can give to this cache in all; [B] where sequences differ."""
+        ...
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        spec: AttentionSpec,
+        expand: Expand | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Stores the new entries and attends.
+
+        Args:
+            q: [B, T, N, H] queries, rotated.
+            k, v: [B, T, K, ·] new entries: rotated keys and values, or latents.
+            positions: [B, T] int32; −1 marks padding, neither stored nor attended.
+            spec: scale, window, soft-cap.
+            expand: rebuilds keys from the entries where these are latents.
+
+        Returns:
+            [B, T, N, Hv] in q's dtype, and the cache with the new entries.
+
+        Raises:
+            NotImplementedError: this cache cannot hold entries of this kind; says why.
+        """
+        ...
+
+
+@runtime_checkable
+class AbsorbedCache(Protocol):
+    """A cache of latents that all heads share, for multi-head latent attention."""
+
+    @property
+    def lengths(self) -> jax.Array: ...
+
+    def attend_absorbed(
+        self,
+        q_latent: jax.Array,
+        q_rope: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        positions: jax.Array,
+        spec: AttentionSpec,
+    ) -> tuple[jax.Array, Any]:
+        """Stores the new latents [B, T, L] and rotary keys [B, T, R] and attends in the latent
+        space (arXiv 2405.04434, section 2.1).
+
+        Args:
+            q_latent, q_rope: [B, T, N, L] and [B, T, N, R].
+
+        Returns:
+            [B, T, N, L] attention-weighted latents, before the value up-projection; the cache.
+        """
+        ...
+
+
+@flax.struct.dataclass
+class NoCache:
+    """Attends over the new entries alone and keeps nothing: the full causal forward.
+
+    Attributes:
+        segments: [B, T] int32, the document that each token belongs to, where several are packed
+            into a row: a token attends only within its own. None: one document a row.
+    """
+
+    segments: Any = None
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K X"],
+        v: Float[Array, "B T M Hv"],
+        positions: Int[Array, "B T"],
+        spec: AttentionSpec,
+        expand: Expand | None = None,
+    ) -> tuple[Float[Array, "B T N Hv"], None]:
+        """See `Cache.attend`."""
+        if expand is not None:
+            k = expand(k, positions)
+        return causal_attention(q, k, v, positions, positions, spec, self.segments), None
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes held by all arrays of a cache, or of a list of them."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
 
 @flax.struct.dataclass
@@ -127,3 +237,61 @@ def rope_lengths_of(caches: Any) -> jax.Array:
         return caches.rope_lengths
     first = caches[0]
     return jnp.full(first.lengths.shape, first.capacity, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "layout"))
+def work_lists(
+    pool: Pool, positions: Int[Array, "B 1"], *, group: int, layout: Layout | None
+) -> Any:
+    """What the kernels of all layers read in a step; each device lists its own heads.
+
+    Args:
+        group: query heads of a KV head.
+
+    Returns:
+        As `pallas_kernels.schedule`.
+    """
+
+    def make(pool: Pool, positions: jax.Array) -> Any:
+        new = (positions[:, 0] >= 0).astype(jnp.int32)
+        given = pool.kept + (pool.lengths - pool.read + new)[:, None, None]
+        live = jnp.minimum(given, pool.capacities)
+        return schedule(
+            jnp.swapaxes(pool.starts, 0, 1),
+            jnp.swapaxes(live, 0, 1),
+            queries_per_head=group,
+            k_pool=pool.k,
+            v_pool=pool.v,
+            align=pool.align,
+            span=pool.span,
+        )
+
+    if layout is None:
+        return make(pool, positions)
+    call = layout.run(make, (specs(pool, layout), layout.spec("batch")), device_spec(layout))
+    return call(pool, positions)
+
+
+def scheduled(
+    caches: Any, positions: Any, query_heads: Sequence[int], run: Callable[..., Any] = work_lists
+) -> Any:
+    """The caches with the work lists of a step, which `advance` takes away again.
+
+    Args:
+        positions: [B, 1] of the step's tokens, −1 for none.
+        query_heads: of each layer.
+        run: calls `work_lists`, or says what it would return.
+    """
+    if not isinstance(caches, ModelCache):
+        return caches
+    pools = []
+    for number, pool in enumerate(caches.pools):
+        own = [place is not None and place[0] == number for place in caches.places]
+        counts = {heads for heads, owned in zip(query_heads, own, strict=True) if owned}
+        # Pools on CPUs are not aligned, and need no list.
+        if pool.align > 1 and len(counts) == 1:
+            group = counts.pop() // pool.starts.shape[2]
+            lists = run(pool, positions, group=group, layout=caches.layout)
+            pool = dataclasses.replace(pool, schedule=lists)
+        pools.append(pool)
+    return dataclasses.replace(caches, pools=tuple(pools))

@@ -1,21 +1,24 @@
-"""The cache of head budgets: one flat pool of rows that the heads of many layers share."""
+"""The cache of head budgets: one flat pool of rows that the heads of many layers share.
+
+`Pool` and `PoolLayer` store new tokens and attend. `lay_segments` and `copy_rows` fill a layer with
+what prefill keeps. `pool_rows` finds on the host how many rows a pool needs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import slots
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
-from kvjax.cache.entries import empty_pool
-from kvjax.cache.prompt import last_queries
+from kvjax.cache.storage import empty_pool, encode, last_queries, query_slots, write_pool
 from pallas_kernels import ragged_gqa_decode
 from pallas_kernels.combine import merge
 from pallas_kernels.segments import Newer, Segments
@@ -50,7 +53,7 @@ class Pool:
         queries: for each layer [B, w, N, H], the last queries, for compression while decoding;
             None for none.
         schedule: what the kernels of all layers read in the step under way, the layers first; None
-            between steps, and where XLA serves. See `kvjax.cache.schedule`.
+            between steps, and where XLA serves. See `kvjax.cache.layers`.
         align: starts are multiples of it; what the kernels of a platform ask for.
         span: a bound on the rows of one layer, on one device.
     """
@@ -202,12 +205,12 @@ class PoolLayer:
         held = self.pool.positions
         if held is not None:
             new = jnp.broadcast_to(positions[:, :, None], rows_BTK.shape)
-            held = slots.write_pool(held, new, rows_BTK)
+            held = write_pool(held, new, rows_BTK)
         with jax.named_scope("cache_update"):
             pool = dataclasses.replace(
                 self.pool,
-                k=slots.write_pool(self.pool.k, k, rows_BTK),
-                v=slots.write_pool(self.pool.v, v, rows_BTK),
+                k=write_pool(self.pool.k, k, rows_BTK),
+                v=write_pool(self.pool.v, v, rows_BTK),
                 positions=held,
             )
         return dataclasses.replace(self, pool=pool)
@@ -218,7 +221,7 @@ class PoolLayer:
             self.table(name)[:, None] for name in ("starts", "capacities", "rings")
         )
         given = self.given()[:, None]
-        steps = slots.query_slots(jnp.zeros_like(self.lengths), positions_BT)[:, :, None]
+        steps = query_slots(jnp.zeros_like(self.lengths), positions_BT)[:, :, None]
         count = jnp.sum(positions_BT >= 0, axis=1, dtype=jnp.int32)[:, None, None]
         rank = given + steps
         ring = capacities - first
@@ -297,3 +300,160 @@ def pool_alignment(dtype: Any, platform: str | None = None) -> int:
     """
     on_cpu = (platform or jax.default_backend()) == "cpu"
     return 1 if on_cpu else 32 // jnp.dtype(dtype).itemsize
+
+
+BLOCK = 64  # rows that a turn copies
+
+Rows = Callable[[jax.Array, jax.Array, jax.Array], Any]
+"""(sequence, head, ranks [BLOCK]) to the rows of these ranks, [BLOCK, …]."""
+
+
+def lay_segments(
+    pool: Pool,
+    row: Any,
+    held_BK: Int[Array, "B K"],
+    first_B: Int[Array, " B"],
+    rooms_BK: Int[Array, "B K"],
+    rings_BK: Bool[Array, "B K"],
+    window: int | None,
+) -> Pool:
+    """The pool's tables with the segments of one layer: one after the other from its first row on.
+
+    Args:
+        row: the layer's place in the tables.
+        held_BK: rows that each head keeps.
+        first_B: the layer's first row.
+        rooms_BK: rows for new tokens.
+        rings_BK: heads that overwrite older tokens when their room is used up.
+        window: the layer's sliding window: nothing behind it is seen again, so no head has more
+            rows, and its ring is the whole segment.
+    """
+    capacities = held_BK + rooms_BK
+    if window is not None:
+        capacities = jnp.minimum(capacities, window)
+    whole = -(-capacities // pool.align) * pool.align
+    starts = first_B[:, None] + jnp.cumsum(whole, axis=1, dtype=jnp.int32) - whole
+    ring = jnp.zeros_like(held_BK) if window is not None else held_BK
+    rings = jnp.where(rings_BK, ring, capacities)
+
+    def put(table: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(table, values.astype(jnp.int32), row, 1)
+
+    return dataclasses.replace(
+        pool,
+        starts=put(pool.starts, starts),
+        capacities=put(pool.capacities, capacities),
+        kept=put(pool.kept, held_BK),
+        rings=put(pool.rings, rings),
+    )
+
+
+def copy_rows(
+    entries: Any, rows: Rows, starts_BK: Int[Array, "B K"], counts_BK: Int[Array, "B K"]
+) -> Any:
+    """Entries [B, P, …] of a pool with `counts` new rows from each start on.
+
+    Args:
+        rows: makes the rows; they are encoded as the entries are.
+    """
+    K = counts_BK.shape[1]
+    P = entries.shape[1]
+    size = min(BLOCK, P)
+    blocks = -(-counts_BK.reshape(-1) // size)
+    upto = jnp.cumsum(blocks, dtype=jnp.int32)
+
+    def copy(turn: jax.Array, entries: Any) -> Any:
+        owner = jnp.searchsorted(upto, turn, side="right").astype(jnp.int32)
+        b, k = owner // K, owner % K
+        start, count = starts_BK[b, k], counts_BK[b, k]
+        wanted = start + (turn - (upto[owner] - blocks[owner])) * size
+        # At the pool's end a block begins earlier; rows that belong to others stay.
+        at = jnp.minimum(wanted, P - size)
+        rank = at - start + jnp.arange(size, dtype=jnp.int32)
+        valid = (rank >= 0) & (rank < count)
+        new = encode(rows(b, k, jnp.clip(rank, 0, jnp.maximum(count - 1, 0))), entries)
+
+        def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            where = (b, at, *(np.int32(0),) * (leaf.ndim - 2))
+            old = jax.lax.dynamic_slice(leaf, where, (1, size, *leaf.shape[2:]))
+            mask = valid.reshape(1, size, *(1,) * (leaf.ndim - 2))
+            return jax.lax.dynamic_update_slice(leaf, jnp.where(mask, new[None], old), where)
+
+        return jax.tree.map(put, entries, new)
+
+    return jax.lax.fori_loop(0, upto[-1], copy, entries)
+
+
+LARGE = 16_384
+"""From so many rows on a pool is rounded less, see `bucket_rows`."""
+ROOM = 64
+LANES = 128
+BYTE_TILE = 32
+
+
+class PoolRows(NamedTuple):
+    """The rows of a pool on each device.
+
+    Attributes:
+        rows: of each device; part of a program's shape.
+        first: [B, L, D] int32, first row of each layer on each device.
+        span: a bound on the rows of one layer, rounded like `rows`.
+    """
+
+    rows: int
+    first: Int[np.ndarray, "B L D"]
+    span: int
+
+
+def bucket_rows(count: int) -> int:
+    """`count` rounded up so that few sizes exist: by at most 12 %, from `LARGE` on by at most 3 %.
+
+    Sizes are 9 … 17 times a power of two, from `LARGE` on 34 … 67 times one.
+    """
+    least = 9 if count < LARGE else 34
+    step = 1
+    while count > 2 * least * step:
+        step *= 2
+    return -(-count // step) * step
+
+
+def room_bucket(max_new_tokens: int) -> int:
+    """Rows for new tokens: the smallest of 64, 128, 256, … that holds so many; 0 for 0."""
+    if max_new_tokens == 0:
+        return 0
+    return max(ROOM, 1 << (max_new_tokens - 1).bit_length())
+
+
+def pool_rows(
+    kept: Int[np.ndarray, "B L K"],
+    rooms: Int[np.ndarray, "B L K"],
+    limits: Int[np.ndarray, " L"],
+    spare: int,
+    align: int,
+    devices: int,
+) -> PoolRows:
+    """The rows that hold all layers' segments, whichever sequence needs most.
+
+    Args:
+        kept: rows that each head keeps at most.
+        rooms: rows of each head for new tokens.
+        limits: the most rows that a head of each layer can use, kept and new.
+        spare: rows of each layer that may be needed besides, where its heads share their budgets.
+        align: segments start at multiples of it.
+        devices: each holds an equal share of the heads, in order.
+    """
+    B, L, K = kept.shape
+    segments = np.minimum(kept + rooms, limits[:, None])
+    segments = -(-segments // align) * align
+    shares = segments.reshape(B, L, devices, K // devices).sum(axis=3) + -(-spare // align) * align
+    first = np.cumsum(shares, axis=1) - shares
+    # Room for new tokens is a bucket of its own: it is not rounded again.
+    growing = np.where(kept + rooms <= limits[:, None], rooms, 0).min(axis=0)
+    growing = growing.reshape(L, devices, -1).sum(axis=2)
+    fixed = int(growing.sum(axis=0).min())
+    rows = bucket_rows(int(shares.sum(axis=1).max()) - fixed) + fixed
+    span = bucket_rows(int(shares.max()))
+    # TPUs read the scales of 8-bit entries in whole lanes, and copy those that do not end at one.
+    tile = LANES if align == BYTE_TILE else align
+    rows, span = (max(-(-count // tile) * tile, tile) for count in (rows, span))
+    return PoolRows(rows, first.astype(np.int32), min(span, rows))

@@ -19,11 +19,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
-from kvjax.cache.dense import DenseCache
-from kvjax.cache.latent import LatentCache, stored_width, widened
+from kvjax.cache.dense import DenseCache, LatentCache, stored_width, widened
 from kvjax.cache.pool import Pool, PoolLayer
-from kvjax.cache.prompt import PromptCache
-from kvjax.cache.slots import slot_tile
+from kvjax.cache.storage import slot_tile
+from kvjax.config import AttentionConfig
 from kvjax.mesh import Layout
 from pallas_kernels.combine import exchange
 
@@ -359,16 +358,12 @@ def _(cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
     return ShardedSlots.create(cache, layout, window)
 
 
-@spread.register
-def _(cache: PromptCache, layout: Layout, window: int | None) -> PromptCache:
-    base = spread(cache.base, layout, window)
-    if cache.observers and getattr(base, "copies", 1) > 1:
-        raise NotImplementedError(
-            f"{type(cache.observers[0]).__name__} watches the queries of whole groups, which "
-            f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
-            "as KV heads"
-        )
-    if isinstance(base, ShardedSlots):
-        width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
-        return dataclasses.replace(cache, base=base, queries=widened(cache.queries, width))
-    return dataclasses.replace(cache, base=base)
+def spread_layer(attention: AttentionConfig, cache: Any, layout: Layout) -> Any:
+    """One layer's cache, with or without entries, over a mesh.
+
+    Keys that are rebuilt from latents in every step have neither heads nor slots that a mesh could
+    split: every device along the tensor axis holds all of them.
+    """
+    if attention.rebuilds_keys:
+        return place(cache, layout.of_batch())
+    return spread(cache, layout, attention.spec.window)

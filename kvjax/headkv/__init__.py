@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from kvjax.headkv.balance import balance
-from kvjax.headkv.budgets import allocate
-from kvjax.headkv.importance import score_examples
-from kvjax.headkv.policy import Compress, Policy
-from kvjax.headkv.scores import HeadScores, load_scores
+from kvjax.headkv.measure import score_examples
+from kvjax.policies.budgets import allocate
+from kvjax.policies.importance import HeadScores, load_scores
+from kvjax.policies.policy import Compress, Policy
 
 if TYPE_CHECKING:
     from kvjax.pipelines.score import score_heads

@@ -12,12 +12,12 @@ import numpy as np
 
 from kvjax.cache.sharded import head_copies
 from kvjax.config import GQAConfig
-from kvjax.headkv.allocators import Allocator, Request
-from kvjax.headkv.facts import kv_heads, no_head_budget, unconverted
-from kvjax.headkv.policy import Compress, Policy, resolve
-from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout, mesh_of
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import Allocator, Request
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import resolve
+from kvjax.policies.policy import Compress, Policy
 from kvjax.sharding import logical_axes
 from pallas_kernels.head_plan import assign_heads
 
@@ -62,9 +62,9 @@ def balance(
     if mesh is None or not isinstance(policy, Compress):
         return params, policy
     ways = Layout.create(mesh, 1).ways
-    if ways == 1 or any(no_head_budget(layer.attention) for layer in model.config.layers):
+    if ways == 1 or any(layer.attention.no_head_budget for layer in model.config.layers):
         return params, policy
-    groups = ways // head_copies(kv_heads(model.config), ways)
+    groups = ways // head_copies(model.config.budget_heads, ways)
     caps, window = policy.caps(model.config, prompt_len, params["embedding"].dtype)
     orders = assign_heads(caps + window, groups)
     if (np.diff(caps, axis=1) == 0).all():
@@ -78,7 +78,7 @@ def reorder_heads(model: Transformer, params: Any, orders: Orders) -> dict[str, 
     """The same function with the KV heads of every layer, and their query heads, reordered."""
     axes, moved = logical_axes(model), dict(params)
     for index, (layer, order) in enumerate(zip(model.config.layers, orders, strict=True)):
-        name, base = f"layers_{index}", unconverted(layer.attention)
+        name, base = f"layers_{index}", layer.attention.unconverted
         assert isinstance(base, GQAConfig)
         groups = np.arange(base.num_heads).reshape(base.num_kv_heads, -1)
         rows = {"kv": np.asarray(order), "heads": groups[np.asarray(order)].reshape(-1)}

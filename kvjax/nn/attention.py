@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, DenseCache, LatentCache, NoCache
+from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, LatentCache, NoCache
 from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig, NormConfig
 from kvjax.nn.layers import declare, matmul, norm_weight, rms_norm, zeros
 from kvjax.nn.rope import rope
@@ -41,21 +41,10 @@ class GQA(nn.Module):
             q_BTNH = rope(q_BTNH, positions_BT, lengths_B, c.rope)
             k_BTKH = rope(k_BTKH, positions_BT, lengths_B, c.rope)
         out_BTNH, cache = (NoCache() if cache is None else cache).attend(
-            q_BTNH, k_BTKH, v_BTKH, positions_BT, attention_spec(c)
+            q_BTNH, k_BTKH, v_BTKH, positions_BT, c.spec
         )
         with jax.named_scope("out"):
             return output(self, out_BTNH, x_BTD.shape[-1], c.out_bias), cache
-
-    @staticmethod
-    def init_cache(config: GQAConfig, batch_size: int, max_len: int, dtype) -> DenseCache:
-        """An empty cache: 2·K·H numbers a token."""
-        K, H = config.num_kv_heads, config.head_dim
-        return DenseCache.create(batch_size, K, max_len, H, H, dtype)
-
-
-def attention_spec(config: GQAConfig) -> AttentionSpec:
-    """What the cache must know to attend."""
-    return AttentionSpec(config.scale, config.window, config.softcap)
 
 
 def projection(
@@ -199,7 +188,7 @@ class EqualCacheAttention(nn.Module):
             def keys(latent_BSCX, positions_BS):
                 return up_project(latent_BSCX, k_up)
 
-        spec = attention_spec(base)
+        spec = base.spec
         cache = NoCache() if cache is None else cache
         if isinstance(cache, NoCache):
             k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
@@ -213,13 +202,6 @@ class EqualCacheAttention(nn.Module):
             out_BTNH = up_project_output(out_BTNY, v_up)
         with jax.named_scope("out"):
             return output(self, out_BTNH, x_BTD.shape[-1], base.out_bias), cache
-
-    @staticmethod
-    def init_cache(config: EqualCacheConfig, batch_size: int, max_len: int, dtype) -> DenseCache:
-        """An empty cache of latents: C·(X + Y) = 2·K·H numbers a token."""
-        return DenseCache.create(
-            batch_size, config.latent_heads, max_len, config.key_rank, config.value_rank, dtype
-        )
 
 
 def up_project(
@@ -280,9 +262,7 @@ class MLA(nn.Module):
             q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
             k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
         heads = LatentHeads(q_nope_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, k_up_LNH, v_up_LNH)
-        out_BTNH, cache = heads.attend(
-            positions_BT, cache, AttentionSpec(c.scale, c.window, c.softcap)
-        )
+        out_BTNH, cache = heads.attend(positions_BT, cache, c.spec)
         with jax.named_scope("out"):
             return output(self, out_BTNH, x_BTD.shape[-1], c.out_bias), cache
 
@@ -294,13 +274,6 @@ class MLA(nn.Module):
             x_BTD = down_project(self, "q_a", x_BTD, c.q_lora_rank, c.latent_bias)
             x_BTD = latent_norm(self, "q_norm", x_BTD, c.latent_norm)
         return projection(self, "q", x_BTD, c.num_heads, head_dim, "heads", c.query_bias)
-
-    @staticmethod
-    def init_cache(config: MLAConfig, batch_size: int, max_len: int, dtype) -> LatentCache:
-        """An empty cache: L + R numbers a token."""
-        return LatentCache.create(
-            batch_size, max_len, config.kv_lora_rank, config.qk_rope_head_dim, dtype
-        )
 
 
 class LatentHeads(NamedTuple):
@@ -394,7 +367,7 @@ class DecoupledAttention(nn.Module):
             q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
             k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
         heads = LatentHeads(q_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, k_up_LNH, v_up_LNV)
-        out_BTNV, cache = heads.attend(positions_BT, cache, attention_spec(base))
+        out_BTNV, cache = heads.attend(positions_BT, cache, base.spec)
         with jax.named_scope("out"):
             return output(self, out_BTNV, x_BTD.shape[-1], c.out_bias), cache
 

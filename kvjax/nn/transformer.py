@@ -15,8 +15,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
+from kvjax.cache.dense import new_cache
 from kvjax.config import (
-    AttentionConfig,
     DecoupledConfig,
     EqualCacheConfig,
     GQAConfig,
@@ -317,8 +317,7 @@ class Transformer(nn.Module):
         if batch_size < 1 or max_len < 1:
             raise ValueError(f"got batch_size {batch_size} and max_len {max_len}, expected ≥ 1")
         return [
-            init_layer_cache(layer.attention, batch_size, max_len, dtype)
-            for layer in self.config.layers
+            new_cache(layer.attention, batch_size, max_len, dtype) for layer in self.config.layers
         ]
 
     def _positions(self, tokens, positions, cache):
@@ -410,11 +409,6 @@ def hidden_logits(
     """Logits of the last layer's output; of `params` only those of `output_params` are read."""
     norm, matrix = output_params(config)
     return output_logits(config, params[norm], params[matrix], x)
-
-
-def init_layer_cache(config: AttentionConfig, batch_size: int, max_len: int, dtype: Any) -> Any:
-    """An empty cache of the kind that this attention fills."""
-    return ATTENTION[type(config)].init_cache(config, batch_size, max_len, jnp.dtype(dtype))
 
 
 def check_room(cache: Any, positions: jax.Array) -> None:

@@ -18,17 +18,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.config import ModelConfig
+from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
-from kvjax.feeding import hidden_states, output_weights
-from kvjax.headkv.policy import Compress, Full, Policy
+from kvjax.generation import Reader, from_start
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
 from kvjax.numerics import not_finite
+from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prefill import shape_bytes
 from kvjax.ranges import COUNT, check_ranges
-from kvjax.reading import Reader, from_start
-from kvjax.sampling import NO_TOKEN, most_likely
+from kvjax.scoring import hidden_states, output_weights
 from kvjax.token_ids import token_ids
 
 INSIDE, AFTER = "inside", "after"
@@ -84,7 +84,7 @@ def compare(
     """Answers every example under every policy and with the full cache (the policy "full").
 
     Args:
-        policies: with their own scores, see `kvjax.headkv.policy.resolve`.
+        policies: with their own scores, see `kvjax.policies.policy.resolve`.
         protocol: "inside" or "after".
         on_batch: called with the number of examples done.
 

@@ -19,7 +19,6 @@ from kvjax.finite import CONVERTED, OVERFLOW, check_finite
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.loss import next_token_losses
 from kvjax.nn.transformer import block_kind, embed, layer_output
 from kvjax.pipelines import calibration_text
 from kvjax.pipelines.calibration_text import calibration_tokens
@@ -27,6 +26,7 @@ from kvjax.pipelines.companions import bytes_per_token, peak_memory
 from kvjax.pipelines.convert import write_top
 from kvjax.pipelines.unfinished import Output, check_out, describe
 from kvjax.ranges import COUNT, SIZE, check_ranges, optional
+from kvjax.scoring import next_token_losses
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from kvjax.headkv.policy import Compress, resolve
-from kvjax.headkv.scores import HeadScores
 from kvjax.hf import load, load_tokenizer
 from kvjax.pipelines import plots
 from kvjax.pipelines.compare import Compared, compare
 from kvjax.pipelines.convert import bytes_per_token, logit_change
 from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.pipelines.score import score_heads
+from kvjax.policies.importance import HeadScores
+from kvjax.policies.named import resolve
+from kvjax.policies.policy import Compress
 from kvjax.ranges import COUNT, SEED, check_ranges
 from kvjax.tasks import make_examples
 from kvjax.transmla import convert

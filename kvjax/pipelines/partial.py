@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.headkv.importance import BatchScores
+from kvjax.headkv.measure import BatchScores
 
 
 def partial_path(out: Path) -> Path:

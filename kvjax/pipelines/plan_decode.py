@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 
-from kvjax.cache.schedule import scheduled, work_lists
-from kvjax.decoding import decode_step, embed_step, step_logits
-from kvjax.headkv.scores import attention_heads
+from kvjax.cache.layers import scheduled, work_lists
+from kvjax.decoding import decode_step, embed_step, most_likely, step_logits
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, block_program, output_params
 from kvjax.pipelines.plan_programs import Compiler, Program, compile_call
 from kvjax.pipelines.plan_shapes import Served
-from kvjax.sampling import most_likely
 from kvjax.topologies import device_bytes
 
 
@@ -44,7 +42,7 @@ def block_step(served: Served, compile: Compiler) -> Step:
     token, live = served.rows(), served.rows(dtype=bool)
     embedded = compile(embed_step, config, params["embedding"], token, served.rows(), live)
     x, positions, _ = embedded.out
-    heads = [attention_heads(each.attention)[0] for each in config.layers]
+    heads = [each.attention.query_heads for each in config.layers]
 
     def lists(*args: Any, **settings: Any) -> Any:
         return compile(work_lists, *args, **settings).out

@@ -42,7 +42,7 @@ class Room:
         decode, decode_more: bytes of a decode step's temporaries, and what `ways` more sequences
             add to them; most of it are copies of weights that don't depend on the batch.
         prefill: bytes that prefill takes besides caches, for each token of context; `ways`
-            sequences are read at a time (`kvjax.prefill_groups`), while the caches of all lie
+            sequences are read at a time (`kvjax.prefill`), while the caches of all lie
             there already. Contexts are those of whole buckets (`bucket_length`).
     """
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from kvjax.cache import ModelCache, PromptCache
+from kvjax.cache import ModelCache, PrefillCache
+from kvjax.cache.prefill import start_prefill
 from kvjax.cache.sharded import places, specs, with_shardings
-from kvjax.headkv.compression import Compression
-from kvjax.headkv.facts import start_prompt
-from kvjax.headkv.policy import Policy
 from kvjax.mesh import AnyMesh, Layout
 from kvjax.nn import Transformer
 from kvjax.pipelines.plan_programs import located
+from kvjax.policies.compression import Compression
+from kvjax.policies.policy import Policy
 from kvjax.prefill import Watching, observed_queries
 from kvjax.prompts import bucket_length
 from kvjax.sharding import param_shapes, param_shardings
@@ -92,7 +92,7 @@ class Served:
         caches, observed = self.work.start(), observed_queries([self.work])
         for layer, kind in enumerate(self.model.config.layers):
             watching = Watching.of([self.work], layer)
-            prompt: PromptCache = start_prompt(
+            prompt: PrefillCache = start_prefill(
                 kind.attention,
                 *self.prompt_shape,
                 observed,

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.headkv.allocators import HeadImportance
-from kvjax.headkv.facts import unconverted
-from kvjax.headkv.policy import Compress, Policy, resolve
-from kvjax.headkv.scores import HeadScores, attention_heads, default_scores
 from kvjax.nn import Transformer
 from kvjax.pipelines.plan_shapes import Served, Size, abstract_params
+from kvjax.policies.budgets import HeadImportance
+from kvjax.policies.importance import HeadScores, default_scores
+from kvjax.policies.named import parse_policy, resolve
+from kvjax.policies.policy import Compress, Policy
 from kvjax.topologies import Topology, device_bytes
 from kvjax.transmla.sizes import decoupled_shape
 
@@ -44,21 +44,21 @@ def variants(
         notes: gets what is to be said of them.
     """
     found = [
-        Variant("full", model, Policy.parse("full")),
-        Variant("int8", model, Policy.parse("full:entries=int8")),
+        Variant("full", model, parse_policy("full")),
+        Variant("int8", model, parse_policy("full:entries=int8")),
     ]
     for text in policies:
-        policy = Policy.parse(text)
+        policy = parse_policy(text)
         scores = default_scores(model.config)
         if scores is None and lacks_scores(policy):
-            heads, _ = attention_heads(model.config.layers[0].attention)
+            heads = model.config.layers[0].attention.query_heads
             scores = HeadScores(np.ones((model.config.num_layers, heads, 1)))
             notes.append(f"{text}: no head scores, so all heads have the same budget.")
         found.append(Variant(text, model, resolve(policy, model.config, scores)))
     if latent is not None:
         rank, rope = latent
         converted = decoupled_shape(model, rank, rope)
-        found.append(Variant(f"MLA {rank} + {rope}", converted, Policy.parse("full")))
+        found.append(Variant(f"MLA {rank} + {rope}", converted, parse_policy("full")))
     return found
 
 
@@ -84,8 +84,8 @@ def default_mesh(model: Transformer, topology: Topology, dtype: str) -> dict[str
     """Heads over as many devices as there are KV heads, or more where the weights need it; the
     batch over the rest."""
     attention = model.config.layers[0].attention
-    query_heads, _ = attention_heads(attention)
-    heads = getattr(unconverted(attention), "num_kv_heads", query_heads)
+    query_heads, base = attention.query_heads, attention.unconverted
+    heads = query_heads if base.shared_latent else base.cached_heads
     ways = [n for n in range(1, topology.count + 1) if topology.count % n == query_heads % n == 0]
     fits = [n for n in ways if heads % n == 0 or n % heads == 0]
     tensor = max(n for n in fits if n <= heads)
@@ -102,7 +102,8 @@ def default_mesh(model: Transformer, topology: Topology, dtype: str) -> dict[str
 def head_notes(model: Transformer, sizes: dict[str, int]) -> list[str]:
     """Where there are more devices along the tensor axis than KV heads."""
     tensor = sizes.get("tensor", 1)
-    heads = {getattr(layer.attention, "num_kv_heads", tensor) for layer in model.config.layers}
+    each = [layer.attention for layer in model.config.layers]
+    heads = {a.cached_heads for a in each if not a.shared_latent and not a.rebuilds_keys}
     return [
         f"tensor={tensor} is more than the {count} KV heads: {tensor // count} devices hold each, "
         f"so caches of heads take {tensor // count} times their bytes."

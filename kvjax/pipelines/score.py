@@ -14,10 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax.example import Example
-from kvjax.headkv.batches import bucketed
-from kvjax.headkv.importance import BatchScores, score_examples
-from kvjax.headkv.scores import HeadScores
-from kvjax.headkv.stability import split_half
+from kvjax.headkv.examples import bucketed
+from kvjax.headkv.measure import BatchScores, score_examples
 from kvjax.hf import load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
@@ -25,6 +23,7 @@ from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.pipelines import partial
 from kvjax.pipelines.questions import Grid, make_examples
+from kvjax.policies.importance import HeadScores, split_half
 
 
 def score_heads(

@@ -9,9 +9,9 @@ from typing import Any
 from kvjax.context import compress, load_context
 from kvjax.encoding import end_ids, ids_after, prompt_ids
 from kvjax.generation import generate
-from kvjax.headkv import Policy
 from kvjax.hf import load, load_tokenizer
 from kvjax.mesh import named_mesh
+from kvjax.policies.named import parse_policy
 from kvjax.text import TextStream
 
 
@@ -43,7 +43,7 @@ def generate_text(
     if not prompt:
         raise ValueError("the prompt is empty, expected text")
     if context is None:
-        Policy.parse(policy)  # a policy that cannot be had is refused before a model is read
+        parse_policy(policy)  # a policy that cannot be had is refused before a model is read
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)
@@ -90,7 +90,7 @@ def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> 
     """
     if not text.is_file():
         raise ValueError(f"no text file at {text}")
-    Policy.parse(policy)
+    parse_policy(policy)
     try:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

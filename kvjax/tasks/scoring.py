@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
 from kvjax.nn import Transformer
 from kvjax.numerics import not_finite
-from kvjax.sampling import NO_TOKEN, most_likely
 
 BUCKET = 128  # lengths are rounded up to a multiple of this, so that few shapes compile
 

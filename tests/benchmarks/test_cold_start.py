@@ -7,7 +7,7 @@ import pytest
 from benchmarks import cold_start
 from benchmarks.cold_start_process import FIRST, changes, names_of
 from benchmarks.compile_spans import Span
-from kvjax.headkv import Policy
+from kvjax.policies.named import parse_policy
 from kvjax.prompts import bucket_length
 
 
@@ -34,7 +34,7 @@ def test_each_call_changes_one_thing(policy):
 @pytest.mark.parametrize("policy", cold_start.POLICIES[1:])
 def test_the_other_policy_has_the_same_scorer(policy):
     found = changes(policy, only_first=False)
-    scorers = [Policy.parse(found[name]["policy"]).scorer for name in ("first", "other policy")]
+    scorers = [parse_policy(found[name]["policy"]).scorer for name in ("first", "other policy")]
     assert scorers[0] == scorers[1]
 
 

@@ -8,9 +8,9 @@ from toys import random_params
 
 from kvjax.cache import cache_bytes
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.compression import Budgets, compression
-from kvjax.headkv.scorers import SinksAndRecent
 from kvjax.nn import Transformer
+from kvjax.policies.compression import Budgets, compression
+from kvjax.policies.scorers import SinksAndRecent
 
 LAYERS, K, H, B = 4, 2, 32, 2
 CAPS = ((40, 980), (300, 700), (10, 1060), (500, 500))

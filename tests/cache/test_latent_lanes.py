@@ -5,7 +5,7 @@ import pytest
 from meshes import MLA, WINDOWED_MLA, ragged_prompts, spread, toy
 
 import kvjax
-from kvjax.cache import latent, sharded
+from kvjax.cache import dense, sharded
 
 
 def wide(width, platform=None):
@@ -20,7 +20,7 @@ def test_the_same_tokens_from_wider_rows(monkeypatch, policy, shape):
     prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
     want = kvjax.generate(model, params, prompts, 5, **settings)
     params = params if shape is None else spread(model, params, shape)
-    for module in (latent, sharded):
+    for module in (dense, sharded):
         monkeypatch.setattr(
             module, "stored_width", lambda width, platform=None: -(-width // 48) * 48
         )
@@ -32,5 +32,5 @@ def test_the_same_tokens_from_wider_rows(monkeypatch, policy, shape):
 
 
 def test_widths_on_platforms():
-    assert [latent.stored_width(width, "tpu") for width in (0, 64, 448, 512)] == [0, 128, 512, 512]
-    assert latent.stored_width(448, "cpu") == latent.stored_width(448, "gpu") == 448
+    assert [dense.stored_width(width, "tpu") for width in (0, 64, 448, 512)] == [0, 128, 512, 512]
+    assert dense.stored_width(448, "cpu") == dense.stored_width(448, "gpu") == 448

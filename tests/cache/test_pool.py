@@ -8,7 +8,7 @@ import pytest
 from pools import attend, cache_of, empty_pool
 
 from kvjax.cache import AttentionSpec, cache_bytes
-from kvjax.cache.rows import bucket_rows
+from kvjax.cache.pool import bucket_rows
 
 B, K, G, H = 3, 2, 2, 8
 CAPACITIES, HELD = (9, 30), ((4, 22), (0, 24), (1, 3))

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 
 from kvjax.cache import Pool
-from kvjax.cache.packing import lay_segments
-from kvjax.cache.rows import LARGE, bucket_rows, pool_rows, room_bucket
+from kvjax.cache.pool import LARGE, bucket_rows, lay_segments, pool_rows, room_bucket
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.headkv.compression import Budgets, group_rows, kept_tokens, layer_groups
-from kvjax.headkv.scorers import SinksAndRecent
-from kvjax.headkv.split import Adaptive
+from kvjax.policies.budgets import Adaptive
+from kvjax.policies.compression import Budgets, group_rows, kept_tokens, layer_groups
+from kvjax.policies.scorers import SinksAndRecent
 
 B, L, K = 3, 3, 8
 SLIDING = (None, 40, 150)

@@ -11,7 +11,7 @@ from meshes import mesh_of_eight, ragged_prompts, toy
 
 import kvjax
 import pallas_kernels
-from kvjax.cache.schedule import scheduled
+from kvjax.cache.layers import scheduled
 from kvjax.config import GQAConfig, RopeConfig
 from kvjax.prompts import pad
 from kvjax.sharding import place_params
@@ -25,7 +25,7 @@ on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
 @pytest.fixture(autouse=True)
 def aligned(monkeypatch):
     """Pools as TPUs want them."""
-    monkeypatch.setattr("kvjax.headkv.compression.alignment", lambda dtype, layout: 16)
+    monkeypatch.setattr("kvjax.policies.compression.alignment", lambda dtype, layout: 16)
 
 
 def prefilled(layers, mesh=None, attention=WIDE, batch=8):

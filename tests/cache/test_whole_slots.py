@@ -17,14 +17,15 @@ from kvjax.cache import (
     ShardedHeads,
     ShardedSlots,
     sharded,
-    slots,
+    storage,
 )
+from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.cache.room import with_room
-from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.storage import whole_slots
 from kvjax.generation import full_cache_bytes
-from kvjax.headkv.policy import resolve
-from kvjax.headkv.scores import default_scores
 from kvjax.mesh import Layout
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import resolve
 from kvjax.prefill import compressions, read_prompts
 from kvjax.topologies import Topology
 
@@ -85,7 +86,7 @@ def test_decode_takes_the_kernel():
     positions, spec = jnp.zeros((2, 1), jnp.int32), AttentionSpec(1.0)
     x = {n: jnp.zeros((2, 1, n, 64), jnp.bfloat16) for n in (1, 2, 4)}
     with on_h200():
-        S = slots.whole_slots(512 + 50)
+        S = whole_slots(512 + 50)
         dense = DenseCache.create(2, 2, S, 64, 64, "bfloat16")
         latent = LatentCache.create(2, S, 64, 64, "bfloat16")
         absorbed = (x[4], x[4], x[1][:, :, 0], x[1][:, :, 0], positions, spec)
@@ -126,7 +127,7 @@ def test_the_same_tokens_from_more_slots(monkeypatch, policy, shape):
     prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
     want = kvjax.generate(model, params, prompts, 5, **settings)
     placed = params if shape is None else spread(model, params, shape)
-    for module in (slots, sharded):
+    for module in (storage, sharded):
         monkeypatch.setattr(module, "slot_tile", lambda platform=None: 24)
     jax.clear_caches()  # programs don't know that the function is another
     got = kvjax.generate(model, placed, prompts, 5, **settings)

@@ -15,7 +15,7 @@ from eval import losses
 from eval.__main__ import main
 from eval.losses import after_prefix, chunks, dense, perplexity_of
 from eval.texts import read_ids
-from kvjax.headkv.policy import resolve
+from kvjax.policies.named import resolve
 from kvjax.tasks import perplexity
 
 IDS = np.random.default_rng(0).integers(4, toys.VOCAB.size, 250).astype(np.int32)

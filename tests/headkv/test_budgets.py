@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig
 from kvjax.headkv import allocate, load_scores
-from kvjax.headkv.budgets import normalise, real_caps, used_tokens, water_fill
+from kvjax.policies.budgets import normalise, real_caps, water_fill
+from kvjax.policies.compression import Budgets, kept_tokens
 
 LLAMA, MISTRAL = "Meta-Llama-3-8B-Instruct", "Mistral-7B-Instruct-v0.2"
 # model, C, β, SHA-1 of the published code's budgets, SHA-1 of the KV heads' budgets
@@ -173,7 +175,9 @@ def test_bad_scores(bad):
         allocate(scores, num_kv_heads=2)
 
 
-def test_used_tokens_of_a_shorter_prompt():
-    caps = np.array([[30, 5]])
-    np.testing.assert_array_equal(used_tokens(caps, 8, 20), [[20, 13]])
-    np.testing.assert_array_equal(used_tokens(caps, 8, 6), [[6, 6]])
+def test_kept_tokens_of_a_shorter_prompt():
+    layer = LayerConfig(GQAConfig(2, 2, 4, 0.5, None), MLPConfig(8))
+    config, caps = ModelConfig("llama", 8, 8, (layer,)), np.array([[[30, 5]]])
+    budgets = Budgets(caps, np.array([8]), rooms=0 * caps, rings=caps > 99, scorer=None)
+    np.testing.assert_array_equal(kept_tokens(config, budgets, np.array([20])), [[[20, 13]]])
+    np.testing.assert_array_equal(kept_tokens(config, budgets, np.array([6])), [[[6, 6]]])

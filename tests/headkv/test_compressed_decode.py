@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pools import at_work, attend, budgets, segments
 
-from kvjax.cache import AttentionSpec, DenseCache, PromptCache
-from kvjax.headkv.split import Adaptive
+from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
+from kvjax.policies.budgets import Adaptive
 
 W, K, G, H, S, NEW = 8, 2, 2, 8, 48, 50
 LENGTHS = np.asarray([48, 30, 8, 1], np.int32)
@@ -31,7 +31,7 @@ def at(array, positions):
     return np.take_along_axis(array, positions[:, :, None, None], axis=1)
 
 
-read = jax.jit(PromptCache.attend, static_argnames="spec")
+read = jax.jit(PrefillCache.attend, static_argnames="spec")
 
 
 def keep(caps=(5, 23), sharing=None, dtype=None, room=NEW, rings=(False, False), again=False):
@@ -49,7 +49,7 @@ def compressed(setting, spec=SPEC):
     steps = np.arange(S, dtype=np.int32)[None]
     positions = jnp.asarray(np.where(steps < LENGTHS[:, None], steps, -1))
     dense = DenseCache.create(B, K, S, H, H, "float32")
-    prompt = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"))
+    prompt = PrefillCache.create(dense, W, K * G, H, jnp.dtype("float32"))
     _, prompt = read(prompt, q, k, v, positions, spec)
     work = work_of(setting, spec)
     return work.compress(work.start(), 0, prompt.seen_by(None))

@@ -12,12 +12,10 @@ from kvjax import transmla
 from kvjax.answers import rouge1_recall, token_f1
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
-from kvjax.headkv.batches import make_batch
-from kvjax.headkv.gradient import answer_loss, loss_gradient
-from kvjax.headkv.importance import ESTIMATORS, score_examples
-from kvjax.headkv.scores import HeadScores
-from kvjax.headkv.stability import spearman, split_half
+from kvjax.headkv.examples import make_batch
+from kvjax.headkv.measure import ESTIMATORS, answer_loss, loss_gradient, score_examples
 from kvjax.nn import Transformer
+from kvjax.policies.importance import HeadScores, spearman, split_half
 
 ATTENTION = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 VOCAB = 7

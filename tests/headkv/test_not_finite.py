@@ -10,12 +10,12 @@ from toys import random_params
 import kvjax
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
-from kvjax.headkv.importance import ESTIMATORS, score_examples
-from kvjax.headkv.policy import Policy
+from kvjax.headkv.measure import ESTIMATORS, score_examples
 from kvjax.nn import Transformer
 from kvjax.pipelines.compare import compare
 from kvjax.pipelines.plan import Request
 from kvjax.pipelines.questions import Grid, make_examples
+from kvjax.policies.named import parse_policy
 
 VOCAB = 16
 EXAMPLES = [Example(tuple(range(2, 14)), (5, 6), (3, 5), question_length=2)] * 3
@@ -50,7 +50,7 @@ def test_examples_with_tokens_that_the_model_does_not_have(loaded, token, part):
     model, params = loaded
     ids = (*getattr(EXAMPLES[0], part)[:-1], token)
     examples = [EXAMPLES[0], dataclasses.replace(EXAMPLES[0], **{part: ids})]
-    policies = {"snapkv": Policy.parse("snapkv:kv_size=10")}
+    policies = {"snapkv": parse_policy("snapkv:kv_size=10")}
     with pytest.raises(ValueError, match=f"example 1: got token ids .*expected 0 to {VOCAB - 1}"):
         score_examples(model, params, examples, "copying")
     with pytest.raises(ValueError, match=f"example 1: got token ids .*expected 0 to {VOCAB - 1}"):
@@ -59,7 +59,7 @@ def test_examples_with_tokens_that_the_model_does_not_have(loaded, token, part):
 
 def test_policies_are_not_compared_on_nan(loaded):
     model, params = loaded
-    policies = {"snapkv": Policy.parse("snapkv:kv_size=10")}
+    policies = {"snapkv": parse_policy("snapkv:kv_size=10")}
     found = compare(model, params, EXAMPLES, policies, batch_size=2)
     assert all(len(right) == 3 for right in found.right.values())
     message = "example 0 under policy 'full' are not finite: layers_1/attn/k has NaN"

@@ -11,15 +11,14 @@ from toys import random_params
 
 from kvjax import transmla
 from kvjax.cache import DenseCache, LatentCache, PoolLayer, cache_bytes
-from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.context import compress
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
-from kvjax.headkv.named import MAKERS
-from kvjax.headkv.policy import resolve
-from kvjax.headkv.size import token_bytes
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import token_bytes
+from kvjax.policies.named import MAKERS, resolve
 from kvjax.prefill import prefill, read_layer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))

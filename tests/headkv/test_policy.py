@@ -9,7 +9,7 @@ import pytest
 from toys import random_params
 
 from kvjax.cache import PoolLayer, cache_bytes
-from kvjax.cache.rows import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.config import (
     EqualCacheConfig,
     GQAConfig,
@@ -18,12 +18,12 @@ from kvjax.config import (
     ModelConfig,
     RopeConfig,
 )
-from kvjax.headkv import HeadScores, Policy
-from kvjax.headkv.allocators import HeadImportance, Pyramid, Request, Uniform
-from kvjax.headkv.policy import Compress, Full, resolve
-from kvjax.headkv.scorers import KeyNorm, ObservationWindow, SinksAndRecent, SpanWindow
-from kvjax.headkv.split import Adaptive
+from kvjax.headkv import HeadScores
 from kvjax.nn import Transformer
+from kvjax.policies.budgets import Adaptive, HeadImportance, Pyramid, Request, Uniform
+from kvjax.policies.named import parse_policy, resolve
+from kvjax.policies.policy import Compress, Full
+from kvjax.policies.scorers import KeyNorm, ObservationWindow, SinksAndRecent, SpanWindow
 from kvjax.prefill import prefill
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), qkv_bias=True, qk_norm="head")
@@ -122,22 +122,22 @@ def test_too_many_tokens_are_refused(run, model, params):
 
 
 def test_parse():
-    assert Policy.parse("full") == Full()
-    assert Policy.parse("streaming:sinks=2") == Compress(Uniform(), SinksAndRecent(2))
-    assert Policy.parse("snapkv:kv_size=64,window=16") == Compress(
+    assert parse_policy("full") == Full()
+    assert parse_policy("streaming:sinks=2") == Compress(Uniform(), SinksAndRecent(2))
+    assert parse_policy("snapkv:kv_size=64,window=16") == Compress(
         Uniform(), ObservationWindow(7), 64, 16
     )
-    assert Policy.parse("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
-    assert Policy.parse("headkv_paper:beta=1.05") == Compress(
+    assert parse_policy("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
+    assert parse_policy("headkv_paper:beta=1.05") == Compress(
         HeadImportance(1.05), ObservationWindow(7)
     )
-    assert Policy.parse("headkv:beta=1.2") == Compress(HeadImportance(1.2), SpanWindow())
-    assert Policy.parse("headkv") == Compress(HeadImportance(None), SpanWindow())
-    assert Policy.parse("adasnapkv:kv_size=128,alpha=0.3") == Compress(
+    assert parse_policy("headkv:beta=1.2") == Compress(HeadImportance(1.2), SpanWindow())
+    assert parse_policy("headkv") == Compress(HeadImportance(None), SpanWindow())
+    assert parse_policy("adasnapkv:kv_size=128,alpha=0.3") == Compress(
         Uniform(), ObservationWindow(7), split=Adaptive(0.3)
     )
-    assert Policy.parse("full:entries=int8") == Full("int8")
-    assert Policy.parse("knorm:bytes=4096,every=16") == Compress(
+    assert parse_policy("full:entries=int8") == Full("int8")
+    assert parse_policy("knorm:bytes=4096,every=16") == Compress(
         Uniform(), KeyNorm(), 0, nbytes=4096, every=16
     )
 
@@ -145,7 +145,7 @@ def test_parse():
 def test_parse_reads_scores(tmp_path):
     path = tmp_path / "heads.json"
     SCORES.save(path)
-    policy = Policy.parse(f"headkv:scores={path}")
+    policy = parse_policy(f"headkv:scores={path}")
     np.testing.assert_array_equal(policy.allocator.scores.samples, SCORES.samples)
     other = HeadScores(SCORES.samples * 2)
     assert resolve(policy, config(*[GQA] * 3), other).allocator.scores is policy.allocator.scores
@@ -181,7 +181,7 @@ def test_parse_reads_scores(tmp_path):
 )
 def test_parse_errors(text, message):
     with pytest.raises(ValueError, match=message):
-        Policy.parse(text)
+        parse_policy(text)
 
 
 def test_resolve_errors():
@@ -189,7 +189,7 @@ def test_resolve_errors():
         resolve("headkv", config(GQA), None)
     with pytest.raises(ValueError, match="3 layers x 4 heads, expected 1 layers x 4 heads"):
         resolve("headkv", config(GQA), SCORES)
-    assert resolve("snapkv", config(GQA), None) == Policy.parse("snapkv")
+    assert resolve("snapkv", config(GQA), None) == parse_policy("snapkv")
 
 
 def test_the_floor_grows_with_the_budget():

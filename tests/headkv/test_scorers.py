@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache import AttentionSpec, DenseCache, PromptCache
+from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
 from kvjax.config import GQAConfig, RopeConfig, YarnScaling
-from kvjax.headkv.observers import ColumnSums, ExpectedAttention, unrotate
-from kvjax.headkv.prompt import Prompt
-from kvjax.headkv.scorers import KeyDifference, KeyNorm, LastQuery, SpanWindow, max_pool
 from kvjax.nn.rope import rope
+from kvjax.policies.observers import ColumnSums, ExpectedAttention, unrotate
+from kvjax.policies.scorers import (
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    LayerView,
+    SpanWindow,
+    max_pool,
+)
 
 W, K, G, H, S = 4, 2, 2, 8, 40
 LENGTHS = (1, 3, 21, 40)
@@ -54,13 +60,13 @@ def read(scorer, chunks=(16, 16, 8), config=None, q=None):
     watching = getattr(scorer, "observer", None)
     observers = (watching(config or attention()),) if watching else ()
     dense = DenseCache.create(len(LENGTHS), K, S, H, H, "float32")
-    cache = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32"), observers=observers)
+    cache = PrefillCache.create(dense, W, K * G, H, jnp.dtype("float32"), observers=observers)
     start = 0
     for size in chunks:
         part = slice(start, start + size)
         cache = step(cache, q[:, part], k[:, part], v[:, part], positions[:, part])
         start += size
-    return Prompt.create(cache.seen_by(0 if watching else None), AttentionSpec(0.4))
+    return LayerView.create(cache.seen_by(0 if watching else None), AttentionSpec(0.4))
 
 
 def weights(row, n, head, query):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import at_work, budgets, segments
 
-from kvjax.cache import AttentionSpec, DenseCache, PromptCache
-from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent
-from kvjax.headkv.selection import select
+from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
+from kvjax.policies.scorers import ObservationWindow, SinksAndRecent
+from kvjax.policies.selection import select
 
 W, CAPS, K, G, H, S = 8, (5, 17), 2, 2, 4, 40
 LENGTHS = (3, 8, 9, 13, 14, 25, 26, 40)  # around w, cap + w and the end of the bucket
@@ -39,7 +39,7 @@ def fill(q, k, v, chunks=(S,), padding=0.0):
     pad = (positions < 0)[:, :, None, None]
     q, k, v = (np.where(pad, np.float32(padding), x) for x in (q, k, v))
     dense = DenseCache.create(len(LENGTHS), K, S, H, H, "float32")
-    cache, start = PromptCache.create(dense, W, K * G, H, jnp.dtype("float32")), 0
+    cache, start = PrefillCache.create(dense, W, K * G, H, jnp.dtype("float32")), 0
     for size in chunks:
         part = slice(start, start + size)
         _, cache = attend(cache, q[:, part], k[:, part], v[:, part], positions[:, part])

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from kvjax.decoding import Sampling
 from kvjax.headkv import allocate
-from kvjax.headkv.allocators import HeadImportance, Pyramid, Uniform
-from kvjax.headkv.observers import ExpectedAttention
-from kvjax.headkv.policy import Compress, Policy
-from kvjax.headkv.scorers import ObservationWindow, SinksAndRecent, SpanWindow
-from kvjax.headkv.split import Adaptive
-from kvjax.sampling import Sampling
+from kvjax.policies.budgets import Adaptive, HeadImportance, Pyramid, Uniform
+from kvjax.policies.named import parse_policy
+from kvjax.policies.observers import ExpectedAttention
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import ObservationWindow, SinksAndRecent, SpanWindow
 
 NAN, INF = float("nan"), float("inf")
 
@@ -54,7 +54,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_policies_by_name(text, message):
     with pytest.raises(ValueError, match=message):
-        Policy.parse(text)
+        parse_policy(text)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.headkv.split import Adaptive
+from kvjax.policies.budgets import Adaptive
 
 
 def oracle(scores, candidates, caps, alpha):

@@ -11,9 +11,9 @@ import kvjax
 from eval import continuations, losses
 from kvjax import transmla
 from kvjax.example import Example
-from kvjax.headkv import HeadScores, Policy
-from kvjax.headkv.importance import score_examples
-from kvjax.headkv.policy import resolve
+from kvjax.headkv import HeadScores
+from kvjax.headkv.measure import score_examples
+from kvjax.policies.named import parse_policy, resolve
 
 if not os.environ.get("KVJAX_TEST_X64"):
     pytest.skip("tests/test_x64.py runs these, with 64-bit types on", allow_module_level=True)
@@ -63,7 +63,7 @@ def test_contexts_conversions_and_measurements(tmp_path):
     sizes = {"stats": stats, "kv_rank": 32, "rope_dim": 16}
     small = transmla.convert(model, params, method="decoupled", **sizes)
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(small[1]))
-    rows, policy = np.asarray([PROMPTS[0]] * 2, np.int32), Policy.parse(f"snapkv:{SIZE}")
+    rows, policy = np.asarray([PROMPTS[0]] * 2, np.int32), parse_policy(f"snapkv:{SIZE}")
     _, found = next(losses.after_prefix(model, params, rows, 10, [policy], 2))
     assert np.isfinite(np.stack(found)).all()
     scored = continuations.compressed(model, params, [PROMPTS[0]], [[5, 6]], policy)

@@ -1,24 +1,32 @@
-"""Known text, fed to the model a layer at a time: what its predictions are judged by.
+"""Known text, fed to the model a layer at a time, and the losses of its tokens.
 
-Nothing but blocks is compiled here. Those who judge turn the last layer's output into logits inside
-a program of their own, so that no array of logits leaves it.
+`hidden_states` compiles nothing but blocks. What is made of the last layer's output stands in
+programs that take it a few rows of logits at a time, so that no array of all logits exists.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.config import ModelConfig
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, embed_tokens, output_params, run_layer
+from kvjax.nn.transformer import (
+    block_kinds,
+    embed_tokens,
+    hidden_logits,
+    output_params,
+    run_layer,
+)
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
@@ -76,3 +84,34 @@ def _embed(
 def output_weights(model: Transformer, params: Any) -> dict[str, Any]:
     """The parameters behind the last layer, which `hidden_logits` reads."""
     return {name: params[name] for name in output_params(model.config)}
+
+
+ROWS = 64  # logits [ROWS, V] exist at a time
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_token_losses(
+    model: Transformer,
+    params: Mapping[str, Any],
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+) -> Float[Array, "B T-1"]:
+    """Negative log-likelihood, in nats, of every token but the first of each sequence; fp32.
+
+    Args:
+        params: of `model`; only those of `output_params` are read.
+        hidden: output of the last layer.
+    """
+    count = tokens[:, 1:].size
+    rows = min(ROWS, count)
+    missing = -count % rows
+    x = jnp.pad(hidden[:, :-1].reshape(count, -1), ((0, missing), (0, 0)))
+    labels = jnp.pad(tokens[:, 1:].reshape(count), (0, missing))
+
+    def losses(chunk):
+        x, labels = chunk
+        logits = hidden_logits(model.config, params, x[None])[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    parts = jax.lax.map(losses, (x.reshape(-1, rows, x.shape[-1]), labels.reshape(-1, rows)))
+    return parts.reshape(-1)[:count].reshape(tokens.shape[0], -1)

@@ -1,8 +1,9 @@
-"""What token scorers see: one layer's prompt, as it was read or as a compressed cache holds it."""
+"""Token scorers: which tokens of a prompt matter to a head. `LayerView` is what they see."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -10,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import AttentionSpec, PoolLayer, PromptCache
-from kvjax.cache.entries import take_rows
+from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
+from kvjax.cache.storage import take_rows
+from kvjax.ranges import COUNT, SHARE, SIZE, check_ranges
 from pallas_kernels import dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
 
 
 @flax.struct.dataclass
-class Prompt:
+class LayerView:
     """One layer's entries, those of each head in the order of time.
 
     Z is K where heads hold different tokens, 1 otherwise.
@@ -48,11 +50,11 @@ class Prompt:
     @classmethod
     def create(
         cls,
-        cache: PromptCache,
+        cache: PrefillCache,
         spec: AttentionSpec,
         window: Any = None,
         observed: int | None = None,
-    ) -> Prompt:
+    ) -> LayerView:
         """The prompt that a cache has read: all tokens of every head.
 
         Args:
@@ -71,7 +73,7 @@ class Prompt:
         return cls(*entries, queries, lengths, held, positions, cache.seen, window, spec)
 
     @classmethod
-    def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, window: Any, size: int) -> Prompt:
+    def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, window: Any, size: int) -> LayerView:
         """What the heads of a pool's layer hold, at most `size` rows each."""
         keys, values, held, positions = pool_entries(cache, size)
         arrays = (keys, values, cache.queries, cache.lengths, held, positions)
@@ -112,7 +114,7 @@ def pool_entries(
     return keys, values, held, jnp.where(live, positions, -1)
 
 
-Scorer = Callable[[Prompt], jax.Array]
+Scorer = Callable[[LayerView], jax.Array]
 """A prompt to scores [B, K, S] fp32, higher for tokens to keep; non-candidates don't matter.
 
 A scorer that must see more queries than the last w also has a method `observer(attention)`, which
@@ -120,7 +122,7 @@ gives a `kvjax.cache.Observer` for a layer; its state comes as `prompt.seen`.
 """
 
 
-def query_attention(prompt: Prompt) -> Float[Array, "B N w S"]:
+def query_attention(prompt: LayerView) -> Float[Array, "B N w S"]:
     """Attention of each of the last queries over all keys, fp32; zeros for rows without a query.
 
     The softmax is over all keys that are held, causal inside the window, with the layer's scale,
@@ -157,3 +159,125 @@ def by_kv_head(weights_BNS: Float[Array, "B N S"], num_kv_heads: int) -> Float[A
     """Mean over the query heads of each group."""
     B, N, S = weights_BNS.shape
     return jnp.mean(weights_BNS.reshape(B, num_kv_heads, N // num_kv_heads, S), axis=2)
+
+
+@dataclass(frozen=True)
+class ObservationWindow:
+    """SnapKV (arXiv 2404.14469): the attention that the last w queries pay to a token.
+
+    Averaged over these queries and over the query heads of a group, then max-pooled over
+    neighbouring tokens, so that a token that is kept keeps its surroundings.
+    """
+
+    pool: int = 7
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"pool": COUNT})
+
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
+        return max_pool(scores_BKS, prompt.candidates, self.pool)
+
+
+@dataclass(frozen=True)
+class SpanWindow:
+    """As `ObservationWindow`, but what follows a token counts more than what comes before it.
+
+    A question looks at where an answer begins; the rest of a long answer gets no attention until
+    it is written. A token's score is the largest of its own, those of the tokens up to `ahead`
+    before it, and those of the tokens up to `behind` after it, less the share `falloff` for each
+    token of distance: however few tokens a head keeps, they are those next to what was looked at.
+    """
+
+    ahead: int = 11
+    behind: int = 3
+    falloff: float = 0.01
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "falloff": SHARE})
+
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
+        scores_BKS = jnp.where(prompt.candidates, scores_BKS, 0.0)
+        pooled = scores_BKS
+        # Ahead first: what stands as far before as after a token counts less.
+        for distance in range(1, self.ahead + 1):
+            pooled = jnp.maximum(pooled, self._shifted(scores_BKS, distance, distance))
+        for distance in range(1, self.behind + 1):
+            pooled = jnp.maximum(
+                pooled, self._shifted(scores_BKS, -distance, self.ahead + distance)
+            )
+        return pooled
+
+    def _shifted(self, scores_BKS: jax.Array, by: int, distance: int) -> jax.Array:
+        """Scores moved to later slots, less the falloff of a distance."""
+        sides = ((0, 0), (0, 0), (max(by, 0), max(-by, 0)))
+        padded = jnp.pad(scores_BKS, sides)
+        start = max(-by, 0)
+        return padded[:, :, start : start + scores_BKS.shape[2]] * (1.0 - self.falloff * distance)
+
+
+@dataclass(frozen=True)
+class SinksAndRecent:
+    """StreamingLLM (arXiv 2309.17453): the first tokens, then the most recent ones."""
+
+    sinks: int = 4
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"sinks": SIZE})
+
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        B, K, S, _ = prompt.keys.shape
+        slot = jnp.arange(S, dtype=jnp.int32)
+        score = jnp.where(slot < self.sinks, S, slot).astype(jnp.float32)
+        return jnp.broadcast_to(score[None, None], (B, K, S))
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """TOVA (arXiv 2401.06104): the attention of the last query, averaged over all heads.
+
+    All heads of a layer score alike.
+    """
+
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        B, K, S, _ = prompt.keys.shape
+        last = query_attention(prompt)[:, :, -1]
+        mean = jnp.mean(last, axis=1, keepdims=True)
+        return jnp.broadcast_to(mean, (B, K, S))
+
+
+@dataclass(frozen=True)
+class KeyNorm:
+    """KNorm (arXiv 2406.11430): keys of small norm draw much attention; −‖k‖₂."""
+
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
+
+
+@dataclass(frozen=True)
+class KeyDifference:
+    """KeyDiff (arXiv 2504.15364): keys unlike the others; −cos(k, mean of the normalised keys)."""
+
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        keys = prompt.keys.astype(jnp.float32)
+        norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+        unit = keys / norm  # slots that are not in use hold zeros and add nothing
+        anchor = jnp.sum(unit, axis=2, keepdims=True)
+        anchor = anchor / jnp.maximum(jnp.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
+        return -jnp.sum(unit * anchor, axis=-1)
+
+
+def window_attention(prompt: LayerView) -> Float[Array, "B N S"]:
+    """Attention of the last queries over all keys, averaged over the queries, fp32."""
+    total = jnp.sum(query_attention(prompt), axis=2)
+    queries = jnp.minimum(prompt.lengths, prompt.queries.shape[1]).astype(jnp.float32)
+    return total / queries[:, None, None]
+
+
+def max_pool(
+    scores_BKS: Float[Array, "B K S"], candidates_BZS: Bool[Array, "B Z S"], size: int
+) -> Float[Array, "B K S"]:
+    """The largest score of a candidate among `size` neighbours, stride 1, same length."""
+    scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
+    return jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, (1, 1, size), (1, 1, 1), "SAME")

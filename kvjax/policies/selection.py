@@ -1,4 +1,8 @@
-"""One layer's prompt cut down: tokens are chosen, and packed into the cache that decode uses."""
+"""One layer's prompt cut down: tokens are chosen, and packed into the cache that decode uses.
+
+A scorer gives every token of every head a number. Each head keeps the `cap` best besides the
+window, the last w tokens. Ties go to the later position; what is kept stays in the order of time.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,122 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import (
     AttentionSpec,
     DenseCache,
     LatentCache,
     PoolLayer,
-    PromptCache,
+    PrefillCache,
     ShardedHeads,
     ShardedSlots,
 )
-from kvjax.cache.entries import take_rows
-from kvjax.cache.packing import copy_rows, lay_segments
+from kvjax.cache.pool import copy_rows, lay_segments
 from kvjax.cache.room import with_room
 from kvjax.cache.sharded import place, specs
-from kvjax.cache.slots import whole_slots
-from kvjax.headkv.prompt import Prompt, Scorer, pool_entries
-from kvjax.headkv.selection import LayerBudget, choose, choose_common
-from kvjax.headkv.split import Split
+from kvjax.cache.storage import take_rows, whole_slots
 from kvjax.mesh import Layout
+from kvjax.policies.budgets import Split
+from kvjax.policies.scorers import LayerView, Scorer, pool_entries
 from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, quantize
+
+
+@flax.struct.dataclass
+class LayerBudget:
+    """What the heads of one layer keep. All of it is data: no program depends on a number here.
+
+    Attributes:
+        caps: [B, K] int32, tokens that a head keeps besides the window.
+        window: [B] int32, the last tokens, which stay in any case.
+        rooms: [B, K] int32, rows for new tokens.
+        rings: [B, K] bool, whether new tokens, beyond a head's room, take the place of older ones.
+        shared: [] bool, whether the heads share the sum of the caps by the scores of a prompt.
+        first: [B, D] int32, the layer's first row in the pool of each of D devices.
+    """
+
+    caps: Any
+    window: Any
+    rooms: Any
+    rings: Any
+    shared: Any
+    first: Any
+
+
+def choose(
+    prompt: LayerView, scorer: Scorer, sharing: Split, budget: LayerBudget
+) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
+    """What every head keeps: the slot of each row, in the order of time, and how many rows.
+
+    A sequence of n tokens keeps min(cap, n − w) + w entries in a head, n if it is shorter than w.
+    Slots beyond the count mean nothing.
+    """
+    K = prompt.keys.shape[1]
+    scores = prompt_scores(prompt, scorer)
+    counts = jax.lax.cond(
+        budget.shared,
+        lambda: sharing(scores, prompt.candidates, budget.caps),
+        lambda: jnp.minimum(budget.caps, available_tokens(prompt.candidates, K)),
+    )
+    return with_window(prompt, select(scores, prompt.candidates, counts), counts)
+
+
+def choose_common(
+    prompt: LayerView, scorer: Scorer, caps_B: Int[Array, " B"]
+) -> tuple[Int[Array, "B 1 S"], Int[Array, "B 1"]]:
+    """As `choose`, where all heads of a layer keep the same tokens: scores are averaged over the
+    streams that a scorer rates."""
+    scores = jnp.mean(prompt_scores(prompt, scorer), axis=1, keepdims=True)
+    counts = jnp.minimum(caps_B[:, None], available_tokens(prompt.candidates, 1))
+    return with_window(prompt, select(scores, prompt.candidates, counts), counts)
+
+
+def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
+    """The scorer's numbers; NaN counts as the lowest, so that it displaces nothing."""
+    scores = scorer(prompt)
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def available_tokens(candidates_BZS: Bool[Array, "B Z S"], heads: int) -> Int[Array, "B K"]:
+    """Candidates of every head."""
+    count = jnp.sum(candidates_BZS, axis=2, dtype=jnp.int32)
+    return jnp.broadcast_to(count, (count.shape[0], heads))
+
+
+def select(
+    scores_BKS: Float[Array, "B K S"],
+    candidates_BZS: Bool[Array, "B Z S"],
+    counts_BK: Int[Array, "B K"],
+) -> Int[Array, "B K S"]:
+    """The best candidates of every head, in ascending order; S beyond the head's count.
+
+    Args:
+        counts_BK: how many each head keeps, at most its candidates.
+    """
+    S = scores_BKS.shape[2]
+    scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
+    # Candidates whose score is −inf still come before what is no candidate.
+    scores = jnp.where(candidates_BZS, jnp.maximum(scores, jnp.finfo(scores.dtype).min), scores)
+    # A stable sort prefers the lower index; on the reversed row that is the later position.
+    order = jnp.argsort(scores[:, :, ::-1], axis=2, descending=True, stable=True)
+    rank = jnp.arange(S, dtype=jnp.int32)[None, None]
+    kept = jnp.where(rank < counts_BK[:, :, None], S - 1 - order.astype(jnp.int32), S)
+    return jnp.sort(kept, axis=-1)
+
+
+def with_window(
+    prompt: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
+) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
+    """The kept slots, then those of the window, and how many they are together."""
+    held = jnp.broadcast_to(prompt.held, counts_BK.shape)
+    window = jnp.minimum(held, prompt.window[:, None])
+    rank = jnp.arange(kept_BKS.shape[2], dtype=jnp.int32)[None, None]
+    count = counts_BK[:, :, None]
+    slots = jnp.where(rank < count, kept_BKS, (held - window)[:, :, None] + rank - count)
+    return jnp.clip(slots, 0, kept_BKS.shape[2] - 1), counts_BK + window
 
 
 @functools.partial(
@@ -37,7 +134,7 @@ from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, qua
     donate_argnames="layer",
 )
 def compress_heads(
-    prompt: PromptCache,
+    prompt: PrefillCache,
     layer: PoolLayer,
     budget: LayerBudget,
     *,
@@ -56,7 +153,7 @@ def compress_heads(
         remember: whether these stay, for compression while decoding.
         copies: see `ShardedHeads`; `layer` has each head so often.
     """
-    view = Prompt.create(prompt, spec, budget.window, observed)
+    view = LayerView.create(prompt, spec, budget.window, observed)
     with jax.named_scope("select"):
         source, held = choose(view, scorer, sharing, budget)
     entries = view.keys, view.values
@@ -89,7 +186,7 @@ def compress_again(
     """
 
     if layout is None:
-        view = Prompt.of_pool(layer, spec, budget.window, size)
+        view = LayerView.of_pool(layer, spec, budget.window, size)
         entries = view.keys, view.values
     else:
         heads = layout.spec("batch", "tensor")
@@ -98,7 +195,7 @@ def compress_again(
         entries, lengths = found[:2], layer.lengths
         keys, values, held, positions = (part[:, ::copies] for part in found)
         arrays = (keys, values, layer.queries, lengths, held, positions)
-        view = Prompt(*arrays, None, budget.window, spec)
+        view = LayerView(*arrays, None, budget.window, spec)
     with jax.named_scope("select"):
         source, held = choose(view, scorer, sharing, budget)
     return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
@@ -154,7 +251,7 @@ def pack(
 
 @functools.partial(jax.jit, static_argnames=("slots", "scorer", "spec", "observed", "dtype"))
 def compress_tokens(
-    prompt: PromptCache,
+    prompt: PrefillCache,
     caps: Int[Array, " B"],
     window: Int[Array, " B"],
     *,
@@ -170,7 +267,7 @@ def compress_tokens(
         slots: of the smaller cache, room for new tokens included.
     """
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = Prompt.create(whole, spec, window, observed)
+    view = LayerView.create(whole, spec, window, observed)
     with jax.named_scope("select"):
         source, held = choose_common(view, scorer, caps)
     slots = whole_slots(slots)

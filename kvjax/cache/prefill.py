@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
-from kvjax.cache.dense import DenseCache
-from kvjax.cache.latent import LatentCache
+from kvjax.cache.dense import DenseCache, LatentCache, new_cache, widened
+from kvjax.cache.sharded import ShardedSlots, place, spread
+from kvjax.cache.storage import last_queries
+from kvjax.config import AttentionConfig
+from kvjax.mesh import AnyMesh, Layout
 
 
 @runtime_checkable
@@ -37,7 +40,7 @@ class Observer(Protocol):
 
 
 @flax.struct.dataclass
-class PromptCache:
+class PrefillCache:
     """One layer's prompt while it is read.
 
     Attributes:
@@ -64,7 +67,7 @@ class PromptCache:
         dtype: Any,
         expanded: DenseCache | None = None,
         observers: tuple[Observer, ...] = (),
-    ) -> PromptCache:
+    ) -> PrefillCache:
         """An empty cache that keeps the last `window` queries of `num_heads` × `head_dim`."""
         queries = jnp.zeros((base.lengths.shape[0], window, num_heads, head_dim), dtype)
         cache = cls(base, queries, expanded, observers=observers)
@@ -98,7 +101,7 @@ class PromptCache:
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
         expand: Expand | None = None,
-    ) -> tuple[Float[Array, "B T N Hv"], PromptCache]:
+    ) -> tuple[Float[Array, "B T N Hv"], PrefillCache]:
         """See `Cache.attend`; latents of keys are expanded once, when they come in."""
         if expand is None:
             out, base = self.base.attend(q, k, v, positions, spec)
@@ -117,20 +120,20 @@ class PromptCache:
         k_rope: Float[Array, "B T R"],
         positions: Int[Array, "B T"],
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N L"], PromptCache]:
+    ) -> tuple[Float[Array, "B T N L"], PrefillCache]:
         """See `LatentCache.attend_absorbed`."""
         out, base = self.base.attend_absorbed(q_latent, q_rope, latent, k_rope, positions, spec)
         q = self.base.joint(q_latent, q_rope)
         return out, self._after(base, None, q, positions, spec)
 
-    def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PromptCache:
+    def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PrefillCache:
         queries = last_queries(self.queries, q, positions)
         cache = dataclasses.replace(self, base=base, expanded=expanded, queries=queries)
         watched = (q, positions, cache.keys, base.lengths, spec)
         states = zip(self.observers, self.seen, strict=True)
         return dataclasses.replace(cache, seen=tuple(o.watch(s, *watched) for o, s in states))
 
-    def seen_by(self, observer: int | None) -> PromptCache:
+    def seen_by(self, observer: int | None) -> PrefillCache:
         """The cache with what one of the observers has seen, by its number; None for nothing."""
         seen = None if observer is None else self.seen[observer]
         return dataclasses.replace(self, seen=seen, observers=())
@@ -139,11 +142,57 @@ class PromptCache:
         return self.base.keys_and_values(self.queries.dtype)
 
 
-def last_queries(
-    old: Float[Array, "B w N H"], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
-) -> Float[Array, "B w N H"]:
-    """The last w of the old queries and the new ones, padding left out (it is on the right)."""
-    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    seen = jnp.concatenate([old, q.astype(old.dtype)], axis=1)
-    last = count[:, None] + jnp.arange(old.shape[1], dtype=jnp.int32)[None]
-    return jnp.take_along_axis(seen, last[:, :, None, None], axis=1)
+def start_prefill(
+    attention: AttentionConfig,
+    batch: int,
+    prompt_len: int,
+    queries: int,
+    dtype: Any,
+    observers: tuple[Observer, ...] = (),
+    mesh: AnyMesh | None = None,
+) -> PrefillCache:
+    """An empty cache for one layer of a prompt that is compressed once it is read.
+
+    Args:
+        prompt_len: slots of each sequence.
+        queries: the last queries that the cache remembers.
+        observers: what watches all queries.
+        mesh: over which the cache is spread; None for one device.
+
+    Raises:
+        ValueError: the mesh's tensor axis fits neither the KV heads nor their multiples.
+        NotImplementedError: a scorer that watches the prompt, on more devices than KV heads.
+    """
+    base = new_cache(attention, batch, prompt_len, dtype)
+    heads, expanded = attention.query_heads, None
+    if isinstance(base, LatentCache):
+        width = base.latent.shape[-1] + base.k_rope.shape[-1]
+    elif attention.rebuilds_keys:
+        width = attention.unconverted.cached_widths[0]
+        expanded = DenseCache.create(batch, heads, prompt_len, width, 0, dtype)
+    else:
+        width = base.k.shape[-1]
+    cache = PrefillCache.create(base, queries, heads, width, jnp.dtype(dtype), expanded, observers)
+    if mesh is None:
+        return cache
+    layout = Layout.create(mesh, batch)
+    if not attention.rebuilds_keys:
+        return spread(cache, layout, attention.spec.window)
+    # Neither heads nor slots of rebuilt keys can be split: each device of an axis has them all.
+    whole = layout.of_batch()
+    return dataclasses.replace(cache, base=place(base, whole), expanded=place(expanded, whole))
+
+
+@spread.register
+def _(cache: PrefillCache, layout: Layout, window: int | None) -> PrefillCache:
+    base = spread(cache.base, layout, window)
+    if cache.observers and getattr(base, "copies", 1) > 1:
+        raise NotImplementedError(
+            f"{type(cache.observers[0]).__name__} watches the queries of whole groups, which "
+            f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
+            "as KV heads"
+        )
+    if isinstance(base, ShardedSlots):
+        width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
+        return dataclasses.replace(cache, base=base, queries=widened(cache.queries, width))
+    return dataclasses.replace(cache, base=base)

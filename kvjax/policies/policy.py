@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache.rows import room_bucket
+from kvjax.cache.pool import room_bucket
 from kvjax.config import ModelConfig
-from kvjax.headkv.allocators import Allocator, HeadImportance, Request, Uniform
-from kvjax.headkv.compression import (
+from kvjax.mesh import Layout
+from kvjax.policies.budgets import (
+    Allocator,
+    Request,
+    Split,
+    Uniform,
+    bytes_to_tokens,
+)
+from kvjax.policies.compression import (
     Budgets,
     Compression,
     budgeted_layers,
     compression,
     kept_tokens,
 )
-from kvjax.headkv.facts import budget_heads, kv_heads, no_head_budget, sliding_windows
-from kvjax.headkv.prompt import Scorer
-from kvjax.headkv.scores import HeadScores, check_shape
-from kvjax.headkv.size import bytes_to_tokens
-from kvjax.headkv.split import Split
-from kvjax.mesh import Layout
+from kvjax.policies.scorers import Scorer
 from kvjax.ranges import COUNT, SIZE, Range, check_ranges
 from pallas_kernels.quantized import DTYPES
 
@@ -79,17 +80,6 @@ class Policy(ABC):
         work = self.compression(config, [prompt_len], 0, dtype)
         return kept_tokens(config, work.budgets, work.lengths)[0]
 
-    @staticmethod
-    def parse(text: str) -> Policy:
-        """A policy from its name and settings, "headkv:kv_size=128,beta=1.2,scores=heads.json".
-
-        Raises:
-            ValueError: an unknown name or setting, or a value that does not fit.
-        """
-        from kvjax.headkv.named import parse
-
-        return parse(text)
-
 
 @dataclass(frozen=True)
 class Full(Policy):
@@ -116,9 +106,9 @@ class Full(Policy):
         rings, where the window is smaller than the prompts."""
         room = room_bucket(new_tokens)
         slots = max(lengths) + room
-        windows = sliding_windows(config)
+        windows = config.sliding_windows
         small = [i for i in budgeted_layers(config) if (windows[i] or slots) < slots]
-        heads = budget_heads(config.layers[small[0]].attention) if small else 1
+        heads = config.layers[small[0]].attention.budget_heads if small else 1
         shape = (config.num_layers, heads)
         budgets = Budgets(
             caps=np.zeros((len(lengths), *shape), np.int32),
@@ -136,8 +126,8 @@ class Full(Policy):
         self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
     ) -> Int[np.ndarray, "L K"]:
         """See `Policy.kept`."""
-        seen = [min(prompt_len, window or prompt_len) for window in sliding_windows(config)]
-        return np.repeat(np.asarray(seen, np.int32)[:, None], kv_heads(config), axis=1)
+        seen = [min(prompt_len, window or prompt_len) for window in config.sliding_windows]
+        return np.repeat(np.asarray(seen, np.int32)[:, None], config.budget_heads, axis=1)
 
 
 @dataclass(frozen=True)
@@ -237,8 +227,8 @@ class Compress(Policy):
         window = self.window + int(self.recent * (size - self.window))
         # A text that is compressed while it grows may come to fill what its prompt does not.
         reach = config.context_length if self.every else prompt_len
-        shape = config.num_layers, kv_heads(config)
-        request = Request(*shape, size, window, reach, sliding_windows(config))
+        shape = config.num_layers, config.budget_heads
+        request = Request(*shape, size, window, reach, config.sliding_windows)
         caps = np.asarray(self.allocator(request))
         check_caps(caps, request)
         return np.minimum(caps, request.limits).astype(np.int32), window
@@ -258,7 +248,7 @@ def check_again(config: ModelConfig, scorer: Scorer) -> None:
         name = type(scorer).__name__
         raise NotImplementedError(f"every: {name} watches the prompt, which is gone by then")
     for index, layer in enumerate(config.layers):
-        reason = no_head_budget(layer.attention)
+        reason = layer.attention.no_head_budget
         if reason is not None:
             raise NotImplementedError(f"layer {index} cannot be compressed again: {reason}")
 
@@ -274,29 +264,6 @@ def entry_dtype(name: str) -> str | None:
     if name and name not in DTYPES:
         raise ValueError(f"entries is {name!r}, expected one of {', '.join(DTYPES)}")
     return jnp.dtype(DTYPES[name]).name if name else None
-
-
-def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None) -> Policy:
-    """A policy ready for this model: parsed, and with head scores where it needs them.
-
-    Args:
-        scores: the model's own, for a policy that names none.
-
-    Raises:
-        ValueError: an unknown policy, no scores, or scores of a model of another shape.
-    """
-    policy = Policy.parse(policy) if isinstance(policy, str) else policy
-    if not isinstance(policy, Compress) or not isinstance(policy.allocator, HeadImportance):
-        return policy
-    chosen = policy.allocator.scores or scores
-    if chosen is None:
-        raise ValueError(
-            "the headkv policy needs head scores and this model has none: make them with "
-            "`kvjax score MODEL heads.json`, then pass scores=heads.json"
-        )
-    check_shape(chosen, config)
-    allocator = dataclasses.replace(policy.allocator, scores=chosen)
-    return dataclasses.replace(policy, allocator=allocator)
 
 
 def check_caps(caps: np.ndarray, request: Request) -> None:

@@ -1,8 +1,5 @@
-"""Head importance: what each query head does while the model answers (HeadKV, section 3.2).
-
-The answer is teacher-forced, so that one forward pass gives the attention of all its steps; the
-attention of a layer is reduced to one number a head before the next layer runs.
-"""
+"""How important each head is, measured on examples: by its attention, or by the gradient of the
+answer's loss."""
 
 from __future__ import annotations
 
@@ -17,19 +14,27 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from kvjax.answers import rouge1_recall, token_f1
+from kvjax.cache.prefill import start_prefill
 from kvjax.config import ModelConfig
+from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
-from kvjax.headkv.batches import Batch, bucketed, make_batch, positions, step_positions
-from kvjax.headkv.facts import attention_spec, kv_heads, start_prompt
-from kvjax.headkv.gradient import loss_gradient
-from kvjax.headkv.prompt import Prompt, query_attention
-from kvjax.headkv.reductions import Reduce, attended, copied, induced
-from kvjax.headkv.scores import HeadScores, query_heads
+from kvjax.headkv.examples import (
+    Batch,
+    Reduce,
+    attended,
+    bucketed,
+    copied,
+    induced,
+    make_batch,
+    positions,
+    step_positions,
+)
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
 from kvjax.numerics import not_finite
-from kvjax.sampling import NO_TOKEN, most_likely
+from kvjax.policies.importance import HeadScores
+from kvjax.policies.scorers import LayerView, query_attention
 from kvjax.token_ids import token_ids
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
@@ -106,7 +111,8 @@ def score_examples(
         done[batch.indices] = batch
         if on_batch is not None:
             on_batch(batch)
-    heads = np.zeros((len(examples), *query_heads(model.config)))
+    config = model.config
+    heads = np.zeros((len(examples), config.num_layers, config.query_heads))
     answers = np.zeros(len(examples))
     for indices in plan:
         heads[list(indices)] = done[indices].heads
@@ -122,7 +128,7 @@ def score_examples(
         "estimator": name,
         "num_layers": heads.shape[1],
         "num_heads": heads.shape[2],
-        "num_kv_heads": kv_heads(model.config),
+        "num_kv_heads": model.config.budget_heads,
         "samples": [
             provenance(*row) for row in zip(examples, answers.tolist(), accepted, strict=True)
         ],
@@ -189,9 +195,9 @@ def score_layer(
     """
     B, S = batch.tokens.shape
     attention = block.layer.attention
-    cache = start_prompt(attention, B, S, batch.steps.shape[1], x.dtype)
+    cache = start_prefill(attention, B, S, batch.steps.shape[1], x.dtype)
     x, cache = apply_block(block, params, pairs, x, positions(batch), cache, batch.lengths)
-    return x, reduce(query_attention(Prompt.create(cache, attention_spec(attention))), batch)
+    return x, reduce(query_attention(LayerView.create(cache, attention.spec)), batch)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -206,18 +212,6 @@ def expected_tokens(
 def attention_estimator(reduce: Reduce, **rest: Any) -> Estimator:
     """An estimator that reduces the attention of the answer's steps; see `Estimator`."""
     return Estimator(functools.partial(score_batch, reduce=reduce), **rest)
-
-
-ESTIMATORS = {
-    "retrieval": attention_estimator(copied, answer_score=rouge1_recall),
-    "retrieval_reasoning": attention_estimator(attended, answer_score=token_f1),
-    "enhanced_retrieval": attention_estimator(attended, answer_score=token_f1),
-    "copying": attention_estimator(induced, answer_score=token_f1, accept_above=-1.0),
-    "gradient": Estimator(loss_gradient, token_f1, accept_above=-1.0, needs_span=False),
-}
-"""The formulas of the HeadKV paper's three (the last two of them differ in their examples:
-reasoning, plain needles), and two for which every example counts, answered or not. The paper
-decodes the answers; here they are teacher-forced."""
 
 
 def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, Any]:
@@ -261,3 +255,74 @@ def _estimator(estimator: str | Estimator) -> tuple[str, Estimator]:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     return estimator, ESTIMATORS[estimator]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def loss_gradient(
+    model: Transformer, params: Any, batch: Batch
+) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
+    """|∂loss/∂gate| of every head and example, and the token that the model expects at each step.
+
+    One example at a time, its layers recomputed in the backward pass: the memory beyond the
+    parameters is one layer's activations and gated output projections.
+    """
+    gradient = jax.grad(answer_loss, has_aux=True)
+    gates = jnp.ones((model.config.num_layers, model.config.query_heads), jnp.float32)
+
+    def one(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), batch)
+        slope, predicted = gradient(gates, model, params, row)
+        return jnp.abs(slope), predicted[0]
+
+    return jax.lax.map(one, jnp.arange(batch.tokens.shape[0], dtype=jnp.int32))
+
+
+def answer_loss(
+    gates: Float[Array, "L N"], model: Transformer, params: Any, batch: Batch
+) -> tuple[Float[Array, ""], Int[Array, "B M"]]:
+    """Cross-entropy of the answers under gated heads, and the token expected at each step.
+
+    The mean over an answer's tokens, summed over the examples; nats.
+    """
+    at = positions(batch)
+
+    def apply(params: Any, *args: Any, method: str) -> Any:
+        return model.apply({"params": params}, *args, method=method)
+
+    x = apply(params, batch.tokens, method="embed")
+    for index in range(model.config.num_layers):
+
+        @jax.checkpoint
+        def layer(x: jax.Array, gates_N: jax.Array, index: int = index) -> jax.Array:
+            gated = gate_heads(params, index, gates_N)
+            return apply(gated, index, x, at, None, batch.lengths, method="layer")[0]
+
+        x = layer(x, gates[index])
+    x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
+    logits = apply(params, x, method="unembed")
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    loss = -jnp.take_along_axis(log_p, batch.answers[..., None], axis=-1)[..., 0]
+    sizes = jnp.sum(batch.steps, axis=1, dtype=jnp.int32).astype(jnp.float32)
+    loss = jnp.sum(jnp.where(batch.steps, loss, 0.0), axis=1) / sizes
+    return jnp.sum(loss), most_likely(logits)
+
+
+def gate_heads(params: Any, layer: int, gates: Float[Array, " N"]) -> Any:
+    """The parameters with the output of every head of a layer times its gate."""
+    name = f"layers_{layer}"
+    attention = params[name]["attn"]
+    output = attention["o"].astype(jnp.float32) * gates[:, None, None]
+    attention = attention | {"o": output.astype(attention["o"].dtype)}
+    return params | {name: params[name] | {"attn": attention}}
+
+
+ESTIMATORS = {
+    "retrieval": attention_estimator(copied, answer_score=rouge1_recall),
+    "retrieval_reasoning": attention_estimator(attended, answer_score=token_f1),
+    "enhanced_retrieval": attention_estimator(attended, answer_score=token_f1),
+    "copying": attention_estimator(induced, answer_score=token_f1, accept_above=-1.0),
+    "gradient": Estimator(loss_gradient, token_f1, accept_above=-1.0, needs_span=False),
+}
+"""The formulas of the HeadKV paper's three (the last two of them differ in their examples:
+reasoning, plain needles), and two for which every example counts, answered or not. The paper
+decodes the answers; here they are teacher-forced."""

@@ -1,8 +1,5 @@
-"""Importance scores of query heads and their files, in HeadKV's published format.
-
-The score file is one JSON object "layer-head" -> list of floats, one per accepted sample. What the
-numbers mean stands in a companion file, `heads.json` -> `heads.meta.json`.
-"""
+"""Files of head importance: one number for each head and sample, as HeadKV's published files have
+them."""
 
 from __future__ import annotations
 
@@ -100,31 +97,12 @@ def default_scores(config: ModelConfig) -> HeadScores | None:
 
 def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head scores") -> None:
     """Raises ValueError where the scores are not of a model of this shape."""
-    got, expected = scores.samples.shape[:2], query_heads(model_config)
+    got, expected = scores.samples.shape[:2], (model_config.num_layers, model_config.query_heads)
     if got != expected:
         raise ValueError(
             f"{name}: scores of {got[0]} layers x {got[1]} heads, "
             f"expected {expected[0]} layers x {expected[1]} heads as the model has"
         )
-
-
-def query_heads(config: ModelConfig) -> tuple[int, int]:
-    """(L, N) of a model.
-
-    Raises:
-        ValueError: layers with different numbers of query heads.
-    """
-    heads = {attention_heads(layer.attention)[0] for layer in config.layers}
-    if len(heads) != 1:
-        raise ValueError(f"layers have {sorted(heads)} query heads, expected the same in all")
-    return config.num_layers, heads.pop()
-
-
-def attention_heads(attention: Any) -> tuple[int, int]:
-    """(N, K): query heads and the KV heads (or latent streams) that a layer caches."""
-    if hasattr(attention, "base"):
-        return attention.base.num_heads, getattr(attention, "latent_heads", 1)
-    return attention.num_heads, getattr(attention, "num_kv_heads", 1)
 
 
 def meta_path(path: str | Path) -> Path:
@@ -198,3 +176,35 @@ def _write_json(path: Path, value: Any) -> None:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8") as file:
         json.dump(value, file)
+
+
+def split_half(scores: HeadScores, splits: int = 20) -> float:
+    """Spearman correlation of the heads' means over two random halves, the mean of some splits.
+
+    Returns:
+        at most 1; NaN for fewer than two samples, or where all heads are equal.
+    """
+    count = scores.samples.shape[2]
+    if count < 2:
+        return float("nan")
+    rng = np.random.default_rng(0)
+    correlations = []
+    for _ in range(splits):
+        order = rng.permutation(count)
+        halves = (order[: count // 2], order[count // 2 :])
+        correlations.append(spearman(*(scores.samples[:, :, half].mean(axis=2) for half in halves)))
+    return float(np.mean(correlations))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; equal values share their mean rank. NaN where all of one are equal."""
+    x, y = (_ranks(values) for values in (a, b))
+    if x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(sizes)
+    return (ends - (sizes - 1) / 2)[group.reshape(-1)]

@@ -20,8 +20,8 @@ from kvjax.config import (
     LongRopeScaling,
     RopeConfig,
 )
-from kvjax.headkv.prompt import Prompt, attention_weights, by_kv_head
 from kvjax.nn.rope import rope
+from kvjax.policies.scorers import LayerView, attention_weights, by_kv_head
 from kvjax.ranges import COUNT, check_ranges
 
 QUERY_ROWS = 64  # queries whose attention over all keys exists at a time
@@ -32,10 +32,10 @@ class ColumnSums:
     """H2O (arXiv 2306.14048): the attention that a token gets from all queries in sum."""
 
     def observer(self, attention: AttentionConfig) -> SumAttention:
-        """See `kvjax.headkv.prompt.Scorer`."""
+        """See `kvjax.policies.scorers.Scorer`."""
         return SumAttention()
 
-    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
         return prompt.seen
 
 
@@ -44,7 +44,7 @@ class SumAttention:
     """Adds up attention, [B, K, S] fp32, the mean over the query heads of a group."""
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Float[Array, "B K S"]:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         return jnp.zeros(keys_BKSX.shape[:3], jnp.float32)
 
     def watch(
@@ -56,7 +56,7 @@ class SumAttention:
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Float[Array, "B K S"]:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         T = q_BTNH.shape[1]
         rows = min(QUERY_ROWS, T)
         tiles = -(-T // rows)
@@ -90,7 +90,7 @@ class ExpectedAttention:
         check_ranges(vars(self), {"future": COUNT})
 
     def observer(self, attention: AttentionConfig) -> QueryMoments:
-        """See `kvjax.headkv.prompt.Scorer`.
+        """See `kvjax.policies.scorers.Scorer`.
 
         Raises:
             NotImplementedError: RoPE whose frequencies depend on the length, or latent attention.
@@ -104,7 +104,7 @@ class ExpectedAttention:
             raise NotImplementedError("expected attention needs RoPE of fixed frequencies")
         return QueryMoments(pure_rotation(config.rope), self.future)
 
-    def __call__(self, prompt: Prompt) -> Float[Array, "B K S"]:
+    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
         moments: Moments = prompt.seen
         B, K, _, X = prompt.keys.shape
         mean, covariance = moments.rotated(prompt.lengths)
@@ -169,7 +169,7 @@ class QueryMoments:
     future: int
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Moments:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         B, _, N, X = q_BTNH.shape
         count, first, second = (jnp.zeros(s, jnp.float32) for s in ((B,), (B, N, X), (B, N, X, X)))
         return Moments(count, first, second, self.rope, self.future)
@@ -183,7 +183,7 @@ class QueryMoments:
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Moments:
-        """See `kvjax.cache.prompt.Observer`."""
+        """See `kvjax.cache.prefill.Observer`."""
         real = positions_BT >= 0
         q = jnp.where(real[:, :, None, None], q_BTNH.astype(jnp.float32), 0.0)
         q = unrotate(q, positions_BT, lengths_B, self.rope)

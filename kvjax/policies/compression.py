@@ -17,18 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kvjax.cache import AttentionSpec, ModelCache, Pool, PromptCache
-from kvjax.cache.pool import pool_alignment
-from kvjax.cache.rows import PoolRows, bucket_rows, pool_rows, room_bucket
+from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
+from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows, room_bucket
 from kvjax.cache.sharded import head_copies, new_pool
 from kvjax.config import ModelConfig
-from kvjax.headkv.facts import attention_spec, entry_widths, no_head_budget
-from kvjax.headkv.packing import compress_again, compress_heads, compress_tokens, keep_all
-from kvjax.headkv.prompt import Scorer
-from kvjax.headkv.scorers import SinksAndRecent
-from kvjax.headkv.selection import LayerBudget
-from kvjax.headkv.split import Adaptive, Split
 from kvjax.mesh import Layout, put_rows
+from kvjax.policies.budgets import Adaptive, Split
+from kvjax.policies.scorers import Scorer, SinksAndRecent
+from kvjax.policies.selection import (
+    LayerBudget,
+    compress_again,
+    compress_heads,
+    compress_tokens,
+    keep_all,
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Compression:
         pool = make(lengths)
         return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
 
-    def compress(self, caches: ModelCache, layer: int, prompt: PromptCache) -> ModelCache:
+    def compress(self, caches: ModelCache, layer: int, prompt: PrefillCache) -> ModelCache:
         """The caches with what is kept of one layer's prompt."""
         packed, place = self.packing(caches, layer, prompt)(), caches.places[layer]
         if place is None:
@@ -172,10 +174,10 @@ class Compression:
         return caches.with_pool_layer(place, packed)
 
     def packing(
-        self, caches: ModelCache, layer: int, prompt: PromptCache
+        self, caches: ModelCache, layer: int, prompt: PrefillCache
     ) -> functools.partial[Any]:
         """The call of a program that compresses one layer's prompt, not yet made."""
-        place, spec = caches.places[layer], attention_spec(self.config.layers[layer].attention)
+        place, spec = caches.places[layer], self.config.layers[layer].attention.spec
         if place is None:
             return self._whole_layer(layer, prompt, spec)
         number, row = place
@@ -195,7 +197,7 @@ class Compression:
         )
 
     def _whole_layer(
-        self, layer: int, prompt: PromptCache, spec: AttentionSpec
+        self, layer: int, prompt: PrefillCache, spec: AttentionSpec
     ) -> functools.partial[Any]:
         """`packing` of a layer whose heads keep the same tokens: the mean of the budgets, or all
         of them."""
@@ -228,7 +230,7 @@ class Compression:
                 self.layer_budget(layer, number, row),
                 scorer=b.scorer or SinksAndRecent(),
                 sharing=b.sharing or Adaptive(),
-                spec=attention_spec(self.config.layers[layer].attention),
+                spec=self.config.layers[layer].attention.spec,
                 size=min(longest_segment(b), self.rows[number].rows),
                 layout=self.layout,
                 copies=self.copies,
@@ -239,7 +241,7 @@ class Compression:
 
     def layer_budget(self, layer: int, number: int, row: int) -> LayerBudget:
         """The budgets of one layer, as arrays."""
-        b, sliding = self.budgets, attention_spec(self.config.layers[layer].attention).window
+        b, sliding = self.budgets, self.config.layers[layer].attention.spec.window
         return LayerBudget(
             caps=b.caps[:, layer],
             window=b.window if sliding is None else np.minimum(b.window, np.int32(sliding)),
@@ -278,8 +280,8 @@ def layer_groups(config: ModelConfig, layers: Sequence[int]) -> tuple[LayerGroup
     """The layers whose entries have the same shape."""
     found: dict[tuple[int, int], list[int]] = {}
     for layer in layers:
-        found.setdefault(entry_widths(config.layers[layer].attention), []).append(layer)
-    windows = [attention_spec(layer.attention).window for layer in config.layers]
+        found.setdefault(config.layers[layer].attention.cached_widths, []).append(layer)
+    windows = [layer.attention.spec.window for layer in config.layers]
     return tuple(
         LayerGroup(tuple(own), widths, tuple(windows[layer] for layer in own))
         for widths, own in found.items()
@@ -330,7 +332,7 @@ def kept_tokens(
 ) -> Int[np.ndarray, "B L K"]:
     """Tokens that each head keeps of a prompt, the window included; of heads that share their
     budgets, what they keep on average of it."""
-    sliding = [attention_spec(layer.attention).window for layer in config.layers]
+    sliding = [layer.attention.spec.window for layer in config.layers]
     reach = np.asarray([window or np.iinfo(np.int32).max for window in sliding], np.int64)
     window = np.minimum(budgets.window[:, None], reach[None])
     lengths = np.asarray(lengths, np.int64)[:, None]
@@ -354,4 +356,4 @@ def alignment(dtype: Any, layout: Layout | None) -> int:
 def budgeted_layers(config: ModelConfig) -> list[int]:
     """Layers whose heads can keep tokens of their own."""
     layers = enumerate(config.layers)
-    return [index for index, layer in layers if no_head_budget(layer.attention) is None]
+    return [index for index, layer in layers if layer.attention.no_head_budget is None]

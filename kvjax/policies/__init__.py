@@ -1,0 +1,48 @@
+"""Cache policies: what the cache keeps of a prompt.
+
+A policy is an allocator, which divides a size among the heads, and a scorer, which rates the tokens
+of each head. Each published method has a maker here; a string names the same thing:
+
+>>> kvjax.generate(model, params, prompts, policy=kvjax.policies.snapkv(kv_size=128))
+>>> kvjax.generate(model, params, prompts, policy="snapkv:kv_size=128")
+"""
+
+from kvjax.policies.named import (
+    adasnapkv,
+    expected,
+    full,
+    h2o,
+    headkv,
+    headkv_adaptive,
+    headkv_paper,
+    keydiff,
+    knorm,
+    parse_policy,
+    pyramidkv,
+    snapkv,
+    spankv,
+    streaming,
+    tova,
+)
+from kvjax.policies.policy import Compress, Full, Policy
+
+__all__ = [
+    "Compress",
+    "Full",
+    "Policy",
+    "adasnapkv",
+    "expected",
+    "full",
+    "h2o",
+    "headkv",
+    "headkv_adaptive",
+    "headkv_paper",
+    "keydiff",
+    "knorm",
+    "parse_policy",
+    "pyramidkv",
+    "snapkv",
+    "spankv",
+    "streaming",
+    "tova",
+]

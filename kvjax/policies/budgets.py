@@ -1,0 +1,362 @@
+"""Budgets: how many tokens of a prompt each head keeps.
+
+`allocate` makes them from the heads' importance (HeadKV, arXiv 2410.19258, section 3.3). Allocators
+divide a KV size among layers and heads for a policy. A split lets the heads of a layer share
+their budgets by the scores of a prompt. Budgets are made on the host, once, in float64, except for
+splits, which run inside jit. C is the KV size (tokens a head, the window included), w the window,
+b = C − w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float64, Int, Int32
+
+from kvjax.config import AttentionConfig, ModelConfig
+from kvjax.policies.importance import HeadScores
+from kvjax.ranges import COUNT, SHARE, SIZE, Range, check_ranges, optional
+from pallas_kernels.quantized import is_quantized
+
+SCALE_BYTES = 4
+"""Of the scale that each 8-bit entry has."""
+GRANULARITIES = ("kv_head", "query_head")
+BETA = Range(least=1)
+RANGES = {
+    "kv_size": COUNT,
+    "window": SIZE,
+    "beta": BETA,
+    "num_kv_heads": COUNT,
+    "prompt_len": optional(SIZE),
+}
+"""The numbers of `allocate`."""
+
+
+def allocate(
+    scores: HeadScores | Float64[np.ndarray, "L N"],
+    kv_size: int = 128,
+    window: int = 8,
+    beta: float = 1.2,
+    num_kv_heads: int = 8,
+    prompt_len: int | None = None,
+    granularity: str = "kv_head",
+    compat: str | None = None,
+) -> Int32[np.ndarray, "L heads"]:
+    """Tokens of the prompt that each head keeps besides the window.
+
+    A head gets a floor m = b − q and a share S of the pool q·L·heads, q = ⌊b/β⌋, where S is its
+    importance divided by the sum of all: a smaller β shares more (arXiv 2410.19258, eq. 5).
+
+    Args:
+        scores: importance of each query head, [L, N].
+        kv_size: C, mean tokens a head, the window included.
+        window: w, the last tokens, which every head keeps besides its budget.
+        beta: at least 1.
+        num_kv_heads: K; the query heads of a group share their KV head's budget.
+        prompt_len: n; no head keeps more than n − w, and what a saturated head cannot use goes to
+            the others. None: no limit.
+        granularity: "kv_head" gives budgets [L, K], "query_head" [L, N].
+        compat: "reference" follows the published code: budgets of query heads, each rounded on its
+            own (half to even), clipped at n − w without passing the rest on.
+
+    Returns:
+        int32 [L, heads]; the sum is exactly min(b, n − w)·L·heads except with compat="reference".
+
+    Raises:
+        ValueError: kv_size ≤ window, β < 1, a number out of its range, a negative or NaN score, a
+            name that does not exist.
+    """
+    given = {"kv_size": kv_size, "window": window, "beta": beta}
+    check_ranges(given | {"num_kv_heads": num_kv_heads, "prompt_len": prompt_len}, RANGES)
+    values = checked(scores.mean if isinstance(scores, HeadScores) else scores)
+    budget = token_budget(kv_size, window)
+    limit = None if prompt_len is None else max(prompt_len - window, 0)
+    if compat not in (None, "reference"):
+        raise ValueError(f"compat is {compat!r}, expected None or 'reference'")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity is {granularity!r}, expected {' or '.join(GRANULARITIES)}")
+    if compat == "reference":
+        return reference_caps(normalise(values), budget, beta, limit)
+    if granularity == "kv_head":
+        values = group_scores(values, num_kv_heads)
+    limits = None if limit is None else np.full((len(values), 1), limit)
+    return head_caps(normalise(values), budget, beta, limits)
+
+
+def token_budget(kv_size: int, window: int) -> int:
+    """b = C − w; ValueError where nothing is left for the heads."""
+    if kv_size <= window:
+        raise ValueError(f"kv_size is {kv_size} and window is {window}, expected kv_size > window")
+    return kv_size - window
+
+
+def group_scores(
+    scores: Float64[np.ndarray, "L N"],
+    num_kv_heads: int,
+    reduce: Callable[..., np.ndarray] = np.sum,
+) -> Float64[np.ndarray, "L K"]:
+    """Scores of KV heads from those of the G query heads that read them; `np.max` works too."""
+    layers, heads = scores.shape
+    if heads % num_kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of num_kv_heads = {num_kv_heads}")
+    return reduce(scores.reshape(layers, num_kv_heads, -1), axis=2)
+
+
+def checked(scores: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
+    """The scores; ValueError where one is negative, or one or their sum is not finite."""
+    with np.errstate(over="ignore"):
+        total = scores.sum()
+    if not np.isfinite(total) or (scores < 0).any():
+        raise ValueError("head scores hold negative or non-finite values, expected finite >= 0")
+    return scores
+
+
+def normalise(scores: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L heads"]:
+    """Scores that sum to 1; equal shares where all are zero."""
+    total = scores.sum()
+    return scores / total if total > 0 else np.full_like(scores, 1 / scores.size)
+
+
+def split_budget(budget: int, beta: float) -> tuple[float, float]:
+    """(q, m): what a head gives to the shared pool and what it keeps, q + m = b."""
+    check_ranges({"beta": beta}, {"beta": BETA})
+    pooled = budget // beta
+    return pooled, budget - pooled
+
+
+def real_caps(
+    shares: Float64[np.ndarray, "L heads"], budget: int, beta: float
+) -> Float64[np.ndarray, "L heads"]:
+    """S·q·L·heads + m, before rounding."""
+    pooled, kept = split_budget(budget, beta)
+    return shares * (pooled * shares.size) + kept
+
+
+def reference_caps(
+    shares: Float64[np.ndarray, "L N"], budget: int, beta: float, limit: int | None
+) -> Int32[np.ndarray, "L N"]:
+    """The published code's budgets; b ≥ n − w evicts nothing."""
+    caps = np.rint(real_caps(shares, budget, beta))
+    if limit is not None:
+        caps = np.full_like(caps, limit) if budget > limit else np.minimum(caps, limit)
+    return caps.astype(np.int32)
+
+
+def head_caps(
+    shares: Float64[np.ndarray, "L heads"],
+    budget: int,
+    beta: float,
+    limits: Int[np.ndarray, "L 1"] | None,
+) -> Int32[np.ndarray, "L heads"]:
+    """Budgets that sum to exactly Σ min(b, what the limits leave), none above its layer's limit."""
+    caps, total = real_caps(shares, budget, beta), budget * shares.size
+    if limits is not None:
+        most = np.broadcast_to(limits, shares.shape)
+        total = min(total, int(most.sum()))
+        caps = water_fill(caps, shares, most, total)
+    return largest_remainder(caps, total)
+
+
+def water_fill(
+    caps: Float64[np.ndarray, "L heads"],
+    shares: Float64[np.ndarray, "L heads"],
+    limits: Int[np.ndarray, "L heads"],
+    total: int,
+) -> Float64[np.ndarray, "L heads"]:
+    """Clips at the limits and gives what is left to the other heads in proportion to their shares.
+
+    Heads without a share come last, in equal parts.
+    """
+    if total >= limits.sum():
+        return limits.astype(np.float64)
+    while (caps > limits).any():
+        caps = np.minimum(caps, limits)
+        free = caps < limits
+        weights = shares * free if (shares * free).any() else free.astype(np.float64)
+        caps = caps + (total - caps.sum()) * (weights / weights.sum())
+    return caps
+
+
+def largest_remainder(
+    caps: Float64[np.ndarray, "L heads"], total: int
+) -> Int32[np.ndarray, "L heads"]:
+    """Rounds to integers that sum to `total`; the largest fractions go up, ties by flat index."""
+    floors = np.floor(caps)
+    missing = total - int(floors.sum())
+    up = np.argsort(-(caps - floors), axis=None, kind="stable")[:missing]
+    floors.flat[up] += 1
+    return floors.astype(np.int32)
+
+
+def token_bytes(attention: AttentionConfig, dtype: Any) -> int:
+    """Bytes of one token in all heads of a layer, scales of 8-bit entries included."""
+    size, scale = jnp.dtype(dtype).itemsize, SCALE_BYTES if is_quantized(dtype) else 0
+    return attention.cached_heads * (sum(attention.cached_widths) * size + 2 * scale)
+
+
+def bytes_to_tokens(nbytes: int, config: ModelConfig, dtype: Any) -> int:
+    """Mean tokens a head that all layers of one sequence can hold in `nbytes` bytes."""
+    return nbytes // sum(token_bytes(layer.attention, dtype) for layer in config.layers)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an allocator is asked for.
+
+    Attributes:
+        num_layers, num_kv_heads: L and K.
+        kv_size: C, mean tokens a KV head, the window included.
+        window: w, the last tokens, which every head keeps besides its budget.
+        prompt_len: n; a budget above n − w is useless.
+        sliding: [L] the sliding window of each layer, None without one; () for no layer with one.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    kv_size: int
+    window: int
+    prompt_len: int
+    sliding: tuple[int | None, ...] = ()
+
+    @property
+    def budget(self) -> int:
+        """b = C − w, mean tokens a head besides the window."""
+        return token_budget(self.kv_size, self.window)
+
+    @property
+    def limit(self) -> int:
+        """n − w, the most that a head can keep besides the window."""
+        return max(self.prompt_len - self.window, 0)
+
+    @property
+    def limits(self) -> Int[np.ndarray, "L 1"]:
+        """The most that a head of each layer can use: behind a sliding window nothing is seen."""
+        seen = [min(self.prompt_len, window or self.prompt_len) for window in self.sliding]
+        seen = seen or [self.prompt_len] * self.num_layers
+        return np.maximum(np.asarray(seen) - self.window, 0)[:, None]
+
+
+HALF_SHARED = 200  # tokens a head, besides the window, of which half are shared by importance
+
+Allocator = Callable[[Request], np.ndarray]
+"""Budgets [L, K], whole numbers of at least 0, whose mean is at most min(budget, limit).
+
+What a layer gets above its limit is not used.
+"""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same budget everywhere."""
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        shape = (request.num_layers, request.num_kv_heads)
+        return np.full(shape, min(request.budget, request.limit), np.int32)
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """PyramidKV (arXiv 2406.02069): budgets fall linearly from the first layer to the last."""
+
+    beta: float = 20.0
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"beta": Range(least=0.5)})
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        budget = min(request.budget, request.limit)
+        bottom = min(2 * budget - budget / self.beta, request.limit)
+        layers = np.linspace(bottom, 2 * budget - bottom, request.num_layers)
+        if request.num_layers == 1:
+            layers[:] = budget  # the first layer is the last one
+        caps = np.repeat(layers[:, None], request.num_kv_heads, axis=1)
+        return largest_remainder(caps, budget * caps.size)
+
+
+@dataclass(frozen=True)
+class HeadImportance:
+    """HeadKV (arXiv 2410.19258): a floor for every head, the rest in proportion to importance.
+
+    Attributes:
+        beta: a share 1/β of the budget is divided by importance; None for `growing_beta`.
+        scores: None stands for the model's own, which `resolve` fills in.
+    """
+
+    beta: float | None = None
+    scores: HeadScores | None = None
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"beta": optional(BETA)})
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        if self.scores is None:
+            raise ValueError("head importance has no scores; resolve() fills in the model's own")
+        values = group_scores(checked(self.scores.mean), request.num_kv_heads)
+        beta = growing_beta(request.budget) if self.beta is None else self.beta
+        return head_caps(normalise(values), request.budget, beta, request.limits)
+
+
+def growing_beta(budget: int) -> float:
+    """β = 1 + b/200: the floor's share of the budget, b/(b + 200), grows with it.
+
+    A small cache serves best where the few heads that retrieve get nearly all of it; once these
+    have what they can use, more is worth more to the others, which a fixed small β would starve.
+    """
+    return 1.0 + budget / HALF_SHARED
+
+
+Split = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K], whose sum is at
+most that of the caps and no count above a head's candidates."""
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Ada-KV (arXiv 2407.11550): the best tokens of the whole layer, whatever head they are in.
+
+    Each head keeps the share `alpha` of its own budget besides: count·(1 − α) + cap·α, rounded
+    by largest remainder, so that the layer's budget is used up.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self):
+        check_ranges(vars(self), {"alpha": SHARE})
+
+    def __call__(
+        self,
+        scores_BKS: Float[Array, "B K S"],
+        candidates_BZS: Bool[Array, "B Z S"],
+        caps: tuple[int, ...] | Int[Array, "_ K"],
+    ) -> Int[Array, "B K"]:
+        B, K, S = scores_BKS.shape
+        caps_BK = jnp.broadcast_to(jnp.asarray(caps, jnp.int32), (B, K))
+        candidates = jnp.broadcast_to(candidates_BZS, (B, K, S))
+        available = jnp.sum(candidates, axis=2, dtype=jnp.int32)
+        own = jnp.minimum(caps_BK, available)
+        # What heads with too few candidates leave over goes to the others.
+        total, most = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (caps_BK, available))
+        total = jnp.minimum(total, most)
+        scores = jnp.where(candidates, scores_BKS, -jnp.inf).reshape(B, -1)
+        order = jnp.argsort(scores, axis=1, descending=True, stable=True).astype(jnp.int32)
+        taken = jnp.arange(K * S, dtype=jnp.int32)[None] < total[:, None]
+        heads = jnp.where(taken, order // S, K)
+        one_hot = heads[:, :, None] == jnp.arange(K, dtype=jnp.int32)[None, None]
+        best = jnp.sum(one_hot, axis=1, dtype=jnp.int32)
+        real = best.astype(jnp.float32) * (1.0 - self.alpha) + own.astype(jnp.float32) * self.alpha
+        return jnp.minimum(round_to_sum(real, total), available)
+
+
+def round_to_sum(real_BK: Float[Array, "B K"], total_B: Int[Array, " B"]) -> Int[Array, "B K"]:
+    """Whole numbers by largest remainder; their sum is total, or Σ real rounded if that is less."""
+    floors = jnp.floor(real_BK)
+    whole = jnp.round(jnp.sum(real_BK, axis=1)).astype(jnp.int32)
+    missing = jnp.minimum(whole, total_B) - jnp.sum(floors, axis=1).astype(jnp.int32)
+    rank = jnp.argsort(jnp.argsort(floors - real_BK, axis=1, stable=True), axis=1)
+    up = rank.astype(jnp.int32) < missing[:, None]
+    return floors.astype(jnp.int32) + up.astype(jnp.int32)

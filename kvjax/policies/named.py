@@ -1,0 +1,266 @@
+"""Policies by name: a typed maker for each published method, and the strings that name them.
+
+>>> policies.snapkv(kv_size=64)                      # in code
+>>> parse_policy("snapkv:kv_size=64")                # on the command line
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack
+
+from kvjax.config import ModelConfig
+from kvjax.policies.budgets import Adaptive, Allocator, HeadImportance, Pyramid, Uniform
+from kvjax.policies.importance import HeadScores, check_shape, default_scores, load_scores
+from kvjax.policies.observers import ColumnSums, ExpectedAttention
+from kvjax.policies.policy import Compress, Full, Policy
+from kvjax.policies.scorers import (
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    ObservationWindow,
+    Scorer,
+    SinksAndRecent,
+    SpanWindow,
+)
+
+
+class Settings(TypedDict, total=False):
+    """Settings of every policy that compresses; `Compress` says what they mean."""
+
+    kv_size: int
+    ratio: float
+    nbytes: int
+    window: int
+    entries: str
+    ring: int
+    every: int
+
+
+def full(entries: str = "") -> Full:
+    """Everything stays: the uncompressed cache; see `Full`."""
+    return Full(entries)
+
+
+def streaming(sinks: int = 4, **settings: Unpack[Settings]) -> Compress:
+    """StreamingLLM (arXiv 2309.17453): the first and the last tokens, in every head."""
+    return _compress(Uniform(), SinksAndRecent(sinks), settings)
+
+
+def snapkv(pool: int = 7, **settings: Unpack[Settings]) -> Compress:
+    """SnapKV (arXiv 2404.14469): what the last queries look at, as many tokens in every head."""
+    return _compress(Uniform(), ObservationWindow(pool), settings)
+
+
+def spankv(
+    ahead: int = 11, behind: int = 3, falloff: float = 0.01, **settings: Unpack[Settings]
+) -> Compress:
+    """As SnapKV, with the tokens after what the last queries look at (see `SpanWindow`)."""
+    return _compress(Uniform(), SpanWindow(ahead, behind, falloff), settings)
+
+
+def pyramidkv(pool: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
+    """PyramidKV (arXiv 2406.02069): as SnapKV, with more tokens in the lower layers."""
+    return _compress(Pyramid(beta), ObservationWindow(pool), settings)
+
+
+def adasnapkv(pool: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -> Compress:
+    """Ada-SnapKV (arXiv 2407.11550): the heads of a layer share its budget by their scores."""
+    return _compress(Uniform(), ObservationWindow(pool), settings, split=Adaptive(alpha))
+
+
+def h2o(recent: float = 0.5, **settings: Unpack[Settings]) -> Compress:
+    """H2O (arXiv 2306.14048): tokens that all queries look at, and as many recent ones."""
+    return _compress(Uniform(), ColumnSums(), settings, recent=recent)
+
+
+def tova(**settings: Unpack[Settings]) -> Compress:
+    """TOVA (arXiv 2401.06104): what the last query looks at, the same in all heads of a layer."""
+    return _compress(Uniform(), LastQuery(), settings)
+
+
+def knorm(**settings: Unpack[Settings]) -> Compress:
+    """KNorm (arXiv 2406.11430): keys of small norm."""
+    return _compress(Uniform(), KeyNorm(), settings)
+
+
+def keydiff(**settings: Unpack[Settings]) -> Compress:
+    """KeyDiff (arXiv 2504.15364): keys unlike the others."""
+    return _compress(Uniform(), KeyDifference(), settings)
+
+
+def expected(future: int = 512, **settings: Unpack[Settings]) -> Compress:
+    """Expected Attention (arXiv 2510.00636): what the queries to come will look at."""
+    return _compress(Uniform(), ExpectedAttention(future), settings)
+
+
+def headkv(
+    ahead: int = 11,
+    behind: int = 3,
+    falloff: float = 0.01,
+    beta: float = 0.0,
+    scores: str = "",
+    **settings: Unpack[Settings],
+) -> Compress:
+    """HeadKV (arXiv 2410.19258), with what measured better than the paper's rules.
+
+    Budgets by head importance with a floor that grows (`growing_beta`), tokens by `SpanWindow`.
+
+    Args:
+        ahead, behind, falloff: see `SpanWindow`.
+        beta: 0 for `growing_beta`.
+        scores: a score file of any estimator; empty for the model's own.
+    """
+    importance = HeadImportance(beta or None, _file(scores))
+    return _compress(importance, SpanWindow(ahead, behind, falloff), settings)
+
+
+def headkv_paper(
+    pool: int = 7, beta: float = 1.2, scores: str = "", **settings: Unpack[Settings]
+) -> Compress:
+    """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens.
+
+    It is HeadKV-R with scores of the estimator "retrieval", HeadKV-R2 with "retrieval_reasoning".
+    Budgets and choice are per KV head; the published code has both for every query head.
+    """
+    return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool), settings)
+
+
+def headkv_adaptive(
+    ahead: int = 11,
+    behind: int = 3,
+    falloff: float = 0.01,
+    beta: float = 0.0,
+    alpha: float = 0.2,
+    scores: str = "",
+    **settings: Unpack[Settings],
+) -> Compress:
+    """As `headkv`, and the heads of a layer share its budget by their scores as in Ada-KV."""
+    importance = HeadImportance(beta or None, _file(scores))
+    scorer = SpanWindow(ahead, behind, falloff)
+    return _compress(importance, scorer, settings, split=Adaptive(alpha))
+
+
+def _compress(allocator: Allocator, scorer: Scorer, settings: Settings, **rest: Any) -> Compress:
+    """The policy; a size that is a ratio or a number of bytes takes the place of `kv_size`."""
+    given = dict(settings)
+    if "ratio" in given or "nbytes" in given:
+        given.setdefault("kv_size", 0)
+    return Compress(allocator, scorer, **rest, **given)  # type: ignore[arg-type]
+
+
+def _file(scores: str) -> HeadScores | None:
+    return load_scores(scores) if scores else None
+
+
+MAKERS: dict[str, Callable[..., Policy]] = {
+    maker.__name__: maker
+    for maker in (
+        full,
+        streaming,
+        snapkv,
+        spankv,
+        pyramidkv,
+        adasnapkv,
+        h2o,
+        tova,
+        knorm,
+        keydiff,
+        expected,
+        headkv,
+        headkv_paper,
+        headkv_adaptive,
+    )
+}
+
+PARAMETERS = {"bytes": "nbytes"}
+"""Settings whose parameter has another name than they have in a string."""
+
+
+def parse_policy(policy: str | Policy) -> Policy:
+    """A policy from its name and settings, "headkv:kv_size=128,beta=1.2,scores=heads.json".
+
+    Args:
+        policy: the string; an object stays as it is.
+
+    Raises:
+        ValueError: an unknown name or setting, or a value that does not fit.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    name, _, settings = policy.partition(":")
+    if name not in MAKERS:
+        raise ValueError(f"policy {name!r} is none of {', '.join(MAKERS)}")
+    values = _read(name, settings, _kinds(MAKERS[name]))
+    return MAKERS[name](**{PARAMETERS.get(key, key): value for key, value in values.items()})
+
+
+def _kinds(maker: Callable[..., Policy]) -> dict[str, type]:
+    """The settings that a maker takes, as a string names them, and the type of each."""
+    own = typing.get_type_hints(maker)
+    names = {parameter: name for name, parameter in PARAMETERS.items()}
+    kinds: dict[str, type] = {}
+    for parameter in inspect.signature(maker).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            every = typing.get_type_hints(Settings)
+            kinds = {names.get(key, key): kind for key, kind in every.items()} | kinds
+        else:
+            kinds[parameter.name] = own[parameter.name]
+    return kinds
+
+
+def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, Any]:
+    """The values of "key=value,key=value"."""
+    values = {}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if key not in kinds or not equals:
+            expected = ", ".join(f"{k}=…" for k in kinds)
+            raise ValueError(f"policy {name!r}: {setting!r} is not understood, expected {expected}")
+        if key in values:
+            raise ValueError(f"policy {name!r}: {key} is given twice, expected once")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError:
+            kind = kinds[key].__name__
+            raise ValueError(f"policy {name!r}: {key} is {value!r}, expected {kind}") from None
+    return values
+
+
+def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None) -> Policy:
+    """A policy ready for this model: parsed, and with head scores where it needs them.
+
+    Args:
+        scores: the model's own, for a policy that names none.
+
+    Raises:
+        ValueError: an unknown policy, no scores, or scores of a model of another shape.
+    """
+    policy = parse_policy(policy)
+    if not isinstance(policy, Compress) or not isinstance(policy.allocator, HeadImportance):
+        return policy
+    chosen = policy.allocator.scores or scores
+    if chosen is None:
+        raise ValueError(
+            "the headkv policy needs head scores and this model has none: make them with "
+            "`kvjax score MODEL heads.json`, then pass scores=heads.json"
+        )
+    check_shape(chosen, config)
+    allocator = dataclasses.replace(policy.allocator, scores=chosen)
+    return dataclasses.replace(policy, allocator=allocator)
+
+
+def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
+    """Policies ready for this model; the model's own head scores are read where one needs them.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    parsed = [parse_policy(policy) for policy in policies]
+    allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
+    lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
+    scores = default_scores(config) if lacking else None
+    return [resolve(policy, config, scores) for policy in parsed]
