@@ -50,7 +50,7 @@ QWEN = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-IMPORTS = "import resource, jax, kvjax, kvjax.pipelines.decouple; jax.devices(); "
+IMPORTS = "import resource, jax, kvjax, kvjax.commands.convert; jax.devices(); "
 PEAK = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 
 

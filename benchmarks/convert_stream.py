@@ -163,8 +163,7 @@ def convert(directory: Path, arguments: list[str]) -> None:
     from kvjax.cli import main
 
     shards = Shards(directory)
-    module = "decouple" if "decoupled" in arguments else "convert"
-    with mock.patch(f"kvjax.pipelines.{module}.open_params", shards.open):
+    with mock.patch("kvjax.commands.convert.open_params", shards.open):
         main(["convert", str(directory), *arguments])
 
 

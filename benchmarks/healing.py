@@ -23,8 +23,8 @@ import kvjax
 from benchmarks.environment import environment
 from benchmarks.transmla import TASKS, embedded
 from kvjax.hf import latent_rms
+from kvjax.hf.companions import copy_companions
 from kvjax.paths import local_path
-from kvjax.pipelines.companions import copy_companions
 from kvjax.tasks import WordVocabulary, make_examples
 from kvjax.transmla import BEST, UNBIASED, calibrate
 from train.finetune.config import TuneConfig

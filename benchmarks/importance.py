@@ -27,9 +27,10 @@ import numpy as np
 import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
+from kvjax.headkv.questions import QUESTIONS, Grid, make_examples
 from kvjax.paths import local_path
-from kvjax.pipelines.questions import QUESTIONS, Grid, TokenizerVocabulary, make_examples
 from kvjax.policies.importance import split_half
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL = "builtin:needle"
 

@@ -23,12 +23,12 @@ import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
 from kvjax.paths import local_path
-from kvjax.pipelines.compare import FULL, PROTOCOLS, compare
-from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress
+from kvjax.scoring import FULL, PROTOCOLS, compare
 from kvjax.tasks import make_examples
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL, LENGTH = "builtin:needle", 1024
 TASKS = ("needle", "multi_key", "two_hop")

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.policies import label
 from kvjax.paths import local_path
-from kvjax.pipelines.compare import FULL
+from kvjax.scoring import FULL
 
 RESULT = Path("benchmarks/results/policies.json")
 PICTURE = Path("docs/figures/policies.png")

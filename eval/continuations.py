@@ -16,6 +16,7 @@ from eval.loaded import bounds_growth
 from kvjax.cache import cache_bytes
 from kvjax.config import ModelConfig
 from kvjax.decoding import most_likely
+from kvjax.feeding import hidden_states, output_weights
 from kvjax.generation import full_cache_bytes
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
@@ -23,7 +24,6 @@ from kvjax.numerics import not_finite
 from kvjax.policies.policy import Policy
 from kvjax.prefill import prefill
 from kvjax.prompts import bucket_length, pad
-from kvjax.scoring import hidden_states, output_weights
 
 PIECE = 64  # tokens of a continuation that are fed at a time
 

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from eval.loaded import bounds_growth
 from kvjax.config import ModelConfig
+from kvjax.feeding import hidden_states, output_weights
 from kvjax.generation import Start, from_start
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
 from kvjax.policies.policy import Policy
-from kvjax.scoring import hidden_states, output_weights
 from kvjax.tasks.scoring import check_losses, chunk_losses
 
 PIECE = 128  # tokens of a continuation that are fed at a time

@@ -26,7 +26,7 @@ def policy_bytes(model: Transformer, dtype: Any, policy: Policy, shape: Shape) -
 
     Args:
         dtype: of the parameters.
-        policy: with its head scores, see `kvjax.policies.policy.resolve`.
+        policy: with its head scores, see `kvjax.policies.named.resolve`.
     """
     lengths, dtype = [shape.bucket], jnp.dtype(dtype)
     work = policy.compression(model.config, lengths, shape.max_new_tokens, dtype)

@@ -19,8 +19,8 @@ from eval.task import Item, Task
 from kvjax import processes
 from kvjax.encoding import ids_after
 from kvjax.example import Example
-from kvjax.pipelines.compare import AFTER, FULL, INSIDE, compare, round_up
 from kvjax.policies.policy import Compress, Full, Policy
+from kvjax.scoring import AFTER, FULL, INSIDE, compare, round_up
 
 METRIC = "teacher_forced_exact_match"
 
@@ -43,7 +43,7 @@ def answer(
 
     Raises:
         ValueError: an item without exactly one right answer, a model without an EOS, policies that
-            `kvjax.pipelines.compare` cannot compare.
+            `kvjax.scoring.compare` cannot compare.
     """
     compressing = comparable(policies)
     if not loaded.model.config.eos_ids:

@@ -1,7 +1,7 @@
 """jax's persistent compilation cache, on by default in the command lines.
 
-A program that one process compiled is read from a folder by the next. The command lines call
-`enable`; who imports kvjax as a library decides with jax's own settings.
+A process writes its compiled programs to a folder, and later processes read them. The command lines
+call `enable`. Users of the library decide for themselves, with `enable` or jax's own settings.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HELP = f"""{FLAG} DIR|off: where compiled programs are kept for later runs, or n
 JAX_COMPILATION_CACHE_DIR, or ~/.cache/kvjax"""
 
 MOST_BYTES = 4 << 30
-"""Of the default folder; those of all versions of jax count together."""
+"""Largest size of the default folder, in bytes; the programs of all jax versions count together."""
 
 
 def take_flag(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --compilation-cache, and the arguments without it.
+    """The value of --compilation-cache, and the arguments without this flag.
 
     Raises:
         ValueError: the flag without a value.
@@ -36,15 +36,16 @@ def take_flag(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def enable(choice: str | None = None, several: bool = False) -> None:
-    """Keeps compiled programs for later processes; without a folder to write to, says so.
+    """Keeps compiled programs for later processes. Prints a warning if no folder can be written.
 
-    What the user told jax (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE, `jax.config`)
-    counts where there is no `choice`.
+    Without a `choice`, the user's settings of jax apply: JAX_COMPILATION_CACHE_DIR,
+    JAX_ENABLE_COMPILATION_CACHE and `jax.config`.
 
     Args:
         choice: a folder, or "off"; None or empty for jax's setting, else the user's cache folder.
-        several: whether this is one of several processes of a run. On GPUs they compile together,
-            and would wait for one that reads: they use no folder that nobody has named.
+        several: whether this process is one of several in a run. Then the user's cache folder is
+            not used by default: on GPUs the processes compile together, and a process that reads
+            a program instead would make the others wait.
 
     Raises:
         ValueError: a URL as `choice`.
@@ -53,7 +54,7 @@ def enable(choice: str | None = None, several: bool = False) -> None:
     if choice == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    told: Any = jax.config  # its attributes are made while jax starts
+    told: Any = jax.config  # Any: jax adds the attributes at run time, so pyright knows none
     if choice is None and not told.jax_enable_compilation_cache:
         return
     if choice is None and told.jax_compilation_cache_dir is not None:
@@ -75,19 +76,20 @@ def enable(choice: str | None = None, several: bool = False) -> None:
 
 
 def tidy(folder: Path, most_bytes: int) -> None:
-    """Deletes the programs that were not read for longest, until no more than `most_bytes` stay.
+    """Deletes the least recently used programs until at most `most_bytes` are left.
 
-    Empty files go too: they are left by a machine that stopped, and jax would not replace them.
+    Deletes empty files too. A machine that stops suddenly leaves such files, and jax does not
+    replace them.
 
     Args:
-        folder: with a folder of programs for each version of jax.
+        folder: contains one folder of programs for each version of jax.
     """
     found = []
     for path in folder.glob("jax-*/*-cache"):
         try:
             found.append((path, path.stat()))
         except FileNotFoundError:
-            continue  # deleted by a process beside this one
+            continue  # another process deleted the file
     total = 0
     for path, facts in sorted(found, key=lambda file: -max(file[1].st_atime, file[1].st_mtime)):
         total += facts.st_size
@@ -96,21 +98,21 @@ def tidy(folder: Path, most_bytes: int) -> None:
 
 
 def _default_folder() -> Path:
-    """XDG's cache folder of the user; programs of one version of jax are of no use to another."""
+    """A folder for this version of jax, which cannot read other versions' programs (XDG)."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     base = named if named.is_absolute() else Path("~/.cache").expanduser()
     return base / "kvjax" / f"jax-{jax.__version__}"
 
 
 def _check_writable(folder: Path) -> None:
-    # Programs are code that runs: nobody else may write them.
+    # Programs are code that will run here: no other user may write them.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def _keep_small_programs() -> None:
-    """jax would keep only what took a second to compile: a model's block takes less."""
+    """Also keeps programs that compile in under a second, which jax skips: a model's block does."""
     variable = "jax_persistent_cache_min_compile_time_secs"
     if variable.upper() not in os.environ:
         jax.config.update(variable, 0.0)

@@ -1,117 +1,211 @@
-"""Known text, fed to the model a layer at a time, and the losses of its tokens.
+"""Right answers fed through compressed caches: several policies share one prefill of each prompt.
 
-`hidden_states` compiles nothing but blocks. What is made of the last layer's output stands in
-programs that take it a few rows of logits at a time, so that no array of all logits exists.
+The right answer is fed to the model (teacher forcing). An answer counts as right when every token
+of it, and the EOS after it, is the most likely one: then greedy decoding writes this answer. Where
+the question is part of the prompt, prefill predicts the first token of the answer. As in decoding,
+this happens before the cache is compressed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.config import ModelConfig
-from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.decoding import NO_TOKEN, most_likely
+from kvjax.example import Example
+from kvjax.feeding import hidden_states, output_weights
+from kvjax.generation import Reader, from_start
+from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import (
-    block_kinds,
-    embed_tokens,
-    hidden_logits,
-    output_params,
-    run_layer,
-)
+from kvjax.nn.transformer import hidden_logits
+from kvjax.numerics import not_finite
+from kvjax.policies.policy import Compress, Full, Policy
+from kvjax.prefill import shape_bytes
+from kvjax.ranges import COUNT, check_ranges
+from kvjax.token_ids import token_ids
 
-Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+INSIDE, AFTER = "inside", "after"
+PROTOCOLS = (INSIDE, AFTER)
+"""Whether the question is part of the compressed prompt, or follows the compressed prompt."""
+
+FULL = "full"
+SLOTS = 16
+"""Lengths are rounded up to a multiple of SLOTS, so that sets of examples share their programs."""
 
 
-@automatic_axes()
-def hidden_states(
+@dataclass(frozen=True)
+class Compared:
+    """The results of several policies on the same examples.
+
+    Attributes:
+        right: by policy, [items] whether the whole answer was right.
+        cache_bytes: by policy, bytes after prefill of the longest prompt, without room for new
+            tokens.
+    """
+
+    right: dict[str, Bool[np.ndarray, " items"]]
+    cache_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Examples of one shape, right-padded.
+
+    Attributes:
+        context: [B, S] the tokens that prefill reads and the policy compresses.
+        lengths: [B] tokens of each context.
+        fed: [B, T] the tokens that follow: the answer, after the question if the question is not
+            part of the context.
+        positions: [B, T] of the fed tokens; −1 for padding.
+        wanted: [B, 1 + T] the right token after the context and after each fed token; −1 where no
+            token is asked for.
+    """
+
+    context: Int[np.ndarray, "B S"]
+    lengths: Int[np.ndarray, " B"]
+    fed: Int[np.ndarray, "B T"]
+    positions: Int[np.ndarray, "B T"]
+    wanted: Int[np.ndarray, "B T1"]
+
+
+def compare(
     model: Transformer,
     params: Any,
-    tokens: Ids,
-    positions: Ids | None = None,
-    cache: Any = None,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """The last layer's output for each token; `hidden_logits` makes logits of it.
+    examples: Sequence[Example],
+    policies: Mapping[str, Compress],
+    protocol: str = INSIDE,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> Compared:
+    """Judges every example under every policy, and with the full cache (the policy "full").
 
     Args:
-        positions: −1 marks padding on the right; None: 0 … T − 1.
-        cache: that the tokens go into. It is written in place: the one that was passed must not be
-            used again. None: every row is a text of its own.
+        policies: by name, with their head scores; see `kvjax.policies.named.resolve`.
+        protocol: "inside" or "after", see `PROTOCOLS`.
+        batch_size: examples at a time.
+        on_batch: called with the number of finished examples.
 
-    Returns:
-        The hidden states, and the cache with the tokens.
+    Raises:
+        ValueError: an unknown protocol; no examples; examples without the length of their
+            question, or with tokens outside the vocabulary; a model without EOS; or logits that
+            are not finite.
     """
+    check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
+    _check(model.config, examples, protocol)
     params, config = on_automatic_mesh(params), model.config
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
-    held = None if cache is None else cache[0].lengths
-    x, lengths = _embed(config, params["embedding"], tokens, positions, held)
-    rope_lengths = lengths if cache is None else rope_lengths_of(cache)
-    for index, kind in enumerate(block_kinds(config)):
-        entry = NoCache() if cache is None else cache[index]
-        own, donate = params[f"layers_{index}"], cache is not None
-        x, entry = run_layer(kind, own, x, positions, entry, rope_lengths, donate)
-        if cache is not None:
-            cache = with_layer(cache, index, entry)
-    return x, None if cache is None else advance(cache, lengths)
+    every: dict[str, Policy] = {FULL: Full(), **policies}
+    slots, fed_slots = _shape(examples, protocol)
+    reader = from_start(model, params, list(every.values()))
+    right = {name: np.zeros(len(examples), bool) for name in every}
+    for start in range(0, len(examples), batch_size):
+        # The last batch is filled up with copies of one example: one shape, one program.
+        part = range(start, min(start + batch_size, len(examples)))
+        padded = [examples[i] for i in part] + [examples[start]] * (batch_size - len(part))
+        batch = make_batch(padded, protocol, config.eos_ids[0], slots, fed_slots)
+        answers = answer_each(model, params, batch, reader)
+        for name, found in zip(every, answers, strict=True):
+            lost = ((found == NO_TOKEN) & (batch.wanted >= 0)).any(axis=1)
+            if lost.any():
+                row = int(np.argmax(lost))
+                ids = [*padded[row].prompt, *padded[row].answer]
+                what = f"the logits of example {start + row} under policy {name!r}"
+                raise not_finite(what, model, params, ids)
+            # An example is right where every token that is asked for is the most likely one.
+            hits = ((found == batch.wanted) | (batch.wanted < 0)).all(axis=1)
+            right[name][start : part.stop] = hits[: len(part)]
+        if on_batch is not None:
+            on_batch(part.stop)
+    # Cache bytes follow from shapes alone.
+    longest = max(_context_length(example, protocol) for example in examples)
+    sizes = {}
+    for name, policy in every.items():
+        work = policy.compression(config, [longest], 0, params["embedding"].dtype)
+        sizes[name] = shape_bytes(work, slots)
+    return Compared(right, sizes)
+
+
+def answer_each(
+    model: Transformer, params: Any, batch: AnswerBatch, reader: Reader
+) -> Iterator[Int[np.ndarray, "B T1"]]:
+    """For each policy, the most likely token after the context and after each fed token."""
+    top = output_weights(model, params)
+    # The logits of prefill come before compression; all later ones see the compressed cache.
+    for start in reader.read(batch.context, batch.lengths, batch.fed.shape[1]):
+        first = np.asarray(most_likely(start.logits))[:, None]
+        x, _ = hidden_states(model, params, batch.fed, batch.positions, start.cache)
+        yield np.concatenate([first, np.asarray(_predictions(model.config, top, x))], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(
-    config: ModelConfig,
-    embedding: Float[Array, "V D"],
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"] | None,
-) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
-    """Embeddings, and the tokens that each sequence has given with these; without a cache the
-    length of each text."""
-    x = embed_tokens(config, embedding, tokens)
-    if lengths is None:
-        return x, jnp.max(positions, axis=1) + 1
-    return x, lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+def _predictions(config: ModelConfig, top: Any, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """The most likely token after each fed token, from the last layer's output."""
+    return most_likely(hidden_logits(config, top, x))
 
 
-def output_weights(model: Transformer, params: Any) -> dict[str, Any]:
-    """The parameters behind the last layer, which `hidden_logits` reads."""
-    return {name: params[name] for name in output_params(model.config)}
-
-
-ROWS = 64  # logits [ROWS, V] exist at a time
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def next_token_losses(
-    model: Transformer,
-    params: Mapping[str, Any],
-    hidden: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-) -> Float[Array, "B T-1"]:
-    """Negative log-likelihood, in nats, of every token but the first of each sequence; fp32.
+def make_batch(
+    examples: Sequence[Example], protocol: str, eos_id: int, slots: int, fed_slots: int
+) -> AnswerBatch:
+    """The arrays of a few examples.
 
     Args:
-        params: of `model`; only those of `output_params` are read.
-        hidden: output of the last layer.
+        eos_id: ends every answer.
+        slots, fed_slots: S and T.
     """
-    count = tokens[:, 1:].size
-    rows = min(ROWS, count)
-    missing = -count % rows
-    x = jnp.pad(hidden[:, :-1].reshape(count, -1), ((0, missing), (0, 0)))
-    labels = jnp.pad(tokens[:, 1:].reshape(count), (0, missing))
+    B = len(examples)
+    context, lengths = np.zeros((B, slots), np.int32), np.zeros(B, np.int32)
+    fed, positions = np.zeros((B, fed_slots), np.int32), np.full((B, fed_slots), -1, np.int32)
+    wanted = np.full((B, fed_slots + 1), -1, np.int32)
+    for row, example in enumerate(examples):
+        n = _context_length(example, protocol)
+        asked = len(example.prompt) - n
+        rest = [*example.prompt[n:], *example.answer]
+        # The question is fed with the answer unless the context holds it.
+        context[row, :n], lengths[row] = example.prompt[:n], n
+        fed[row, : len(rest)] = rest
+        positions[row, : len(rest)] = n + np.arange(len(rest))
+        wanted[row, asked : len(rest) + 1] = [*example.answer, eos_id]
+    return AnswerBatch(context, lengths, fed, positions, wanted)
 
-    def losses(chunk):
-        x, labels = chunk
-        logits = hidden_logits(model.config, params, x[None])[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    parts = jax.lax.map(losses, (x.reshape(-1, rows, x.shape[-1]), labels.reshape(-1, rows)))
-    return parts.reshape(-1)[:count].reshape(tokens.shape[0], -1)
+def _context_length(example: Example, protocol: str) -> int:
+    """Tokens of the prompt that are compressed; the other tokens are fed with the answer."""
+    asked = example.question_length if protocol == AFTER else 0
+    return len(example.prompt) - asked
+
+
+def _shape(examples: Sequence[Example], protocol: str) -> tuple[int, int]:
+    """Slots of the context and of the fed tokens. All batches have the same."""
+    contexts = [_context_length(example, protocol) for example in examples]
+    whole = [len(example.prompt) + len(example.answer) for example in examples]
+    fed = max(n - context for n, context in zip(whole, contexts, strict=True))
+    return round_up(max(contexts)), round_up(fed)
+
+
+def round_up(size: int) -> int:
+    """Rounds a length up to a multiple of SLOTS."""
+    return -(-size // SLOTS) * SLOTS
+
+
+def _check(
+    config: ModelConfig,
+    examples: Sequence[Example],
+    protocol: str,
+) -> None:
+    if not examples:
+        raise ValueError("got no examples, expected at least one")
+    if not config.eos_ids:
+        raise ValueError("the model has no EOS id, expected one: an answer ends with it")
+    for index, example in enumerate(examples):
+        token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
+    silent = [i for i, example in enumerate(examples) if not example.question_length]
+    if protocol == AFTER and silent:
+        raise ValueError(f"example {silent[0]} does not say how long its question is")

@@ -223,7 +223,7 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     assert "no text file at" in fails(capsys, "compress", checkpoint, "nowhere.txt", "out.kv")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     said = fails(capsys, "compress", checkpoint, tmp_path / "latin.txt", tmp_path / "out.kv")
-    assert "latin.txt is no text in UTF-8" in said
+    assert "latin.txt is not a text in UTF-8" in said
     assert "no context at" in fails(capsys, *generate, "mary", "--context", "nowhere.kv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

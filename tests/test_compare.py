@@ -11,8 +11,8 @@ from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeCon
 from kvjax.example import Example
 from kvjax.headkv import HeadScores
 from kvjax.nn import Transformer
-from kvjax.pipelines.compare import compare
 from kvjax.policies.named import resolve
+from kvjax.scoring import compare
 
 NAMES = (
     "snapkv:kv_size=16",

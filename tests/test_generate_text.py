@@ -8,9 +8,9 @@ import pytest
 from tokenizer_toys import CHAT, sentencepiece
 
 from kvjax.cli import main
+from kvjax.commands import text as pipeline
+from kvjax.commands.text import token_rows
 from kvjax.generation import Generation
-from kvjax.pipelines import text as pipeline
-from kvjax.pipelines.calibration_text import token_rows
 
 ANSWER = "    return x\n\n\tab é 你 # so\n"
 

@@ -106,14 +106,14 @@ def test_scores_and_evaluation_of_the_embedded_model(tmp_path):
 
 
 def test_a_streamed_conversion(gqa, tmp_path):
-    from kvjax.pipelines.convert import convert_checkpoint
+    from kvjax.commands.convert import EqualCacheSettings, convert_to_equal_cache
 
     model, params = gqa
     mesh_of_eight(SHAPE)
     kvjax.save(model, params, tmp_path / "source")
-    settings = ("equal_cache", "svd_global", "after_up", "float32")
+    settings = (EqualCacheSettings(), "float32")
     for name, mesh in (("one", None), ("many", SHAPE)):
-        convert_checkpoint(str(tmp_path / "source"), tmp_path / name, *settings, mesh)
+        convert_to_equal_cache(str(tmp_path / "source"), tmp_path / name, *settings, mesh)
     (_, one), (_, many) = (kvjax.load(tmp_path / name, "float32") for name in ("one", "many"))
     for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -14,8 +14,8 @@ from kvjax.decoding import NO_TOKEN, Sampling, most_likely, sample
 from kvjax.example import Example
 from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
-from kvjax.pipelines.compare import compare
 from kvjax.policies.named import parse_policy
+from kvjax.scoring import compare
 from kvjax.tasks import scoring
 from kvjax.tasks.scoring import perplexity
 

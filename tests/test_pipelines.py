@@ -1,4 +1,4 @@
-"""The pipelines: the demo in small, scoring, and what they write."""
+"""The commands: the demo in small, scoring, and what they write."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 from tokenizer_toys import sentencepiece
 
 import kvjax
+from kvjax.commands import demo
 from kvjax.headkv import load_scores
-from kvjax.pipelines import demo
-from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL = "builtin:needle"
 

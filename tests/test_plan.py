@@ -13,19 +13,24 @@ import pytest
 from meshes import GQA, MLA, mesh_of_eight, toy
 
 import kvjax
+from kvjax.capacity.devices import Topology, device_bytes
+from kvjax.capacity.plan import LONGEST, Footprint, extrapolate
+from kvjax.capacity.programs import (
+    Compiler,
+    Program,
+    block_step,
+    count_collectives,
+    fused_step,
+    heap_bytes,
+    prefill_bytes,
+)
+from kvjax.capacity.variants import Served, Variant, Workload, default_mesh, shallower
 from kvjax.cli import main
 from kvjax.hf import read_shape
 from kvjax.nn.transformer import block_kinds
-from kvjax.pipelines.plan_decode import block_step, fused_step
-from kvjax.pipelines.plan_prefill import prefill_bytes
-from kvjax.pipelines.plan_programs import Compiler, Program, count_collectives, heap_bytes
-from kvjax.pipelines.plan_room import LONGEST, Room, extrapolate
-from kvjax.pipelines.plan_shapes import Served, Size
-from kvjax.pipelines.plan_variants import Variant, default_mesh, shallower
 from kvjax.policies.named import parse_policy
 from kvjax.prefill import OBSERVED, embed_chunks, read_layer
 from kvjax.sharding import place_params
-from kvjax.topologies import Topology, device_bytes
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
 GIB = 2**30
@@ -56,7 +61,7 @@ def test_bytes_of_a_device():
     norms = 2 * 65 * 4096
 
     def held(policy):
-        size = Size(32, 4096, 128)
+        size = Workload(32, 4096, 128)
         return Served.create(model, parse_policy(policy), size, mesh, "bfloat16").nbytes
 
     weights, caches = held("full")
@@ -80,7 +85,7 @@ def test_shapes_are_those_of_real_programs(kind, policy):
     params = place_params(model, params, mesh)
     tokens, lengths = np.ones((4, 48), np.int32), np.full(4, 48, np.int32)
     _, cache = kvjax.prefill(model, params, tokens, lengths, policy=policy, max_new_tokens=8)
-    served = Served.create(model, parse_policy(policy), Size(4, 48, 8), mesh, "float32")
+    served = Served.create(model, parse_policy(policy), Workload(4, 48, 8), mesh, "float32")
     assert jax.tree.map(shape_of, served.cache) == jax.tree.map(shape_of, cache)
     held = device_bytes(params), device_bytes(cache)
     assert served.nbytes == held
@@ -109,7 +114,7 @@ def test_a_layer_has_two_all_reduces():
     found = []
     for depth in (1, 3):
         shallow = shallower(Variant("", model, parse_policy("full")), depth)
-        served = shallow.served(Size(4, 48, 8), mesh, "float32")
+        served = shallow.served(Workload(4, 48, 8), mesh, "float32")
         found.append(fused_step(served).collectives)
     assert found[1] - found[0] == Counter({"all-reduce": 4})
     assert found[0].total() <= 2 + 3
@@ -123,7 +128,7 @@ def test_layers_of_a_kind_are_compiled_once():
     for depth in (3, 6):
         model, _ = toy(*[GQA] * depth)
         variant, compile = Variant("", model, parse_policy("snapkv:kv_size=16")), Compiler()
-        served = variant.served(Size(4, 48, 8), mesh, "float32")
+        served = variant.served(Workload(4, 48, 8), mesh, "float32")
         prefill_bytes(served, compile)
         block_step(served, compile)
         functions = Counter(key[0] for key in compile.calls)
@@ -147,7 +152,9 @@ def test_collectives_in_a_program():
 
 def test_room_is_used_up():
     """One group of sequences more, or one token more, does not fit."""
-    room = Room(4, 10 * GIB, fixed=1e6, per_token=2e4, decode=3e6, decode_more=2e5, prefill=1e4)
+    room = Footprint(
+        4, 10 * GIB, fixed=1e6, per_token=2e4, decode=3e6, decode_more=2e5, prefill=1e4
+    )
     usable = 15 * GIB
     batch = room.most_sequences(32768, usable)
     assert batch % 4 == 0 and room.needed(batch, 32768) <= usable
@@ -155,7 +162,7 @@ def test_room_is_used_up():
     longest = room.longest(8, usable)
     assert room.needed(8, longest) <= usable < room.needed(8, longest + 1)
     assert room.most_sequences(32768, 10 * GIB) == room.longest(8, 10 * GIB) == 0
-    assert Room(1, 0, 1.0, 0.0).longest(1, 10) == LONGEST
+    assert Footprint(1, 0, 1.0, 0.0).longest(1, 10) == LONGEST
     programs = [Program(100, 10, 0, Counter()), Program(140, 16, 0, Counter())]
     assert extrapolate(programs, (2, 4), 32, "arguments") == 100 + 30 * 20
     assert extrapolate(programs[::-1], (2, 4), 32, "temporaries") == 16

@@ -9,13 +9,13 @@ import pytest
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 pytest.importorskip("libtpu", reason="needs libtpu: make test-aot")
 
+from kvjax.capacity.devices import Topology
+from kvjax.capacity.plan import Request, plan_capacity
+from kvjax.capacity.programs import lower_step
+from kvjax.capacity.variants import Served, Workload
 from kvjax.hf import read_shape
 from kvjax.mesh import make_mesh
-from kvjax.pipelines.plan import Request, plan_capacity
-from kvjax.pipelines.plan_decode import lower_step
-from kvjax.pipelines.plan_shapes import Served, Size
 from kvjax.policies.named import parse_policy
-from kvjax.topologies import Topology
 
 pytestmark = pytest.mark.aot
 
@@ -50,7 +50,7 @@ def test_work_lists_are_made_once_a_step(topology):
     """Llama-3-8B's step as one program: 32 kernels, and one list of all layers' pieces."""
     model = read_shape(str(SHAPES / "llama-3-8b.json"))
     mesh = make_mesh({"tensor": 8}, Topology.parse(topology).devices())
-    policy, size = parse_policy("snapkv:kv_size=512"), Size(2, 32768, 128)
+    policy, size = parse_policy("snapkv:kv_size=512"), Workload(2, 32768, 128)
     text = lower_step(Served.create(model, policy, size, mesh, "bfloat16")).compile().as_text()
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 32
     # Where pieces begin is a running sum over [layers, segments], and whose they are a search.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from cuda import needs_cuda
 
-from kvjax.pipelines.plan import Request, plan_capacity
+from kvjax.capacity.plan import Request, plan_capacity
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
 pytestmark = [pytest.mark.aot, needs_cuda]

@@ -9,18 +9,13 @@ import pytest
 
 import kvjax
 from kvjax.cli import main
+from kvjax.commands import score as command
 from kvjax.headkv import load_scores
-from kvjax.pipelines import partial
-from kvjax.pipelines.questions import (
-    COPIED_LENGTH,
-    QUESTIONS,
-    Grid,
-    TokenizerVocabulary,
-    make_examples,
-)
+from kvjax.headkv.questions import COPIED_LENGTH, QUESTIONS, Grid, make_examples
 from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.prompt import read_haystack
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL = "builtin:needle"
 ARGUMENTS = "--estimator copying --samples 10 --length 128 --batch-size 2"
@@ -64,7 +59,7 @@ def same_files(a, b):
 
 def interrupt_after(count, monkeypatch):
     """Lets so many batches be written, then stops the run as Ctrl-C does."""
-    append, written = partial.append, []
+    append, written = command.append_batch, []
 
     def stop(path, batch):
         if len(written) == count:
@@ -72,7 +67,7 @@ def interrupt_after(count, monkeypatch):
         written.append(batch.indices)
         append(path, batch)
 
-    monkeypatch.setattr(partial, "append", stop)
+    monkeypatch.setattr(command, "append_batch", stop)
 
 
 def test_an_interrupted_run_continues_and_writes_the_same_file(whole, tmp_path, monkeypatch):
@@ -87,9 +82,11 @@ def test_an_interrupted_run_continues_and_writes_the_same_file(whole, tmp_path, 
     # The end of the second batch was never written.
     unfinished.write_text("\n".join(lines)[:-40])
     measured = []
-    append = partial.append
+    append = command.append_batch
     monkeypatch.setattr(
-        partial, "append", lambda path, batch: (measured.append(batch.indices), append(path, batch))
+        command,
+        "append_batch",
+        lambda path, batch: (measured.append(batch.indices), append(path, batch)),
     )
     score(out)
     finished = tuple(json.loads(lines[1])["indices"])
@@ -115,7 +112,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_ends_in_an_error_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kvjax.pipelines.score.score_examples", _raise)
+    monkeypatch.setattr("kvjax.commands.score.score_examples", _raise)
     assert fails(capsys, tmp_path / "heads.json", ARGUMENTS) == "kvjax: error: none answered"
     assert not list(tmp_path.iterdir())
 

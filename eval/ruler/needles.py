@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from eval.ruler.text import Prompt, compose, cut, noise, numbers_of, uuids_of, words_of
-from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks.prompt import Filler
+from kvjax.tasks.words import TokenizerVocabulary
 
 BATCH = 256  # needles of a haystack that are drawn at a time
 

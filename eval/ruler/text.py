@@ -12,9 +12,9 @@ import numpy as np
 
 from eval import rows
 from kvjax.encoding import ids_after
-from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks import words
 from kvjax.tasks.prompt import SENTENCE_END, Filler, Haystack, sentence, strew
+from kvjax.tasks.words import TokenizerVocabulary
 
 NOUNS = (*words.FILLER_NOUNS, *words.THINGS)
 POOL = len(words.FILLER_ADJECTIVES) * len(NOUNS)

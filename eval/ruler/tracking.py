@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from eval.ruler.text import Prompt, compose, noise
-from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 HOPS = 4
 NAME_LENGTH = 5

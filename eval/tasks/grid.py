@@ -12,9 +12,9 @@ from eval.reads import Reads, check
 from eval.task import Item, Task, TaskOptions
 from kvjax.answers import exact_match, rouge1_recall
 from kvjax.example import Example
-from kvjax.pipelines.questions import TokenizerVocabulary
 from kvjax.tasks.prompt import read_haystack
 from kvjax.tasks.recall import EVALUATION_STREAM
+from kvjax.tasks.words import TokenizerVocabulary
 
 LENGTHS = (512, 1024)
 DEPTHS = 10

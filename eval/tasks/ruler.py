@@ -28,7 +28,7 @@ from eval import rows
 from eval.reads import Reads, check
 from eval.ruler import documents, frequent, needles, text, tracking
 from eval.task import Item, Task, TaskOptions
-from kvjax.pipelines.questions import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 QUESTIONS = {"qa_1": ("squad", documents.squad), "qa_2": ("hotpotqa", documents.hotpotqa)}
 MAX_NEW_TOKENS = {

@@ -6,9 +6,12 @@ tokenizer of the embedded model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, SupportsIndex, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
+
+from kvjax.encoding import ids_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -159,6 +162,33 @@ class WordVocabulary:
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The words, joined by spaces."""
         return " ".join(self.tokens[index] for index in ids)
+
+
+@dataclass(frozen=True)
+class TokenizerVocabulary:
+    """Adapts a tokenizer of transformers to `Vocabulary`."""
+
+    tokenizer: Any
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that starts a prompt, if the tokenizer has one."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of text as it stands within a sentence: after a space."""
+        return ids_after(self.tokenizer, f" {text}")
+
+    @functools.cached_property
+    def ordinary_ids(self) -> list[int]:
+        """All ids except those of special and added tokens."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return [index for index in range(self.size) if index not in special]
 
 
 def to_transformers(vocab: WordVocabulary, max_length: int) -> PreTrainedTokenizerFast:

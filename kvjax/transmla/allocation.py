@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import LayerConfig
+from kvjax.feeding import next_token_losses
 from kvjax.finite import OVERFLOW, check_params
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kind, embed, layer_output, output_params
 from kvjax.ranges import COUNT, SIZE, check_ranges
-from kvjax.scoring import next_token_losses
 from kvjax.token_ids import token_ids
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats

@@ -22,12 +22,12 @@ from kvjax.cache import (
 from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.cache.room import with_room
 from kvjax.cache.storage import whole_slots
+from kvjax.capacity.devices import Topology
 from kvjax.generation import full_cache_bytes
 from kvjax.mesh import Layout
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.prefill import compressions, read_prompts
-from kvjax.topologies import Topology
 
 BUCKET = 48
 on_h200 = functools.partial(on, "NVIDIA H200", "gpu")

@@ -118,7 +118,6 @@ def conversions(name):
 @pytest.mark.parametrize("name", ["transmla_perplexity.yaml", "transmla_zeroshot.yaml"])
 def test_converted_models_have_their_command(name, monkeypatch):
     from kvjax import cli
-    from kvjax.pipelines import decouple
 
     asked = {}
 
@@ -126,7 +125,7 @@ def test_converted_models_have_their_command(name, monkeypatch):
         asked[str(out)] = source, wanted
         return {}
 
-    monkeypatch.setattr(decouple, "decouple_checkpoint", note)
+    monkeypatch.setattr(cli, "convert_to_decoupled", note)
     for words in conversions(name):
         cli.main(words)
     models = {run.model for run in read(CONFIGS / name).runs if run.model.startswith("runs/")}
@@ -134,7 +133,11 @@ def test_converted_models_have_their_command(name, monkeypatch):
     tuned_from = {model.removesuffix("-tuned/model") for model in models - untuned}
     assert set(asked) == untuned | tuned_from
     for out, (source, wanted) in asked.items():
-        assert (wanted.recipe, wanted.fold, wanted.length) == ("published", FOLDS[source], 256)
+        assert (wanted.recipe, wanted.fold, wanted.calibration_length) == (
+            "published",
+            FOLDS[source],
+            256,
+        )
         sizes = re.search(r"-(\d+)-(\d+)$", out)
         if sizes is not None:
             assert (wanted.kv_rank, wanted.rope_dim) == (int(sizes[1]), int(sizes[2]))
@@ -143,7 +146,7 @@ def test_converted_models_have_their_command(name, monkeypatch):
 def test_128_sequences_calibrate(tmp_path, monkeypatch):
     import numpy as np
 
-    from kvjax.pipelines.calibration_text import calibration_tokens
+    from kvjax.commands.text import calibration_tokens
 
     [words] = {
         tuple(line[line.index("--calibration-tokens") :][:2])

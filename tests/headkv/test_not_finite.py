@@ -8,14 +8,14 @@ import pytest
 from toys import random_params
 
 import kvjax
+from kvjax.capacity.plan import Request
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv.measure import ESTIMATORS, score_examples
+from kvjax.headkv.questions import Grid, make_examples
 from kvjax.nn import Transformer
-from kvjax.pipelines.compare import compare
-from kvjax.pipelines.plan import Request
-from kvjax.pipelines.questions import Grid, make_examples
 from kvjax.policies.named import parse_policy
+from kvjax.scoring import compare
 
 VOCAB = 16
 EXAMPLES = [Example(tuple(range(2, 14)), (5, 6), (3, 5), question_length=2)] * 3

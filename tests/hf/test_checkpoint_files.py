@@ -12,6 +12,7 @@ import pytest
 from toys import forward, random_params
 
 import kvjax
+from kvjax.commands.convert import EqualCacheSettings, convert_to_equal_cache
 from kvjax.hf import open_params, read_model
 from kvjax.hf.checkpoint import scan
 from kvjax.hf.config import config_from_hf
@@ -19,7 +20,6 @@ from kvjax.hf.problems import collapsed
 from kvjax.hf.tensor_file import NewTensor, write_file
 from kvjax.hf.tied import matching
 from kvjax.nn import Transformer
-from kvjax.pipelines.convert import convert_checkpoint
 
 RAW = {
     "model_type": "llama",
@@ -127,8 +127,8 @@ def test_a_head_of_its_own_counts_as_in_transformers(tmp_path, family):
 
 def test_a_head_of_its_own_is_converted_layer_by_layer(tmp_path):
     write_model(tmp_path / "a", other_head, tie_word_embeddings=True)
-    result = convert_checkpoint(
-        str(tmp_path / "a"), tmp_path / "b", "equal_cache", "svd_global", "after_up", "float32"
+    result = convert_to_equal_cache(
+        str(tmp_path / "a"), tmp_path / "b", EqualCacheSettings(), "float32"
     )
     assert result["relative_logit_change"] < 1e-4
     model, params = kvjax.load(tmp_path / "b", dtype="float32")

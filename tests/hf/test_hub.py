@@ -23,11 +23,11 @@ import eval.__main__
 import kvjax
 import kvjax.cli
 import train.__main__
+from kvjax.commands.checkpoints import describe
 from kvjax.hf import hub, layout_of, open_params, read_model, read_shape, stored_tensors
 from kvjax.hf.checkpoint import INDEX, SINGLE
 from kvjax.hf.config import config_from_hf
 from kvjax.nn import Transformer
-from kvjax.pipelines.info import describe
 from kvjax.policies.importance import default_scores
 
 ID = "org/name"

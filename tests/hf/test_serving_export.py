@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.commands.checkpoints import export_checkpoint
 from kvjax.hf import check_export
+from kvjax.hf.companions import copy_companions
 from kvjax.hf.deepseek.stock import stock_tensors
 from kvjax.nn import Transformer
-from kvjax.pipelines.companions import copy_companions
-from kvjax.pipelines.export import export_checkpoint
 from kvjax.tasks.words import WordVocabulary, to_transformers
 
 pytest.importorskip("torch")

@@ -16,7 +16,7 @@ from kernels.loops import KINDS, decode_loop, largest
 from kernels.oracle import on
 
 import pallas_kernels
-from kvjax.topologies import Topology
+from kvjax.capacity.devices import Topology
 from pallas_kernels import Quantized
 from pallas_kernels.bench.shapes import GQA, MLA
 from pallas_kernels.gpu import limits

@@ -8,7 +8,7 @@ import pytest
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 pytest.importorskip("libtpu", reason="needs libtpu: make test-aot")
 
-from kvjax.topologies import topology_devices
+from kvjax.capacity.devices import topology_devices
 from train.finetune.config import TuneConfig
 from train.finetune.dry_run import dry_run
 

@@ -13,7 +13,7 @@ from tuning_toys import tiny_checkpoint
 
 import kvjax
 from kvjax import processes, transmla
-from kvjax.pipelines.companions import copy_companions
+from kvjax.hf.companions import copy_companions
 from kvjax.tasks.families import rows
 from train import log
 from train.finetune.checkpoints import FOLDER, Checkpoints

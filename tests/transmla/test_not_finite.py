@@ -12,9 +12,9 @@ from calibrated_toys import build
 
 import kvjax
 from kvjax.cli import main
+from kvjax.commands.convert import DecoupledSettings
+from kvjax.commands.text import token_rows
 from kvjax.hf import latent_rms
-from kvjax.pipelines.calibration_text import token_rows
-from kvjax.pipelines.decouple import Decoupling
 from kvjax.transmla import BEST, Stats, calibrate, convert, published
 from kvjax.transmla.allocation import allocate_sizes, choose_fold
 from kvjax.transmla.distill import distill
@@ -82,7 +82,7 @@ def test_an_export_names_the_weight(tmp_path):
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "mla"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-    from kvjax.pipelines.export import export_checkpoint
+    from kvjax.commands.checkpoints import export_checkpoint
 
     with pytest.raises(ValueError, match=r"^layers_1/attn/v_up has NaN"):
         export_checkpoint(str(tmp_path / "mla"), tmp_path / "out", "neutral", None, 99, "float32")
@@ -209,9 +209,10 @@ def test_numbers_of_other_steps():
 
 def test_all_numbers_of_a_conversion_are_one_error(tmp_path):
     with pytest.raises(ValueError) as error:
-        Decoupling(0, -2, tmp_path, v_head_dim=0, fold=-1, tokens=0, length=1)
+        counts = {"calibration_tokens": 0, "calibration_length": 1}
+        DecoupledSettings(0, -2, tmp_path, v_head_dim=0, fold=-1, **counts)
     named = [part.split(" is ")[0] for part in str(error.value).split("; ")]
-    assert named == ["kv_rank", "rope_dim", "v_head_dim", "fold", "tokens", "length"]
+    assert named == ["kv_rank", "rope_dim", "v_head_dim", "fold", *counts]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_all_numbers_of_a_conversion_are_one_error(tmp_path):
         (np.full((2, 8), 2**63, np.uint64), "got token ids from 9223372036854775808"),
         (np.ones((2, 97), np.int32), "sequences of 97 tokens, expected 2 to 96, the model's"),
         (np.ones((2, 1), np.int32), "sequences of 1 tokens, expected 2 to 96"),
-        (np.array([[{}]]), r"is no \.npy file of token ids"),
+        (np.array([[{}]]), r"is not an \.npy file of token ids"),
     ],
 )
 def test_calibration_files(folder, tmp_path, ids, message):
@@ -241,17 +242,17 @@ def test_calibration_files(folder, tmp_path, ids, message):
 def test_calibration_files_of_other_kinds(folder, tmp_path, monkeypatch):
     source, path = str(folder / "whole"), tmp_path / "ids.npy"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"ids\.npy is no \.npy file of token ids"):
+    with pytest.raises(ValueError, match=r"ids\.npy is not an \.npy file of token ids"):
         token_rows(source, path, 1000, 8)
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"text\.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"text\.txt is not a text in UTF-8"):
         token_rows(source, text, 1000, 8)
     text.write_text("a b c d")
-    from kvjax.pipelines import calibration_text
+    from kvjax.commands import text as command
 
     other = SimpleNamespace(encode=lambda text, **_: [5, 10**6, 7, 8])
-    monkeypatch.setattr(calibration_text, "load_tokenizer", lambda source: other)
+    monkeypatch.setattr(command, "load_tokenizer", lambda source: other)
     with pytest.raises(ValueError, match="got token ids from 5 to 1000000, expected 0 to"):
         token_rows(source, text, 1000, 4)
 

@@ -14,10 +14,10 @@ from tiny_checkpoints import CASES, COMMON
 from toys import random_params
 
 import kvjax
+from kvjax.commands import convert
 from kvjax.hf import config_from_hf, native, open_params
 from kvjax.hf.lazy import LazyParams
 from kvjax.nn import Transformer
-from kvjax.pipelines import convert, decouple
 from kvjax.transmla import calibrate
 
 LAYERS, VOCAB = 3, COMMON["vocab_size"]
@@ -42,10 +42,10 @@ def source(tmp_path_factory):
 def run(folder, out, method, **settings):
     """The conversion as `kvjax convert` asks for it."""
     if method == "equal_cache":
-        wanted = {"method": method, "init": "svd_global", "rope_site": "after_up", **settings}
-        return convert.convert_checkpoint(str(folder / "model"), out, dtype="float32", **wanted)
-    wanted = decouple.Decoupling(calibration=folder / "tokens.npy", **{**SIZES, **settings})
-    return decouple.decouple_checkpoint(str(folder / "model"), out, wanted, "float32")
+        wanted = convert.EqualCacheSettings(**settings)
+        return convert.convert_to_equal_cache(str(folder / "model"), out, wanted, "float32")
+    wanted = convert.DecoupledSettings(calibration=folder / "tokens.npy", **{**SIZES, **settings})
+    return convert.convert_to_decoupled(str(folder / "model"), out, wanted, "float32")
 
 
 @functools.cache
@@ -176,9 +176,9 @@ def test_other_settings_are_refused(source, tmp_path):
         run(source, out, "equal_cache")
     tokens = source / "other.npy"
     np.save(tokens, np.load(source / "tokens.npy")[::-1])
-    wanted = decouple.Decoupling(calibration=tokens, **SIZES)
+    wanted = convert.DecoupledSettings(calibration=tokens, **SIZES)
     with pytest.raises(ValueError, match=r"text \w+, now \w+"):
-        decouple.decouple_checkpoint(str(source / "model"), out, wanted, "float32")
+        convert.convert_to_decoupled(str(source / "model"), out, wanted, "float32")
     model, params = kvjax.load(source / "model", dtype="float32")
     norm = params["layers_1"]["attn_pre_norm"].at[0].add(1e-5)
     tuned = params | {"layers_1": params["layers_1"] | {"attn_pre_norm": norm}}
@@ -195,7 +195,9 @@ def test_only_an_unfinished_conversion_is_gone_on_with(source, tmp_path):
     with pytest.raises(ValueError, match="is not empty, expected a new directory"):
         run(source, source / "equal_cache", "equal_cache")
     (tmp_path / "unfinished.safetensors").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"unfinished\.safetensors is of no conversion"):
+    with pytest.raises(
+        ValueError, match=r"unfinished\.safetensors does not belong to a conversion"
+    ):
         run(source, tmp_path, "equal_cache")
 
 
@@ -232,8 +234,7 @@ def test_one_layer_is_alive_at_a_time(source, tmp_path, monkeypatch, method):
 
         return LazyParams(params, read)
 
-    module = convert if method == "equal_cache" else decouple
-    monkeypatch.setattr(module, "open_params", counted)
+    monkeypatch.setattr(convert, "open_params", counted)
     run(source, tmp_path / "out", method)
     assert most == {"layers": 1, "vocabulary": 1}
     assert json.loads((tmp_path / "out" / "kvjax.json").read_text())["version"] == native.VERSION

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.capacity.devices import topology_devices
 from kvjax.hf import read_shape
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, param_shardings, parse_mesh
-from kvjax.topologies import topology_devices
 from train.finetune.config import TuneConfig
 from train.finetune.labels import Flat, flatten, trainable_paths
 from train.finetune.setup import check_rows, make_step

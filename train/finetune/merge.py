@@ -8,7 +8,7 @@ import kvjax
 from kvjax import processes
 from kvjax.finite import check_finite
 from kvjax.hf import layout_of
-from kvjax.pipelines.companions import copy_companions
+from kvjax.hf.companions import copy_companions
 from train.finetune.config import TuneConfig
 from train.finetune.labels import Flat, unflatten
 from train.finetune.setup import Tuning

@@ -1,10 +1,15 @@
-"""The whole story on the embedded model: what is lost, and what is saved, in a few minutes."""
+"""`kvjax demo`: accuracy against cache bytes on the embedded model, in a few minutes.
+
+The demo measures head importance, answers questions under every policy, converts the model to an
+equal cache, and writes report.json and pictures.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +19,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from kvjax.commands.checkpoints import bytes_per_token, logit_change
+from kvjax.headkv.questions import score_heads
 from kvjax.hf import load, load_tokenizer
-from kvjax.pipelines import plots
-from kvjax.pipelines.compare import Compared, compare
-from kvjax.pipelines.convert import bytes_per_token, logit_change
-from kvjax.pipelines.questions import TokenizerVocabulary
-from kvjax.pipelines.score import score_heads
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
 from kvjax.ranges import COUNT, SEED, check_ranges
+from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
+from kvjax.tasks.words import TokenizerVocabulary
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
-PROMPT_LENGTH = 1024
-SCORE_LENGTH = 512  # longest prompt of the importance measurement
+PROMPT_LENGTH = 1024  # tokens of each question's prompt
+SCORE_LENGTH = 512  # tokens of the longest prompt that head importance is measured on
 TASKS = ("needle", "multi_key", "two_hop")
 POLICIES = ("headkv", "snapkv", "streaming")
 KV_SIZES = (16, 32, 64)
@@ -37,10 +41,14 @@ INITS = ("svd_global", "identity")
 
 
 def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
-    """Runs every part, prints one page, writes report.json and pictures into `out`.
+    """Runs every part, prints one page, and writes report.json and pictures into `out`.
 
     Args:
-        samples: examples a task; each policy and size answers all of them.
+        samples: examples per task; each policy at each size answers all of them.
+        seed: of the examples.
+
+    Returns:
+        The content of report.json.
 
     Raises:
         ValueError: fewer than one sample, or a negative seed.
@@ -56,6 +64,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         for task in TASKS
         for example in make_examples(task, vocab, samples, PROMPT_LENGTH, seed)
     ]
+    # Head importance first: the policies share their budgets by it.
     with Progress(transient=True) as progress:
         steps = progress.add_task("head importance", total=2 + len(examples))
         scores = score_heads(model, params, tokenizer, samples=samples, length=SCORE_LENGTH)
@@ -89,12 +98,13 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a policy did on one task.
+    """The result of a policy on one task.
 
     Attributes:
-        accuracy, standard_error: of answers right in every token.
-        items: examples asked.
-        cache_bytes: a sequence, after prefill.
+        policy: its name and settings.
+        accuracy, standard_error: share of the answers that are right in every token.
+        items: number of examples.
+        cache_bytes: per sequence, after prefill.
     """
 
     policy: str
@@ -112,7 +122,7 @@ def policies_of(model: Any, scores: HeadScores) -> dict[str, Compress]:
 
 
 def by_task(compared: Compared, samples: int) -> dict[str, list[Outcome]]:
-    """The outcomes of every policy on each of the tasks, whose examples follow each other."""
+    """Each task's outcomes. The examples of a task follow each other, `samples` of them."""
     outcomes: dict[str, list[Outcome]] = {}
     for index, task in enumerate(TASKS):
         outcomes[task] = []
@@ -125,7 +135,7 @@ def by_task(compared: Compared, samples: int) -> dict[str, list[Outcome]]:
 
 
 def convert_and_compare(model: Any, params: Any, init: str) -> dict[str, Any]:
-    """equal_cache conversion and what it changes: nothing but rounding."""
+    """Converts to an equal cache and measures the change, which is rounding only."""
     new_model, new_params = convert(model, params, method="equal_cache", init=init)
     return {
         "init": init,
@@ -136,7 +146,7 @@ def convert_and_compare(model: Any, params: Any, init: str) -> dict[str, Any]:
 
 
 def describe_importance(scores: HeadScores) -> dict[str, Any]:
-    """The five most important heads, and how many examples were answered rightly."""
+    """The five most important heads, and the number of examples that the model answered."""
     mean = scores.mean
     best = np.argsort(mean, axis=None)[::-1][:5]
     heads = [tuple(int(i) for i in np.unravel_index(index, mean.shape)) for index in best]
@@ -148,8 +158,8 @@ def describe_importance(scores: HeadScores) -> dict[str, Any]:
 
 
 def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> None:
-    """heads.png, and one accuracy picture a task."""
-    plots.head_importance(scores.mean, out / "heads.png")
+    """Draws heads.png, and accuracy_<task>.png for each task."""
+    plot_head_importance(scores.mean, out / "heads.png")
     for task, (full, *rest) in outcomes.items():
         curves = {
             name: [
@@ -161,11 +171,11 @@ def draw(outcomes: dict[str, list[Outcome]], scores: HeadScores, out: Path) -> N
         }
         title = f"{task}, {PROMPT_LENGTH}-token prompts"
         picture = out / f"accuracy_{task}.png"
-        plots.accuracy_against_bytes(curves, (full.cache_bytes, full.accuracy), title, picture)
+        plot_accuracy(curves, (full.cache_bytes, full.accuracy), title, picture)
 
 
 def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: Path) -> None:
-    """The results on one page of the terminal."""
+    """Prints the results on one page of the terminal."""
     console = Console()
     full = next(iter(outcomes.values()))[0]
     title = f"{MODEL}: exact match at {PROMPT_LENGTH} tokens"
@@ -193,3 +203,60 @@ def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: 
         )
     pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
     console.print(f"{report['seconds']:.0f} s. {out}/: report.json, heads.json, {pictures}")
+
+
+def _figure(width: float, height: float):
+    # Imported here because matplotlib is slow to import. Agg draws without a display.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _finish(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_head_importance(importance: np.ndarray, path: Path) -> None:
+    """Draws a heat map of head importance [L, N]."""
+    layers, heads = importance.shape
+    figure, axes = _figure(1.5 + 0.45 * heads, 1.2 + 0.45 * layers)
+    image = axes.imshow(importance, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(heads))
+    axes.set_yticks(range(layers))
+    axes.set_xlabel("query head")
+    axes.set_ylabel("layer")
+    axes.set_title("Head importance")
+    figure.colorbar(image, ax=axes)
+    _finish(figure, path)
+
+
+def plot_accuracy(
+    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    full: tuple[int, float],
+    title: str,
+    path: Path,
+) -> None:
+    """Draws accuracy against cache bytes, one line per policy.
+
+    Args:
+        curves: (cache bytes, accuracy, standard error) points by label.
+        full: bytes and accuracy of the full cache, drawn as a horizontal line.
+    """
+    figure, axes = _figure(6.0, 4.0)
+    for marker, (label, points) in zip("osD^v", curves.items(), strict=False):
+        size, accuracy, error = np.array(sorted(points)).T
+        axes.errorbar(size / 1024, accuracy, error, marker=marker, capsize=3, label=label)
+    axes.axhline(full[1], color="grey", linestyle="--", label=f"full ({full[0] / 1024:.0f} KiB)")
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("cache a sequence (KiB, log scale)")
+    axes.set_ylabel("exact match")
+    axes.set_title(title)
+    axes.legend()
+    _finish(figure, path)

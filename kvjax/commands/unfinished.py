@@ -1,15 +1,18 @@
-"""The directory that a conversion writes layer by layer, and goes on with after it was stopped.
+"""The directory that a conversion writes layer by layer, and how a stopped conversion continues.
 
-Beside the parts lies one file, until all is written: the request, the attention of the layers
-that are finished, and the residual streams behind them, from which the next layer goes on. It is
-replaced in one step, after the layer itself; a part that it does not count is written again.
+While the conversion is unfinished, one more file is in the directory. That file holds the request,
+the attention of the finished layers, and the residual streams after the last finished layer; the
+next layer starts from these streams. The file is replaced in one step after each layer. A layer
+that the file does not count is written again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +24,10 @@ import numpy as np
 
 from kvjax.config import AttentionConfig
 from kvjax.hf import native
+from kvjax.hf.companions import copy_companions
 from kvjax.hf.tensor_file import NewTensor, map_file, read_header, read_metadata, write_file
 from kvjax.identity import identity
 from kvjax.nn import Transformer
-from kvjax.pipelines.companions import copy_companions, trim_memory
-from kvjax.pipelines.partial import differences
 
 FILE = "unfinished.safetensors"
 PART = f"{FILE}.part"
@@ -33,41 +35,43 @@ PART = f"{FILE}.part"
 
 @dataclass(frozen=True)
 class Finished:
-    """How far a conversion has come.
+    """The part of a conversion that is done.
 
     Attributes:
-        attention: of the layers that are written.
-        streams: residual streams [S, T, D] behind them, by name.
+        attention: the new attention of each written layer, in order.
+        streams: residual streams [S, T, D] after the last written layer, by name.
     """
 
     attention: tuple[AttentionConfig, ...] = ()
     streams: Mapping[str, jax.Array] = field(default_factory=dict)
 
 
-class Output:
-    """What a conversion writes to. Nothing is touched before the first layer comes.
+class ConversionFolder:
+    """The directory that a conversion writes. Nothing changes on disk before the first layer.
 
-    As a context: a ValueError, which refuses the conversion, takes back what this run has begun.
+    Use it as a context manager: a ValueError means that the conversion was refused, and then the
+    folder removes everything that this run wrote. After any other error the next run continues.
     """
 
     def __init__(self, out: Path, request: Mapping[str, Any]):
-        """Finds out what is there already.
+        """Reads how far an earlier run came.
 
         Args:
-            request: all that the result depends on, as JSON values.
+            request: everything that the result depends on, as JSON values.
 
         Raises:
-            ValueError: a directory that is not empty, or a conversion with other settings.
+            ValueError: the directory is not empty, or holds a conversion with other settings.
         """
         self.out, self.request = out, dict(request)
         self.finished = _read(out, self.request)
         self._existed, self._resumed = out.exists(), (out / FILE).exists()
         self._begun = False
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> ConversionFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What an earlier run wrote stays: that run was not refused.
         if kind is None or not issubclass(kind, ValueError) or not self._begun or self._resumed:
             return
         shutil.rmtree(self.out / native.PARAMS, ignore_errors=True)
@@ -79,21 +83,32 @@ class Output:
     def write_layer(
         self, params: Any, attention: AttentionConfig, streams: Mapping[str, jax.Array]
     ) -> None:
-        """Writes the next layer; `streams` are what follows it, and come back after a stop."""
+        """Writes the next layer.
+
+        Args:
+            params: the layer's parameters.
+            streams: residual streams after this layer; a later run finds them in `finished`.
+        """
         self._begin()
+        # The layer is on disk before the progress file counts it.
         done = self.finished.attention
         native.write_part(self.out, f"layers_{len(done)}", params)
         self.finished = Finished((*done, attention), streams)
-        self._keep()
+        self._write_progress()
         trim_memory()
 
-    def write_top(self, name: str, value: Any) -> None:
-        """Writes a parameter that belongs to no layer; after a stop it is written again."""
+    def write_part(self, name: str, value: Any) -> None:
+        """Writes a parameter outside the layers. A run that continues writes it again."""
         self._begin()
         native.write_part(self.out, name, value)
 
     def complete(self, model: Transformer, source: str) -> Transformer:
-        """After all parts: companions of the source, the configuration. Returns the new model."""
+        """Writes the configuration and the source's companion files; returns the new model.
+
+        Args:
+            model: the original model.
+            source: directory with its tokenizer, licence and other companion files.
+        """
         new = Transformer(model.config.with_attention(self.finished.attention))
         copy_companions(Path(source), self.out)
         native.write_config(new, self.out)
@@ -101,7 +116,7 @@ class Output:
         return new
 
     def _begin(self) -> None:
-        """Leaves of the directory only what is finished."""
+        """Before the first write: removes every part that is not finished."""
         if self._begun:
             return
         self._begun = True
@@ -110,23 +125,36 @@ class Output:
         finished = {f"layers_{i}" for i in range(len(self.finished.attention))}
         params = self.out / native.PARAMS
         for part in params.iterdir() if params.exists() else ():
-            if part.name not in finished:  # also what orbax had begun under another name
+            # This also removes temporary directories that orbax left under other names.
+            if part.name not in finished:
                 shutil.rmtree(part)
         if not self._resumed:
-            self._keep()
+            self._write_progress()
 
-    def _keep(self) -> None:
+    def _write_progress(self) -> None:
         metadata = {
             "request": json.dumps(self.request),
             "attention": json.dumps([native.encode(c) for c in self.finished.attention]),
         }
         tensors = [_tensor(name, x) for name, x in self.finished.streams.items()]
+        # A rename is one step: a stop leaves either the old file or the new one, both whole.
         write_file(self.out / PART, tensors, metadata)
         (self.out / PART).replace(self.out / FILE)
 
 
+def check_out(out: Path) -> None:
+    """Refuses a directory that holds something else; call this before you read weights.
+
+    Raises:
+        ValueError: `out` has files, but no unfinished conversion.
+    """
+    present = {path.name for path in out.iterdir()} if out.exists() else set()
+    if FILE not in present and present - {PART}:
+        raise ValueError(f"{out} is not empty, expected a new directory")
+
+
 def describe(model: Transformer, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The part of a request that says what is converted; every weight is read once for it."""
+    """The part of a request that identifies the original model. Reads every weight once."""
     raw = {**native.encode(model.config), "source": ""}
     digest = hashlib.sha256(json.dumps(raw).encode()).hexdigest()[:12]
     weights = identity(model.config, params).digest
@@ -134,11 +162,11 @@ def describe(model: Transformer, params: Mapping[str, Any], dtype: str) -> dict[
     return {"model": name, "config": digest, "dtype": dtype, "weights": weights}
 
 
-def check_out(out: Path) -> None:
-    """Raises ValueError for a directory that holds something else; before weights are read."""
-    present = {path.name for path in out.iterdir()} if out.exists() else set()
-    if FILE not in present and present - {PART}:
-        raise ValueError(f"{out} is not empty, expected a new directory")
+def differences(earlier: Any, request: dict[str, Any]) -> str:
+    """The settings in which two requests differ, such as "dtype float32, now bfloat16"."""
+    got = earlier if isinstance(earlier, dict) else {}
+    names = [name for name in request if got.get(name) != request[name]]
+    return ", ".join(f"{name} {got.get(name)}, now {request[name]}" for name in names)
 
 
 def _read(out: Path, request: dict[str, Any]) -> Finished:
@@ -148,14 +176,14 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
         return Finished()
     try:
         tensors, metadata = read_header(path), read_metadata(path)
-        other, attention = json.loads(metadata["request"]), json.loads(metadata["attention"])
+        earlier, attention = json.loads(metadata["request"]), json.loads(metadata["attention"])
         configs = tuple(native.decode(config) for config in attention)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is of no conversion: {error}") from None
-    if other != request:
+        raise ValueError(f"{path} does not belong to a conversion: {error}") from None
+    if earlier != request:
         raise ValueError(
             f"{out} holds an unfinished conversion with other settings "
-            f"({differences(other, request)}): repeat that command to finish it, or remove the "
+            f"({differences(earlier, request)}): repeat that command to finish it, or remove the "
             "directory to start over"
         )
     file = map_file(path)
@@ -164,3 +192,15 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
 
 def _tensor(name: str, x: jax.Array) -> NewTensor:
     return NewTensor(name, np.dtype(x.dtype), x.shape, lambda: np.asarray(x))
+
+
+def trim_memory() -> None:
+    """Returns freed memory to the system, where the C library has a call for that.
+
+    glibc keeps freed arrays of a few MB in one pool per thread. Without this call these pools grow
+    by about 50 MB with every layer of a 14B model that is converted.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

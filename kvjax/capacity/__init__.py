@@ -1,0 +1,1 @@
+"""`kvjax plan`: the memory that a model and its caches take on the devices of another machine."""

@@ -1,0 +1,384 @@
+"""`kvjax convert`: a checkpoint is read, converted and written one layer at a time.
+
+`convert_to_equal_cache` and `convert_to_decoupled` are the two methods. Both run a text through the
+original and the converted layers as they go, so the report says how far the models differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import Progress, TimeElapsedColumn, track
+
+from kvjax.commands import text
+from kvjax.commands.checkpoints import (
+    bytes_per_token,
+    count_parameters,
+    probe_tokens,
+    relative_change,
+)
+from kvjax.commands.unfinished import ConversionFolder, check_out, describe
+from kvjax.config import LayerConfig, ModelConfig
+from kvjax.feeding import next_token_losses
+from kvjax.finite import CONVERTED, OVERFLOW, check_finite
+from kvjax.hf import matching, open_params, read_model
+from kvjax.mesh import named_mesh
+from kvjax.nn import Transformer
+from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
+from kvjax.ranges import COUNT, SIZE, check_ranges, optional
+from kvjax.sharding import param_shapes
+from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
+from kvjax.transmla.allocation import choose_fold
+from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
+from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
+from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.sizes import Sizes
+
+PROBES = ("original", "converted")
+"""The models whose residual streams an equal-cache conversion compares."""
+STAGES = ("partial_rope", "low_rank", "final")
+"""The steps of a decoupled layer, in order; see `ConvertedLayer`."""
+HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
+"""The residual streams of the held-out text: of the original model, and after each stage."""
+RANGES = {
+    "kv_rank": COUNT,
+    "rope_dim": SIZE,
+    "v_head_dim": optional(COUNT),
+    "fold": SIZE,
+    "calibration_tokens": text.RANGES["tokens"],
+    "calibration_length": text.RANGES["length"],
+}
+"""What the numbers of `DecoupledSettings` may be."""
+
+
+@dataclass(frozen=True)
+class EqualCacheSettings:
+    """Read by --method equal_cache only.
+
+    Attributes:
+        init: svd_global, svd_per_head, identity or svd_complex
+        rope_site: after_up or before_up
+    """
+
+    init: str = "svd_global"
+    rope_site: str = "after_up"
+
+
+@dataclass(frozen=True)
+class DecoupledSettings:
+    """Read by --method decoupled only.
+
+    Attributes:
+        kv_rank: width of the cached latent
+        rope_dim: width of the cached rotary key
+        calibration: text, or .npy of token ids [S, T], to calibrate on (required)
+        v_head_dim: width of a head's output
+        exportable: keep to what DeepSeek-V3's layout can express
+        mode: fold, post or auto
+        recipe: best, unbiased or published
+        fold: FreqFold of the published recipe; 0: the fold with the least held-out loss
+        calibration_tokens: most tokens to use
+        calibration_length: tokens per sequence, for texts
+        stats: file that keeps the moments, for the next conversion with the same text
+    """
+
+    kv_rank: int = 448
+    rope_dim: int = 128
+    calibration: Path | None = None
+    v_head_dim: int | None = None
+    exportable: bool = False
+    mode: str = "auto"
+    recipe: str = "best"
+    fold: int = 1
+    calibration_tokens: int = 32_768
+    calibration_length: int = 256
+    stats: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), RANGES)
+
+    @property
+    def parsed_recipe(self) -> Recipe:
+        """The recipe that `recipe` names. With fold 0, choose the fold before you use the recipe.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        recipes = {"best": BEST, "unbiased": UNBIASED, "published": published(self.fold)}
+        if self.recipe not in recipes:
+            raise ValueError(f"recipe is {self.recipe!r}, expected one of {', '.join(recipes)}")
+        return recipes[self.recipe]
+
+    @property
+    def chooses_fold(self) -> bool:
+        """Whether FreqFold is to be chosen by the loss on the held-out text."""
+        return self.recipe == "published" and self.fold == 0
+
+    def read_text(self, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [S, T] to calibrate on and [H, T] held out, of the tokenizer of `source`.
+
+        Raises:
+            ValueError: no calibration file was named; see also `calibration_tokens`.
+        """
+        if self.calibration is None:
+            raise ValueError("method 'decoupled' needs --calibration FILE, a text or token ids")
+        counts = self.calibration_tokens, self.calibration_length
+        return text.calibration_tokens(source, self.calibration, *counts)
+
+    def settled(self, model: Transformer, tokens: np.ndarray) -> tuple[list[Sizes], Recipe, str]:
+        """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.to_decoupled`."""
+        return settle(
+            model,
+            tokens,
+            self.kv_rank,
+            self.rope_dim,
+            self.v_head_dim,
+            self.exportable,
+            self.mode,
+            self.parsed_recipe,
+        )
+
+    def request(self, fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
+        """Everything besides the model that the result depends on, as JSON values.
+
+        The files of unfinished conversions hold these keys, so they keep their names.
+        """
+        settings = {k: v for k, v in vars(self).items() if k not in ("calibration", "stats")}
+        settings = {k.removeprefix("calibration_"): v for k, v in settings.items()}
+        digest = hashlib.sha256(fit.tobytes() + held.tobytes()).hexdigest()[:12]
+        return {"method": "decoupled", **settings, "text": digest}
+
+
+def convert_to_equal_cache(
+    source: str, out: Path, wanted: EqualCacheSettings, dtype: str, mesh: str | None = None
+) -> dict[str, Any]:
+    """Converts the checkpoint at `source` and writes it to `out` in the native layout.
+
+    Memory holds one layer's parameters, and at the end one matrix of the vocabulary. If a run was
+    stopped, the same call continues after the last layer that was written.
+
+    Args:
+        dtype: of the weights.
+        mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
+
+    Returns:
+        Method and settings, cache bytes per token before and after, parameters before and after,
+        the largest change of a logit on random tokens relative to the largest logit, seconds, and
+        the process's peak memory in bytes.
+
+    Raises:
+        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; the
+            conversion is not possible; or weights or logits hold NaN.
+    """
+    start = time.monotonic()
+    check_out(out)
+    model = read_model(source)
+    inits = checked_inits(wanted.init, None, wanted.rope_site)
+    gqa_layers(model)  # refuses a model without grouped-query attention before weights are read
+    settings = {"method": "equal_cache", **vars(wanted)}
+    params = open_params(source, dtype, named_mesh(mesh))
+    model = matching(model, params)
+    with ConversionFolder(out, settings | describe(model, params, dtype)) as folder:
+        _write_equal_cache_layers(model, params, folder, inits, wanted.rope_site)
+        top = _write_outside_layers(model, params, folder)
+        streams = folder.finished.streams
+        logits = (hidden_logits(model.config, top, streams[name]) for name in PROBES)
+        change = relative_change(*logits)
+        new_model = folder.complete(model, model.config.source)
+    return {
+        **settings,
+        "bytes_per_token_before": bytes_per_token(model, dtype),
+        "bytes_per_token_after": bytes_per_token(new_model, dtype),
+        "parameters_before": count_parameters(param_shapes(model)),
+        "parameters_after": count_parameters(param_shapes(new_model)),
+        "relative_logit_change": change,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _write_equal_cache_layers(
+    model: Transformer,
+    params: Mapping[str, Any],
+    folder: ConversionFolder,
+    inits: Any,
+    rope_site: str,
+) -> None:
+    """Converts and writes the unfinished layers; random tokens run through both models."""
+    streams = folder.finished.streams
+    if not folder.finished.attention:
+        streams = dict.fromkeys(PROBES, embed(model.config, params, probe_tokens(model.config)))
+    for index in range(len(folder.finished.attention), model.config.num_layers):
+        own, layer = params[f"layers_{index}"], model.config.layers[index]
+        check_finite(own, f"layers_{index}/")
+        base = gqa_layers(model)[index]
+        config, attn = equal_cache_layer(index, base, own["attn"], inits, rope_site)
+        check_finite(attn, f"layers_{index}/attn/", CONVERTED)
+        new, new_own = LayerConfig(config, layer.mlp), {**own, "attn": attn}
+        streams = {
+            "original": layer_output(block_kind(model.config, layer), own, streams["original"]),
+            "converted": layer_output(block_kind(model.config, new), new_own, streams["converted"]),
+        }
+        folder.write_layer(new_own, config, streams)
+        # Without this, two layers would be in memory while the next one is read.
+        del own, attn, new_own
+
+
+def convert_to_decoupled(
+    source: str, out: Path, wanted: DecoupledSettings, dtype: str, mesh: str | None = None
+) -> dict[str, Any]:
+    """Converts the checkpoint at `source` and writes it to `out` in the native layout.
+
+    Memory holds one layer's parameters and moments, the residual streams of the calibration text
+    and of the held-out text, and at the end one matrix of the vocabulary. With `stats` it also
+    holds the moments of all layers; to choose FreqFold it also holds all layers. If a run was
+    stopped, the same call continues after the last layer that was written.
+
+    Args:
+        dtype: of the weights.
+        mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
+
+    Returns:
+        Settings, perplexity on held-out sequences before and after every step, cache bytes per
+        token before and after, seconds, and the process's peak memory in bytes.
+
+    Raises:
+        ValueError: no calibration file; `out` is not empty, or holds an unfinished conversion with
+            other settings; the conversion is not possible; or weights, moments or a perplexity
+            are NaN.
+    """
+    start = time.monotonic()
+    # Refuse bad input before anything large is read or computed.
+    check_out(out)
+    model = read_model(source)
+    fit, held = wanted.read_text(source)
+    wanted.settled(model, fit)
+    params, stats = open_params(source, dtype, named_mesh(mesh)), None
+    model = matching(model, params)
+    request = wanted.request(fit, held) | describe(model, params, dtype)
+    with ConversionFolder(out, request) as folder:
+        # Moments of all layers at once are needed only to keep them or to try several folds.
+        if wanted.stats is not None or wanted.chooses_fold:
+            batches = [fit[i : i + REPLAY] for i in range(0, len(fit), REPLAY)]
+            shown = track(batches, "calibrating", transient=True)
+            stats = calibrate(model, params, shown, resume=wanted.stats)
+        calibrated = time.monotonic()
+        if wanted.chooses_fold:
+            assert stats is not None
+            ranks = {"kv_rank": wanted.kv_rank, "rope_dim": wanted.rope_dim}
+            fold = choose_fold(model, params, stats, held, **ranks)
+            wanted = dataclasses.replace(wanted, fold=fold)
+        # Convert, then judge the held-out text with the weights that follow the last layer.
+        _write_decoupled_layers(model, params, stats, wanted, fit, held, folder)
+        top = _write_outside_layers(model, params, folder)
+        perplexities = _perplexities(model, top, folder.finished.streams, held)
+        new_model = folder.complete(model, model.config.source)
+    before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
+    return {
+        "method": "decoupled",
+        "recipe": wanted.recipe + f", FreqFold {wanted.fold}" * (wanted.recipe == "published"),
+        "kv_rank": wanted.kv_rank,
+        "rope_dim": wanted.rope_dim,
+        "bytes_per_token_before": before,
+        "bytes_per_token_after": after,
+        "cache": f"{after / before:.1%}",
+        **perplexities,
+        "calibration_tokens": int(fit.size),
+        "held_out_tokens": int(held.size),
+        **({} if stats is None else {"seconds_calibration": round(calibrated - start, 1)}),
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _write_decoupled_layers(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats | None,
+    wanted: DecoupledSettings,
+    fit: np.ndarray,
+    held: np.ndarray,
+    folder: ConversionFolder,
+) -> None:
+    """Converts and writes the unfinished layers; the held-out text runs through every stage."""
+    sizes, recipe, mode = wanted.settled(model, fit)
+    done = len(folder.finished.attention)
+    if done:
+        replayed = Streams(*(folder.finished.streams[name] for name in Streams._fields))
+        steps = {name: folder.finished.streams[name] for name in HELD_OUT}
+    else:
+        # One call for both texts: the embedding is read from disk once.
+        x = embed(model.config, params, np.concatenate([fit, held]))
+        replayed = Streams(x[: len(fit)], x[: len(fit)])
+        steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
+    layers = decouple_layers(model, params, stats, sizes, recipe, mode, replayed, done)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
+        task = bar.add_task("converting", total=model.config.num_layers, completed=done)
+        for layer in layers:
+            steps = _advance(model.config, layer, steps)
+            config, attn = layer.attention(layer.final)
+            check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
+            streams = layer.streams._asdict() | steps
+            folder.write_layer({**layer.source, "attn": attn}, config, streams)
+            bar.advance(task)
+            # Without this, two layers would be in memory while the next one is read.
+            del layer, attn
+
+
+def _advance(
+    config: ModelConfig, converted: ConvertedLayer, steps: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Runs the held-out text through one layer of the original model and of every stage."""
+    layer, own = config.layers[converted.index], converted.source
+    new = {HELD_OUT[0]: layer_output(block_kind(config, layer), own, steps[HELD_OUT[0]])}
+    for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
+        attention, attn = converted.attention(getattr(converted, stage))
+        changed = LayerConfig(attention, layer.mlp)
+        new[name] = layer_output(block_kind(config, changed), {**own, "attn": attn}, steps[name])
+    return new
+
+
+def _perplexities(
+    model: Transformer, top: dict[str, Any], streams: Mapping[str, jax.Array], held: np.ndarray
+) -> dict[str, float]:
+    """perplexity_<step> of the held-out text, for the original model and every stage."""
+    losses = (next_token_losses(model, top, streams[name], held) for name in HELD_OUT)
+    means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
+    names = ("original", *STAGES)
+    for name, mean in zip(names, means, strict=True):
+        if not np.isfinite(mean):
+            raise ValueError(f"perplexity_{name} is {mean}, expected a number: {OVERFLOW}")
+    return {f"perplexity_{n}": round(float(mean), 4) for n, mean in zip(names, means, strict=True)}
+
+
+def _write_outside_layers(
+    model: Transformer, params: Mapping[str, Any], folder: ConversionFolder
+) -> dict[str, Any]:
+    """Writes the parameters outside the layers one by one; returns those that make the logits."""
+    needed, kept = output_params(model.config), {}
+    names = [name for name in params if not name.startswith("layers_")]
+    # Parameters that are kept come last, so an embedding that is not kept is freed before them.
+    for name in sorted(names, key=lambda name: name in needed):
+        value = params[name]
+        check_finite({name: value})
+        folder.write_part(name, value)
+        if name in needed:
+            kept[name] = value
+        del value
+    return kept
+
+
+def peak_memory() -> int:
+    """The process's peak resident set, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

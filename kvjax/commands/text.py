@@ -1,0 +1,199 @@
+"""Texts and text files: `kvjax generate`, `kvjax compress`, and rows of tokens for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from kvjax.context import compress, load_context
+from kvjax.encoding import end_ids, ids_after, prompt_ids
+from kvjax.generation import generate
+from kvjax.hf import load, load_tokenizer, read_model
+from kvjax.mesh import named_mesh
+from kvjax.policies.named import parse_policy
+from kvjax.ranges import COUNT, Range, check_ranges
+from kvjax.text import TextStream
+from kvjax.token_ids import token_ids
+
+RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
+"""What the numbers of `token_rows` may be."""
+HELD_OUT = 8
+"""One calibration sequence in HELD_OUT is held out: it decides and reports, and fits nothing."""
+MOST_CHARACTERS = 16
+"""Characters that a token has at most, as a rule; the reader takes no more text than this needs."""
+
+
+def generate_text(
+    path: str,
+    prompt: str,
+    dtype: str = "float32",
+    write: Callable[[str], None] | None = None,
+    context: Path | None = None,
+    policy: str = "full",
+    mesh: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Continues `prompt` with the checkpoint at `path`.
+
+    Args:
+        dtype: of weights, activations and cache.
+        write: called with each piece of the new text when the piece is ready.
+        context: a file that `compress_text` wrote. The prompt follows the text of this file, and
+            the policy of the file applies.
+        policy: of the cache. It is ignored with a `context`.
+        mesh: devices to shard over, see `kvjax.mesh.parse_mesh`; None for one device.
+        settings: of `kvjax.generate`. Without eos_ids, three things end the text: the model's EOS,
+            the tokenizer's EOS, and the end of a turn in the chat template.
+
+    Returns:
+        prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes.
+
+    Raises:
+        ValueError: see `kvjax.load` and `kvjax.generate`.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty, expected text")
+    if context is None:
+        parse_policy(policy)  # refuses an unknown policy before the model is read
+    tokenizer = load_tokenizer(path)
+    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
+    held = None if context is None else load_context(context, model, params)
+    if held is None:
+        ids = prompt_ids(tokenizer, prompt)
+    else:  # the context begins with BOS already
+        ids = ids_after(tokenizer, prompt.removeprefix(tokenizer.bos_token or ""))
+    # Tokens arrive one by one. The stream holds back bytes that are not a whole character yet.
+    stream, pieces = TextStream(tokenizer, ids), []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if write is not None and piece:
+            write(piece)
+
+    out = generate(
+        model,
+        params,
+        [ids],
+        policy=policy,
+        on_tokens=lambda _, new: show(stream.add(new)),
+        context=held,
+        **{"eos_ids": end_ids(tokenizer, model.config, chat=True), **settings},
+    )
+    show(stream.end())
+    return {
+        "prompt": prompt,
+        "text": "".join(pieces),
+        "prompt_tokens": len(ids),
+        "new_tokens": len(out.tokens[0]),
+        "policy": policy if held is None else held.policy,
+        "cache_bytes": out.cache_bytes,
+        "full_cache_bytes": out.full_cache_bytes,
+    }
+
+
+def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> dict[str, Any]:
+    """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
+
+    Args:
+        policy: which entries of the cache to keep, such as "snapkv:kv_size=128".
+        dtype: of weights, activations and cache.
+
+    Returns:
+        tokens, policy, cache_bytes, file_bytes.
+
+    Raises:
+        ValueError: an empty or missing text, and see `kvjax.compress`.
+    """
+    if not text.is_file():
+        raise ValueError(f"no text file at {text}")
+    parse_policy(policy)
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
+    model, params = load(path, dtype=dtype)
+    ids = prompt_ids(load_tokenizer(path), content)
+    context = compress(model, params, ids, policy)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    context.save(out)
+    return {
+        "tokens": context.length,
+        "policy": policy,
+        "cache_bytes": context.nbytes,
+        "file_bytes": out.stat().st_size,
+    }
+
+
+def calibration_tokens(
+    source: str, path: Path, tokens: int, length: int
+) -> tuple[Int[np.ndarray, "S T"], Int[np.ndarray, "H T"]]:
+    """Sequences to calibrate on [S, T], and held-out sequences [H, T]: every eighth one.
+
+    Args:
+        source, path, tokens, length: see `token_rows`.
+
+    Raises:
+        ValueError: see `token_rows`; or the file gives a single sequence.
+    """
+    rows = token_rows(source, path, tokens, length)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{path} gives one sequence of {rows.size} tokens, expected one to hold out"
+        )
+    # Spread over the file, so that both parts have the same kinds of text.
+    held = np.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
+    if not held.any():
+        held[-1] = True
+    return rows[~held], rows[held]
+
+
+def token_rows(source: str, path: Path, tokens: int, length: int) -> Int[np.ndarray, "S T"]:
+    """Token ids of a file, one sequence a row.
+
+    Args:
+        source: the checkpoint whose tokenizer encodes the file.
+        path: a text, or an .npy file of token ids [S, T]. Ids are used as they are.
+        tokens: most tokens to use; of ids, one sequence is always used.
+        length: tokens per sequence, for texts; from 2 to the model's context length.
+
+    Raises:
+        ValueError: no such file; ids of another shape or dtype, or outside the vocabulary;
+            sequences longer than the model's context; or a text shorter than one sequence.
+    """
+    check_ranges({"tokens": tokens, "length": length}, RANGES)
+    if not path.is_file():
+        raise ValueError(f"no calibration file {path}")
+    config = read_model(source).config
+    read = _read_ids if path.suffix == ".npy" else _encode
+    rows = token_ids(read(source, path, tokens, length), config.vocab_size, str(path))
+    if not 2 <= rows.shape[1] <= config.context_length:
+        raise ValueError(
+            f"{path}: got sequences of {rows.shape[1]} tokens, expected 2 to "
+            f"{config.context_length}, the model's context"
+        )
+    return rows
+
+
+def _read_ids(source: str, path: Path, tokens: int, length: int) -> Integer[np.ndarray, "S T"]:
+    try:
+        rows = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not an .npy file of token ids: {error}") from None
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
+    return rows[: max(1, tokens // max(1, rows.shape[1]))]
+
+
+def _encode(source: str, path: Path, tokens: int, length: int) -> Int[np.ndarray, "S T"]:
+    try:
+        text = path.read_text(encoding="utf-8")[: MOST_CHARACTERS * tokens]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
+    ids = np.asarray(prompt_ids(load_tokenizer(source), text), np.int64)[:tokens]
+    if len(ids) < length:
+        raise ValueError(f"{path} has {len(ids)} tokens, expected at least {length}")
+    return ids[: len(ids) // length * length].reshape(-1, length)

@@ -1,0 +1,111 @@
+"""Known text, fed to the model a layer at a time, and the losses of its tokens.
+
+`hidden_states` compiles nothing but blocks. What is made of the last layer's output stands in
+programs that take it a few rows of logits at a time, so that no array of all logits exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
+from kvjax.config import ModelConfig
+from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.nn import Transformer
+from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
+
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+
+
+@automatic_axes()
+def hidden_states(
+    model: Transformer,
+    params: Any,
+    tokens: Ids,
+    positions: Ids | None = None,
+    cache: Any = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """The last layer's output for each token; `hidden_logits` makes logits of it.
+
+    Args:
+        positions: −1 marks padding on the right; None: 0 … T − 1.
+        cache: that the tokens go into. It is written in place: the one that was passed must not be
+            used again. None: every row is a text of its own.
+
+    Returns:
+        The hidden states, and the cache with the tokens.
+    """
+    params, config = on_automatic_mesh(params), model.config
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
+    held = None if cache is None else cache[0].lengths
+    x, lengths = _embed(config, params["embedding"], tokens, positions, held)
+    rope_lengths = lengths if cache is None else rope_lengths_of(cache)
+    for index, kind in enumerate(block_kinds(config)):
+        entry = NoCache() if cache is None else cache[index]
+        own, donate = params[f"layers_{index}"], cache is not None
+        x, entry = run_layer(kind, own, x, positions, entry, rope_lengths, donate)
+        if cache is not None:
+            cache = with_layer(cache, index, entry)
+    return x, None if cache is None else advance(cache, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(
+    config: ModelConfig,
+    embedding: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
+    """Embeddings, and the tokens that each sequence has given with these; without a cache the
+    length of each text."""
+    x = embed_tokens(config, embedding, tokens)
+    if lengths is None:
+        return x, jnp.max(positions, axis=1) + 1
+    return x, lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+
+
+def output_weights(model: Transformer, params: Any) -> dict[str, Any]:
+    """The parameters behind the last layer, which `hidden_logits` reads."""
+    return {name: params[name] for name in output_params(model.config)}
+
+
+ROWS = 64  # logits [ROWS, V] exist at a time
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_token_losses(
+    model: Transformer,
+    params: Mapping[str, Any],
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+) -> Float[Array, "B T-1"]:
+    """Negative log-likelihood, in nats, of every token but the first of each sequence; fp32.
+
+    Args:
+        params: of `model`; only those of `output_params` are read.
+        hidden: output of the last layer.
+    """
+    count = tokens[:, 1:].size
+    rows = min(ROWS, count)
+    missing = -count % rows
+    x = jnp.pad(hidden[:, :-1].reshape(count, -1), ((0, missing), (0, 0)))
+    labels = jnp.pad(tokens[:, 1:].reshape(count), (0, missing))
+
+    def losses(chunk):
+        x, labels = chunk
+        logits = hidden_logits(model.config, params, x[None])[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    parts = jax.lax.map(losses, (x.reshape(-1, rows, x.shape[-1]), labels.reshape(-1, rows)))
+    return parts.reshape(-1)[:count].reshape(tokens.shape[0], -1)
