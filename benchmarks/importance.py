@@ -30,7 +30,7 @@ from kvjax.example import Example
 from kvjax.headkv.questions import QUESTIONS, Grid, make_examples
 from kvjax.paths import local_path
 from kvjax.policies.importance import split_half
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL = "builtin:needle"
 

@@ -28,7 +28,7 @@ from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress
 from kvjax.scoring import FULL, PROTOCOLS, compare
 from kvjax.tasks import make_examples
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL, LENGTH = "builtin:needle", 1024
 TASKS = ("needle", "multi_key", "two_hop")

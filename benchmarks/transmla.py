@@ -29,7 +29,7 @@ import kvjax
 from benchmarks.environment import environment
 from kvjax.paths import local_path
 from kvjax.tasks import WordVocabulary, accuracy, make_examples, perplexity
-from kvjax.transmla import BEST, Recipe, calibrate, low_rank, published, recipe, rotary
+from kvjax.transmla import BEST, Recipe, calibrate, closed_form, low_rank, published, rotary
 from kvjax.transmla.allocation import allocate_sizes, choose_rope_dim
 from kvjax.transmla.distill import distill
 
@@ -121,7 +121,7 @@ STEPS: dict[str, Recipe] = {
     ),
 }
 STEPS["+ best constants"] = dataclasses.replace(
-    STEPS["+ complex unitaries"], constants=recipe.expected
+    STEPS["+ complex unitaries"], constants=closed_form.expected
 )
 STEPS["+ placement"] = dataclasses.replace(STEPS["+ best constants"], placement=rotary.by_energy)
 STEPS["+ centred"] = dataclasses.replace(STEPS["+ placement"], centred=True)

@@ -39,7 +39,7 @@ from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prefill import prefill
 from kvjax.prompts import bucket_length, pad
 from kvjax.scoring import AFTER, FULL, INSIDE, Compared, compare, round_up
-from kvjax.tasks.perplexity import check_losses, chunk_losses
+from kvjax.tasks.scoring import check_losses, chunk_losses
 from kvjax.text import ids_after
 
 PIECE = 128  # tokens of a text that are fed at a time

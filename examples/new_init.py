@@ -32,14 +32,14 @@ def main():
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     params = model.init(jax.random.key(0), tokens)["params"]
 
-    mla_model, mla_params = kvjax.transmla.convert(model, params, init=orthonormal)
+    mla_model, mla_params = kvjax.transmla.to_equal_cache(model, params, init=orthonormal)
     before, _ = model.apply({"params": params}, tokens)
     after, _ = mla_model.apply({"params": mla_params}, tokens)
     difference = float(jnp.abs(after - before).max())
     print(f"largest logit {jnp.abs(before).max():.2f}, largest difference {difference:.1e}")
 
     try:
-        kvjax.transmla.convert(model, params, init=orthonormal, rope_site="before_up")
+        kvjax.transmla.to_equal_cache(model, params, init=orthonormal, rope_site="before_up")
     except ValueError as error:
         print(f"before_up: {error}")
     return difference

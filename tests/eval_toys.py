@@ -15,8 +15,7 @@ from eval.task import Item, Task
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
-from kvjax.tasks.tokenizer import to_transformers
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.words import WordVocabulary, to_transformers
 
 VOCAB = WordVocabulary()
 CONTEXT = 128

@@ -16,8 +16,7 @@ from kvjax.cli import main
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
-from kvjax.tasks.tokenizer import to_transformers
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.words import WordVocabulary, to_transformers
 from kvjax.text import added_text
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8

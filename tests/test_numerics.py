@@ -16,8 +16,8 @@ from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
 from kvjax.policies.named import parse_policy
 from kvjax.scoring import compare
-from kvjax.tasks import teacher_forced
-from kvjax.tasks.perplexity import perplexity
+from kvjax.tasks import scoring
+from kvjax.tasks.scoring import perplexity
 
 LOUD = 60  # the token whose embedding overflows two layers on
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -53,7 +53,7 @@ WAYS = {
     "logits after the text": lambda m, p: kvjax.compress(m, p, LOUD_PROMPT, HALF),
     "scores of example 0": lambda m, p: score_examples(m, p, [EXAMPLE], "copying"),
     "logits of example 0 under policy 'full'": lambda m, p: compare(m, p, [EXAMPLE], {}),
-    "logits of example 0": lambda m, p: teacher_forced.predictions(m, p, [EXAMPLE], 2),
+    "logits of example 0": lambda m, p: scoring.predictions(m, p, [EXAMPLE], 2),
     "losses of the text": lambda m, p: perplexity(m, p, [TEXT]),
     "log-likelihoods": lambda m, p: likelihood.score_dense(m, p, [PROMPT], [[LOUD, 3]]),
 }

@@ -19,7 +19,8 @@ from kvjax.hf import check_export, config_from_hf, layout_of, open_params, read_
 from kvjax.nn import Transformer
 from kvjax.paths import check_local, local_path
 from kvjax.policies.named import parse_policy
-from kvjax.tasks import WordVocabulary, haystack
+from kvjax.tasks import WordVocabulary
+from kvjax.tasks.prompt import read_haystack
 from kvjax.transmla.calibration import Stats
 from train.finetune.config import TuneConfig, read_config
 from train.finetune.run import finetune
@@ -151,7 +152,7 @@ def test_what_is_read(model, kind):
         Stats.load,
         lambda path: read_shape(str(path)),
         lambda path: load_context(path, *model),
-        lambda path: haystack.read(path, WordVocabulary()),
+        lambda path: read_haystack(path, WordVocabulary()),
         lambda path: kvjax.transmla.calibrate(*model, [], resume=path),
         lambda path: kvjax.headkv.score_heads(*model, None, haystack=path),
         lambda path: parse_policy(f"headkv:scores={path}"),

@@ -11,7 +11,7 @@ from kvjax.commands import demo
 from kvjax.headkv import load_scores
 from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL = "builtin:needle"
 

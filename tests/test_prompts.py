@@ -10,7 +10,7 @@ from eval_toys import CONTEXT, VOCAB, config
 import kvjax
 from kvjax.nn.transformer import check_tokens
 from kvjax.prompts import check_prompts, eos_array
-from kvjax.tasks.tokenizer import to_transformers
+from kvjax.tasks.words import to_transformers
 
 TOKENIZER = to_transformers(VOCAB, CONTEXT)
 LISTS = "expected a list of lists of token ids"

@@ -13,8 +13,9 @@ from kvjax.commands import score as command
 from kvjax.headkv import load_scores
 from kvjax.headkv.questions import COPIED_LENGTH, QUESTIONS, Grid, make_examples
 from kvjax.policies.importance import split_half
-from kvjax.tasks import WordVocabulary, haystack
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks import WordVocabulary
+from kvjax.tasks.prompt import read_haystack
+from kvjax.tasks.words import TokenizerVocabulary
 
 MODEL = "builtin:needle"
 ARGUMENTS = "--estimator copying --samples 10 --length 128 --batch-size 2"
@@ -214,7 +215,7 @@ def test_facts_stand_between_the_sentences_of_the_text(tokenizer, text):
 
 
 def test_sentences_of_a_text(text):
-    hay = haystack.read(text, WordVocabulary())
+    hay = read_haystack(text, WordVocabulary())
     assert len(hay.pieces) == 40 and hay.size == 400
     rng = np.random.default_rng(0)
     for length in (0, 5, 37, 400):

@@ -61,9 +61,9 @@ def evaluate_command(
     Args:
         model: a directory, or builtin:needle.
         out: JSON file for the result.
-        tasks: names of kvjax.tasks.sets.
-        lengths: numbers of tokens of the prompts.
-        count: number of prompts for each task and length.
+        tasks: names of kvjax.tasks.recall.
+        lengths: tokens of the prompts.
+        count: prompts for each task and length.
         dtype: of the parameters.
     """
     evaluate(model, out, tasks, lengths, count, dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from eval.ruler.text import POOL, Prompt, encode, words_of
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 COMMON = 10
 TIMES = (30, 3)  # of common and other words

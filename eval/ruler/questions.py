@@ -10,7 +10,7 @@ import numpy as np
 
 from eval import rows
 from eval.ruler.text import Prompt, compose, cut
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 
 @dataclass(frozen=True)

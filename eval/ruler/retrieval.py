@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.ruler.text import Prompt, compose, cut, noise, numbers_of, uuids_of, words_of
 from kvjax.tasks.prompt import Filler
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 BATCH = 256  # number of needles that a haystack of needles draws at a time
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
-from kvjax.tasks import filler, haystack, words
-from kvjax.tasks.prompt import Filler, strew
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks import words
+from kvjax.tasks.prompt import SENTENCE_END, Filler, Haystack, sentence, strew
+from kvjax.tasks.words import TokenizerVocabulary
 from kvjax.text import ids_after
 
 NOUNS = (*words.FILLER_NOUNS, *words.THINGS)
@@ -98,27 +98,27 @@ def _different(make: Callable[[], str], count: int) -> list[str]:
     return list(found)
 
 
-def essay(path: str | Path, vocab: TokenizerVocabulary) -> haystack.Haystack:
+def essay(path: str | Path, vocab: TokenizerVocabulary) -> Haystack:
     """The haystack in a text file, plain or packed (.gz, .xz).
 
     Raises:
         ValueError: no such file, or not UTF-8.
     """
     path = Path(path)
-    sentences = haystack.SENTENCE_END.split(" ".join(rows.read_text(path).split()))
+    sentences = SENTENCE_END.split(" ".join(rows.read_text(path).split()))
     # A book has thousands of sentences, so all are encoded in one call instead of by vocab.encode.
     # vocab.encode puts a space before a text, except where the tokenizer does this itself.
     space = "" if encode(vocab, "a") == vocab.encode("a") else " "
     texts = [space + sentence for sentence in sentences if sentence]
     pieces = vocab.tokenizer(texts or [" "], add_special_tokens=False)
-    return haystack.Haystack(path.name, tuple(tuple(p) for p in pieces["input_ids"] if p))
+    return Haystack(path.name, tuple(tuple(p) for p in pieces["input_ids"] if p))
 
 
 def noise(vocab: TokenizerVocabulary) -> Filler:
     """A haystack of a few repeated sentences."""
 
     def fill(rng: np.random.Generator, length: int) -> list[list[int]]:
-        said = [vocab.encode(filler.sentence(rng)) for _ in range(NOISE)]
+        said = [vocab.encode(sentence(rng)) for _ in range(NOISE)]
         return cut(itertools.cycle(said), length)
 
     return fill

@@ -16,10 +16,11 @@ import numpy as np
 
 from eval.task import Item, Reads, Source, Task, TaskOptions, check_options
 from kvjax.example import Example
-from kvjax.tasks import haystack, two_hop
 from kvjax.tasks import needle as single_fact
-from kvjax.tasks.sets import EVALUATION_STREAM
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks import two_hop
+from kvjax.tasks.prompt import read_haystack
+from kvjax.tasks.recall import EVALUATION_STREAM
+from kvjax.tasks.words import TokenizerVocabulary
 from kvjax.text import exact_match, rouge1_recall
 
 LENGTHS = (512, 1024)
@@ -59,7 +60,7 @@ def load(
     vocab = TokenizerVocabulary(options.tokenizer)
     path = options.settings.get("haystack")
     rest = {
-        "filler": haystack.read(path, vocab) if path else None,
+        "filler": read_haystack(path, vocab) if path else None,
         "distractors": number(options, "distractors", distractors, 0),
         "answer_length": number(options, "answer_length", 4, 1),
     }

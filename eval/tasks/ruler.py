@@ -37,7 +37,7 @@ from eval.ruler import (
     text,
 )
 from eval.task import Item, Reads, Task, TaskOptions, check_options
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 
 QUESTIONS = {"qa_1": ("squad", questions.squad), "qa_2": ("hotpotqa", questions.hotpotqa)}
 MAX_NEW_TOKENS = {

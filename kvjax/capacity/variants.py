@@ -30,7 +30,7 @@ from kvjax.policies.policy import Compress, Policy
 from kvjax.prefill import Watching, observed_queries
 from kvjax.prompts import bucket_length
 from kvjax.sharding import param_shapes, param_shardings
-from kvjax.transmla.shape import decoupled_shape
+from kvjax.transmla.sizes import decoupled_shape
 
 
 @dataclass(frozen=True)

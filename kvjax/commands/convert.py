@@ -34,14 +34,13 @@ from kvjax.feeding import next_token_losses
 from kvjax.hf import matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import hidden_logits, output_params
+from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
 from kvjax.sharding import param_shapes
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.calibration import embed
 from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
-from kvjax.transmla.layer import gqa_layers, run_block
+from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import Sizes
 
 PROBES = ("original", "converted")
@@ -136,7 +135,7 @@ class DecoupledSettings:
         return text.calibration_tokens(source, self.calibration, *counts)
 
     def settled(self, model: Transformer, tokens: np.ndarray) -> tuple[list[Sizes], Recipe, str]:
-        """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.decoupled`."""
+        """Sizes, recipe and mode, checked against the model; see `kvjax.transmla.to_decoupled`."""
         return settle(
             model,
             tokens,
@@ -217,7 +216,7 @@ def _write_equal_cache_layers(
     """Converts and writes the unfinished layers; random tokens run through both models."""
     streams = folder.finished.streams
     if not folder.finished.attention:
-        streams = dict.fromkeys(PROBES, embed(model, params, probe_tokens(model.config)))
+        streams = dict.fromkeys(PROBES, embed(model.config, params, probe_tokens(model.config)))
     for index in range(len(folder.finished.attention), model.config.num_layers):
         own, layer = params[f"layers_{index}"], model.config.layers[index]
         check_finite(own, f"layers_{index}/")
@@ -226,8 +225,8 @@ def _write_equal_cache_layers(
         check_finite(attn, f"layers_{index}/attn/", CONVERTED)
         new, new_own = LayerConfig(config, layer.mlp), {**own, "attn": attn}
         streams = {
-            "original": run_block(model.config, layer, own, streams["original"]),
-            "converted": run_block(model.config, new, new_own, streams["converted"]),
+            "original": layer_output(block_kind(model.config, layer), own, streams["original"]),
+            "converted": layer_output(block_kind(model.config, new), new_own, streams["converted"]),
         }
         folder.write_layer(new_own, config, streams)
         # Without this, two layers would be in memory while the next one is read.
@@ -318,7 +317,7 @@ def _write_decoupled_layers(
         steps = {name: folder.finished.streams[name] for name in HELD_OUT}
     else:
         # One call for both texts: the embedding is read from disk once.
-        x = embed(model, params, np.concatenate([fit, held]))
+        x = embed(model.config, params, np.concatenate([fit, held]))
         replayed = Streams(x[: len(fit)], x[: len(fit)])
         steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, replayed, done)
@@ -326,7 +325,7 @@ def _write_decoupled_layers(
         task = bar.add_task("converting", total=model.config.num_layers, completed=done)
         for layer in layers:
             steps = _advance(model.config, layer, steps)
-            config, attn = layer.layout(layer.final)
+            config, attn = layer.attention(layer.final)
             check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
             streams = layer.streams._asdict() | steps
             folder.write_layer({**layer.source, "attn": attn}, config, streams)
@@ -340,11 +339,11 @@ def _advance(
 ) -> dict[str, jax.Array]:
     """Runs the held-out text through one layer of the original model and of every stage."""
     layer, own = config.layers[converted.index], converted.source
-    new = {HELD_OUT[0]: run_block(config, layer, own, steps[HELD_OUT[0]])}
+    new = {HELD_OUT[0]: layer_output(block_kind(config, layer), own, steps[HELD_OUT[0]])}
     for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
-        attention, attn = converted.layout(getattr(converted, stage))
+        attention, attn = converted.attention(getattr(converted, stage))
         changed = LayerConfig(attention, layer.mlp)
-        new[name] = run_block(config, changed, {**own, "attn": attn}, steps[name])
+        new[name] = layer_output(block_kind(config, changed), {**own, "attn": attn}, steps[name])
     return new
 
 

@@ -28,7 +28,7 @@ from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
 from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks.words import TokenizerVocabulary
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"

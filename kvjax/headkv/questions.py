@@ -20,9 +20,9 @@ from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.policies.importance import HeadScores
-from kvjax.tasks import haystack, needle, repeated_spans, two_hop
-from kvjax.tasks.prompt import Filler
-from kvjax.tasks.vocabulary import TokenizerVocabulary
+from kvjax.tasks import needle, repeated_spans, two_hop
+from kvjax.tasks.prompt import Filler, read_haystack
+from kvjax.tasks.words import TokenizerVocabulary
 
 LENGTHS = 4  # prompt lengths of the grid, evenly spaced up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
@@ -141,7 +141,7 @@ def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
         raise ValueError(f"estimator is {grid.estimator!r}, expected one of {', '.join(QUESTIONS)}")
     check_ranges(vars(grid), RANGES)
     vocab = TokenizerVocabulary(tokenizer)
-    filler = None if grid.haystack is None else haystack.read(grid.haystack, vocab)
+    filler = None if grid.haystack is None else read_haystack(grid.haystack, vocab)
     rng = np.random.default_rng(grid.seed)
     depths = np.linspace(0.0, 1.0, grid.samples).tolist()
     return [_ask(rng, vocab, grid, index, depth, filler) for index, depth in enumerate(depths)]

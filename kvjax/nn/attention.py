@@ -5,6 +5,7 @@ large. `MLA` (DeepSeek-V3) and `DecoupledAttention` (a converted checkpoint behi
 cache one latent and one rotary key for all heads.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -34,12 +35,8 @@ class GQA(nn.Module):
         """Attention output and the cache with the new entries; see `Transformer.__call__`."""
         c = self.config
         with jax.named_scope("qkv"):
-            q_BTNH = projection(self, "q", x_BTD, c.num_heads, c.head_dim, "heads", c.qkv_bias)
-            k_BTKH = projection(self, "k", x_BTD, c.num_kv_heads, c.head_dim, "kv", c.qkv_bias)
-            v_BTKH = projection(self, "v", x_BTD, c.num_kv_heads, c.head_dim, "kv", c.qkv_bias)
-            q_norm = qk_norm_weight(self, "q_norm", c.num_heads, c)
-            k_norm = qk_norm_weight(self, "k_norm", c.num_kv_heads, c)
-            q_BTNH, k_BTKH = qk_norm(q_BTNH, q_norm, c.norm), qk_norm(k_BTKH, k_norm, c.norm)
+            params = gqa_params(self, c, x_BTD.shape[-1])
+            q_BTNH, k_BTKH, v_BTKH = gqa_heads(c, params, x_BTD)
         with jax.named_scope("rope"):
             q_BTNH = rope(q_BTNH, positions_BT, lengths_B, c.rope)
             k_BTKH = rope(k_BTKH, positions_BT, lengths_B, c.rope)
@@ -62,10 +59,18 @@ def projection(
     """x · W for all heads; parameters `name` [D, heads, head_dim] and `name`_bias."""
     shape = (x_BTD.shape[-1], heads, head_dim)
     weight = declare(module, name, shape, ("embed", head_axis, "head_dim"))
+    axes = (head_axis, "head_dim")
+    return project(x_BTD, weight, zeros(module, f"{name}_bias", shape[1:], axes) if bias else None)
+
+
+def project(
+    x_BTD: Float[Array, "B T D"],
+    weight: Float[Array, "D heads head_dim"],
+    bias: Float[Array, "heads head_dim"] | None,
+) -> Float[Array, "B T heads head_dim"]:
+    """x · W for all heads, plus the bias if there is one."""
     y = matmul(x_BTD, weight)
-    if bias:
-        y += zeros(module, f"{name}_bias", shape[1:], (head_axis, "head_dim"))[None, None]
-    return y
+    return y if bias is None else y + bias[None, None]
 
 
 def output(
@@ -97,6 +102,39 @@ def qk_norm(
         return x_BTNH
     rows = x_BTNH.reshape(*x_BTNH.shape[:2], -1, weight.shape[0])
     return rms_norm(rows, weight, config).reshape(x_BTNH.shape)
+
+
+def gqa_params(module: nn.Module, config: GQAConfig, width: int) -> dict[str, jax.Array]:
+    """Declares the parameters of `gqa_heads` for inputs of `width` numbers."""
+    params = {}
+    counts = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    for name, count in counts.items():
+        shape, axes = (count, config.head_dim), ("heads" if name == "q" else "kv", "head_dim")
+        params[name] = declare(module, name, (width, *shape), ("embed", *axes))
+        if config.qkv_bias:
+            params[f"{name}_bias"] = zeros(module, f"{name}_bias", shape, axes)
+    for name in "qk":
+        weight = qk_norm_weight(module, f"{name}_norm", counts[name], config)
+        if weight is not None:
+            params[f"{name}_norm"] = weight
+    return params
+
+
+def gqa_heads(
+    config: GQAConfig, params: Mapping[str, jax.Array], x_BTD: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries, keys and values of the attention input, with QK-norm and without RoPE.
+
+    Args:
+        params: q, k and v [D, heads, H], their biases q_bias, k_bias and v_bias [heads, H], and
+            the weights q_norm and k_norm, where the model has them.
+    """
+
+    def heads(name: str) -> jax.Array:
+        y = project(x_BTD, params[name], params[f"{name}_bias"] if config.qkv_bias else None)
+        return qk_norm(y, params.get(f"{name}_norm"), config.norm)
+
+    return heads("q"), heads("k"), heads("v")
 
 
 class EqualCacheAttention(nn.Module):
@@ -316,11 +354,8 @@ class DecoupledAttention(nn.Module):
         c, base = self.config, self.config.base
         N, K, H, L, R = base.num_heads, base.num_kv_heads, base.head_dim, c.rank, c.rope_dim
         with jax.named_scope("qkv"):
-            q_BTNH = projection(self, "q", x_BTD, N, H, "heads", base.qkv_bias)
-            k_BTKH = projection(self, "k", x_BTD, K, H, "kv", base.qkv_bias)
-            v_BTKH = projection(self, "v", x_BTD, K, H, "kv", base.qkv_bias)
-            q_BTNH = qk_norm(q_BTNH, qk_norm_weight(self, "q_norm", N, base), base.norm)
-            k_BTKH = qk_norm(k_BTKH, qk_norm_weight(self, "k_norm", K, base), base.norm)
+            params = gqa_params(self, base, x_BTD.shape[-1])
+            q_BTNH, k_BTKH, v_BTKH = gqa_heads(base, params, x_BTD)
             down = declare(self, "down", (2 * K * H, L + R), (None, "latent"))
             q_rope_NHR = declare(self, "q_rope", (N, H, R), ("heads", "head_dim", None), in_axis=1)
             k_up_LNH = declare(self, "k_up", (L, N, H), ("latent", "heads", "head_dim"))

@@ -163,6 +163,41 @@ def run_layer(
     return block_program(block, donate)(params, kind.pairs, x, positions, cache, rope_lengths)
 
 
+def text_positions(x: Float[Array, "B T ..."]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Positions 0 … T − 1 and lengths T of B texts without padding."""
+    B, T = x.shape[:2]
+    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    return at, jnp.full((B,), T, jnp.int32)
+
+
+def layer_output(kind: BlockKind, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The output of one layer for texts without padding, without a cache."""
+    at, lengths = text_positions(x)
+    return run_layer(kind, params, x, at, NoCache(), lengths)[0]
+
+
+def attention_input(block: Block, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The input of a block's attention: the block's input, normed where the model norms it."""
+    return rms_norm(x, params["attn_pre_norm"], block.norm) if block.pre_norm else x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attention_output(
+    block: Block, params: Any, pairs: Int[Array, " half"] | None, x: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """The output of a block's attention for texts without padding, before norm and residual sum.
+
+    Args:
+        block, params, pairs: as for `apply_block`.
+        x: the input of the block.
+    """
+    config = whole_block(block, pairs).layer.attention
+    at, lengths = text_positions(x)
+    attention = ATTENTION[type(config)](config, parent=None)
+    y = attention_input(block, params, x)
+    return attention.apply({"params": params["attn"]}, y, at, NoCache(), lengths)[0]
+
+
 class Transformer(nn.Module):
     """A causal language model; parameters are a plain nested dict, caches are arguments.
 
@@ -303,6 +338,15 @@ def check_tokens(tokens: Any) -> None:
             f"{tokens.dtype} {tokens.shape}" if hasattr(tokens, "dtype") else type(tokens).__name__
         )
         raise ValueError(f"got tokens {kind}, expected an integer array [B, T]")
+
+
+def embed(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"],
+) -> Float[Array, "B T D"]:
+    """Input embeddings of token ids; of `params` only the embedding is read."""
+    return embed_tokens(config, params["embedding"], jnp.asarray(tokens))
 
 
 def embed_tokens(

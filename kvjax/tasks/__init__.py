@@ -1,15 +1,15 @@
-"""Questions about long prompts that the project writes itself, and the scores of their answers.
+"""Synthetic tasks: long prompts with questions, short problems, and the scores of answers.
 
-Every generator takes a numpy Generator and a vocabulary and returns an `Example`: ids and spans.
-Those of short problems, `word_problems` and `programs`, return a `Problem`: text and its judge.
+`needle`, `two_hop` and `repeated_spans` are tasks of long prompts: `generate` takes a numpy
+Generator and a vocabulary, and returns an `Example`, token ids and spans. The generators of short
+problems, in `word_problems` and `programs`, return a `Problem`: a text and a judge of its answers.
 """
 
-from kvjax.tasks import families, needle, programs, repeated_spans, two_hop, word_problems
-from kvjax.tasks.perplexity import perplexity
-from kvjax.tasks.problem import Problem
-from kvjax.tasks.sets import make_examples
-from kvjax.tasks.teacher_forced import accuracy, predictions
-from kvjax.tasks.vocabulary import Vocabulary, WordVocabulary
+from kvjax.tasks import families, programs, word_problems
+from kvjax.tasks.prompt import Problem
+from kvjax.tasks.recall import make_examples, needle, repeated_spans, two_hop
+from kvjax.tasks.scoring import accuracy, perplexity, predictions
+from kvjax.tasks.words import Vocabulary, WordVocabulary
 from kvjax.text import exact_match, rouge1_recall, token_f1
 
 __all__ = [

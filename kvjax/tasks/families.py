@@ -1,4 +1,4 @@
-"""Families of problems as training and test data that share no query."""
+"""Families of short problems, as training and test data that have no query in common."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Callable
 import numpy as np
 
 from kvjax.tasks import programs, word_problems
-from kvjax.tasks.problem import Problem
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.prompt import Problem
+from kvjax.tasks.words import WordVocabulary
 
 FAMILIES: dict[str, tuple[Callable[..., Problem], tuple[int, ...]]] = {
     "word_problems": (word_problems.generate, (1, 2, 1, 2, 3)),
     "programs": (programs.generate, tuple(range(programs.COMMANDS[0], programs.COMMANDS[1] + 1))),
 }
-"""The generator of each family, and the difficulties that its data takes in turn."""
+"""The generator of each family, and the difficulties that its problems take in turn."""
 
 SPLITS = ("train", "test")
 TEST_SHARE = 8
-"""One query in so many belongs to the tests, whatever the seed."""
+"""One query in TEST_SHARE is a test query, with any seed."""
 
 
 def split_of(query: str) -> str:
-    """Which split a query belongs to: a checksum decides, so that no query is in both."""
+    """The split of a query. It depends on the text alone, so that no query is in both splits."""
     return SPLITS[zlib.crc32(query.encode()) % TEST_SHARE == 0]
 
 
@@ -34,10 +34,13 @@ def problems(
     split: str = "train",
     difficulties: tuple[int, ...] | None = None,
 ) -> list[Problem]:
-    """Different problems; more of them begin with the same ones.
+    """Problems with different queries. A larger `count` adds problems after the same first ones.
 
     Args:
-        difficulties: levels or numbers of commands, in turn; None for all of the family's.
+        family: a name in FAMILIES.
+        split: "train" or "test".
+        difficulties: levels or numbers of commands that the problems take in turn; None: those of
+            the family.
 
     Raises:
         ValueError: an unknown family or split.
@@ -47,9 +50,11 @@ def problems(
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     generate, every = FAMILIES[family]
+    # Each family and split has its own random numbers.
     rng = np.random.default_rng([seed, SPLITS.index(split), zlib.crc32(family.encode())])
     vocab, found = WordVocabulary(), {}
     turns = every if difficulties is None else difficulties
+    # Problems of the other split and repeated queries are thrown away.
     while len(found) < count:
         problem = generate(rng, vocab, turns[len(found) % len(turns)])
         if split_of(problem.query) == split:

@@ -1,7 +1,8 @@
 """Arithmetic word problems about ages, with the steps of their solution written out.
 
-Numbers are single tokens of 10 to 69. "over" adds, "under" subtracts, and a solution counts from
-the first number: in tens, and then what is left. Most numbers are ten from the word before them:
+Numbers are single tokens from 10 to 69. "over" adds and "under" subtracts. A solution counts from
+the first number in steps of ten, then adds the rest, so that most numbers are ten away from the
+number before them:
 
     mary is 14 years old . john is 23 years over mary . question : how old is john ? answer :
     → john is 23 over mary : 14 24 34 37 . 37
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvjax.tasks import words
-from kvjax.tasks.problem import Problem, fits
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.prompt import Problem, fits
+from kvjax.tasks.words import WordVocabulary
 
 LOW, HIGH = int(words.AGES[0]), int(words.AGES[-1])
 TENS = (10, 20, 30)
@@ -29,10 +30,10 @@ class Level:
     """How hard the problems of a level are.
 
     Attributes:
-        kinds: which of KINDS.
-        steps: what is added and subtracted.
-        differences: what is asked of "between".
-        distractors: how many further people there may be; with any, sentences are shuffled.
+        kinds: some of KINDS.
+        steps: the numbers that are added and subtracted.
+        differences: the answers of "between".
+        distractors: largest number of other people; with any, the sentences are shuffled.
     """
 
     kinds: tuple[str, ...]
@@ -50,7 +51,10 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class FinalNumber:
-    """Judges a solution by the number that stands alone at its end, a full stop aside."""
+    """A judge of solutions: whether a text ends with the number, as the only word of its sentence.
+
+    One full stop after the number is allowed.
+    """
 
     number: int
 
@@ -62,7 +66,7 @@ class FinalNumber:
 
 
 def generate(rng: np.random.Generator, vocab: WordVocabulary, level: int = 1) -> Problem:
-    """One problem; its answer is no number of the query, so that copying never solves it.
+    """One problem. Its answer is not a number in the query, so that copying never solves it.
 
     Args:
         level: 1 to 3, see LEVELS.
@@ -76,6 +80,7 @@ def generate(rng: np.random.Generator, vocab: WordVocabulary, level: int = 1) ->
     kind = kinds[rng.integers(len(kinds))]
     while True:
         problem = _draw(rng, kind, LEVELS[level])
+        # Other problems are drawn again.
         answer = problem.response.split()[-1]
         if fits(vocab, problem) and answer not in problem.query.split():
             return problem
@@ -98,12 +103,13 @@ def _draw(rng: np.random.Generator, kind: str, level: Level) -> Problem:
 
 
 def _ages(rng: np.random.Generator, kind: str, level: Level) -> tuple[list[int], list[int]]:
-    """Signed steps, and the ages before the first and after each of them."""
+    """Signed steps, and the ages before the first step and after each step."""
     count = 2 if kind == "chain" else 1
     while True:
         sizes = rng.choice(level.differences if kind == "between" else level.steps, count)
         signs = {"under": -1, "chain": rng.choice((-1, 1), count)}.get(kind, 1)
         offsets = np.cumsum([0, *(sizes * signs)])
+        # The first ages from which all ages have a token.
         low, high = LOW - offsets.min(), HIGH - offsets.max()
         if low <= high:
             ages = rng.integers(low, high + 1) + offsets
@@ -113,11 +119,12 @@ def _ages(rng: np.random.Generator, kind: str, level: Level) -> tuple[list[int],
 def _path(
     rng: np.random.Generator, names: Sequence[str], steps: list[int], ages: list[int]
 ) -> tuple[list[str], str, str]:
-    """From the first person's age to the last one's, step by step."""
+    """Facts, question and solution that lead from the first age to the last, step by step."""
     facts, solution = [_is_old(names[0], ages[0])], []
     for index, step in enumerate(steps):
         one, other = names[index + 1], names[index]
         size, side = abs(step), "over" if step > 0 else "under"
+        # A word that changes nothing: "over" and "under" decide.
         older = " older ," if step > 0 and rng.random() < 0.5 else ""
         facts.append(f"{one} is{older} {size} years {side} {other} .")
         solution.append(f"{one} is {size} {side} {other} : {_count(ages[index], step)} .")
@@ -127,7 +134,7 @@ def _path(
 def _together(
     rng: np.random.Generator, names: Sequence[str], one: int, other: int
 ) -> tuple[list[str], str, str]:
-    """The sum of two people's ages."""
+    """Facts, question and solution of a sum of two ages."""
     a, b = (one, other) if rng.random() < 0.5 else (other, one)
     facts = [_is_old(names[0], a), _is_old(names[1], b)]
     question = f"how old is {names[0]} and {names[1]} together ?"
@@ -137,7 +144,10 @@ def _together(
 def _between(
     rng: np.random.Generator, names: Sequence[str], ages: list[int]
 ) -> tuple[list[str], str, str]:
-    """The difference of two people's ages, the older one first in half of the questions."""
+    """Facts, question and solution of a difference of two ages.
+
+    The older person comes first in half of the questions.
+    """
     a, b = ages if rng.random() < 0.5 else ages[::-1]
     facts = [_is_old(names[0], a), _is_old(names[1], b)]
     question = f"what years is between {names[0]} and {names[1]} ?"
@@ -146,7 +156,7 @@ def _between(
 
 
 def _count(start: int, step: int) -> str:
-    """The numbers from `start` to `start + step`: tens first, then the rest."""
+    """The numbers from `start` to `start + step`, in tens as far as possible."""
     sign = 1 if step > 0 else -1
     stops = [*range(start, start + step, 10 * sign), start + step]
     return " ".join(map(str, stops))
@@ -155,7 +165,8 @@ def _count(start: int, step: int) -> str:
 def _distractors(
     rng: np.random.Generator, names: Sequence[str], most: int, ages: list[int]
 ) -> list[str]:
-    """Ages of one to `most` people that no question is about, unlike those that matter."""
+    """Sentences with ages of one to `most` other people; the ages differ from those asked about."""
+    # No other person has an age of the solution.
     free = [age for age in range(LOW, HIGH + 1) if age not in ages]
     count = int(rng.integers(1, most + 1)) if most else 0
     drawn = rng.choice(free, count, replace=False).tolist()

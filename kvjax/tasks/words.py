@@ -1,4 +1,20 @@
-"""The words of the tasks: written for this project, every one a single token of its vocabulary."""
+"""The words of the tasks, written for this project, and a vocabulary with one token for each word.
+
+`Vocabulary` is the interface that the tasks need of a tokenizer, and `WordVocabulary` is the
+tokenizer of the embedded model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
+
+from kvjax.text import ids_after
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -7,7 +23,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 PUNCTUATION = _split(". , : ? 's")
 
-# What facts and questions are made of.
+# The words of facts and questions.
 FUNCTION = _split(
     "the a of is and one favorite thing older between years old who what how question answer "
     "in on under near behind beside over"
@@ -22,8 +38,8 @@ NAMES = _split(
 
 AGES = tuple(str(age) for age in range(10, 70))
 
-# What a favorite thing is made of; apart from the filler, so that an answer can be found only
-# in its own sentence.
+# The words of favorite things. None is a word of the filler, so that an answer can be found in its
+# own sentence only.
 THINGS = _split(
     "lantern violin copper saddle amber compass velvet anchor ribbon marble candle feather mirror "
     "barrel carpet walnut hammer pepper silver needle parcel button ladder cradle goblet turnip "
@@ -82,3 +98,125 @@ ALL = (
     *FILLER_ADVERBS,
 )
 """Every token, in the order of the ids."""
+
+SPLIT = r"<[a-z]+>|'s|\w+|[^\w\s]"
+"""Words, possessive endings, single punctuation marks."""
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """Encodes a piece of text without special tokens, independently of the text around it."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The first token of every prompt; None for models without such a token."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """V."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class WordVocabulary:
+    """A vocabulary of words: one id for each word, with spaces between words.
+
+    Attributes:
+        tokens: all tokens in the order of their ids; the first four are pad, bos, eos, unknown.
+
+    Raises:
+        ValueError: a token that occurs twice, or other tokens at the start.
+    """
+
+    tokens: tuple[str, ...] = ALL
+    _ids: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(ids) != len(self.tokens):
+            twice = sorted({token for token in self.tokens if self.tokens.count(token) > 1})
+            raise ValueError(f"tokens stand twice in the vocabulary: {', '.join(twice)}")
+        if self.tokens[:4] != SPECIAL:
+            raise ValueError(f"got first tokens {self.tokens[:4]}, expected {SPECIAL}")
+        object.__setattr__(self, "_ids", ids)
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    unknown_id = 3
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the space-separated words of `text`; unknown words get `unknown_id`."""
+        return [self._ids.get(word, self.unknown_id) for word in text.split()]
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """The words, joined by spaces."""
+        return " ".join(self.tokens[index] for index in ids)
+
+
+@dataclass(frozen=True)
+class TokenizerVocabulary:
+    """Adapts a tokenizer of transformers to `Vocabulary`."""
+
+    tokenizer: Any
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that starts a prompt, if the tokenizer has one."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of text as it stands within a sentence: after a space."""
+        return ids_after(self.tokenizer, f" {text}")
+
+    @functools.cached_property
+    def ordinary_ids(self) -> list[int]:
+        """All ids except those of special and added tokens."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return [index for index in range(self.size) if index not in special]
+
+
+def to_transformers(vocab: WordVocabulary, max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers with the words and ids of `vocab`.
+
+    It makes text lower-case, and starts every encoded text with <bos>.
+
+    Args:
+        max_length: the context length of the model.
+    """
+    # Imported here because the import is slow, and most users of this module generate ids only.
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, eos, unknown = vocab.tokens[:4]
+    ids = {token: index for index, token in enumerate(vocab.tokens)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, vocab.bos_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        padding_side="right",
+        model_max_length=max_length,
+    )

@@ -1,9 +1,10 @@
-"""rope_dim and rank of every layer at a fixed total, chosen by what the model's loss says."""
+"""rope_dim and rank of every layer at a fixed total cache, chosen by the loss of the model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,17 +12,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.checks import COUNT, OVERFLOW, SIZE, check_params, check_ranges, token_ids
-from kvjax.config import GQAConfig, LayerConfig, RopeConfig, SelectedPairs
+from kvjax.config import LayerConfig
 from kvjax.feeding import next_token_losses
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import output_params
+from kvjax.nn.transformer import block_kind, embed, layer_output, output_params
 from kvjax.transmla import rotary
-from kvjax.transmla.calibration import Stats, embed
-from kvjax.transmla.latent_layer import LatentLayer, over_heads
-from kvjax.transmla.layer import gqa_layers, run_block
-from kvjax.transmla.recipe import BEST, Recipe, close, published
-from kvjax.transmla.size_groups import few_sizes
-from kvjax.transmla.sizes import Sizes, checked_stats, layer_sizes
+from kvjax.transmla.calibration import Stats
+from kvjax.transmla.closed_form import BEST, Recipe, close, published
+from kvjax.transmla.latent_layer import over_heads, padded
+from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.sizes import Sizes, checked_stats, components, layer_sizes
+
+MOST = 3
+"""Different sizes (rank and rope_dim) in a model: each is a kind of layer with its own programs."""
+
+Changes = dict[int, Sizes]
+"""New sizes of some layers."""
 
 
 def allocate_sizes(
@@ -38,25 +44,26 @@ def allocate_sizes(
 ) -> tuple[list[int], list[int]]:
     """Ranks and rope_dims of all layers whose mean cache is at most kv_rank + rope_dim numbers.
 
-    Starts with the same in every layer. A round lets every layer trade rank against rope_dim,
-    and then moves `step` numbers from the layer that misses them least to the one that gains
-    most; every change is measured as the loss of the whole converted model (in closed form) on
-    `tokens`, and kept if that falls. Ends when nothing does, or after `rounds`.
+    The search starts with the same sizes in every layer. A round lets every layer trade rank
+    against rope_dim, and then moves `step` numbers from the layer that loses least without them to
+    the layer that gains most. Each change is measured as the loss of the whole converted model (in
+    closed form) on `tokens`, and kept if it lowers the loss. The search ends when a round lowers
+    nothing, or after `rounds`.
 
-    Then sizes are made alike until at most three remain, because each is a kind of layer with
-    compiled programs of its own. Two sizes become one at a time, those for which the loss is least
-    and no more is held in all: see `few_sizes`.
+    Then pairs of sizes are merged until at most three are left (see `few_sizes`): each size is a
+    kind of layer that compiles its own programs.
 
     Args:
+        kv_rank, rope_dim: the mean over the layers, and the sizes that the search starts with.
         stats: from `calibrate`, on other text than `tokens`.
-        tokens: int32, the text that decides; never the text that results are reported on.
+        tokens: int32, the text on which the loss is measured. Report results on other text.
         step: granularity of ranks and rope_dims, even; 64 or 128 suits kernels.
 
     Returns:
-        kv_rank and rope_dim for `convert`.
+        kv_rank and rope_dim for `to_decoupled`.
 
     Raises:
-        ValueError: an odd step, or what `convert` would refuse.
+        ValueError: an odd step, or sizes that `to_decoupled` would refuse.
     """
     check_ranges({"step": step, "rounds": rounds}, {"step": COUNT, "rounds": SIZE})
     if step % 2:
@@ -87,11 +94,11 @@ def choose_rope_dim(
     candidates: Sequence[int],
     recipe: Recipe = BEST,
 ) -> int:
-    """The rope_dim, of a cache of `cache` numbers a token and layer, with the least loss.
+    """The rope_dim with the least loss in a cache of `cache` numbers a token and layer.
 
     Args:
         stats, tokens, recipe: as of `allocate_sizes`.
-        candidates: rope_dims to try; the rank is what they leave of the cache.
+        candidates: rope_dims to try; the rank is the rest of the cache.
     """
     stats = checked_stats(model, stats)
     bases = gqa_layers(model)
@@ -132,7 +139,8 @@ def choose_fold(
 
 
 def _transfers(trial: _Trial, step: int) -> Iterator[dict[int, Sizes]]:
-    """`step` numbers from the three layers that miss them least to the one that gains most."""
+    """Changes that take `step` numbers from one of the three layers that lose least without them,
+    and give them to the layer that gains most."""
     layers = range(len(trial.sizes))
 
     def best(layer: int, sign: int) -> tuple[float, int, Sizes] | None:
@@ -147,11 +155,76 @@ def _transfers(trial: _Trial, step: int) -> Iterator[dict[int, Sizes]]:
             yield {receiver: larger, donor: smaller}
 
 
-class _Trial:
-    """The converted model with the present sizes, its hidden states, and its loss.
+def few_sizes(
+    sizes: Sequence[Sizes],
+    step: int,
+    possible: Callable[[int, Sizes], bool],
+    measure: Callable[[Mapping[int, Sizes]], float],
+    most: int = MOST,
+) -> list[Sizes]:
+    """Merges sizes until at most `most` different ones are left; the total cache does not grow.
 
-    All layers have the shapes of the largest possible latent and rotary key, zeros where a size is
-    smaller: no size compiles anything.
+    Every step merges the two sizes whose merger costs the least loss.
+
+    Args:
+        sizes: the size of every layer; they differ by multiples of `step`.
+        possible: whether a layer can have a size.
+        measure: the loss when some layers have other sizes than `sizes` says.
+
+    Returns:
+        The new size of every layer. More than `most` sizes are left only if layers have no possible
+        size in common.
+    """
+    sizes, changes = list(sizes), Changes()
+    while len(groups(sizes)) > most:
+        choices = [
+            merger
+            for merger in mergers(sizes, step)
+            if all(possible(layer, size) for layer, size in merger.items())
+        ]
+        if not choices:
+            break
+        best = min(choices, key=lambda choice: measure(changes | choice))
+        changes |= best
+        for layer, size in best.items():
+            sizes[layer] = size
+    return sizes
+
+
+def groups(sizes: Sequence[Sizes]) -> dict[tuple[int, int], list[int]]:
+    """The layers of each rank and rope_dim."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for layer, size in enumerate(sizes):
+        found.setdefault((size.rank, size.rope_dim), []).append(layer)
+    return found
+
+
+def mergers(sizes: Sequence[Sizes], step: int) -> Iterator[Changes]:
+    """Every way to merge two sizes.
+
+    The layers of both get the mean cache of all of them, rounded down to a multiple of the step,
+    with a rope_dim from the smaller to the larger of the two.
+    """
+    for first, second in itertools.combinations(groups(sizes).items(), 2):
+        (rank, rope), ours = first
+        (other_rank, other_rope), theirs = second
+        total = len(ours) * (rank + rope) + len(theirs) * (other_rank + other_rope)
+        steps = (total // (len(ours) + len(theirs)) - rank - rope) // step
+        low, high = sorted((rope, other_rope))
+        for width in range(low, high + 1, step):
+            size = (rank + rope + steps * step - width, width)
+            yield {
+                layer: dataclasses.replace(sizes[layer], rank=size[0], rope_dim=size[1])
+                for layer in (*ours, *theirs)
+                if (sizes[layer].rank, sizes[layer].rope_dim) != size
+            }
+
+
+class _Trial:
+    """The converted model with the sizes chosen so far, its hidden states, and its loss.
+
+    Every layer is padded with zeros to the largest possible latent and rotary key, so that no size
+    compiles a new program.
     """
 
     def __init__(
@@ -167,7 +240,7 @@ class _Trial:
         self.tokens = token_ids(tokens, model.config.vocab_size, "tokens")
         self.sizes = list(sizes)
         self.layers = [self._convert(index, size) for index, size in enumerate(sizes)]
-        self.hidden = [embed(model, params, tokens)]
+        self.hidden = [embed(model.config, params, tokens)]
         self.hidden += self._run(0, {})
         self.loss = self._loss(self.hidden[-1])
         if not np.isfinite(self.loss):
@@ -175,7 +248,7 @@ class _Trial:
             raise ValueError(f"the converted model's loss is {self.loss}: {OVERFLOW}")
 
     def moves(self, layer: int, changes: Sequence[tuple[int, int]]) -> list[Sizes]:
-        """The sizes that differ by (rank, rope_dim) and are possible."""
+        """The possible sizes of a layer after changes of (rank, rope_dim)."""
         now = self.sizes[layer]
         moved = [
             dataclasses.replace(now, rank=now.rank + rank, rope_dim=now.rope_dim + rope)
@@ -184,10 +257,8 @@ class _Trial:
         return [size for size in moved if self.possible(layer, size)]
 
     def possible(self, layer: int, size: Sizes) -> bool:
-        """Whether the layer's keys and values have as much."""
-        base = gqa_layers(self.model)[layer]
-        turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
-        whole = 2 * base.num_kv_heads * base.head_dim
+        """Whether the keys and values of a layer have enough components for a size."""
+        whole, turning = components(gqa_layers(self.model)[layer])
         return 0 <= size.rope_dim <= turning and 1 <= size.rank <= whole - size.rope_dim
 
     def measure(self, changes: Mapping[int, Sizes]) -> float:
@@ -196,13 +267,14 @@ class _Trial:
         return self._loss(self._run(min(layers), layers)[-1])
 
     def keep_best(self, choices: Sequence[Mapping[int, Sizes]]) -> None:
-        """Takes over the best of the changes if it lowers the loss."""
+        """Makes the change with the least loss, if it lowers the loss."""
         measured = [(self.measure(choice), index) for index, choice in enumerate(choices)]
         loss, index = min(measured, default=(self.loss, -1))
         if loss >= self.loss:
             return
         for layer, size in choices[index].items():
             self.sizes[layer], self.layers[layer] = size, self._convert(layer, size)
+        # Layers before the first changed one keep their hidden states.
         first = min(choices[index])
         self.hidden[first + 1 :] = self._run(first, {})
         self.loss = loss
@@ -215,11 +287,11 @@ class _Trial:
         return LayerConfig(config, self.model.config.layers[index].mlp), {**own, "attn": attn}
 
     def _run(self, first: int, changed: Mapping[int, Any]) -> list[jax.Array]:
-        """Outputs of all layers from `first` on."""
+        """The outputs of all layers from `first` to the last."""
         outputs, x = [], self.hidden[first]
         for index in range(first, len(self.layers)):
             layer, params = changed.get(index, self.layers[index])
-            x = run_block(self.model.config, layer, params, x)
+            x = layer_output(block_kind(self.model.config, layer), params, x)
             outputs.append(x)
         return outputs
 
@@ -227,46 +299,4 @@ class _Trial:
         top = {name: self.params[name] for name in output_params(self.model.config)}
         losses = next_token_losses(self.model, top, hidden, self.tokens)
         loss = float(np.mean(np.asarray(losses)))
-        return loss if np.isfinite(loss) else np.inf  # NaN is smaller than nothing, and no choice
-
-
-def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
-    """The same attention with a latent and a rotary key as wide as the keys and values allow."""
-    width = 2 * base.num_kv_heads * base.head_dim
-    down, k_up, v_up = (_grow(x, axis, width) for x, axis in _latent_axes(layer))
-    grown = dataclasses.replace(layer, down=down, k_up=k_up, v_up=v_up)
-    if base.rope is None:
-        return grown
-    K, half = base.num_kv_heads, base.rope.dim // 2
-    pairs = np.repeat(np.arange(half), K)
-    taken, slots = np.zeros(half, int), []
-    for pair in rotating_pairs(layer):
-        slots.append(pair * K + taken[pair])
-        taken[pair] += 1
-    columns = np.concatenate([slots, half * K + np.asarray(slots)]).astype(int)
-    rope = RopeConfig(2 * half * K, scaling=SelectedPairs(base.rope, tuple(map(int, pairs))))
-
-    def spread(matrix: np.ndarray) -> np.ndarray:
-        wide = np.zeros((*matrix.shape[:-1], rope.dim))
-        wide[..., columns] = matrix
-        return wide
-
-    key, query = spread(layer.key_rope), spread(layer.query_rope)
-    return dataclasses.replace(grown, key_rope=key, query_rope=query, rope=rope)
-
-
-def rotating_pairs(layer: LatentLayer) -> tuple[int, ...]:
-    """The frequency of each rotating component, an index into those of the original RoPE."""
-    if layer.rope is None:
-        return ()
-    assert isinstance(layer.rope.scaling, SelectedPairs)
-    return layer.rope.scaling.pairs
-
-
-def _latent_axes(layer: LatentLayer) -> list[tuple[np.ndarray, int]]:
-    return [(layer.down, 1), (layer.k_up, 0), (layer.v_up, 0)]
-
-
-def _grow(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-    pad = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
-    return np.pad(x, pad)
+        return loss if np.isfinite(loss) else np.inf  # min() might choose NaN

@@ -1,4 +1,8 @@
-"""Second moments of a model's keys, values and queries on some text, in one streaming pass."""
+"""Second moments of the keys, values and queries of a model on a text, in one streaming pass.
+
+The closed form of `to_decoupled` needs nothing else of the text; its least squares read the token
+ids, which are kept too.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +24,24 @@ from kvjax.config import GQAConfig
 from kvjax.identity import identity
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, block_kind, embed_tokens
+from kvjax.nn.transformer import Block, attention_input, block_kinds, embed, layer_output
 from kvjax.paths import local_path
-from kvjax.transmla.layer import (
-    Heads,
-    attention_input,
-    attention_weights,
-    gqa_layers,
-    gqa_of,
-    run_block,
-    scores,
-)
+from kvjax.transmla.layer import Heads, attention_weights, gqa_layers, gqa_of, scores
 
-QUERY_ROWS = 128  # queries whose attention over all keys exists at a time
-FORMAT = 2  # 1 did not say whose moments they are
+QUERY_ROWS = 128  # queries whose attention over all keys is in memory at a time
+FORMAT = 2  # files of format 1 do not name the model
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Means over the calibration tokens of one layer; fp64. Keys are normed and not rotated.
+    """Means over the calibration tokens of one layer; fp64. Keys have QK-norm, but no RoPE.
 
     Attributes:
         kv_mean: E[x] [2·K·H] of x = [k of all KV heads ; v of all KV heads].
         kv_second: E[xᵀx] [2·K·H, 2·K·H].
         q_second: E[qᵀq] [N, H, H] of every query head.
-        distance: [T] share of the attention at every distance.
-        input_second: E[yᵀy] [D, D] of the attention's input; None unless it was asked for.
+        distance: [T] share of the attention at every distance between query and key.
+        input_second: E[yᵀy] [D, D] of the input of the attention; None unless requested.
     """
 
     kv_mean: Float[np.ndarray, " X"]
@@ -57,12 +53,12 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """What `convert(method="decoupled")` needs to know.
+    """A calibration: the moments of every layer and the text, for `to_decoupled`.
 
     Attributes:
-        layers: one entry a layer.
-        tokens: int32 [S, T], the calibration text: refits replay it.
-        model: digest of the model's identity, where `calibrate` was given a file; else "".
+        layers: one entry for each layer.
+        tokens: int32 [S, T], the calibration text, which the least squares read again.
+        model: digest of the identity of the model if `calibrate` wrote a file; else "".
     """
 
     layers: tuple[LayerStats, ...]
@@ -88,10 +84,10 @@ class Stats:
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            ValueError: another file, a URL, or moments that hold NaN.
+            ValueError: a file of another kind, a URL, or moments that hold NaN.
         """
         path = local_path(path, "the calibration")
         try:
@@ -121,23 +117,25 @@ def calibrate(
     input_moments: bool = False,
     resume: str | Path | None = None,
 ) -> Stats:
-    """Moments per layer over a stream of token batches; nothing else of a batch is kept.
+    """Measures the moments of every layer over a stream of token batches.
 
-    Products are accumulated on the device in fp32 at full precision, batch after batch in fp64 on
-    the host: memory is O(L·(2·K·H)²) plus the token ids.
+    The products of a batch are summed on the device in fp32 at full precision, and those of all
+    batches on the host in fp64. Memory is O(L·(2·K·H)²) plus the token ids.
+
+    >>> stats = calibrate(model, params, batches)
 
     Args:
         model: with GQA in every layer.
         batches: int32 [B, T] without padding, the same T in all.
-        input_moments: keep E[yᵀy] of the attention's input too, which `q_rank` needs.
-        resume: a file that keeps the state after every batch; an interrupted run that is given
-            the same batches goes on where it stopped.
+        input_moments: measure E[yᵀy] of the input of the attention too, which `q_rank` needs.
+        resume: a file that keeps the state after every batch. A run that was interrupted continues
+            there if it gets the same batches.
 
     Raises:
-        ValueError: no batch, batches of different lengths or with ids that the model does not
-            have, layers without GQA, a `resume` that is a URL or a file of other batches or of
-            another model, or moments that are not finite: names the weight, or the layer whose
-            activations overflow.
+        ValueError: no batch; batches of different lengths or with ids that the model does not
+            have; layers without GQA; a `resume` that is a URL, or a file of other batches or of
+            another model; moments that are not finite (the error names the weight, or the layer
+            whose activations overflow).
     """
     gqa_layers(model)  # raises ValueError for others
     owner = ""
@@ -152,6 +150,7 @@ def calibrate(
     rows = 0
     for batch in batches:
         tokens = _checked(model, batch, state)
+        # Batches that the file has already are compared, not measured again.
         start, rows = rows, rows + len(tokens)
         if state is not None and start < len(state.tokens):
             if not np.array_equal(state.tokens[start:rows], tokens):
@@ -166,13 +165,6 @@ def calibrate(
     if len(state.tokens) != rows:
         raise ValueError(f"{resume} holds {len(state.tokens)} sequences, the batches have {rows}")
     return state
-
-
-def embed(
-    model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "B T"]
-) -> jax.Array:
-    """Input embeddings [B, T, D] of the model."""
-    return embed_tokens(model.config, params["embedding"], jnp.asarray(tokens))
 
 
 def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:
@@ -192,15 +184,15 @@ def _observe_batch(
     tokens: Int[np.ndarray, "B T"],
     input_moments: bool,
 ) -> Stats:
-    """The moments of one batch alone."""
+    """The moments of one batch."""
     embedding = {"embedding": on_automatic_mesh(params["embedding"])}
-    x, layers = embed(model, embedding, tokens), []
-    for index, layer in enumerate(model.config.layers):
+    x, layers = embed(model.config, embedding, tokens), []
+    for index, kind in enumerate(block_kinds(model.config)):
         own = on_automatic_mesh(params[f"layers_{index}"])
-        moments = observe(block_kind(model.config, layer).block, own, x, input_moments)
+        moments = observe(kind.block, own, x, input_moments)
         check_moments(moments, index, params)
         layers.append(moments)
-        x = run_block(model.config, layer, own, x)
+        x = layer_output(kind, own, x)
     return Stats(tuple(layers), tokens)
 
 
@@ -210,24 +202,30 @@ def observe(
     x: Float[Array, "B T D"],
     input_moments: bool = False,
 ) -> LayerStats:
-    """The moments of one layer on its input, before the norm."""
+    """The moments of one layer.
+
+    Args:
+        block, params: the layer.
+        x: the input of the block, before its norm.
+        input_moments: as in `calibrate`.
+    """
     sums = _moments(block, input_moments, params, x)
     tokens = x.shape[0] * x.shape[1]
     means = {name: np.asarray(value, np.float64) / tokens for name, value in sums.items()}
-    # Every query of every head gives away one unit of attention.
+    # The attention of every query of every head sums to 1.
     means["distance"] /= gqa_of(block).num_heads
     return LayerStats(**means)
 
 
 def check_moments(moments: LayerStats, index: int, params: Mapping[str, Any]) -> None:
-    """Refuses moments that are not finite.
+    """Checks that the moments of a layer are finite.
 
     Args:
-        index: of the layer.
-        params: of the model; they are looked at where the moments are bad.
+        index: number of the layer.
+        params: of the model; searched for NaN if the moments are not finite.
 
     Raises:
-        ValueError: names the first weight that holds NaN; without one, the layer and the moment.
+        ValueError: names the first weight that holds NaN or, without one, the layer and the moment.
     """
     name = first_not_finite(vars(moments))
     if name is not None:
@@ -236,7 +234,7 @@ def check_moments(moments: LayerStats, index: int, params: Mapping[str, Any]) ->
 
 
 def merge(old: LayerStats, new: LayerStats, share: float) -> LayerStats:
-    """The moments of both, `share` of the tokens being those of `new`."""
+    """The moments over the tokens of both; `share` is the share of tokens in `new`."""
     names = [f.name for f in dataclasses.fields(LayerStats) if getattr(new, f.name) is not None]
     mixed = {n: (1 - share) * getattr(old, n) + share * getattr(new, n) for n in names}
     return LayerStats(**mixed)
@@ -249,7 +247,7 @@ def _moments(
     params: dict[str, Any],
     x: Float[Array, "B T D"],
 ) -> dict[str, jax.Array]:
-    """Sums over the tokens, fp32; named as in `LayerStats`."""
+    """Sums over the tokens, in fp32, with the names of `LayerStats`."""
     heads, base = Heads.of(block, params, x), gqa_of(block)
     kv = jnp.concatenate([heads.k, heads.v], axis=2).astype(jnp.float32)
     kv = kv.reshape(-1, 2 * base.num_kv_heads * base.head_dim)
@@ -267,12 +265,12 @@ def _moments(
 
 
 def _product(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    # The default precision of TPUs and TF32 would round the factors to 8 or 10 bits.
+    # The default on TPUs and GPUs rounds the factors to 8 or 10 bits (bfloat16, TF32).
     return jnp.einsum(pattern, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _distances(heads: Heads, base: GQAConfig) -> Float[Array, " T"]:
-    """[T] attention at every distance between query and key, summed over queries and heads."""
+    """Attention at every distance between query and key, summed over queries and heads."""
     T = heads.q.shape[1]
     rows = min(QUERY_ROWS, T)
 
@@ -281,7 +279,7 @@ def _distances(heads: Heads, base: GQAConfig) -> Float[Array, " T"]:
         at = start + jnp.arange(rows, dtype=jnp.int32)
         q = jax.lax.dynamic_slice_in_dim(heads.q, start, rows, 1)
         weights = attention_weights(scores(q, heads.k, base.scale), at, base)
-        # The last tile may reach back into the one before it.
+        # The last tile overlaps the one before it; queries that were counted count as 0.
         fresh = (at >= tile * rows)[:, None].astype(jnp.float32)
         mass = jnp.sum(weights, axis=(0, 1)) * fresh
         distance = at[:, None] - jnp.arange(T, dtype=jnp.int32)[None]
@@ -291,7 +289,7 @@ def _distances(heads: Heads, base: GQAConfig) -> Float[Array, " T"]:
 
 
 def _add(old: Stats | None, new: Stats) -> Stats:
-    """The moments of both, weighted by their tokens."""
+    """The calibration on the texts of both."""
     if old is None:
         return new
     share = new.tokens.size / (old.tokens.size + new.tokens.size)

@@ -1,4 +1,8 @@
-"""GQA → multi-head latent attention with a smaller cache (TransMLA v3 to v5, arXiv 2502.07864)."""
+"""GQA → multi-head latent attention with a smaller cache (TransMLA v3 to v5, arXiv 2502.07864).
+
+`to_decoupled` converts a model in memory. `decouple_layers` converts one layer after the other, for
+checkpoints that are read and written a layer at a time; both give the same parameters.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,20 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.checks import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
-from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, block_kind
-from kvjax.transmla.calibration import (
-    LayerStats,
-    Stats,
-    check_moments,
+from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.nn.transformer import (
+    Block,
+    Transformer,
+    attention_output,
+    block_kind,
     embed,
-    merge,
-    observe,
+    layer_output,
 )
-from kvjax.transmla.latent_layer import LatentLayer, folded, low_rank_query, over_heads
-from kvjax.transmla.layer import attention_output, gqa_layers, run_block
-from kvjax.transmla.recipe import BEST, Recipe, close
+from kvjax.transmla.calibration import LayerStats, Stats, check_moments, merge, observe
+from kvjax.transmla.closed_form import BEST, Recipe, close
+from kvjax.transmla.latent_layer import LatentLayer, folded, over_heads
+from kvjax.transmla.layer import gqa_layers, with_attention
+from kvjax.transmla.low_rank import low_rank_query
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_scores import refit_scores
 from kvjax.transmla.sizes import (
@@ -37,45 +42,17 @@ from kvjax.transmla.sizes import (
     layer_sizes,
 )
 
-REPLAY = 8  # sequences that are calibrated on, or go through a layer, at a time
-LAYOUTS = {"fold": folded, "post": over_heads}
-"""mode → layout of the converted layer."""
-
-
-def settle(
-    model: Transformer,
-    tokens: Int[np.ndarray, "S T"],
-    kv_rank: int | Sequence[int],
-    rope_dim: int | Sequence[int],
-    v_head_dim: int | None,
-    exportable: bool,
-    mode: str,
-    recipe: Recipe,
-) -> tuple[list[Sizes], Recipe, str]:
-    """Sizes, recipe and mode of a conversion, checked before anything is computed.
-
-    Raises:
-        ValueError: as `decoupled`.
-    """
-    bases = gqa_layers(model)
-    if mode != "auto" and mode not in LAYOUTS:
-        raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(LAYOUTS)}")
-    if v_head_dim is not None and not recipe.refit:
-        raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
-    if exportable:
-        recipe = exportable_recipe(recipe, bases, rope_dim)
-        mode = "fold" if mode == "auto" else mode
-    if mode == "fold" and any(base.qk_norm is not None for base in bases):
-        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
-    return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
+REPLAY = 8  # sequences that pass through a layer at a time
+MODES = {"fold": folded, "post": over_heads}
+"""mode → the function that makes config and parameters of a converted layer."""
 
 
 class Streams(NamedTuple):
-    """The calibration text in front of a layer: residual streams [S, T, D].
+    """The residual streams [S, T, D] of the calibration text in front of a layer.
 
     Attributes:
         original: in the original model.
-        converted: behind the layers that are converted already.
+        converted: in the model whose earlier layers are converted.
     """
 
     original: jax.Array
@@ -87,13 +64,14 @@ class ConvertedLayer:
     """One layer after each step of its conversion.
 
     Attributes:
-        index: which layer.
-        source: its parameters before.
-        streams: behind it; they are moved on where the recipe or the moments need them.
-        partial_rope: RoPE on fewer components, all of the rank.
-        low_rank: the latent cut to its rank.
+        index: number of the layer.
+        source: the parameters of the original layer.
+        streams: the streams behind the layer. A stream that neither the recipe nor the moments need
+            stays as it was.
+        partial_rope: after partial RoPE, with the full rank.
+        low_rank: after the joint PCA, with the latent cut to its rank.
         final: after the least squares.
-        layout: config and parameters of a step, in the dtype of the source.
+        attention: makes config and parameters of one of these steps, in the dtype of the source.
     """
 
     index: int
@@ -102,14 +80,15 @@ class ConvertedLayer:
     partial_rope: LatentLayer
     low_rank: LatentLayer
     final: LatentLayer
-    layout: Callable[[LatentLayer], tuple[AttentionConfig, dict[str, Any]]]
+    attention: Callable[[LatentLayer], tuple[AttentionConfig, dict[str, Any]]]
 
 
-def decoupled(
+@automatic_axes()
+def to_decoupled(
     model: Transformer,
     params: Mapping[str, Any],
+    stats: Stats,
     *,
-    stats: Stats | None = None,
     kv_rank: int | Sequence[int] = 448,
     rope_dim: int | Sequence[int] = 128,
     v_head_dim: int | None = None,
@@ -124,51 +103,90 @@ def decoupled(
     Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
     on the calibration text. docs/decoupled.md has the method and its measurements.
 
+    >>> mla_model, mla_params = to_decoupled(model, params, stats, kv_rank=448, rope_dim=128)
+
     Args:
-        stats: from `calibrate`, on text like that which the model shall read.
-        kv_rank, rope_dim: widths of the latent and of the rotary key, one for all layers or one a
-            layer. rope_dim counts where a layer has RoPE; layers without it have none.
+        model: with GQA in every layer.
+        params: of `model`. On a mesh, the result is placed on the same mesh.
+        stats: from `calibrate`, on text of the kind that the model will read.
+        kv_rank, rope_dim: widths of the latent and of the rotary key, one number for all layers or
+            one for each. Layers without RoPE have no rotary key, whatever rope_dim is.
         v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
-            a larger one is a better fit, at the cost of larger v_up and o. Needs a recipe that
+            a larger width fits better, at the cost of larger v_up and o. Needs a recipe that
             refits.
         q_rank: rank of the query projection (PCA of the queries); None: full. Needs folded layers
-            and `calibrate(…, input_moments=True)`. It saves weights, no cache.
-        exportable: keep to what the DeepSeek-V3 layout can express: one rotating component for
-            each of rope_dim / 2 evenly spaced frequencies, in folded form.
-        mode: "fold" multiplies the maps into the projections (MLA proper), "post" keeps the
-            projections and norms of GQA before them; "auto" folds unless keys are normed.
-        recipe: see `Recipe`.
+            and `calibrate(…, input_moments=True)`. It makes the weights smaller, not the cache.
+        exportable: use only what the DeepSeek-V3 layout can express: folded layers with one
+            rotating component for each of rope_dim / 2 evenly spaced frequencies.
+        mode: "fold" multiplies the maps into the projections (MLA proper). "post" keeps the
+            projections and norms of GQA and applies the maps after them. "auto" folds layers
+            without QK-norm.
+        recipe: the steps of the conversion, see `Recipe`.
         progress: called after every layer.
 
     Returns:
-        The converted model and its parameters, in the dtype of the source; all that is not
-        attention is shared with it.
+        The converted model and its parameters, in the dtype of the source. Parameters outside of
+        the attention are shared with `params`.
 
     Raises:
-        ValueError: sizes that the model or the calibration cannot serve, no stats, or stats of
-            another model.
+        ValueError: sizes that the model or the calibration cannot serve, stats of another model,
+            or weights that hold NaN, before or after.
     """
+    params = on_automatic_mesh(params)
+    check_params(params)
     stats = checked_stats(model, stats)
     sizes, recipe, mode = settle(
         model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
-    new, configs = dict(params), []
-    x = embed(model, params, stats.tokens)
-    for converted in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
-        config, attn = converted.layout(converted.final)
+    converted = []
+    x = embed(model.config, params, stats.tokens)
+    for layer in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
+        config, attn = layer.attention(layer.final)
         if q_rank is not None:
             assert isinstance(config, MLAConfig)
-            second = stats.layers[converted.index].input_second
+            second = stats.layers[layer.index].input_second
             assert second is not None
             config, attn = low_rank_query(config, attn, q_rank, second)
-        configs.append(config)
-        name = f"layers_{converted.index}"
-        new[name] = {**converted.source, "attn": attn}
+        converted.append((config, attn))
         if progress is not None:
-            progress(converted)
-    return Transformer(model.config.with_attention(tuple(configs))), new
+            progress(layer)
+    return with_attention(model, params, converted)
+
+
+def settle(
+    model: Transformer,
+    tokens: Int[np.ndarray, "S T"],
+    kv_rank: int | Sequence[int],
+    rope_dim: int | Sequence[int],
+    v_head_dim: int | None,
+    exportable: bool,
+    mode: str,
+    recipe: Recipe,
+) -> tuple[list[Sizes], Recipe, str]:
+    """Checks the arguments of a conversion before anything is computed.
+
+    Args:
+        tokens: the calibration text; the other arguments are those of `to_decoupled`.
+
+    Returns:
+        The sizes of every layer, the recipe and the mode to use.
+
+    Raises:
+        ValueError: sizes, recipe and mode that do not fit together, or do not fit the model.
+    """
+    bases = gqa_layers(model)
+    if mode != "auto" and mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(MODES)}")
+    if v_head_dim is not None and not recipe.refit:
+        raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
+    if exportable:
+        recipe = exportable_recipe(recipe, bases, rope_dim)
+        mode = "fold" if mode == "auto" else mode
+    if mode == "fold" and any(base.qk_norm is not None for base in bases):
+        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
+    return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
 
 
 def decouple_layers(
@@ -181,15 +199,17 @@ def decouple_layers(
     streams: Streams,
     first: int = 0,
 ) -> Iterator[ConvertedLayer]:
-    """Converts one layer after the other; each is read when its turn comes, and then let go.
+    """Converts one layer after the other; the parameters of one layer exist at a time.
 
-    With a recipe that refits, the calibration text runs through the original and the converted
-    layers side by side: the residual streams are what is held.
+    With a recipe that refits, the calibration text passes through the original and the converted
+    layers side by side, and the residual streams of both are kept.
 
     Args:
-        stats: None: the moments of each layer are taken from its stream, `REPLAY` sequences at a
-            time: the same as those of `calibrate` on such batches, and never those of all layers.
-        streams: in front of layer `first`.
+        params: may be lazy: each layer is read when its turn comes.
+        stats: None measures the moments of each layer from its stream, `REPLAY` sequences at a
+            time. They equal those of `calibrate` on such batches.
+        sizes, recipe, mode: from `settle`.
+        streams: the streams in front of layer `first`.
     """
     bases = gqa_layers(model)
     for index in range(first, len(bases)):
@@ -211,32 +231,35 @@ def _decouple_layer(
     mode: str,
     streams: Streams,
 ) -> ConvertedLayer:
-    """One layer; see `decouple_layers`."""
+    """Converts one layer; see `decouple_layers`."""
     own, layer = params[f"layers_{index}"], config.layers[index]
     check_finite(own, f"layers_{index}/")
     check_streams(streams._asdict(), index, params)
     original, converted = streams
     base = layer.attention
     assert isinstance(base, GQAConfig)
-    layout = functools.partial(LAYOUTS[mode_of(mode, base)], base, own["attn"])
+    make = functools.partial(MODES[mode_of(mode, base)], base, own["attn"])
     block = block_kind(config, layer).block
     moments = _observe_replay(block, own, original) if stats is None else stats.layers[index]
     check_moments(moments, index, params)
+    # Closed form: partial RoPE alone, then with the latent cut to its rank.
     settings = (base, own["attn"], moments)
     partial = close(*settings, None, size.rope_dim, recipe)
     seen = _observe_replay(block, own, converted) if recipe.recalibrate else None
     low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
+    # Least squares against the original layer, on the text as the converted layers give it.
     if recipe.refit:
         final = refit_scores(block, own, low, original, converted)
         target = output_target(config, layer, own, original, converted)
         final = refit_outputs(block, own, final, converted, target, size.v_head_dim, recipe.biased)
+    # The text moves on through both layers, where a later step reads it.
     if recipe.refit or stats is None:
         original = replay(config, layer, own, original)
     if recipe.refit or recipe.recalibrate:
-        attention, attn = layout(final if recipe.refit else partial)
+        attention, attn = make(final if recipe.refit else partial)
         new = LayerConfig(attention, layer.mlp)
         converted = replay(config, new, {**own, "attn": attn}, converted)
-    return ConvertedLayer(index, own, Streams(original, converted), partial, low, final, layout)
+    return ConvertedLayer(index, own, Streams(original, converted), partial, low, final, make)
 
 
 def check_streams(streams: Mapping[str, jax.Array], index: int, params: Mapping[str, Any]) -> None:
@@ -250,7 +273,7 @@ def check_streams(streams: Mapping[str, jax.Array], index: int, params: Mapping[
 
 
 def mode_of(mode: str, base: GQAConfig) -> str:
-    """ "auto": fold where that is exact, else post."""
+    """The mode of one layer: "auto" is "fold" without QK-norm, where that is exact, else "post"."""
     if mode == "auto":
         return "fold" if base.qk_norm is None else "post"
     return mode
@@ -270,8 +293,9 @@ def _observe_replay(block: Block, params: dict[str, Any], x: Float[Array, "S T D
 def replay(
     config: ModelConfig, layer: LayerConfig, params: dict[str, Any], x: Float[Array, "S T D"]
 ) -> Float[Array, "S T D"]:
-    """All sequences through one layer, a few at a time."""
-    return _in_batches(lambda part: run_block(config, layer, params, part), x)
+    """The output of one layer for all sequences, a few at a time."""
+    kind = block_kind(config, layer)
+    return _in_batches(lambda part: layer_output(kind, params, part), x)
 
 
 def output_target(
@@ -281,10 +305,14 @@ def output_target(
     original: Float[Array, "S T D"],
     converted: Float[Array, "S T D"],
 ) -> Float[Array, "S T D"]:
-    """What the converted attention shall give: the original's output, and what is missing so far.
+    """The output that the converted attention should have.
 
-    Where a norm follows the attention, its output is no longer a summand of the residual stream,
-    and the original's output is all it can aim at.
+    It is the output of the original attention plus the error of the converted stream so far, so
+    that the layer repairs what earlier layers lost. Where a norm follows the attention, the error
+    cannot be added to its output, and the target is the original output alone.
+
+    Args:
+        original, converted: the streams in front of the layer.
     """
     kind = block_kind(config, layer)
     out = _in_batches(lambda part: attention_output(kind.block, params, kind.pairs, part), original)

@@ -1,4 +1,4 @@
-"""Short layerwise distillation: gradient steps on one layer's attention at a time."""
+"""Layerwise distillation: a few gradient steps on the attention of one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.checks import COUNT, POSITIVE, SEED, SIZE, check_finite, check_params, check_ranges
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, block_kind
-from kvjax.transmla.calibration import Stats, embed
+from kvjax.nn.transformer import Block, attention_output, block_kind, embed
+from kvjax.transmla.calibration import Stats
 from kvjax.transmla.decoupled import output_target, replay
-from kvjax.transmla.layer import attention_output
 from kvjax.transmla.sizes import checked_stats
 
 RANGES = {"steps": SIZE, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED}
@@ -36,21 +35,22 @@ def distill(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains each converted attention to give what the original gives, on the calibration text.
+    """Trains each converted attention to the output of the original, on the calibration text.
 
-    Layer after layer, behind the layers that are already trained: the aim is the original's
-    output and what is missing of its residual stream so far, as in the least-squares refits. Adam
-    with a cosine schedule, fp32 masters, mean squared error relative to the target's.
+    Layers are trained in order, each behind the trained ones. The target of a layer is that of the
+    least-squares refits (`decoupled.output_target`). The loss is the mean squared error divided by
+    the mean square of the target; Adam with a cosine schedule and fp32 master weights.
 
     Args:
         model, params: the original.
-        converted_model, converted_params: from `convert(method="decoupled")`.
-        stats: whose tokens are the text.
+        converted_model, converted_params: from `to_decoupled`.
+        stats: calibration whose tokens are the text.
         steps, batch_size, learning_rate: for each layer; sequences are drawn with replacement.
+        seed: of the draws.
         progress: called after each layer with its index and last relative error.
 
     Returns:
-        The parameters of the converted model, in their dtypes.
+        The trained parameters of the converted model, in their dtypes.
 
     Raises:
         ValueError: a number out of its range, weights or moments that hold NaN, stats of another
@@ -61,7 +61,7 @@ def distill(
     stats = checked_stats(model, stats)
     check_params(params)
     check_params(converted_params)
-    original = converted = embed(model, params, stats.tokens)
+    original = converted = embed(model.config, params, stats.tokens)
     new, rng = dict(converted_params), np.random.default_rng(seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     for index, layer in enumerate(model.config.layers):
@@ -69,7 +69,7 @@ def distill(
         kind = block_kind(model.config, after)
         target = output_target(model.config, layer, params[name], original, converted)
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, new[name]["attn"])
-        # Copies: the steps donate them, and the caller keeps what it passed.
+        # A step donates its masters, so they must be copies of the parameters of the caller.
         masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), new[name]["attn"])
         state, error = optimizer.init(masters), 0.0
         for _ in range(steps):

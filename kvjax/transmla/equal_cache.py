@@ -1,67 +1,86 @@
-"""GQA → factored K and V at an equal cache (TransMLA v1 and v2, arXiv 2502.07864v2)."""
+"""GQA → factored K and V with a cache of the same size (TransMLA v1 and v2, arXiv 2502.07864v2).
+
+`to_equal_cache` converts a model in memory. Layers don't depend on each other, so that checkpoints
+can be converted with `equal_cache_layer`, one layer at a time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.checks import rounded
+from kvjax.checks import check_params, rounded
 from kvjax.config import EqualCacheConfig, GQAConfig
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.transmla.factors import Factors, check_factors, commutes_with_rope, is_selector
-from kvjax.transmla.inits import INITS, Init, resolve_init
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.inits import (
+    INITS,
+    Factors,
+    Init,
+    check_factors,
+    commutes_with_rope,
+    is_selector,
+    resolve_init,
+)
+from kvjax.transmla.layer import gqa_layers, with_attention
 
 ROPE_SITES = ("after_up", "before_up")
 
 
-def equal_cache(
+@automatic_axes()
+def to_equal_cache(
     model: Transformer,
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     *,
     init: str | Init = "svd_global",
     rope_site: str = "after_up",
     value_init: str | Init | None = None,
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Factors W_K and W_V of every layer into down · up and caches x · down, as large as before.
+    """Factors W_K and W_V of every layer into down · up; the cache holds x · down.
 
-    The logits stay what they are (up to rounding); trained from here, every query head can get
-    keys and values of its own. docs/transmla.md has the table of valid pairs.
+    The logits do not change (up to rounding). When the result is trained, every query head can
+    learn its own keys and values. docs/transmla.md has the table of valid pairs of `init` and
+    `rope_site`.
+
+    >>> mla_model, mla_params = to_equal_cache(model, params, init="svd_global")
 
     Args:
-        params: of `model`; only attention weights are replaced, the rest is shared with the result.
+        model: with GQA in every layer.
+        params: of `model`. On a mesh, the result is placed on the same mesh.
         init: how W_K is factored: a name from `INITS`, or a function (see kvjax.transmla.inits).
-        rope_site: "after_up" (the paper: key norm and RoPE on the up-projected keys, rebuilt at
-            decode) or "before_up" (on the latent, so that the up-projection is absorbed into q).
-        value_init: how W_V is factored; None: as `init`.
+        rope_site: "after_up" applies key norm and RoPE to the up-projected keys, as in the paper;
+            a decode step rebuilds the keys. "before_up" applies them to the latent, so that the
+            up-projection can be absorbed into the queries.
+        value_init: how W_V is factored; None: like `init`.
 
     Returns:
-        The converted model and its parameters, in the dtype of the source.
+        The converted model and its parameters, in the dtype of the source. Parameters outside of
+        the attention are shared with `params`.
 
     Raises:
-        ValueError: an unknown name, a layer that is not GQA, or an init that is not exact with
-            this rope_site.
+        ValueError: an unknown name, a layer that is not GQA, an init that is not exact with this
+            rope_site, or weights that hold NaN, before or after.
     """
+    params = on_automatic_mesh(params)
+    check_params(params)
     inits = checked_inits(init, value_init, rope_site)
-    configs, converted = [], dict(params)
-    for index, base in enumerate(gqa_layers(model)):
-        name = f"layers_{index}"
-        own = params[name]
-        config, attn = equal_cache_layer(index, base, own["attn"], inits, rope_site)
-        configs.append(config)
-        converted[name] = {**own, "attn": attn}
-    return Transformer(model.config.with_attention(tuple(configs))), converted
+    converted = [
+        equal_cache_layer(index, base, params[f"layers_{index}"]["attn"], inits, rope_site)
+        for index, base in enumerate(gqa_layers(model))
+    ]
+    return with_attention(model, params, converted)
 
 
 def checked_inits(
     init: str | Init, value_init: str | Init | None, rope_site: str
 ) -> tuple[Init, Init]:
-    """The inits of keys and values by their names; see `equal_cache`.
+    """The functions that factor keys and values; the arguments are those of `to_equal_cache`.
 
     Raises:
-        ValueError: an unknown name, of an init or of the rope_site.
+        ValueError: an unknown init or rope_site.
     """
     if rope_site not in ROPE_SITES:
         raise ValueError(f"rope_site {rope_site!r} is none of {', '.join(ROPE_SITES)}")
@@ -76,15 +95,15 @@ def equal_cache_layer(
     inits: tuple[Init, Init],
     rope_site: str,
 ) -> tuple[EqualCacheConfig, dict[str, Any]]:
-    """Converts the attention of one layer, which depends on no other.
+    """Converts the attention of one layer.
 
     Args:
-        index: of the layer, for errors.
-        base, attn: its attention and the parameters of that.
-        inits, rope_site: from `checked_inits`.
+        index: number of the layer, for errors.
+        base, attn: the attention of the layer and its parameters.
+        inits: from `checked_inits`.
 
     Returns:
-        The converted attention and its parameters, in the dtype of the source.
+        The config of the converted attention and its parameters, in the dtype of the source.
 
     Raises:
         ValueError: an init that is not exact with this rope_site.
@@ -93,6 +112,7 @@ def equal_cache_layer(
     values = _factor(attn, "v", inits[1], base, rotates=False)
     if rope_site == "before_up":
         _check_before_up(keys, base, index)
+    # The cache has one number of latent heads for keys and values.
     if keys.up.shape[0] != values.up.shape[0]:
         keys, values = keys.wide(), values.wide()
     config = EqualCacheConfig(
@@ -108,7 +128,7 @@ def equal_cache_layer(
 def _factor(
     attn: dict[str, Any], name: str, init: Init, base: GQAConfig, rotates: bool = True
 ) -> Factors:
-    """Factors of projection `name`, its bias as one more input row."""
+    """The factors of projection `name`; its bias is one more input row of the weight."""
     weight = np.asarray(attn[name]).astype(np.float64)
     if base.qkv_bias:
         bias = np.asarray(attn[f"{name}_bias"]).astype(np.float64)
@@ -120,7 +140,7 @@ def _factor(
 
 
 def _check_before_up(keys: Factors, base: GQAConfig, index: int) -> None:
-    """What follows the key projection, norm and RoPE, must commute with the up-projection."""
+    """Refuses an up-projection of the keys that does not commute with key norm and RoPE."""
     if base.qk_norm is not None and not is_selector(keys.up):
         raise ValueError(
             f"layer {index} norms its keys: rope_site 'before_up' is exact with init 'identity' "
@@ -149,7 +169,7 @@ def _convert_params(
         if base.qkv_bias:
             new[f"{name}_down_bias"] = rounded(bias[0], dtype)
     if base.qk_norm == "all" and config.rope_site == "after_up":
-        # One rms over all heads, which the repetition leaves as it is.
+        # One rms over all heads: it stays the same when all heads are repeated.
         per_head = attn["k_norm"].reshape(base.num_kv_heads, base.head_dim)
         new["k_norm"] = jnp.repeat(per_head, base.num_heads // base.num_kv_heads, 0).reshape(-1)
     return new

@@ -1,4 +1,7 @@
-"""The weights of one converted layer, in fp64, and the two ways to lay them out."""
+"""The weights of one converted layer in fp64, and the two forms of parameters they can take.
+
+`over_heads` ("post") keeps the projections of GQA, `folded` ("fold") multiplies the maps into them.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from kvjax.checks import rounded
-from kvjax.config import DecoupledConfig, GQAConfig, MLAConfig, RopeConfig
-from kvjax.transmla.low_rank import LowRank
-from kvjax.transmla.rotary import RotarySplit
+from kvjax.config import DecoupledConfig, GQAConfig, MLAConfig, RopeConfig, SelectedPairs
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class LatentLayer:
     """Latent attention over the keys and values x = [k ; v] of GQA, X = 2·K·H numbers.
 
     Attributes:
-        down: [X, L], what is cached as the latent.
-        key_rope: [X, R], what is cached as the rotary key, before RoPE.
-        query_rope: [N, H, R], a head's query to its rotary part.
-        k_up, v_up: [L, N, H] and [L, N, V].
-        out, out_bias: [N, V, D] and [D].
-        rope: of the R rotating components; None for R = 0.
+        down: [X, L], from x to the cached latent.
+        key_rope: [X, R], from x to the cached rotary key, before RoPE.
+        query_rope: [N, H, R], from the query of a head to its rotary part.
+        k_up, v_up: [L, N, H] and [L, N, V], from the latent to the keys and values of a head.
+        out, out_bias: [N, V, D] and [D], the output projection.
+        rope: RoPE of the R rotating components; None for R = 0.
     """
 
     down: Float[np.ndarray, "X L"]
@@ -40,36 +40,16 @@ class LatentLayer:
     rope: RopeConfig | None
 
 
-def assemble(
-    split: RotarySplit,
-    low_rank: LowRank,
-    out: Float[np.ndarray, "N H D"],
-    out_bias: Float[np.ndarray, " D"],
-) -> LatentLayer:
-    """Rotary split and joint PCA as one layer; the constant of the values goes to the output."""
-    N, H, _ = out.shape
-    W, n = split.key_nope.shape
-    K = W // H
-    basis = np.zeros((2 * W, n + W))  # x = [k ; v] → [k_nope ; v]
-    basis[:W, :n], basis[W:, n:] = split.key_nope, np.eye(W)
-    key_up, value_up = low_rank.up[:, :n], low_rank.up[:, n:].reshape(-1, K, H)
-    constant = low_rank.constant[n:].reshape(K, H)
-    return LatentLayer(
-        down=basis @ low_rank.down,
-        key_rope=np.concatenate([split.key_rope, np.zeros_like(split.key_rope)]),
-        query_rope=split.query_rope,
-        k_up=np.einsum("lw,nhw->lnh", key_up, split.query_nope, optimize=True),
-        v_up=np.repeat(value_up, N // K, axis=1),
-        out=out,
-        out_bias=out_bias + np.einsum("nh,nhd->d", np.repeat(constant, N // K, axis=0), out),
-        rope=split.rope,
-    )
-
-
 def over_heads(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[DecoupledConfig, dict[str, Any]]:
-    """The layout that keeps the projections and norms of GQA: for any family."""
+    """Parameters of `DecoupledAttention`: the projections and norms of GQA, then the maps.
+
+    Possible for every model, with QK-norm too.
+
+    Args:
+        base, attn: the attention of the original layer and its parameters.
+    """
     config = DecoupledConfig(
         base, layer.down.shape[1], layer.rope, layer.out.shape[1], out_bias=True
     )
@@ -88,7 +68,7 @@ def over_heads(
 def folded_config(
     base: GQAConfig, rank: int, rope: RopeConfig | None, v_head_dim: int
 ) -> MLAConfig:
-    """The attention that `folded` gives: a latent of width `rank`, a rotary key of rope.dim."""
+    """The config of folded attention with a latent of width `rank`, a rotary key of rope.dim."""
     return MLAConfig(
         num_heads=base.num_heads,
         qk_nope_head_dim=base.head_dim,
@@ -110,10 +90,13 @@ def folded_config(
 def folded(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[MLAConfig, dict[str, Any]]:
-    """Multi-head latent attention proper: the maps are multiplied into the projections.
+    """Parameters of `MLA`: the maps multiplied into the projections.
+
+    Args:
+        base, attn: the attention of the original layer and its parameters.
 
     Raises:
-        ValueError: QK-norm, which stands between projections and maps.
+        ValueError: the model has QK-norm, which comes between projections and maps.
     """
     if base.qk_norm is not None:
         raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
@@ -121,12 +104,12 @@ def folded(
     joint = np.concatenate([layer.down, layer.key_rope], axis=1)
 
     def with_rope(q: np.ndarray) -> np.ndarray:
-        """Queries [X, N, H], and behind them their rotary parts."""
+        """Queries [X, N, H], followed by their rotary parts: [X, N, H + R]."""
         turning = np.swapaxes(q, 0, 1) @ layer.query_rope
         return np.concatenate([q, np.swapaxes(turning, 0, 1)], axis=2)
 
     def heads_to_latent(name: str) -> np.ndarray:
-        """k and v (weights or biases) of all heads through the joint map."""
+        """Weights or biases of k and v of all heads, through the joint map."""
         parts = [_fp64(attn[f"{p}{name}"]) for p in "kv"]
         return np.concatenate([p.reshape(*p.shape[:-2], -1) for p in parts], axis=-1) @ joint
 
@@ -144,28 +127,48 @@ def folded(
     return config, _cast(new, attn["o"].dtype)
 
 
-def low_rank_query(
-    config: MLAConfig,
-    attn: Mapping[str, Any],
-    rank: int,
-    input_second: Float[np.ndarray, "D D"],
-) -> tuple[MLAConfig, dict[str, Any]]:
-    """Folded attention whose query projection has a given rank: PCA of the queries it gives.
+def padded(base: GQAConfig, layer: LatentLayer) -> LatentLayer:
+    """The same attention, padded with zeros to the widest possible latent and rotary key."""
+    width = 2 * base.num_kv_heads * base.head_dim
+    down, k_up, v_up = (_grow(x, axis, width) for x, axis in _latent_axes(layer))
+    grown = dataclasses.replace(layer, down=down, k_up=k_up, v_up=v_up)
+    if base.rope is None:
+        return grown
+    K, half = base.num_kv_heads, base.rope.dim // 2
+    # The widest rotary key has K components of every frequency; each component of the layer takes
+    # the next free one of its frequency.
+    pairs = np.repeat(np.arange(half), K)
+    taken, slots = np.zeros(half, int), []
+    for pair in rotating_pairs(layer):
+        slots.append(pair * K + taken[pair])
+        taken[pair] += 1
+    columns = np.concatenate([slots, half * K + np.asarray(slots)]).astype(int)
+    rope = RopeConfig(2 * half * K, scaling=SelectedPairs(base.rope, tuple(map(int, pairs))))
 
-    Args:
-        input_second: E[yᵀy] of the attention's input.
-    """
-    wide = _fp64(attn["q"]).reshape(len(input_second), -1)
-    values, vectors = np.linalg.eigh(input_second)
-    scale = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
-    root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
-    outputs = root @ wide
-    leading = np.linalg.eigh(outputs @ outputs.T)[1][:, ::-1][:, :rank]
-    q = (leading.T @ outputs).reshape(rank, *attn["q"].shape[1:])
-    new = _cast({"q_a": inverse @ leading, "q": q}, attn["q"].dtype)
-    if config.latent_bias:  # the down-projections share it; the query's own bias comes after
-        new["q_a_bias"] = jnp.zeros((rank,), attn["q"].dtype)
-    return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}
+    def spread(matrix: np.ndarray) -> np.ndarray:
+        wide = np.zeros((*matrix.shape[:-1], rope.dim))
+        wide[..., columns] = matrix
+        return wide
+
+    key, query = spread(layer.key_rope), spread(layer.query_rope)
+    return dataclasses.replace(grown, key_rope=key, query_rope=query, rope=rope)
+
+
+def rotating_pairs(layer: LatentLayer) -> tuple[int, ...]:
+    """The frequency of each rotating component, an index into those of the original RoPE."""
+    if layer.rope is None:
+        return ()
+    assert isinstance(layer.rope.scaling, SelectedPairs)
+    return layer.rope.scaling.pairs
+
+
+def _latent_axes(layer: LatentLayer) -> list[tuple[np.ndarray, int]]:
+    return [(layer.down, 1), (layer.k_up, 0), (layer.v_up, 0)]
+
+
+def _grow(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    pad = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+    return np.pad(x, pad)
 
 
 def _fp64(x: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Queries fitted to the original scores: the first least squares after the closed form.
+"""Fits the query maps to the original scores: the first least squares after the closed form.
 
-With the cached latents and rotary keys as they are, scores are linear in the maps from queries to
-them. What is fitted is what the layers that are already converted really give this one.
+With the cached latents and rotary keys fixed, scores are linear in the maps of the queries. The
+inputs of the fit are those that the converted layers in front of this one give.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.nn.rope import Turn
 from kvjax.nn.transformer import Block
-from kvjax.transmla.absorbed import (
+from kvjax.transmla.latent_layer import LatentLayer
+from kvjax.transmla.layer import (
     HIGHEST,
     CacheMaps,
+    Heads,
     QueryMaps,
+    attention_weights,
     cache_entries,
+    gqa_of,
     grouped,
     latent_scores,
     rows,
+    scores,
 )
-from kvjax.transmla.latent_layer import LatentLayer
-from kvjax.transmla.layer import Heads, attention_weights, gqa_of, scores
 
 QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
-ITERATIONS = 20  # of the conjugate gradients
-RIDGE = 1e-3  # pull towards the closed form, relative to the curvature
+ITERATIONS = 20  # steps of the conjugate gradients
+RIDGE = 1e-3  # weight of the distance to the closed form, relative to the curvature
 
 
 class ScoreData(NamedTuple):
-    """One sequence of the problem, Q of its queries.
+    """The data of one sequence, for Q of its queries.
 
     Attributes:
-        target, weights: [N, Q, T] original scores, and the attention that they give.
+        target, weights: [N, Q, T] original scores, and their softmax.
         q: [Q, N, H] queries of the converted prefix, before RoPE.
         c, k_rope: [T, L] latents and [T, R] rotated keys of the converted prefix.
     """
@@ -57,15 +60,19 @@ def refit_scores(
     original: Float[Array, "S T D"],
     converted: Float[Array, "S T D"],
 ) -> LatentLayer:
-    """Fits query maps to the original scores, each score weighted by its share of the attention.
+    """Fits query maps to the original scores, each score weighted by its attention.
 
-    Scores count up to a constant for each query, which the softmax does not see. Solved by
-    preconditioned conjugate gradients on the normal equations.
+    A constant added to all scores of a query costs nothing, because the softmax ignores it. The
+    normal equations are solved by preconditioned conjugate gradients.
 
     Args:
-        block, params: of the original layer.
-        original, converted: what this layer gets in the original model, and behind the layers that
-            are already converted.
+        block, params: the original layer.
+        layer: from the closed form.
+        original, converted: the input of this layer in the original model, and behind the converted
+            layers.
+
+    Returns:
+        The layer with other `k_up` and `query_rope`.
     """
     S, T, _ = original.shape
     at = query_positions(T, -(-QUERIES // S))
@@ -79,7 +86,7 @@ def refit_scores(
 
 
 def query_positions(length: int, count: int) -> Int[np.ndarray, " Q"]:
-    """At most `count` positions, evenly spread up to the last."""
+    """At most `count` positions, evenly spaced, the last position among them."""
     stride = max(length // count, 1)
     return np.arange(length - 1, -1, -stride, dtype=np.int32)[:count][::-1].copy()
 
@@ -103,7 +110,7 @@ def _solve_scores(
     data = jax.lax.map(jax.vmap(observe), (grouped(original), grouped(converted)))
 
     def gradient(maps: QueryMaps, with_target: float) -> QueryMaps:
-        """Of ½ Σ w·(s − target)²: affine in the maps, linear without the target."""
+        """The gradient of ½ Σ w·(s − target)²: affine in the maps, linear without the target."""
 
         def error(maps, group):
             each = jax.vmap(_score_error, in_axes=(None, 0, None, None, None, None))
@@ -121,6 +128,7 @@ def _solve_scores(
         pull = curvature.times(maps)
         return jax.tree.map(lambda h, p: h + RIDGE * p, gradient(maps, 0.0), pull)
 
+    # Solves for the change from the closed form, which also is where the ridge pulls to.
     step = jax.tree.map(jnp.negative, gradient(start, 1.0))
     change, _ = jax.scipy.sparse.linalg.cg(normal, step, maxiter=ITERATIONS, M=curvature.solve)
     return jax.tree.map(jnp.add, start, change)
@@ -135,7 +143,13 @@ def score_data(
     original: Float[Array, "T D"],
     converted: Float[Array, "T D"],
 ) -> ScoreData:
-    """Targets from the original stream, queries and cache entries from the converted one."""
+    """The data of one sequence: targets from the original stream, the rest from the converted one.
+
+    Args:
+        block, params: the original layer.
+        turn, cached: RoPE and cache maps of the converted layer.
+        at: positions of the queries that are fitted.
+    """
     base = gqa_of(block)
     want = Heads.of(block, params, original[None]).rotated(base)
     target = scores(want.q[:, at], want.k, base.scale)
@@ -148,12 +162,15 @@ def score_data(
 def _score_error(maps: QueryMaps, data: ScoreData, with_target, at, scale, turn) -> jax.Array:
     s = latent_scores(maps, data.q, data.c, data.k_rope, at, scale, turn)
     error = s - with_target * data.target
+    # The best constant for each query.
     error -= jnp.sum(data.weights * error, axis=-1, keepdims=True)
     return 0.5 * jnp.sum(data.weights * error * error)
 
 
 class _Curvature(NamedTuple):
-    """The Hessian as if queries and keys were independent: it scales and preconditions.
+    """An approximation of the Hessian, as if queries and keys were independent.
+
+    It preconditions the conjugate gradients, and scales the ridge.
 
     Attributes:
         q: [N, H, H] Σ over the queries of qᵀq · scale².
@@ -192,7 +209,7 @@ class _Curvature(NamedTuple):
 
 
 def _lifted(matrix: Float[Array, "*n W W"]) -> Float[Array, "*n W W"]:
-    """With enough on the diagonal to be inverted in fp32."""
+    """Adds to the diagonal of a covariance, so that it can be inverted in fp32."""
     size = matrix.shape[-1]
     mean = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / max(size, 1)
     unit = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)

@@ -1,9 +1,10 @@
-"""RoRoPE: which components of the keys go on rotating, in which basis (arXiv 2502.07864v5, 4.1).
+"""RoRoPE: a basis of the keys in which few components need RoPE (arXiv 2502.07864v5, 4.1).
 
 RoPE multiplies κ[t, i, j] = k[t, j, i] + i·k[t, j, i + R/2], frequency i of KV head j, by
-e^(i·t·θ_i) for every head alike. The keys of all heads are therefore one key of f·K complex
-components, in which any invertible map within one frequency leaves the scores as they are if the
-queries get its inverse. A basis that gathers the energy lets RoPE stay on a few components only.
+e^(i·t·θ_i), the same for every head. So the keys of all heads are one key of f·K complex
+components. An invertible map within one frequency leaves the scores unchanged if the queries get
+its inverse. A basis that gathers the energy in few components lets the others lose RoPE at a small
+error.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import numpy as np
 from jaxtyping import Complex, Float, Int
 
 from kvjax.config import GQAConfig, RopeConfig, SelectedPairs
-from kvjax.transmla.factors import rotary_pairs
+from kvjax.transmla.inits import rotary_pairs
 
 Rotation = Callable[[Complex[np.ndarray, "g g"]], Complex[np.ndarray, "g g"]]
 """E[κᴴκ] of one group of components → a unitary basis, columns by falling energy."""
 
 
 def complex_rotation(covariance: Complex[np.ndarray, "g g"]) -> Complex[np.ndarray, "g g"]:
-    """Eigenvectors of the Hermitian covariance: the most energy that a unitary basis gathers."""
+    """Eigenvectors of the Hermitian covariance: no unitary basis gathers more energy."""
     return _by_energy(np.linalg.eigh(covariance)[1])
 
 
@@ -32,7 +33,7 @@ def real_rotation(covariance: Complex[np.ndarray, "g g"]) -> Complex[np.ndarray,
 
 
 def _by_energy(vectors: np.ndarray) -> np.ndarray:
-    """Columns from the largest eigenvalue down, their largest entry real and positive."""
+    """Columns by falling eigenvalue, with a phase that makes the largest entry of each positive."""
     columns = vectors[:, ::-1]
     pivot = np.take_along_axis(columns, np.abs(columns).argmax(axis=0)[None], axis=0)
     return columns * (np.abs(pivot) / pivot)
@@ -40,13 +41,13 @@ def _by_energy(vectors: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """What the choice of a basis reads, all of one layer.
+    """The statistics of one layer from which a basis is chosen.
 
     Attributes:
         keys: E[conj(κ_a)·κ_b] [f·K, f·K], components in the order (frequency, KV head).
         queries: E|χ|² [f·K], summed over the query heads of each KV head.
         turning: E_Δ[e^(iΔθ)] [f], Δ distributed as the attention over distances.
-        spread: E_Δ|e^(iΔθ) − c|² [f] for the constant c that stands for a rotation.
+        spread: E_Δ|e^(iΔθ) − c|² [f], c the constant that replaces the rotation.
         num_heads: K.
     """
 
@@ -59,12 +60,12 @@ class KeyStatistics:
 
 @dataclass(frozen=True)
 class Basis:
-    """A basis of the f·K complex components, and those of its vectors that rotate.
+    """A basis of the f·K complex components, and the vectors in it that keep RoPE.
 
     Attributes:
-        vectors: columns; κ' = κ · vectors.
-        kept: columns that go on rotating.
-        pairs: the frequency of each of them, an index into RoPE's.
+        vectors: [f·K, f·K], a basis vector a column; κ' = κ · vectors.
+        kept: the columns that keep RoPE.
+        pairs: the frequency of each of these columns, an index into those of the original RoPE.
     """
 
     vectors: Complex[np.ndarray, "C C"]
@@ -77,10 +78,10 @@ Placement = Callable[[KeyStatistics, Rotation, int], Basis]
 
 
 def by_energy(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basis:
-    """The components whose rotation matters most, over all frequencies.
+    """Keeps RoPE on the components whose loss without it would be largest, over all frequencies.
 
-    What is lost where a component stops rotating is its energy times the spread of its rotation:
-    E|κ|² · E|χ|² · E_Δ|e^(iΔθ) − c|². A frequency may be kept more than once, or not at all.
+    The loss of a component is its energy times the spread of its rotation:
+    E|κ|² · E|χ|² · E_Δ|e^(iΔθ) − c|². A frequency may be kept several times, or never.
     """
     K = statistics.num_heads
     vectors = _blocks(statistics.keys, rotation, K)
@@ -92,7 +93,7 @@ def by_energy(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basi
 
 
 def every(stride: int) -> Placement:
-    """The first component of every `stride`-th frequency: what DeepSeek's layout can express."""
+    """Keeps the first component of every `stride`-th frequency, as DeepSeek's layout requires."""
 
     def place(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basis:
         K = statistics.num_heads
@@ -103,10 +104,10 @@ def every(stride: int) -> Placement:
 
 
 def fold(size: int) -> Placement:
-    """The published FreqFold: `size` neighbouring frequencies share one basis, an approximation.
+    """The published FreqFold, an approximation: `size` neighbouring frequencies share one basis.
 
-    Of each group the first size·count/f components are kept; component m of a group that starts
-    at frequency i rotates at frequency i + m·f/count.
+    The first size·count/f components of each group keep RoPE. Component m of a group that starts at
+    frequency i rotates at frequency i + m·f/count.
     """
 
     def place(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basis:
@@ -129,7 +130,7 @@ def fold(size: int) -> Placement:
 
 
 def possible_folds(frequencies: int, count: int) -> list[int]:
-    """FreqFolds that keep `count` components: divisors of f that are multiples of f / count."""
+    """The FreqFolds that keep `count` components: divisors of f that are multiples of f / count."""
     if count < 1 or frequencies % count:
         return []
     stride = frequencies // count
@@ -137,7 +138,7 @@ def possible_folds(frequencies: int, count: int) -> list[int]:
 
 
 def _blocks(covariance: np.ndarray, rotation: Rotation, size: int) -> np.ndarray:
-    """The rotations of all groups of `size` components, on a diagonal."""
+    """The block-diagonal matrix of the rotations of all groups of `size` components."""
     vectors = np.zeros_like(covariance)
     for start in range(0, len(covariance), size):
         block = slice(start, start + size)
@@ -146,15 +147,15 @@ def _blocks(covariance: np.ndarray, rotation: Rotation, size: int) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class RotarySplit:
-    """Keys and queries in a basis of which a part rotates; fp64.
+class PartialRope:
+    """Maps of keys and queries to a part with RoPE and a part without; fp64.
 
-    q·RoPE·k ≈ q_rope·RoPE·k_rope + q_nope·k_nope, equal where everything rotates.
+    q·RoPE·k ≈ q_rope·RoPE·k_rope + q_nope·k_nope, with equality where all components keep RoPE.
 
     Attributes:
-        key_rope, key_nope: [K·H, R] and [K·H, n], from the keys of all heads, R + n = K·H.
-        query_rope, query_nope: [N, H, R] and [N, H, n], from one head's query.
-        rope: of the R rotating components, the two halves of all pairs; None for R = 0.
+        key_rope, key_nope: [K·H, R] and [K·H, n] from the keys of all heads, R + n = K·H.
+        query_rope, query_nope: [N, H, R] and [N, H, n] from the query of each head.
+        rope: RoPE of the R components, real parts before imaginary ones; None for R = 0.
     """
 
     key_rope: Float[np.ndarray, "W R"]
@@ -163,16 +164,27 @@ class RotarySplit:
     query_nope: Float[np.ndarray, "N H n"]
     rope: RopeConfig | None
 
+    @property
+    def joint(self) -> Float[np.ndarray, "X Y"]:
+        """The map [2·K·H, n + K·H] from [k ; v] to [k_nope ; v]."""
+        W, n = self.key_nope.shape
+        joint = np.zeros((2 * W, n + W))
+        joint[:W, :n], joint[W:, n:] = self.key_nope, np.eye(W)
+        return joint
 
-def split(base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]) -> RotarySplit:
-    """The real matrices of a basis.
+
+def partial_rope(
+    base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]
+) -> PartialRope:
+    """The real matrices that bring keys and queries into a basis.
 
     Args:
-        base: the attention whose keys are split.
-        constants: c of each frequency, which stands for e^(iΔθ) where nothing rotates.
+        base: the attention of the keys and queries.
+        constants: c of each frequency, which replaces e^(iΔθ) in components without RoPE.
     """
     N, K, H = base.num_heads, base.num_kv_heads, base.head_dim
     real, imag = component_rows(base)
+    # Queries get the inverse of the map of the keys; without RoPE, times the constant as well.
     inverse = np.linalg.inv(basis.vectors).conj().T
     keys = np.zeros((K * H, 2 * len(basis.vectors)))
     keys[real], keys[imag] = _real_map(basis.vectors)
@@ -180,20 +192,21 @@ def split(base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]) -
     factors = (np.ones(len(inverse)), np.repeat(constants, K))
     for wide, factor in zip(queries, factors, strict=True):
         wide[real], wide[imag] = _real_map(factor[:, None] * inverse)
-    rotating, still = (
-        np.repeat(wide.reshape(K, H, -1), N // K, axis=0) for wide in queries
-    )  # a query of KV head j has components of head j only
+    # A query that reads KV head j has components of that head only.
+    rotating, still = (np.repeat(wide.reshape(K, H, -1), N // K, axis=0) for wide in queries)
+    # Each complex component is two real columns: its real and its imaginary part.
     kept = np.asarray(basis.kept, np.int64)
     other = np.setdiff1d(np.arange(len(basis.vectors)), kept)
     C = len(basis.vectors)
     kept, other = np.concatenate([kept, C + kept]), np.concatenate([other, C + other])
+    # Rows that the original RoPE leaves alone follow unchanged.
     plain = np.setdiff1d(np.arange(K * H), np.concatenate([real, imag]))
     unit = np.eye(K * H)[:, plain]
     plain_queries = np.repeat(unit.reshape(K, H, -1), N // K, axis=0)
     rope = None
     if len(basis.kept) and base.rope is not None:
         rope = RopeConfig(len(kept), scaling=SelectedPairs(base.rope, basis.pairs))
-    return RotarySplit(
+    return PartialRope(
         keys[:, kept],
         np.concatenate([keys[:, other], unit], axis=1),
         rotating[..., kept],
@@ -203,13 +216,16 @@ def split(base: GQAConfig, basis: Basis, constants: Complex[np.ndarray, " f"]) -
 
 
 def component_rows(base: GQAConfig) -> tuple[Int[np.ndarray, " C"], Int[np.ndarray, " C"]]:
-    """Rows of [K·H] that hold real and imaginary parts of the components (frequency, KV head)."""
+    """Indices into the K·H numbers of a key: real and imaginary part of each component.
+
+    Components are in the order (frequency, KV head).
+    """
     starts = np.arange(base.num_kv_heads)[None] * base.head_dim
     real, imag = rotary_pairs(base.rope)
     return (real[:, None] + starts).reshape(-1), (imag[:, None] + starts).reshape(-1)
 
 
 def _real_map(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows for real and for imaginary parts of z ↦ z · matrix, columns (real, imaginary)."""
+    """z ↦ z · matrix in real numbers: the rows of Re z, and of Im z; columns (real, imaginary)."""
     a, b = np.real(matrix), np.imag(matrix)
     return np.concatenate([a, b], axis=1), np.concatenate([-b, a], axis=1)

@@ -1,4 +1,4 @@
-"""What a decoupled layer's cache holds, checked against the model and the calibration text."""
+"""Ranks and rope_dims of decoupled layers, checked against the model and the calibration text."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvjax.checks import COUNT, Range, check_finite, check_ranges, optional, token_ids
-from kvjax.config import GQAConfig
+from kvjax.config import AttentionConfig, DecoupledConfig, GQAConfig, RopeConfig, SelectedPairs
 from kvjax.nn import Transformer
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
+from kvjax.transmla.closed_form import Recipe
+from kvjax.transmla.latent_layer import folded_config
 from kvjax.transmla.layer import gqa_layers
-from kvjax.transmla.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer.
+    """The widths of one decoupled layer.
 
     Attributes:
-        rank, rope_dim: widths of the latent and of the rotary key.
+        rank, rope_dim: widths of the latent and of the rotary key: what the cache holds.
         v_head_dim: width of a head's output before the output projection.
     """
 
@@ -38,25 +39,29 @@ def layer_sizes(
     rope_dim: int | Sequence[int],
     v_head_dim: int | None,
 ) -> list[Sizes]:
-    """One entry a layer; `tokens` are those of the calibration.
+    """The sizes of every layer.
+
+    Args:
+        bases: the attention of every layer.
+        tokens: number of tokens in the calibration.
+        kv_rank, rope_dim, v_head_dim: as in `to_decoupled`.
 
     Raises:
-        ValueError: lists of another length than the model's, a rope_dim that is odd or larger
-            than what rotates, a rank below 1 or above all that is left, or more than the
-            calibration has tokens for.
+        ValueError: a list that has not one number for each layer; a rope_dim that is odd or larger
+            than the key components with RoPE; a rank below 1, above the number of remaining
+            components, or above the number of tokens.
     """
     check_ranges({"v_head_dim": v_head_dim}, {"v_head_dim": optional(COUNT)})
     ranks, ropes = _per_layer("kv_rank", kv_rank, bases), _per_layer("rope_dim", rope_dim, bases)
     sizes = []
     for index, (base, rank, width) in enumerate(zip(bases, ranks, ropes, strict=True)):
-        keys = base.num_kv_heads * base.head_dim
-        turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
+        whole, turning = components(base)
         width = width if turning else 0
         if width % 2 or not 0 <= width <= turning:
             raise ValueError(
                 f"layer {index}: rope_dim is {width}, expected an even number up to {turning}"
             )
-        most = 2 * keys - width
+        most = whole - width
         if not 1 <= rank <= most:
             raise ValueError(
                 f"layer {index}: kv_rank is {rank}, expected 1 to {most} = 2·{base.num_kv_heads}·"
@@ -66,6 +71,12 @@ def layer_sizes(
             raise ValueError(f"the calibration has {tokens} tokens, expected at least {rank}")
         sizes.append(Sizes(rank, width, base.head_dim if v_head_dim is None else v_head_dim))
     return sizes
+
+
+def components(base: GQAConfig) -> tuple[int, int]:
+    """The number of components of all keys and values of a token, and of keys with RoPE in them."""
+    turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
+    return 2 * base.num_kv_heads * base.head_dim, turning
 
 
 def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]) -> list[int]:
@@ -78,15 +89,12 @@ def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]
     return [int(value) for value in values]
 
 
-def checked_stats(model: Transformer, stats: Stats | None) -> Stats:
-    """The calibration, which must be of this model.
+def checked_stats(model: Transformer, stats: Stats) -> Stats:
+    """Checks that the calibration belongs to this model, and returns it.
 
     Raises:
-        ValueError: there is none, its shapes or its tokens are another model's, or a moment is
-            NaN.
+        ValueError: its shapes or its tokens are another model's, or a moment is NaN.
     """
-    if stats is None:
-        raise ValueError("method 'decoupled' needs stats=transmla.calibrate(model, params, …)")
     for index, layer in enumerate(stats.layers):
         check_finite(vars(layer), f"stats: layer {index}: ")
     token_ids(stats.tokens, model.config.vocab_size, "stats")
@@ -102,7 +110,7 @@ def checked_stats(model: Transformer, stats: Stats | None) -> Stats:
 
 
 def check_query_rank(model: Transformer, stats: Stats, q_rank: int, mode: str) -> None:
-    """Whether the queries can get a rank of their own.
+    """Checks that the query projections can be cut to a rank.
 
     Raises:
         ValueError: a rank out of range, layers that cannot be folded, or stats without the
@@ -121,12 +129,13 @@ def check_query_rank(model: Transformer, stats: Stats, q_rank: int, mode: str) -
 def exportable_recipe(
     recipe: Recipe, bases: Sequence[GQAConfig], rope_dim: int | Sequence[int]
 ) -> Recipe:
-    """The recipe with one rotating component for every so-manieth frequency.
+    """The recipe with one rotating component for each of rope_dim / 2 evenly spaced frequencies.
 
     Raises:
-        ValueError: a rope_dim that is not the same in all layers, or does not divide the number of
+        ValueError: a rope_dim that differs between layers, or does not divide the number of
             rotating components of a head.
     """
+    # Stock loaders compute evenly spaced frequencies from one rope_dim.
     widths = set(np.ravel(rope_dim).tolist())
     turning = {0 if base.rope is None else base.rope.dim for base in bases}
     if len(widths) != 1 or len(turning) != 1:
@@ -137,3 +146,34 @@ def exportable_recipe(
     if width < 2 or full % width:
         raise ValueError(f"rope_dim is {width}, expected a divisor of {full} to be exportable")
     return dataclasses.replace(recipe, placement=rotary.every(full // width))
+
+
+def decoupled_shape(model: Transformer, kv_rank: int, rope_dim: int) -> Transformer:
+    """The model that `to_decoupled` gives with these sizes, without converting any weight.
+
+    The rotating components are the first ones, not those that a calibration would choose.
+
+    Raises:
+        ValueError: a layer that is not GQA, or sizes that its keys and values don't have.
+    """
+    configs = tuple(_layer_shape(base, kv_rank, rope_dim) for base in gqa_layers(model))
+    return Transformer(model.config.with_attention(configs))
+
+
+def _layer_shape(base: GQAConfig, kv_rank: int, rope_dim: int) -> AttentionConfig:
+    most, turning = components(base)
+    width = min(rope_dim, turning)
+    if width % 2 or kv_rank < 1 or kv_rank + width > most:
+        raise ValueError(
+            f"got kv_rank {kv_rank} and rope_dim {rope_dim}, expected an even rope_dim and at most "
+            f"{most} in all: 2·{base.num_kv_heads}·{base.head_dim}"
+        )
+    rope = None
+    # Real conversions choose their pairs; here they only have to be valid.
+    if base.rope is not None and width:
+        pairs = tuple(index % (base.rope.dim // 2) for index in range(width // 2))
+        selected = SelectedPairs(base.rope, pairs)
+        rope = RopeConfig(width, base.rope.theta, selected, base.rope.interleaved)
+    if base.qk_norm is None:
+        return folded_config(base, kv_rank, rope, base.head_dim)
+    return DecoupledConfig(base, kv_rank, rope, base.head_dim, out_bias=True)

@@ -16,8 +16,7 @@ from kvjax.hf import check_export
 from kvjax.hf.deepseek.checks import stock_tensors
 from kvjax.hf.save import copy_companions
 from kvjax.nn import Transformer
-from kvjax.tasks.tokenizer import to_transformers
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.words import WordVocabulary, to_transformers
 
 pytest.importorskip("torch")
 from tiny_checkpoints import CASES, build, torch_logits

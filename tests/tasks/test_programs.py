@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kvjax.tasks import WordVocabulary, programs
-from kvjax.tasks.problem import LONGEST
-from kvjax.tasks.row_language import Effect, ProgramError, parse, render, run
+from kvjax.tasks.programs import Effect, ProgramError, parse, render, run
+from kvjax.tasks.prompt import LONGEST
 
 VOCAB = WordVocabulary()
 ROW = ("lantern", "violin", "copper")

@@ -3,7 +3,7 @@
 import pytest
 
 from kvjax.tasks import WordVocabulary, words
-from kvjax.tasks.filler import PATTERNS, SLOTS
+from kvjax.tasks.prompt import PATTERNS, SLOTS
 
 VOCAB = WordVocabulary()
 
@@ -36,7 +36,7 @@ def test_special_tokens_come_first():
 
 
 def test_tokenizer_agrees_with_the_vocabulary_on_plain_text():
-    from kvjax.tasks.tokenizer import to_transformers
+    from kvjax.tasks.words import to_transformers
 
     tokenizer = to_transformers(VOCAB, 1280)
     text = "Mary's favorite thing is lantern violin. John is 12 years old, who is older?"

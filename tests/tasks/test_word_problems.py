@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvjax.tasks import WordVocabulary, words
-from kvjax.tasks.problem import LONGEST
+from kvjax.tasks.prompt import LONGEST
 from kvjax.tasks.word_problems import KINDS, LEVELS, FinalNumber, generate
 
 VOCAB = WordVocabulary()

@@ -27,8 +27,8 @@ from train.finetune.config import TuneConfig, parse_source, read_config
 from train.finetune.run import finetune, steps_and_data
 from train.finetune.setup import load, trainable_paths
 from train.finetune.step import flatten
-from train.pretrain import run as checkpoints
 from train.pretrain.run import Checkpoints
+from train.pretrain.run import run as checkpoints
 
 ROOT = Path(__file__).parents[2]
 QUICK = {

@@ -14,8 +14,8 @@ from kvjax.cache import cache_bytes
 from kvjax.config import DecoupledConfig, MLAConfig, RopeConfig
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import embed
 from kvjax.transmla import BEST, calibrate, convert, published
-from kvjax.transmla.calibration import embed
 from kvjax.transmla.decoupled import Streams, decouple_layers, settle
 
 FAMILIES = [name for name in CASES if not name.startswith("deepseek")]
@@ -95,10 +95,10 @@ def test_partial_rope_is_full_rank_mla():
         sizes, recipe, mode = settle(model, stats.tokens, rank, 8, None, False, mode, recipe)
         for stage in ("partial_rope", "low_rank"):
             new, attentions = dict(params), []
-            x = embed(model, params, stats.tokens)
+            x = embed(model.config, params, stats.tokens)
             streams = Streams(x, x)
             for layer in decouple_layers(model, params, stats, sizes, recipe, mode, streams):
-                config, attn = layer.layout(getattr(layer, stage))
+                config, attn = layer.attention(getattr(layer, stage))
                 attentions.append(config)
                 new[f"layers_{layer.index}"] = {**params[f"layers_{layer.index}"], "attn": attn}
             converted = Transformer(model.config.with_attention(tuple(attentions)))

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 
 from kvjax.config import RopeConfig
-from kvjax.transmla.factors import (
+from kvjax.transmla.inits import (
+    INITS,
     Factors,
     balanced_svd,
     check_factors,
     commutes_with_rope,
+    identity,
     is_selector,
+    resolve_init,
+    svd_complex,
+    svd_global,
 )
-from kvjax.transmla.inits import INITS, identity, resolve_init, svd_complex, svd_global
 
 D, K, H, G = 48, 3, 8, 2
 ROPES = {"full": RopeConfig(H), "partial": RopeConfig(4), "none": None}

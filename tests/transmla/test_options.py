@@ -8,11 +8,11 @@ import pytest
 from calibrated_toys import build, error, forward
 
 from kvjax.nn import Transformer
-from kvjax.transmla import BEST, calibrate, convert, published
-from kvjax.transmla.allocation import allocate_sizes, choose_fold, choose_rope_dim, padded
+from kvjax.transmla import BEST, calibrate, convert, published, to_decoupled, to_equal_cache
+from kvjax.transmla.allocation import allocate_sizes, choose_fold, choose_rope_dim
+from kvjax.transmla.closed_form import close
 from kvjax.transmla.distill import distill
-from kvjax.transmla.latent_layer import over_heads
-from kvjax.transmla.recipe import close
+from kvjax.transmla.latent_layer import over_heads, padded
 
 CLOSED = dataclasses.replace(BEST, refit=False)
 SIZES = {"kv_rank": 12, "rope_dim": 4}
@@ -118,3 +118,20 @@ def test_distillation_comes_closer_and_leaves_its_input_alone():
     np.testing.assert_array_equal(
         again["layers_1"]["attn"]["kv_a"], trained["layers_1"]["attn"]["kv_a"]
     )
+
+
+def test_convert_calls_the_function_of_the_method():
+    model, params, stats, tokens, _ = build("llama")
+    pairs = (
+        (to_equal_cache(model, params, init="identity"), {"init": "identity"}),
+        (
+            to_decoupled(model, params, stats, recipe=CLOSED, **SIZES),
+            {"method": "decoupled", "stats": stats, "recipe": CLOSED, **SIZES},
+        ),
+    )
+    for want, options in pairs:
+        got = convert(model, params, **options)
+        assert got[0].config == want[0].config
+        np.testing.assert_array_equal(forward(*got, tokens), forward(*want, tokens))
+    with pytest.raises(ValueError, match="method 'mha' is none of equal_cache, decoupled"):
+        convert(model, params, method="mha")

@@ -11,11 +11,10 @@ from toys import random_params
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 from kvjax.nn.rope import Turn
-from kvjax.nn.transformer import block_kind
-from kvjax.transmla import BEST, calibrate, least_squares, refit_outputs, refit_scores
-from kvjax.transmla.absorbed import CacheMaps, QueryMaps
-from kvjax.transmla.layer import attention_output
-from kvjax.transmla.recipe import close
+from kvjax.nn.transformer import attention_output, block_kind
+from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
+from kvjax.transmla.closed_form import close
+from kvjax.transmla.layer import CacheMaps, QueryMaps
 
 GQA = GQAConfig(2, 1, 8, 8**-0.5, RopeConfig(8), window=9, softcap=30.0)
 S, T, D, L, R = 24, 16, 12, 6, 4
@@ -88,7 +87,7 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
 
 
 def test_outputs_are_the_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(least_squares, "RIDGE", 1e-12)
+    monkeypatch.setattr(refit_outputs, "RIDGE", 1e-12)
     block, own, latent, original, converted = problem
     target = attention_output(block, own, None, original)
     maps = CacheMaps.of(latent), QueryMaps.of(latent)
@@ -126,6 +125,45 @@ def test_factors_of_a_given_width_are_the_best():
         np.testing.assert_allclose(error, (tail**2).sum(), rtol=1e-5, atol=1e-5)
 
 
+def test_factors_of_features_that_differ_in_size_and_hardly_in_direction():
+    """Most attention on one token with a large latent: relative to it, all else is rounding."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** rng.uniform(-2, 2, 12)
+    features = sizes * (1 + 1e-4 * rng.standard_normal((400, 12)))
+    features = features.astype(np.float32).astype(np.float64)
+    weight = rng.standard_normal((12, 20)) / sizes[:, None]
+    gram = features.T @ features
+    with pytest.raises(np.linalg.LinAlgError):
+        single = features.astype(np.float32)
+        np.linalg.cholesky((single.T @ single).astype(np.float64))
+    for width in (1, 4, 11):
+        a, b = refit_outputs.factor(gram, weight, width)
+        tail = np.linalg.svd(features @ weight, compute_uv=False)[width:]
+        error = ((features @ (weight - a @ b)) ** 2).sum()
+        np.testing.assert_allclose(error, (tail**2).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-6])
+def test_outputs_of_inputs_that_hardly_differ(problem, difference):
+    block, own, latent, _, _ = problem
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal(D) + difference * rng.standard_normal((S, T, D))
+    inputs = jnp.asarray(inputs, jnp.float32)
+    target = attention_output(block, own, None, inputs)
+    fitted = refit_outputs.refit_outputs(block, own, latent, inputs, target, v_head_dim=3)
+    maps = CacheMaps.of(latent), QueryMaps.of(latent)
+    features, wanted = (
+        np.asarray(x, np.float64)
+        for x in refit_outputs.output_rows(block, own, Turn.of(latent.rope), *maps, inputs, target)
+    )
+
+    def error(layer):
+        heads = refit_outputs.HeadMaps(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias)
+        return ((features @ heads.weight - wanted) ** 2).mean() / (wanted**2).mean()
+
+    assert error(fitted) < 1e-2 * error(latent)
+
+
 def test_query_positions_end_positionsthe_last():
     np.testing.assert_array_equal(refit_scores.query_positions(10, 3), [3, 6, 9])
     np.testing.assert_array_equal(refit_scores.query_positions(4, 100), np.arange(4))
@@ -150,7 +188,7 @@ def test_rows_and_normal_equations_have_the_same_solution(problem, monkeypatch, 
     target = original[:1] - converted[:1]
     args = (block, own, latent, converted[:1, :10], target[:, :10])
     few = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
-    monkeypatch.setattr(refit_outputs, "Rows", least_squares.Normal)
+    monkeypatch.setattr(refit_outputs, "Rows", refit_outputs.Normal)
     monkeypatch.setattr(refit_outputs, "output_rows", refit_outputs.output_equations)
     many = refit_outputs.refit_outputs(*args, v_head_dim=width, biased=biased)
     product = [np.einsum("lnv,nvd->nld", fitted.v_up, fitted.out) for fitted in (few, many)]

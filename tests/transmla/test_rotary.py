@@ -92,7 +92,7 @@ def test_scores_stay_where_everything_rotates(rotation, name):
     keys, queries = draw()
     stats = statistics(base, keys, queries)
     basis = rotary.by_energy(stats, ROTATIONS[rotation], len(stats.keys))
-    split = rotary.split(base, basis, stats.turning)
+    split = rotary.partial_rope(base, basis, stats.turning)
     assert split.key_rope.shape[1] + split.key_nope.shape[1] == K * H
     for t in range(3):
         args = (queries[t], keys[t + 1], 41, 7 * t)
@@ -108,7 +108,7 @@ def test_any_invertible_map_within_a_frequency_is_exact():
     def odd(block):
         return rng.standard_normal(block.shape) + 1j * rng.standard_normal(block.shape)
 
-    split = rotary.split(base, rotary.by_energy(stats, odd, len(stats.keys)), stats.turning)
+    split = rotary.partial_rope(base, rotary.by_energy(stats, odd, len(stats.keys)), stats.turning)
     args = (queries[0], keys[1], 30, 11)
     np.testing.assert_allclose(
         scores(base, split, *args), gqa_scores(base, *args), rtol=1e-9, atol=1e-9
@@ -120,7 +120,9 @@ def test_what_does_not_rotate_gets_the_constant():
     stats = statistics(base, keys, queries)
     rng = np.random.default_rng(1)
     constants = rng.standard_normal(4) + 1j * rng.standard_normal(4)
-    split = rotary.split(base, rotary.by_energy(stats, rotary.complex_rotation, 0), constants)
+    split = rotary.partial_rope(
+        base, rotary.by_energy(stats, rotary.complex_rotation, 0), constants
+    )
     assert split.rope is None and split.key_rope.shape == (K * H, 0)
     # q·k with e^(iΔθ) replaced by c: Re Σ conj(χ·c)·κ, head by head.
     q, k = queries[0], keys[0]

@@ -11,7 +11,7 @@ from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeCon
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds
 from kvjax.transmla import BEST, allocate_sizes, allocation, calibrate, convert
-from kvjax.transmla.size_groups import few_sizes, groups, mergers
+from kvjax.transmla.allocation import few_sizes, groups, mergers
 from kvjax.transmla.sizes import Sizes
 
 STEP = 4

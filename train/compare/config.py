@@ -13,8 +13,7 @@ from kvjax.checks import COUNT, POSITIVE, SHARE, Range, out_of_range
 from kvjax.config import RopeConfig
 from kvjax.nn import Transformer
 from kvjax.tasks.families import FAMILIES
-from kvjax.transmla.factors import Factors
-from kvjax.transmla.inits import Init, identity
+from kvjax.transmla.inits import Factors, Init, identity
 from train.settings import read_dataclass
 
 RANGES = {

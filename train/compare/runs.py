@@ -24,7 +24,7 @@ from kvjax.nn import Transformer
 from kvjax.prompts import bucket_length
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import problems, rows
-from kvjax.tasks.problem import Problem
+from kvjax.tasks.prompt import Problem
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
 from train.data import DataConfig, SourceConfig, check_documents, make_loader
 from train.finetune.setup import partition, trainable_paths

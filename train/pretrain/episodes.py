@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvjax.tasks import people, prompt, words
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks import prompt, recall, words
+from kvjax.tasks.words import WordVocabulary
 
 KINDS = ("thing", "age", "older", "two_hop", "copy")
 """Kinds of questions; `EpisodeBatch.kind` holds indices into this tuple."""
@@ -103,7 +103,7 @@ def _fill_facts(rng, vocab, config, batch, row):
     # People, and the facts about them.
     count = int(rng.integers(config.people[0], config.people[1] + 1))
     low, high = config.answer_length
-    cast = people.draw(rng, rng.integers(low, high + 1, count).tolist())
+    cast = recall.draw_people(rng, rng.integers(low, high + 1, count).tolist())
     facts = [person.likes() for person in cast]
     if set(config.kinds) != {"thing"}:
         facts += [person.is_old() for person in cast]
@@ -148,14 +148,14 @@ def _draw_kinds(rng, config) -> list[str]:
     return [names[i] for i in chosen]
 
 
-def _ask(rng, kind: str, cast: list[people.Person]) -> tuple[str, str]:
+def _ask(rng, kind: str, cast: list[recall.Person]) -> tuple[str, str]:
     """A question of this kind about random people, and its answer."""
     order = rng.permutation(len(cast))
     a, b = cast[order[0]], cast[order[-1]]
-    right = people.older(a, b)
+    right = recall.older(a, b)
     return {
-        "thing": (people.ask_thing(a), a.thing),
-        "age": (people.ask_age(a), str(a.age)),
-        "older": (people.ask_older(a, b), right.name),
-        "two_hop": (people.ask_thing_of_older(a, b), right.thing),
+        "thing": (recall.ask_thing(a), a.thing),
+        "age": (recall.ask_age(a), str(a.age)),
+        "older": (recall.ask_older(a, b), right.name),
+        "two_hop": (recall.ask_thing_of_older(a, b), right.thing),
     }[kind]

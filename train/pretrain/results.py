@@ -14,8 +14,8 @@ import kvjax
 import kvjax.hf
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
-from kvjax.tasks.sets import CHANCE
-from kvjax.tasks.tokenizer import to_transformers
+from kvjax.tasks.recall import TASKS
+from kvjax.tasks.words import to_transformers
 from train.log import pyplot
 from train.pretrain.curriculum import Curriculum
 from train.pretrain.episodes import KINDS
@@ -103,7 +103,7 @@ def evaluate(
                 "prompt_tokens": length,
                 "prompts": count,
                 "exact_match": accuracy(transformer, params, examples, vocab.eos_id),
-                "chance": CHANCE.get(task, 0.0),
+                "chance": TASKS[task].chance,
                 "dtype": dtype,
             }
             rows.append(row)

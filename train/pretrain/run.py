@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.checks import SIZE, check_ranges, first_not_finite, optional
 from kvjax.nn import Transformer
 from kvjax.runs import append_lines
-from kvjax.tasks.vocabulary import WordVocabulary
+from kvjax.tasks.words import WordVocabulary
 from train import log
 from train.checkpoints import Checkpoints, finished_steps
 from train.pretrain.curriculum import Curriculum, Stage, model_config

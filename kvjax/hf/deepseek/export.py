@@ -23,9 +23,7 @@ from kvjax.hf.deepseek.checks import NORMS, latent_configs, problems
 from kvjax.hf.deepseek.config import SharedRope, describe, shared_rope
 from kvjax.nn import Transformer
 from kvjax.nn.layers import matmul
-from kvjax.nn.transformer import block_kind
-from kvjax.transmla.calibration import embed
-from kvjax.transmla.layer import attention_input, run_block
+from kvjax.nn.transformer import attention_input, block_kind, embed, layer_output
 
 Arrays = dict[str, np.ndarray]
 
@@ -246,7 +244,7 @@ def latent_rms(
     if not rows:
         raise ValueError("got no batch to calibrate on")
     ids = [token_ids(batch, model.config.vocab_size, "calibration") for batch in rows]
-    x = embed(model, params, np.concatenate(ids))
+    x = embed(model.config, params, np.concatenate(ids))
     weights = []
     for index, layer in enumerate(model.config.layers):
         c, own = layer.attention, params[f"layers_{index}"]
@@ -258,7 +256,9 @@ def latent_rms(
         first, second = np.sum(np.asarray(sums, np.float64), axis=0)
         check_finite({"latents": first}, f"layer {index}: ", f": {OVERFLOW}")
         weights.append(first / np.maximum(second, np.finfo(np.float64).tiny))
-        x = jnp.concatenate([run_block(model.config, layer, own, part) for part in parts])
+        x = jnp.concatenate(
+            [layer_output(block_kind(model.config, layer), own, part) for part in parts]
+        )
     return weights
 
 
