@@ -25,7 +25,8 @@ from eval.command import (
     write_json,
 )
 from eval.predictions import check_folder, write_measured
-from eval.rows import hub_rows, read_rows, read_text
+from eval.rows import hub_rows, read_rows
+from kvjax.data_files import read_text
 from kvjax.paths import local_path
 from kvjax.text import prompt_ids
 

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from eval import checks
-from kvjax import processes
+from kvjax import processes, runs
+from kvjax.runs import write_json
 
 CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
 
@@ -112,7 +113,7 @@ class RunFolder:
             there, found = self._read(), read(part, self._policies, self._groups)
             # A kill between append and unlink leaves lines that are in both files.
             new = (p for p in found if (p.policy, p.id) not in there)
-            _append(self.path / PREDICTIONS, new)
+            runs.append_lines(self.path / PREDICTIONS, map(dataclasses.asdict, new))
             part.unlink()
 
     def _read(self) -> dict[tuple[str, str], Prediction]:
@@ -129,35 +130,18 @@ class RunFolder:
         for p in new:
             found = checks.problems(dataclasses.asdict(p), FIELDS)
             checks.refuse(list(found), f"item {p.id} under {p.policy}: ")
-        _append(self._own, new)
+        runs.append_lines(self._own, map(dataclasses.asdict, new))
         self.done |= {(p.policy, p.id): p for p in new}
 
 
-def _append(path: Path, predictions: Iterable[Prediction]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in predictions))
-        file.flush()
-        # A prediction that a later run relies on must survive a crash of the machine.
-        os.fsync(file.fileno())
-
-
 def check_same(config: Path, request: dict[str, Any]) -> None:
-    """Raises ValueError where config.json differs from the request: the folder is another run's."""
-    try:
-        held = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        held = None
-    if not isinstance(held, dict):
-        raise ValueError(f"{config} is no run's configuration; give another --out")
-    # Through JSON, because config.json has lists where the request has tuples.
-    wanted = json.loads(json.dumps(request))
-    names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
-    if names:
-        changes = ", ".join(f"{n} {held.get(n)!r}, now {wanted.get(n)!r}" for n in names)
-        raise ValueError(
-            f"{config.parent} holds another run ({changes}): repeat its command to continue it, "
-            "or give another --out"
-        )
+    """Raises ValueError where config.json is not the request: the folder is another run's."""
+    runs.check_same(
+        runs.read_settings(config),
+        json.loads(json.dumps(request)),
+        f"{config.parent} holds another run",
+        "repeat its command to resume it, or give another --out",
+    )
 
 
 def check_folder(out: Path | None, request: dict[str, Any]) -> None:
@@ -198,7 +182,7 @@ def read(
     known = None if policies is None else set(policies)
     found: dict[tuple[str, str], tuple[int, Prediction]] = {}
     wrong: list[str] = []
-    for number, line in enumerate(content[:end].splitlines(), 1):
+    for number, line in enumerate(runs.whole_lines(path), 1):
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
@@ -233,11 +217,3 @@ def _foreign(
     elif values["group"] != groups[values["id"]]:
         wanted = groups[values["id"]]
         yield f"group is {checks.shown(values['group'])}, expected {wanted!r}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a file, atomically."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    # A rename is atomic: readers see the old file or the new one.
-    os.replace(new, path)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvjax.paths import local_path
+from kvjax.data_files import PACKED, open_hub, parse_object, read_text
 
-PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
 KINDS = (".jsonl", ".json", ".txt")
 
 
@@ -92,76 +87,43 @@ def find(folder: Path, name: str, kinds: Sequence[str] = KINDS, of: str = "") ->
     return path
 
 
-def read_text(path: Path) -> str:
-    """The whole text of a file in UTF-8, unpacked.
-
-    Raises:
-        ValueError: no such file, a URL, a damaged archive, or text that is not UTF-8.
-    """
-    if not local_path(path, "the file").is_file():
-        raise ValueError(f"no file at {path}")
-    data = path.read_bytes()
-    try:
-        return PACKED.get(path.suffix, bytes)(data).decode()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value of a file.
-
-    Raises:
-        ValueError: as `read_text`, or not JSON.
-    """
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """The JSON objects of a file, one in each line. Blank lines are skipped.
+    """The JSON objects of a file, one a line; blank lines are skipped.
 
     Args:
-        limit: number of rows; later lines are not parsed.
+        limit: read at most this many rows; later lines are not parsed.
 
     Raises:
-        ValueError: as `read_text`, a line that is not a JSON object, or a file without rows.
+        ValueError: see `read_text`, a line that is not a JSON object, or no rows.
     """
+    found = _parsed(read_text(path), str(path), limit)
+    if not found and limit != 0:
+        raise ValueError(f"{path} has no rows, expected at least one")
+    return found
+
+
+def _parsed(text: str, name: str, limit: int | None = None) -> list[Row]:
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if limit is not None and len(rows) >= limit:
             break
         if line.strip():
-            rows.append(_row(line, f"{path}, line {number}"))
-    if not rows and limit != 0:
-        raise ValueError(f"{path} has no rows, expected at least one")
+            where = f"{name}, line {number}"
+            rows.append(Row(where, parse_object(line, where)))
     return rows
 
 
 def hub_rows(dataset: str, config: str, split: str) -> list[Row]:
-    """The rows of a hub dataset, through the package `datasets`.
+    """The rows of a hub dataset, loaded with the package `datasets`.
 
     Raises:
         ValueError: the package is missing, or the dataset cannot be loaded.
     """
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            f"{dataset} comes from the hub, which needs a package: pip install datasets; "
-            "or give local files with --data-dir"
-        ) from None
-    try:
-        found: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{dataset}, {config}, split {split!r}: {error}") from error
-    return [Row(f"{dataset} {config} row {i}", row) for i, row in enumerate(found, 1)]
+        found = open_hub(dataset, config, split)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give local files with --data-dir") from error
+    return [Row(found.where(i), found[i]) for i in range(len(found))]
 
 
 def hub_archive(dataset: str, archive: str, member: str) -> list[Row]:
@@ -176,31 +138,13 @@ def hub_archive(dataset: str, archive: str, member: str) -> list[Row]:
         # `datasets` refuses data sets with a loading script, so the archive is read directly.
         path = huggingface_hub.hf_hub_download(dataset, archive, repo_type="dataset")
         with zipfile.ZipFile(path) as packed:
-            lines = packed.read(member).decode().split("\n")
+            text = packed.read(member).decode()
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{member} of {dataset}'s {archive} cannot be had ({str(error).splitlines()[0]}): "
             "give local files with --data-dir"
         ) from error
-    return list(_parsed(lines, member))
-
-
-def _parsed(lines: Iterable[str], name: str) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _row(line, f"{name}, line {number}")
-
-
-def _row(line: str, where: str) -> Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} is a JSON {type(values).__name__}, expected an object")
-    return Row(where, values)
+    return _parsed(text, member)
 
 
 def named_rows(folder: Path | None, name: str, hub: tuple[str, str], split: str) -> list[Row]:

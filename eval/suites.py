@@ -37,9 +37,9 @@ from eval.checks import shown
 from eval.command import TaskCommand, run_command
 from eval.predictions import RESULTS
 from eval.preview import preview
-from eval.rows import read_json
 from eval.task import TASKS, TaskOptions, reads_of
 from kvjax import processes
+from kvjax.data_files import read_json
 from kvjax.paths import check_local, local_path
 
 MEASUREMENTS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import rows
 from eval.ruler.text import Prompt, compose, cut
+from kvjax import data_files
 from kvjax.tasks.words import TokenizerVocabulary
 
 
@@ -36,7 +36,7 @@ def squad(path: Path) -> Corpus:
     Raises:
         ValueError: no such file, or another format.
     """
-    found = rows.read_json(path)
+    found = data_files.read_json(path)
     try:
         paragraphs = [p for article in found["data"] for p in article["paragraphs"]]
         questions = [
@@ -56,7 +56,7 @@ def hotpotqa(path: Path) -> Corpus:
     Raises:
         ValueError: no such file, or another format.
     """
-    found = rows.read_json(path)
+    found = data_files.read_json(path)
     try:
         paragraphs, questions = [], []
         for row in found:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import rows
+from kvjax import data_files
 from kvjax.tasks import words
 from kvjax.tasks.prompt import SENTENCE_END, Filler, Haystack, sentence, strew
 from kvjax.tasks.words import TokenizerVocabulary
@@ -105,7 +105,7 @@ def essay(path: str | Path, vocab: TokenizerVocabulary) -> Haystack:
         ValueError: no such file, or not UTF-8.
     """
     path = Path(path)
-    sentences = SENTENCE_END.split(" ".join(rows.read_text(path).split()))
+    sentences = SENTENCE_END.split(" ".join(data_files.read_text(path).split()))
     # A book has thousands of sentences, so all are encoded in one call instead of by vocab.encode.
     # vocab.encode puts a space before a text, except where the tokenizer does this itself.
     space = "" if encode(vocab, "a") == vocab.encode("a") else " "

@@ -24,6 +24,7 @@ import numpy as np
 
 from eval import checks, metrics, rows
 from eval.task import Item, Reads, Task, TaskOptions, check_options
+from kvjax import data_files
 
 HUB = "THUDM/LongBench"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -159,7 +160,7 @@ def _config(
             )
     found = []
     for name, kind in ((PROMPTS, checks.TEXT), (LENGTHS, checks.whole(1))):
-        values = rows.read_json(place / name)
+        values = data_files.read_json(place / name)
         present = values if isinstance(values, dict) else ()
         checks.refuse(
             list(checks.problems(values, dict.fromkeys(present, kind))), f"{place / name}: "

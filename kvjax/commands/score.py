@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvjax.commands.unfinished import differences
+from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
 from kvjax.headkv.examples import bucketed
 from kvjax.headkv.measure import BatchScores, score_examples
@@ -30,6 +29,7 @@ from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.importance import split_half
+from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
 
 
 def score_checkpoint(
@@ -151,9 +151,11 @@ def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
     Raises:
         ValueError: the file belongs to another request.
     """
-    lines = _whole_lines(path) if path.exists() else []
+    # A kill tears the last line at most: cut it off, or the next batch would be written after it.
+    cut_torn_line(path)
+    lines = whole_lines(path)
     if not lines:
-        _write(path, "w", request)
+        append_lines(path, [request])
         return []
     try:
         header = json.loads(lines[0])
@@ -162,11 +164,8 @@ def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
         raise ValueError(
             f"{path} is not a file of finished batches; remove it to start over"
         ) from None
-    if header != request:
-        raise ValueError(
-            f"{path} holds an unfinished run with other settings ({differences(header, request)}):"
-            " repeat that command to finish it, or remove the file to start over"
-        )
+    held = f"{path} holds an unfinished run with other settings"
+    check_same(header, request, held, f"{REPEAT}, or remove the file to start over")
     return batches
 
 
@@ -177,25 +176,9 @@ def append_batch(path: Path, batch: BatchScores) -> None:
         "answers": batch.answers.tolist(),
         "heads": batch.heads.tolist(),
     }
-    _write(path, "a", line)
+    append_lines(path, [line])
 
 
 def _batch(line: dict[str, Any]) -> BatchScores:
     heads = np.asarray(line["heads"], np.float64)
     return BatchScores(tuple(line["indices"]), heads, np.asarray(line["answers"], np.float64))
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of the file. A last line without an end is cut off the file first."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    os.truncate(path, end)
-    return content[:end].splitlines()
-
-
-def _write(path: Path, mode: str, value: dict[str, Any]) -> None:
-    # JSON keeps every bit of a float: Python writes the shortest text that reads back the same.
-    with path.open(mode, encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

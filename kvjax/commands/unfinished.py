@@ -28,9 +28,12 @@ from kvjax.hf.safetensors import NewTensor, map_file, read_header, read_metadata
 from kvjax.hf.save import copy_companions
 from kvjax.identity import identity
 from kvjax.nn import Transformer
+from kvjax.runs import check_same
 
 FILE = "unfinished.safetensors"
 PART = f"{FILE}.part"
+REPEAT = "repeat that command to finish it"
+"""Advice for a directory or file that holds a run with other settings."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,6 @@ def describe(model: Transformer, params: Mapping[str, Any], dtype: str) -> dict[
     return {"model": name, "config": digest, "dtype": dtype, "weights": weights}
 
 
-def differences(earlier: Any, request: dict[str, Any]) -> str:
-    """The settings in which two requests differ, such as "dtype float32, now bfloat16"."""
-    got = earlier if isinstance(earlier, dict) else {}
-    names = [name for name in request if got.get(name) != request[name]]
-    return ", ".join(f"{name} {got.get(name)}, now {request[name]}" for name in names)
-
-
 def _read(out: Path, request: dict[str, Any]) -> Finished:
     check_out(out)
     path = out / FILE
@@ -180,12 +176,8 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
         configs = tuple(native.decode(config) for config in attention)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not belong to a conversion: {error}") from None
-    if earlier != request:
-        raise ValueError(
-            f"{out} holds an unfinished conversion with other settings "
-            f"({differences(earlier, request)}): repeat that command to finish it, or remove the "
-            "directory to start over"
-        )
+    held = f"{out} holds an unfinished conversion with other settings"
+    check_same(earlier, request, held, f"{REPEAT}, or remove the directory to start over")
     file = map_file(path)
     return Finished(configs, {name: jnp.array(t.view(file)) for name, t in tensors.items()})
 

@@ -9,10 +9,11 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval import metrics, rows
+from eval import metrics
 from eval.ruler import text as ruler_text
 from eval.task import Item, TaskOptions
 from eval.tasks import babilong, longbench, longchat, loogle, ruler
+from kvjax import data_files
 
 GENERATED = [name for name in ruler.MAX_NEW_TOKENS if name not in ruler.QUESTIONS]
 
@@ -445,8 +446,8 @@ class TestRealFiles:
         self.needs(data_dir, "tokenizers")
         self.needs(data_dir, "text")
         place = data_dir / "tokenizers"
-        vocabulary = json.loads(rows.read_text(place / "gpt2_vocab.json.gz"))
-        lines = rows.read_text(place / "gpt2_merges.txt.gz").split("\n")
+        vocabulary = json.loads(data_files.read_text(place / "gpt2_vocab.json.gz"))
+        lines = data_files.read_text(place / "gpt2_merges.txt.gz").split("\n")
         lines = [line for line in lines if line and not line.startswith("#version")]
         merges = [tuple(line.split(" ")) for line in lines]
         real = byte_tokenizer(vocabulary, merges)

@@ -10,6 +10,7 @@ import pytest
 from eval import rows
 from eval.task import TaskOptions
 from eval.tasks import longbench
+from kvjax import data_files
 
 
 def write(path, *values):
@@ -45,7 +46,7 @@ def test_brackets_too_deep_and_numbers_too_long(tmp_path, value):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1 is not JSON: "):
         rows.read_rows(path)
     with pytest.raises(ValueError, match=r"a\.jsonl is not JSON: "):
-        rows.read_json(path)
+        data_files.read_json(path)
 
 
 def test_a_missing_file_says_what_is_expected(tmp_path):

@@ -162,7 +162,7 @@ def test_a_run_on_other_weights_is_another_run(finished):
     attention = layer["attn"] | {"v": layer["attn"]["v"].at[0, 0, 0].add(1e-5)}
     tuned = loaded.params | {"layers_0": layer | {"attn": attention}}
     tuned = dataclasses.replace(loaded, params=tuned)
-    with pytest.raises(ValueError, match=r"holds another run \(weights '\w{12}', now '\w{12}'\)"):
+    with pytest.raises(ValueError, match=r"holds another run \(weights \w{12}, now \w{12}\)"):
         evaluate(tuned, toys.task(), SETTINGS, out, quiet=True)
 
 
