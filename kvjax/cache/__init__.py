@@ -1,4 +1,4 @@
-"""KV caches: pytrees that store new entries and attend over what they hold."""
+"""KV caches: pytrees that store new entries and attend over the stored ones."""
 
 from kvjax.cache.dense import DenseCache, LatentCache
 from kvjax.cache.layers import (

@@ -1,4 +1,4 @@
-"""Causal attention of many queries, by position: what prefill and training run."""
+"""Causal attention of many queries, masked by position; prefill and training run it."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from pallas_kernels.quantized import Entries, dequantize
 from pallas_kernels.reference import NEG_INF, soft_cap
 
 TILE = 256, 512
-"""Queries and keys that meet at a time: the part of the score matrix that exists."""
+"""Queries and keys of one tile. Only one tile of the score matrix exists at a time."""
 CPU_TILE = 256, 128
-"""As many on CPUs, whose caches must hold a tile of all heads: one that does not fit costs up to
-four times as much."""
+"""The same on CPUs. A tile of all heads must fit the processor's cache; a tile that does not fit
+costs up to four times as much."""
 
 
 Expand = Callable[[jax.Array, jax.Array], jax.Array]
@@ -26,7 +26,7 @@ that divides the query heads."""
 def visible(
     q_positions: Int[Array, "B T"], k_positions: Int[Array, "B S"], window: int | None
 ) -> jax.Array:
-    """[B, T, S] bool: keys at or before the query, inside its window; −1 is padding."""
+    """[B, T, S] bool: keys at or before the query and inside its window. Position −1 is padding."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     seen = (distance >= 0) & (k_positions >= 0)[:, None, :]
     return seen if window is None else seen & (distance < window)
@@ -43,12 +43,13 @@ def causal_attention(
 ) -> Float[Array, "B T N Hv"]:
     """Softmax attention of every query over the keys at or before its position.
 
-    Long query blocks are worked off a tile's rows at a time, so that the scores of one tile,
-    not [T, S], are what memory must hold.
+    Long query blocks are processed one tile of queries at a time. Memory then holds the scores of
+    one tile instead of [T, S].
 
     Args:
-        segments: where the keys are the queries' own (S = T): only those of the same number are
-            seen, so that documents packed into a row stay apart. Positions restart in each.
+        segments: the document of each token, for keys and values that belong to the same tokens as
+            the queries (S = T). A query sees only keys of its own document, so documents packed
+            into a row stay apart. Positions restart in each document.
     """
     T, size = q_BTNH.shape[1], tile_sizes()[0]
 
@@ -60,6 +61,7 @@ def causal_attention(
 
     if size >= T:
         return attend(q_BTNH, q_positions, segments)
+    # Pad to whole tiles: position −1 sees no key, and the last line cuts the padding off.
     tiles = -(-T // size)
     pad = tiles * size - T
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
@@ -74,12 +76,13 @@ def causal_attention(
 def _attend_block(q_BTNH, k_BSKH, v_BSKH, mask_BTS, spec):
     B, T, N, H = q_BTNH.shape
     K, S = k_BSKH.shape[2], k_BSKH.shape[1]
+    # Queries of one KV head become rows of one matrix, so that each head is a single product.
     q = _by_head(q_BTNH).reshape(B, K, -1, H)
     logits = jnp.einsum("bkqh,bskh->bkqs", q, k_BSKH, preferred_element_type=jnp.float32)
     logits = soft_cap(logits * spec.scale, spec.softcap).reshape(B, K, N // K, T, S)
     logits = jnp.where(mask_BTS[:, None, None], logits, NEG_INF)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-    # A plain batched product, rows by columns: XLA:CPU refuses other forms of it in bfloat16.
+    # XLA:CPU supports bfloat16 products only as a plain batched matmul.
     rows, v_BKSH = weights.reshape(B, K, -1, weights.shape[-1]), jnp.swapaxes(v_BSKH, 1, 2)
     out = jnp.matmul(rows, v_BKSH, preferred_element_type=jnp.float32)
     out = out.reshape(B, N, T, -1).astype(q_BTNH.dtype)
@@ -95,22 +98,22 @@ def cached_attention(
     spec: AttentionSpec,
     expand: Expand | None = None,
 ) -> tuple[Float[Array, "B T N Y"], Float[Array, "B T N"]]:
-    """`causal_attention` over cached entries, which are read where they lie, tile by tile.
+    """`causal_attention` over cached entries, one tile of keys at a time and without a copy.
 
-    The partial results of the tiles are merged by the online softmax (arXiv 2205.14135). A tile
-    that no query of a block sees is skipped, so a chunk at the start of a long cache costs little.
+    The online softmax (arXiv 2205.14135) merges the partial results of the tiles. A tile that no
+    query of the block sees is skipped, so a chunk at the start of a long cache costs little.
 
     Args:
         k, v: [B, C, S, X] and [B, C, S, Y].
         expand: rebuilds keys from the entries, one tile at a time.
 
     Returns:
-        out and lse, fp32; 0 and −1e30 for queries that see nothing.
+        Outputs and logsumexps in float32; 0 and −1e30 for queries that see no key.
     """
     T, size = q_BTNH.shape[1], tile_sizes()[0]
 
     if q_BTNH.shape[0] > 1 and T > 1 and expand is None and target().platform == "cpu":
-        # One sequence after the other: its tiles fit a CPU's caches, and it skips what it can.
+        # One sequence at a time: tiles of one fit the CPU's caches, and each skips its own tiles.
         def alone(arrays):
             q, k, v, queries, keys = jax.tree.map(lambda leaf: leaf[None], arrays)
             found = cached_attention(q, k, v, queries, keys, spec)
@@ -123,6 +126,8 @@ def cached_attention(
 
     if size >= T:
         return attend(q_BTNH, q_positions)
+    # Long query blocks: pad to whole tiles, attend to one tile of queries after the other, and
+    # join.
     tiles = -(-T // size)
     pad = ((0, 0), (0, tiles * size - T))
     q = _split(jnp.pad(q_BTNH, (*pad, (0, 0), (0, 0))), tiles)
@@ -137,7 +142,7 @@ def cached_attention(
 
 
 def tile_sizes() -> tuple[int, int]:
-    """Queries and keys of a tile, on the platform that is traced for."""
+    """Queries and keys of a tile, on the platform that the program is traced for."""
     return CPU_TILE if target().platform == "cpu" else TILE
 
 
@@ -155,9 +160,10 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), entries
             )
 
-        # The last tile may reach back into the one before it.
+        # The last tile may reach back into the tile before it. Mask the keys seen there already.
         fresh = start + jnp.arange(size, dtype=jnp.int32) >= tile * size
         positions = jnp.where(fresh[None], cut(k_positions, 1), -1)
+        # One mask decides twice: whether the tile is read at all, and which scores count.
         mask = visible(q_positions, positions, spec.window)[:, None]
 
         def attend(state):
@@ -169,13 +175,15 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
             logits = jnp.einsum("bmqh,bmsh->bmqs", q, keys, preferred_element_type=jnp.float32)
             logits = soft_cap(logits.reshape(B, N, T, size) * spec.scale, spec.softcap)
             logits = jnp.where(mask, logits, NEG_INF)
+            # Online softmax: scale the sums so far to the new maximum before adding this tile.
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-            # Above every masked logit: those have weight 0 where a query sees nothing as well.
+            # The floor is above every masked logit, so masked keys get weight 0 even where a query
+            # has seen no key yet and its maximum is itself a masked logit.
             weights = jnp.exp(logits - jnp.maximum(new_top, NEG_INF / 2)[..., None])
             shrink = jnp.exp(top - new_top)
             values = dequantize(cut(v, 2), q_BTNH.dtype)
             rows = weights.astype(values.dtype).reshape(B, C, -1, size)
-            # A plain batched product: XLA:CPU refuses other forms of it in bfloat16.
+            # XLA:CPU supports bfloat16 products only as a plain batched matmul.
             out = jnp.matmul(rows, values, preferred_element_type=jnp.float32)
             acc = acc * shrink[..., None] + out.reshape(B, N, T, Y)
             return new_top, total * shrink + jnp.sum(weights, axis=-1), acc
@@ -188,13 +196,15 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
         jnp.zeros((B, N, T, Y), jnp.float32),
     )
     top, total, acc = jax.lax.fori_loop(0, -(-S // size), merge, start)
+    # A query that sees no key has total 0. Its output is 0, and its lse of −1e30 gives it no weight
+    # in a merge.
     divisor = jnp.maximum(total, 1e-30)
     lse = jnp.where(total > 0, top + jnp.log(divisor), NEG_INF)
     return jnp.moveaxis(acc / divisor[..., None], 1, 2), jnp.moveaxis(lse, 1, 2)
 
 
 def _by_head(x_BTNH: jax.Array) -> jax.Array:
-    """[B, N, T, H]: queries are moved once, so that the much larger score matrix need not be."""
+    """[B, N, T, H]. Moving the queries once saves moving the much larger score matrix."""
     return jnp.swapaxes(x_BTNH, 1, 2)
 
 

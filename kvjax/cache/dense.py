@@ -1,4 +1,4 @@
-"""Uncompressed caches: every token in a slot, as keys and values or as latents."""
+"""Uncompressed caches: each token has a slot, with keys and values or with a latent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from pallas_kernels import dequantize, gqa_decode, mla_decode
 
 @flax.struct.dataclass
 class DenseCache:
-    """Keys and values (or latents), in the order of time.
+    """Keys and values (or latents) in the order of the tokens.
 
     Attributes:
-        k, v: [B, K, S, ·] arrays or `Quantized`; S tokens fit.
-        lengths: [B] int32, tokens given so far; what does not fit is dropped.
-        evicted: [B] int32, tokens of the prompt that were not kept; None for none.
-        positions: [B, S] int32 of the entries, −1 for none; None where the slot is the position.
+        k, v: [B, K, S, ·] arrays or `Quantized`, with room for S tokens.
+        lengths: [B] int32, tokens that each sequence has given so far. Tokens that do not fit are
+            counted but not stored.
+        evicted: [B] int32, tokens of the prompt that compression removed; None for none.
+        positions: [B, S] int32 position of each entry, −1 for empty slots; None where the slot
+            number is the position.
     """
 
     k: Any
@@ -50,11 +52,11 @@ class DenseCache:
 
     @property
     def used(self) -> jax.Array:
-        """[B] slots given out, beyond S where tokens were dropped."""
+        """[B] int32, slots assigned so far. Exceeds S where tokens were dropped."""
         return self.lengths if self.evicted is None else self.lengths - self.evicted
 
     def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
-        """Stores the new entries [B, T, K, ·] where position ≥ 0."""
+        """Stores the new entries [B, T, K, ·], except at position −1 (padding)."""
         S = self.k.shape[2]
         where, used = token_slots(self.used, positions, S)
         held = self.positions
@@ -84,9 +86,11 @@ class DenseCache:
         S = self.k.shape[2]
         live = jnp.minimum(cache.used, S)
         with jax.named_scope("attend"):
+            # One token per sequence: the decode kernel, which takes slots for positions.
             if q.shape[1] == 1 and expand is None and self.positions is None:
                 settings = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
                 return gqa_decode(q[:, 0], cache.k, cache.v, live, **settings)[:, None], cache
+            # Only differences of positions count, so slot numbers serve if no token was removed.
             if cache.positions is None:
                 at, held = query_slots(self.used, positions), live_slots(live, S)
             else:
@@ -95,21 +99,22 @@ class DenseCache:
             return out.astype(q.dtype), cache
 
     def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
-        """[B, K, S, ·] what queries meet, and what is weighed; in their own dtype for None."""
+        """Keys and values [B, K, S, ·] as floats; `dtype` None keeps the dtype of the cache."""
         return dequantize(self.k, dtype or self.k.dtype), dequantize(self.v, dtype or self.v.dtype)
 
 
 @flax.struct.dataclass
 class LatentCache:
-    """Latents and rotary keys, in the order of time.
+    """Latents and rotary keys, in the order of the tokens.
 
     Attributes:
-        latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`; on TPUs with zeros up to
-            whole lanes, see `stored_width`.
-        lengths: [B] int32, tokens given so far; what does not fit is dropped.
-        evicted: [B] int32, tokens of the prompt that were not kept; None for none.
-        positions: [B, S] int32 of the entries, −1 for none, where a sliding window must know them
-            because tokens were not kept; None where the slot tells.
+        latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`. On TPUs zeros pad the last
+            axis to whole lanes, see `stored_width`.
+        lengths: [B] int32, tokens that each sequence has given so far. Tokens that do not fit are
+            counted but not stored.
+        evicted: [B] int32, tokens of the prompt that compression removed; None for none.
+        positions: [B, S] int32 position of each entry, −1 for empty slots. A sliding window needs
+            them after tokens were removed; None where the slot number is enough.
     """
 
     latent: Any
@@ -133,14 +138,15 @@ class LatentCache:
 
     @property
     def used(self) -> jax.Array:
-        """[B] slots given out, beyond S where tokens were dropped."""
+        """[B] int32, slots assigned so far. Exceeds S where tokens were dropped."""
         return self.lengths if self.evicted is None else self.lengths - self.evicted
 
     def append(self, latent: jax.Array, k_rope: jax.Array, positions: jax.Array) -> LatentCache:
-        """Stores the new entries [B, T, L] and [B, T, R] where position ≥ 0."""
+        """Stores the new entries [B, T, L] and [B, T, R], except at position −1 (padding)."""
         where, used = token_slots(self.used, positions, self.latent.shape[1])
 
         def write(buffer, new):
+            # `write_pool` takes rows without an axis of heads; the latents count as one head.
             new = widened(new, buffer.shape[-1])
             return write_pool(buffer, new[:, :, None], where[:, :, None])
 
@@ -169,7 +175,7 @@ class LatentCache:
         """Stores the new entries and attends in the latent space (arXiv 2405.04434, section 2.1).
 
         Returns:
-            [B, T, N, L] attention-weighted latents, before the value up-projection; the cache.
+            [B, T, N, L] attention-weighted latents, before the value up-projection, and the cache.
         """
         cache = self.append(latent, k_rope, positions)
         out, _ = cache.attend_held(q_latent, q_rope, positions, self.used, spec)
@@ -183,19 +189,21 @@ class LatentCache:
         before: Int[Array, " B"],
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
-        """Attends over what is held, the new entries included; stores nothing.
+        """Attends over the stored entries, the queries' own included. Stores nothing.
 
         Args:
-            before: [B] slots given out before these queries' own tokens. Where this is a part of
-                all slots, those of later numbers, it is less by as many as come before the part,
-                as `used` is, and may be negative. A sliding window then needs `positions`.
+            before: [B] number of slots already used when these queries arrived. On a mesh each
+                device counts from its own first slot, so the number can be negative; a sliding
+                window then needs `positions`.
 
         Returns:
-            Attention-weighted latents and logsumexp; 0 and −1e30 for queries that see nothing.
+            Attention-weighted latents and logsumexp; 0 and −1e30 for queries that see no key.
         """
         S, L = self.latent.shape[1], q_latent.shape[-1]
         live = jnp.clip(self.used, 0, S)
         with jax.named_scope("attend"):
+            # The cache may be padded to whole lanes; zeros in the queries leave the products as
+            # they are.
             q_latent = widened(q_latent, self.latent.shape[-1])
             q_rope = widened(q_rope, self.k_rope.shape[-1])
             if q_latent.shape[1] == 1 and self.positions is None:
@@ -211,6 +219,7 @@ class LatentCache:
                     return_lse=True,
                 )
                 return out[:, None, :, :L], lse[:, None]
+            # Several tokens: one KV head whose key is the latent beside the rotary key.
             q = self.joint(q_latent, q_rope)
             keys, values = self.keys_and_values(q.dtype)
             if self.positions is None:
@@ -223,40 +232,41 @@ class LatentCache:
     def joint(
         self, q_latent: Float[Array, "B T N L"], q_rope: Float[Array, "B T N R"]
     ) -> Float[Array, "B T N X"]:
-        """Queries that meet the keys of `keys_and_values`."""
+        """Queries for the keys of `keys_and_values`: latent part beside rotary part."""
         parts = widened(q_latent, self.latent.shape[-1]), widened(q_rope, self.k_rope.shape[-1])
         return jnp.concatenate(parts, axis=-1)
 
     def keys_and_values(
         self, dtype: Any
     ) -> tuple[Float[Array, "B 1 S X"], Float[Array, "B 1 S L"]]:
-        """Latents beside rotary keys, and latents: what a head with all of both would cache."""
+        """The cache as one KV head: latents beside rotary keys are its keys, latents its values."""
         latent = dequantize(self.latent, dtype)[:, None]
         return jnp.concatenate([latent, dequantize(self.k_rope, dtype)[:, None]], axis=-1), latent
 
 
 def stored_width(width: int, platform: str | None = None) -> int:
-    """Numbers that a width takes in memory: whole lanes of 128 on TPUs, which pad them anyway.
+    """Numbers that a row of this width takes in memory: on TPUs whole lanes of 128.
 
-    Of other widths XLA:TPU makes the slots the minor dimension, and copies a cache for every kernel
-    that reads its rows (a third of a cache's bytes a layer in temporaries, at 448 + 64).
+    TPUs pad rows to whole lanes in any case. For other widths XLA:TPU makes the slots the minor
+    dimension and copies the cache for every kernel that reads rows. At 448 + 64 those temporaries
+    take a third of the cache's bytes in each layer.
 
     Args:
-        platform: of the devices; None for the default ones'.
+        platform: platform of the devices; None for the default backend.
     """
     lanes = 128 if (platform or jax.default_backend()) == "tpu" else 1
     return -(-width // lanes) * lanes
 
 
 def widened(x: jax.Array, width: int) -> jax.Array:
-    """Zeros behind the last axis, up to `width`."""
+    """`x` with zeros appended to the last axis, up to `width`."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
 
 
 def new_cache(
     attention: AttentionConfig, batch: int, capacity: int, dtype: Any
 ) -> DenseCache | LatentCache:
-    """An empty cache of the kind that this attention fills, for `capacity` tokens a sequence."""
+    """An empty cache of the kind this attention needs, for `capacity` tokens per sequence."""
     widths, dtype = attention.cached_widths, jnp.dtype(dtype)
     if attention.shared_latent:
         return LatentCache.create(batch, capacity, *widths, dtype)

@@ -1,5 +1,5 @@
-"""What the model sees of its caches: the contract of one layer's cache, and the caches of all
-layers, as prefill makes them and every step of decoding takes them."""
+"""The model's view of its caches: the contract of one layer's cache (`Cache`), and the caches of
+all layers (`ModelCache`), which prefill creates and every decoding step takes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from pallas_kernels import schedule
 class Cache(Protocol):
     """Keys and values of one layer.
 
-    Caches are pytrees, whose fields jax fills with other things than arrays (shapes, shardings,
-    markers): they are annotated Any, and their docstrings give the shapes.
+    Caches are pytrees, and jax also puts shapes, shardings and markers in the places of their
+    arrays. The fields are therefore annotated Any, and the docstrings give the shapes.
 
-    `lengths` [B] counts the tokens a sequence has given to the cache. Beyond `capacity` tokens
-    nothing more is stored, and lengths > capacity says so.
+    `lengths` [B] counts the tokens that a sequence has given to the cache. Tokens beyond `capacity`
+    are counted but not stored, so lengths > capacity tells that tokens were dropped.
     """
 
     @property
@@ -37,7 +37,7 @@ class Cache(Protocol):
 
     @property
     def capacity(self) -> int | jax.Array:
-        """Tokens a sequence can give to this cache in all; [B] where sequences differ."""
+        """Tokens that a sequence can give to this cache in total; [B] where sequences differ."""
         ...
 
     def attend(
@@ -54,15 +54,15 @@ class Cache(Protocol):
         Args:
             q: [B, T, N, H] queries, rotated.
             k, v: [B, T, K, ·] new entries: rotated keys and values, or latents.
-            positions: [B, T] int32; −1 marks padding, neither stored nor attended.
+            positions: [B, T] int32; −1 marks padding, which is neither stored nor attended to.
             spec: scale, window, soft-cap.
-            expand: rebuilds keys from the entries where these are latents.
+            expand: rebuilds keys from the entries of a cache that stores latents.
 
         Returns:
             [B, T, N, Hv] in q's dtype, and the cache with the new entries.
 
         Raises:
-            NotImplementedError: this cache cannot hold entries of this kind; says why.
+            NotImplementedError: this cache cannot hold entries of this kind; the message says why.
         """
         ...
 
@@ -90,18 +90,18 @@ class AbsorbedCache(Protocol):
             q_latent, q_rope: [B, T, N, L] and [B, T, N, R].
 
         Returns:
-            [B, T, N, L] attention-weighted latents, before the value up-projection; the cache.
+            [B, T, N, L] attention-weighted latents, before the value up-projection, and the cache.
         """
         ...
 
 
 @flax.struct.dataclass
 class NoCache:
-    """Attends over the new entries alone and keeps nothing: the full causal forward.
+    """Attends over the new entries alone and stores nothing: the full causal forward.
 
     Attributes:
-        segments: [B, T] int32, the document that each token belongs to, where several are packed
-            into a row: a token attends only within its own. None: one document a row.
+        segments: [B, T] int32, the document of each token, where a row packs several. A token
+            attends only within its document. None: one document per row.
     """
 
     segments: Any = None
@@ -122,21 +122,22 @@ class NoCache:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes held by all arrays of a cache, or of a list of them."""
+    """Bytes of all arrays of a cache, or of a list of caches."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
 
 @flax.struct.dataclass
 class ModelCache:
-    """One cache for each layer: `cache[3]` is that of the fourth.
+    """The caches of all layers; `cache[3]` is the cache of the fourth layer.
 
     Attributes:
         own: for each layer its cache; None for a layer whose heads have budgets in a pool.
-        pools: the pools; layers of one shape share one.
-        rope_lengths: [B] int32, prompt and tokens to come, for RoPE rules that depend on them.
-        places: for each layer the numbers of its pool and of its row in the pool's tables; None
-            for a layer with a cache of its own.
-        layout: how pools are split over a mesh; None for one device.
+        pools: the pools; layers of one shape share a pool.
+        rope_lengths: [B] int32, length of the prompt plus the tokens to generate. RoPE rules that
+            depend on the length read it.
+        places: for each layer the number of its pool and its row in the pool's tables; None for a
+            layer whose cache is in `own`.
+        layout: how the pools are sharded over a mesh; None for one device.
         copies: see `ShardedHeads`.
     """
 
@@ -162,17 +163,17 @@ class ModelCache:
 
     @property
     def lengths(self) -> jax.Array:
-        """[B] int32, tokens that each sequence has given: the next one's position."""
+        """[B] int32, tokens that each sequence has given; also the next token's position."""
         return self[0].lengths
 
     @property
     def capacity(self) -> Any:
-        """Tokens that a sequence can give in all; [B] where sequences differ."""
+        """Tokens that a sequence can give in total; [B] where sequences differ."""
         held = [cache for cache in self.own if cache is not None] + list(self.pools)
         return held[0].capacity if len(held) == 1 else min_capacity(held)
 
     def with_layer(self, index: int, cache: Any) -> ModelCache:
-        """The caches with that of one layer replaced."""
+        """The caches with layer `index` replaced by `cache`."""
         place = self.places[index]
         if place is None:
             own = (*self.own[:index], cache, *self.own[index + 1 :])
@@ -180,10 +181,11 @@ class ModelCache:
         return self.with_pool_layer(place, cache if self.layout is None else cache.inner)
 
     def with_pool_layer(self, place: tuple[int, int], layer: PoolLayer) -> ModelCache:
-        """The caches with one layer of a pool replaced, as it lies on the devices.
+        """The caches with one layer of a pool replaced.
 
         Args:
-            place: the numbers of the pool and of the layer's row, see `places`.
+            place: number of the pool and row of the layer, see `places`.
+            layer: the layer as the devices store it: without `ShardedHeads` around it.
         """
         number, row = place
         pool = self.pools[number].with_layer(row, layer)
@@ -191,8 +193,8 @@ class ModelCache:
         return dataclasses.replace(self, pools=pools)
 
     def advance(self, lengths: jax.Array) -> ModelCache:
-        """Pools that have counted the new tokens; caches of single layers have done so."""
-        # Every pool has an array of its own: the next step's programs take them over.
+        """The caches after a step: pools count the new tokens, as single layers already did."""
+        # Each pool needs a separate array: the next step donates them, and jax donates none twice.
         own = (lengths, *(lengths + 0 for _ in self.pools[1:]))
         pools = tuple(
             dataclasses.replace(pool, lengths=each, schedule=None)
@@ -202,7 +204,7 @@ class ModelCache:
 
 
 def min_capacity(caches: list[Any]) -> jax.Array:
-    """[B] the least capacity of several caches."""
+    """[B] the smallest capacity among several caches."""
     batch = caches[0].lengths.shape[0]
     each = [jnp.broadcast_to(jnp.asarray(cache.capacity), (batch,)) for cache in caches]
     return jnp.min(jnp.stack(each), axis=0)
@@ -210,7 +212,7 @@ def min_capacity(caches: list[Any]) -> jax.Array:
 
 @singledispatch
 def with_layer(caches: Any, index: int, cache: Any) -> Any:
-    """The caches of all layers with that of one layer replaced."""
+    """The caches of all layers with layer `index` replaced by `cache`."""
     return [*caches[:index], cache, *caches[index + 1 :]]
 
 
@@ -221,7 +223,7 @@ def _(caches: ModelCache, index: int, cache: Any) -> ModelCache:
 
 @singledispatch
 def advance(caches: Any, lengths: jax.Array) -> Any:
-    """The caches after all layers have seen new tokens, which are `lengths` [B] in all."""
+    """The caches after all layers have seen a step's tokens; `lengths` [B] are the new totals."""
     return caches
 
 
@@ -231,8 +233,8 @@ def _(caches: ModelCache, lengths: jax.Array) -> ModelCache:
 
 
 def rope_lengths_of(caches: Any) -> jax.Array:
-    """[B] whole lengths, for RoPE rules that depend on them: what the caches remember, or how much
-    caches from `init_cache` can hold."""
+    """[B] total length of each sequence, for RoPE rules that depend on it: the stored one, or the
+    capacity for caches from `init_cache`."""
     if isinstance(caches, ModelCache):
         return caches.rope_lengths
     first = caches[0]
@@ -243,16 +245,17 @@ def rope_lengths_of(caches: Any) -> jax.Array:
 def work_lists(
     pool: Pool, positions: Int[Array, "B 1"], *, group: int, layout: Layout | None
 ) -> Any:
-    """What the kernels of all layers read in a step; each device lists its own heads.
+    """The rows that the kernels of all layers read in one step; each device lists its own heads.
 
     Args:
-        group: query heads of a KV head.
+        group: query heads per KV head.
 
     Returns:
-        As `pallas_kernels.schedule`.
+        The lists of `pallas_kernels.schedule`.
     """
 
     def make(pool: Pool, positions: jax.Array) -> Any:
+        # The lists include the step's own token, which each layer stores before its kernel runs.
         new = (positions[:, 0] >= 0).astype(jnp.int32)
         given = pool.kept + (pool.lengths - pool.read + new)[:, None, None]
         live = jnp.minimum(given, pool.capacities)
@@ -275,12 +278,12 @@ def work_lists(
 def scheduled(
     caches: Any, positions: Any, query_heads: Sequence[int], run: Callable[..., Any] = work_lists
 ) -> Any:
-    """The caches with the work lists of a step, which `advance` takes away again.
+    """The caches with the work lists of one step; `advance` removes the lists again.
 
     Args:
-        positions: [B, 1] of the step's tokens, −1 for none.
-        query_heads: of each layer.
-        run: calls `work_lists`, or says what it would return.
+        positions: [B, 1] positions of the step's tokens, −1 for none.
+        query_heads: number of query heads of each layer.
+        run: `work_lists`, or a function that returns its shapes.
     """
     if not isinstance(caches, ModelCache):
         return caches
@@ -288,7 +291,8 @@ def scheduled(
     for number, pool in enumerate(caches.pools):
         own = [place is not None and place[0] == number for place in caches.places]
         counts = {heads for heads, owned in zip(query_heads, own, strict=True) if owned}
-        # Pools on CPUs are not aligned, and need no list.
+        # Pools on CPUs are not aligned and need no list. Layers of one pool that differ in their
+        # query heads would need a list each, so the kernels of such a pool build them.
         if pool.align > 1 and len(counts) == 1:
             group = counts.pop() // pool.starts.shape[2]
             lists = run(pool, positions, group=group, layout=caches.layout)

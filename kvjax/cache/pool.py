@@ -1,7 +1,7 @@
-"""The cache of head budgets: one flat pool of rows that the heads of many layers share.
+"""The cache for head budgets: one flat pool of rows that the heads of many layers share.
 
 `Pool` and `PoolLayer` store new tokens and attend. `lay_segments` and `copy_rows` fill a layer with
-what prefill keeps. `pool_rows` finds on the host how many rows a pool needs.
+the tokens that compression keeps. `pool_rows` computes on the host how many rows a pool needs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pallas_kernels.plan import merge
 from pallas_kernels.segments import Newer, Segments
 from pallas_kernels.xla import attend
 
-QUERY_TILE = 32  # queries that meet the rows of a pool at a time
+QUERY_TILE = 32  # queries that attend to a pool at a time
 FOREVER = np.iinfo(np.int32).max // 2
 
 
@@ -32,30 +32,31 @@ FOREVER = np.iinfo(np.int32).max // 2
 class Pool:
     """Keys and values of the tokens that each head of each layer keeps, and of later tokens.
 
-    How many rows there are is part of a program; whose they are is data. A head owns a segment of
-    consecutive rows. Its live rows are the first ones, in the order of time; new tokens follow.
+    The number of rows is part of a compiled program; which head owns which rows is data. A head
+    owns a segment of consecutive rows. The segment starts with the live rows, in the order of the
+    tokens; new tokens follow.
 
-    A head may have a ring: rows at the end of its segment that new tokens overwrite in turn, so
-    that it keeps its part of the prompt and the most recent tokens however long the text grows.
+    A head may have a ring: rows at the end of its segment that new tokens overwrite in turn. Such
+    a head keeps its part of the prompt and the most recent tokens, however long the text grows.
 
-    On a mesh the rows of the first device come first, then those of the second, and so on; a
-    segment's start counts from its device's first row.
+    On a mesh the rows of the first device come first, then the rows of the second, and so on. A
+    segment's start counts from the first row of its device.
 
     Attributes:
         k, v: [B, P, ·] entries.
         starts, capacities: [B, L, K] int32, first row and number of rows of each segment.
-        kept: [B, L, K] int32, live rows when `read` tokens had been given.
-        rings: [B, L, K] int32, rank of the first row of a ring; the capacity for no ring.
-        lengths: [B] int32, tokens that the sequence has given in all: the next one's position.
+        kept: [B, L, K] int32, number of live rows at the time when `read` tokens had been given.
+        rings: [B, L, K] int32, rank of the first row of the ring; the capacity for no ring.
+        lengths: [B] int32, tokens that the sequence has given; also the next token's position.
         read: [B] int32, see `kept`.
-        positions: [B, P] int32, the entries' positions, −1 for none; None where nobody asks:
-            without a sliding window.
+        positions: [B, P] int32 positions of the entries, −1 for none; None without a sliding
+            window, which alone reads them.
         queries: for each layer [B, w, N, H], the last queries, for compression while decoding;
             None for none.
-        schedule: what the kernels of all layers read in the step under way, the layers first; None
-            between steps, and where XLA serves. See `kvjax.cache.layers`.
-        align: starts are multiples of it; what the kernels of a platform ask for.
-        span: a bound on the rows of one layer, on one device.
+        schedule: work lists of all layers' kernels for the current step, layers first; None
+            between steps and where XLA computes attention. See `kvjax.cache.layers`.
+        align: starts are multiples of this number, as the platform's kernels require.
+        span: upper bound on the rows of one layer on one device.
     """
 
     k: Any
@@ -89,9 +90,9 @@ class Pool:
 
         Args:
             shape: (B, L, K) of the tables.
-            widths: of a key and of a value.
+            widths: numbers of a key and of a value.
             positions: whether a layer has a sliding window.
-            platform: of the devices; None for those that programs are traced for.
+            platform: platform of the devices; None for the platform that programs are traced for.
         """
         B, nothing = shape[0], jnp.zeros(shape, jnp.int32)
         return cls(
@@ -107,14 +108,15 @@ class Pool:
 
     @property
     def capacity(self) -> jax.Array:
-        """[B] tokens that a sequence can give in all: its fullest head without a ring decides."""
+        """[B] tokens that a sequence can give in total; the fullest head without a ring decides."""
         room = self.capacities - self.kept
         room = jnp.where(self.rings < self.capacities, FOREVER, room)
         return self.read + jnp.min(room, axis=(1, 2))
 
     def layer(self, row: Any) -> PoolLayer:
-        """One layer's part; `row` is its place in the tables."""
+        """The view of one layer; `row` is its row in the tables."""
         queries = None if self.queries is None else self.queries[row]
+        # Queries of other layers would only be more arguments of this layer's program.
         bare = dataclasses.replace(self, queries=None)
         return PoolLayer(bare, np.int32(row) if isinstance(row, int) else row, queries)
 
@@ -128,13 +130,13 @@ class Pool:
 
 @flax.struct.dataclass
 class PoolLayer:
-    """One layer of a `Pool`, as attention sees it. All layers must have seen a step's tokens before
-    the pool counts them (`ModelCache.advance`).
+    """One layer of a `Pool`, as attention sees it. The pool counts a step's tokens after all layers
+    have stored them (`ModelCache.advance`).
 
     Attributes:
-        pool: of all layers, without queries.
-        row: [] int32, the layer's place in the tables.
-        queries: [B, w, N, H] the layer's own; None for none.
+        pool: the pool of all layers, without queries.
+        row: [] int32, the layer's row in the tables.
+        queries: [B, w, N, H] last queries of this layer; None for none.
     """
 
     pool: Pool
@@ -155,13 +157,13 @@ class PoolLayer:
 
     @property
     def segments(self) -> Segments:
-        """Where the heads' rows are."""
+        """The rows of each head."""
         starts, capacities = self.table("starts"), self.table("capacities")
         return Segments(starts, capacities, self.pool.align, self.pool.span)
 
     def given(self) -> Int[Array, "B K"]:
-        """Entries given to each head; above its capacity they have taken the place of older ones in
-        the ring, or were dropped."""
+        """Entries given to each head. Those beyond its capacity overwrote older ones in the ring,
+        or were dropped."""
         return self.table("kept") + (self.pool.lengths - self.pool.read)[:, None]
 
     def live(self, given_BK: Int[Array, "B K"]) -> Int[Array, "B K"]:
@@ -177,16 +179,16 @@ class PoolLayer:
         spec: AttentionSpec,
         expand: Expand | None = None,
     ) -> tuple[Float[Array, "B T N Hv"], PoolLayer]:
-        """See `Cache.attend`. Of several new tokens each sees all that was held before them.
+        """See `Cache.attend`. Each of several new tokens sees all entries stored before them.
 
         Raises:
             NotImplementedError: keys are to be rebuilt from latents with `expand`.
-            ValueError: a sliding window, but the pool was made without positions.
+            ValueError: the layer has a sliding window, but the pool was made without positions.
         """
         if expand is not None:
             raise NotImplementedError(
                 "a head-budgeted cache cannot rebuild keys from latents: its heads keep different "
-                "tokens, so there is no common row of positions to rotate"
+                "tokens, so they share no positions to rotate by"
             )
         if spec.window is not None and self.pool.positions is None:
             raise ValueError("a layer with a sliding window needs a pool with positions")
@@ -197,6 +199,7 @@ class PoolLayer:
             if q.shape[1] == 1:
                 given = self.given() + (positions >= 0).astype(jnp.int32)
                 return after._decode(q[:, 0], given, positions, spec)[:, None], after
+            # Read the pool as it was: a ring may already have dropped entries the first tokens see.
             return self._attend_many(q, k, v, positions, spec), after
 
     def _append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> PoolLayer:
@@ -216,16 +219,17 @@ class PoolLayer:
         return dataclasses.replace(self, pool=pool)
 
     def _new_rows(self, positions_BT: jax.Array) -> Int[Array, "B T K"]:
-        """Where new tokens go; beyond the pool for padding and what has no place."""
+        """Row of each new token in each head; P, which writes drop, for padding and full heads."""
         starts, capacities, first = (
             self.table(name)[:, None] for name in ("starts", "capacities", "rings")
         )
         given = self.given()[:, None]
+        # `rank` is the token's place among all entries that the head has been given.
         steps = query_slots(jnp.zeros_like(self.lengths), positions_BT)[:, :, None]
         count = jnp.sum(positions_BT >= 0, axis=1, dtype=jnp.int32)[:, None, None]
         rank = given + steps
         ring = capacities - first
-        # Of tokens that share a row of a ring only the newest is written.
+        # When several new tokens share a row of a ring, only the newest of them is written.
         turning = (ring > 0) & (rank >= first)
         fits = (steps >= 0) & (~turning | (rank + ring > given + count - 1))
         rank = jnp.where(turning, first + (rank - first) % jnp.maximum(ring, 1), rank)
@@ -261,8 +265,9 @@ class PoolLayer:
     def _attend_many(
         self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, spec: AttentionSpec
     ) -> Float[Array, "B T N Y"]:
-        """Several new tokens: over what the pool holds, and causally among themselves."""
+        """Attention of several new tokens: to the pool, and causally among themselves."""
         B, T = positions.shape
+        # Queries in tiles: the scores of all queries with all rows of the pool would not fit.
         tile = min(QUERY_TILE, T)
         tiles = -(-T // tile)
         pad = ((0, 0), (0, tiles * tile - T))
@@ -281,31 +286,32 @@ class PoolLayer:
             lambda x: jnp.moveaxis(x, 0, 1).reshape(B, tiles * tile, *x.shape[3:])[:, :T],
             jax.lax.map(over_pool, parts),
         )
+        # Two partial results, merged by their logsumexps.
         keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         new = cached_attention(q, keys, values, positions, positions, spec)
         return merge(old, new)[0].astype(q.dtype)
 
     def _seen(self, positions_BT: jax.Array, spec: AttentionSpec) -> Newer | None:
-        """Rows inside each query's sliding window; None where there is none."""
+        """Tells the rows inside each query's sliding window; None without a sliding window."""
         if spec.window is None:
             return None
         return Newer(self.pool.positions, positions_BT - spec.window)
 
 
 def pool_alignment(dtype: Any, platform: str | None = None) -> int:
-    """Rows that a segment's start must be a multiple of: a DMA tile, or 1 on CPUs.
+    """The number that every segment's start is a multiple of: a DMA tile, or 1 on CPUs.
 
     Args:
-        platform: of the devices; None for the default ones'.
+        platform: platform of the devices; None for the default backend.
     """
     on_cpu = (platform or jax.default_backend()) == "cpu"
     return 1 if on_cpu else 32 // jnp.dtype(dtype).itemsize
 
 
-BLOCK = 64  # rows that a turn copies
+BLOCK = 64  # rows that one turn of the loop in `copy_rows` copies
 
 Rows = Callable[[jax.Array, jax.Array, jax.Array], Any]
-"""(sequence, head, ranks [BLOCK]) to the rows of these ranks, [BLOCK, …]."""
+"""Maps (sequence, head, ranks [BLOCK]) to the rows of these ranks, [BLOCK, …]."""
 
 
 def lay_segments(
@@ -317,20 +323,21 @@ def lay_segments(
     rings_BK: Bool[Array, "B K"],
     window: int | None,
 ) -> Pool:
-    """The pool's tables with the segments of one layer: one after the other from its first row on.
+    """Writes the segments of one layer to the pool's tables, one after the other.
 
     Args:
-        row: the layer's place in the tables.
-        held_BK: rows that each head keeps.
-        first_B: the layer's first row.
-        rooms_BK: rows for new tokens.
+        row: the layer's row in the tables.
+        held_BK: number of rows that each head keeps.
+        first_B: first row of the layer.
+        rooms_BK: number of rows for new tokens.
         rings_BK: heads that overwrite older tokens when their room is used up.
-        window: the layer's sliding window: nothing behind it is seen again, so no head has more
-            rows, and its ring is the whole segment.
+        window: the layer's sliding window. Tokens behind it are never seen again, so no segment is
+            longer than the window, and the whole segment is a ring.
     """
     capacities = held_BK + rooms_BK
     if window is not None:
         capacities = jnp.minimum(capacities, window)
+    # Whole multiples of `align` for every segment, so that each start is aligned as well.
     whole = -(-capacities // pool.align) * pool.align
     starts = first_B[:, None] + jnp.cumsum(whole, axis=1, dtype=jnp.int32) - whole
     ring = jnp.zeros_like(held_BK) if window is not None else held_BK
@@ -351,14 +358,16 @@ def lay_segments(
 def copy_rows(
     entries: Any, rows: Rows, starts_BK: Int[Array, "B K"], counts_BK: Int[Array, "B K"]
 ) -> Any:
-    """Entries [B, P, …] of a pool with `counts` new rows from each start on.
+    """Entries [B, P, …] of a pool with `counts` new rows from each start.
 
     Args:
-        rows: makes the rows; they are encoded as the entries are.
+        rows: makes the new rows, which are encoded like the entries.
     """
     K = counts_BK.shape[1]
     P = entries.shape[1]
     size = min(BLOCK, P)
+    # One loop over the blocks of all heads. A loop over heads would take as many turns for every
+    # head as for the longest.
     blocks = -(-counts_BK.reshape(-1) // size)
     upto = jnp.cumsum(blocks, dtype=jnp.int32)
 
@@ -367,7 +376,7 @@ def copy_rows(
         b, k = owner // K, owner % K
         start, count = starts_BK[b, k], counts_BK[b, k]
         wanted = start + (turn - (upto[owner] - blocks[owner])) * size
-        # At the pool's end a block begins earlier; rows that belong to others stay.
+        # The pool's last block starts earlier, to stay inside. `valid` protects rows of others.
         at = jnp.minimum(wanted, P - size)
         rank = at - start + jnp.arange(size, dtype=jnp.int32)
         valid = (rank >= 0) & (rank < count)
@@ -385,7 +394,7 @@ def copy_rows(
 
 
 LARGE = 16_384
-"""From so many rows on a pool is rounded less, see `bucket_rows`."""
+"""Pools of this many rows or more are rounded more finely, see `bucket_rows`."""
 ROOM = 64
 LANES = 128
 BYTE_TILE = 32
@@ -395,9 +404,9 @@ class PoolRows(NamedTuple):
     """The rows of a pool on each device.
 
     Attributes:
-        rows: of each device; part of a program's shape.
+        rows: rows of each device; part of a program's shape.
         first: [B, L, D] int32, first row of each layer on each device.
-        span: a bound on the rows of one layer, rounded like `rows`.
+        span: upper bound on the rows of one layer, rounded like `rows`.
     """
 
     rows: int
@@ -406,9 +415,10 @@ class PoolRows(NamedTuple):
 
 
 def bucket_rows(count: int) -> int:
-    """`count` rounded up so that few sizes exist: by at most 12 %, from `LARGE` on by at most 3 %.
+    """`count` rounded up by at most 12 %, or by at most 3 % from `LARGE` on.
 
-    Sizes are 9 … 17 times a power of two, from `LARGE` on 34 … 67 times one.
+    Rounding leaves few sizes, and so few programs to compile: 9 … 17 times a power of two, from
+    `LARGE` on 34 … 67 times a power of two.
     """
     least = 9 if count < LARGE else 34
     step = 1
@@ -418,7 +428,7 @@ def bucket_rows(count: int) -> int:
 
 
 def room_bucket(max_new_tokens: int) -> int:
-    """Rows for new tokens: the smallest of 64, 128, 256, … that holds so many; 0 for 0."""
+    """Rows for new tokens: the smallest of 64, 128, 256, … that is large enough; 0 for 0."""
     if max_new_tokens == 0:
         return 0
     return max(ROOM, 1 << (max_new_tokens - 1).bit_length())
@@ -432,28 +442,29 @@ def pool_rows(
     align: int,
     devices: int,
 ) -> PoolRows:
-    """The rows that hold all layers' segments, whichever sequence needs most.
+    """The rows that hold all layers' segments, for the sequence that needs the most.
 
     Args:
-        kept: rows that each head keeps at most.
+        kept: upper bound on the rows that each head keeps.
         rooms: rows of each head for new tokens.
-        limits: the most rows that a head of each layer can use, kept and new.
-        spare: rows of each layer that may be needed besides, where its heads share their budgets.
-        align: segments start at multiples of it.
-        devices: each holds an equal share of the heads, in order.
+        limits: upper bound on the rows that a head of each layer can use, kept and new together.
+        spare: extra rows of each layer, for heads that share their budgets.
+        align: segments start at multiples of this number.
+        devices: number of devices; each holds an equal share of the heads, in order.
     """
     B, L, K = kept.shape
+    # Rows of each layer on each device, in whole multiples of the alignment.
     segments = np.minimum(kept + rooms, limits[:, None])
     segments = -(-segments // align) * align
     shares = segments.reshape(B, L, devices, K // devices).sum(axis=3) + -(-spare // align) * align
     first = np.cumsum(shares, axis=1) - shares
-    # Room for new tokens is a bucket of its own: it is not rounded again.
+    # Room for new tokens was rounded by `room_bucket` already: round only the other rows.
     growing = np.where(kept + rooms <= limits[:, None], rooms, 0).min(axis=0)
     growing = growing.reshape(L, devices, -1).sum(axis=2)
     fixed = int(growing.sum(axis=0).min())
     rows = bucket_rows(int(shares.sum(axis=1).max()) - fixed) + fixed
     span = bucket_rows(int(shares.max()))
-    # TPUs read the scales of 8-bit entries in whole lanes, and copy those that do not end at one.
+    # TPUs read the scales of 8-bit entries in whole lanes, and copy scales that end inside a lane.
     tile = LANES if align == BYTE_TILE else align
     rows, span = (max(-(-count // tile) * tile, tile) for count in (rows, span))
     return PoolRows(rows, first.astype(np.int32), min(span, rows))

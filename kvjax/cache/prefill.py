@@ -1,4 +1,4 @@
-"""A prompt's cache while it is read: what compression after prefill looks at."""
+"""The cache of a prompt while prefill reads it; compression after prefill takes it as input."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kvjax.mesh import AnyMesh, Layout
 
 @runtime_checkable
 class Observer(Protocol):
-    """What a token scorer wants to know of the queries of a prompt; hashable."""
+    """Collects facts about a prompt's queries for a token scorer; hashable."""
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Any:
-        """Its first state, for arrays of these shapes."""
+        """The initial state, for arrays of these shapes."""
         ...
 
     def watch(
@@ -35,7 +35,7 @@ class Observer(Protocol):
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Any:
-        """The state after a chunk of queries, which the keys include; −1 marks padding."""
+        """The state after a chunk of queries, whose keys are stored; position −1 marks padding."""
         ...
 
 
@@ -44,11 +44,11 @@ class PrefillCache:
     """One layer's prompt while it is read.
 
     Attributes:
-        base: the uncompressed cache of its keys and values, or latents.
-        queries: [B, w, N, H] the last w queries of each sequence, rotated, the newest last; rows
-            of sequences shorter than w start with zeros.
+        base: the uncompressed cache of the layer's keys and values, or latents.
+        queries: [B, w, N, H] the last w queries of each sequence, rotated, the newest last. For
+            sequences shorter than w the first rows are zeros.
         expanded: a cache of rebuilt keys [B, M, S, H], where `base` holds latents of keys.
-        seen: for each observer its state; that of a single one once it is chosen (`seen_by`).
+        seen: the state of each observer; after `seen_by` the state of the chosen one.
     """
 
     base: Any
@@ -85,7 +85,7 @@ class PrefillCache:
 
     @property
     def keys(self) -> Float[Array, "B K S X"]:
-        """The keys that queries meet."""
+        """The keys that queries are multiplied with."""
         return self._held()[0] if self.expanded is None else self.expanded.k
 
     @property
@@ -102,11 +102,12 @@ class PrefillCache:
         spec: AttentionSpec,
         expand: Expand | None = None,
     ) -> tuple[Float[Array, "B T N Hv"], PrefillCache]:
-        """See `Cache.attend`; latents of keys are expanded once, when they come in."""
+        """See `Cache.attend`. Keys cached as latents are rebuilt once, when they arrive."""
         if expand is None:
             out, base = self.base.attend(q, k, v, positions, spec)
             return out, self._after(base, None, q, positions, spec)
         base = self.base.append(k, v, positions)
+        # Attend with the rebuilt keys, so that a later chunk need not rebuild them.
         held = DenseCache(self.expanded.k, self.base.v, self.base.lengths)
         out, held = held.attend(q, expand(k, positions), v, positions, spec)
         expanded = dataclasses.replace(self.expanded, k=held.k, lengths=held.lengths)
@@ -127,6 +128,7 @@ class PrefillCache:
         return out, self._after(base, None, q, positions, spec)
 
     def _after(self, base: Any, expanded: Any, q: Any, positions: Any, spec: Any) -> PrefillCache:
+        # Observers run after the chunk is stored: their keys include the chunk's own.
         queries = last_queries(self.queries, q, positions)
         cache = dataclasses.replace(self, base=base, expanded=expanded, queries=queries)
         watched = (q, positions, cache.keys, base.lengths, spec)
@@ -134,7 +136,7 @@ class PrefillCache:
         return dataclasses.replace(cache, seen=tuple(o.watch(s, *watched) for o, s in states))
 
     def seen_by(self, observer: int | None) -> PrefillCache:
-        """The cache with what one of the observers has seen, by its number; None for nothing."""
+        """The cache with the state of one observer, by its number; None for no state."""
         seen = None if observer is None else self.seen[observer]
         return dataclasses.replace(self, seen=seen, observers=())
 
@@ -151,20 +153,21 @@ def start_prefill(
     observers: tuple[Observer, ...] = (),
     mesh: AnyMesh | None = None,
 ) -> PrefillCache:
-    """An empty cache for one layer of a prompt that is compressed once it is read.
+    """An empty cache for one layer of a prompt that is compressed after prefill.
 
     Args:
         prompt_len: slots of each sequence.
-        queries: the last queries that the cache remembers.
-        observers: what watches all queries.
-        mesh: over which the cache is spread; None for one device.
+        queries: number of last queries that the cache keeps.
+        observers: see all queries of the prompt.
+        mesh: mesh that the cache is sharded over; None for one device.
 
     Raises:
-        ValueError: the mesh's tensor axis fits neither the KV heads nor their multiples.
-        NotImplementedError: a scorer that watches the prompt, on more devices than KV heads.
+        ValueError: neither of the numbers of KV heads and tensor devices divides the other.
+        NotImplementedError: a scorer watches the prompt, and there are more devices than KV heads.
     """
     base = new_cache(attention, batch, prompt_len, dtype)
     heads, expanded = attention.query_heads, None
+    # Stored queries are as wide as the keys that they are multiplied with.
     if isinstance(base, LatentCache):
         width = base.latent.shape[-1] + base.k_rope.shape[-1]
     elif attention.rebuilds_keys:
@@ -178,7 +181,7 @@ def start_prefill(
     layout = Layout.create(mesh, batch)
     if not attention.rebuilds_keys:
         return spread(cache, layout, attention.spec.window)
-    # Neither heads nor slots of rebuilt keys can be split: each device of an axis has them all.
+    # Rebuilt keys have neither heads nor slots to shard: each device of the tensor axis has all.
     whole = layout.of_batch()
     return dataclasses.replace(cache, base=place(base, whole), expanded=place(expanded, whole))
 

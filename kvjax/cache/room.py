@@ -1,5 +1,5 @@
-"""Caches made larger, wider and smaller: room for more tokens, copies for more sequences, and
-without room as a file keeps them."""
+"""Changes of a cache's size: room for more tokens, copies for more sequences, and the form without
+room that a file stores."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from kvjax.mesh import Layout
 
 
 def repeat(cache: Any, count: int) -> Any:
-    """The cache of one sequence for `count` sequences that go on from it."""
+    """The cache of one sequence, repeated for `count` sequences that continue it."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), cache)
 
 
 @functools.singledispatch
 def with_room(cache: Any, room: int, window: int | None) -> Any:
-    """The same entries in a cache with room for `room` more tokens, or a few more.
+    """The same entries in a cache with room for at least `room` more tokens.
 
     Args:
-        window: the layer's sliding window, beyond which no head needs more rows.
+        window: the layer's sliding window; no head needs more rows than its length.
     """
-    raise TypeError(f"no way to enlarge a {type(cache).__name__}")
+    raise TypeError(f"a {type(cache).__name__} cannot be enlarged")
 
 
 @with_room.register
@@ -59,12 +59,12 @@ def _(cache: LatentCache, room: int, window: int | None) -> LatentCache:
 
 
 def _whole_room(slots: int, room: int) -> int:
-    """At least `room`, so that all slots together are as kernels want them."""
+    """At least `room`, rounded up so that all slots together are whole tiles of the kernels."""
     return whole_slots(slots + room) - slots
 
 
 def _pad_positions(positions: jax.Array | None, room: int) -> jax.Array | None:
-    """[B, S + room], −1 in the new slots."""
+    """[B, S + room], with −1 in the new slots."""
     if positions is None:
         return None
     return jnp.pad(positions, ((0, 0), (0, room)), constant_values=-1)
@@ -80,15 +80,16 @@ def _pad(entries: Any, room: int, axis: int) -> Any:
 def grow_pool(
     pool: Pool, batch: int, room: int, windows: tuple[int | None, ...], layout: Layout | None
 ) -> Pool:
-    """The pool of one sequence, for a batch that goes on from it, with room for more tokens.
+    """The pool of one sequence as a pool for a batch that continues it, with room for more tokens.
 
     Args:
-        pool: of one device, from `trimmed`.
-        windows: the sliding window of each layer in the pool, None without one.
-        layout: of the batch on a mesh; None for one device.
+        pool: pool of one device, from `trimmed`.
+        windows: the sliding window of each layer in the pool, None for none.
+        layout: layout of the batch on a mesh; None for one device.
     """
     ways, platform = (1, None) if layout is None else (layout.ways, layout.platform)
     copies = head_copies(pool.kept.shape[2], ways)
+    # Size the pool on the host: each head keeps its rows, on a mesh once for every copy.
     kept = np.repeat(np.asarray(pool.kept), copies, axis=2).astype(np.int64)
     limits = np.asarray([window or np.iinfo(np.int32).max for window in windows], np.int64)
     align = pool_alignment(pool.k.dtype, platform)
@@ -104,6 +105,7 @@ def grow_pool(
         layout,
         repeat(pool.lengths, batch),
     )
+    # Fill the pool layer by layer.
     pool = _with_spare_rows(pool)
     for row, window in enumerate(windows):
         first = np.repeat(size.first[:, row], batch, axis=0)
@@ -114,7 +116,7 @@ def grow_pool(
 
 
 def _with_spare_rows(pool: Pool) -> Pool:
-    """Rows rounded up, so that few programs move entries of pools of all sizes."""
+    """The pool with its rows rounded up: pools of similar sizes then share a program."""
     spare = bucket_rows(pool.k.shape[1]) - pool.k.shape[1]
     k, v = _pad(pool.k, spare, 1), _pad(pool.v, spare, 1)
     return dataclasses.replace(pool, k=k, v=v, positions=_pad_positions(pool.positions, spare))
@@ -130,13 +132,14 @@ def _move_layer(
     layout: Layout | None,
     copies: int,
 ) -> PoolLayer:
-    """A layer of a pool with the entries of that of one sequence, for all sequences."""
+    """A layer of a pool, with the entries of one old sequence copied to all its sequences."""
     starts, kept = (jnp.repeat(old.table(name), copies, axis=1) for name in ("starts", "kept"))
 
     def run(layer: PoolLayer, old: Any, begins: Any, kept: Any, first: Any, room: Any) -> PoolLayer:
         B, K = layer.pool.kept.shape[0], kept.shape[1]
         held = jnp.broadcast_to(kept, (B, K))
         rooms, rings = jnp.full((B, K), room), jnp.full((B, K), window is not None)
+        # Where each head's rows start in the new pool.
         pool = lay_segments(layer.pool, layer.row, held, first[:, 0], rooms, rings, window)
         starts = jax.lax.dynamic_index_in_dim(pool.starts, layer.row, 1, keepdims=False)
 
@@ -149,6 +152,7 @@ def _move_layer(
         moved = {name: copy(getattr(pool, name), entries) for name, entries in old.items()}
         return dataclasses.replace(layer, pool=dataclasses.replace(pool, **moved))
 
+    # On a mesh every device reads the whole old pool, and copies the heads that it owns.
     names = [name for name in ("k", "v", "positions") if getattr(old.pool, name) is not None]
     entries = {name: as_pool(getattr(old.pool, name)) for name in names}
     arrays = (layer, entries, starts, kept, first_BD, room)
@@ -160,8 +164,8 @@ def _move_layer(
 
 
 def trimmed(caches: ModelCache) -> ModelCache:
-    """The entries of one sequence, as one device without a mesh holds them: nothing but live rows,
-    each head once, floats as floats."""
+    """The entries of one sequence as one device without a mesh stores them: only live rows, each
+    head once, and floats in place of bit patterns."""
     ways = 1 if caches.layout is None else caches.layout.ways
     own = tuple(None if cache is None else without_room(cache) for cache in caches.own)
     pools = tuple(trimmed_pool(pool, ways, caches.copies) for pool in caches.pools)
@@ -171,8 +175,8 @@ def trimmed(caches: ModelCache) -> ModelCache:
 
 @functools.singledispatch
 def without_room(cache: Any) -> Any:
-    """One layer's cache of one sequence, with the slots that are in use."""
-    raise TypeError(f"no way to trim a {type(cache).__name__}")
+    """One layer's cache of one sequence, with only the slots in use."""
+    raise TypeError(f"a {type(cache).__name__} cannot be trimmed")
 
 
 @without_room.register
@@ -196,13 +200,13 @@ def _(cache: ShardedHeads) -> DenseCache:
 
 @without_room.register
 def _(cache: ShardedSlots) -> LatentCache:
-    # Where all tokens were kept a slot tells its position; over a mesh it is written down.
+    # ShardedSlots writes positions for a window; they equal the slots unless tokens were removed.
     positions = None if cache.inner.evicted is None else cache.inner.positions
     return without_room(dataclasses.replace(cache.inner, positions=positions))
 
 
 def _first_slots(cache: Any, axes: dict[str, int]) -> Any:
-    """The slots that are in use of arrays whose axis of slots is known."""
+    """The slots in use; `axes` gives the axis of slots for each array."""
     used = int(cache.used[0])
 
     def cut(entries: Any, axis: int) -> Any:
@@ -217,13 +221,15 @@ def trimmed_pool(pool: Pool, ways: int, copies: int) -> Pool:
     """The live rows of one sequence, head after head.
 
     Args:
-        ways: devices whose rows follow each other, see `Pool`.
+        ways: number of devices; their rows follow each other, see `Pool`.
         copies: see `ShardedHeads`.
     """
     starts, kept, capacities = (np.asarray(t) for t in (pool.starts, pool.kept, pool.capacities))
+    # Starts count from a device's first row: make them count from the pool's, each head once.
     devices = np.arange(starts.shape[2]) * ways // starts.shape[2]
     starts = (starts + devices * (pool.k.shape[1] // ways))[:, :, ::copies]
     held = np.minimum(kept, capacities)[:, :, ::copies]
+    # Gather the live rows of all heads, and write tables without room.
     segments = zip(starts.flat, held.flat, strict=True)
     rows = np.concatenate([np.arange(start, start + count) for start, count in segments])
     ends = np.cumsum(held, dtype=np.int32).reshape(held.shape)

@@ -1,8 +1,8 @@
-"""Caches over the devices of a mesh: each device stores and attends to its part, by itself.
+"""Caches sharded over the devices of a mesh: each device stores and attends to its own part.
 
-The part that a device holds is a cache like any other; what is here cuts queries and new entries
-to it. Heads need no communication. Latents have no heads: their slots are split, every device
-meets all queries with its slots, and partial results are merged by their logsumexp.
+The part of a device is an ordinary cache; this module cuts queries and new entries to fit it.
+Sharded heads need no communication. Latents have no heads, so their slots are sharded: every device
+attends with all queries to its slots, and the partial results are merged by their logsumexp.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pallas_kernels.plan import exchange
 
 @functools.singledispatch
 def specs(cache: Any, layout: Layout) -> Any:
-    """How a cache's arrays are split: the cache with `PartitionSpec`s in their place."""
-    raise TypeError(f"no split of a {type(cache).__name__}")
+    """How a cache's arrays are sharded: the cache with a `PartitionSpec` in place of each array."""
+    raise TypeError(f"a {type(cache).__name__} cannot be sharded")
 
 
 @specs.register
@@ -61,13 +61,13 @@ def _(cache: PoolLayer, layout: Layout) -> PoolLayer:
 
 
 def device_spec(layout: Layout) -> PartitionSpec:
-    """The split of arrays [L, …] of which each device has its own."""
+    """The spec of arrays [L, …] that differ between all devices."""
     axes = (*layout.batch, *([] if layout.tensor is None else [layout.tensor]))
     return PartitionSpec(None, axes or None)
 
 
 def _with_specs(cache: Any, own: dict[str, PartitionSpec], rest: PartitionSpec) -> Any:
-    """A spec for every field that is not None; for entries in 8 bits one serves all parts."""
+    """The cache with a spec for every field that is not None; a quantized array needs only one."""
     arrays = (f for f in dataclasses.fields(cache) if f.metadata.get("pytree_node", True))
     fields = [field.name for field in arrays]
     present = [name for name in fields if getattr(cache, name) is not None]
@@ -75,7 +75,7 @@ def _with_specs(cache: Any, own: dict[str, PartitionSpec], rest: PartitionSpec) 
 
 
 def place(cache: Any, layout: Layout) -> Any:
-    """The cache, its arrays where they belong."""
+    """The cache with its arrays constrained to their shardings."""
     return with_shardings(
         jax.lax.with_sharding_constraint, specs(cache, layout), cache, layout.mesh
     )
@@ -93,14 +93,14 @@ def new_pool(
     layout: Layout | None,
     lengths: Int[Array, " B"],
 ) -> Pool:
-    """`Pool.empty`, where it belongs on a mesh."""
+    """`Pool.empty`, sharded over the mesh of `layout`."""
     platform = None if layout is None else layout.platform
     pool = Pool.empty(shape, rows, widths, dtype, lengths, positions, align, span, platform)
     return pool if layout is None else place(pool, layout)
 
 
 def with_shardings(function: Callable[[Any, Any], Any], parts: Any, cache: Any, mesh: Any) -> Any:
-    """function(array, sharding) of every array of a cache; `parts` has the specs, see `specs`."""
+    """Applies function(array, sharding) to every array of a cache; `parts` are its `specs`."""
 
     def put(spec: PartitionSpec, part: Any) -> Any:
         sharding = jax.sharding.NamedSharding(mesh, spec)
@@ -115,13 +115,13 @@ def _is_spec(leaf: Any) -> bool:
 
 @flax.struct.dataclass
 class ShardedHeads:
-    """A cache whose sequences and KV heads lie on different devices.
+    """A cache whose sequences and KV heads are sharded over devices.
 
     Attributes:
-        inner: the cache of all heads, `copies` times each; a pool's rows are those of the first
-            device, then those of the second, and so on.
-        layout: which axes of the mesh split what.
-        copies: devices that hold the same KV head, where there are more devices than heads.
+        inner: the cache of all heads, each repeated `copies` times. A pool has the rows of the
+            first device, then the rows of the second, and so on.
+        layout: the mesh axes of sequences and heads.
+        copies: number of devices that hold the same KV head, for more devices than heads.
     """
 
     inner: Any
@@ -130,10 +130,10 @@ class ShardedHeads:
 
     @classmethod
     def create(cls, cache: DenseCache, layout: Layout) -> ShardedHeads:
-        """An empty cache, spread out.
+        """Shards an empty cache.
 
         Raises:
-            ValueError: neither do the devices divide the heads, nor the heads the devices.
+            ValueError: neither of the numbers of heads and devices divides the other.
         """
         copies = head_copies(cache.k.shape[1], layout.ways)
         more = -cache.k.shape[2] % slot_tile(layout.platform)
@@ -173,6 +173,7 @@ class ShardedHeads:
         if expand is not None:
             raise NotImplementedError("keys of latents are rebuilt on all devices, not by heads")
         check_query_heads(q.shape[2], self.layout)
+        # A device with a copy of a head stores that head's entries too.
         if self.copies > 1:
             k, v = (jnp.repeat(x, self.copies, axis=2) for x in (k, v))
 
@@ -188,18 +189,18 @@ class ShardedHeads:
         return out, dataclasses.replace(self, inner=inner)
 
     def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
-        """[B, K, S, ·] of an uncompressed cache, each head once."""
+        """Keys and values [B, K, S, ·] of an uncompressed cache, without the copies of heads."""
         keys, values = self.inner.keys_and_values(dtype)
         return keys[:, :: self.copies], values[:, :: self.copies]
 
 
 @flax.struct.dataclass
 class ShardedSlots:
-    """Latents whose sequences and slots lie on different devices, each a stretch of slots.
+    """Latents whose sequences and slots are sharded: each device holds consecutive slots.
 
     Attributes:
-        inner: the cache of all slots, a multiple of the devices and of their tiles.
-        layout: which axes of the mesh split what.
+        inner: the cache of all slots. Each device holds the same number of whole tiles.
+        layout: the mesh axes of sequences and slots.
     """
 
     inner: LatentCache
@@ -207,13 +208,13 @@ class ShardedSlots:
 
     @classmethod
     def create(cls, cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
-        """A cache, spread out; `window` is the layer's sliding window."""
+        """Shards a cache; `window` is the layer's sliding window."""
         B, S = cache.latent.shape[:2]
         if window is not None and cache.positions is None and layout.ways > 1:
-            # Where a window begins is on another device.
+            # A window may begin on another device, so slots need their positions.
             cache = dataclasses.replace(cache, positions=jnp.full((B, S), -1, jnp.int32))
 
-        # Every device's slots are whole tiles.
+        # Pad so that every device gets whole tiles of slots.
         whole = layout.ways * slot_tile(layout.platform)
 
         def pad(leaf: jax.Array, value: int = 0) -> jax.Array:
@@ -221,7 +222,7 @@ class ShardedSlots:
             return jnp.pad(leaf, rooms, constant_values=value)
 
         def lanes(leaf: jax.Array) -> jax.Array:
-            wide = leaf.ndim == 3  # scales of entries in 8 bits are one a slot
+            wide = leaf.ndim == 3  # scales of 8-bit entries are one number per slot
             return widened(leaf, stored_width(leaf.shape[-1], layout.platform)) if wide else leaf
 
         latent, k_rope = (
@@ -258,9 +259,12 @@ class ShardedSlots:
         check_query_heads(q_latent.shape[2], layout)
 
         def run(cache, q_latent, q_rope, latent, k_rope, positions):
+            # Count slots from this device's first one: tokens for other devices then fall outside.
             first = layout.device() * cache.latent.shape[1]
             part = dataclasses.replace(cache, lengths=cache.lengths - first)
             before, part = part.used, part.append(latent, k_rope, positions)
+            # Every device needs all query heads for its slots; `exchange` returns each device's
+            # heads.
             q_latent, q_rope = gather_heads(q_latent, q_rope, layout)
             out, lse = part.attend_held(q_latent, q_rope, positions, before, spec)
             if layout.tensor is not None:
@@ -287,7 +291,7 @@ class ShardedSlots:
 
 
 def head_copies(heads: int, devices: int) -> int:
-    """Devices that must hold the same KV head: 1 where there are as many heads or more.
+    """How many devices hold the same KV head: 1 unless there are more devices than heads.
 
     Raises:
         ValueError: neither number divides the other.
@@ -301,7 +305,7 @@ def head_copies(heads: int, devices: int) -> int:
 
 
 def check_query_heads(heads: int, layout: Layout) -> None:
-    """Raises ValueError where the devices do not divide the query heads."""
+    """Raises ValueError unless the devices divide the query heads."""
     if heads % layout.ways:
         raise ValueError(f"got {heads} query heads over {layout.ways} devices, expected a multiple")
 
@@ -309,7 +313,7 @@ def check_query_heads(heads: int, layout: Layout) -> None:
 def gather_heads(
     q_latent: Float[Array, "B T n L"], q_rope: Float[Array, "B T n R"], layout: Layout
 ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N R"]]:
-    """All devices' query heads."""
+    """The query heads of all devices."""
     if layout.tensor is None:
         return q_latent, q_rope
     both = jnp.concatenate([q_latent, q_rope], axis=-1)
@@ -319,12 +323,12 @@ def gather_heads(
 
 @functools.singledispatch
 def places(cache: Any) -> tuple[Any, Layout]:
-    """The specs of a cache that lies on a mesh, and its layout.
+    """The specs of a sharded cache, and its layout.
 
     Raises:
-        TypeError: another cache.
+        TypeError: the cache is not sharded.
     """
-    raise TypeError(f"a {type(cache).__name__} does not say where it lies")
+    raise TypeError(f"a {type(cache).__name__} is not sharded")
 
 
 @places.register
@@ -339,13 +343,13 @@ def _(cache: ShardedSlots) -> tuple[Any, Layout]:
 
 @functools.singledispatch
 def spread(cache: Any, layout: Layout, window: int | None) -> Any:
-    """An empty cache, spread over a mesh.
+    """Shards an empty cache over a mesh.
 
     Raises:
-        ValueError: the tensor axis fits neither the KV heads nor their multiples.
-        NotImplementedError: a scorer that watches the prompt, on more devices than KV heads.
+        ValueError: neither of the numbers of KV heads and tensor devices divides the other.
+        NotImplementedError: a scorer watches the prompt, and there are more devices than KV heads.
     """
-    raise TypeError(f"no way to spread a {type(cache).__name__}")
+    raise TypeError(f"a {type(cache).__name__} cannot be sharded")
 
 
 @spread.register
@@ -359,10 +363,10 @@ def _(cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
 
 
 def spread_layer(attention: AttentionConfig, cache: Any, layout: Layout) -> Any:
-    """One layer's cache, with or without entries, over a mesh.
+    """Shards one layer's cache, with or without entries, over a mesh.
 
-    Keys that are rebuilt from latents in every step have neither heads nor slots that a mesh could
-    split: every device along the tensor axis holds all of them.
+    Keys that are rebuilt from latents in every step have neither heads nor slots to shard: every
+    device along the tensor axis holds all of them.
     """
     if attention.rebuilds_keys:
         return place(cache, layout.of_batch())

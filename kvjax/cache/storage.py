@@ -1,7 +1,7 @@
-"""How entries are stored, and where new ones are written: shared by all caches.
+"""The formats of cached entries, and the writes of new ones; all caches use them.
 
 Entries are plain arrays, 8-bit values with scales, or on CPUs the bits of 16-bit floats. All are
-pytrees whose leaves share the leading axes, so that gathers and writes map over the leaves.
+pytrees whose leaves share the leading axes, so gathers and writes map over the leaves.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from pallas_kernels.quantized import (
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Entries:
-    """Zeros; with scales where the dtype is an 8-bit one."""
+    """Zeros of this shape and dtype; an 8-bit dtype adds scales."""
     values = jnp.zeros(shape, dtype)
     if is_quantized(dtype):
         return Quantized(values, jnp.zeros(shape[:-1], jnp.float32))
@@ -33,26 +33,26 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Entries:
 
 
 def empty_pool(shape: tuple[int, ...], dtype: Any, platform: str | None = None) -> Entries:
-    """`empty` for a pool, which is written and read a few rows at a time.
+    """`empty` for a pool, of which a program reads and writes a few rows at a time.
 
-    XLA:CPU does that in float32 for 16-bit floats, which it converts whole, there and back, so on
-    CPUs a pool holds their bits.
+    XLA:CPU would compute 16-bit floats in float32 and convert the whole pool to float32 and back.
+    On CPUs a pool therefore holds their bits.
 
     Args:
-        platform: of the devices; None for those that programs are traced for.
+        platform: platform of the devices; None for the platform that programs are traced for.
     """
     return as_pool(empty(shape, dtype), platform)
 
 
 def as_pool(entries: Entries, platform: str | None = None) -> Entries:
-    """Entries in the form that a pool holds."""
+    """Entries in the format of a pool, see `empty_pool`."""
     if isinstance(entries, Quantized | Bits) or (platform or target().platform) != "cpu":
         return entries
     return to_bits(entries) if entries.dtype in (jnp.bfloat16, jnp.float16) else entries
 
 
 def encode(new: Entries, like: Entries) -> Entries:
-    """New entries in the form of those that are stored; those that have it stay."""
+    """New entries in the format of `like`; entries that are encoded already are returned as is."""
     if isinstance(new, Quantized | Bits):
         return new
     if isinstance(like, Quantized):
@@ -62,12 +62,12 @@ def encode(new: Entries, like: Entries) -> Entries:
 
 
 def from_bits_everywhere(tree: Any) -> Any:
-    """A pytree whose bit patterns are floats again."""
+    """A pytree with floats in place of bit patterns."""
     return jax.tree.map(from_bits, tree, is_leaf=lambda leaf: isinstance(leaf, Bits))
 
 
 def take_rows(entries: Entries, rows_BP: Int[Array, "B P"], live_BP: jax.Array) -> Entries:
-    """Rows of [B, R, ·] entries, [B, P, ·]; zeros where they are not live."""
+    """[B, P, ·] the given rows of [B, R, ·] entries; zeros for rows that are not live."""
 
     def take(leaf: jax.Array) -> jax.Array:
         spread = (slice(None), slice(None), *(None,) * (leaf.ndim - 2))
@@ -81,17 +81,18 @@ SCATTER_UPCASTS = jax.__version_info__ < (0, 11)
 
 
 def slot_tile(platform: str | None = None) -> int:
-    """Slots of a dense or latent cache come in multiples of it: 8 on GPUs, whose kernels copy
-    whole tiles, and 1 elsewhere.
+    """Dense and latent caches have a multiple of this number of slots.
+
+    The number is 8 on GPUs, whose kernels copy whole tiles, and 1 elsewhere.
 
     Args:
-        platform: of the devices; None for those that programs are traced for.
+        platform: platform of the devices; None for the platform that programs are traced for.
     """
     return TILE if (platform or target().platform) in ("gpu", "cuda") else 1
 
 
 def whole_slots(count: int, platform: str | None = None) -> int:
-    """The smallest multiple of `slot_tile` that holds `count` tokens."""
+    """`count` slots rounded up to a multiple of `slot_tile`."""
     tile = slot_tile(platform)
     return -(-count // tile) * tile
 
@@ -99,11 +100,12 @@ def whole_slots(count: int, platform: str | None = None) -> int:
 def token_slots(
     lengths_B: Int[Array, " B"], positions_BT: Int[Array, "B T"], capacity: int
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Slots of the new tokens and the lengths after them.
+    """Slots of the new tokens, and the lengths after them.
 
-    Valid tokens (position ≥ 0) take consecutive slots from the current length; padding and tokens
-    beyond `capacity` get the slot `capacity`, which a scatter in mode "drop" discards. So do those
-    before slot 0, where a device holds later slots of a sequence and lengths may be negative.
+    Valid tokens (position ≥ 0) take consecutive slots from the current length on. Padding and
+    tokens beyond `capacity` get the slot `capacity`, which a scatter in mode "drop" discards. On a
+    mesh lengths count from a device's first slot and may be negative: tokens that belong before
+    that slot are discarded too.
     """
     valid = positions_BT >= 0
     counts = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
@@ -115,14 +117,14 @@ def token_slots(
 def write_rows(
     buffer: Entries, new: Shaped[Array, "B T K *X"], slots: Int[Array, "B T"]
 ) -> Entries:
-    """Writes new[b, t, k] to buffer[b, k, slots[b, t]]; out-of-range slots are dropped.
+    """Writes new[b, t, k] to buffer[b, k, slots[b, t]], for a buffer [B, K, S, …].
 
-    `buffer` is [B, K, S, …].
+    Slots out of range are dropped.
     """
 
     def scatter(buffer, new, slots):
-        # An index for every head too: XLA turns a scatter of one window, which a single sequence
-        # would be, into updates that copy the buffer.
+        # Index the heads too. Without that a single sequence is a scatter of one window, which XLA
+        # turns into updates that copy the buffer.
         rows = jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None, None]
         heads = jnp.arange(buffer.shape[1], dtype=jnp.int32)[None, None]
         return buffer.at[rows, heads, slots[:, :, None]].set(new, mode="drop")
@@ -139,9 +141,9 @@ def write_rows(
 
 
 def write_pool(pool: Entries, new: Shaped[Array, "B T K *X"], rows: Int[Array, "B T K"]) -> Entries:
-    """Writes new[b, t, k] to pool[b, rows[b, t, k]]; out-of-range rows are dropped.
+    """Writes new[b, t, k] to pool[b, rows[b, t, k]], for a pool [B, P, …].
 
-    `pool` is [B, P, …].
+    Rows out of range are dropped.
     """
 
     def scatter(pool, new, rows):
@@ -152,6 +154,7 @@ def write_pool(pool: Entries, new: Shaped[Array, "B T K *X"], rows: Int[Array, "
         slots = jnp.arange(pool.shape[1], dtype=jnp.int32)[None]
 
         def write_heads(pool):
+            # Head by head: one comparison for all heads would be a matrix [B, K, P].
             for head in range(new.shape[2]):
                 hit = rows[:, :, head] == slots
                 pool = select_bits(hit[:, :, None], new[:, :, head], pool)
@@ -165,18 +168,18 @@ def write_pool(pool: Entries, new: Shaped[Array, "B T K *X"], rows: Int[Array, "
 def at_most_once(
     needed: jax.Array, write: Callable[[jax.Array], jax.Array], buffer: jax.Array
 ) -> jax.Array:
-    """write(buffer) if it is needed, in a loop of at most one turn.
+    """`write(buffer)` if needed, as a loop of at most one turn.
 
-    XLA would fuse a bare select into each of its readers and copy the buffer for them.
+    XLA would fuse a plain select into each of its readers, and copy the buffer for them.
     """
     return jax.lax.fori_loop(0, needed.astype(jnp.int32), lambda _, old: write(old), buffer)
 
 
 def _write_in_place(scatter, select, buffer: Entries, new: Entries, slots: jax.Array) -> Entries:
-    """Scatters; one token into bfloat16 on a CPU is written by `select` instead.
+    """Scatters the new entries; on CPUs one bfloat16 token is written by `select` instead.
 
-    Before jax 0.11, XLA:CPU scatters bfloat16 in float32: it converts the whole buffer, there and
-    back. A select that covers the buffer is in place and one pass.
+    Before jax 0.11, XLA:CPU scatters bfloat16 in float32 and converts the whole buffer to float32
+    and back. A select over the buffer runs in place, in one pass.
     """
     plain = not isinstance(buffer, jax.Array) or buffer.dtype != jnp.bfloat16
     if plain or slots.shape[1] != 1 or not SCATTER_UPCASTS:
@@ -185,21 +188,21 @@ def _write_in_place(scatter, select, buffer: Entries, new: Entries, slots: jax.A
 
 
 def select_bits(hit: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`jnp.where` on the bits of 16-bit floats, so that nothing is converted."""
+    """`jnp.where` on the bits of 16-bit floats: XLA then converts nothing to float32."""
     bits = jax.lax.bitcast_convert_type
     chosen = jnp.where(hit, bits(new, jnp.uint16), bits(old, jnp.uint16))
     return bits(chosen, old.dtype)
 
 
 def query_slots(lengths_B: Int[Array, " B"], positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Slot that a query's own token would take, −1 for padding; unlike `token_slots` unbounded."""
+    """Slot of each query's own token, −1 for padding. Unlike `token_slots` this has no bound."""
     valid = positions_BT >= 0
     counts = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     return jnp.where(valid, lengths_B[:, None] + counts - 1, -1)
 
 
 def live_slots(lengths_B: jax.Array, capacity: int) -> Int[Array, "B S"]:
-    """[B, S] slot numbers, −1 where nothing is stored."""
+    """[B, S] the slot numbers; −1 for empty slots."""
     slots = jnp.arange(capacity, dtype=jnp.int32)[None]
     return jnp.where(slots < lengths_B[:, None], slots, -1)
 
@@ -207,8 +210,9 @@ def live_slots(lengths_B: jax.Array, capacity: int) -> Int[Array, "B S"]:
 def last_queries(
     old: Float[Array, "B w N H"], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B w N H"]:
-    """The last w of the old queries and the new ones, padding left out (it is on the right)."""
+    """The last w of the old and new queries together, without padding (on the right)."""
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     seen = jnp.concatenate([old, q.astype(old.dtype)], axis=1)
+    # `seen` has the old queries first, so its last w valid rows start at `count`.
     last = count[:, None] + jnp.arange(old.shape[1], dtype=jnp.int32)[None]
     return jnp.take_along_axis(seen, last[:, :, None, None], axis=1)
