@@ -1,4 +1,4 @@
-"""Cache policies: what the cache keeps of a prompt.
+"""Cache policies: which tokens of a prompt the cache keeps.
 
 A policy is an allocator, which divides a size among the heads, and a scorer, which rates the tokens
 of each head. Each published method has a maker here; a string names the same thing:

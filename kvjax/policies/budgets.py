@@ -1,9 +1,9 @@
 """Budgets: how many tokens of a prompt each head keeps.
 
-`allocate` makes them from the heads' importance (HeadKV, arXiv 2410.19258, section 3.3). Allocators
-divide a KV size among layers and heads for a policy. A split lets the heads of a layer share
-their budgets by the scores of a prompt. Budgets are made on the host, once, in float64, except for
-splits, which run inside jit. C is the KV size (tokens a head, the window included), w the window,
+`allocate` makes budgets from the heads' importance (HeadKV, arXiv 2410.19258, section 3.3).
+Allocators divide a KV size among layers and heads for a policy. A `Split` lets the heads of a layer
+share their budgets by the token scores of a prompt. Budgets are made on the host, once, in float64;
+only splits run inside jit. C is the KV size (tokens per head, the window included), w the window,
 b = C − w.
 """
 
@@ -24,7 +24,7 @@ from kvjax.policies.importance import HeadScores
 from pallas_kernels.quantized import is_quantized
 
 SCALE_BYTES = 4
-"""Of the scale that each 8-bit entry has."""
+"""Bytes of the scale of one 8-bit entry."""
 GRANULARITIES = ("kv_head", "query_head")
 BETA = Range(least=1)
 RANGES = {
@@ -34,7 +34,7 @@ RANGES = {
     "num_kv_heads": COUNT,
     "prompt_len": optional(SIZE),
 }
-"""The numbers of `allocate`."""
+"""Allowed values of the numbers of `allocate`."""
 
 
 def allocate(
@@ -49,27 +49,27 @@ def allocate(
 ) -> Int32[np.ndarray, "L heads"]:
     """Tokens of the prompt that each head keeps besides the window.
 
-    A head gets a floor m = b − q and a share S of the pool q·L·heads, q = ⌊b/β⌋, where S is its
+    A head gets a floor m = b − q and a share S of the pool q·L·heads, with q = ⌊b/β⌋. S is its
     importance divided by the sum of all: a smaller β shares more (arXiv 2410.19258, eq. 5).
 
     Args:
         scores: importance of each query head, [L, N].
-        kv_size: C, mean tokens a head, the window included.
+        kv_size: C, mean tokens per head, the window included.
         window: w, the last tokens, which every head keeps besides its budget.
         beta: at least 1.
         num_kv_heads: K; the query heads of a group share their KV head's budget.
-        prompt_len: n; no head keeps more than n − w, and what a saturated head cannot use goes to
-            the others. None: no limit.
+        prompt_len: n; no head keeps more than n − w, and the other heads get what a full head
+            cannot use. None: no limit.
         granularity: "kv_head" gives budgets [L, K], "query_head" [L, N].
-        compat: "reference" follows the published code: budgets of query heads, each rounded on its
-            own (half to even), clipped at n − w without passing the rest on.
+        compat: "reference" follows the published code: budgets of query heads, each rounded
+            separately (half to even) and clipped at n − w without passing the rest on.
 
     Returns:
         int32 [L, heads]; the sum is exactly min(b, n − w)·L·heads except with compat="reference".
 
     Raises:
-        ValueError: kv_size ≤ window, β < 1, a number out of its range, a negative or NaN score, a
-            name that does not exist.
+        ValueError: kv_size ≤ window, β < 1, a number out of its range, a negative or NaN score, an
+            unknown granularity or compat.
     """
     given = {"kv_size": kv_size, "window": window, "beta": beta}
     check_ranges(given | {"num_kv_heads": num_kv_heads, "prompt_len": prompt_len}, RANGES)
@@ -89,7 +89,7 @@ def allocate(
 
 
 def token_budget(kv_size: int, window: int) -> int:
-    """b = C − w; ValueError where nothing is left for the heads."""
+    """b = C − w; raises ValueError unless it is positive."""
     if kv_size <= window:
         raise ValueError(f"kv_size is {kv_size} and window is {window}, expected kv_size > window")
     return kv_size - window
@@ -100,7 +100,7 @@ def group_scores(
     num_kv_heads: int,
     reduce: Callable[..., np.ndarray] = np.sum,
 ) -> Float64[np.ndarray, "L K"]:
-    """Scores of KV heads from those of the G query heads that read them; `np.max` works too."""
+    """Scores of KV heads from the scores of their query heads; `reduce` may also be `np.max`."""
     layers, heads = scores.shape
     if heads % num_kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of num_kv_heads = {num_kv_heads}")
@@ -108,7 +108,7 @@ def group_scores(
 
 
 def checked(scores: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
-    """The scores; ValueError where one is negative, or one or their sum is not finite."""
+    """The scores; raises ValueError if one is negative, or one or their sum is not finite."""
     with np.errstate(over="ignore"):
         total = scores.sum()
     if not np.isfinite(total) or (scores < 0).any():
@@ -117,13 +117,13 @@ def checked(scores: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
 
 
 def normalise(scores: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L heads"]:
-    """Scores that sum to 1; equal shares where all are zero."""
+    """Scores divided by their sum; equal shares if all are zero."""
     total = scores.sum()
     return scores / total if total > 0 else np.full_like(scores, 1 / scores.size)
 
 
 def split_budget(budget: int, beta: float) -> tuple[float, float]:
-    """(q, m): what a head gives to the shared pool and what it keeps, q + m = b."""
+    """(q, m): tokens that a head gives to the shared pool and tokens that it keeps; q + m = b."""
     check_ranges({"beta": beta}, {"beta": BETA})
     pooled = budget // beta
     return pooled, budget - pooled
@@ -140,7 +140,7 @@ def real_caps(
 def reference_caps(
     shares: Float64[np.ndarray, "L N"], budget: int, beta: float, limit: int | None
 ) -> Int32[np.ndarray, "L N"]:
-    """The published code's budgets; b ≥ n − w evicts nothing."""
+    """The published code's budgets: for b ≥ n − w all heads keep the whole prompt."""
     caps = np.rint(real_caps(shares, budget, beta))
     if limit is not None:
         caps = np.full_like(caps, limit) if budget > limit else np.minimum(caps, limit)
@@ -153,7 +153,7 @@ def head_caps(
     beta: float,
     limits: Int[np.ndarray, "L 1"] | None,
 ) -> Int32[np.ndarray, "L heads"]:
-    """Budgets that sum to exactly Σ min(b, what the limits leave), none above its layer's limit."""
+    """Whole budgets with the sum Σ min(b, layer's limit), none above the limit of its layer."""
     caps, total = real_caps(shares, budget, beta), budget * shares.size
     if limits is not None:
         most = np.broadcast_to(limits, shares.shape)
@@ -168,12 +168,14 @@ def water_fill(
     limits: Int[np.ndarray, "L heads"],
     total: int,
 ) -> Float64[np.ndarray, "L heads"]:
-    """Clips at the limits and gives what is left to the other heads in proportion to their shares.
+    """Clips at the limits, and gives the excess to the other heads in proportion to their shares.
 
-    Heads without a share come last, in equal parts.
+    Heads without a share get part of the excess only when no head with a share has room; they
+    then get equal parts.
     """
     if total >= limits.sum():
         return limits.astype(np.float64)
+    # Each turn fills at least one more head up to its limit, so the loop ends.
     while (caps > limits).any():
         caps = np.minimum(caps, limits)
         free = caps < limits
@@ -185,7 +187,7 @@ def water_fill(
 def largest_remainder(
     caps: Float64[np.ndarray, "L heads"], total: int
 ) -> Int32[np.ndarray, "L heads"]:
-    """Rounds to integers that sum to `total`; the largest fractions go up, ties by flat index."""
+    """Rounds to integers with the sum `total`; the largest fractions go up, ties by flat index."""
     floors = np.floor(caps)
     missing = total - int(floors.sum())
     up = np.argsort(-(caps - floors), axis=None, kind="stable")[:missing]
@@ -194,26 +196,26 @@ def largest_remainder(
 
 
 def token_bytes(attention: AttentionConfig, dtype: Any) -> int:
-    """Bytes of one token in all heads of a layer, scales of 8-bit entries included."""
+    """Bytes of one token in all heads of a layer, with the scales of 8-bit entries."""
     size, scale = jnp.dtype(dtype).itemsize, SCALE_BYTES if is_quantized(dtype) else 0
     return attention.cached_heads * (sum(attention.cached_widths) * size + 2 * scale)
 
 
 def bytes_to_tokens(nbytes: int, config: ModelConfig, dtype: Any) -> int:
-    """Mean tokens a head that all layers of one sequence can hold in `nbytes` bytes."""
+    """Mean tokens per head that one sequence can hold, over all layers, in `nbytes` bytes."""
     return nbytes // sum(token_bytes(layer.attention, dtype) for layer in config.layers)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an allocator is asked for.
+    """The input of an allocator.
 
     Attributes:
         num_layers, num_kv_heads: L and K.
-        kv_size: C, mean tokens a KV head, the window included.
+        kv_size: C, mean tokens per KV head, the window included.
         window: w, the last tokens, which every head keeps besides its budget.
-        prompt_len: n; a budget above n − w is useless.
-        sliding: [L] the sliding window of each layer, None without one; () for no layer with one.
+        prompt_len: n; a head cannot use a budget above n − w.
+        sliding: [L] the sliding window of each layer, None for none; () if no layer has one.
     """
 
     num_layers: int
@@ -225,34 +227,34 @@ class Request:
 
     @property
     def budget(self) -> int:
-        """b = C − w, mean tokens a head besides the window."""
+        """b = C − w, mean tokens per head besides the window."""
         return token_budget(self.kv_size, self.window)
 
     @property
     def limit(self) -> int:
-        """n − w, the most that a head can keep besides the window."""
+        """n − w, the largest number of tokens that a head can keep besides the window."""
         return max(self.prompt_len - self.window, 0)
 
     @property
     def limits(self) -> Int[np.ndarray, "L 1"]:
-        """The most that a head of each layer can use: behind a sliding window nothing is seen."""
+        """Largest useful budget of each layer: tokens behind a sliding window are never seen."""
         seen = [min(self.prompt_len, window or self.prompt_len) for window in self.sliding]
         seen = seen or [self.prompt_len] * self.num_layers
         return np.maximum(np.asarray(seen) - self.window, 0)[:, None]
 
 
-HALF_SHARED = 200  # tokens a head, besides the window, of which half are shared by importance
+HALF_SHARED = 200  # at this budget per head, importance decides about half; see `growing_beta`
 
 Allocator = Callable[[Request], np.ndarray]
-"""Budgets [L, K], whole numbers of at least 0, whose mean is at most min(budget, limit).
+"""Makes budgets [L, K]: whole numbers ≥ 0 with a mean of at most min(budget, limit).
 
-What a layer gets above its limit is not used.
+A layer does not use the part of a budget above its limit.
 """
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """The same budget everywhere."""
+    """The same budget for every head."""
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         shape = (request.num_layers, request.num_kv_heads)
@@ -270,6 +272,7 @@ class Pyramid:
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         budget = min(request.budget, request.limit)
+        # The last layer gets what keeps the mean at `budget`: the sum of both ends is 2 · budget.
         bottom = min(2 * budget - budget / self.beta, request.limit)
         layers = np.linspace(bottom, 2 * budget - bottom, request.num_layers)
         if request.num_layers == 1:
@@ -283,8 +286,8 @@ class HeadImportance:
     """HeadKV (arXiv 2410.19258): a floor for every head, the rest in proportion to importance.
 
     Attributes:
-        beta: a share 1/β of the budget is divided by importance; None for `growing_beta`.
-        scores: None stands for the model's own, which `resolve` fills in.
+        beta: importance divides 1/β of the budget; None for `growing_beta`.
+        scores: None for the model's own scores, which `resolve` fills in.
     """
 
     beta: float | None = None
@@ -302,25 +305,25 @@ class HeadImportance:
 
 
 def growing_beta(budget: int) -> float:
-    """β = 1 + b/200: the floor's share of the budget, b/(b + 200), grows with it.
+    """β = 1 + b/200: the floor's share of the budget, b/(b + 200), grows with the budget.
 
-    A small cache serves best where the few heads that retrieve get nearly all of it; once these
-    have what they can use, more is worth more to the others, which a fixed small β would starve.
+    A small cache serves best if the few heads that retrieve get nearly all of it. Once these heads
+    have enough, the other heads gain more from additional tokens; a fixed small β starves them.
     """
     return 1.0 + budget / HALF_SHARED
 
 
 Split = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K], whose sum is at
-most that of the caps and no count above a head's candidates."""
+"""Maps (scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K]. The counts sum
+to at most the sum of the caps, and no count exceeds its head's candidates."""
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Ada-KV (arXiv 2407.11550): the best tokens of the whole layer, whatever head they are in.
+    """Ada-KV (arXiv 2407.11550): the best tokens of the whole layer, whichever head they are in.
 
-    Each head keeps the share `alpha` of its own budget besides: count·(1 − α) + cap·α, rounded
-    by largest remainder, so that the layer's budget is used up.
+    Each head also keeps the share `alpha` of its cap: count·(1 − α) + cap·α, rounded by largest
+    remainder so that the layer uses its whole budget.
     """
 
     alpha: float = 0.2
@@ -339,21 +342,23 @@ class Adaptive:
         candidates = jnp.broadcast_to(candidates_BZS, (B, K, S))
         available = jnp.sum(candidates, axis=2, dtype=jnp.int32)
         own = jnp.minimum(caps_BK, available)
-        # What heads with too few candidates leave over goes to the others.
+        # Heads with too few candidates leave part of their caps to the other heads.
         total, most = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (caps_BK, available))
         total = jnp.minimum(total, most)
+        # Rank the tokens of all heads together, and count how many of the best are in each head.
         scores = jnp.where(candidates, scores_BKS, -jnp.inf).reshape(B, -1)
         order = jnp.argsort(scores, axis=1, descending=True, stable=True).astype(jnp.int32)
         taken = jnp.arange(K * S, dtype=jnp.int32)[None] < total[:, None]
         heads = jnp.where(taken, order // S, K)
         one_hot = heads[:, :, None] == jnp.arange(K, dtype=jnp.int32)[None, None]
         best = jnp.sum(one_hot, axis=1, dtype=jnp.int32)
+        # Mix these counts with the heads' own caps.
         real = best.astype(jnp.float32) * (1.0 - self.alpha) + own.astype(jnp.float32) * self.alpha
         return jnp.minimum(round_to_sum(real, total), available)
 
 
 def round_to_sum(real_BK: Float[Array, "B K"], total_B: Int[Array, " B"]) -> Int[Array, "B K"]:
-    """Whole numbers by largest remainder; their sum is total, or Σ real rounded if that is less."""
+    """Rounds by largest remainder; the sum is `total`, or the rounded sum if that is less."""
     floors = jnp.floor(real_BK)
     whole = jnp.round(jnp.sum(real_BK, axis=1)).astype(jnp.int32)
     missing = jnp.minimum(whole, total_B) - jnp.sum(floors, axis=1).astype(jnp.int32)

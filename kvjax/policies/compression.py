@@ -1,7 +1,7 @@
-"""A policy at work on one batch of prompts: the empty caches, and each layer's compression.
+"""A policy applied to one batch of prompts: the empty caches, and each layer's compression.
 
-The programs here know no budget: what a head keeps is data. There is one for each kind of layer
-and scorer.
+Budgets are data in these programs. There is one program for each kind of layer and scorer, whatever
+the heads keep.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from kvjax.policies.selection import (
 
 @dataclass(frozen=True)
 class Budgets:
-    """What one batch of prompts keeps, as a policy wants it; on the host.
+    """The tokens that a policy keeps of one batch of prompts; on the host.
 
     Attributes:
         caps: [B, L, K] int32, tokens that each head keeps besides the window.
-        window: [B] int32, the last tokens, which stay in any case.
+        window: [B] int32, number of last tokens, which are always kept.
         rooms: [B, L, K] int32, rows of each head for new tokens.
         rings: [B, L, K] bool, heads that overwrite older tokens when their room is used up.
-        scorer: rates the tokens; None where nothing is chosen.
-        sharing: how the heads of a layer share their caps; None: they don't.
-        observed: the last queries that the scorer sees.
+        scorer: rates the tokens; None if all tokens are kept.
+        sharing: how the heads of a layer share their caps; None if they do not.
+        observed: number of last queries that the scorer sees.
         again: whether caches are compressed again while they grow.
-        dtype: of the entries; None for the activations'.
+        dtype: dtype of the entries; None for the dtype of the activations.
     """
 
     caps: Int[np.ndarray, "B L K"]
@@ -65,9 +65,9 @@ class LayerGroup:
     """Layers whose heads share a pool.
 
     Attributes:
-        layers: their numbers.
-        widths: of a key and of a value.
-        windows: each layer's sliding window, None without one.
+        layers: numbers of the layers.
+        widths: numbers of a key and of a value.
+        windows: each layer's sliding window, None for none.
     """
 
     layers: tuple[int, ...]
@@ -77,16 +77,16 @@ class LayerGroup:
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """A policy at work on one batch of prompts.
+    """A policy applied to one batch of prompts.
 
     Attributes:
-        config: of the model.
-        budgets: what is kept.
-        lengths: [B] of the prompts.
-        new_tokens: to come, that must fit.
-        dtype: of the activations.
-        layout: of the batch on a mesh; None for one device.
-        groups, rows: the layers that share a pool, and the pool's rows.
+        config: configuration of the model.
+        budgets: the tokens to keep.
+        lengths: [B] lengths of the prompts.
+        new_tokens: number of new tokens that the caches must have room for.
+        dtype: dtype of the activations.
+        layout: layout of the batch on a mesh; None for one device.
+        groups, rows: for each pool its layers and its rows.
     """
 
     config: ModelConfig
@@ -106,7 +106,7 @@ class Compression:
         return head_copies(self.budgets.caps.shape[2], self.layout.ways)
 
     def observer(self, layer: int) -> Any:
-        """What the scorer wants to see of all queries of a layer's prompt; None for nothing."""
+        """The scorer's `Observer` of a layer, which sees all queries of a prompt; None for none."""
         watching = getattr(self.budgets.scorer, "observer", None)
         return None if watching is None else watching(self.config.layers[layer].attention)
 
@@ -125,22 +125,24 @@ class Compression:
         b = self.budgets
         each = {name: getattr(b, name)[rows] for name in ("caps", "window", "rooms", "rings")}
         budgets = dataclasses.replace(b, **each)
+        # Keep the row count of the whole batch: the groups' caches are joined and share programs.
         firsts = tuple(part._replace(first=part.first[rows]) for part in self.rows)
         layout = None if self.layout is None else Layout.create(self.layout.mesh, len(rows))
         own = {"budgets": budgets, "lengths": self.lengths[rows], "rows": firsts}
         return dataclasses.replace(self, **own, layout=layout)
 
     def start(self, device: Any = None) -> ModelCache:
-        """Caches without any entries.
+        """Caches without entries.
 
         Args:
-            device: the parameters' own, where there is no mesh. Arrays that are bound to a device
-                and arrays that are not would make two programs of one.
+            device: the sharding of the parameters; None on a mesh. jax compiles a second program
+                for arrays that are not bound to a device, so these arrays are bound as well.
         """
         both = (self.lengths, self.rope_lengths)
         lengths, rope_lengths = put_rows(both, device, self.layout)
         places: list[tuple[int, int] | None] = [None] * self.config.num_layers
         pools = []
+        # One pool for each group of layers; `places` says where to find a layer.
         for number, (group, rows) in enumerate(zip(self.groups, self.rows, strict=True)):
             for row, layer in enumerate(group.layers):
                 places[layer] = number, row
@@ -167,7 +169,7 @@ class Compression:
         return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
 
     def compress(self, caches: ModelCache, layer: int, prompt: PrefillCache) -> ModelCache:
-        """The caches with what is kept of one layer's prompt."""
+        """The caches with the kept tokens of one layer's prompt added."""
         packed, place = self.packing(caches, layer, prompt)(), caches.places[layer]
         if place is None:
             return caches.with_layer(layer, packed)
@@ -176,7 +178,7 @@ class Compression:
     def packing(
         self, caches: ModelCache, layer: int, prompt: PrefillCache
     ) -> functools.partial[Any]:
-        """The call of a program that compresses one layer's prompt, not yet made."""
+        """The call that compresses one layer's prompt: a program and its arguments, not yet run."""
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
         if place is None:
             return self._whole_layer(layer, prompt, spec)
@@ -187,6 +189,7 @@ class Compression:
             prompt,
             caches.pools[number].layer(row),
             self.layer_budget(layer, number, row),
+            # `compress_heads` traces scorer and sharing even if no budget uses them: no None here.
             scorer=b.scorer or SinksAndRecent(),
             sharing=b.sharing or Adaptive(),
             spec=spec,
@@ -199,8 +202,8 @@ class Compression:
     def _whole_layer(
         self, layer: int, prompt: PrefillCache, spec: AttentionSpec
     ) -> functools.partial[Any]:
-        """`packing` of a layer whose heads keep the same tokens: the mean of the budgets, or all
-        of them."""
+        """`packing` for a layer whose heads keep the same tokens: the whole prompt, or as many as
+        the mean of the heads' budgets."""
         b = self.budgets
         if b.scorer is None:
             return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
@@ -220,7 +223,7 @@ class Compression:
         )
 
     def again(self, caches: ModelCache) -> ModelCache:
-        """The pools compressed again after new tokens have been added."""
+        """The pools compressed again, after new tokens were added."""
         for layer, place in enumerate(caches.places):
             assert place is not None
             number, row = place
@@ -236,6 +239,8 @@ class Compression:
                 copies=self.copies,
             )
             caches = caches.with_pool_layer(place, packed)
+        # Count from here: `kept` is the state at this length. `+ 0` gives each pool a separate
+        # array.
         pools = tuple(dataclasses.replace(pool, read=pool.lengths + 0) for pool in caches.pools)
         return dataclasses.replace(caches, pools=pools)
 
@@ -261,11 +266,11 @@ def compression(
     layout: Layout | None,
     layers: Sequence[int],
 ) -> Compression:
-    """A policy at work on prompts of these lengths.
+    """A policy applied to prompts of these lengths.
 
     Args:
-        new_tokens: to come, that must fit.
-        layers: those whose heads keep tokens of their own.
+        new_tokens: number of new tokens that the caches must have room for.
+        layers: layers whose heads keep different tokens.
     """
     lengths = np.asarray(lengths, np.int32)
     groups = layer_groups(config, layers)
@@ -277,7 +282,7 @@ def compression(
 
 
 def layer_groups(config: ModelConfig, layers: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """The layers whose entries have the same shape."""
+    """Groups the layers by the widths of their entries."""
     found: dict[tuple[int, int], list[int]] = {}
     for layer in layers:
         found.setdefault(config.layers[layer].attention.cached_widths, []).append(layer)
@@ -297,32 +302,34 @@ def group_rows(
     ways: int,
     copies: int,
 ) -> PoolRows:
-    """The rows of the pool of some layers."""
+    """The rows of one group's pool."""
     own = list(group.layers)
     kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
-    if budgets.again:  # budgets that the prompt does not fill are filled later
+    if budgets.again:  # later tokens fill budgets that the prompt does not fill
         kept = np.maximum(kept, budgets.caps[:, own] + budgets.window[:, None, None])
+    # A sliding window bounds a layer's segments; other layers have no limit.
     unlimited = np.iinfo(np.int32).max
     limits = np.asarray([window or unlimited for window in group.windows], np.int64)
     heads, spare = kept.shape[2] * copies, 0
     if budgets.sharing is not None:
-        # No segment is longer than a sliding window: even shares of a budget need the most rows.
+        # No segment is longer than a sliding window, so even shares of a budget need the most rows.
         whole = budgets.caps[:, own] + budgets.window[:, None, None]
         sliding = (limits < unlimited)[:, None]
         kept, rooms = (
             np.where(sliding, evenly(whole), kept),
             np.where(sliding, evenly(rooms), rooms),
         )
-        spare = heads * (align - 1)  # each head's segment is rounded, wherever on the mesh it is
+        spare = heads * (align - 1)  # each head's segment is rounded up, on whichever device it is
     repeated = np.repeat(kept, copies, axis=2).astype(np.int64)
     rooms = np.repeat(rooms, copies, axis=2).astype(np.int64)
     if budgets.sharing is not None and ways > 1:
-        spare += int(repeated.sum(axis=2).max())  # all of a layer's budget may be one device's
+        # The heads of one device may use a layer's whole budget.
+        spare += int(repeated.sum(axis=2).max())
     return pool_rows(repeated, rooms, limits, spare, align, ways)
 
 
 def evenly(rows: Int[np.ndarray, "*B K"]) -> Int[np.ndarray, "*B K"]:
-    """The mean of the heads for each of them, rounded up."""
+    """The mean of the heads, rounded up, for each head."""
     mean = -(-rows.sum(axis=-1, keepdims=True) // rows.shape[-1])
     return np.broadcast_to(mean, rows.shape)
 
@@ -330,30 +337,30 @@ def evenly(rows: Int[np.ndarray, "*B K"]) -> Int[np.ndarray, "*B K"]:
 def kept_tokens(
     config: ModelConfig, budgets: Budgets, lengths: Int[np.ndarray, " B"]
 ) -> Int[np.ndarray, "B L K"]:
-    """Tokens that each head keeps of a prompt, the window included; of heads that share their
-    budgets, what they keep on average of it."""
+    """Tokens that each head keeps of a prompt, the window included. For heads that share their
+    budgets these are the numbers before sharing."""
     sliding = [layer.attention.spec.window for layer in config.layers]
     reach = np.asarray([window or np.iinfo(np.int32).max for window in sliding], np.int64)
     window = np.minimum(budgets.window[:, None], reach[None])
     lengths = np.asarray(lengths, np.int64)[:, None]
-    # The next query sees `sliding` − 1 tokens behind it.
+    # The next query sees `sliding` − 1 tokens before its own.
     available = np.maximum(np.minimum(lengths, reach[None] - 1) - window, 0)
     kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, window)[..., None]
     return kept.astype(np.int32)
 
 
 def longest_segment(budgets: Budgets) -> int:
-    """Rows that no head exceeds between two compressions, rounded up."""
+    """Upper bound on a head's rows between two compressions, rounded up."""
     most = budgets.caps.sum(axis=2).max() if budgets.sharing else budgets.caps.max()
     return bucket_rows(int(most) + int(budgets.window.max()) + int(budgets.rooms.max()))
 
 
 def alignment(dtype: Any, layout: Layout | None) -> int:
-    """See `pool_alignment`."""
+    """`pool_alignment` on the platform of the layout."""
     return pool_alignment(dtype, None if layout is None else layout.platform)
 
 
 def budgeted_layers(config: ModelConfig) -> list[int]:
-    """Layers whose heads can keep tokens of their own."""
+    """Numbers of the layers whose heads can keep different tokens."""
     layers = enumerate(config.layers)
     return [index for index, layer in layers if layer.attention.no_head_budget is None]

@@ -1,5 +1,5 @@
-"""Files of head importance: one number for each head and sample, as HeadKV's published files have
-them."""
+"""Files of head importance: one number per head and sample, in the format of HeadKV's published
+files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvjax.config import ModelConfig
 from kvjax.paths import local_path
 
 MOST_NAMED = 3
-"""Heads that an error about a score file names."""
+"""Number of heads that an error about a score file names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class HeadScores:
     """How much each query head contributes to the answers of a set of samples.
 
     Attributes:
-        samples: [L, N, samples] float64, one score a head and accepted sample.
-        meta: where they come from: model, L, N, K, estimator, seed, provenance of each sample.
+        samples: [L, N, samples] float64, one score per head and accepted sample.
+        meta: origin of the scores: model, L, N, K, estimator, seed, provenance of each sample.
     """
 
     samples: Float64[np.ndarray, "L N samples"]
@@ -39,6 +39,7 @@ class HeadScores:
                 f"head scores have shape {self.samples.shape}, expected [layers, heads, samples] "
                 "with at least one sample"
             )
+        # Check all scores here, so that allocators can rely on finite numbers ≥ 0.
         bad = ~np.isfinite(self.samples).all(axis=2) | (self.samples < 0).any(axis=2)
         if bad.any():
             layer, head = np.argwhere(bad)[0]
@@ -53,7 +54,7 @@ class HeadScores:
         return self.samples.mean(axis=2)
 
     def save(self, path: str | Path) -> None:
-        """Writes the score file (gzipped if the name ends in .gz) and its meta companion.
+        """Writes the score file (gzipped if the name ends in .gz) and its meta file.
 
         Raises:
             ValueError: the path is a URL.
@@ -74,11 +75,11 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
     """Reads a score file, ours or a published one; keys may come in any order.
 
     Args:
-        path: .json or .json.gz; the meta companion beside it is read where there is one.
-        model_config: the model that the scores are for; its shape is checked.
+        path: a .json or .json.gz file. The meta file beside it is read if it exists.
+        model_config: configuration of the model that the scores are for; its shape is checked.
 
     Raises:
-        ValueError: no such file, not the format, or scores of a model of another shape.
+        ValueError: the file does not exist or has another format, or the shapes differ.
     """
     path = local_path(path, "the score file")
     if not path.is_file():
@@ -90,13 +91,13 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
 
 
 def default_scores(config: ModelConfig) -> HeadScores | None:
-    """Head scores that lie beside the model's weights, if any."""
+    """The head scores in the directory of the model's weights; None if there are none."""
     path = Path(config.source) / "head_scores.json"
     return load_scores(path, config) if config.source and path.is_file() else None
 
 
 def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head scores") -> None:
-    """Raises ValueError where the scores are not of a model of this shape."""
+    """Raises ValueError unless the scores have the model's number of layers and heads."""
     got, expected = scores.samples.shape[:2], (model_config.num_layers, model_config.query_heads)
     if got != expected:
         raise ValueError(
@@ -106,7 +107,7 @@ def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head
 
 
 def meta_path(path: str | Path) -> Path:
-    """heads.json or heads.json.gz -> heads.meta.json."""
+    """The meta file of a score file: heads.meta.json for heads.json or heads.json.gz."""
     path = Path(path)
     stem = path.name.removesuffix(".gz").removesuffix(".json")
     return path.with_name(f"{stem}.meta.json")
@@ -125,6 +126,7 @@ def _samples(path: Path, table: Any) -> np.ndarray:
             f"{path}: head {'; '.join(problems[:MOST_NAMED])}{more}; expected a list of finite "
             "numbers of at least 0"
         )
+    # Two keys may name one head ("0-1", "00-1"): compare both counts with the full table.
     keys = {tuple(int(part) for part in key.split("-", 1)): key for key in table}
     layers, heads = (max(axis) + 1 for axis in zip(*keys, strict=True))
     if len(keys) != layers * heads or len(keys) != len(table):
@@ -140,12 +142,12 @@ def _samples(path: Path, table: Any) -> np.ndarray:
 
 
 def _problem(values: Any) -> str:
-    """What is wrong with the samples of one head; empty for nothing."""
+    """The first error in the samples of one head; empty if there is none."""
     if not isinstance(values, list):
         return f"has {type(values).__name__} {str(values)[:40]!r}"
     if not values:
         return "has an empty list"
-    kinds = (int, float)  # not bool, which is an int too
+    kinds = (int, float)  # excludes bool, a subclass of int
     bad = [x for x in values if type(x) not in kinds or not 0 <= x <= sys.float_info.max]
     return f"has {str(bad[0])[:40]!r} in its list" if bad else ""
 
@@ -179,10 +181,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def split_half(scores: HeadScores, splits: int = 20) -> float:
-    """Spearman correlation of the heads' means over two random halves, the mean of some splits.
+    """Spearman correlation of the heads' means over two random halves, averaged over `splits`.
 
     Returns:
-        at most 1; NaN for fewer than two samples, or where all heads are equal.
+        At most 1; NaN for fewer than two samples, or if all heads are equal.
     """
     count = scores.samples.shape[2]
     if count < 2:
@@ -197,7 +199,7 @@ def split_half(scores: HeadScores, splits: int = 20) -> float:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; equal values share their mean rank. NaN where all of one are equal."""
+    """Rank correlation. Equal values share their mean rank; NaN if a or b is constant."""
     x, y = (_ranks(values) for values in (a, b))
     if x.std() == 0 or y.std() == 0:
         return float("nan")
@@ -205,6 +207,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
+    # Equal values get the mean of the ranks that they occupy.
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(sizes)
     return (ends - (sizes - 1) / 2)[group.reshape(-1)]

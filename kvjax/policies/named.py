@@ -29,7 +29,7 @@ from kvjax.policies.scorers import (
 
 
 class Settings(TypedDict, total=False):
-    """Settings of every policy that compresses; `Compress` says what they mean."""
+    """Settings of every policy that compresses; `Compress` explains them."""
 
     kv_size: int
     ratio: float
@@ -41,29 +41,29 @@ class Settings(TypedDict, total=False):
 
 
 def full(entries: str = "") -> Full:
-    """Everything stays: the uncompressed cache; see `Full`."""
+    """Keeps everything: the uncompressed cache; see `Full`."""
     return Full(entries)
 
 
 def streaming(sinks: int = 4, **settings: Unpack[Settings]) -> Compress:
-    """StreamingLLM (arXiv 2309.17453): the first and the last tokens, in every head."""
+    """StreamingLLM (arXiv 2309.17453): keeps the first and the last tokens, in every head."""
     return _compress(Uniform(), SinksAndRecent(sinks), settings)
 
 
 def snapkv(pool: int = 7, **settings: Unpack[Settings]) -> Compress:
-    """SnapKV (arXiv 2404.14469): what the last queries look at, as many tokens in every head."""
+    """SnapKV (arXiv 2404.14469): keeps what the last queries attend to, equally many per head."""
     return _compress(Uniform(), ObservationWindow(pool), settings)
 
 
 def spankv(
     ahead: int = 11, behind: int = 3, falloff: float = 0.01, **settings: Unpack[Settings]
 ) -> Compress:
-    """As SnapKV, with the tokens after what the last queries look at (see `SpanWindow`)."""
+    """SnapKV plus the tokens that follow the attended ones (see `SpanWindow`)."""
     return _compress(Uniform(), SpanWindow(ahead, behind, falloff), settings)
 
 
 def pyramidkv(pool: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
-    """PyramidKV (arXiv 2406.02069): as SnapKV, with more tokens in the lower layers."""
+    """PyramidKV (arXiv 2406.02069): SnapKV with more tokens in the lower layers."""
     return _compress(Pyramid(beta), ObservationWindow(pool), settings)
 
 
@@ -73,27 +73,27 @@ def adasnapkv(pool: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -
 
 
 def h2o(recent: float = 0.5, **settings: Unpack[Settings]) -> Compress:
-    """H2O (arXiv 2306.14048): tokens that all queries look at, and as many recent ones."""
+    """H2O (arXiv 2306.14048): tokens that all queries attend to, and equally many recent ones."""
     return _compress(Uniform(), ColumnSums(), settings, recent=recent)
 
 
 def tova(**settings: Unpack[Settings]) -> Compress:
-    """TOVA (arXiv 2401.06104): what the last query looks at, the same in all heads of a layer."""
+    """TOVA (arXiv 2401.06104): what the last query attends to, the same in all heads of a layer."""
     return _compress(Uniform(), LastQuery(), settings)
 
 
 def knorm(**settings: Unpack[Settings]) -> Compress:
-    """KNorm (arXiv 2406.11430): keys of small norm."""
+    """KNorm (arXiv 2406.11430): keeps keys of small norm."""
     return _compress(Uniform(), KeyNorm(), settings)
 
 
 def keydiff(**settings: Unpack[Settings]) -> Compress:
-    """KeyDiff (arXiv 2504.15364): keys unlike the others."""
+    """KeyDiff (arXiv 2504.15364): keeps keys that differ from the others."""
     return _compress(Uniform(), KeyDifference(), settings)
 
 
 def expected(future: int = 512, **settings: Unpack[Settings]) -> Compress:
-    """Expected Attention (arXiv 2510.00636): what the queries to come will look at."""
+    """Expected Attention (arXiv 2510.00636): what future queries are expected to attend to."""
     return _compress(Uniform(), ExpectedAttention(future), settings)
 
 
@@ -105,9 +105,10 @@ def headkv(
     scores: str = "",
     **settings: Unpack[Settings],
 ) -> Compress:
-    """HeadKV (arXiv 2410.19258), with what measured better than the paper's rules.
+    """HeadKV (arXiv 2410.19258), with the variants that measured better than the paper's rules.
 
-    Budgets by head importance with a floor that grows (`growing_beta`), tokens by `SpanWindow`.
+    Head importance divides the budgets above a growing floor (`growing_beta`); `SpanWindow` rates
+    the tokens.
 
     Args:
         ahead, behind, falloff: see `SpanWindow`.
@@ -123,8 +124,8 @@ def headkv_paper(
 ) -> Compress:
     """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens.
 
-    It is HeadKV-R with scores of the estimator "retrieval", HeadKV-R2 with "retrieval_reasoning".
-    Budgets and choice are per KV head; the published code has both for every query head.
+    With scores of the estimator "retrieval" this is HeadKV-R, with "retrieval_reasoning" HeadKV-R2.
+    Budgets and tokens are chosen per KV head; the published code chooses them per query head.
     """
     return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool), settings)
 
@@ -138,15 +139,16 @@ def headkv_adaptive(
     scores: str = "",
     **settings: Unpack[Settings],
 ) -> Compress:
-    """As `headkv`, and the heads of a layer share its budget by their scores as in Ada-KV."""
+    """`headkv` whose heads share a layer's budget by their token scores, as in Ada-KV."""
     importance = HeadImportance(beta or None, _file(scores))
     scorer = SpanWindow(ahead, behind, falloff)
     return _compress(importance, scorer, settings, split=Adaptive(alpha))
 
 
 def _compress(allocator: Allocator, scorer: Scorer, settings: Settings, **rest: Any) -> Compress:
-    """The policy; a size that is a ratio or a number of bytes takes the place of `kv_size`."""
+    """The policy; with `ratio` or `nbytes` the default `kv_size` does not apply."""
     given = dict(settings)
+    # 0 means no kv_size: the default of `Compress` would contradict the other size.
     if "ratio" in given or "nbytes" in given:
         given.setdefault("kv_size", 0)
     return Compress(allocator, scorer, **rest, **given)  # type: ignore[arg-type]
@@ -177,17 +179,17 @@ MAKERS: dict[str, Callable[..., Policy]] = {
 }
 
 PARAMETERS = {"bytes": "nbytes"}
-"""Settings whose parameter has another name than they have in a string."""
+"""Setting names in a policy string whose maker parameter has a different name."""
 
 
 def parse_policy(policy: str | Policy) -> Policy:
-    """A policy from its name and settings, "headkv:kv_size=128,beta=1.2,scores=heads.json".
+    """Parses a policy string such as "headkv:kv_size=128,beta=1.2,scores=heads.json".
 
     Args:
-        policy: the string; an object stays as it is.
+        policy: the string; a `Policy` is returned unchanged.
 
     Raises:
-        ValueError: an unknown name or setting, or a value that does not fit.
+        ValueError: an unknown name or setting, or a value of the wrong type or out of range.
     """
     if isinstance(policy, Policy):
         return policy
@@ -199,11 +201,12 @@ def parse_policy(policy: str | Policy) -> Policy:
 
 
 def _kinds(maker: Callable[..., Policy]) -> dict[str, type]:
-    """The settings that a maker takes, as a string names them, and the type of each."""
+    """The settings of a maker by their names in a policy string, with the type of each."""
     own = typing.get_type_hints(maker)
     names = {parameter: name for name, parameter in PARAMETERS.items()}
     kinds: dict[str, type] = {}
     for parameter in inspect.signature(maker).parameters.values():
+        # `**settings` stands for the common settings; the maker's own settings take precedence.
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             every = typing.get_type_hints(Settings)
             kinds = {names.get(key, key): kind for key, kind in every.items()} | kinds
@@ -213,7 +216,7 @@ def _kinds(maker: Callable[..., Policy]) -> dict[str, type]:
 
 
 def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, Any]:
-    """The values of "key=value,key=value"."""
+    """The values in "key=value,key=value"."""
     values = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
@@ -231,10 +234,10 @@ def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, Any]:
 
 
 def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None) -> Policy:
-    """A policy ready for this model: parsed, and with head scores where it needs them.
+    """A policy ready for this model: parsed, with head scores if it needs them.
 
     Args:
-        scores: the model's own, for a policy that names none.
+        scores: the model's own scores, for a policy without scores.
 
     Raises:
         ValueError: an unknown policy, no scores, or scores of a model of another shape.
@@ -254,13 +257,14 @@ def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None
 
 
 def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
-    """Policies ready for this model; the model's own head scores are read where one needs them.
+    """Policies ready for this model. Reads the model's own head scores if a policy needs them.
 
     Raises:
         ValueError: see `resolve`.
     """
     parsed = [parse_policy(policy) for policy in policies]
     allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
+    # A damaged head_scores.json must not stop policies that never read it.
     lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
     scores = default_scores(config) if lacking else None
     return [resolve(policy, config, scores) for policy in parsed]

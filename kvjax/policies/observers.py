@@ -1,4 +1,4 @@
-"""Token scorers that watch all queries of a prompt, not only the last ones."""
+"""Token scorers that see all queries of a prompt, not only the last ones."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kvjax.config import (
 from kvjax.nn.rope import rope
 from kvjax.policies.scorers import LayerView, attention_weights, by_kv_head
 
-QUERY_ROWS = 64  # queries whose attention over all keys exists at a time
+QUERY_ROWS = 64  # queries whose attention over all keys is in memory at a time
 
 
 @dataclass(frozen=True)
 class ColumnSums:
-    """H2O (arXiv 2306.14048): the attention that a token gets from all queries in sum."""
+    """H2O (arXiv 2306.14048): the sum of the attention that a token gets from all queries."""
 
     def observer(self, attention: AttentionConfig) -> SumAttention:
         """See `kvjax.policies.scorers.Scorer`."""
@@ -39,7 +39,7 @@ class ColumnSums:
 
 @dataclass(frozen=True)
 class SumAttention:
-    """Adds up attention, [B, K, S] fp32, the mean over the query heads of a group."""
+    """Adds up attention, [B, K, S] fp32; the mean over the query heads of a group."""
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Float[Array, "B K S"]:
         """See `kvjax.cache.prefill.Observer`."""
@@ -56,6 +56,7 @@ class SumAttention:
     ) -> Float[Array, "B K S"]:
         """See `kvjax.cache.prefill.Observer`."""
         T = q_BTNH.shape[1]
+        # A few queries at a time: [T, S] weights of a long prompt would not fit.
         rows = min(QUERY_ROWS, T)
         tiles = -(-T // rows)
         pad = ((0, 0), (0, tiles * rows - T))
@@ -75,11 +76,11 @@ class SumAttention:
 
 @dataclass(frozen=True)
 class ExpectedAttention:
-    """Expected Attention (arXiv 2510.00636): what queries to come will pay to a token.
+    """Expected Attention (arXiv 2510.00636): the attention that future queries will pay to a token.
 
-    Queries before rotation are taken as normal, q ~ N(μ, Σ) with the prompt's moments; μ' and Σ'
-    are these rotated to the mean of the next `future` positions, and
-    score = softmax(k·μ'·scale + kᵀΣ'k·scale²/2) · ‖v‖, the mean over the query heads of a group.
+    Queries before rotation are assumed normal, q ~ N(μ, Σ), with the moments of the prompt's
+    queries. μ' and Σ' are these moments under the mean rotation of the next `future` positions.
+    score = softmax(k·μ'·scale + kᵀΣ'k·scale²/2) · ‖v‖, averaged over the query heads of a group.
     """
 
     future: int = 512
@@ -110,6 +111,7 @@ class ExpectedAttention:
         keys, scale = prompt.keys.astype(jnp.float32), prompt.spec.scale
         mean = mean.reshape(B, K, N // K, X)
         covariance = covariance.reshape(B, K, N // K, X, X)
+        # For normal q, log E[exp(q·k)] is the mean plus half the variance of q·k.
         logits = jnp.einsum("bksx,bkgx->bkgs", keys, mean) * scale
         logits += jnp.einsum("bksx,bkgxy,bksy->bkgs", keys, covariance, keys) * (scale**2 / 2)
         logits = jnp.where((prompt.positions >= 0)[:, :, None], logits, -jnp.inf)
@@ -122,9 +124,9 @@ class Moments:
     """Sums over the queries before rotation.
 
     Attributes:
-        count: [B] fp32.
+        count: [B] fp32, number of queries.
         first, second: [B, N, X] and [B, N, X, X] fp32, sums of q and of q·qᵀ.
-        rope, future: of the observer, static.
+        rope, future: settings of the observer, static.
     """
 
     count: Any
@@ -136,7 +138,7 @@ class Moments:
     def rotated(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B N X"], Float[Array, "B N X X"]]:
-        """Mean and covariance, each turned to the mean of the positions that come next."""
+        """Mean and covariance, under the mean rotation of the positions after the prompt."""
         count = jnp.maximum(self.count, 1.0)[:, None, None]
         mean = self.first / count
         covariance = self.second / count[..., None] - mean[..., None] * mean[:, :, None]
@@ -147,13 +149,14 @@ class Moments:
         return mean, jnp.einsum("bxy,bnyz,bwz->bnxw", turn, covariance, turn)
 
     def _mean_rotation(self, lengths: jax.Array) -> Float[Array, "B X X"]:
-        """The mean of RoPE's matrices at the next positions."""
+        """The mean of the RoPE matrices of the next `future` positions."""
         X = self.first.shape[-1]
+        # RoPE is linear: the images of the unit vectors are the matrix.
         units = jnp.broadcast_to(jnp.eye(X, dtype=jnp.float32)[None, None], (1, self.future, X, X))
         steps = jnp.arange(self.future, dtype=jnp.int32)[None]
         ahead = jnp.mean(rope(units, steps, jnp.ones((1,), jnp.int32), self.rope), axis=1)
-        # Rotations add up: first by the mean of the steps ahead, then by the length. Row y of
-        # `ahead` is the image of unit vector y.
+        # Rotations compose: first the mean of the steps ahead, then the rotation by the length.
+        # Row y of `ahead` is the image of unit vector y.
         at = jnp.broadcast_to(ahead, (lengths.shape[0], X, X))[:, None]
         turned = rope(at, lengths[:, None], lengths, self.rope)[:, 0]
         return jnp.swapaxes(turned, 1, 2)
@@ -161,7 +164,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class QueryMoments:
-    """Takes each query's rotation back and adds up first and second moments."""
+    """Undoes each query's rotation, and adds up first and second moments."""
 
     rope: RopeConfig | None
     future: int
@@ -199,14 +202,14 @@ def unrotate(
     lengths_B: Int[Array, " B"],
     config: RopeConfig | None,
 ) -> Float[Array, "B T N H"]:
-    """The inverse of `rope`: it turns the mirrored vector and mirrors it back."""
+    """The inverse of `rope`: rotates the mirrored vector and mirrors the result."""
     if config is None:
         return x_BTNH
     return mirror(rope(mirror(x_BTNH, config), positions_BT, lengths_B, config), config)
 
 
 def mirror(x: jax.Array, config: RopeConfig) -> jax.Array:
-    """Complex conjugate of the rotary pairs."""
+    """The complex conjugate of the rotary pairs."""
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
     if config.interleaved:
         imaginary = (index % 2 == 1) & (index < config.dim)
@@ -217,7 +220,7 @@ def mirror(x: jax.Array, config: RopeConfig) -> jax.Array:
 
 
 def pure_rotation(config: RopeConfig | None) -> RopeConfig | None:
-    """RoPE without the factor on cos and sin: queries come with it, and keys have theirs."""
+    """RoPE without its factor on cos and sin: queries and keys already contain this factor."""
     if config is None or not hasattr(config.scaling, "attention_factor"):
         return config
     scaling: Any = config.scaling

@@ -1,4 +1,5 @@
-"""Cache policies: what the cache keeps of a prompt. A policy is an allocator and a scorer."""
+"""Cache policies: which tokens of a prompt the cache keeps. Most combine an allocator and a
+scorer."""
 
 from __future__ import annotations
 
@@ -39,17 +40,17 @@ RANGES = {
     "nbytes": Range(least=1, whole=True, optional=True),
     "recent": Range(least=0, below=1),
 }
-"""The numbers of a `Compress` policy."""
+"""Allowed values of the numbers of a `Compress` policy."""
 
 
 class Policy(ABC):
-    """What the cache keeps of a prompt, for any model and prompt length."""
+    """Decides which tokens of a prompt the cache keeps, for any model and prompt length."""
 
     every: int = 0
-    """New tokens after which the cache is compressed again; 0 for never."""
+    """The cache is compressed again after this many new tokens; 0 for never."""
 
     observed: int = 0
-    """The last queries of a prompt that decide what is kept."""
+    """Number of last queries of a prompt that decide which tokens are kept."""
 
     @abstractmethod
     def compression(
@@ -60,33 +61,33 @@ class Policy(ABC):
         dtype: Any = "bfloat16",
         layout: Layout | None = None,
     ) -> Compression:
-        """The policy at work on one batch of prompts.
+        """Applies the policy to one batch of prompts.
 
         Args:
-            lengths: [B] of the prompts; each gets the budgets that it gets alone.
-            new_tokens: to come, that must fit.
-            dtype: of the model's activations; budgets in bytes depend on it.
-            layout: of the batch on a mesh; None for one device.
+            lengths: [B] lengths of the prompts; a prompt's budgets do not depend on the others.
+            new_tokens: number of new tokens that the caches must have room for.
+            dtype: dtype of the model's activations; budgets in bytes depend on it.
+            layout: layout of the batch on a mesh; None for one device.
 
         Raises:
-            NotImplementedError: the policy cannot serve a layer of this model; says why.
+            NotImplementedError: the policy cannot serve a layer of this model; the text says why.
         """
 
     def kept(
         self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
     ) -> Int[np.ndarray, "L K"]:
-        """Tokens that each head keeps of a prompt, the window included; of policies whose heads
-        share a layer's budget, what they share."""
+        """Tokens that each head keeps of a prompt, the window included; the numbers before
+        sharing if heads share a layer's budget."""
         work = self.compression(config, [prompt_len], 0, dtype)
         return kept_tokens(config, work.budgets, work.lengths)[0]
 
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Everything stays: the uncompressed cache.
+    """Keeps everything: the uncompressed cache.
 
     Attributes:
-        entries: "int8" or "fp8" for entries in 8 bits; "" for the model's dtype.
+        entries: "int8" or "fp8" for 8-bit entries; "" for the model's dtype.
     """
 
     entries: str = ""
@@ -102,11 +103,12 @@ class Full(Policy):
         dtype: Any = "bfloat16",
         layout: Layout | None = None,
     ) -> Compression:
-        """See `Policy.compression`; heads of a layer with a sliding window keep the last tokens in
-        rings, where the window is smaller than the prompts."""
+        """See `Policy.compression`. In layers whose sliding window is shorter than the cache,
+        heads keep the last tokens in rings."""
         room = room_bucket(new_tokens)
         slots = max(lengths) + room
         windows = config.sliding_windows
+        # Layers whose window is shorter than the cache: a ring in a pool holds all visible tokens.
         small = [i for i in budgeted_layers(config) if (windows[i] or slots) < slots]
         heads = config.layers[small[0]].attention.budget_heads if small else 1
         shape = (config.num_layers, heads)
@@ -132,23 +134,23 @@ class Full(Policy):
 
 @dataclass(frozen=True)
 class Compress(Policy):
-    """Each KV head keeps its budget of tokens, the best by the scorer, and the last `window`.
+    """Each KV head keeps the last `window` tokens, and the best others within its budget.
 
     The size is given in one of three ways: `kv_size` tokens, a `ratio` of the prompt, or `nbytes`.
 
     Attributes:
-        allocator: divides the KV size among the heads, on the host.
-        scorer: rates the tokens of a prompt, inside jit; both must be hashable.
-        kv_size: C, mean tokens a KV head, the window included; 0 where the size is given otherwise.
-        window: w, last tokens that always stay; their queries are what scorers see.
-        split: moves budgets between the heads of a layer by the scores of each prompt.
+        allocator: divides the KV size among the heads, on the host. Must be hashable.
+        scorer: rates the tokens of a prompt, inside jit. Must be hashable.
+        kv_size: C, mean tokens per KV head, the window included; 0 with `ratio` or `nbytes`.
+        window: w, number of last tokens that are always kept; scorers see their queries.
+        split: moves budgets between the heads of a layer by the token scores of each prompt.
         ratio: KV size as a share of each prompt, 0 < ratio ≤ 1.
-        nbytes: bytes of all layers' entries of one sequence, after prefill.
+        nbytes: bytes of one sequence's entries in all layers, after prefill.
         recent: share of the budget that goes to the most recent tokens.
-        entries: "int8" or "fp8" for entries in 8 bits; "" for the model's dtype.
-        ring: bounds the growth: heads with a budget below the mean keep only so many new tokens,
-            the most recent; 0 for no bound.
-        every: compress again after so many new tokens; 0 for never.
+        entries: "int8" or "fp8" for 8-bit entries; "" for the model's dtype.
+        ring: bounds the growth: heads with a budget below the mean keep only this many of the new
+            tokens, the most recent; 0 for no bound.
+        every: compress again after this many new tokens; 0 for never.
     """
 
     allocator: Allocator
@@ -199,9 +201,11 @@ class Compress(Policy):
         if self.every:
             check_again(config, self.scorer)
         entries = entry_dtype(self.entries)
+        # Budgets depend on a prompt's length alone: make them once for each length.
         each = {n: self.caps(config, n, entries or dtype) for n in {int(n) for n in lengths}}
         caps = np.stack([each[int(n)][0] for n in lengths])
         room = room_bucket(min(new_tokens, self.every) if self.every else new_tokens)
+        # With `ring`, heads with a budget below the mean overwrite their older new tokens.
         small = (caps < caps.mean(axis=(1, 2), keepdims=True)) & (self.ring > 0)
         budgets = Budgets(
             caps=caps,
@@ -221,11 +225,11 @@ class Compress(Policy):
     def caps(
         self, config: ModelConfig, prompt_len: int, dtype: Any
     ) -> tuple[Int[np.ndarray, "L K"], int]:
-        """[L, K] tokens that each head keeps of a prompt besides the window, and the window."""
+        """[L, K] tokens that each head keeps besides the window, and the window in tokens."""
         size = self.size(config, prompt_len, dtype)
         check_size(size, self.window)
         window = self.window + int(self.recent * (size - self.window))
-        # A text that is compressed while it grows may come to fill what its prompt does not.
+        # A text that is compressed while it grows may later fill budgets that its prompt does not.
         reach = config.context_length if self.every else prompt_len
         shape = config.num_layers, config.budget_heads
         request = Request(*shape, size, window, reach, config.sliding_windows)
@@ -234,7 +238,7 @@ class Compress(Policy):
         return np.minimum(caps, request.limits).astype(np.int32), window
 
     def size(self, config: ModelConfig, prompt_len: int, dtype: Any) -> int:
-        """C, mean tokens a KV head, for a prompt of `prompt_len` tokens."""
+        """C, mean tokens per KV head, for a prompt of `prompt_len` tokens."""
         if self.nbytes is not None:
             return bytes_to_tokens(self.nbytes, config, dtype)
         if self.ratio is not None:
@@ -243,7 +247,7 @@ class Compress(Policy):
 
 
 def check_again(config: ModelConfig, scorer: Scorer) -> None:
-    """Raises NotImplementedError where a cache cannot be compressed while decoding."""
+    """Raises NotImplementedError if a cache cannot be compressed while decoding."""
     if hasattr(scorer, "observer"):
         name = type(scorer).__name__
         raise NotImplementedError(f"every: {name} watches the prompt, which is gone by then")
@@ -254,20 +258,20 @@ def check_again(config: ModelConfig, scorer: Scorer) -> None:
 
 
 def check_size(size: int, window: int) -> None:
-    """Raises ValueError where nothing is left besides the window."""
+    """Raises ValueError unless tokens are left besides the window."""
     if size <= window:
         raise ValueError(f"kv_size is {size} and window is {window}, expected kv_size > window")
 
 
 def entry_dtype(name: str) -> str | None:
-    """The dtype that a policy's `entries` name; None for the model's own."""
+    """The dtype for a policy's `entries`; None for the model's own."""
     if name and name not in DTYPES:
         raise ValueError(f"entries is {name!r}, expected one of {', '.join(DTYPES)}")
     return jnp.dtype(DTYPES[name]).name if name else None
 
 
 def check_caps(caps: np.ndarray, request: Request) -> None:
-    """Raises ValueError where an allocator's budgets are not what was asked for."""
+    """Raises ValueError if an allocator's budgets violate the contract of `Allocator`."""
     shape = (request.num_layers, request.num_kv_heads)
     if caps.shape != shape or not np.issubdtype(caps.dtype, np.integer):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Token scorers: which tokens of a prompt matter to a head. `LayerView` is what they see."""
+"""Token scorers: how much each token of a prompt matters to a head. `LayerView` is their input."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from pallas_kernels.reference import NEG_INF, soft_cap
 
 @flax.struct.dataclass
 class LayerView:
-    """One layer's entries, those of each head in the order of time.
+    """One layer's entries, each head's in the order of the tokens.
 
-    Z is K where heads hold different tokens, 1 otherwise.
+    Z is K if heads hold different tokens, and 1 otherwise.
 
     Attributes:
-        keys, values: [B, K, S, ·], rotated; slots at or beyond what is held are zeros.
-        queries: [B, w, N, ·] the last w queries, the newest last; where a sequence is shorter
-            than w, its first rows are no queries.
-        lengths: [B] int32 tokens of the sequence.
-        held: [B, Z] int32 slots in use.
-        positions: [B, Z, S] int32, −1 for slots that are not in use. A cache that keeps no
-            positions gives ranks that end at the newest token.
-        seen: state of the scorer's observer, if it has one.
+        keys, values: [B, K, S, ·], keys rotated; empty slots are zeros.
+        queries: [B, w, N, ·] the last w queries, the newest last; for a sequence shorter than w
+            the first rows are not queries.
+        lengths: [B] int32, tokens of the sequence.
+        held: [B, Z] int32, slots in use.
+        positions: [B, Z, S] int32, −1 for empty slots. A cache without positions gives ranks
+            that end at the newest token.
+        seen: state of the scorer's observer, if the scorer has one.
         spec: the layer's scale, soft-cap and sliding window.
-        window: [B] int32, the last tokens, which stay in any case.
+        window: [B] int32, number of last tokens, which are always kept.
     """
 
     keys: Float[Array, "B K S X"]
@@ -58,8 +58,8 @@ class LayerView:
         """The prompt that a cache has read: all tokens of every head.
 
         Args:
-            window: see the attribute; None for the queries that scorers see.
-            observed: the last queries that scorers see; None for all that the cache remembers.
+            window: see the attribute; None for the number of observed queries.
+            observed: number of last queries that scorers see; None for all that the cache keeps.
         """
         queries, lengths = cache.queries, cache.lengths
         if observed is not None:
@@ -74,14 +74,14 @@ class LayerView:
 
     @classmethod
     def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, window: Any, size: int) -> LayerView:
-        """What the heads of a pool's layer hold, at most `size` rows each."""
+        """The entries of one layer of a pool, at most `size` rows per head."""
         keys, values, held, positions = pool_entries(cache, size)
         arrays = (keys, values, cache.queries, cache.lengths, held, positions)
         return cls(*arrays, None, window, spec)
 
     @property
     def candidates(self) -> Bool[Array, "B Z S"]:
-        """Slots that a head may keep or drop: before the window, still seen by the next query."""
+        """Slots that a head may keep or drop: before the window, and visible to the next query."""
         end = self.lengths[:, None, None]
         found = (self.positions >= 0) & (self.positions < end - self.window[:, None, None])
         if self.spec.window is not None:
@@ -94,11 +94,12 @@ def pool_entries(
 ) -> tuple[
     Float[Array, "B K S X"], Float[Array, "B K S Y"], Int[Array, "B K"], Int[Array, "B K S"]
 ]:
-    """Keys, values, the rows held, and positions of a pool's layer, at most `size` rows a head."""
+    """Keys, values, rows in use, and positions of a pool's layer; at most `size` rows per head."""
     pool, starts, held = cache.pool, cache.table("starts"), cache.live(cache.given())
     slots = jnp.arange(size, dtype=jnp.int32)[None, None]
     B, K = held.shape
     live = slots < held[..., None]
+    # Gather every head's segment from its first row; rows beyond it become zeros.
     rows = jnp.where(live, starts[..., None] + slots, 0).reshape(B, -1)
 
     def take(entries: Any) -> Any:
@@ -108,6 +109,7 @@ def pool_entries(
     dtype = cache.queries.dtype
     keys, values = (dequantize(take(entries), dtype) for entries in (pool.k, pool.v))
     if pool.positions is None:
+        # Ranks that end at the newest token serve as positions: only the order matters here.
         positions = slots - held[..., None] + pool.lengths[:, None, None]
     else:
         positions = take(pool.positions)
@@ -115,17 +117,17 @@ def pool_entries(
 
 
 Scorer = Callable[[LayerView], jax.Array]
-"""A prompt to scores [B, K, S] fp32, higher for tokens to keep; non-candidates don't matter.
+"""Maps a prompt to scores [B, K, S] fp32, higher for tokens to keep. Only candidates count.
 
-A scorer that must see more queries than the last w also has a method `observer(attention)`, which
-gives a `kvjax.cache.Observer` for a layer; its state comes as `prompt.seen`.
+A scorer that must see more queries than the last w also has a method `observer(attention)`. It
+returns a `kvjax.cache.Observer` for a layer, whose state arrives as `prompt.seen`.
 """
 
 
 def query_attention(prompt: LayerView) -> Float[Array, "B N w S"]:
     """Attention of each of the last queries over all keys, fp32; zeros for rows without a query.
 
-    The softmax is over all keys that are held, causal inside the window, with the layer's scale,
+    The softmax is over all keys in the cache, causal inside the window, with the layer's scale,
     soft-cap and sliding window.
     """
     w = prompt.queries.shape[1]
@@ -140,7 +142,7 @@ def attention_weights(
     k_positions: Int[Array, "B Z S"],
     spec: AttentionSpec,
 ) -> Float[Array, "B N T S"]:
-    """Softmax weights of every query over the keys it sees; zeros for padding (position < 0)."""
+    """Softmax weights of every query over its visible keys; zeros for padding (position < 0)."""
     B, T, N, X = q_BTNX.shape
     K, S = keys.shape[1:3]
     q = q_BTNX.reshape(B, T, K, N // K, X)
@@ -152,6 +154,7 @@ def attention_weights(
         seen &= at - k_positions[:, :, None] < spec.window
     seen = seen[:, :, None]
     attention = jax.nn.softmax(jnp.where(seen, logits, NEG_INF), axis=-1)
+    # A row without visible keys is uniform after the softmax: set it to zero.
     return jnp.where(seen, attention, 0.0).reshape(B, N, T, S)
 
 
@@ -165,8 +168,8 @@ def by_kv_head(weights_BNS: Float[Array, "B N S"], num_kv_heads: int) -> Float[A
 class ObservationWindow:
     """SnapKV (arXiv 2404.14469): the attention that the last w queries pay to a token.
 
-    Averaged over these queries and over the query heads of a group, then max-pooled over
-    neighbouring tokens, so that a token that is kept keeps its surroundings.
+    The score is the mean over these queries and over the query heads of a group, max-pooled over
+    neighbouring tokens: a kept token then keeps its neighbours.
     """
 
     pool: int = 7
@@ -181,12 +184,12 @@ class ObservationWindow:
 
 @dataclass(frozen=True)
 class SpanWindow:
-    """As `ObservationWindow`, but what follows a token counts more than what comes before it.
+    """`ObservationWindow` that favours the tokens after an attended token over those before it.
 
-    A question looks at where an answer begins; the rest of a long answer gets no attention until
-    it is written. A token's score is the largest of its own, those of the tokens up to `ahead`
-    before it, and those of the tokens up to `behind` after it, less the share `falloff` for each
-    token of distance: however few tokens a head keeps, they are those next to what was looked at.
+    A question attends to the beginning of an answer; the rest of a long answer gets no attention
+    until the model writes it. A token's score is the largest among its own, the scores of the
+    `ahead` tokens before it and of the `behind` tokens after it. Each token of distance takes off
+    the share `falloff`, so a head with a small budget keeps the tokens next to the attended one.
     """
 
     ahead: int = 11
@@ -200,7 +203,7 @@ class SpanWindow:
         scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
         scores_BKS = jnp.where(prompt.candidates, scores_BKS, 0.0)
         pooled = scores_BKS
-        # Ahead first: what stands as far before as after a token counts less.
+        # Distances behind count on from `ahead`: tokens before the attended one always rank lower.
         for distance in range(1, self.ahead + 1):
             pooled = jnp.maximum(pooled, self._shifted(scores_BKS, distance, distance))
         for distance in range(1, self.behind + 1):
@@ -210,7 +213,7 @@ class SpanWindow:
         return pooled
 
     def _shifted(self, scores_BKS: jax.Array, by: int, distance: int) -> jax.Array:
-        """Scores moved to later slots, less the falloff of a distance."""
+        """Scores moved `by` slots to the right, reduced by the falloff of `distance`."""
         sides = ((0, 0), (0, 0), (max(by, 0), max(-by, 0)))
         padded = jnp.pad(scores_BKS, sides)
         start = max(-by, 0)
@@ -227,6 +230,7 @@ class SinksAndRecent:
         check_ranges(vars(self), {"sinks": SIZE})
 
     def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+        # The slot number as score ranks recent tokens first; S is above every slot number.
         B, K, S, _ = prompt.keys.shape
         slot = jnp.arange(S, dtype=jnp.int32)
         score = jnp.where(slot < self.sinks, S, slot).astype(jnp.float32)
@@ -237,7 +241,7 @@ class SinksAndRecent:
 class LastQuery:
     """TOVA (arXiv 2401.06104): the attention of the last query, averaged over all heads.
 
-    All heads of a layer score alike.
+    All heads of a layer get the same scores.
     """
 
     def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
@@ -249,7 +253,7 @@ class LastQuery:
 
 @dataclass(frozen=True)
 class KeyNorm:
-    """KNorm (arXiv 2406.11430): keys of small norm draw much attention; −‖k‖₂."""
+    """KNorm (arXiv 2406.11430): −‖k‖₂, because keys of small norm draw much attention."""
 
     def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
         return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
@@ -257,12 +261,12 @@ class KeyNorm:
 
 @dataclass(frozen=True)
 class KeyDifference:
-    """KeyDiff (arXiv 2504.15364): keys unlike the others; −cos(k, mean of the normalised keys)."""
+    """KeyDiff (arXiv 2504.15364): −cos(k, mean of the normalised keys); unlike keys rank high."""
 
     def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
         keys = prompt.keys.astype(jnp.float32)
         norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-        unit = keys / norm  # slots that are not in use hold zeros and add nothing
+        unit = keys / norm  # empty slots are zeros and add nothing to the mean
         anchor = jnp.sum(unit, axis=2, keepdims=True)
         anchor = anchor / jnp.maximum(jnp.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
         return -jnp.sum(unit * anchor, axis=-1)

@@ -1,7 +1,7 @@
-"""One layer's prompt cut down: tokens are chosen, and packed into the cache that decode uses.
+"""Compression of one layer's prompt: tokens are chosen and packed into the cache of decoding.
 
-A scorer gives every token of every head a number. Each head keeps the `cap` best besides the
-window, the last w tokens. Ties go to the later position; what is kept stays in the order of time.
+A scorer rates every token for every head. Each head keeps the `cap` best tokens besides the window,
+the last w tokens. On ties the later position wins. Kept tokens stay in the order of the text.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, qua
 
 @flax.struct.dataclass
 class LayerBudget:
-    """What the heads of one layer keep. All of it is data: no program depends on a number here.
+    """The budgets of the heads of one layer. All fields are data: no program depends on a value.
 
     Attributes:
         caps: [B, K] int32, tokens that a head keeps besides the window.
-        window: [B] int32, the last tokens, which stay in any case.
+        window: [B] int32, number of last tokens, which are always kept.
         rooms: [B, K] int32, rows for new tokens.
-        rings: [B, K] bool, whether new tokens, beyond a head's room, take the place of older ones.
-        shared: [] bool, whether the heads share the sum of the caps by the scores of a prompt.
+        rings: [B, K] bool, whether new tokens overwrite older ones when a head's room is used up.
+        shared: [] bool, whether the heads share the sum of the caps by the token scores.
         first: [B, D] int32, the layer's first row in the pool of each of D devices.
     """
 
@@ -58,10 +58,10 @@ class LayerBudget:
 def choose(
     prompt: LayerView, scorer: Scorer, sharing: Split, budget: LayerBudget
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
-    """What every head keeps: the slot of each row, in the order of time, and how many rows.
+    """The slots that every head keeps, in the order of the text, and their number.
 
-    A sequence of n tokens keeps min(cap, n − w) + w entries in a head, n if it is shorter than w.
-    Slots beyond the count mean nothing.
+    A head keeps min(cap, n − w) + w entries of a sequence of n tokens, or n if it is shorter than
+    w. Slots beyond a head's number are meaningless.
     """
     K = prompt.keys.shape[1]
     scores = prompt_scores(prompt, scorer)
@@ -76,7 +76,7 @@ def choose(
 def choose_common(
     prompt: LayerView, scorer: Scorer, caps_B: Int[Array, " B"]
 ) -> tuple[Int[Array, "B 1 S"], Int[Array, "B 1"]]:
-    """As `choose`, where all heads of a layer keep the same tokens: scores are averaged over the
+    """`choose` for a layer whose heads all keep the same tokens: scores are averaged over the
     streams that a scorer rates."""
     scores = jnp.mean(prompt_scores(prompt, scorer), axis=1, keepdims=True)
     counts = jnp.minimum(caps_B[:, None], available_tokens(prompt.candidates, 1))
@@ -84,13 +84,13 @@ def choose_common(
 
 
 def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
-    """The scorer's numbers; NaN counts as the lowest, so that it displaces nothing."""
+    """The scorer's numbers, with −inf in place of NaN, so that NaN displaces no other token."""
     scores = scorer(prompt)
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
 def available_tokens(candidates_BZS: Bool[Array, "B Z S"], heads: int) -> Int[Array, "B K"]:
-    """Candidates of every head."""
+    """Number of candidates of every head."""
     count = jnp.sum(candidates_BZS, axis=2, dtype=jnp.int32)
     return jnp.broadcast_to(count, (count.shape[0], heads))
 
@@ -100,18 +100,19 @@ def select(
     candidates_BZS: Bool[Array, "B Z S"],
     counts_BK: Int[Array, "B K"],
 ) -> Int[Array, "B K S"]:
-    """The best candidates of every head, in ascending order; S beyond the head's count.
+    """Slots of the best candidates of every head, ascending; S in the places beyond its count.
 
     Args:
-        counts_BK: how many each head keeps, at most its candidates.
+        counts_BK: number of candidates that each head keeps.
     """
     S = scores_BKS.shape[2]
     scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
-    # Candidates whose score is −inf still come before what is no candidate.
+    # A candidate whose score is −inf still ranks before slots that are not candidates.
     scores = jnp.where(candidates_BZS, jnp.maximum(scores, jnp.finfo(scores.dtype).min), scores)
     # A stable sort prefers the lower index; on the reversed row that is the later position.
     order = jnp.argsort(scores[:, :, ::-1], axis=2, descending=True, stable=True)
     rank = jnp.arange(S, dtype=jnp.int32)[None, None]
+    # S marks unused places, and sorts behind all slots.
     kept = jnp.where(rank < counts_BK[:, :, None], S - 1 - order.astype(jnp.int32), S)
     return jnp.sort(kept, axis=-1)
 
@@ -119,7 +120,7 @@ def select(
 def with_window(
     prompt: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
-    """The kept slots, then those of the window, and how many they are together."""
+    """The kept slots followed by the window's, and their total number."""
     held = jnp.broadcast_to(prompt.held, counts_BK.shape)
     window = jnp.minimum(held, prompt.window[:, None])
     rank = jnp.arange(kept_BKS.shape[2], dtype=jnp.int32)[None, None]
@@ -146,18 +147,18 @@ def compress_heads(
     layout: Layout | None,
     copies: int,
 ) -> PoolLayer:
-    """The pool with what each head of one layer keeps of the prompt.
+    """Compresses one layer's prompt into the pool.
 
     Args:
-        observed: the last queries that the scorer sees.
-        remember: whether these stay, for compression while decoding.
-        copies: see `ShardedHeads`; `layer` has each head so often.
+        observed: number of last queries that the scorer sees.
+        remember: whether the layer keeps these queries, for compression while decoding.
+        copies: see `ShardedHeads`; `layer` has each head this many times.
     """
     view = LayerView.create(prompt, spec, budget.window, observed)
     with jax.named_scope("select"):
         source, held = choose(view, scorer, sharing, budget)
     entries = view.keys, view.values
-    if isinstance(prompt.base, ShardedHeads):  # as they lie, each head `copies` times
+    if isinstance(prompt.base, ShardedHeads):  # as stored: each head `copies` times
         entries = prompt.base.inner.keys_and_values(view.keys.dtype)
     layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
     return dataclasses.replace(layer, queries=view.queries) if remember else layer
@@ -179,16 +180,17 @@ def compress_again(
     layout: Layout | None,
     copies: int,
 ) -> PoolLayer:
-    """A layer's segments cut down to their budgets again.
+    """Cuts a layer's segments down to their budgets again.
 
     Args:
-        size: rows that no segment exceeds.
+        size: upper bound on the rows of a segment.
     """
 
     if layout is None:
         view = LayerView.of_pool(layer, spec, budget.window, size)
         entries = view.keys, view.values
     else:
+        # Each device reads its own rows; the choice needs every head once.
         heads = layout.spec("batch", "tensor")
         read = functools.partial(pool_entries, size=size)
         found = layout.run(read, (specs(layer, layout),), (heads,) * 4)(layer)
@@ -216,7 +218,7 @@ def pack(
 
     Args:
         entries: keys and values [B, K · copies, S, ·].
-        source_BKS, held_BK: from `choose`, of each head once.
+        source_BKS, held_BK: from `choose`, for each head once.
     """
     shared = positions_BZS.shape[1] == 1
     if copies > 1:
@@ -229,6 +231,7 @@ def pack(
 
         def copy(into: Any, entries: jax.Array) -> Any:
             def rows(b, k, ranks):
+                # Positions that all heads share have a single row for all of them (Z = 1).
                 return entries[b, jnp.minimum(k, entries.shape[1] - 1), source[b, k, ranks]]
 
             return copy_rows(into, rows, starts, held)
@@ -261,17 +264,19 @@ def compress_tokens(
     observed: int,
     dtype: str | None,
 ) -> Any:
-    """The prompt cut down to one set of tokens for all heads of the layer.
+    """Compresses a prompt to one set of tokens for all heads of the layer.
 
     Args:
-        slots: of the smaller cache, room for new tokens included.
+        slots: number of slots of the smaller cache, room for new tokens included.
     """
+    # The choice needs all heads and slots of a sharded cache at once.
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
     view = LayerView.create(whole, spec, window, observed)
     with jax.named_scope("select"):
         source, held = choose_common(view, scorer, caps)
     slots = whole_slots(slots)
     with jax.named_scope("pack"):
+        # One row of slots for all heads, padded or cut to the size of the new cache.
         source = jnp.pad(source[:, 0], ((0, 0), (0, max(slots - source.shape[2], 0))))[:, :slots]
         live = jnp.arange(slots, dtype=jnp.int32)[None] < held
         common = {"lengths": view.lengths, "evicted": view.lengths - held[:, 0]}
@@ -279,7 +284,7 @@ def compress_tokens(
         if isinstance(base, LatentCache):
             parts = (base.latent, base.k_rope)
             packed = (store(take_rows(part, source, live), dtype) for part in parts)
-            # Slots tell a sliding window nothing where tokens between them are gone.
+            # A sliding window needs positions here: slots differ from them once tokens are gone.
             kept = None if spec.window is None else positions
             return spread_like(prompt.base, LatentCache(*packed, **common, positions=kept), spec)
         take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
@@ -289,7 +294,7 @@ def compress_tokens(
 
 @functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
 def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
-    """An uncompressed cache with room for new tokens, its entries in the dtype that stays."""
+    """Keeps the whole prompt: the cache with room for new tokens, its entries in `dtype`."""
     whole = with_room(whole_of(base), room, None)
     names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
     stored = {name: store(getattr(whole, name), dtype) for name in names}
@@ -298,12 +303,12 @@ def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any
 
 
 def whole_of(base: Any) -> Any:
-    """The cache as one, for what needs all heads and slots at a time."""
+    """The cache of all heads and slots inside a sharded cache; another cache is returned as is."""
     return getattr(base, "inner", base)
 
 
 def spread_like(base: Any, cache: Any, spec: AttentionSpec) -> Any:
-    """What became of `whole_of(base)`, on the devices as before."""
+    """Shards a cache made from `whole_of(base)` the way `base` is sharded."""
     if isinstance(base, ShardedHeads):
         return ShardedHeads(place(cache, base.layout), base.layout, base.copies)
     if isinstance(base, ShardedSlots):
@@ -312,7 +317,7 @@ def spread_like(base: Any, cache: Any, spec: AttentionSpec) -> Any:
 
 
 def store(entries: Entries, dtype: str | None) -> Entries:
-    """Entries in the dtype that stays; None, or what is stored in another form, leaves them."""
+    """Entries in the given dtype; unchanged for None, and if they are quantized or bit patterns."""
     if dtype is None or isinstance(entries, Quantized | Bits):
         return entries
     return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
