@@ -1,4 +1,4 @@
-"""HeadKV (arXiv 2410.19258): a cache budget for each head, by what the head is good for."""
+"""HeadKV (arXiv 2410.19258): cache budgets for single heads, by their importance."""
 
 from kvjax.headkv.balance import balance
 from kvjax.headkv.measure import score_examples

@@ -1,4 +1,4 @@
-"""Heads in an order in which the devices of a mesh hold as many bytes each."""
+"""Reorders heads so that each device of a mesh holds about the same number of cache bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kvjax.sharding import logical_axes
 from pallas_kernels.segments import assign_heads
 
 Orders = tuple[tuple[int, ...], ...]
-"""For every layer the old number of each KV head, in the new order."""
+"""For every layer the old numbers of the KV heads, in their new order."""
 
 
 @dataclass(frozen=True)
 class Reordered:
-    """The budgets of another allocator, for heads in another order."""
+    """The budgets of another allocator, with the heads reordered."""
 
     allocator: Allocator
     orders: Orders
@@ -39,23 +39,23 @@ class Reordered:
 def balance(
     model: Transformer, params: Any, policy: str | Policy, prompt_len: int
 ) -> tuple[Any, Policy]:
-    """Parameters with KV heads reordered, and the policy for them, so that caches balance.
+    """Reorders the KV heads of the parameters so that the devices' caches balance.
 
-    Consecutive heads lie on one device. HeadKV's budgets differ between heads, so the device with
-    the greediest heads would decide what fits; here heads go to devices by their bytes (see
-    `pallas_kernels.segments.assign_heads`). The order of heads within a layer is arbitrary: the
-    model computes what it did, up to the order of sums.
+    A device holds consecutive heads. HeadKV's budgets differ between heads, so the device with the
+    largest budgets would limit the batch. This function assigns heads to devices by their bytes
+    (see `pallas_kernels.segments.assign_heads`). The order of heads within a layer is arbitrary:
+    the model computes the same function, up to the order of sums.
 
     Args:
-        params: on a mesh; without a tensor axis nothing is to be done.
-        prompt_len: of the prompts that the budgets are for.
+        params: parameters on a mesh; without a tensor axis they are returned unchanged.
+        prompt_len: length of the prompts that the budgets are for.
 
     Returns:
-        The parameters, where they lay before, and the policy; both as they are where budgets are
-        the same for all heads.
+        The parameters, on the same devices, and the policy for the new order. Both are unchanged if
+        all heads have the same budget.
 
     Raises:
-        ValueError: the policy cannot be resolved, or heads and devices do not fit.
+        ValueError: the policy cannot be resolved, or the number of heads and devices do not fit.
     """
     policy = resolve(policy, model.config, default_scores(model.config))
     mesh = mesh_of(params)
@@ -64,6 +64,7 @@ def balance(
     ways = Layout.create(mesh, 1).ways
     if ways == 1 or any(layer.attention.no_head_budget for layer in model.config.layers):
         return params, policy
+    # Devices that hold copies of one head need the same heads: they form one group.
     groups = ways // head_copies(model.config.budget_heads, ways)
     caps, window = policy.caps(model.config, prompt_len, params["embedding"].dtype)
     orders = assign_heads(caps + window, groups)
@@ -75,16 +76,18 @@ def balance(
 
 
 def reorder_heads(model: Transformer, params: Any, orders: Orders) -> dict[str, Any]:
-    """The same function with the KV heads of every layer, and their query heads, reordered."""
+    """The parameters of the same function, with KV heads and their query heads reordered."""
     axes, moved = logical_axes(model), dict(params)
     for index, (layer, order) in enumerate(zip(model.config.layers, orders, strict=True)):
         name, base = f"layers_{index}", of_kind(layer.attention.unconverted, GQAConfig)
+        # The query heads of a group move with their KV head.
         groups = np.arange(base.num_heads).reshape(base.num_kv_heads, -1)
         rows = {"kv": np.asarray(order), "heads": groups[np.asarray(order)].reshape(-1)}
         attn = {
             leaf: _reorder(value, axes[name]["attn"][leaf], rows)
             for leaf, value in params[name]["attn"].items()
         }
+        # A norm over all heads has one weight per component, without an axis of heads.
         if base.qk_norm == "all":
             for leaf, kind in (("q_norm", "heads"), ("k_norm", "kv")):
                 attn[leaf] = _reorder_norm(attn[leaf], rows[kind])
@@ -93,16 +96,16 @@ def reorder_heads(model: Transformer, params: Any, orders: Orders) -> dict[str, 
 
 
 def _reorder(value: jax.Array, names: tuple[str | None, ...], rows: dict[str, Any]) -> jax.Array:
-    """A parameter with its axes of heads reordered, where it lies."""
+    """A parameter with its axes of heads reordered, on the same devices."""
     for axis, name in enumerate(names):
-        # The axis of the heads within a group has the name too.
+        # The axis of the heads within a group also has this name, and must stay.
         if name in rows and value.shape[axis] == len(rows[name]):
             value = _take(value, rows[name], axis)
     return value
 
 
 def _reorder_norm(weight: jax.Array, heads: np.ndarray) -> jax.Array:
-    """A norm's weight over all heads."""
+    """Reorders the weight of a norm over all heads."""
     width = weight.shape[0] // len(heads)
     index = (heads[:, None] * width + np.arange(width)).reshape(-1)
     return _take(weight, index, 0)

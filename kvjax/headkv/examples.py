@@ -1,4 +1,5 @@
-"""Examples in batches, and what the attention of an answer's steps says about each head."""
+"""Batches of examples, and formulas that turn the attention of an answer's steps into head
+scores."""
 
 from __future__ import annotations
 
@@ -13,19 +14,19 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.checks import COUNT, check_ranges
 from kvjax.example import Example
 
-BUCKET = 64  # lengths are padded to multiples of it, so that few programs are compiled
+BUCKET = 64  # lengths are padded to multiples of BUCKET, so that few programs are compiled
 
 
 @flax.struct.dataclass
 class Batch:
-    """Examples of one length bucket; the answer follows the prompt, its last token left out.
+    """Examples of one length bucket: each prompt with its answer, without the answer's last token.
 
     Attributes:
         tokens: [B, S] int32, right-padded.
-        lengths: [B] valid tokens, n + m − 1 for a prompt of n tokens and an answer of m.
-        answers: [B, M] the answer tokens, at the end of the row: step t = r − (M − m).
+        lengths: [B] valid tokens: n + m − 1 for a prompt of n tokens and an answer of m.
+        answers: [B, M] the answer tokens, right-aligned: row r is step t = r − (M − m).
         steps: [B, M] bool, rows that are steps.
-        span: [B, S] bool, where the answer stands in the prompt.
+        span: [B, S] bool, tokens of the prompt that contain the answer.
     """
 
     tokens: Int[Array, "B S"]
@@ -36,7 +37,7 @@ class Batch:
 
 
 def make_batch(examples: Sequence[Example], steps: int, batch_size: int) -> Batch:
-    """Arrays of a few examples of one bucket, the last repeated up to the batch size."""
+    """Arrays of examples of one bucket; the last example is repeated up to the batch size."""
     rows = [*examples, *[examples[-1]] * (batch_size - len(examples))]
     shape = (batch_size, bucket_length(rows[0]))
     tokens, span = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -57,20 +58,21 @@ def make_batch(examples: Sequence[Example], steps: int, batch_size: int) -> Batc
 
 
 def positions(batch: Batch) -> Int[Array, "B S"]:
-    """0, 1, … of each row's tokens; −1 on padding."""
+    """Positions 0, 1, … of each row's tokens; −1 for padding."""
     at = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None]
     return jnp.where(at < batch.lengths[:, None], at, -1)
 
 
 def step_positions(batch: Batch) -> Int[Array, "B M"]:
-    """Positions of the tokens that predict the answer; 0 or above where a row is no step too."""
+    """Positions of the tokens that predict the answer. Rows that are not steps get some position
+    ≥ 0, so that gathers stay in range."""
     M = batch.steps.shape[1]
     last = batch.lengths[:, None] - M + jnp.arange(M, dtype=jnp.int32)[None]
     return jnp.maximum(last, 0)
 
 
 def model_input_length(example: Example) -> int:
-    """Tokens that the model reads: the prompt and all of the answer but its last token."""
+    """Tokens that the model reads: the prompt and the answer without its last token."""
     return len(example.prompt) + len(example.answer) - 1
 
 
@@ -80,7 +82,7 @@ def bucket_length(example: Example) -> int:
 
 
 def bucketed(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Indices of examples that share a bucket, at most `batch_size` together.
+    """Indices of examples that share a bucket, at most `batch_size` in a list.
 
     Raises:
         ValueError: a batch size below one.
@@ -97,13 +99,14 @@ def bucketed(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 Reduce = Callable[[jax.Array, Batch], jax.Array]
-"""Attention of the steps [B, N, M, S] fp32 to one score a head [B, N]."""
+"""Maps the attention of the steps [B, N, M, S] fp32 to one score per head [B, N]."""
 
 
 def copied(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:
-    """Retrieval heads (arXiv 2404.15574): steps whose most attended token is the next one.
+    """Retrieval heads (arXiv 2404.15574): how many steps copy a token of the span.
 
-    That token must stand in the span, whose length divides the count.
+    A step counts if its most attended token is in the span and equals the step's answer token. The
+    count is divided by the length of the span.
     """
     top = jnp.argmax(attention_BNMS, axis=-1)
     rows = jnp.arange(top.shape[0], dtype=jnp.int32)[:, None, None]
@@ -115,10 +118,11 @@ def copied(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array
 def attended(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:
     """Retrieval-reasoning heads (arXiv 2410.19258, eq. 2): attention on the span, if it ranks high.
 
-    Summed over the steps and those tokens of the span that are among the N most attended ones,
-    divided by N, the length of the span. Of equals the earlier position ranks higher.
+    The sum over the steps and over the tokens of the span that are among the N most attended ones,
+    divided by N, the length of the span. Of equally attended tokens the earlier one ranks higher.
     """
     length = span_length(batch)
+    # A stable sort of the negated weights keeps the earlier of two equal positions first.
     order = jnp.argsort(-attention_BNMS, axis=-1, stable=True)
     weight = jnp.take_along_axis(attention_BNMS, order, axis=-1)
     rows = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None, None, None]
@@ -132,9 +136,11 @@ def attended(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Arr
 def induced(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:
     """Induction heads (arXiv 2209.11895): attention on the token of the span that comes next.
 
-    The mean over the steps, in 0 … 1: 1 for a head that always looks at what followed the first
-    time. A step's targets are the tokens of the span that equal the answer's token.
+    The mean over the steps, between 0 and 1: 1 for a head that always attends to the token that
+    followed at the first occurrence. A step's targets are the tokens of the span that equal the
+    step's answer token.
     """
+    # [B, M, S]: the targets of each step.
     target = batch.span[:, None] & (batch.tokens[:, None] == batch.answers[..., None])
     target &= batch.steps[..., None]
     total = jnp.sum(jnp.where(target[:, None], attention_BNMS, 0.0), axis=(2, 3))
@@ -143,5 +149,5 @@ def induced(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Arra
 
 
 def span_length(batch: Batch) -> Int[Array, " B"]:
-    """N, tokens of the span."""
+    """N, the number of tokens of the span."""
     return jnp.sum(batch.span, axis=1, dtype=jnp.int32)

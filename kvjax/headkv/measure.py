@@ -1,4 +1,4 @@
-"""How important each head is, measured on examples: by its attention, or by the gradient of the
+"""Measures the importance of each head on examples: by its attention, or by the gradient of the
 answer's loss."""
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kvjax.policies.scorers import LayerView, query_attention
 from kvjax.text import rouge1_recall, token_f1
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
-"""Model, params, batch to scores of every head [B, L, N] and the token expected at each step
-[B, M], −1 where the logits are not finite."""
+"""Maps model, params and batch to scores of every head [B, L, N] and the most likely token at each
+step [B, M], −1 where the logits are not finite."""
 
 
 class Estimator(NamedTuple):
@@ -46,8 +46,8 @@ class Estimator(NamedTuple):
 
     Attributes:
         measure: see `Measure`.
-        answer_score: how good the predicted answer is, given predicted and right tokens.
-        accept_above: an example counts if its answer score exceeds this.
+        answer_score: quality of the predicted answer, given the predicted and the right tokens.
+        accept_above: an example counts if its answer score exceeds this number.
         needs_span: whether `measure` reads the examples' spans.
     """
 
@@ -59,12 +59,12 @@ class Estimator(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BatchScores:
-    """What was measured on a few examples.
+    """Measurements on one batch of examples.
 
     Attributes:
-        indices: which ones, of the list that was asked.
-        heads: [n, L, N] their scores.
-        answers: [n] how well each was answered.
+        indices: the examples, as indices into the caller's list.
+        heads: [n, L, N] scores of the heads.
+        answers: [n] quality of each answer.
     """
 
     indices: tuple[int, ...]
@@ -85,24 +85,24 @@ def score_examples(
     """Importance of every query head, one score for each example that counts.
 
     Args:
-        examples: prompts with their answers and where these stand.
-        estimator: a name of ESTIMATORS, or your own.
+        examples: prompts with their answers and the answers' places in the prompts.
+        estimator: a name of ESTIMATORS, or an `Estimator`.
         batch_size: examples at a time.
-        finished: batches of an earlier, interrupted call with the same arguments; not measured
-            again.
+        finished: batches of an earlier, interrupted call with the same arguments; these are not
+            measured again.
         on_batch: called with each new batch.
 
     Returns:
-        scores whose meta lists every sample: name, length, depth, answer score, accepted.
+        Scores whose meta lists every sample: name, length, depth, answer score, accepted.
 
     Raises:
-        ValueError: an unknown estimator, no example, a span outside of its prompt, a token that
-            the model does not have, scores or logits that are not finite, or no example that
-            counts.
+        ValueError: an unknown estimator, no example, a span outside its prompt, a token outside the
+            vocabulary, scores or logits that are not finite, or no example that counts.
     """
     name, chosen = _estimator(estimator)
     check_examples(examples, chosen.needs_span, model.config)
     params = on_automatic_mesh(params)
+    # Measure the batches that an earlier call did not finish.
     done = {batch.indices: batch for batch in finished}
     plan = [tuple(indices) for indices in bucketed(examples, batch_size)]
     todo = [indices for indices in plan if indices not in done]
@@ -110,6 +110,7 @@ def score_examples(
         done[batch.indices] = batch
         if on_batch is not None:
             on_batch(batch)
+    # Collect the scores in the order of the examples, and keep the examples that count.
     config = model.config
     heads = np.zeros((len(examples), config.num_layers, config.query_heads))
     answers = np.zeros(len(examples))
@@ -143,11 +144,12 @@ def measure_batches(
     batches: Sequence[tuple[int, ...]],
     batch_size: int,
 ) -> Iterator[BatchScores]:
-    """Measures the examples of each batch, given by their indices."""
+    """Measures batches of examples, which are given by their indices."""
     steps = max(len(example.answer) for example in examples)
     for indices in batches:
         chunk = [examples[i] for i in indices]
         values, predicted = estimator.measure(model, params, make_batch(chunk, steps, batch_size))
+        # Rows beyond `chunk` are copies of the last example, which fill the batch.
         heads = np.asarray(values, np.float64)[: len(chunk)]
         said = [
             row[steps - len(example.answer) :].tolist()
@@ -167,7 +169,7 @@ def measure_batches(
 def score_batch(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
-    """Scores of every head, and the token that the model expects at each step."""
+    """Scores of every head, and the most likely token at each step."""
     x: Any = model.apply({"params": params}, batch.tokens, method="embed")
     scores = []
     for index, kind in enumerate(block_kinds(model.config)):
@@ -187,13 +189,14 @@ def score_layer(
     x: Float[Array, "B S D"],
     batch: Batch,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B N"]]:
-    """One layer's output and the scores of its heads: the program of all layers of a kind.
+    """One layer's output and the scores of its heads; all layers of a kind share this program.
 
     Args:
         block, params, pairs: see `apply_block`.
     """
     B, S = batch.tokens.shape
     attention = block.layer.attention
+    # The prefill cache keeps the queries of the answer's steps: the last rows of each sequence.
     cache = start_prefill(attention, B, S, batch.steps.shape[1], x.dtype)
     x, cache = apply_block(block, params, pairs, x, positions(batch), cache, batch.lengths)
     return x, reduce(query_attention(LayerView.create(cache, attention.spec)), batch)
@@ -203,7 +206,7 @@ def score_layer(
 def expected_tokens(
     config: ModelConfig, params: Any, x: Float[Array, "B S D"], batch: Batch
 ) -> Int[Array, "B M"]:
-    """The most likely token at each step of the answer, from the last layer's output."""
+    """The most likely token at each step of the answer, computed from the last layer's output."""
     x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
     return most_likely(hidden_logits(config, params, x))
 
@@ -214,7 +217,7 @@ def attention_estimator(reduce: Reduce, **rest: Any) -> Estimator:
 
 
 def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, Any]:
-    """What the meta companion says about one sample."""
+    """The entry of one sample in the meta file."""
     return {
         "name": example.name,
         "length": len(example.prompt),
@@ -225,7 +228,7 @@ def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, 
 
 
 def check_examples(examples: Sequence[Example], with_span: bool, config: ModelConfig) -> None:
-    """Raises ValueError for examples that cannot be scored."""
+    """Raises ValueError for examples that cannot be scored with this model."""
     if not examples:
         raise ValueError("got no examples, expected at least one")
     for index, example in enumerate(examples):
@@ -260,10 +263,10 @@ def _estimator(estimator: str | Estimator) -> tuple[str, Estimator]:
 def loss_gradient(
     model: Transformer, params: Any, batch: Batch
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
-    """|∂loss/∂gate| of every head and example, and the token that the model expects at each step.
+    """|∂loss/∂gate| of every head and example, and the most likely token at each step.
 
-    One example at a time, its layers recomputed in the backward pass: the memory beyond the
-    parameters is one layer's activations and gated output projections.
+    Processes one example at a time and recomputes its layers in the backward pass. Besides the
+    parameters, memory holds one layer's activations and gated output projections.
     """
     gradient = jax.grad(answer_loss, has_aux=True)
     gates = jnp.ones((model.config.num_layers, model.config.query_heads), jnp.float32)
@@ -279,9 +282,9 @@ def loss_gradient(
 def answer_loss(
     gates: Float[Array, "L N"], model: Transformer, params: Any, batch: Batch
 ) -> tuple[Float[Array, ""], Int[Array, "B M"]]:
-    """Cross-entropy of the answers under gated heads, and the token expected at each step.
+    """Cross-entropy of the answers under gated heads, and the most likely token at each step.
 
-    The mean over an answer's tokens, summed over the examples; nats.
+    The loss is the mean over an answer's tokens, summed over the examples, in nats.
     """
     at = positions(batch)
 
@@ -290,13 +293,14 @@ def answer_loss(
 
     x = apply(params, batch.tokens, method="embed")
     for index in range(model.config.num_layers):
-
+        # Recompute each layer in the backward pass: only its input is stored.
         @jax.checkpoint
         def layer(x: jax.Array, gates_N: jax.Array, index: int = index) -> jax.Array:
             gated = gate_heads(params, index, gates_N)
             return apply(gated, index, x, at, None, batch.lengths, method="layer")[0]
 
         x = layer(x, gates[index])
+    # Only the steps need logits, and only real steps count for the loss.
     x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
     logits = apply(params, x, method="unembed")
     log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -307,9 +311,10 @@ def answer_loss(
 
 
 def gate_heads(params: Any, layer: int, gates: Float[Array, " N"]) -> Any:
-    """The parameters with the output of every head of a layer times its gate."""
+    """The parameters with the output of every head of a layer multiplied by its gate."""
     name = f"layers_{layer}"
     attention = params[name]["attn"]
+    # Scaling a head's rows of the output projection scales the head's output.
     output = attention["o"].astype(jnp.float32) * gates[:, None, None]
     attention = attention | {"o": output.astype(attention["o"].dtype)}
     return params | {name: params[name] | {"attn": attention}}
@@ -322,6 +327,6 @@ ESTIMATORS = {
     "copying": attention_estimator(induced, answer_score=token_f1, accept_above=-1.0),
     "gradient": Estimator(loss_gradient, token_f1, accept_above=-1.0, needs_span=False),
 }
-"""The formulas of the HeadKV paper's three (the last two of them differ in their examples:
-reasoning, plain needles), and two for which every example counts, answered or not. The paper
-decodes the answers; here they are teacher-forced."""
+"""The three formulas of the HeadKV paper ("enhanced_retrieval" is "retrieval_reasoning" on other
+examples: plain needles instead of reasoning), and two for which every example counts, answered or
+not. The paper decodes the answers; here they are teacher-forced."""

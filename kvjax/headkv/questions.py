@@ -1,4 +1,4 @@
-"""Head importance with a tokenizer: examples are generated in its tokens, asked, and scored.
+"""Head importance with a tokenizer: examples are generated in the tokenizer's tokens and scored.
 
 `score_heads` is the public entry. `Grid` describes the examples, `make_examples` generates them,
 and `kvjax.headkv.measure.score_examples` asks them.
@@ -29,7 +29,7 @@ LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
 COPIED_LENGTH = 64  # tokens that the copying estimator copies: fewer give a less stable ranking
 DISTRACTORS = 3  # examples have 0, 1 and 2 distractors in turn
 RANGES = {"samples": COUNT, "length": COUNT, "seed": SEED}
-"""What the numbers of a `Grid` may be."""
+"""Allowed values of the numbers of a `Grid`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Grid:
         estimator: retrieval, retrieval_reasoning, enhanced_retrieval, copying or gradient
         samples: number of examples
         length: longest prompt, in tokens
-        seed: of the facts, the filler and the random spans
+        seed: seed of the facts, the filler and the random spans
         haystack: text file whose sentences hide the facts, instead of generated sentences
     """
 
