@@ -1,4 +1,4 @@
-"""Linen modules over free functions."""
+"""The transformer: Linen modules that call pure functions."""
 
 from kvjax.nn.transformer import Transformer
 

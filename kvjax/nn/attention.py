@@ -1,8 +1,8 @@
-"""The four forms of attention. They differ in what they cache; the cache does the rest.
+"""The four forms of attention. They differ in what they cache; the cache computes the attention.
 
-`GQA` caches the keys and values of its KV heads. `EqualCacheAttention` caches latents that are as
-large. `MLA` (DeepSeek-V3) and `DecoupledAttention` (a converted checkpoint behind its QK-norm)
-cache one latent and one rotary key for all heads.
+`GQA` caches the keys and values of its KV heads. `EqualCacheAttention` caches latents of the same
+size. `MLA` (DeepSeek-V3) and `DecoupledAttention` (for converted checkpoints with QK-norm) cache
+one latent and one rotary key for all heads.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def projection(
     head_axis: str,
     bias: bool,
 ) -> Float[Array, "B T heads head_dim"]:
-    """x · W for all heads; parameters `name` [D, heads, head_dim] and `name`_bias."""
+    """x · W for all heads; declares `name` [D, heads, head_dim] and `name`_bias."""
     shape = (x_BTD.shape[-1], heads, head_dim)
     weight = declare(module, name, shape, ("embed", head_axis, "head_dim"))
     axes = (head_axis, "head_dim")
@@ -76,10 +76,10 @@ def project(
 def output(
     module: nn.Module, out_BTNH: Float[Array, "B T N H"], width: int, bias: bool
 ) -> Float[Array, "B T D"]:
-    """Heads back to the residual stream; parameters o [N, H, D] and o_bias [D]."""
+    """Projects heads to the residual stream; declares o [N, H, D] and o_bias [D]."""
     shape = (*out_BTNH.shape[2:], width)
     weight = declare(module, "o", shape, ("heads", "head_dim", "embed"), in_axis=(0, 1))
-    # Two contracted axes would make XLA:CPU transpose the weight in every step.
+    # With two contracted axes XLA:CPU would transpose the weight in every step.
     y = matmul(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight.reshape(-1, width))
     return y + zeros(module, "o_bias", (width,), ("embed",))[None, None] if bias else y
 
@@ -87,7 +87,7 @@ def output(
 def qk_norm_weight(
     module: nn.Module, name: str, num_heads: int, config: GQAConfig
 ) -> jax.Array | None:
-    """Weight of the norm on queries or keys of `num_heads` heads (parameter `name`), if any."""
+    """The weight of the norm on `num_heads` heads (parameter `name`); None without a norm."""
     if config.qk_norm is None:
         return None
     width = {"head": 1, "all": num_heads}[config.qk_norm] * config.head_dim
@@ -97,7 +97,7 @@ def qk_norm_weight(
 def qk_norm(
     x_BTNH: Float[Array, "B T N H"], weight: Float[Array, " W"] | None, config: NormConfig
 ) -> Float[Array, "B T N H"]:
-    """RMS norm over one head or over all of them, whichever the weight spans; None leaves x."""
+    """RMS norm over one head or over all heads, as wide as the weight; None returns x unchanged."""
     if weight is None:
         return x_BTNH
     rows = x_BTNH.reshape(*x_BTNH.shape[:2], -1, weight.shape[0])
@@ -126,8 +126,8 @@ def gqa_heads(
     """Queries, keys and values of the attention input, with QK-norm and without RoPE.
 
     Args:
-        params: q, k and v [D, heads, H], their biases q_bias, k_bias and v_bias [heads, H], and
-            the weights q_norm and k_norm, where the model has them.
+        params: q, k and v [D, heads, H]; if the model has them, the biases q_bias, k_bias and
+            v_bias [heads, H] and the norm weights q_norm and k_norm.
     """
 
     def heads(name: str) -> jax.Array:
@@ -140,9 +140,9 @@ def gqa_heads(
 class EqualCacheAttention(nn.Module):
     """Keys and values of all N heads from latents of GQA's cache size.
 
-    C latent heads of X (keys) and Y (values) numbers are cached, C·X = C·Y = K·H. The
-    up-projections k_up [C, X, N/C, H] and v_up [C, Y, N/C, H] give each query head its own keys
-    and values. With a cache the value up-projection comes after the attention (absorbed).
+    The cache holds C latent heads of X (keys) and Y (values) numbers, with C·X = C·Y = K·H. The
+    up-projections k_up [C, X, N/C, H] and v_up [C, Y, N/C, H] give each query head separate keys
+    and values. With a cache the value up-projection follows the attention (absorbed).
     """
 
     config: EqualCacheConfig
@@ -162,7 +162,7 @@ class EqualCacheAttention(nn.Module):
         with jax.named_scope("qkv"):
             q_BTNH = projection(self, "q", x_BTD, N, H, "heads", base.qkv_bias)
             q_norm = qk_norm_weight(self, "q_norm", N, base)
-            # Normed and rotated are the keys of all query heads, or the latent seen as heads.
+            # Norm and RoPE apply to the keys of all query heads, or to the latent seen as heads.
             rotated_heads = N if rotate_after else C * c.key_rank // H
             k_norm = qk_norm_weight(self, "k_norm", rotated_heads, base)
             k_BTCX = projection(self, "k_down", x_BTD, C, c.key_rank, "kv", base.qkv_bias)
@@ -174,9 +174,11 @@ class EqualCacheAttention(nn.Module):
             q_BTNH = rope(qk_norm(q_BTNH, q_norm, base.norm), positions_BT, lengths_B, base.rope)
 
         def finish(k_BSNH, positions_BS):
-            """Key norm and RoPE, on whichever side of the up-projection they belong."""
+            """Key norm and RoPE, before or after the up-projection as `rope_site` says."""
             return rope(qk_norm(k_BSNH, k_norm, base.norm), positions_BS, lengths_B, base.rope)
 
+        # Rotation does not commute with the up-projection, so its place decides what is cached:
+        # latents without positions (keys are rebuilt in every step), or rotated latents.
         if rotate_after:
 
             def keys(latent_BSCX, positions_BS):
@@ -190,6 +192,8 @@ class EqualCacheAttention(nn.Module):
 
         spec = base.spec
         cache = NoCache() if cache is None else cache
+        # Without a cache keys and values are expanded. With one, the up-projections move to the
+        # query and to the output if they can, so that attention reads the latents.
         if isinstance(cache, NoCache):
             k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
             out_BTNH, cache = cache.attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
@@ -207,7 +211,7 @@ class EqualCacheAttention(nn.Module):
 def up_project(
     latent_BSCX: Float[Array, "B S C X"], up_CXGH: Float[Array, "C X G H"]
 ) -> Float[Array, "B S N H"]:
-    """Latents to the keys or values of all N = C·G query heads."""
+    """The keys or values of all N = C·G query heads, from the latents."""
     y = jnp.einsum("bscx,cxgh->bscgh", latent_BSCX, up_CXGH)
     return y.reshape(*y.shape[:2], -1, y.shape[-1])
 
@@ -215,7 +219,7 @@ def up_project(
 def absorb_query(
     q_BTNH: Float[Array, "B T N H"], up_CXGH: Float[Array, "C X G H"]
 ) -> Float[Array, "B T N X"]:
-    """Queries moved through the key up-projection, so that they meet the latents directly."""
+    """Queries multiplied by the key up-projection, so that they can attend to the latents."""
     C, X, G, H = up_CXGH.shape
     q = q_BTNH.reshape(*q_BTNH.shape[:2], C, G, H)
     return jnp.einsum("btcgh,cxgh->btcgx", q, up_CXGH).reshape(*q_BTNH.shape[:2], C * G, X)
@@ -224,16 +228,16 @@ def absorb_query(
 def up_project_output(
     out_BTNY: Float[Array, "B T N Y"], up_CYGH: Float[Array, "C Y G H"]
 ) -> Float[Array, "B T N H"]:
-    """Attention-weighted latents to head outputs: the absorbed value up-projection."""
+    """Head outputs from attention-weighted latents: the absorbed value up-projection."""
     C, Y, G, H = up_CYGH.shape
     out = out_BTNY.reshape(*out_BTNY.shape[:2], C, G, Y)
     return jnp.einsum("btcgy,cygh->btcgh", out, up_CYGH).reshape(*out_BTNY.shape[:2], C * G, H)
 
 
 class MLA(nn.Module):
-    """Expanded keys and values without a cache, absorbed projections with one.
+    """Multi-head latent attention: expanded keys and values without a cache, absorbed with one.
 
-    The cache holds L + R numbers a token for all heads: the normed latent c and the rotary key.
+    The cache holds L + R numbers per token for all heads: the normed latent c and the rotary key.
     """
 
     config: MLAConfig
@@ -251,6 +255,7 @@ class MLA(nn.Module):
         N, L = c.num_heads, c.kv_lora_rank
         with jax.named_scope("qkv"):
             q_BTNH = self._queries(x_BTD)
+            # One product gives the latent and the rotary key that all heads share.
             joint = down_project(self, "kv_a", x_BTD, L + c.qk_rope_head_dim, c.latent_bias)
             c_BTL, k_rope_BTR = jnp.split(joint, [L], axis=-1)
             c_BTL = latent_norm(self, "kv_norm", c_BTL, c.latent_norm)
@@ -267,7 +272,7 @@ class MLA(nn.Module):
             return output(self, out_BTNH, x_BTD.shape[-1], c.out_bias), cache
 
     def _queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        """Queries of width nope + rope, through a low-rank latent where the config has one."""
+        """Queries of width nope + rope; through a low-rank latent if the config has q_lora_rank."""
         c = self.config
         head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
         if c.q_lora_rank is not None:
@@ -277,12 +282,12 @@ class MLA(nn.Module):
 
 
 class LatentHeads(NamedTuple):
-    """Queries, and what all heads share of the keys and values: the maths of latent attention.
+    """The inputs of latent attention: each head's queries, and what all heads share.
 
     Attributes:
-        q_nope, q_rope: [B, T, N, H] queries of the latent part, and [B, T, N, R] rotated ones.
+        q_nope, q_rope: [B, T, N, H] queries for the latent part, [B, T, N, R] rotated queries.
         c, k_rope: [B, T, L] latents and [B, T, R] rotated keys.
-        k_up, v_up: [L, N, H] and [L, N, V], latents to each head's keys and values.
+        k_up, v_up: [L, N, H] and [L, N, V], maps from the latent to each head's keys and values.
     """
 
     q_nope: jax.Array
@@ -298,15 +303,17 @@ class LatentHeads(NamedTuple):
         cache: AbsorbedCache | NoCache | None,
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N V"], AbsorbedCache | NoCache | None]:
-        """Head outputs: keys and values expanded without a cache, projections absorbed with one."""
+        """Head outputs: expanded keys and values without a cache, absorbed projections with one."""
         cache = NoCache() if cache is None else cache
         if isinstance(cache, NoCache):
+            # Expanded: every head gets keys and values, and the shared rotary key.
             q = jnp.concatenate([self.q_nope, self.q_rope], axis=-1)
             k_nope = jnp.einsum("btl,lnh->btnh", self.c, self.k_up)
             shared = jnp.broadcast_to(self.k_rope[:, :, None], self.q_rope.shape)
             k = jnp.concatenate([k_nope, shared], axis=-1)
             v = jnp.einsum("btl,lnh->btnh", self.c, self.v_up)
             return cache.attend(q, k, v, positions_BT, spec)
+        # Absorbed: q·(k_up·c) = (q·k_up)·c, so the cached latents serve as keys of all heads.
         q_latent = jnp.einsum("btnh,lnh->btnl", self.q_nope, self.k_up)
         out_BTNL, cache = cache.attend_absorbed(
             q_latent, self.q_rope, self.c, self.k_rope, positions_BT, spec
@@ -317,7 +324,7 @@ class LatentHeads(NamedTuple):
 def down_project(
     module: nn.Module, name: str, x_BTD: Float[Array, "B T D"], width: int, bias: bool
 ) -> Float[Array, "B T width"]:
-    """x · W into a latent; parameters `name` [D, width] and `name`_bias."""
+    """x · W into a latent; declares `name` [D, width] and `name`_bias."""
     weight = declare(module, name, (x_BTD.shape[-1], width), ("embed", "latent"))
     y = matmul(x_BTD, weight)
     return y + zeros(module, f"{name}_bias", (width,), ("latent",))[None, None] if bias else y
@@ -326,7 +333,7 @@ def down_project(
 def latent_norm(
     module: nn.Module, name: str, x_BTL: Float[Array, "B T L"], config: NormConfig | None
 ) -> Float[Array, "B T L"]:
-    """RMS norm of a latent (parameter `name`); None leaves it."""
+    """RMS norm of a latent (parameter `name`); a None config returns the latent unchanged."""
     if config is None:
         return x_BTL
     return rms_norm(x_BTL, norm_weight(module, name, x_BTL.shape[-1], config), config)
@@ -335,9 +342,9 @@ def latent_norm(
 class DecoupledAttention(nn.Module):
     """Projections and QK-norm of GQA, then one linear map to a latent and a rotary key.
 
-    `down` [2·K·H, L + R] takes keys (normed, not rotated) and values to what is cached; `q_rope`
-    [N, H, R] takes each head's query to its rotary part, `k_up` [L, N, H] and `v_up` [L, N, V]
-    take the latent to each head's keys and values (TransMLA, arXiv 2502.07864v5).
+    `down` [2·K·H, L + R] maps keys (normed, not rotated) and values to the cached latent and rotary
+    key. `q_rope` [N, H, R] maps each head's query to its rotary part. `k_up` [L, N, H] and `v_up`
+    [L, N, V] map the latent to each head's keys and values (TransMLA, arXiv 2502.07864v5).
     """
 
     config: DecoupledConfig
@@ -360,6 +367,8 @@ class DecoupledAttention(nn.Module):
             q_rope_NHR = declare(self, "q_rope", (N, H, R), ("heads", "head_dim", None), in_axis=1)
             k_up_LNH = declare(self, "k_up", (L, N, H), ("latent", "heads", "head_dim"))
             v_up_LNV = declare(self, "v_up", (L, N, c.v_head_dim), ("latent", "heads", "head_dim"))
+            # The latent is a linear map of the keys after their norm, which `MLA` could not
+            # express.
             kv_BTX = jnp.concatenate([k_BTKH, v_BTKH], axis=2).reshape(*x_BTD.shape[:2], -1)
             c_BTL, k_rope_BTR = jnp.split(matmul(kv_BTX, down), [L], axis=-1)
             q_rope_BTNR = jnp.einsum("btnh,nhr->btnr", q_BTNH, q_rope_NHR)
@@ -373,5 +382,5 @@ class DecoupledAttention(nn.Module):
 
     @staticmethod
     def init_cache(config: DecoupledConfig, batch_size: int, max_len: int, dtype) -> LatentCache:
-        """An empty cache: L + R numbers a token."""
+        """An empty cache: L + R numbers per token."""
         return LatentCache.create(batch_size, max_len, config.rank, config.rope_dim, dtype)

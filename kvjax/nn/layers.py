@@ -1,4 +1,4 @@
-"""What every block is made of: parameters, products, norms, and the MLPs."""
+"""The parts of every block: parameters, products, norms, and the MLPs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +24,10 @@ def declare(
     """A parameter of `module`.
 
     Args:
-        shape, axes: one logical axis name a dimension; kvjax.sharding maps them to a mesh.
-        in_axis: the dimensions that a product with this weight sums over; the variance of the
-            default normal initializer is 1 / their size.
-        init: another initializer.
+        shape, axes: one logical axis name per dimension; kvjax.sharding maps them to a mesh.
+        in_axis: the dimensions that a product with this weight sums over. The default initializer
+            is normal with variance 1 / their size.
+        init: replaces the default initializer.
     """
     if init is None:
         in_axes = (in_axis,) if isinstance(in_axis, int) else tuple(in_axis)
@@ -41,28 +41,29 @@ def declare(
 
 
 def zeros(module: nn.Module, name: str, shape: Sequence[int], axes: Axes) -> jax.Array:
-    """A parameter that starts at zero: a bias."""
+    """A parameter of `module` that starts at zero: a bias."""
     return declare(module, name, shape, axes, init=nn.initializers.zeros_init())
 
 
 FEW = 16
-"""Rows up to which a device of a mesh may have but one; twice as many still cost less than
-reading the weight."""
+"""Pad rows to pairs when there are at most this many: a device of a mesh may have a single one, and
+the extra rows cost less than reading the weight."""
 
 
 def matmul(
     x: Float[Array, "*rows In"], weight: Float[Array, "In ..."], dtype: Any = None
 ) -> Float[Array, "..."]:
-    """x · weight over x's last and the weight's first axis, accumulated in fp32.
+    """x · weight over the last axis of x and the first of the weight, accumulated in fp32.
 
     Args:
-        dtype: of the result; default x's.
+        dtype: dtype of the result; None for the dtype of x.
 
     Returns:
         [*rows, *out] for a weight of shape [In, *out].
     """
     dtype = x.dtype if dtype is None else dtype
     rows = x.size // x.shape[-1]
+    # A few rows may be one per device of an accelerator mesh: pad them as well.
     if rows == 1:
         y = _two_of_each(x, weight)
     elif rows <= FEW:
@@ -73,18 +74,18 @@ def matmul(
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    # An fp32 result is also what lets XLA:CPU multiply bfloat16 as it is; for a bfloat16 result
-    # it first converts the whole weight to fp32, in every decode step.
+    # With an fp32 result XLA:CPU multiplies bfloat16 directly. For a bfloat16 result it would
+    # convert the whole weight to fp32 first, in every decode step.
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
 
 
 def _two_of_each(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """With a row of zeros after each, since no backend does well with one row a device.
+    """The product with a row of zeros after each row of x; no backend handles a single row well.
 
-    XLA:CPU multiplies it outside of its matrix library, on one core, with a weight that it has
-    converted to fp32. XLA:GPU writes the products to memory, in fp32, before it adds them up: five
-    times the traffic of reading the weight. XLA:TPU multiplies on the vector unit.
+    XLA:CPU multiplies a single row outside its matrix library, on one core, with a weight converted
+    to fp32. XLA:GPU writes the products to memory in fp32 before adding them up: five times the
+    traffic of reading the weight. XLA:TPU uses the vector unit.
     """
     pairs = jnp.pad(x[..., None, :], ((0, 0),) * (x.ndim - 1) + ((0, 1), (0, 0)))
     return jax.lax.index_in_dim(_product(pairs, weight), 0, x.ndim - 1, keepdims=False)
@@ -114,7 +115,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """down(act(x · gate) · (x · up)), each product with a bias where the config says so."""
+    """down(act(x · gate) · (x · up)), each product with a bias if the config says so."""
 
     config: MLPConfig
 
@@ -143,8 +144,9 @@ def linear(
 class MoE(nn.Module):
     """Each token through its `top_k` experts, weighted by the router's softmax.
 
-    Experts are computed for all tokens and masked by their weight: exact, with static shapes, and
-    free of token dropping; it costs num_experts / top_k times the arithmetic of a routed one.
+    All experts process all tokens, and their outputs are weighted (zero for unchosen experts). The
+    result is exact, shapes are static and no token is dropped. The arithmetic is
+    num_experts / top_k times that of routed experts.
     """
 
     config: MoEConfig
@@ -161,6 +163,7 @@ class MoE(nn.Module):
         )
         weight_BTE = routing_weights(matmul(x_BTD, router), c).astype(x_BTD.dtype)
 
+        # A scan over the experts keeps one expert's activations in memory.
         def add_expert(total, expert):
             gate_DF, up_DF, down_FD, weight_BT = expert
             hidden = ACTIVATIONS[c.activation](matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
@@ -174,6 +177,7 @@ def routing_weights(logits_BTE: Float[Array, "B T E"], config: MoEConfig) -> Flo
     """Softmax over the experts, zero outside each token's `top_k`; fp32."""
     probs = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
     top, chosen = jax.lax.top_k(probs, config.top_k)
+    # Some models weigh the chosen experts to a sum of 1, others keep the softmax as it is.
     if config.normalize:
         top = top / jnp.sum(top, axis=-1, keepdims=True)
     one_hot = jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies for every scaling rule, and their application."""
+"""Rotary position embedding: the frequencies of every scaling rule, and the rotation."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ from kvjax.config import (
 
 @flax.struct.dataclass
 class Turn:
-    """A layer's RoPE as an argument of a program that layers share.
+    """A layer's RoPE as an argument of a program that several layers share.
 
     Attributes:
-        pairs: [R/2] int32, which frequencies a converted layer's rotary key has; None for other
+        pairs: [R/2] int32, the frequencies that a converted layer's rotary key has; None for other
             layers.
-        bare: the RoPE without them.
+        bare: the RoPE without the pairs.
     """
 
     pairs: Any
@@ -38,20 +38,20 @@ class Turn:
 
     @classmethod
     def of(cls, rope: RopeConfig | None) -> "Turn":
-        """Of a layer's RoPE."""
+        """Splits a layer's RoPE into pairs and the rest."""
         bare, pairs = without_pairs(rope)
         return cls(pairs, bare)
 
     @property
     def rope(self) -> RopeConfig | None:
-        """The layer's RoPE."""
+        """The layer's RoPE, with its pairs."""
         return self.bare if self.pairs is None else with_pairs(self.bare, self.pairs)
 
 
 def without_pairs(
     rope: RopeConfig | None,
 ) -> tuple[RopeConfig | None, Int[np.ndarray, " half"] | None]:
-    """What layers of a kind share of their RoPE, and the pairs that each selects; None for none."""
+    """The RoPE without its selected pairs, and the pairs; None if it selects none."""
     if rope is None or not isinstance(rope.scaling, SelectedPairs):
         return rope, None
     bare = dataclasses.replace(rope, scaling=SelectedPairs(rope.scaling.of, ()))
@@ -60,7 +60,7 @@ def without_pairs(
 
 @dataclass(frozen=True)
 class SharedPairs(SelectedPairs):
-    """Pairs inside a program that layers share: an array, so that they are no constant of it."""
+    """Pairs as an array: an argument of a program that layers share, not a constant of it."""
 
     pairs: Any
 
@@ -68,7 +68,7 @@ class SharedPairs(SelectedPairs):
 def with_pairs(
     rope: RopeConfig | None, pairs: Int[Array, " half"] | Int[np.ndarray, " half"]
 ) -> RopeConfig:
-    """The RoPE of one layer, inside a program that layers share."""
+    """The RoPE of one layer, for use inside a program that layers share."""
     assert rope is not None and isinstance(rope.scaling, SelectedPairs)
     return dataclasses.replace(rope, scaling=SharedPairs(rope.scaling.of, pairs))
 
@@ -82,14 +82,14 @@ def base_frequencies(config: RopeConfig) -> np.ndarray:
 def frequencies(
     config: RopeConfig, lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "rows half"], float]:
-    """Inverse frequencies and the factor on cos and sin.
+    """Inverse frequencies, and the factor on cos and sin.
 
     Args:
-        lengths: [B] whole length of each sequence, prompt and tokens to come; read only by the
-            rules that depend on it (dynamic, longrope).
+        lengths: [B] total length of each sequence: prompt plus tokens to generate. Only rules that
+            depend on the length (dynamic, longrope) read it.
 
     Returns:
-        [1, R/2], or [B, R/2] where the rule depends on the length; and the attention factor.
+        [1, R/2], or [B, R/2] if the rule depends on the length; and the attention factor.
     """
     return _scaled(config.scaling, config, lengths)
 
@@ -111,6 +111,7 @@ def _(scaling: LinearScaling, config, lengths):
 
 @_scaled.register
 def _(scaling: DynamicScaling, config, lengths):
+    # Up to the original length growth is 1; beyond it the base grows with the length.
     length = jnp.maximum(lengths, scaling.original_length).astype(jnp.float32)
     growth = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
     theta = config.theta * growth ** (config.dim / (config.dim - 2))
@@ -121,7 +122,8 @@ def _(scaling: DynamicScaling, config, lengths):
 @_scaled.register
 def _(scaling: Llama3Scaling, config, lengths):
     inv_freq = base_frequencies(config)
-    turns = scaling.original_length * inv_freq / (2 * np.pi)  # turns within the original context
+    # Turns of each frequency within the original context: few turns mean a low frequency.
+    turns = scaling.original_length * inv_freq / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     scaled = keep * inv_freq + (1 - keep) * inv_freq / scaling.factor
@@ -141,6 +143,7 @@ def _(scaling: YarnScaling, config, lengths):
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.dim - 1)
+    # Components below `low` keep their frequency, above `high` it is divided by the factor.
     ramp = (np.arange(config.dim // 2) - low) / max(high - low, 1e-3)
     interpolate = np.clip(ramp, 0.0, 1.0)
     scaled = interpolate * inv_freq / scaling.factor + (1 - interpolate) * inv_freq
@@ -172,7 +175,7 @@ def rope(
 
     Args:
         positions_BT: absolute positions; −1 (padding) is treated as 0.
-        lengths_B: whole sequence lengths, see `frequencies`.
+        lengths_B: total sequence lengths, see `frequencies`.
         config: None returns x unchanged.
     """
     if config is None:
@@ -195,8 +198,8 @@ def _cos_sin(
         return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
     def compute_once() -> tuple[jax.Array, jax.Array]:
-        # XLA:CPU would compute the sine and the cosine again for every head, which costs more than
-        # the attention's softmax. It fuses nothing across the border of a conditional.
+        # XLA:CPU would compute sine and cosine again for every head, which costs more than the
+        # softmax of attention. The conditional prevents this: XLA does not fuse across it.
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
         return jax.lax.cond(jnp.any(positions_BT >= 0), compute, lambda: nothing)
 

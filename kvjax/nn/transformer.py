@@ -1,4 +1,4 @@
-"""The decoder-only transformer: embed tokens, run the blocks, turn the last output into logits."""
+"""The decoder-only transformer: embeds tokens, runs the blocks, and computes logits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MLPS = {MLPConfig: MLP, MoEConfig: MoE}
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP, with the norms that the model has."""
+    """x + attention, then x + MLP, with the norms that the config asks for."""
 
     layer: LayerConfig
     norm: NormConfig
@@ -74,19 +74,19 @@ class Block(nn.Module):
 
 
 def block_of(config: ModelConfig, layer: LayerConfig, **linen: Any) -> Block:
-    """The block of one of the model's layers; `linen` has what every Linen module takes."""
+    """The block of one of the model's layers; `linen` are arguments of every Linen module."""
     return Block(layer, config.norm, config.pre_norm, config.post_norm, **linen)
 
 
 class BlockKind(NamedTuple):
-    """A block without what differs from layer to layer and changes no shape.
+    """A block, separated from the facts that differ between layers and change no shape.
 
-    Layers of one kind share one compiled program; what differs is its argument.
+    Layers of one kind share one compiled program, and the differing facts are its arguments.
 
     Attributes:
-        block: hashable.
-        pairs: [R/2] int32, which frequencies a converted layer's rotary key has (`SelectedPairs`);
-            None for other layers.
+        block: the block without these facts; hashable.
+        pairs: [R/2] int32, the frequencies that a converted layer's rotary key has
+            (`SelectedPairs`); None for other layers.
     """
 
     block: Block
@@ -102,7 +102,7 @@ def block_kinds(config: ModelConfig) -> tuple[BlockKind, ...]:
 def block_kind(config: ModelConfig, layer: LayerConfig) -> BlockKind:
     """The kind of a layer with the model's norms; the layer need not be one of the model's.
 
-    Blocks have no parent: a Transformer at work would adopt them.
+    The block has no parent: a running Transformer would otherwise adopt it.
     """
     rope, pairs = without_pairs(layer.attention.rope)
     if pairs is not None:
@@ -112,7 +112,7 @@ def block_kind(config: ModelConfig, layer: LayerConfig) -> BlockKind:
 
 
 def whole_block(block: Block, pairs: Int[Array, " half"] | None) -> Block:
-    """The block of a kind with the pairs of one layer: it is no longer hashable."""
+    """The block of a kind with the pairs of one layer. The result is not hashable."""
     if pairs is None:
         return block
     rope = with_pairs(block.layer.attention.rope, pairs)
@@ -136,7 +136,7 @@ def apply_block(
 
 
 BlockProgram = Callable[..., tuple[jax.Array, Any]]
-"""`apply_block` of one kind, compiled: (params, pairs, x, positions, cache, rope lengths)."""
+"""`apply_block` of one kind, compiled; takes (params, pairs, x, positions, cache, rope_lengths)."""
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def block_program(block: Block, donate: bool = False) -> BlockProgram:
     """The compiled block that all layers of a kind share.
 
     Args:
-        donate: the cache that is passed is written in place and must not be used again.
+        donate: write the passed cache in place; the caller must not use it again.
     """
     return jax.jit(functools.partial(apply_block, block), donate_argnums=(4,) if donate else ())
 
@@ -158,8 +158,8 @@ def run_layer(
     rope_lengths: Int[Array, " B"],
     donate: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """One layer: a call of its kind's program, which under `jax.jit` becomes part of another."""
-    block: Any = kind.block  # hashable, which pyright does not see of Linen modules
+    """Runs one layer with the program of its kind; under `jax.jit` as part of the caller."""
+    block: Any = kind.block  # hashable, though pyright does not see it
     return block_program(block, donate)(params, kind.pairs, x, positions, cache, rope_lengths)
 
 
@@ -177,7 +177,7 @@ def layer_output(kind: BlockKind, params: Any, x: Float[Array, "B T D"]) -> Floa
 
 
 def attention_input(block: Block, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The input of a block's attention: the block's input, normed where the model norms it."""
+    """The input of a block's attention: the block's input, normed if the model has a pre-norm."""
     return rms_norm(x, params["attn_pre_norm"], block.norm) if block.pre_norm else x
 
 
@@ -199,7 +199,7 @@ def attention_output(
 
 
 class Transformer(nn.Module):
-    """A causal language model; parameters are a plain nested dict, caches are arguments.
+    """A causal language model. Parameters are a plain nested dict; caches are arguments.
 
     >>> logits, _ = model.apply({"params": params}, tokens)
     >>> cache = model.init_cache(batch_size, max_len)
@@ -231,38 +231,40 @@ class Transformer(nn.Module):
 
         Args:
             tokens: [B, T] int32.
-            positions: [B, T] int32; −1 marks padding (on the right), neither stored nor
-                attended. None: 0 … T−1 without a cache, each sequence's own length onward with
-                one.
+            positions: [B, T] int32; −1 marks padding (on the right), which is neither stored nor
+                attended to. None: 0 … T−1 without a cache; with a cache the positions from each
+                sequence's length on.
             cache: from `init_cache` or `kvjax.prefill`; None for a full causal forward.
-            rope_lengths: [B] whole lengths, for RoPE rules that depend on the length. None: the
-                last position + 1 without a cache; with one what `prefill` put into it, or the
-                capacity of one from `init_cache`.
-            segments: [B, T] int32, without a cache only: the number of the document that each
-                token belongs to, where several are packed into a row. Tokens attend within their
-                own; positions (and so RoPE) should restart in each.
-            logits_at: "all", or "last" for the last token that is no padding only.
+            rope_lengths: [B] total lengths, for RoPE rules that depend on the length. None: the
+                last position + 1 without a cache; with a cache the lengths that `prefill` stored,
+                or the capacity of a cache from `init_cache`.
+            segments: [B, T] int32, the document of each token, where a row packs several; only
+                without a cache. Tokens attend within their document; positions (and so RoPE)
+                should restart in each document.
+            logits_at: "all", or "last" for only the last token before the padding.
 
-        Returns:
-            Logits [B, T, V] fp32 ([B, 1, V] for "last"), and the cache with the new entries,
-            None without one. The cache that was passed must not be used again if it was donated.
+            Returns:
+                Logits [B, T, V] fp32 ([B, 1, V] for "last"), and the cache with the new entries, or
+                None without a cache. Do not use the passed cache again if it was donated.
 
-        Raises:
-            ValueError: outside jit, more tokens than the cache has room for. Inside jit the
-                surplus is dropped and the cache's lengths exceed its capacity. Segments together
-                with a cache. Tokens that are no integer array of two dimensions.
+            Raises:
+                ValueError: outside jit, more tokens than the cache has room for. (Inside jit the
+                    surplus is dropped, and the cache's lengths exceed its capacity.) Segments
+                    together with a cache. Tokens that are not an integer array of two dimensions.
         """
+        # Check the arguments, and fill in positions and lengths.
         if logits_at not in ("all", "last"):
             raise ValueError(f"logits_at is {logits_at!r}, expected 'all' or 'last'")
         if segments is not None and cache is not None:
             raise ValueError("got segments and a cache, expected packed documents without a cache")
         check_tokens(tokens)
-        given = tokens, positions, rope_lengths, segments  # NumPy's arrays become jax's
+        given = tokens, positions, rope_lengths, segments  # NumPy arrays become jax arrays
         arrays: Any = jax.tree.map(jnp.asarray, given)
         ids, places, lengths, documents = arrays
         at = self._positions(ids, places, cache)
         if lengths is None:
             lengths = default_rope_lengths(at, cache)
+        # Run the layers. Pools count the new tokens after the last one: remember the old lengths.
         held = None if cache is None else cache[0].lengths
         x = self.embed(ids)
         for index in range(self.config.num_layers):
@@ -272,6 +274,7 @@ class Transformer(nn.Module):
                 cache = with_layer(cache, index, entry)
         if cache is not None:
             cache = advance(cache, _lengths_with(held, at))
+        # Norm and output matrix only for the tokens whose logits are asked for.
         if logits_at == "last":
             x = last_valid(x, at)
         return self.unembed(x), cache
@@ -288,7 +291,7 @@ class Transformer(nn.Module):
         cache: Any,
         rope_lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One block, for callers that go layer by layer (`apply(…, method="layer")`)."""
+        """One block, for callers that run layer by layer (`apply(…, method="layer")`)."""
         if self.is_initializing():
             return self.layers[index](x, positions, cache, rope_lengths)
         params: Any = self.variables["params"]
@@ -302,18 +305,18 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.apply`; arrays may also lie on a mesh with explicit axes."""
+        """`nn.Module.apply`, also for arrays on a mesh with explicit axes."""
         with automatic_axes():
             variables, args, kwargs = on_automatic_mesh((variables, args, kwargs))
             return super().apply(variables, *args, **kwargs)
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.init`, with plain arrays: sharding metadata is kvjax.sharding's matter."""
+        """`nn.Module.init` with plain arrays; kvjax.sharding has the sharding metadata."""
         return nn.meta.unbox(super().init(*args, **kwargs))
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any = "bfloat16") -> list[Any]:
-        """Empty caches, one a layer, for `max_len` tokens in each of `batch_size` sequences."""
+        """Empty caches, one per layer, for `max_len` tokens in each of `batch_size` sequences."""
         if batch_size < 1 or max_len < 1:
             raise ValueError(f"got batch_size {batch_size} and max_len {max_len}, expected ≥ 1")
         return [
@@ -332,7 +335,7 @@ class Transformer(nn.Module):
 
 
 def check_tokens(tokens: Any) -> None:
-    """Raises ValueError for what is no integer array [B, T]."""
+    """Raises ValueError unless `tokens` is an integer array [B, T]."""
     if getattr(tokens, "ndim", 0) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         kind = (
             f"{tokens.dtype} {tokens.shape}" if hasattr(tokens, "dtype") else type(tokens).__name__
@@ -345,22 +348,22 @@ def embed(
     params: Mapping[str, Any],
     tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Input embeddings of token ids; of `params` only the embedding is read."""
+    """Input embeddings of token ids; reads only the embedding among `params`."""
     return embed_tokens(config, params["embedding"], jnp.asarray(tokens))
 
 
 def embed_tokens(
     config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Input embeddings: one program, or part of one."""
+    """Input embeddings, as one program or as part of the caller's."""
     return _embed(config.embedding_scale, embedding, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(scale: float, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     if tokens.size == 1:
-        # One row is a slice, for which XLA:GPU hands a table that devices share to each of them
-        # whole (1 GB a step for Llama-3-8B). Of two rows it sends the rows.
+        # XLA:GPU turns the lookup of one row into a slice, for which each device gets the whole
+        # sharded table (1 GB per step for Llama-3-8B). For two rows it sends only the rows.
         x = jnp.take(embedding, jnp.concatenate([tokens, tokens]), axis=0)[:1]
     else:
         x = jnp.take(embedding, tokens, axis=0)
@@ -374,10 +377,10 @@ def output_logits(
     matrix: Float[Array, "_ _"],
     x: Float[Array, "B T D"],
 ) -> Float[Array, "B T V"]:
-    """Final norm and output logits, fp32: one program, or part of one.
+    """Final norm and output logits, fp32, as one program or as part of the caller's.
 
     Args:
-        matrix: the embedding [V, D] where the two are tied, lm_head [D, V] otherwise.
+        matrix: the embedding [V, D] if the two are tied, otherwise lm_head [D, V].
     """
     settings = config.norm, config.final_softcap, config.tie_embeddings
     return _logits(*settings, final_norm, matrix, x)
@@ -392,27 +395,27 @@ def _logits(
     matrix: jax.Array,
     x: jax.Array,
 ) -> jax.Array:
-    # Outside of a program a transposed embedding would be a copy of it.
+    # Transposed inside a program: outside, the transposed embedding would be a copy.
     weight = matrix.T if tied else matrix
     logits = matmul(rms_norm(x, final_norm, norm), weight, jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def output_params(config: ModelConfig) -> tuple[str, str]:
-    """Names of the parameters behind the last layer: the norm's, and the output matrix's."""
+    """Names of the parameters after the last layer: the final norm and the output matrix."""
     return "final_norm", "embedding" if config.tie_embeddings else "lm_head"
 
 
 def hidden_logits(
     config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-    """Logits of the last layer's output; of `params` only those of `output_params` are read."""
+    """Logits from the last layer's output; reads only `output_params` among `params`."""
     norm, matrix = output_params(config)
     return output_logits(config, params[norm], params[matrix], x)
 
 
 def check_room(cache: Any, positions: jax.Array) -> None:
-    """Outside jit: raises ValueError if the new tokens don't fit into the cache."""
+    """Outside jit: raises ValueError if the new tokens do not fit into the cache."""
     entry = cache[0]
     if isinstance(positions, Tracer) or isinstance(entry.lengths, Tracer):
         return
@@ -426,7 +429,7 @@ def check_room(cache: Any, positions: jax.Array) -> None:
 
 
 def default_rope_lengths(positions: jax.Array, cache: Any) -> jax.Array:
-    """[B] whole lengths: up to the last position, or what the cache was made for."""
+    """[B] total lengths: up to the last position, or the length that the cache was made for."""
     return _ends(positions) if cache is None else rope_lengths_of(cache)
 
 
@@ -446,6 +449,6 @@ def _ends(positions: Int[Array, "B T"]) -> Int[Array, " B"]:
 
 
 def last_valid(x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B 1 D"]:
-    """Each sequence's last token that is no padding (right padding)."""
+    """Each sequence's last token before the padding (on the right)."""
     last = jnp.maximum(jnp.sum(positions >= 0, axis=1, dtype=jnp.int32) - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)
