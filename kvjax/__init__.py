@@ -1,4 +1,4 @@
-"""kvjax makes the KV cache of existing grouped-query LLMs smaller, in JAX."""
+"""kvjax reduces the KV cache of existing grouped-query LLMs, in JAX."""
 
 from kvjax import headkv, policies, tasks, transmla
 from kvjax.context import Context, compress, load_context

@@ -112,7 +112,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _keep_small_programs() -> None:
-    """Also keeps programs that compile in under a second, which jax skips: a model's block does."""
+    """Also stores programs that compile in under a second, as blocks do; jax skips these."""
     variable = "jax_persistent_cache_min_compile_time_secs"
     if variable.upper() not in os.environ:
         jax.config.update(variable, 0.0)

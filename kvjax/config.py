@@ -1,4 +1,4 @@
-"""Model configuration: frozen, hashable dataclasses, so that a model can be static under jit."""
+"""Model configuration as frozen, hashable dataclasses: a model can be a static argument of jit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TypeVar
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+    """Position interpolation (arXiv 2306.15595): divides every frequency by `factor`."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """NTK-aware scaling whose base grows with the length, beyond `original_length` tokens."""
+    """NTK-aware scaling: beyond `original_length` tokens the base grows with the length."""
 
     factor: float
     original_length: int
@@ -26,7 +26,7 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1: low frequencies divided by `factor`, high ones kept, a linear ramp between."""
+    """Llama 3.1: divides low frequencies by `factor` and keeps high ones; a linear ramp between."""
 
     factor: float
     low_freq_factor: float
@@ -48,7 +48,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """LongRoPE (arXiv 2402.13753): one divisor a frequency, short ones up to `original_length`."""
+    """LongRoPE (arXiv 2402.13753): a divisor per frequency; short ones up to `original_length`."""
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -58,12 +58,12 @@ class LongRopeScaling:
 
 @dataclass(frozen=True)
 class SelectedPairs:
-    """Some of the frequencies of another rotary embedding, one for each pair of components.
+    """A selection of another rotary embedding's frequencies, one for each pair of components.
 
-    A frequency may come more than once. Rules that depend on the length, and attention factors,
-    stay those of `of`.
+    A frequency may occur more than once. The selection does not change rules that depend on the
+    length, nor attention factors.
 
-    Inside a program that layers share the numbers are an argument: see `kvjax.nn.rope.Turn`.
+    In a program that layers share, the selection is an argument: see `kvjax.nn.rope.Turn`.
     """
 
     of: RopeConfig
@@ -82,7 +82,7 @@ class RopeConfig:
     Attributes:
         dim: rotary width R; smaller than the head dim for partial rotary embeddings.
         theta: base of the frequencies theta^(-2i/R).
-        scaling: how frequencies change for long contexts; None for the plain ones.
+        scaling: how frequencies change for long contexts; None for no change.
         interleaved: pairs are (2i, 2i+1) as in DeepSeek, otherwise (i, i + R/2).
     """
 
@@ -93,7 +93,7 @@ class RopeConfig:
 
     @property
     def rule(self) -> RopeScaling | None:
-        """The scaling rule, seen through a selection of frequencies."""
+        """The scaling rule, also when frequencies are selected from it."""
         return self.scaling.of.rule if isinstance(self.scaling, SelectedPairs) else self.scaling
 
 
@@ -110,7 +110,7 @@ class NormConfig:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What attention does to its logits: scale, sliding window, soft-cap (see `GQAConfig`)."""
+    """How attention treats its logits: scale, sliding window, soft-cap (see `GQAConfig`)."""
 
     scale: float
     window: int | None = None
@@ -128,8 +128,8 @@ class GQAConfig:
         window: a query sees itself and the `window` − 1 tokens before it; None for all.
         softcap: logits become softcap · tanh(logits / softcap).
         qkv_bias, out_bias: which projections carry a bias.
-        qk_norm: RMS norm of queries and keys; its weight has one head's shape ("head": Qwen3,
-            Gemma 3) or spans all heads ("all": OLMo 2).
+        qk_norm: RMS norm of queries and keys; None for none. Its weight covers one head ("head":
+            Qwen3, Gemma 3) or all heads ("all": OLMo 2).
         norm: the norm that qk_norm uses.
     """
 
@@ -145,8 +145,10 @@ class GQAConfig:
     qk_norm: str | None = None
     norm: NormConfig = NormConfig()
 
+    # Facts that the other attentions override. Caches, policies and plans ask for these facts
+    # instead of testing for a class.
     no_head_budget = None
-    """Why the heads cannot keep tokens of their own; None where they can."""
+    """Why the heads cannot keep different tokens; None if they can."""
     rebuilds_keys = False
     """Whether every step rebuilds the keys from cached latents."""
     shared_latent = False
@@ -154,12 +156,12 @@ class GQAConfig:
 
     @property
     def spec(self) -> AttentionSpec:
-        """What happens to the logits."""
+        """Scale, window and soft-cap of the logits."""
         return AttentionSpec(self.scale, self.window, self.softcap)
 
     @property
     def unconverted(self) -> GQAConfig:
-        """The attention that a conversion kept inside: here the attention itself."""
+        """The attention before a conversion; without a conversion the attention itself."""
         return self
 
     @property
@@ -169,7 +171,7 @@ class GQAConfig:
 
     @property
     def cached_heads(self) -> int:
-        """Heads, or streams of latents, that the cache holds."""
+        """Number of heads, or of latent streams, in the cache."""
         return self.num_kv_heads
 
     @property
@@ -179,12 +181,12 @@ class GQAConfig:
 
     @property
     def budget_heads(self) -> int:
-        """Heads that budgets are made for: K, before a conversion too."""
+        """Number of heads that get budgets: K, or the K before conversion."""
         return self.num_kv_heads
 
 
 class Converted:
-    """Facts that a converted attention has from the one that it was made of."""
+    """Facts that a converted attention takes from the original attention."""
 
     base: GQAConfig
 
@@ -214,13 +216,14 @@ class EqualCacheConfig(Converted):
     """GQA whose K and V projections are factored, W = down · up (TransMLA v1, arXiv 2502.07864v2).
 
     The cache holds the latents x · down: `latent_heads` streams of `key_rank` and `value_rank`
-    numbers. The up-projections give every query head keys and values of its own.
+    numbers. The up-projections give every query head separate keys and values.
 
     Attributes:
-        base: the attention that was converted; its heads, scale, window, norms and RoPE stay.
-        latent_heads: 1, or K where each KV head keeps a latent of its own.
+        base: the attention that was converted, whose heads, scale, window, norms and RoPE apply.
+        latent_heads: 1, or K if each KV head has a separate latent.
         key_rank, value_rank: width of one stream.
-        rope_site: "after_up" (on the up-projected keys) or "before_up" (on the latent).
+        rope_site: where RoPE applies: "after_up" (to the up-projected keys) or "before_up" (to the
+            latent).
     """
 
     base: GQAConfig
@@ -249,6 +252,7 @@ class EqualCacheConfig(Converted):
     @property
     def no_head_budget(self) -> str | None:
         """See `GQAConfig.no_head_budget`."""
+        # Heads with different tokens would need positions for each head to rotate the rebuilt keys.
         if self.rebuilds_keys:
             return "its keys are rotated after the up-projection, from latents without positions"
         if self.latent_heads != self.base.num_kv_heads:
@@ -272,12 +276,12 @@ class MLAConfig:
         num_heads: N.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths of the parts of one head.
         kv_lora_rank: latent width L, cached beside the one rotary key of width R.
-        q_lora_rank: rank of the query projection, None for a full one.
-        rope: None where nothing rotates (qk_rope_head_dim 0).
+        q_lora_rank: rank of the query projection; None for full rank.
+        rope: None if nothing rotates (qk_rope_head_dim 0).
         latent_norm: RMS norm of the latent (and of the query latent); None for none.
-        query_bias, latent_bias, out_bias: bias on the query heads, on the down-projections (of
-            keys and values, and of queries where these have one), and on the output.
-        window, softcap: as of `GQAConfig`.
+        query_bias, latent_bias, out_bias: bias on the query heads, on the down-projections (for
+            keys and values, and for queries if these have one), and on the output.
+        window, softcap: as in `GQAConfig`.
     """
 
     num_heads: int
@@ -324,18 +328,18 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class DecoupledConfig(Converted):
-    """GQA that caches one latent and one rotary key for all heads, made of its keys and values.
+    """GQA that caches one latent and one rotary key for all heads, computed from keys and values.
 
-    What `MLAConfig` is, for attention that norms its keys: the projections and norms of `base`
-    stay, and the latent is a linear map of the keys and values that GQA would cache (TransMLA,
-    arXiv 2502.07864v5).
+    This is the counterpart of `MLAConfig` for attention that norms its keys. The projections and
+    norms of `base` stay, and the latent is a linear map of the keys and values that GQA would cache
+    (TransMLA, arXiv 2502.07864v5).
 
     Attributes:
         base: the attention that was converted.
         rank: latent width L.
-        rope: of the rotary key, whose width is rope.dim; None where nothing rotates.
+        rope: RoPE of the rotary key, whose width is rope.dim; None if nothing rotates.
         v_head_dim: width of a head's output before the output projection.
-        out_bias: bias on the output; there also where `base` has none.
+        out_bias: bias on the output, also if `base` has none.
     """
 
     base: GQAConfig
@@ -361,7 +365,7 @@ class DecoupledConfig(Converted):
 
 
 AttentionConfig = GQAConfig | EqualCacheConfig | MLAConfig | DecoupledConfig
-"""Each carries the facts that caches, policies and plans need; see the properties of GQAConfig."""
+"""Each class has the facts that caches, policies and plans need: the properties of GQAConfig."""
 
 
 @dataclass(frozen=True)
@@ -375,7 +379,7 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of gated MLPs, each token through its `top_k` experts.
+    """Mixture of gated MLPs; each token passes through `top_k` experts.
 
     `normalize` divides the softmax weights of the chosen experts by their sum.
     """
@@ -400,16 +404,16 @@ class ModelConfig:
     """A decoder-only transformer.
 
     Attributes:
-        model_type: Hugging Face's name of the family.
-        layers: one entry a layer, so that layers may differ.
+        model_type: Hugging Face's name of the model family.
+        layers: one entry per layer; layers may differ.
         pre_norm, post_norm: norms before a sub-layer and on its output (Gemma has both).
         embedding_scale: multiplies the input embeddings (Gemma: √D).
         final_softcap: soft-cap on the output logits.
-        max_position_embeddings: the context the model was made for.
+        max_position_embeddings: length of the context that the model was trained for.
         eos_ids: token ids that end a generation.
-        hf_json: the Hugging Face config.json this came from, verbatim, so that saving keeps it.
-        source: the directory this was loaded from, where companions (head_scores.json) lie; no
-            part of the model's identity.
+        hf_json: the original Hugging Face config.json, verbatim, which saving writes again.
+        source: directory that the model was loaded from, with companion files such as
+            head_scores.json; not part of the model's identity.
     """
 
     model_type: str
@@ -435,7 +439,8 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and answer may have together: what RoPE scaling stretches to."""
+        """Maximum length of prompt and answer together, after RoPE scaling."""
+        # With these two rules max_position_embeddings may be the length before stretching.
         stretched = [
             int(rule.factor * rule.original_length)
             for layer in self.layers
@@ -446,29 +451,21 @@ class ModelConfig:
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:
-        """[L] the sliding window of each layer, None without one."""
+        """[L] the sliding window of each layer, None for none."""
         return tuple(layer.attention.spec.window for layer in self.layers)
 
     @property
     def query_heads(self) -> int:
-        """N.
-
-        Raises:
-            ValueError: layers differ.
-        """
+        """N; raises ValueError if layers have different numbers of query heads."""
         return _the_same({layer.attention.query_heads for layer in self.layers}, "query heads")
 
     @property
     def budget_heads(self) -> int:
-        """K, the heads that budgets are made for.
-
-        Raises:
-            ValueError: layers differ.
-        """
+        """K, the heads that get budgets; raises ValueError if layers have different numbers."""
         return _the_same({layer.attention.budget_heads for layer in self.layers}, "KV heads")
 
     def with_attention(self, attention: tuple[AttentionConfig, ...]) -> ModelConfig:
-        """The same model with other attention in every layer."""
+        """The same model with the given attention in each layer."""
         if len(attention) != len(self.layers):
             raise ValueError(
                 f"got {len(attention)} attention configs for {len(self.layers)} layers"
@@ -481,7 +478,7 @@ class ModelConfig:
 
 
 def _the_same(heads: set[int], name: str) -> int:
-    """The number of heads that all layers have."""
+    """The number of heads, which must be equal in all layers."""
     if len(heads) != 1:
         raise ValueError(f"layers have {sorted(heads)} {name}, expected the same in all")
     return heads.pop()
@@ -491,11 +488,7 @@ Kind = TypeVar("Kind", bound=AttentionConfig)
 
 
 def of_kind(attention: AttentionConfig, kind: type[Kind]) -> Kind:
-    """The attention, where the caller needs one of this kind.
-
-    Raises:
-        TypeError: it is of another kind.
-    """
+    """Returns the attention; raises TypeError unless its class is `kind`."""
     if not isinstance(attention, kind):
         raise TypeError(f"got {type(attention).__name__}, expected {kind.__name__}")
     return attention

@@ -1,4 +1,4 @@
-"""A context that is read and compressed once, kept in one file, and asked many questions."""
+"""Contexts: a text is read and compressed once, saved in one file, and used for many questions."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from pallas_kernels import Quantized
 
 PARTS = {part.__name__: part for part in (DenseCache, LatentCache, ModelCache, Pool, Quantized)}
 FORMAT = "kvjax context 3"
-"""Formats 1 and 2 had a cache for each layer, and 1 knew little of the model."""
+"""Formats 1 and 2 had one cache per layer; format 1 did not identify the model's weights."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """The compressed cache of one text; `kvjax.generate(…, context=…)` goes on from it.
+    """The compressed cache of one text, which `kvjax.generate(…, context=…)` continues.
 
     Attributes:
-        cache: of one sequence, without room for more tokens.
-        length: tokens that were read.
-        policy: how it was compressed, in words.
-        model: the model that read it.
+        cache: the cache of one sequence, without room for more tokens.
+        length: number of tokens that were read.
+        policy: the policy that compressed the text, by name.
+        model: identity of the model that read the text.
     """
 
     cache: ModelCache
@@ -84,22 +84,23 @@ class Context:
 def compress(
     model: Transformer, params: Any, tokens: Sequence[int], policy: str | Policy
 ) -> Context:
-    """Reads a text and keeps what the policy keeps of it.
+    """Reads a text and keeps the tokens that the policy chooses.
 
     Args:
-        tokens: ids; questions about them come later.
-        policy: as in `kvjax.generate`. Without a question in sight, policies that go by the last
-            queries lose their guide; see docs/headkv.md.
+        tokens: ids of the text; questions about the text come later.
+        policy: as in `kvjax.generate`. Policies that look at the last queries do worse here, since
+            the text does not end with a question; see docs/headkv.md.
 
     Raises:
-        ValueError: no tokens, more than the model's context holds, a policy that cannot be
-            resolved, one that bounds the growth (ring, every), or logits that are not finite.
+        ValueError: no tokens, more than fit in the model's context, a policy that cannot be
+            resolved or that bounds growth (ring, every), or logits that are not finite.
     """
     check_prompts(model.config, [tokens], 1, 0)
     params = on_automatic_mesh(params)
     resolved = resolve(policy, model.config, default_scores(model.config))
     if getattr(resolved, "ring", 0) or getattr(resolved, "every", 0):
         raise ValueError("a context has no growth to bound: policies with ring or every don't fit")
+    # Read the text as a batch of one, and store the live rows only.
     bucket = bucket_length(len(tokens))
     ids, lengths = pad([tokens], bucket)
     works = compressions(model, params, lengths, [resolved], max_new_tokens=0)
@@ -111,11 +112,11 @@ def compress(
 
 
 def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
-    """Reads a context that `Context.save` wrote, for the model that it was made with.
+    """Reads a context that `Context.save` wrote, for use with the model that made it.
 
     Raises:
-        ValueError: no such file, another file, a damaged one, a context of another model, or one
-            that holds NaN.
+        ValueError: no such file, a file of another format or damaged, a context of another model,
+            or a context with NaN.
     """
     path = local_path(path, "the context")
     if not path.is_file():
@@ -136,6 +137,8 @@ def _read(path: Path) -> Context:
     stored, metadata = read_header(path), read_metadata(path)
     try:
         content = json.loads(metadata.get("kvjax", "{}"))
+        # Rebuild the cache from its description. A damaged file can fail at any line; report all
+        # failures alike.
         if (found := content.get("format")) == FORMAT:
             cache = _rebuild(content["cache"], stored)
             _check_parts(cache)
@@ -149,7 +152,7 @@ def _read(path: Path) -> Context:
 
 
 def _check_parts(cache: Any) -> None:
-    """Raises ValueError or TypeError where not every layer has a cache."""
+    """Raises ValueError or TypeError unless every layer has a cache."""
     if not isinstance(cache, ModelCache) or cache.layout is not None:
         raise ValueError(f"the cache is a {type(cache).__name__}")
     for layer, (own, place) in enumerate(zip(cache.own, cache.places, strict=True)):
@@ -164,7 +167,7 @@ def _check_parts(cache: Any) -> None:
 
 
 def _layer_entries(cache: ModelCache, layer: int) -> Any:
-    """One layer's entries, on the host."""
+    """One layer's entries, as host arrays."""
     place = cache.places[layer]
     if place is None:
         return jax.tree.map(np.asarray, cache.own[layer])
@@ -178,9 +181,9 @@ def _layer_entries(cache: ModelCache, layer: int) -> Any:
 def check_model(
     context: Context, model: Transformer, params: Any, name: str = "the context"
 ) -> None:
-    """Raises ValueError, which says what differs, unless this very model read the context.
+    """Raises ValueError, with the differences, unless this same model read the context.
 
-    All weights are read once, which takes about as long as one step of decoding.
+    Reads all weights once, which takes about as long as one decoding step.
     """
     found = reader_identity(model.config, params).differences(context.model)
     if found:
@@ -188,7 +191,7 @@ def check_model(
 
 
 def reader_identity(config: ModelConfig, params: Any) -> Identity:
-    """What decides how a model reads; the ids that begin and end its texts do not."""
+    """The identity of a model as a reader: the ids that begin and end its texts do not matter."""
     return identity(dataclasses.replace(config, bos_id=None, eos_ids=()), params)
 
 
@@ -200,15 +203,17 @@ def extend(
     cache: ModelCache,
     max_new_tokens: int,
 ) -> tuple[jax.Array, ModelCache]:
-    """Reads more tokens after those of one sequence, which all of the batch go on from.
+    """Reads more tokens after the text of a context, which every sequence of the batch continues.
 
     Args:
-        cache: of a batch of one; it stays as it is.
+        tokens, lengths: prompts, right-padded, and their lengths.
+        cache: cache of a batch of one; it stays unchanged.
 
     Returns:
-        Logits after the last token of each sequence [B, V] fp32, and the cache of the whole batch
-        with room for `max_new_tokens`.
+        Logits after the last token of each sequence [B, V] fp32, and the cache of the batch, with
+        room for `max_new_tokens`.
     """
+    # Copy the cache for every sequence, with room for prompts and new tokens.
     (B, T), mesh = tokens.shape, mesh_of(params)
     layout = None if mesh is None else Layout.create(mesh, B)
     room, before = room_bucket(T + max_new_tokens), int(cache.lengths[0])
@@ -218,10 +223,12 @@ def extend(
     whole = dataclasses.replace(
         grown(model.config, cache, B, room, layout), rope_lengths=rope_lengths
     )
+    # Positions continue after the context.
     steps = np.arange(T, dtype=np.int32)[None]
     positions = np.where(steps < lengths[:, None], before + steps, -1).astype(np.int32)
     rows = put_rows((tokens.astype(np.int32), positions, lengths), device, layout)
     tokens_BT, positions_BT, lengths_B = rows
+    # Run the layers without compression: prompts after a context are kept in full.
     x = embed_chunks(model.config, mesh, params["embedding"], tokens_BT)
     for index, kind in enumerate(block_kinds(model.config)):
         arrays = (x, positions_BT, whole[index], whole.rope_lengths)
@@ -235,7 +242,7 @@ def extend(
 def grown(
     config: ModelConfig, cache: ModelCache, batch: int, room: int, layout: Layout | None
 ) -> ModelCache:
-    """The cache of one sequence, for a batch that goes on from it, with room for more tokens."""
+    """The cache of one sequence as a cache for a batch that continues it, with room for more."""
     windows = config.sliding_windows
     own: list[Any] = [None] * len(cache)
     rows: list[list[int]] = [[] for _ in cache.pools]
@@ -243,7 +250,8 @@ def grown(
         if place is not None:
             rows[place[0]].append(index)
             continue
-        used = int(layer.used[0])  # rounded up, so that few sizes exist
+        # Round the slots in use up, so that contexts of similar length share programs.
+        used = int(layer.used[0])
         held = with_room(repeat(layer, batch), bucket_rows(used) - used + room, windows[index])
         attention = config.layers[index].attention
         own[index] = held if layout is None else spread_layer(attention, held, layout)
@@ -258,7 +266,7 @@ def grown(
 
 
 def on_devices_of(params: Any, cache: Any) -> Any:
-    """The cache where the parameters lie: whole on each of their devices, if it lies elsewhere."""
+    """The cache on the devices of the parameters; a cache elsewhere is copied to each of them."""
     wanted = getattr(params["embedding"], "sharding", None)
     devices = jax.tree.leaves(cache)[0].sharding.device_set
     if wanted is None or devices == wanted.device_set:
@@ -269,7 +277,7 @@ def on_devices_of(params: Any, cache: Any) -> Any:
 
 
 def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
-    """A part of a cache as JSON; arrays go to `tensors`, and their names stay."""
+    """A part of a cache as JSON. Arrays go to `tensors`; the JSON has their names."""
     if isinstance(value, jax.Array):
         tensors[name] = np.asarray(value)
         return {"tensor": name}

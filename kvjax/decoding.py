@@ -1,4 +1,4 @@
-"""One token after the other: the choice of a token, a step of decoding, and the loop over steps."""
+"""Decoding one token at a time: the choice of a token, one step, and the loop over steps."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
 
 NO_TOKEN = -1
-"""Stands where logits are not finite: without it the answer would be token 0 for ever."""
+"""The token for logits that are not finite: argmax would return token 0 for ever."""
 RANGES = {
     "temperature": NOT_NEGATIVE,
     "top_k": Range(least=0, whole=True),
     "top_p": Range(above=0, most=1),
 }
 ALL = 2**31 - 1
-"""A top_k that no vocabulary has more tokens than."""
+"""The largest top_k: no vocabulary has more tokens."""
 
 
 @flax.struct.dataclass
 class Sampling:
-    """Settings as arrays, so that changing them compiles nothing anew.
+    """Sampling settings as arrays, so that new values compile nothing.
 
     Attributes:
         temperature: fp32 scalar; 0 is greedy.
-        top_k: int32 scalar; only the k most likely tokens, 0 for all.
-        top_p: fp32 scalar; only the most likely tokens that together reach this probability
-            (nucleus sampling, arXiv 1904.09751), after top-k.
+        top_k: int32 scalar; sample among the k most likely tokens, 0 for all.
+        top_p: fp32 scalar; sample among the most likely tokens that together reach this
+            probability (nucleus sampling, arXiv 1904.09751), after top-k.
     """
 
     temperature: Any
@@ -51,10 +51,10 @@ class Sampling:
 
     @classmethod
     def create(cls, temperature: float, top_k: int, top_p: float) -> Sampling:
-        """Checked settings.
+        """Checks the settings and converts them to arrays.
 
         Raises:
-            ValueError: a setting outside of its range.
+            ValueError: a setting outside its range.
         """
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         check_ranges(given, RANGES)
@@ -70,9 +70,9 @@ def sample(
     keys_B: Key[Array, " B"] | UInt32[Array, "B _"],
     sampling: Sampling,
 ) -> Int[Array, " B"]:
-    """One token a sequence, int32; each with its own key, so that rows don't see each other.
+    """One token per sequence, int32. Each sequence has a key, so that rows are independent.
 
-    NO_TOKEN where a logit is not finite.
+    The token is NO_TOKEN if a logit is not finite.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     token_B = jax.lax.cond(
@@ -84,17 +84,18 @@ def sample(
 
 
 def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """The id with the largest logit, int32; NO_TOKEN where a logit is not finite."""
+    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
 
 
 def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
-    """Whether all numbers of a row are finite."""
+    """Whether all numbers of each row are finite."""
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    # Sort once; top-k is then a bound on the rank, and top-p on the probability before a token.
     order = jnp.argsort(logits_V, descending=True)
     ranked = logits_V[order] / jnp.maximum(sampling.temperature, 1e-6)
     rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
@@ -106,9 +107,10 @@ def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.
 
 
 LOOK_BEHIND = 2
-"""Steps that are under way while the host reads a token, so that the device never waits for it."""
+"""Steps in flight while the host reads a token, so that the device never waits for the host."""
 FUSED_FROM = 256
-"""New tokens from which on accelerators compile a whole step: one call, but minutes to compile."""
+"""On accelerators, compile a whole step as one program from this many new tokens on: faster steps,
+but minutes to compile."""
 
 
 @automatic_axes()
@@ -121,26 +123,27 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Any]:
     """The next logits of every sequence.
 
-    Called as it is, it dispatches one compiled program for each layer, which layers of a kind
-    share. Under `jax.jit` the same code is one program; donate the cache then.
+    Called outside `jax.jit`, it dispatches one compiled program per layer; layers of a kind share
+    their program. Under `jax.jit` the whole step is one program; donate the cache then.
 
     >>> logits, cache = kvjax.decode_step(model, params, cache, token)
 
     Args:
-        cache: from `kvjax.prefill`, a list from `model.init_cache`, or the result of the step
-            before. It is written in place: the one that was passed must not be used again.
+        cache: from `kvjax.prefill`, a list from `model.init_cache`, or the result of the previous
+            step. The cache is written in place: do not use the passed cache again.
         token: [B] int32, the newest token of each sequence, which is not in the cache yet.
-        live: [B] bool, False for sequences that have ended: they store nothing more. None: all
+        live: [B] bool, False for sequences that have ended, which store nothing more. None: all
             are live.
 
     Returns:
-        Logits fp32, and the cache with the token. Beyond the cache's capacity a token is dropped,
-        and the cache's lengths exceed its capacity.
+        Logits fp32, and the cache with the token. A token beyond the cache's capacity is dropped,
+        and the cache's lengths then exceed its capacity.
     """
     params = on_automatic_mesh(params)
     config, rope_lengths = model.config, rope_lengths_of(cache)
     start = (params["embedding"], token, cache[0].lengths, live)
     x, positions, lengths = embed_step(config, *start)
+    # The kernels of all layers read the same rows for this step: list them once.
     kinds = block_kinds(config)
     heads = [kind.block.layer.attention.query_heads for kind in kinds]
     cache = scheduled(cache, positions, heads)
@@ -150,6 +153,7 @@ def decode_step(
         with jax.named_scope(name):
             x, entry = run_layer(kind, *arrays, donate=True)
         cache = with_layer(cache, index, entry)
+    # Only now do pools count the token: until here each layer needed the old lengths.
     top = {name: params[name] for name in output_params(config)}
     layout = cache.layout if isinstance(cache, ModelCache) else None
     return step_logits(config, layout, top, x), advance(cache, lengths)
@@ -163,7 +167,7 @@ def embed_step(
     lengths: Int[Array, " B"],
     live: Bool[Array | np.ndarray, " B"] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step's embeddings [B, 1, D], positions [B, 1], and the lengths after it."""
+    """The step's embeddings [B, 1, D], positions [B, 1], and the lengths after the step."""
     positions = lengths if live is None else jnp.where(live, lengths, -1)
     x = embed_tokens(config, embedding, jnp.asarray(token)[:, None])
     return x, positions[:, None], lengths + (positions >= 0).astype(jnp.int32)
@@ -173,12 +177,13 @@ def embed_step(
 def step_logits(
     config: ModelConfig, layout: Layout | None, params: Any, x: Float[Array, "B 1 D"]
 ) -> Float[Array, "B V"]:
-    """The step's logits; on a mesh each device has those of its sequences."""
+    """The step's logits; on a mesh sharded over the sequences."""
     logits = hidden_logits(config, params, x)[:, 0]
     if layout is None:
         return logits
     if config.vocab_size % layout.ways == 0:
-        # Each device makes its share first: XLA would rather gather the matrix than the logits.
+        # Each device computes its share of the vocabulary first. Without this constraint XLA
+        # gathers the weight matrix instead of the logits.
         logits = layout.place(logits, "batch", "tensor")
     return layout.place(logits, "batch")
 
@@ -190,10 +195,10 @@ class DecodeState:
     Attributes:
         cache: see `decode_step`.
         token: [B] the newest token, not yet in the cache.
-        finished: [B] an EOS was produced, or NO_TOKEN.
+        finished: [B] whether the sequence produced an EOS or NO_TOKEN.
         step: [] tokens produced so far.
-        keys: [B] random keys, one a sequence.
-        layout: of the batch on a mesh; None for one device.
+        keys: [B] random keys, one per sequence.
+        layout: layout of the batch on a mesh; None for one device.
     """
 
     cache: Any
@@ -211,10 +216,10 @@ def first_token(
     eos: Int[np.ndarray, " E"],
     mesh: Mesh | None = None,
 ) -> DecodeState:
-    """The state after the token that the prompt itself predicts; it has no cache yet.
+    """The state after the first new token, which prefill's logits give; it has no cache yet.
 
     Args:
-        mesh: of the parameters.
+        mesh: the mesh of the parameters; None for one device.
     """
     B = logits.shape[0]
     layout = None if mesh is None else Layout.create(mesh, B)
@@ -226,7 +231,7 @@ def first_token(
         keys=keys,
         layout=layout,
     )
-    # Where those of later tokens lie: one program samples all of them.
+    # Use the sharding that later tokens have, so that one program samples all tokens.
     logits, state = put_rows((logits, start), logits.sharding, layout)
     return push_token(state, logits, sampling, jnp.asarray(eos))
 
@@ -235,7 +240,8 @@ def first_token(
 def push_token(
     state: DecodeState, logits: Float[Array, "B V"], sampling: Sampling, eos: Int[Array, " E"]
 ) -> DecodeState:
-    """Samples the next token of every sequence; `state` is without its cache."""
+    """Samples the next token of every sequence; `state` must be without its cache."""
+    # Random numbers depend on the sequence's key and the step, not on the rest of the batch.
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     token = sample(logits, keys, sampling)
     if state.layout is not None:
@@ -247,7 +253,7 @@ def push_token(
 def next_state(
     model: Transformer, params: Any, state: DecodeState, sampling: Sampling, eos: Int[Array, " E"]
 ) -> DecodeState:
-    """One step: the newest token goes into the cache, and the next one is sampled."""
+    """One step: stores the newest token in the cache and samples the next one."""
     live = ~state.finished
     logits, cache = decode_step(model, params, state.cache, state.token, live)
     pushed = push_token(replace(state, cache=None), logits, sampling, eos)
@@ -257,8 +263,8 @@ def next_state(
 def fused_next_state(
     model: Transformer, params: Any, state: DecodeState, sampling: Sampling, eos: Int[Array, " E"]
 ) -> DecodeState:
-    """`next_state` as one program; of the state only the cache is written in place, because the
-    host has yet to read its token."""
+    """`next_state` as one program. It writes only the cache in place: the host has yet to read the
+    state's token."""
     rest = replace(state, cache=None)
     return _whole_step(model, params, state.cache, rest, sampling, eos)
 
@@ -271,17 +277,18 @@ def _whole_step(
 
 
 COMPILE = {"block": next_state, "step": fused_next_state}
-"""What a step of decoding compiles: a program a kind of layer, or one for all of it."""
+"""What one step of decoding compiles: a program per kind of layer, or one for the whole step."""
 
 
 def step_function(compile: str | None, max_new_tokens: int) -> Callable[..., DecodeState]:
-    """`next_state`, compiled as asked.
+    """`next_state`, compiled as `compile` says.
 
     Args:
-        compile: "block" or "step"; None: "step" on accelerators for so many tokens that it pays.
+        compile: "block" or "step". None: "step" on accelerators for at least FUSED_FROM tokens,
+            otherwise "block".
 
     Raises:
-        ValueError: something else.
+        ValueError: another value of `compile`.
     """
     if compile is None:
         long = jax.default_backend() != "cpu" and max_new_tokens >= FUSED_FROM
@@ -306,13 +313,13 @@ def decode(
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the tokens [B] of each step, until every sequence has ended.
 
-    The host reads a token LOOK_BEHIND steps after it has asked for it. The number is fixed, so
-    that all processes of several hosts ask for the same steps.
+    The host reads a token LOOK_BEHIND steps after requesting it. The number is fixed, so that the
+    processes of several hosts request the same steps.
 
     Args:
         state: from `first_token`, with a cache. Do not use it again.
-        every, again: `again` compresses the cache whenever it has so many more tokens. The newest
-            token is not in the cache yet: after n tokens the cache holds n − 1 of them.
+        every, again: `again` compresses the cache each time it has gained `every` tokens. The
+            newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
         compile: see `step_function`.
     """
     step, eos_ids = step_function(compile, max_new_tokens), jnp.asarray(eos)
@@ -323,6 +330,7 @@ def decode(
             assert again is not None
             state = replace(state, cache=again(state.cache))
         state = step(model, params, state, sampling, eos_ids)
+        # Copy the token while later steps run, and read it when LOOK_BEHIND more are under way.
         state.token.copy_to_host_async()
         pending.append(state.token)
         if len(pending) > LOOK_BEHIND:
@@ -331,6 +339,7 @@ def decode(
             ended |= np.isin(token, [*eos, NO_TOKEN])
             if ended.all():
                 return
+    # All steps are dispatched: read the rest.
     for token in pending:
         token = np.asarray(token)
         yield token

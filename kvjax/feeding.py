@@ -1,7 +1,7 @@
-"""Known text, fed to the model a layer at a time, and the losses of its tokens.
+"""Feeds known text to the model one layer at a time, and computes the losses of its tokens.
 
-`hidden_states` compiles nothing but blocks. What is made of the last layer's output stands in
-programs that take it a few rows of logits at a time, so that no array of all logits exists.
+`hidden_states` compiles only blocks. Programs that use the last layer's output compute a few rows
+of logits at a time, so that no array holds all logits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def hidden_states(
     positions: Ids | None = None,
     cache: Any = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """The last layer's output for each token; `hidden_logits` makes logits of it.
+    """The last layer's output for each token; `hidden_logits` computes logits from it.
 
     Args:
         positions: −1 marks padding on the right; None: 0 … T − 1.
-        cache: that the tokens go into. It is written in place: the one that was passed must not be
-            used again. None: every row is a text of its own.
+        cache: the cache that stores the tokens. It is written in place: do not use the passed
+            cache again. None: each row is a separate text.
 
     Returns:
         The hidden states, and the cache with the tokens.
@@ -47,6 +47,7 @@ def hidden_states(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
+    # Pools count the tokens after the last layer, so take the old lengths first.
     held = None if cache is None else cache[0].lengths
     x, lengths = _embed(config, params["embedding"], tokens, positions, held)
     rope_lengths = lengths if cache is None else rope_lengths_of(cache)
@@ -67,8 +68,8 @@ def _embed(
     positions: Int[Array, "B T"],
     lengths: Int[Array, " B"] | None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
-    """Embeddings, and the tokens that each sequence has given with these; without a cache the
-    length of each text."""
+    """Embeddings, and the tokens that each sequence has given, these included. Without a cache the
+    second result is the length of each text."""
     x = embed_tokens(config, embedding, tokens)
     if lengths is None:
         return x, jnp.max(positions, axis=1) + 1
@@ -76,11 +77,11 @@ def _embed(
 
 
 def output_weights(model: Transformer, params: Any) -> dict[str, Any]:
-    """The parameters behind the last layer, which `hidden_logits` reads."""
+    """The parameters after the last layer, which `hidden_logits` reads."""
     return {name: params[name] for name in output_params(model.config)}
 
 
-ROWS = 64  # logits [ROWS, V] exist at a time
+ROWS = 64  # [ROWS, V] logits are in memory at a time
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,12 +91,13 @@ def next_token_losses(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
 ) -> Float[Array, "B T-1"]:
-    """Negative log-likelihood, in nats, of every token but the first of each sequence; fp32.
+    """Negative log-likelihood, in nats, of every token except the first of each sequence; fp32.
 
     Args:
-        params: of `model`; only those of `output_params` are read.
+        params: parameters of `model`; only `output_params` are read.
         hidden: output of the last layer.
     """
+    # All rows of all texts as one list, padded to whole chunks.
     count = tokens[:, 1:].size
     rows = min(ROWS, count)
     missing = -count % rows

@@ -1,7 +1,7 @@
-"""Text generation: prompts in, new tokens out, in length buckets.
+"""Text generation: continues prompts in batches of similar length.
 
-A `Reader` says how a batch of prompts is read: from the start under several policies, or as what
-follows a context.
+A `Reader` decides how a batch of prompts is read: from the start under several policies, or as the
+continuation of a context.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ from kvjax.prompts import (
     prompt_words,
 )
 
-pass  # merged
-
 RANGES = {
     "max_new_tokens": COUNT,
     "seed": Range(least=-(2**63), most=2**63 - 1, whole=True),
@@ -48,7 +46,7 @@ RANGES = {
 }
 
 OnTokens = Callable[[int, list[int]], None]
-"""Called with a prompt's index and its new tokens, as soon as there are any."""
+"""Called with a prompt's index and its new tokens, as soon as they are ready."""
 
 OnResult = Callable[[int, "Generation"], None]
 """Called with a policy's index and its result, as soon as all prompts are continued under it."""
@@ -56,7 +54,7 @@ OnResult = Callable[[int, "Generation"], None]
 
 @dataclass
 class Generation:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
         tokens: the new tokens of each prompt, without the EOS that ended it.
@@ -89,34 +87,35 @@ def generate(
 ) -> Generation:
     """Continues every prompt.
 
-    Prompts are grouped into length buckets (powers of two and the halves between). Within a
-    bucket nothing is compiled anew, whatever the budgets and the number of new tokens (up to 64,
-    128, 256, …). Each prompt gets what it gets alone, whatever stands beside it: random numbers
-    depend on the seed and the prompt (and on how often the same prompt came before it in the list).
+    Prompts are grouped into length buckets (powers of two and the halves between). Within a bucket
+    nothing is compiled again for other budgets or numbers of new tokens (up to 64, 128, 256, …). A
+    prompt's result does not depend on the other prompts: random numbers depend on the seed and the
+    prompt (and on how often the same prompt came before in the list).
 
     Args:
         prompts: token ids; lengths may differ.
-        params: where they lie on a mesh (`kvjax.load(…, mesh=…)`), caches lie on it too.
+        params: parameters; if they are on a mesh (`kvjax.load(…, mesh=…)`), the caches are too.
         policy: what the cache keeps after prefill, e.g. "full", "snapkv:kv_size=128",
-            "headkv:kv_size=128,beta=1.2,scores=heads.json". Without scores= a headkv policy uses
-            head_scores.json of the model's directory.
+            "headkv:kv_size=128,beta=1.2,scores=heads.json". Without scores= a headkv policy reads
+            head_scores.json in the model's directory.
         temperature: 0 for greedy.
         top_k, top_p: see `kvjax.decoding.Sampling`.
         eos_ids: ids that end a sequence; None for the model's own, () for none.
         batch_size: sequences at a time; None for a whole bucket.
         prefill_size: sequences that are read at a time, see `kvjax.prefill`; None for all.
         on_tokens: called with (prompt index, new tokens) as tokens are ready, one by one.
-        context: from `kvjax.compress`: every prompt goes on from it, and it stays as it is. What
-            the prompts add is kept in full, so that neither `policy` nor `prefill_size` can be
-            given with it.
-        compile: what a step of decoding compiles, "block" (a program for each kind of layer, which
+        context: from `kvjax.compress`. Every prompt continues the context, which stays unchanged.
+            The tokens of the prompts are kept in full, so `policy` and `prefill_size` cannot be
+            given together with a context.
+        compile: what a step of decoding compiles: "block" (a program for each kind of layer, which
             its layers share) or "step" (one program, faster on accelerators, and many times slower
             to compile). None: "step" on accelerators for 256 tokens or more.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a prompt that with
-            max_new_tokens exceeds the context, a number out of its range, a policy that cannot be
-            resolved, a context of another model or beside a policy, logits that are not finite.
+        ValueError: an empty prompt, a token outside the vocabulary, a prompt that exceeds the
+            model's context together with max_new_tokens, a number out of its range, a policy that
+            cannot be resolved, a context of another model or together with a policy, logits that
+            are not finite.
     """
     before = 0 if context is None else context.length
     numbers = (max_new_tokens, seed, batch_size, before)
@@ -147,17 +146,17 @@ def generate_each(
     on_result: OnResult | None = None,
     compile: str | None = None,
 ) -> list[Generation]:
-    """Continues every prompt under each of several policies, and reads it once for all of them.
+    """Continues every prompt under each of several policies, and reads the prompts once for all.
 
-    A batch's caches exist beside each other until each has been decoded. Where they are too large
-    for that (see `kvjax.generation.together`) the batch is read once for a part of the policies.
+    The caches of a batch exist at the same time until each has been decoded. If they are too large
+    (see `together`), the batch is read again for each group of policies that fits.
 
     Args:
-        policies: see `generate`, as for all other arguments.
-        on_result: called with a policy's index and its result, in order, as they are finished.
+        policies: policies as in `generate`, which also explains all other arguments.
+        on_result: called with each policy's index and result, in order, when it is finished.
 
     Returns:
-        What `generate` returns for each policy.
+        The result of `generate` for each policy.
 
     Raises:
         ValueError: as `generate`.
@@ -172,10 +171,10 @@ def generate_each(
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts to continue, and how; see `generate`.
+    """Checked prompts to continue and their settings; see `generate`.
 
     Attributes:
-        eos: [E] int32.
+        eos: [E] int32, ids that end a sequence.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -200,11 +199,11 @@ class Request:
         compile: str | None,
         prefill_size: Any = None,
     ) -> Request:
-        """Checked settings.
+        """Checks the settings.
 
         Args:
-            before: tokens that precede every prompt.
-            sampling: the arguments of `Sampling.create`.
+            before: number of tokens that precede every prompt.
+            sampling: arguments of `Sampling.create`.
         """
         numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
         check_ranges(numbers | {"batch_size": batch_size, "prefill_size": prefill_size}, RANGES)
@@ -223,17 +222,19 @@ def continue_prompts(
     on_tokens: OnTokens | None = None,
     on_result: OnResult | None = None,
 ) -> list[Generation]:
-    """The loop over batches of prompts and, within one, over the policies of the reader."""
+    """Loops over batches of prompts and, within a batch, over the reader's policies."""
     prompts, mesh = asked.prompts, mesh_of(params)
     key, words = jax.random.key(asked.seed), prompt_words(prompts)
     results = [Generation(tokens=[[] for _ in prompts]) for _ in range(reader.policies)]
     parts = batches(prompts, asked.batch_size)
     for indices in parts:
+        # The prompts of a batch share one padded length, and batches of a bucket share programs.
         bucket = bucket_length(max(len(prompts[i]) for i in indices))
         tokens, lengths = pad([prompts[i] for i in indices], bucket)
         shape = (len(indices), bucket + reader.before)
         full = full_cache_bytes(model, params, shape, asked.max_new_tokens)
         keys = prompt_keys(key, words[indices])
+        # Decode under one policy after the other.
         for number, start in enumerate(reader.read(tokens, lengths, asked.max_new_tokens)):
             result = results[number]
             result.cache_bytes += cache_bytes(start.cache)
@@ -243,6 +244,7 @@ def continue_prompts(
             again = start.every, start.again
             state = replace(state, cache=start.cache)
             steps = decode(model, params, state, *settings, *again, asked.compile)
+            # Collect tokens until every row has ended; a token that stands for NaN is an error.
             for row, token in live_tokens(steps, asked.eos, len(indices)):
                 index = indices[row]
                 if token == NO_TOKEN:
@@ -276,23 +278,23 @@ def full_cache_bytes(
     slots = whole_slots(length + room_bucket(max_new_tokens))
     make = functools.partial(model.init_cache, batch, slots, dtype)
     leaves = jax.tree.leaves(jax.eval_shape(make))
-    whole_lengths = 4 * batch
+    whole_lengths = 4 * batch  # `ModelCache.rope_lengths`, which these caches lack
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + whole_lengths
 
 
 TOGETHER = 2**30
-"""Bytes of caches of several policies that exist at a time, where the device does not say how much
-memory it has."""
+"""Bytes that the caches of several policies may have together, if the device does not report how
+much memory it has."""
 SHARE = 8
-"""Of a device's memory no more than one part in `SHARE` holds the caches of several policies."""
+"""The caches of several policies together take at most 1 / SHARE of a device's memory."""
 
 
 class Start(NamedTuple):
     """A batch of prompts under one policy, ready for decoding.
 
     Attributes:
-        logits: [B, V] after each prompt.
-        cache: with room for the new tokens.
+        logits: [B, V] logits after each prompt.
+        cache: the cache, with room for the new tokens.
         every, again: see `kvjax.decoding.decode`.
     """
 
@@ -304,13 +306,13 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads batches of prompts for a number of policies.
+    """Reads batches of prompts under one or several policies.
 
     Attributes:
-        read: padded prompts [B, T], their lengths [B] and the number of new tokens, to a `Start`
-            for each policy, in order. Take one after the other: they hold the caches.
-        policies: how many.
-        before: tokens that precede every prompt.
+        read: maps padded prompts [B, T], their lengths [B] and the number of new tokens to a
+            `Start` for each policy, in order. Drop each before taking the next: it holds a cache.
+        policies: number of policies.
+        before: number of tokens that precede every prompt.
     """
 
     read: Callable[[np.ndarray, np.ndarray, int], Iterator[Start]]
@@ -324,13 +326,13 @@ def from_start(
     policies: Sequence[str | Policy],
     prefill_size: int | None = None,
 ) -> Reader:
-    """Reads each batch once for all policies whose caches fit beside each other, see `together`.
+    """Reads each batch once for all policies whose caches fit in memory together, see `together`.
 
     Args:
         prefill_size: sequences that are read at a time, see `kvjax.prefill`.
 
     Raises:
-        ValueError: a policy that cannot be resolved.
+        ValueError: a policy cannot be resolved.
     """
     resolved = resolve_each(policies, model.config)
 
@@ -340,6 +342,7 @@ def from_start(
         for group in together(works, tokens.shape[1]):
             logits, caches = prefill_in_groups(model, params, tokens, group, prefill_size)
             for work in group:
+                # pop(), so that the caller can free each cache after decoding.
                 yield Start(logits, caches.pop(0), next(rest).every, work.again)
 
     return Reader(read, len(resolved))
@@ -352,10 +355,10 @@ def after_context(
     policy: str | Policy,
     prefill_size: int | None = None,
 ) -> Reader:
-    """Reads prompts as what follows the context, which stays as it is.
+    """Reads prompts as the continuation of a context, which stays unchanged.
 
     Raises:
-        ValueError: a context of another model; a policy or a prefill size.
+        ValueError: a context of another model, or a policy or a prefill size is given.
     """
     asked = parse_policy(policy) if isinstance(policy, str) else policy
     if asked != Full() or prefill_size is not None:
@@ -373,7 +376,7 @@ def after_context(
 
 
 def together(works: Sequence[Compression], prompt_len: int) -> list[list[Compression]]:
-    """The policies in groups, in order, whose caches may exist at the same time.
+    """Groups the policies, in order, so that the caches of a group fit in memory together.
 
     Args:
         prompt_len: tokens of the longest prompt.
@@ -393,6 +396,6 @@ def together(works: Sequence[Compression], prompt_len: int) -> list[list[Compres
 
 
 def bytes_together() -> int:
-    """Bytes that the caches of several policies may hold; the same on all devices of a kind."""
+    """Bytes that the caches of several policies may have; equal on all devices of a kind."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return TOGETHER if memory is None else memory // SHARE

@@ -1,4 +1,4 @@
-"""What tells one model from another: its configuration, its dtype and all of its weights."""
+"""The identity of a model: its configuration, its dtype and checksums of all its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, UInt32
 from kvjax.config import ModelConfig
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 
-SHOWN = 4  # names of changed parameters in a message
+SHOWN = 4  # number of changed parameters that a message names
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Identity:
 
     Attributes:
         config: digest of the configuration, after the model type: "llama-0f3a6c1e22b4".
-        dtype: of the weights, and so of activations and cache.
+        dtype: dtype of the weights, and so of activations and cache.
         weights: checksum of each top-level entry of the parameters ("layers_3"), by name.
     """
 
@@ -36,14 +36,14 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        """Configuration, dtype and the checksums of all weights in one, 12 hexadecimal digits."""
+        """One digest of configuration, dtype and weights, 12 hexadecimal digits."""
         content = [self.config, self.dtype, sorted(self.weights.items())]
         return _sha256(json.dumps(content).encode())
 
     def differences(self, other: Identity) -> str:
-        """What `other` has otherwise, in words; empty where nothing differs.
+        """Describes what differs in `other`; empty if nothing does.
 
-        With another dtype all checksums differ, so nothing is said of the weights then.
+        With another dtype all checksums differ, so the description then omits the weights.
         """
         found = []
         if other.config != self.config:
@@ -64,14 +64,15 @@ class Identity:
 
 @automatic_axes()
 def identity(config: ModelConfig, params: Mapping[str, Any]) -> Identity:
-    """Reads every weight once, where it lies.
+    """Computes the identity; reads every weight once, on its device.
 
     Args:
-        params: nested; parameters that are read layer by layer are let go of again.
+        params: nested parameters. Parameters that are read layer by layer are freed again.
 
     Returns:
-        The same on one device, on a mesh and on every platform.
+        The identity, which is the same on one device, on a mesh and on every platform.
     """
+    # Where a model was loaded from does not change its answers.
     own = dataclasses.replace(config, source="", hf_json="{}")
     weights, dtype = {}, ""
     for name in params:
@@ -79,14 +80,15 @@ def identity(config: ModelConfig, params: Mapping[str, Any]) -> Identity:
         weights[name] = part_checksum(part)
         if name == "embedding":
             dtype = jnp.dtype(part.dtype).name
-        del part  # before the next one is read
+        del part  # free it before the next one is read
     return Identity(f"{config.model_type}-{_sha256(repr(own).encode())}", dtype, weights)
 
 
 def part_checksum(part: Any) -> str:
-    """Eight hexadecimal digits for each array of a nested dict, in one digest of 12."""
+    """A digest of 12 hexadecimal digits, from the checksum of each array of a nested dict."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(part)
-    sums = [(path, leaf, checksum(leaf)) for path, leaf in leaves]  # all on their way at once
+    # Start all checksums before the first is read: int() waits for the device.
+    sums = [(path, leaf, checksum(leaf)) for path, leaf in leaves]
     lines = [
         f"{jax.tree_util.keystr(path)} {jnp.dtype(leaf.dtype).name} {leaf.shape} {int(total):08x}"
         for path, leaf, total in sums
@@ -96,18 +98,20 @@ def part_checksum(part: Any) -> str:
 
 @jax.jit
 def checksum(x: Array) -> UInt32[Array, ""]:
-    """A sum over all elements of a hash of their bits and their place.
+    """The sum over all elements of a hash of their bits and their index.
 
-    Whole numbers modulo 2³² add up to the same in any order, so that neither the platform nor a
-    mesh matters. The hash of one place is a bijection, so that a change of a single element is
-    always seen; several changes, a flipped sign of all elements among them, cancel with a chance
-    of 2⁻³². The hash is "lowbias32" of Chris Wellons' hash-prospector.
+    Integer sums modulo 2³² do not depend on the order, so neither the platform nor a mesh matters.
+    For a fixed index the hash is a bijection, so a change of one element always changes the sum.
+    Several changes, such as a flipped sign of all elements, cancel with probability 2⁻³². The hash
+    is "lowbias32" of Chris Wellons' hash-prospector.
     """
     bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[min(x.dtype.itemsize, 4)])
+    # The flat index of each element, modulo 2³².
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         place = place * jnp.uint32(size & 0xFFFFFFFF) + index
+    # Mix bits and index; then the rounds of lowbias32.
     mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
@@ -118,7 +122,7 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def array_digest(values: np.ndarray) -> str:
-    """Twelve hexadecimal digits of an array on the host: its dtype, shape and bytes."""
+    """Digest of a host array's dtype, shape and bytes, 12 hexadecimal digits."""
     head = f"{values.dtype.str}{values.shape}".encode()
     return _sha256(head + np.ascontiguousarray(values).tobytes())
 

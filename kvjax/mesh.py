@@ -1,4 +1,4 @@
-"""Meshes: their axes, what is split over which, and where the parts of a cache lie."""
+"""Meshes: their axes, and how batches and the parts of a cache are sharded over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
-"""Batches are split over "data" and "fsdp", parameters over "fsdp" and "tensor"."""
+"""Batches are sharded over "data" and "fsdp", parameters over "fsdp" and "tensor"."""
 
 LOGICAL = {
     "batch": ("data", "fsdp"),
@@ -28,22 +28,23 @@ LOGICAL = {
     "expert": "tensor",
     "embed": "fsdp",
 }
-"""Mesh axes of every logical axis that is split; all others are replicated. "slots" are those of
+"""Mesh axes of every logical axis that is sharded; all others are replicated. "slots" are those of
 latents, which have no heads."""
 
 AnyMesh = Mesh | AbstractMesh
-"""Devices, or for shapes alone what they would be."""
+"""A mesh of devices, or an abstract mesh, for which only shapes are computed."""
 
 ALIASES = {"model": "tensor"}
-"""Other names under which a mesh may have these axes."""
+"""Other names that a mesh may use for these axes."""
 
 
 def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
     """A mesh with all of MESH_AXES.
 
     Args:
-        sizes: devices along each axis, 1 where it is missing; −1 for one axis: all that remain.
-        devices: default all there are.
+        sizes: devices along each axis, 1 for missing axes. One axis may be −1 and gets all
+            remaining devices.
+        devices: None for all devices.
 
     Raises:
         ValueError: an unknown axis, or sizes whose product is not the number of devices.
@@ -53,6 +54,7 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
     if unknown:
         raise ValueError(f"got mesh axes {sorted(unknown)}, expected some of {MESH_AXES}")
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    # −1 makes the product negative, so its negation counts the devices of the other axes.
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = devices.size // int(-np.prod(shape))
     if min(shape) < 1 or np.prod(shape) != devices.size:
@@ -65,7 +67,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Sizes from "data=1,fsdp=4,tensor=2"; see `make_mesh`.
 
     Raises:
-        ValueError: text of another form, an axis twice, or a size that is neither −1 nor above 0.
+        ValueError: text of another form, an axis given twice, or a size that is neither −1 nor ≥ 1.
     """
     try:
         pairs = [part.split("=") for part in text.split(",") if part]
@@ -80,9 +82,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def named_mesh(text: str | None) -> Mesh | None:
-    """The mesh that a command line asks for, of this process's devices; None for one device.
+    """The mesh that a command line asks for, over this process's devices; None for one device.
 
-    Of several processes each has a mesh of its own, and its share of the work.
+    With several processes, each has its mesh and its share of the work.
 
     Raises:
         ValueError: see `parse_mesh` and `make_mesh`.
@@ -93,11 +95,11 @@ def named_mesh(text: str | None) -> Mesh | None:
 def automatic(mesh: Any) -> Any:
     """The same devices with automatic axes, for which XLA completes the shardings.
 
-    `jax.make_mesh` makes explicit axes since jax 0.9. With these every product of split arrays
-    would have to name the sharding of its result.
+    Since jax 0.9 `jax.make_mesh` makes explicit axes. With explicit axes every product of sharded
+    arrays would have to name the sharding of its result.
 
     Raises:
-        ValueError: something else than a mesh.
+        ValueError: the argument is not a mesh.
     """
     if not isinstance(mesh, AnyMesh):
         raise ValueError(f"mesh is {mesh!r}, expected a jax.sharding.Mesh: see kvjax.sharding")
@@ -111,7 +113,7 @@ def automatic(mesh: Any) -> Any:
 
 @contextlib.contextmanager
 def automatic_axes() -> Iterator[None]:
-    """Inside it, and inside of what it decorates, the axes of `jax.set_mesh` are automatic too."""
+    """Context manager and decorator: makes the axes of `jax.set_mesh` automatic inside."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:
         yield
@@ -121,7 +123,7 @@ def automatic_axes() -> Iterator[None]:
 
 
 def on_automatic_mesh(params: Any) -> Any:
-    """Arrays that lie where they did, on a mesh with automatic axes; nothing is copied."""
+    """The same arrays on a mesh with automatic axes; nothing is copied or moved."""
 
     def place(leaf: Any) -> Any:
         kind = leaf.aval if isinstance(leaf, Tracer) else leaf
@@ -136,7 +138,7 @@ def on_automatic_mesh(params: Any) -> Any:
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on, with automatic axes; None where they lie on one device."""
+    """The mesh of the parameters, with automatic axes; None if they are on one device."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
@@ -145,29 +147,29 @@ def mesh_of(params: Any) -> Mesh | None:
 
 
 def own_names(mesh: AnyMesh) -> dict[str, str]:
-    """The mesh's own names of its axes, by ours."""
+    """The names of the axes in this mesh, by the names of MESH_AXES."""
     return {ALIASES.get(axis, axis): axis for axis in map(str, mesh.axis_names)}
 
 
 def batch_axes(mesh: AnyMesh) -> tuple[str, ...]:
-    """The axes that batches are split over."""
+    """The axes of this mesh that batches are sharded over."""
     return tuple(axis for axis in LOGICAL["batch"] if axis in mesh.shape)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is the batch."""
+    """The sharding of arrays whose first axis is the batch."""
     return NamedSharding(automatic(mesh), PartitionSpec(batch_axes(mesh)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a batch of sequences, and its caches, lie on a mesh; hashable.
+    """How a batch of sequences and its caches are sharded over a mesh; hashable.
 
     Attributes:
-        mesh: of all devices.
-        batch: axes that the sequences are split over; () where these don't divide them, and every
-            device holds them all.
-        tensor: axis that heads, or the slots of latents, are split over; None for none.
+        mesh: the mesh of all devices.
+        batch: axes that the sequences are sharded over; () if their product does not divide the
+            batch, so that every device holds all sequences.
+        tensor: axis that heads, or the slots of latents, are sharded over; None for none.
     """
 
     mesh: AnyMesh
@@ -176,7 +178,7 @@ class Layout:
 
     @classmethod
     def create(cls, mesh: AnyMesh, batch_size: int) -> Layout:
-        """The layout of so many sequences."""
+        """The layout of a batch of `batch_size` sequences."""
         axes = batch_axes(mesh)
         fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0
         tensor = own_names(mesh).get("tensor")
@@ -184,44 +186,44 @@ class Layout:
         return cls(automatic(mesh), axes if fits else (), tensor if split else None)
 
     def of_batch(self) -> Layout:
-        """The same batch, with nothing split over the tensor axis."""
+        """The same batch, with nothing sharded over the tensor axis."""
         return dataclasses.replace(self, tensor=None)
 
     @property
     def ways(self) -> int:
-        """Devices along the tensor axis."""
+        """Devices along the tensor axis, and so parts of a cache's heads or slots."""
         return 1 if self.tensor is None else self.mesh.shape[self.tensor]
 
     @property
     def batch_ways(self) -> int:
-        """Devices that the sequences are split over."""
+        """Number of devices that the sequences are sharded over."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch)
 
     @property
     def platform(self) -> str:
-        """Of the devices: "cpu", "tpu", "gpu" or "cuda"."""
+        """Platform of the devices: "cpu", "tpu", "gpu" or "cuda"."""
         if isinstance(self.mesh, AbstractMesh):
             device = self.mesh.abstract_device
             return jax.default_backend() if device is None else device.platform or "tpu"
         return self.mesh.devices.flat[0].platform
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The split of an array by what its axes are: "batch", "tensor" or None."""
+        """The spec of an array whose axes are "batch", "tensor" or None."""
         names: dict[str | None, Any] = {"batch": self.batch or None, "tensor": self.tensor}
         return PartitionSpec(*(names.get(axis) for axis in axes))
 
     def place(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """x, to lie so."""
+        """Constrains `x` to the sharding of `spec(*axes)`."""
         sharding = NamedSharding(self.mesh, self.spec(*axes))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def device(self) -> Any:
-        """Inside `run`: this device's place along the tensor axis."""
+        """Inside `run`: this device's index along the tensor axis."""
         return 0 if self.tensor is None else jax.lax.axis_index(self.tensor)
 
     def run(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
-        """The function of each device's parts: what kernels need, which are not partitioned."""
-        # What a kernel returns does not say over which axes it varies.
+        """`function` on each device's parts. Kernels need this: XLA cannot partition them."""
+        # check_vma is off because a kernel's result does not say over which axes it varies.
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
@@ -229,16 +231,20 @@ class Layout:
 
 @functools.partial(jax.jit, static_argnums=1)
 def place_rows(arrays: Any, layout: Layout) -> Any:
-    """Arrays whose first axis is the batch, where they belong; single numbers on every device.
+    """Shards arrays whose first axis is the batch; single numbers are replicated.
 
-    A program is compiled for where its arguments lie: those of all calls must lie alike.
+    A program is compiled for the shardings of its arguments, so all calls must use the same.
     """
     return jax.tree.map(lambda x: layout.place(x, *["batch"] * min(x.ndim, 1)), arrays)
 
 
 def put_rows(arrays: Any, device: Any, layout: Layout | None) -> Any:
-    """Arrays of the host whose first axis is the batch: on a mesh where they belong, without one
-    where an array with the sharding `device` is."""
+    """Moves host arrays whose first axis is the batch to the devices.
+
+    Args:
+        device: the sharding to use without a mesh.
+        layout: layout of the batch on a mesh; None for one device.
+    """
     if layout is not None:
         return place_rows(arrays, layout)
     if isinstance(device, NamedSharding):  # a mesh of one device

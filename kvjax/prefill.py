@@ -1,7 +1,7 @@
-"""Prefill: prompts are read a layer at a time, and each layer is compressed as soon as it is read.
+"""Prefill: reads prompts one layer at a time, and compresses each layer right after reading it.
 
-One program reads a layer, whatever the policy: attention sees all of the prompt. What a policy
-keeps is chosen after it, so that one pass serves several policies.
+One program reads a layer under every policy, because attention sees the whole prompt. The policy's
+choice of tokens comes after that, so one pass over the prompts serves several policies.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from kvjax.policies.policy import Policy
 from kvjax.prompts import bucket_length
 
 CHUNK_ROWS = 2048
-"""Tokens of all sequences that a layer reads at a time: enough to fill matrix units, few enough
-that their activations stay small."""
+"""Tokens of all sequences that a layer reads at a time: enough to fill matrix units, and few enough
+to keep their activations small."""
 SHORTEST_CHUNK, LONGEST_CHUNK = 256, 1024
-"""Tokens of a sequence that it reads at a time, between these: the keys are read once a chunk."""
+"""Bounds on the tokens of one sequence that a layer reads at a time: each chunk reads all keys."""
 OBSERVED = 32
-"""Queries that reading remembers at least: policies that look at fewer share its program."""
+"""Least number of last queries that prefill keeps, so that most policies share one program."""
 
 
 @automatic_axes()
@@ -52,11 +52,11 @@ def prefill(
     policy: str | Policy | Sequence[str | Policy] = "full",
     max_new_tokens: int = 64,
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Reads prompts and keeps what the policy keeps of them.
+    """Reads prompts, and keeps the tokens that the policy chooses.
 
-    Compiled are one program for each kind of layer and one for each kind of layer and scorer, for
-    a bucket of prompt lengths (see `bucket_length`). Budgets, lengths and `max_new_tokens` within
-    its bucket (64, 128, 256, …) are data.
+    Compiles one program for each kind of layer, and one for each kind of layer and scorer, in each
+    bucket of prompt lengths (see `bucket_length`). Budgets and lengths are data, and so is
+    `max_new_tokens` within its bucket (64, 128, 256, …).
 
     >>> logits, cache = kvjax.prefill(model, params, tokens, lengths, policy="snapkv:kv_size=64")
     >>> logits, cache = kvjax.decode_step(model, params, cache, logits.argmax(-1))
@@ -64,15 +64,15 @@ def prefill(
     Args:
         tokens: [B, T] int32, padded on the right.
         lengths: [B] int32, tokens of each prompt.
-        policy: as in `kvjax.generate`, or several: the prompts are read once for all of them.
-        max_new_tokens: tokens to come that must fit, at least.
+        policy: as in `kvjax.generate`, or several policies, for which the prompts are read once.
+        max_new_tokens: number of new tokens that the cache must have room for.
 
     Returns:
-        Logits after the last token of each prompt, fp32, and the cache; of several policies a list
-        of caches, each as its policy alone would make it.
+        Logits after the last token of each prompt, fp32, and the cache. For several policies a list
+        of caches, each equal to the cache of its policy alone.
 
     Raises:
-        ValueError: a policy that cannot be resolved.
+        ValueError: a policy cannot be resolved.
     """
     params = on_automatic_mesh(params)
     tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
@@ -90,19 +90,22 @@ def read_prompts(
     tokens: Int[np.ndarray, "B T"],
     works: Sequence[Compression],
 ) -> tuple[Float[Array, "B V"], list[ModelCache]]:
-    """`prefill` for policies at work; always a list of caches."""
+    """`prefill` for compressions of this batch; always returns a list of caches."""
     mesh, layout = mesh_of(params), works[0].layout
+    # Pad to the bucket's length and move the arrays to the devices.
     missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
-    pad = jnp.pad if isinstance(tokens, Tracer) else np.pad  # jax would compile one a length
+    pad = jnp.pad if isinstance(tokens, Tracer) else np.pad  # jnp.pad compiles for every length
     padded = pad(tokens, ((0, 0), (0, missing))).astype(np.int32)
     device = device_of(params, mesh)
     ids, lengths = put_rows((padded, works[0].lengths), device, layout)
+    # Read layer by layer. Each layer's prompt goes to all policies, and is then dropped.
     caches = [work.start(device) for work in works]
     observed = observed_queries(works)
     x, before = embed_chunks(model.config, mesh, params["embedding"], ids), None
     for layer, kind in enumerate(block_kinds(model.config)):
         watching, own = Watching.of(works, layer), params[f"layers_{layer}"]
-        # A layer's keys and values are gone before those of the one after the next are made.
+        # Wait for the layer before. jax dispatches ahead, and otherwise the uncompressed keys and
+        # values of many layers would exist at once.
         jax.block_until_ready(before)
         settings = {"observed": observed, "observers": watching.observers, "mesh": mesh}
         arrays = (own, kind.pairs, x, lengths, caches[0].rope_lengths)
@@ -116,7 +119,7 @@ def read_prompts(
 
 
 def device_of(params: Any, mesh: Mesh | None) -> Any:
-    """Where the parameters are; None on a mesh, and while jax traces."""
+    """The sharding of the parameters; None on a mesh and under jax tracing."""
     embedding = params["embedding"]
     return None if mesh is not None or isinstance(embedding, Tracer) else embedding.sharding
 
@@ -128,20 +131,20 @@ def compressions(
     policies: Sequence[Policy],
     max_new_tokens: int,
 ) -> list[Compression]:
-    """The policies at work on prompts of these lengths."""
+    """The policies applied to prompts of these lengths."""
     mesh, dtype = mesh_of(params), params["embedding"].dtype
     layout = None if mesh is None else Layout.create(mesh, len(lengths))
     return [p.compression(model.config, lengths, max_new_tokens, dtype, layout) for p in policies]
 
 
 def shape_bytes(work: Compression, slots: int) -> int:
-    """Bytes of the caches that reading makes of prompts padded to `slots`, found without it."""
+    """Bytes of the caches after prefill of prompts padded to `slots`, from shapes alone."""
     leaves = jax.tree.leaves(cache_shapes(work, slots))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def cache_shapes(work: Compression, slots: int) -> ModelCache:
-    """The shapes of those caches."""
+    """Shapes of the caches after prefill of prompts padded to `slots`."""
     shape = len(work.lengths), slots, observed_queries([work])
     mesh: Any = None if work.layout is None else work.layout.mesh
 
@@ -158,17 +161,17 @@ def cache_shapes(work: Compression, slots: int) -> ModelCache:
 
 
 def observed_queries(works: Sequence[Compression]) -> int:
-    """Queries that reading remembers: a power of two, so that few programs exist."""
+    """Number of last queries that prefill keeps: a power of two, so that few programs exist."""
     most = max(work.budgets.observed for work in works)
     return max(OBSERVED, 1 << max(most - 1, 0).bit_length())
 
 
 class Watching(NamedTuple):
-    """What the scorers of several policies want to see of all queries of one layer.
+    """The observers that several policies' scorers need in one layer.
 
     Attributes:
-        observers: each once.
-        wanted: for each policy the number of its observer; None for none.
+        observers: the different observers, each once.
+        wanted: for each policy the index of its observer; None for none.
     """
 
     observers: tuple[Any, ...]
@@ -176,7 +179,7 @@ class Watching(NamedTuple):
 
     @classmethod
     def of(cls, works: Sequence[Compression], layer: int) -> Watching:
-        """Of the policies at work."""
+        """The observers of one layer for these compressions."""
         each = [work.observer(layer) for work in works]
         distinct = tuple(dict.fromkeys(observer for observer in each if observer is not None))
         numbers = (None if observer is None else distinct.index(observer) for observer in each)
@@ -203,14 +206,16 @@ def read_layer(
 ) -> tuple[Float[Array, "B T D"], PrefillCache]:
     """One layer over the whole prompt, in chunks that end with the longest sequence.
 
-    Beside the residual stream no activations but a chunk's exist. The chunk changes no result.
+    Besides the residual stream only one chunk's activations exist. The chunk size changes no
+    result.
 
     Args:
-        observed: the last queries that the cache remembers.
-        observers: what watches all queries.
-        mesh: that the parameters lie on.
+        observed: number of last queries that the cache keeps.
+        observers: see all queries of the prompt.
+        mesh: the mesh of the parameters.
         chunk: tokens of a sequence that are read at a time; None for `chunk_tokens`.
     """
+    # An empty cache, and the positions of the tokens.
     B, T, D = x.shape
     chunk = chunk_tokens(B, mesh) if chunk is None else chunk
     cache = start_prefill(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
@@ -221,9 +226,11 @@ def read_layer(
     def call(x: jax.Array, at: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         return apply_block(block, params, pairs, x, at, cache, rope_lengths)
 
+    # A short prompt is one chunk.
     if chunk >= T:
         x, cache = call(x, positions, cache)
         return place(x), cache
+    # Whole chunks in a loop that ends with the longest sequence, then the rest.
     whole = T // chunk * chunk
 
     def read(index: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -249,8 +256,8 @@ def chunk_tokens(batch: int, mesh: Mesh | None) -> int:
 
 
 def stream_place(mesh: Mesh | None, batch: int, width: int) -> Any:
-    """Where the residual stream of prompts lies between layers: features over the tensor axis, so
-    that a long prompt's stream is not on every device. A layer gathers one chunk at a time."""
+    """Shards the residual stream between layers: features over the tensor axis, so that no device
+    holds the whole stream of a long prompt. A layer gathers one chunk at a time."""
     if mesh is None:
         return lambda x: x
     layout = Layout.create(mesh, batch)
@@ -265,14 +272,15 @@ def embed_chunks(
     embedding: Float[Array, "V D"],
     tokens: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """The prompts' embeddings; on a mesh a lookup in a table that is split gives all features on
-    every device, so it is done a chunk at a time."""
+    """The prompts' embeddings. On a mesh a lookup in a sharded table gives every device all
+    features, so the lookup takes one chunk at a time."""
     (B, T), D = tokens.shape, embedding.shape[1]
     place, chunk = stream_place(mesh, B, D), chunk_tokens(B, mesh)
     if mesh is None or chunk >= T:
         return place(embed_tokens(config, embedding, tokens))
 
     def read(index: jax.Array, x: jax.Array) -> jax.Array:
+        # The last chunk reaches back into the one before it, and writes the same numbers again.
         start = jnp.minimum(index * chunk, T - chunk)
         ids = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, 1)
         part = embed_tokens(config, embedding, ids)
@@ -298,15 +306,16 @@ def prefill_in_groups(
     works: Sequence[Compression],
     size: int | None = None,
 ) -> tuple[jax.Array, list[Any]]:
-    """`kvjax.prefill.read_prompts` of a few sequences after the others.
+    """`read_prompts` for one group of sequences after another.
 
-    While a prompt is read, one layer's keys and values exist uncompressed, and so do the residual
-    streams: with small caches that is what limits the batch, unless few are read at a time.
+    During prefill one layer's keys and values exist uncompressed, and so do the residual streams.
+    With small caches this limits the batch, unless few sequences are read at a time.
 
     Args:
-        works: of the whole batch.
-        size: sequences at a time, at least the devices that the batch is split over; taken is the
-            largest divisor of the batch up to it. None: all.
+        works: the policies, applied to the whole batch.
+        size: upper bound on the sequences in a group. A group has the largest divisor of the batch
+            within the bound, and at least one sequence per device of the batch axes. None: one
+            group.
 
     Returns:
         As `read_prompts`.
@@ -316,6 +325,7 @@ def prefill_in_groups(
     if len(rows) == 1:
         return read_prompts(model, params, tokens, works)
     whole: Any = None
+    # The first group tells the shapes of all; each group is written in its place.
     for index, group in enumerate(rows):
         part = read_prompts(model, params, tokens[group], [work.take(group) for work in works])
         whole = jax.tree.map(functools.partial(_empty, len(rows)), part) if index == 0 else whole
@@ -324,7 +334,7 @@ def prefill_in_groups(
 
 
 def batch_ways(params: Any, batch: int) -> int:
-    """Devices that a batch is split over."""
+    """Number of devices that a batch is sharded over."""
     mesh = mesh_of(params)
     if mesh is None:
         return 1
@@ -332,10 +342,10 @@ def batch_ways(params: Any, batch: int) -> int:
 
 
 def group_rows(batch: int, size: int | None, ways: int) -> Int[np.ndarray, "groups size"]:
-    """The sequences of each group: of every device's share of the batch as many.
+    """The sequences of each group, equally many from every device's share of the batch.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: the size is below 1.
     """
     if size is not None and size < 1:
         raise ValueError(f"prefill_size is {size}, expected ≥ 1")
@@ -349,16 +359,17 @@ def group_rows(batch: int, size: int | None, ways: int) -> Int[np.ndarray, "grou
 
 
 def _empty(groups: int, leaf: jax.Array) -> jax.Array:
-    """Room for all groups, where the first one lies."""
+    """An array for all groups, sharded like the first group's array."""
     shape = (groups * leaf.shape[0], *leaf.shape[1:])
     return jnp.zeros(shape, leaf.dtype, device=leaf.sharding)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _put(whole: Any, part: Any, index: jax.Array, ways: int) -> Any:
-    """Writes one group's rows in every device's share."""
+    """Writes one group's rows into every device's share."""
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        # The batch axis as (device, group, row): a write then stays on its device.
         own = part.shape[0] // ways
         shares = whole.reshape(ways, -1, own, *whole.shape[1:])
         new = part.reshape(ways, 1, own, *part.shape[1:])

@@ -1,4 +1,4 @@
-"""Prompts on their way to the device: checked, grouped into length buckets, padded, keyed."""
+"""Prepares prompts for the device: checks, length buckets, padding, and random keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ PROMPT = "a list of token ids (prompts are a list of such lists)"
 def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: Any, before: int = 0) -> None:
     """Raises ValueError for prompts that this model cannot continue.
 
-    `before` tokens of a context come first.
+    Args:
+        before: number of context tokens that precede every prompt.
     """
     try:
         new = operator.index(max_new_tokens)
@@ -31,6 +32,7 @@ def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: Any, before
         new = 0
     if new < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number ≥ 1")
+    # Name the first bad prompt, and what is wrong with it.
     for index in range(_count(prompts)):
         ids = _token_ids(prompts[index], f"prompt {index}", PROMPT)
         if not ids.size:
@@ -52,7 +54,7 @@ def eos_array(config: ModelConfig, eos_ids: Any) -> Int32[np.ndarray, " E"]:
     """The ids that end a sequence: one id or several, or the model's own for None.
 
     Raises:
-        ValueError: something else.
+        ValueError: another value.
     """
     if eos_ids is None:
         eos_ids = config.eos_ids
@@ -67,7 +69,7 @@ def eos_array(config: ModelConfig, eos_ids: Any) -> Int32[np.ndarray, " E"]:
 
 
 def _count(prompts: Any) -> int:
-    """How many prompts there are."""
+    """The number of prompts."""
     _refuse_text(prompts, "prompts", LISTS)
     try:
         count = len(prompts)
@@ -81,10 +83,10 @@ def _count(prompts: Any) -> int:
 
 
 def _token_ids(value: Any, name: str, expected: str) -> np.ndarray:
-    """Whole numbers as an array of one dimension.
+    """Integers as a one-dimensional array.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: the value is not a list of integers.
     """
     _refuse_text(value, name, expected)
     try:
@@ -99,6 +101,7 @@ def _token_ids(value: Any, name: str, expected: str) -> np.ndarray:
         raise ValueError(f"{name}: got ids of shape {ids.shape}, expected {expected}")
     if not ids.size:
         return np.zeros(0, np.int32)
+    # NumPy gives object or float arrays for mixed lists: accept those of exact ints only.
     if ids.dtype.kind not in "iu" and not all(type(i) is int for i in ids.tolist()):
         kind = next(_kind(i) for i in ids.tolist() if type(i) is not int)
         raise ValueError(f"{name}: got {kind} among the token ids, expected {expected}")
@@ -106,7 +109,7 @@ def _token_ids(value: Any, name: str, expected: str) -> np.ndarray:
 
 
 def _refuse_text(value: Any, name: str, expected: str) -> None:
-    """Raises ValueError for the two usual mistakes, with what to do about them."""
+    """Raises ValueError for the two usual mistakes, and says what to pass instead."""
     if isinstance(value, str | bytes):
         raise ValueError(
             f"{name}: got text, expected {expected}: encode it with kvjax.load_tokenizer"
@@ -119,7 +122,7 @@ def _refuse_text(value: Any, name: str, expected: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    """A value for an error of one line."""
+    """Describes a value in one line, for an error message."""
     if value is None or isinstance(value, numbers.Number):
         return str(value)
     return "text" if isinstance(value, str | bytes) else type(value).__name__
@@ -136,7 +139,7 @@ def bucket_length(length: int) -> int:
 
 
 def batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[list[int]]:
-    """Indices of prompts that share a bucket, at most `batch_size` together."""
+    """Indices of prompts that share a bucket, at most `batch_size` in a batch."""
     by_bucket: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_bucket.setdefault(bucket_length(len(prompt)), []).append(index)
@@ -148,7 +151,7 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[li
 
 
 def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids [B, length] and the lengths [B], int32."""
+    """Right-padded ids [B, length] and lengths [B], int32."""
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -156,7 +159,8 @@ def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.n
 
 
 def prompt_words(prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B 2"]:
-    """What tells prompts apart, for `prompt_keys`: a checksum, and how often it came before."""
+    """Two numbers that identify a prompt: a checksum, and how often it came before in the list."""
+    # The count tells equal prompts apart, so that repeating a prompt gives new samples.
     seen: Counter[int] = Counter()
     words = []
     for prompt in prompts:
@@ -168,7 +172,7 @@ def prompt_words(prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B 2"]:
 
 @jax.jit
 def prompt_keys(key: jax.Array, words: UInt32[Array, "B 2"]) -> jax.Array:
-    """[B] keys that depend on a key, the prompt and how often it came before."""
+    """[B] random keys from a key and the two numbers of each prompt."""
 
     def fold(pair: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1])

@@ -1,7 +1,7 @@
-"""Right answers fed through compressed caches: several policies share one prefill of each prompt.
+"""Feeds right answers through compressed caches; several policies share one prefill of each prompt.
 
-The right answer is fed to the model (teacher forcing). An answer counts as right when every token
-of it, and the EOS after it, is the most likely one: then greedy decoding writes this answer. Where
+The right answer is fed to the model (teacher forcing). An answer counts as right if each of its
+tokens, and the EOS after it, is the most likely one: greedy decoding would write this answer. If
 the question is part of the prompt, prefill predicts the first token of the answer. As in decoding,
 this happens before the cache is compressed.
 """
@@ -61,7 +61,7 @@ class AnswerBatch:
         lengths: [B] tokens of each context.
         fed: [B, T] the tokens that follow: the answer, after the question if the question is not
             part of the context.
-        positions: [B, T] of the fed tokens; −1 for padding.
+        positions: [B, T] positions of the fed tokens; −1 for padding.
         wanted: [B, 1 + T] the right token after the context and after each fed token; −1 where no
             token is asked for.
     """

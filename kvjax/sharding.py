@@ -1,4 +1,4 @@
-"""Where the parameters lie on a mesh; the axes are in kvjax.mesh."""
+"""How the parameters are sharded over a mesh; kvjax.mesh defines the axes."""
 
 import dataclasses
 import functools
@@ -39,28 +39,28 @@ __all__ = [
 
 
 def param_shapes(model: Transformer) -> Any:
-    """The parameters as a pytree of `jax.ShapeDtypeStruct`; nothing is computed."""
+    """The parameters as a pytree of `jax.ShapeDtypeStruct`, without computing anything."""
     return jax.tree.map(lambda box: box.unbox(), _boxed_shapes(model.config), is_leaf=_is_box)
 
 
 def logical_axes(model: Transformer) -> Any:
-    """The names of the parameters' axes, a tuple each; see `kvjax.mesh.LOGICAL`."""
+    """The names of each parameter's axes, as a tuple; see `kvjax.mesh.LOGICAL`."""
     return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(model.config), is_leaf=_is_box)
 
 
 def place_params(model: Transformer, params: Any, mesh: Mesh | None) -> Any:
-    """Parameters where they belong on a mesh; as they are for None."""
+    """The parameters, sharded over the mesh; unchanged for None."""
     return params if mesh is None else jax.device_put(params, param_shardings(model, mesh))
 
 
 def param_shardings(model: Transformer, mesh: AnyMesh) -> Any:
-    """How the parameters lie on a mesh, as a pytree of `NamedSharding`.
+    """The sharding of each parameter, as a pytree of `NamedSharding`.
 
-    Each mesh axis splits the first logical axis of LOGICAL that it divides; a parameter without
-    one is replicated (the K and V projections of 4 heads on 8 devices).
+    Each mesh axis shards the first logical axis of LOGICAL whose length it divides. A parameter
+    without such an axis is replicated (the K and V projections of 4 heads on 8 devices).
 
     Raises:
-        ValueError: a mesh without any axis of `MESH_AXES`.
+        ValueError: the mesh has no axis of `MESH_AXES`.
     """
     mesh, known = automatic(mesh), own_names(mesh)
     if not known.keys() & set(MESH_AXES):
@@ -77,9 +77,10 @@ def param_shardings(model: Transformer, mesh: AnyMesh) -> Any:
 def _spec(
     names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh, known: dict[str, str]
 ) -> PartitionSpec:
-    """The split of one parameter; `known` has the mesh's own names of its axes."""
+    """The spec of one parameter; `known` maps the names of MESH_AXES to those of the mesh."""
     spec: list[str | None] = []
     for name, length in zip(names, shape, strict=True):
+        # A mesh axis can shard one axis of an array only, and must divide its length.
         axis = known.get(str(LOGICAL.get(name or "")))
         free = axis is not None and axis not in spec and length % mesh.shape[axis] == 0
         spec.append(axis if free else None)
@@ -90,12 +91,12 @@ def _spec(
 
 @functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> Any:
-    """The parameters' shapes; equal layers have the same, so that one of each is looked at."""
+    """The parameters' shapes. Equal layers have equal shapes: one of each kind is traced."""
     layers = config.layers
     each = tuple(dict.fromkeys(layers))
     few = Transformer(dataclasses.replace(config, layers=each))
 
-    # Transformer.init takes the boxes with the axis names off, so its base class is asked.
+    # Transformer.init removes the boxes with the axis names; its base class keeps them.
     def init():
         return nn.Module.init(few, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
