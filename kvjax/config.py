@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TypeVar
 
 # --- Rotary position embedding -----------------------------------------------------------------
 
@@ -484,3 +485,17 @@ def _the_same(heads: set[int], name: str) -> int:
     if len(heads) != 1:
         raise ValueError(f"layers have {sorted(heads)} {name}, expected the same in all")
     return heads.pop()
+
+
+Kind = TypeVar("Kind", bound=AttentionConfig)
+
+
+def of_kind(attention: AttentionConfig, kind: type[Kind]) -> Kind:
+    """The attention, where the caller needs one of this kind.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    if not isinstance(attention, kind):
+        raise TypeError(f"got {type(attention).__name__}, expected {kind.__name__}")
+    return attention

@@ -29,7 +29,7 @@ def pretrain_command(config: Path, out: Path, max_steps: int | None = None) -> N
     """Pretrain on a curriculum; resumes where a run in the same folder stopped.
 
     Args:
-        config: YAML curriculum, e.g. train/recipes/needle.yaml.
+        config: YAML curriculum, e.g. train/pretrain/needle.yaml.
         out: folder for checkpoints and metrics.jsonl.
         max_steps: stop after this many steps.
     """

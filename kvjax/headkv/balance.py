@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.sharded import head_copies
-from kvjax.config import GQAConfig
+from kvjax.config import GQAConfig, of_kind
 from kvjax.mesh import Layout, mesh_of
 from kvjax.nn import Transformer
 from kvjax.policies.budgets import Allocator, Request
@@ -78,8 +78,7 @@ def reorder_heads(model: Transformer, params: Any, orders: Orders) -> dict[str, 
     """The same function with the KV heads of every layer, and their query heads, reordered."""
     axes, moved = logical_axes(model), dict(params)
     for index, (layer, order) in enumerate(zip(model.config.layers, orders, strict=True)):
-        name, base = f"layers_{index}", layer.attention.unconverted
-        assert isinstance(base, GQAConfig)
+        name, base = f"layers_{index}", of_kind(layer.attention.unconverted, GQAConfig)
         groups = np.arange(base.num_heads).reshape(base.num_kv_heads, -1)
         rows = {"kv": np.asarray(order), "heads": groups[np.asarray(order)].reshape(-1)}
         attn = {

@@ -16,8 +16,6 @@ from kvjax.checks import COUNT, check_ranges
 from kvjax.config import (
     AttentionConfig,
     DynamicScaling,
-    EqualCacheConfig,
-    GQAConfig,
     LongRopeScaling,
     RopeConfig,
 )
@@ -95,9 +93,9 @@ class ExpectedAttention:
         Raises:
             NotImplementedError: RoPE whose frequencies depend on the length, or latent attention.
         """
-        config = attention.base if isinstance(attention, EqualCacheConfig) else attention
-        if not isinstance(config, GQAConfig):
+        if attention.shared_latent:
             raise NotImplementedError("expected attention needs keys of heads, not latents")
+        config = attention.unconverted
         if config.rope is not None and isinstance(
             config.rope.rule, DynamicScaling | LongRopeScaling
         ):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.checks import OVERFLOW, check_finite, check_params, first_not_finite
-from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
+from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, of_kind
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.transformer import (
     Block,
@@ -145,10 +145,9 @@ def to_decoupled(
     for layer in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
         config, attn = layer.attention(layer.final)
         if q_rank is not None:
-            assert isinstance(config, MLAConfig)
             second = stats.layers[layer.index].input_second
             assert second is not None
-            config, attn = low_rank_query(config, attn, q_rank, second)
+            config, attn = low_rank_query(of_kind(config, MLAConfig), attn, q_rank, second)
         converted.append((config, attn))
         if progress is not None:
             progress(layer)
@@ -236,8 +235,7 @@ def _decouple_layer(
     check_finite(own, f"layers_{index}/")
     check_streams(streams._asdict(), index, params)
     original, converted = streams
-    base = layer.attention
-    assert isinstance(base, GQAConfig)
+    base = of_kind(layer.attention, GQAConfig)
     make = functools.partial(MODES[mode_of(mode, base)], base, own["attn"])
     block = block_kind(config, layer).block
     moments = _observe_replay(block, own, original) if stats is None else stats.layers[index]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import visible
 from kvjax.checks import CONVERTED, check_finite
-from kvjax.config import AttentionConfig, GQAConfig, RopeConfig
+from kvjax.config import AttentionConfig, GQAConfig, RopeConfig, of_kind
 from kvjax.mesh import mesh_of
 from kvjax.nn.attention import gqa_heads
 from kvjax.nn.rope import rope
@@ -41,7 +41,7 @@ def gqa_layers(model: Transformer) -> list[GQAConfig]:
     others = [f"{i}: {type(c).__name__}" for i, c in enumerate(configs) if type(c) is not GQAConfig]
     if others:
         raise ValueError(f"TransMLA converts GQA layers only, got {', '.join(others)}")
-    return [c for c in configs if isinstance(c, GQAConfig)]
+    return [of_kind(c, GQAConfig) for c in configs]
 
 
 def with_attention(
@@ -93,8 +93,7 @@ class Heads(NamedTuple):
 
 def gqa_of(block: Block) -> GQAConfig:
     """The attention config of a block that is to be converted."""
-    assert isinstance(block.layer.attention, GQAConfig)
-    return block.layer.attention
+    return of_kind(block.layer.attention, GQAConfig)
 
 
 def scores(
