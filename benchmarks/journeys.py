@@ -3,12 +3,12 @@
     python -m benchmarks.journeys [NAME ...] [--out benchmarks/results/journeys.json]
 
 Each journey is one call on the embedded model, on CPU, in a process of its own, so that nothing is
-traced or cached beforehand. `sys.setprofile` sees every call of a Python function. A file of
-kvjax, pallas_kernels, train or eval counts when one of its functions runs, in the order of first
-calls. What runs while a module is imported does not count, nor do methods that `dataclasses` and
-`NamedTuple` write. Programs are traced by the counted call, so the functions inside of them count.
-On CPU the attention of a head-budgeted cache is pallas_kernels/xla.py. An accelerator runs the
-files of pallas_kernels/tpu or gpu instead, which no journey counts.
+traced or cached beforehand. `sys.setprofile` sees every call of a Python function in the main
+thread. A file of kvjax, pallas_kernels, train or eval counts when one of its functions runs, in the
+order of first calls. What runs while a module is imported does not count, nor do methods that
+`dataclasses` and `NamedTuple` write. Programs are traced by the counted call, so the functions
+inside of them count. On CPU the attention of a head-budgeted cache is pallas_kernels/xla.py. An
+accelerator runs the files of pallas_kernels/tpu or gpu instead, which no journey counts.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def training_row(folder: Path) -> Callable[[], Any]:
 
 
 def eval_row(folder: Path) -> Callable[[], Any]:
-    """`eval needle` with one example under one policy."""
+    """`eval needle` with two examples under one policy."""
     options = f"--model {MODEL} --policy snapkv:kv_size=20 --lengths 128 --count 1 --set depths=2"
     more = f"--dtype float32 --out {folder}/run"
     return lambda: eval.__main__.main(["needle", *options.split(), *more.split(), *QUIET])
