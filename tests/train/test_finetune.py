@@ -21,14 +21,13 @@ import kvjax
 from kvjax import transmla
 from kvjax.hf.save import copy_companions
 from kvjax.tasks.families import rows
-from train import log
+from train import checkpoints, log
 from train.__main__ import main, parse
+from train.checkpoints import Checkpoints
 from train.finetune.config import TuneConfig, parse_source, read_config
 from train.finetune.run import finetune, steps_and_data
 from train.finetune.setup import load, trainable_paths
 from train.finetune.step import flatten
-from train.pretrain.run import Checkpoints
-from train.pretrain.run import run as checkpoints
 
 ROOT = Path(__file__).parents[2]
 QUICK = {

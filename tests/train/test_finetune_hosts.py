@@ -16,10 +16,10 @@ from kvjax import processes, transmla
 from kvjax.hf.save import copy_companions
 from kvjax.tasks.families import rows
 from train import log
+from train.checkpoints import FOLDER, Checkpoints
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 from train.finetune.setup import load
-from train.pretrain.run import FOLDER, Checkpoints
 
 STEPS = 16
 SETTINGS = {

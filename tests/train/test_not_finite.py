@@ -12,6 +12,7 @@ from tuning_toys import tiny_checkpoint
 
 import kvjax
 from kvjax.tasks.families import rows
+from train.checkpoints import Checkpoints, finished_steps
 from train.compare import runs
 from train.compare.config import CompareConfig, final_jobs, search_jobs
 from train.data import DataConfig, SourceConfig, check_documents
@@ -19,11 +20,10 @@ from train.finetune import run as loop
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune
 from train.finetune.setup import load
+from train.pretrain import run as pretrain
 from train.pretrain.curriculum import Curriculum, ModelShape, Stage
 from train.pretrain.episodes import EpisodeConfig
 from train.pretrain.results import export
-from train.pretrain.run import Checkpoints, finished_steps
-from train.pretrain.run import run as pretrain
 
 
 @pytest.fixture(scope="module")
