@@ -2,6 +2,9 @@
 
 A scorer gives every token of every head a number. Each head keeps the `cap` best besides the
 window, the last w tokens. Ties go to the later position; what is kept stays in the order of time.
+
+Scoring and sorting are a program without budgets, `rank_heads`. Policies that differ only in their
+budgets share its result, and a second program, which knows no scorer, selects and packs for each.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import (
@@ -55,32 +59,84 @@ class LayerBudget:
     first: Any
 
 
+@flax.struct.dataclass
+class Ranking:
+    """The tokens of one layer's prompt from the best to the worst; K is 1 for common tokens.
+
+    Attributes:
+        scores: [B, K, S] fp32, of each slot.
+        order: [B, K, S] int32, slots by falling score. Slots that are not candidates come last.
+    """
+
+    scores: Float[Array, "B K S"]
+    order: Int[Array, "B K S"]
+
+
+@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "layout"))
+def rank_heads(
+    prompt: PrefillCache,
+    window: Int[Array | np.ndarray, " B"],
+    *,
+    scorer: Scorer,
+    spec: AttentionSpec,
+    observed: int,
+    layout: Layout | None,
+) -> Ranking:
+    """The tokens of a prompt as each head of the layer ranks them.
+
+    Args:
+        window: the last tokens, which are not candidates.
+        observed: the last queries that the scorer sees.
+    """
+    view = LayerView.create(prompt, spec, window, observed)
+    with jax.named_scope("rank"):
+        ranking = rank_view(view, scorer)
+    if layout is None:
+        return ranking
+    # `compress_heads` is compiled for where its arguments lie: they must not depend on the scorer.
+    split = ranking.order.shape[1] % layout.ways == 0
+    return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if split else None), ranking)
+
+
+@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
+def rank_common(
+    prompt: PrefillCache,
+    window: Int[Array | np.ndarray, " B"],
+    *,
+    scorer: Scorer,
+    spec: AttentionSpec,
+    observed: int,
+) -> Ranking:
+    """As `rank_heads`, where all heads of a layer keep the same tokens: scores are averaged over
+    the streams that a scorer rates."""
+    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
+    view = LayerView.create(whole, spec, window, observed)
+    with jax.named_scope("rank"):
+        scores = jnp.mean(prompt_scores(view, scorer), axis=1, keepdims=True)
+        return Ranking(scores, best_first(scores, view.candidates))
+
+
+def rank_view(prompt: LayerView, scorer: Scorer) -> Ranking:
+    """`rank_heads` of what a scorer sees."""
+    scores = prompt_scores(prompt, scorer)
+    return Ranking(scores, best_first(scores, prompt.candidates))
+
+
 def choose(
-    prompt: LayerView, scorer: Scorer, sharing: Split, budget: LayerBudget
+    prompt: LayerView, ranking: Ranking, sharing: Split, budget: LayerBudget
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
     """What every head keeps: the slot of each row, in the order of time, and how many rows.
 
     A sequence of n tokens keeps min(cap, n − w) + w entries in a head, n if it is shorter than w.
     Slots beyond the count mean nothing.
     """
-    K = prompt.keys.shape[1]
-    scores = prompt_scores(prompt, scorer)
+    K = ranking.order.shape[1]
     counts = jax.lax.cond(
         budget.shared,
-        lambda: sharing(scores, prompt.candidates, budget.caps),
+        lambda: sharing(ranking.scores, prompt.candidates, budget.caps),
         lambda: jnp.minimum(budget.caps, available_tokens(prompt.candidates, K)),
     )
-    return with_window(prompt, select(scores, prompt.candidates, counts), counts)
-
-
-def choose_common(
-    prompt: LayerView, scorer: Scorer, caps_B: Int[Array, " B"]
-) -> tuple[Int[Array, "B 1 S"], Int[Array, "B 1"]]:
-    """As `choose`, where all heads of a layer keep the same tokens: scores are averaged over the
-    streams that a scorer rates."""
-    scores = jnp.mean(prompt_scores(prompt, scorer), axis=1, keepdims=True)
-    counts = jnp.minimum(caps_B[:, None], available_tokens(prompt.candidates, 1))
-    return with_window(prompt, select(scores, prompt.candidates, counts), counts)
+    return with_window(prompt, select(ranking.order, counts), counts)
 
 
 def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
@@ -95,25 +151,28 @@ def available_tokens(candidates_BZS: Bool[Array, "B Z S"], heads: int) -> Int[Ar
     return jnp.broadcast_to(count, (count.shape[0], heads))
 
 
-def select(
-    scores_BKS: Float[Array, "B K S"],
-    candidates_BZS: Bool[Array, "B Z S"],
-    counts_BK: Int[Array, "B K"],
+def best_first(
+    scores_BKS: Float[Array, "B K S"], candidates_BZS: Bool[Array, "B Z S"]
 ) -> Int[Array, "B K S"]:
-    """The best candidates of every head, in ascending order; S beyond the head's count.
-
-    Args:
-        counts_BK: how many each head keeps, at most its candidates.
-    """
+    """The slots of every head by falling score, equal ones from the last to the first."""
     S = scores_BKS.shape[2]
     scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
     # Candidates whose score is −inf still come before what is no candidate.
     scores = jnp.where(candidates_BZS, jnp.maximum(scores, jnp.finfo(scores.dtype).min), scores)
     # A stable sort prefers the lower index; on the reversed row that is the later position.
     order = jnp.argsort(scores[:, :, ::-1], axis=2, descending=True, stable=True)
+    return S - 1 - order.astype(jnp.int32)
+
+
+def select(order_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]) -> Int[Array, "B K S"]:
+    """The first `counts` slots of every head's order, ascending; S beyond the head's count.
+
+    Args:
+        counts_BK: how many each head keeps, at most its candidates.
+    """
+    S = order_BKS.shape[2]
     rank = jnp.arange(S, dtype=jnp.int32)[None, None]
-    kept = jnp.where(rank < counts_BK[:, :, None], S - 1 - order.astype(jnp.int32), S)
-    return jnp.sort(kept, axis=-1)
+    return jnp.sort(jnp.where(rank < counts_BK[:, :, None], order_BKS, S), axis=-1)
 
 
 def with_window(
@@ -130,37 +189,36 @@ def with_window(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scorer", "sharing", "spec", "observed", "remember", "layout", "copies"),
+    static_argnames=("sharing", "spec", "remembered", "layout", "copies"),
     donate_argnames="layer",
 )
 def compress_heads(
     prompt: PrefillCache,
+    ranking: Ranking,
     layer: PoolLayer,
     budget: LayerBudget,
     *,
-    scorer: Scorer,
     sharing: Split,
     spec: AttentionSpec,
-    observed: int,
-    remember: bool,
+    remembered: int,
     layout: Layout | None,
     copies: int,
 ) -> PoolLayer:
     """The pool with what each head of one layer keeps of the prompt.
 
     Args:
-        observed: the last queries that the scorer sees.
-        remember: whether these stay, for compression while decoding.
+        ranking: from `rank_heads`, with the budget's window.
+        remembered: the last queries that stay, for compression while decoding.
         copies: see `ShardedHeads`; `layer` has each head so often.
     """
-    view = LayerView.create(prompt, spec, budget.window, observed)
+    view = LayerView.create(prompt, spec, budget.window, remembered)
     with jax.named_scope("select"):
-        source, held = choose(view, scorer, sharing, budget)
+        source, held = choose(view, ranking, sharing, budget)
     entries = view.keys, view.values
     if isinstance(prompt.base, ShardedHeads):  # as they lie, each head `copies` times
         entries = prompt.base.inner.keys_and_values(view.keys.dtype)
     layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
-    return dataclasses.replace(layer, queries=view.queries) if remember else layer
+    return dataclasses.replace(layer, queries=view.queries) if remembered else layer
 
 
 @functools.partial(
@@ -197,7 +255,7 @@ def compress_again(
         arrays = (keys, values, layer.queries, lengths, held, positions)
         view = LayerView(*arrays, None, budget.window, spec)
     with jax.named_scope("select"):
-        source, held = choose(view, scorer, sharing, budget)
+        source, held = choose(view, rank_view(view, scorer), sharing, budget)
     return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
 
 
@@ -249,27 +307,28 @@ def pack(
         return call(layer, *arrays, budget.rooms, budget.rings, budget.first)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "scorer", "spec", "observed", "dtype"))
+@functools.partial(jax.jit, static_argnames=("slots", "spec", "dtype"))
 def compress_tokens(
     prompt: PrefillCache,
+    ranking: Ranking,
     caps: Int[Array, " B"],
     window: Int[Array, " B"],
     *,
     slots: int,
-    scorer: Scorer,
     spec: AttentionSpec,
-    observed: int,
     dtype: str | None,
 ) -> Any:
     """The prompt cut down to one set of tokens for all heads of the layer.
 
     Args:
+        ranking: from `rank_common`, with the same window.
         slots: of the smaller cache, room for new tokens included.
     """
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = LayerView.create(whole, spec, window, observed)
+    view = LayerView.create(whole, spec, window)
     with jax.named_scope("select"):
-        source, held = choose_common(view, scorer, caps)
+        counts = jnp.minimum(caps[:, None], available_tokens(view.candidates, 1))
+        source, held = with_window(view, select(ranking.order, counts), counts)
     slots = whole_slots(slots)
     with jax.named_scope("pack"):
         source = jnp.pad(source[:, 0], ((0, 0), (0, max(slots - source.shape[2], 0))))[:, :slots]
