@@ -68,8 +68,8 @@ class Ranking:
         rising: [B, K, S] int32, the `sort_keys` of the scores, sorted.
     """
 
-    scores: Float[Array, "B K S"]
-    rising: Int[Array, "B K S"]
+    scores: Any
+    rising: Any
 
     @classmethod
     def of(cls, scores: Float[Array, "B K S"], candidates: Bool[Array, "B Z S"]) -> Ranking:
