@@ -54,7 +54,7 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Any]:
     """Reads prompts, and keeps the tokens that the policy chooses.
 
-    Compiles one program for each kind of layer, and one for each kind of layer and scorer, in each
+    Compiles two programs for each kind of layer, and one for each kind of layer and scorer, in each
     bucket of prompt lengths (see `bucket_length`). Budgets and lengths are data, and so is
     `max_new_tokens` within its bucket (64, 128, 256, …).
 
@@ -110,12 +110,25 @@ def read_prompts(
         settings = {"observed": observed, "observers": watching.observers, "mesh": mesh}
         arrays = (own, kind.pairs, x, lengths, caches[0].rope_lengths)
         x, prompt = read_layer(kind.block, *arrays, **settings)
-        for index, work in enumerate(works):
-            seen = prompt.seen_by(watching.wanted[index])
-            caches[index] = work.compress(caches[index], layer, seen)
+        caches = compress_each(works, caches, layer, prompt, watching)
         before = prompt.lengths
     top = {name: params[name] for name in output_params(model.config)}
     return last_logits(model.config, top, x, lengths), caches
+
+
+def compress_each(
+    works: Sequence[Compression],
+    caches: Sequence[ModelCache],
+    layer: int,
+    prompt: PrefillCache,
+    watching: Watching,
+) -> list[ModelCache]:
+    """The caches of all policies with what each keeps of one layer's prompt."""
+    rankings: dict[Any, Any] = {}
+    return [
+        work.compress(own, layer, prompt.seen_by(observer), rankings)
+        for work, own, observer in zip(works, caches, watching.wanted, strict=True)
+    ]
 
 
 def device_of(params: Any, mesh: Mesh | None) -> Any:
@@ -151,6 +164,8 @@ def cache_shapes(work: Compression, slots: int) -> ModelCache:
     def make() -> ModelCache:
         caches = work.start()
         for index, layer in enumerate(work.config.layers):
+            if caches.places[index] is not None and not work.budgets.again:
+                continue  # a pool's arrays have their shapes from the start
             watching = Watching.of([work], index)
             observers = watching.observers
             prompt = start_prefill(layer.attention, *shape, work.dtype, observers, mesh)

@@ -73,17 +73,16 @@ def test_nothing_is_compiled_for(what, warm):
     assert programs.compiled == []
 
 
-def test_a_further_scorer_compiles_what_selects_and_packs(warm):
+def test_a_further_scorer_compiles_what_ranks(warm):
     with counted() as programs:
         warm("knorm:kv_size=20")
-    assert [name for name in programs.compiled if "compress_heads" in name] == programs.compiled
-    assert len(programs.compiled) == 1
+    assert names(programs) == ["rank_heads"]
 
 
 def test_a_scorer_that_watches_compiles_a_block_that_reads(warm):
     with counted() as programs:
         warm("h2o:kv_size=20")
-    assert sorted(names(programs)) == ["compress_heads", "read_layer"]
+    assert sorted(names(programs)) == ["rank_heads", "read_layer"]
 
 
 def names(programs):
@@ -120,4 +119,5 @@ def test_converted_layers_share_programs_whatever_their_frequencies():
 def test_kinds_of_layers_have_programs_of_their_own():
     sliding = dataclasses.replace(GQA, window=13)
     found = programs_of((GQA, sliding, GQA, sliding), SNAPKV)
-    assert found.count("read_layer") == found.count("compress_heads") == 2
+    for name in ("read_layer", "rank_heads", "compress_heads"):
+        assert found.count(name) == 2, name

@@ -141,9 +141,14 @@ def prefill_bytes(served: Served, compile: Compiler) -> int:
         x, prompt = read.out
         held = read.program.results
         # Compress what was read.
-        packing = work.packing(caches, layer, prompt.seen_by(watching.wanted[0]))
+        most = max(most, before + held + read.program.temporaries)
+        ranking, ranked = work.ranking(caches, layer, prompt.seen_by(watching.wanted[0])), None
+        if ranking is not None:
+            found = compile(ranking.func, *ranking.args, **ranking.keywords)
+            most, ranked = max(most, held + found.program.temporaries), found.out
+        packing = work.packing(caches, layer, prompt, ranked)
         packed = compile(packing.func, *packing.args, **packing.keywords).program
-        most = max(most, before + held + read.program.temporaries, held + packed.temporaries)
+        most = max(most, held + device_bytes(ranked) + packed.temporaries)
         before = held
     top = {name: served.params[name] for name in output_params(config)}
     last = compile(last_logits, config, top, x, lengths)

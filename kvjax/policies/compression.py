@@ -1,7 +1,7 @@
 """A policy applied to one batch of prompts: the empty caches, and each layer's compression.
 
-Budgets are data in these programs. There is one program for each kind of layer and scorer, whatever
-the heads keep.
+Budgets are data in these programs, whatever the heads keep. One program ranks tokens, for each
+kind of layer and scorer. Another packs the kept tokens, for each kind of layer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from kvjax.policies.budgets import Adaptive, Split
 from kvjax.policies.scorers import Scorer, SinksAndRecent
 from kvjax.policies.selection import (
     LayerBudget,
+    Ranking,
     compress_again,
     compress_heads,
     compress_tokens,
     keep_all,
+    rank_common,
+    rank_heads,
 )
 
 
@@ -168,57 +171,96 @@ class Compression:
         pool = make(lengths)
         return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
 
-    def compress(self, caches: ModelCache, layer: int, prompt: PrefillCache) -> ModelCache:
-        """The caches with the kept tokens of one layer's prompt added."""
-        packed, place = self.packing(caches, layer, prompt)(), caches.places[layer]
+    def compress(
+        self,
+        caches: ModelCache,
+        layer: int,
+        prompt: PrefillCache,
+        rankings: dict[Any, Ranking] | None = None,
+    ) -> ModelCache:
+        """The caches with the kept tokens of one layer's prompt added.
+
+        Args:
+            rankings: rankings of this prompt that earlier policies have made; a new one is added.
+        """
+        call, ranking = self.ranking(caches, layer, prompt), None
+        if call is not None:
+            rankings = {} if rankings is None else rankings
+            key = (call.func, call.args[1].tobytes(), *call.keywords.values())
+            if key not in rankings:
+                rankings[key] = call()
+            ranking = rankings[key]
+        packed, place = self.packing(caches, layer, prompt, ranking)(), caches.places[layer]
         if place is None:
             return caches.with_layer(layer, packed)
         return caches.with_pool_layer(place, packed)
 
-    def packing(
+    def ranking(
         self, caches: ModelCache, layer: int, prompt: PrefillCache
+    ) -> functools.partial[Ranking] | None:
+        """The call that ranks one layer's tokens: a program and its arguments, not yet run.
+
+        None where all tokens stay. Of the budgets a ranking depends on the window alone.
+        """
+        b, spec = self.budgets, self.config.layers[layer].attention.spec
+        common = caches.places[layer] is None
+        if common and b.scorer is None:
+            return None
+        settings = {"scorer": b.scorer or SinksAndRecent(), "spec": spec, "observed": b.observed}
+        arrays = prompt, self.layer_window(layer)
+        if common:
+            return functools.partial(rank_common, *arrays, **settings)
+        return functools.partial(rank_heads, *arrays, **settings, layout=self.layout)
+
+    def packing(
+        self, caches: ModelCache, layer: int, prompt: PrefillCache, ranking: Ranking | None
     ) -> functools.partial[Any]:
-        """The call that compresses one layer's prompt: a program and its arguments, not yet run."""
+        """The call that compresses one layer's prompt: a program and its arguments, not yet run.
+
+        Args:
+            ranking: the result of the call that `Compression.ranking` returns.
+        """
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
+        prompt = prompt.seen_by(
+            None
+        )  # the observer's state would be one more argument of the program
         if place is None:
-            return self._whole_layer(layer, prompt, spec)
+            return self._whole_layer(layer, prompt, ranking, spec)
         number, row = place
         b = self.budgets
         return functools.partial(
             compress_heads,
             prompt,
+            ranking,
             caches.pools[number].layer(row),
             self.layer_budget(layer, number, row),
-            # `compress_heads` traces scorer and sharing even if no budget uses them: no None here.
-            scorer=b.scorer or SinksAndRecent(),
+            # `compress_heads` traces sharing even if no budget uses it: no None here.
             sharing=b.sharing or Adaptive(),
             spec=spec,
-            observed=b.observed,
-            remember=b.again,
+            remembered=b.observed if b.again else 0,
             layout=self.layout,
             copies=self.copies,
         )
 
     def _whole_layer(
-        self, layer: int, prompt: PrefillCache, spec: AttentionSpec
+        self, layer: int, prompt: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
     ) -> functools.partial[Any]:
         """`packing` for a layer whose heads keep the same tokens: the whole prompt, or as many as
         the mean of the heads' budgets."""
         b = self.budgets
-        if b.scorer is None:
+        if ranking is None:
             return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
         caps = np.rint(b.caps[:, layer].mean(axis=1)).astype(np.int32)
-        window = b.window if spec.window is None else np.minimum(b.window, spec.window)
+        window = self.layer_window(layer)
         kept = np.minimum(caps, np.maximum(self.lengths - window, 0)) + window
         return functools.partial(
             compress_tokens,
             prompt,
+            ranking,
             caps,
             window,
             slots=bucket_rows(int(kept.max())) + self.room,
-            scorer=b.scorer,
             spec=spec,
-            observed=b.observed,
             dtype=b.dtype,
         )
 
@@ -249,12 +291,18 @@ class Compression:
         b, sliding = self.budgets, self.config.layers[layer].attention.spec.window
         return LayerBudget(
             caps=b.caps[:, layer],
-            window=b.window if sliding is None else np.minimum(b.window, np.int32(sliding)),
+            window=self.layer_window(layer),
             rooms=np.repeat(b.rooms[:, layer], self.copies, axis=1).astype(np.int32),
             rings=np.repeat(b.rings[:, layer] | (sliding is not None), self.copies, axis=1),
             shared=np.bool_(b.sharing is not None),
             first=self.rows[number].first[:, row],
         )
+
+    def layer_window(self, layer: int) -> Int[np.ndarray, " B"]:
+        """The last tokens that stay in one layer: at most its sliding window."""
+        sliding = self.config.layers[layer].attention.spec.window
+        window = self.budgets.window
+        return window if sliding is None else np.minimum(window, np.int32(sliding))
 
 
 def compression(

@@ -2,6 +2,9 @@
 
 A scorer rates every token for every head. Each head keeps the `cap` best tokens besides the window,
 the last w tokens. On ties the later position wins. Kept tokens stay in the order of the text.
+
+`rank_heads` scores and sorts; it knows no budget. Policies that differ only in their budgets share
+its result. `compress_heads` selects and packs for each policy; it knows no scorer.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import (
@@ -55,37 +59,94 @@ class LayerBudget:
     first: Any
 
 
+@flax.struct.dataclass
+class Ranking:
+    """The tokens of one layer's prompt, rated and sorted; K is 1 for common tokens.
+
+    Attributes:
+        scores: [B, K, S] fp32, of each slot.
+        rising: [B, K, S] int32, the `sort_keys` of the scores, sorted.
+    """
+
+    scores: Any
+    rising: Any
+
+    @classmethod
+    def of(cls, scores: Float[Array, "B K S"], candidates: Bool[Array, "B Z S"]) -> Ranking:
+        """Sorts the keys of candidates."""
+        return cls(scores, jnp.sort(sort_keys(scores, candidates), axis=-1))
+
+    def select(
+        self, candidates: Bool[Array, "B Z S"], counts: Int[Array, "B K"]
+    ) -> Int[Array, "B K S"]:
+        """The `counts` best candidates of each head, see `select`."""
+        return select(sort_keys(self.scores, candidates), self.rising, counts)
+
+
+@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "layout"))
+def rank_heads(
+    prompt: PrefillCache,
+    window: Int[Array | np.ndarray, " B"],
+    *,
+    scorer: Scorer,
+    spec: AttentionSpec,
+    observed: int,
+    layout: Layout | None,
+) -> Ranking:
+    """Ranks the tokens of a prompt for each head of the layer.
+
+    Args:
+        window: number of last tokens, which are not candidates.
+        observed: number of last queries that the scorer sees.
+    """
+    view = LayerView.create(prompt, spec, window, observed)
+    with jax.named_scope("rank"):
+        ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
+    if layout is None:
+        return ranking
+    # `compress_heads` is compiled for where its arguments lie: they must not depend on the scorer.
+    split = ranking.rising.shape[1] % layout.ways == 0
+    return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if split else None), ranking)
+
+
+@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
+def rank_common(
+    prompt: PrefillCache,
+    window: Int[Array | np.ndarray, " B"],
+    *,
+    scorer: Scorer,
+    spec: AttentionSpec,
+    observed: int,
+) -> Ranking:
+    """`rank_heads` for a layer whose heads all keep the same tokens: scores are averaged over the
+    streams that a scorer rates."""
+    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
+    view = LayerView.create(whole, spec, window, observed)
+    with jax.named_scope("rank"):
+        scores = jnp.mean(prompt_scores(view, scorer), axis=1, keepdims=True)
+        return Ranking.of(scores, view.candidates)
+
+
 def choose(
-    prompt: LayerView, scorer: Scorer, sharing: Split, budget: LayerBudget
+    prompt: LayerView, ranking: Ranking, sharing: Split, budget: LayerBudget
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
     """The slots that every head keeps, in the order of the text, and their number.
 
     A head keeps min(cap, n − w) + w entries of a sequence of n tokens, or n if it is shorter than
     w. Slots beyond a head's number are meaningless.
     """
-    K = prompt.keys.shape[1]
-    scores = prompt_scores(prompt, scorer)
+    K = ranking.scores.shape[1]
     counts = jax.lax.cond(
         budget.shared,
-        lambda: sharing(scores, prompt.candidates, budget.caps),
+        lambda: sharing(ranking.scores, prompt.candidates, budget.caps),
         lambda: jnp.minimum(budget.caps, available_tokens(prompt.candidates, K)),
     )
-    return with_window(prompt, select(scores, prompt.candidates, counts), counts)
-
-
-def choose_common(
-    prompt: LayerView, scorer: Scorer, caps_B: Int[Array, " B"]
-) -> tuple[Int[Array, "B 1 S"], Int[Array, "B 1"]]:
-    """`choose` for a layer whose heads all keep the same tokens: scores are averaged over the
-    streams that a scorer rates."""
-    scores = jnp.mean(prompt_scores(prompt, scorer), axis=1, keepdims=True)
-    counts = jnp.minimum(caps_B[:, None], available_tokens(prompt.candidates, 1))
-    return with_window(prompt, select(scores, prompt.candidates, counts), counts)
+    return with_window(prompt, ranking.select(prompt.candidates, counts), counts)
 
 
 def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
     """The scorer's numbers, with −inf in place of NaN, so that NaN displaces no other token."""
-    scores = scorer(prompt)
+    scores = scorer(prompt).astype(jnp.float32)
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
@@ -95,26 +156,42 @@ def available_tokens(candidates_BZS: Bool[Array, "B Z S"], heads: int) -> Int[Ar
     return jnp.broadcast_to(count, (count.shape[0], heads))
 
 
-def select(
-    scores_BKS: Float[Array, "B K S"],
-    candidates_BZS: Bool[Array, "B Z S"],
-    counts_BK: Int[Array, "B K"],
+def sort_keys(
+    scores_BKS: Float[Array, "B K S"], candidates_BZS: Bool[Array, "B Z S"]
 ) -> Int[Array, "B K S"]:
-    """Slots of the best candidates of every head, ascending; S in the places beyond its count.
+    """Whole numbers in the order of the scores; slots that are not candidates come below all.
 
-    Args:
-        counts_BK: number of candidates that each head keeps.
+    On a CPU, sorting one array of whole numbers is about ten times as fast as sorting floats with
+    their indices.
     """
-    S = scores_BKS.shape[2]
     scores = jnp.where(candidates_BZS, scores_BKS, -jnp.inf)
     # A candidate whose score is −inf still ranks before slots that are not candidates.
     scores = jnp.where(candidates_BZS, jnp.maximum(scores, jnp.finfo(scores.dtype).min), scores)
-    # A stable sort prefers the lower index; on the reversed row that is the later position.
-    order = jnp.argsort(scores[:, :, ::-1], axis=2, descending=True, stable=True)
-    rank = jnp.arange(S, dtype=jnp.int32)[None, None]
-    # S marks unused places, and sorts behind all slots.
-    kept = jnp.where(rank < counts_BK[:, :, None], S - 1 - order.astype(jnp.int32), S)
-    return jnp.sort(kept, axis=-1)
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    bits = jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)  # −0.0 equals 0.0
+    # A float's bits are its sign, then its magnitude. Negative floats fall as their bits rise.
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def select(
+    keys_BKS: Int[Array, "B K S"], rising_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
+) -> Int[Array, "B K S"]:
+    """Slots of the largest keys of every head, ascending; S in the places beyond its count.
+
+    Args:
+        rising_BKS: the keys, sorted.
+        counts_BK: number of candidates that each head keeps.
+    """
+    S = keys_BKS.shape[2]
+    slots = jnp.arange(S, dtype=jnp.int32)[None, None]
+    last = jnp.minimum(S - counts_BK, S - 1)[:, :, None]
+    least = jnp.take_along_axis(rising_BKS, last, axis=2)
+    above, equal = keys_BKS > least, keys_BKS == least
+    # Keys above the least kept key stay. Of the keys that equal it, the latest positions stay.
+    left = counts_BK - jnp.sum(above, axis=2, dtype=jnp.int32)
+    number = jax.lax.cumsum(equal.astype(jnp.int32), axis=2, reverse=True)
+    kept = above | (equal & (number <= left[:, :, None]))
+    return jnp.sort(jnp.where(kept, slots, S), axis=-1)
 
 
 def with_window(
@@ -131,37 +208,36 @@ def with_window(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scorer", "sharing", "spec", "observed", "remember", "layout", "copies"),
+    static_argnames=("sharing", "spec", "remembered", "layout", "copies"),
     donate_argnames="layer",
 )
 def compress_heads(
     prompt: PrefillCache,
+    ranking: Ranking,
     layer: PoolLayer,
     budget: LayerBudget,
     *,
-    scorer: Scorer,
     sharing: Split,
     spec: AttentionSpec,
-    observed: int,
-    remember: bool,
+    remembered: int,
     layout: Layout | None,
     copies: int,
 ) -> PoolLayer:
     """Compresses one layer's prompt into the pool.
 
     Args:
-        observed: number of last queries that the scorer sees.
-        remember: whether the layer keeps these queries, for compression while decoding.
+        ranking: from `rank_heads`, with the budget's window.
+        remembered: number of last queries that the layer keeps, for compression while decoding.
         copies: see `ShardedHeads`; `layer` has each head this many times.
     """
-    view = LayerView.create(prompt, spec, budget.window, observed)
+    view = LayerView.create(prompt, spec, budget.window, remembered)
     with jax.named_scope("select"):
-        source, held = choose(view, scorer, sharing, budget)
+        source, held = choose(view, ranking, sharing, budget)
     entries = view.keys, view.values
     if isinstance(prompt.base, ShardedHeads):  # as stored: each head `copies` times
         entries = prompt.base.inner.keys_and_values(view.keys.dtype)
     layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
-    return dataclasses.replace(layer, queries=view.queries) if remember else layer
+    return dataclasses.replace(layer, queries=view.queries) if remembered else layer
 
 
 @functools.partial(
@@ -199,7 +275,8 @@ def compress_again(
         arrays = (keys, values, layer.queries, lengths, held, positions)
         view = LayerView(*arrays, None, budget.window, spec)
     with jax.named_scope("select"):
-        source, held = choose(view, scorer, sharing, budget)
+        ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
+        source, held = choose(view, ranking, sharing, budget)
     return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
 
 
@@ -252,28 +329,29 @@ def pack(
         return call(layer, *arrays, budget.rooms, budget.rings, budget.first)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "scorer", "spec", "observed", "dtype"))
+@functools.partial(jax.jit, static_argnames=("slots", "spec", "dtype"))
 def compress_tokens(
     prompt: PrefillCache,
+    ranking: Ranking,
     caps: Int[Array, " B"],
     window: Int[Array, " B"],
     *,
     slots: int,
-    scorer: Scorer,
     spec: AttentionSpec,
-    observed: int,
     dtype: str | None,
 ) -> Any:
     """Compresses a prompt to one set of tokens for all heads of the layer.
 
     Args:
+        ranking: from `rank_common`, with the same window.
         slots: number of slots of the smaller cache, room for new tokens included.
     """
     # The choice needs all heads and slots of a sharded cache at once.
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = LayerView.create(whole, spec, window, observed)
+    view = LayerView.create(whole, spec, window)
     with jax.named_scope("select"):
-        source, held = choose_common(view, scorer, caps)
+        counts = jnp.minimum(caps[:, None], available_tokens(view.candidates, 1))
+        source, held = with_window(view, ranking.select(view.candidates, counts), counts)
     slots = whole_slots(slots)
     with jax.named_scope("pack"):
         # One row of slots for all heads, padded or cut to the size of the new cache.

@@ -12,7 +12,7 @@ from pools import at_work, budgets, segments
 
 from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
 from kvjax.policies.scorers import ObservationWindow, SinksAndRecent
-from kvjax.policies.selection import select
+from kvjax.policies.selection import Ranking
 
 W, CAPS, K, G, H, S = 8, (5, 17), 2, 2, 4, 40
 LENGTHS = (3, 8, 9, 13, 14, 25, 26, 40)  # around w, cap + w and the end of the bucket
@@ -135,14 +135,16 @@ def test_chunks_select_what_one_shot_selects():
 def test_ties_go_to_the_later_position():
     scores = jnp.asarray([[[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 9.0]]])
     candidates = jnp.asarray([[[True] * 6 + [False]]])
-    kept = select(scores, candidates, jnp.asarray([[4]], jnp.int32))
+    ranking = Ranking.of(scores, candidates)
+    kept = ranking.select(candidates, jnp.asarray([[4]], jnp.int32))
     np.testing.assert_array_equal(kept[:, :, :4], [[[1, 3, 4, 5]]])
 
 
 def test_equal_and_useless_scores_still_fill_the_budget():
     candidates = jnp.asarray([[[True] * 5 + [False] * 2]])
     for scores in (jnp.zeros((1, 1, 7)), jnp.full((1, 1, 7), -jnp.inf)):
-        kept = select(scores, candidates, jnp.asarray([[3]], jnp.int32))
+        ranking = Ranking.of(scores, candidates)
+        kept = ranking.select(candidates, jnp.asarray([[3]], jnp.int32))
         np.testing.assert_array_equal(kept[:, :, :3], [[[2, 3, 4]]])
 
 
@@ -178,11 +180,9 @@ def test_selection_keeps_the_best_in_the_order_of_time(seed, candidates, cap, fe
     scores = rng.integers(0, 3 if few_values else 10**6, (2, 24)).astype(np.float32)
     mask = np.arange(24) < candidates
     count = min(cap, candidates)
-    kept = select(
-        jnp.asarray(np.where(mask, scores, np.nan))[None],
-        jnp.asarray(mask)[None, None],
-        jnp.full((1, 2), count, jnp.int32),
-    )
+    known = jnp.asarray(mask)[None, None]
+    ranking = Ranking.of(jnp.asarray(np.where(mask, scores, np.nan))[None], known)
+    kept = ranking.select(known, jnp.full((1, 2), count, jnp.int32))
     for head in range(2):
         best = sorted(range(candidates), key=lambda i: (scores[head, i], i), reverse=True)
         found = np.asarray(kept)[0, head]
