@@ -69,7 +69,7 @@ def read_config(directory: Path) -> ModelConfig:
     """`config_from_hf` of a checkpoint directory, with config.json kept verbatim.
 
     Raises:
-        ValueError: there is no config.json, config.json has no JSON object, or see
+        ValueError: config.json is missing or holds no JSON object, or see
             `config_from_hf`.
     """
     path, generation = directory / "config.json", directory / GENERATION

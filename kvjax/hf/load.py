@@ -107,7 +107,7 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """The tensors of a Hugging Face checkpoint by name; `open` reads a tensor.
 
     Raises:
-        ValueError: there is no such model, its files are damaged, or its layout is native, which
+        ValueError: the model does not exist, its files are damaged, or its layout is native, which
             does not store arrays as safetensors.
     """
     directory = resolve(path)

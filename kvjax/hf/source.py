@@ -89,7 +89,7 @@ def hub_files(name: str) -> Path:
     """Downloads the small files of the model `name` on the hub, and returns their folder.
 
     Raises:
-        ValueError: there is no such model, the hub cannot be reached, or the model has neither a
+        ValueError: the model does not exist, the hub cannot be reached, or the model has neither a
             configuration nor a tokenizer.
     """
     directory = _download(name, LOOK)

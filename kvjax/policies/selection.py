@@ -104,7 +104,7 @@ def rank_heads(
         ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
     if layout is None:
         return ranking
-    # `compress_heads` is compiled for where its arguments lie: they must not depend on the scorer.
+    # `compress_heads` is compiled for the shardings of its arguments: no scorer may change them.
     split = ranking.rising.shape[1] % layout.ways == 0
     return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if split else None), ranking)
 

@@ -237,7 +237,7 @@ def latent_rms(
         batches: int32 [B, T] of text, without padding, the same T in all.
 
     Raises:
-        ValueError: there is no batch, an id is outside the vocabulary, a layer has no latent
+        ValueError: `batches` is empty, an id is outside the vocabulary, a layer has no latent
             attention, or latents are not finite.
     """
     rows = list(batches)
