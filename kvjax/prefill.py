@@ -276,8 +276,8 @@ def stream_place(mesh: Mesh | None, batch: int, width: int) -> Any:
     if mesh is None:
         return lambda x: x
     layout = Layout.create(mesh, batch)
-    split = width % layout.ways == 0
-    return lambda x: layout.place(x, "batch", None, "tensor" if split else None)
+    sharded = width % layout.ways == 0
+    return lambda x: layout.place(x, "batch", None, "tensor" if sharded else None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

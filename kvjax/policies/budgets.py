@@ -1,10 +1,10 @@
 """Budgets: how many tokens of a prompt each head keeps.
 
 `allocate` makes budgets from the heads' importance (HeadKV, arXiv 2410.19258, section 3.3).
-Allocators divide a KV size among layers and heads for a policy. A `Split` lets the heads of a layer
-share their budgets by the token scores of a prompt. Budgets are made on the host, once, in float64;
-only splits run inside jit. C is the KV size (tokens per head, the window included), w the window,
-b = C − w.
+Allocators divide a KV size among layers and heads for a policy. A `Sharing` lets the heads of a
+layer share their budgets by the token scores of a prompt. Budgets are made on the host, once, in
+float64; only a `Sharing` runs inside jit. C is the KV size (tokens per head, the window included),
+w the window, b = C − w.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def growing_beta(budget: int) -> float:
     return 1.0 + budget / HALF_SHARED
 
 
-Split = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Sharing = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Maps (scores [B, K, S], candidates [B, Z, S], caps [B or 1, K]) to counts [B, K]. The counts sum
 to at most the sum of the caps, and no count exceeds its head's candidates."""
 

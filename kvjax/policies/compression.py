@@ -22,7 +22,7 @@ from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows, r
 from kvjax.cache.sharded import head_copies, new_pool
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout, put_rows
-from kvjax.policies.budgets import Adaptive, Split
+from kvjax.policies.budgets import Adaptive, Sharing
 from kvjax.policies.scorers import Scorer, SinksAndRecent
 from kvjax.policies.selection import (
     LayerBudget,
@@ -57,7 +57,7 @@ class Budgets:
     rooms: Int[np.ndarray, "B L K"]
     rings: Bool[np.ndarray, "B L K"]
     scorer: Scorer | None
-    sharing: Split | None = None
+    sharing: Sharing | None = None
     observed: int = 0
     again: bool = False
     dtype: str | None = None

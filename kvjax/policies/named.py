@@ -69,7 +69,7 @@ def pyramidkv(pool: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -
 
 def adasnapkv(pool: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -> Compress:
     """Ada-SnapKV (arXiv 2407.11550): the heads of a layer share its budget by their scores."""
-    return _compress(Uniform(), ObservationWindow(pool), settings, split=Adaptive(alpha))
+    return _compress(Uniform(), ObservationWindow(pool), settings, sharing=Adaptive(alpha))
 
 
 def h2o(recent: float = 0.5, **settings: Unpack[Settings]) -> Compress:
@@ -142,7 +142,7 @@ def headkv_adaptive(
     """`headkv` whose heads share a layer's budget by their token scores, as in Ada-KV."""
     importance = HeadImportance(beta or None, _file(scores))
     scorer = SpanWindow(ahead, behind, falloff)
-    return _compress(importance, scorer, settings, split=Adaptive(alpha))
+    return _compress(importance, scorer, settings, sharing=Adaptive(alpha))
 
 
 def _compress(allocator: Allocator, scorer: Scorer, settings: Settings, **rest: Any) -> Compress:

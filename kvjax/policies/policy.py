@@ -19,7 +19,7 @@ from kvjax.mesh import Layout
 from kvjax.policies.budgets import (
     Allocator,
     Request,
-    Split,
+    Sharing,
     Uniform,
     bytes_to_tokens,
 )
@@ -143,7 +143,7 @@ class Compress(Policy):
         scorer: rates the tokens of a prompt, inside jit. Must be hashable.
         kv_size: C, mean tokens per KV head, the window included; 0 with `ratio` or `nbytes`.
         window: w, number of last tokens that are always kept; scorers see their queries.
-        split: moves budgets between the heads of a layer by the token scores of each prompt.
+        sharing: moves budgets between the heads of a layer by the token scores of each prompt.
         ratio: KV size as a share of each prompt, 0 < ratio ≤ 1.
         nbytes: bytes of one sequence's entries in all layers, after prefill.
         recent: share of the budget that goes to the most recent tokens.
@@ -157,7 +157,7 @@ class Compress(Policy):
     scorer: Scorer
     kv_size: int = 128
     window: int = 8
-    split: Split | None = None
+    sharing: Sharing | None = None
     ratio: float | None = None
     nbytes: int | None = None
     recent: float = 0.0
@@ -213,7 +213,7 @@ class Compress(Policy):
             rooms=np.where(small, min(room, self.ring or room), room).astype(np.int32),
             rings=small,
             scorer=self.scorer,
-            sharing=self.split,
+            sharing=self.sharing,
             observed=self.window,
             again=bool(self.every),
             dtype=entries,

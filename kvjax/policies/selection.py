@@ -33,7 +33,7 @@ from kvjax.cache.room import with_room
 from kvjax.cache.sharded import place, specs
 from kvjax.cache.storage import take_rows, whole_slots
 from kvjax.mesh import Layout
-from kvjax.policies.budgets import Split
+from kvjax.policies.budgets import Sharing
 from kvjax.policies.scorers import LayerView, Scorer, pool_entries
 from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, quantize
 
@@ -105,8 +105,8 @@ def rank_heads(
     if layout is None:
         return ranking
     # `compress_heads` is compiled for the shardings of its arguments: no scorer may change them.
-    split = ranking.rising.shape[1] % layout.ways == 0
-    return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if split else None), ranking)
+    sharded = ranking.rising.shape[1] % layout.ways == 0
+    return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if sharded else None), ranking)
 
 
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
@@ -128,7 +128,7 @@ def rank_common(
 
 
 def choose(
-    prompt: LayerView, ranking: Ranking, sharing: Split, budget: LayerBudget
+    prompt: LayerView, ranking: Ranking, sharing: Sharing, budget: LayerBudget
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
     """The slots that every head keeps, in the order of the text, and their number.
 
@@ -217,7 +217,7 @@ def compress_heads(
     layer: PoolLayer,
     budget: LayerBudget,
     *,
-    sharing: Split,
+    sharing: Sharing,
     spec: AttentionSpec,
     remembered: int,
     layout: Layout | None,
@@ -250,7 +250,7 @@ def compress_again(
     budget: LayerBudget,
     *,
     scorer: Scorer,
-    sharing: Split,
+    sharing: Sharing,
     spec: AttentionSpec,
     size: int,
     layout: Layout | None,

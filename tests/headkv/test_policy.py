@@ -134,7 +134,7 @@ def test_parse():
     assert parse_policy("headkv:beta=1.2") == Compress(HeadImportance(1.2), SpanWindow())
     assert parse_policy("headkv") == Compress(HeadImportance(None), SpanWindow())
     assert parse_policy("adasnapkv:kv_size=128,alpha=0.3") == Compress(
-        Uniform(), ObservationWindow(7), split=Adaptive(0.3)
+        Uniform(), ObservationWindow(7), sharing=Adaptive(0.3)
     )
     assert parse_policy("full:entries=int8") == Full("int8")
     assert parse_policy("knorm:bytes=4096,every=16") == Compress(

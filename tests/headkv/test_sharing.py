@@ -1,4 +1,4 @@
-"""Ada-KV's split of a layer's budget against a sort in plain NumPy."""
+"""Ada-KV's sharing of a layer's budget against a sort in plain NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
