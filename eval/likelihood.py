@@ -27,11 +27,10 @@ from jaxtyping import Array, Bool, Float, Int
 from eval.prompts import Prompt, Shape
 from eval.task import Item, Task
 from kvjax.cache import cache_bytes
-from kvjax.checks import not_finite
 from kvjax.config import ModelConfig
 from kvjax.decoding import most_likely
 from kvjax.example import Example
-from kvjax.feeding import hidden_states, output_weights
+from kvjax.feeding import hidden_states, not_finite, output_weights
 from kvjax.generation import Start, from_start, full_cache_bytes
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits

@@ -14,9 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from kvjax.cache import NoCache
-from kvjax.nn import Transformer
-
 
 @dataclass(frozen=True)
 class Range:
@@ -228,40 +225,3 @@ OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 6
 @jax.jit
 def _all_finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
-Ids = Sequence[int] | np.ndarray
-
-
-def not_finite(what: str, model: Transformer, params: Any, tokens: Ids) -> ValueError:
-    """The error for results that are NaN or infinite.
-
-    Args:
-        what: the result, in the plural: "the logits of prompt 3".
-        tokens: ids that the model reads again, layer by layer, to find where the numbers overflow.
-    """
-    return ValueError(f"{what} are not finite: {explain(model, params, tokens)}")
-
-
-def explain(model: Transformer, params: Any, tokens: Ids) -> str:
-    """Names the first parameter with NaN or infinity, otherwise the first layer that overflows.
-
-    In float16 a residual stream above 65504 becomes infinite, and NaN after the next norm.
-    """
-    dtype = params["embedding"].dtype.name
-    advice = "; load the model as bfloat16 or float32" if dtype == "float16" else ""
-    for name in params:
-        broken = first_not_finite(params[name], f"{name}/")
-        if broken is not None:
-            return f"{broken} has NaN or infinity in {dtype}{advice}"
-    ids = jnp.asarray(np.asarray(tokens, np.int32)[None])
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    lengths = jnp.full((1,), ids.shape[1], jnp.int32)
-    x: Any = model.apply({"params": params}, ids, method="embed")
-    for index, layer in enumerate(model.config.layers):
-        args = (index, x, positions, NoCache(), lengths)
-        x = model.apply({"params": params}, *args, method="layer")[0]
-        if first_not_finite(x) is not None:
-            kind = type(layer.attention).__name__.removesuffix("Config")
-            return f"{dtype} overflows in layer {index} ({kind}){advice}"
-    return f"{dtype} overflows in the output logits, or in what was decoded{advice}"

@@ -1,13 +1,14 @@
 """Feeds known text to the model one layer at a time, and computes the losses of its tokens.
 
 `hidden_states` compiles only blocks. Programs that use the last layer's output compute a few rows
-of logits at a time, so that no array holds all logits.
+of logits at a time, so that no array holds all logits. `not_finite` feeds a text again to find the
+layer where its numbers overflow.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
+from kvjax.checks import first_not_finite
 from kvjax.config import ModelConfig
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
@@ -111,3 +113,39 @@ def next_token_losses(
 
     parts = jax.lax.map(losses, (x.reshape(-1, rows, x.shape[-1]), labels.reshape(-1, rows)))
     return parts.reshape(-1)[:count].reshape(tokens.shape[0], -1)
+
+
+def not_finite(
+    what: str, model: Transformer, params: Any, tokens: Sequence[int] | np.ndarray
+) -> ValueError:
+    """The error for results that are NaN or infinite.
+
+    Args:
+        what: the result, in the plural: "the logits of prompt 3".
+        tokens: ids that the model reads again, layer by layer, to find where the numbers overflow.
+    """
+    return ValueError(f"{what} are not finite: {explain(model, params, tokens)}")
+
+
+def explain(model: Transformer, params: Any, tokens: Sequence[int] | np.ndarray) -> str:
+    """Names the first parameter with NaN or infinity, otherwise the first layer that overflows.
+
+    In float16 a residual stream above 65504 becomes infinite, and NaN after the next norm.
+    """
+    dtype = params["embedding"].dtype.name
+    advice = "; load the model as bfloat16 or float32" if dtype == "float16" else ""
+    for name in params:
+        broken = first_not_finite(params[name], f"{name}/")
+        if broken is not None:
+            return f"{broken} has NaN or infinity in {dtype}{advice}"
+    ids = jnp.asarray(np.asarray(tokens, np.int32)[None])
+    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    lengths = jnp.full((1,), ids.shape[1], jnp.int32)
+    x: Any = model.apply({"params": params}, ids, method="embed")
+    for index, layer in enumerate(model.config.layers):
+        args = (index, x, positions, NoCache(), lengths)
+        x = model.apply({"params": params}, *args, method="layer")[0]
+        if first_not_finite(x) is not None:
+            kind = type(layer.attention).__name__.removesuffix("Config")
+            return f"{dtype} overflows in layer {index} ({kind}){advice}"
+    return f"{dtype} overflows in the output logits, or in what was decoded{advice}"

@@ -18,10 +18,11 @@ import numpy as np
 from kvjax.cache import cache_bytes
 from kvjax.cache.pool import room_bucket
 from kvjax.cache.storage import whole_slots
-from kvjax.checks import COUNT, Range, check_ranges, not_finite, optional
+from kvjax.checks import COUNT, Range, check_ranges, optional
 from kvjax.config import ModelConfig
 from kvjax.context import Context, check_model, extend, on_devices_of
 from kvjax.decoding import NO_TOKEN, Sampling, decode, first_token, step_function
+from kvjax.feeding import not_finite
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.compression import Compression

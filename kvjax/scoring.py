@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.checks import COUNT, check_ranges, not_finite, token_ids
+from kvjax.checks import COUNT, check_ranges, token_ids
 from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
-from kvjax.feeding import hidden_states, output_weights
+from kvjax.feeding import hidden_states, not_finite, output_weights
 from kvjax.generation import Reader, from_start
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer

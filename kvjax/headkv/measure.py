@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from kvjax.cache.prefill import start_prefill
-from kvjax.checks import not_finite, token_ids
+from kvjax.checks import token_ids
 from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
+from kvjax.feeding import not_finite
 from kvjax.headkv.examples import (
     Batch,
     Reduce,

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from kvjax.checks import not_finite
 from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
+from kvjax.feeding import not_finite
 from kvjax.nn import Transformer
 
 BUCKET = 128  # lengths are rounded up to a multiple of this, so that few shapes compile
