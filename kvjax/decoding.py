@@ -1,4 +1,4 @@
-"""Decoding one token at a time: the choice of a token, one step, and the loop over steps."""
+"""One token after the other: a step of decoding, the loop over steps, and the choice of a token."""
 
 from __future__ import annotations
 
@@ -32,80 +32,6 @@ RANGES = {
 }
 ALL = 2**31 - 1
 """The largest top_k: no vocabulary has more tokens."""
-
-
-@flax.struct.dataclass
-class Sampling:
-    """Sampling settings as arrays, so that new values compile nothing.
-
-    Attributes:
-        temperature: fp32 scalar; 0 is greedy.
-        top_k: int32 scalar; sample among the k most likely tokens, 0 for all.
-        top_p: fp32 scalar; sample among the most likely tokens that together reach this
-            probability (nucleus sampling, arXiv 1904.09751), after top-k.
-    """
-
-    temperature: Any
-    top_k: Any
-    top_p: Any
-
-    @classmethod
-    def create(cls, temperature: float, top_k: int, top_p: float) -> Sampling:
-        """Checks the settings and converts them to arrays.
-
-        Raises:
-            ValueError: a setting outside its range.
-        """
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        check_ranges(given, RANGES)
-        return cls(
-            jnp.asarray(temperature, jnp.float32),
-            jnp.asarray(min(top_k, ALL), jnp.int32),
-            jnp.asarray(top_p, jnp.float32),
-        )
-
-
-def sample(
-    logits_BV: Float[Array, "B V"],
-    keys_B: Key[Array, " B"] | UInt32[Array, "B _"],
-    sampling: Sampling,
-) -> Int[Array, " B"]:
-    """One token per sequence, int32. Each sequence has a key, so that rows are independent.
-
-    The token is NO_TOKEN if a logit is not finite.
-    """
-    logits_BV = logits_BV.astype(jnp.float32)
-    token_B = jax.lax.cond(
-        sampling.temperature > 0,
-        lambda: jax.vmap(_sample_row, (0, 0, None))(logits_BV, keys_B, sampling),
-        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-    )
-    return jnp.where(finite_rows(logits_BV), token_B, jnp.int32(NO_TOKEN))
-
-
-def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
-
-
-def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
-    """Whether all numbers of each row are finite."""
-    return jnp.all(jnp.isfinite(logits), axis=-1)
-
-
-def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    # Sort once; top-k is then a bound on the rank, and top-p on the probability before a token.
-    order = jnp.argsort(logits_V, descending=True)
-    ranked = logits_V[order] / jnp.maximum(sampling.temperature, 1e-6)
-    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
-    ranked = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), ranked, -jnp.inf)
-    probs = jax.nn.softmax(ranked)
-    before = jnp.cumsum(probs) - probs  # probability of all more likely tokens; 0 for the first
-    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
-
-
 LOOK_BEHIND = 2
 """Steps in flight while the host reads a token, so that the device never waits for the host."""
 FUSED_FROM = 256
@@ -346,3 +272,75 @@ def decode(
         ended |= np.isin(token, [*eos, NO_TOKEN])
         if ended.all():
             return
+
+
+@flax.struct.dataclass
+class Sampling:
+    """Sampling settings as arrays, so that new values compile nothing.
+
+    Attributes:
+        temperature: fp32 scalar; 0 is greedy.
+        top_k: int32 scalar; sample among the k most likely tokens, 0 for all.
+        top_p: fp32 scalar; sample among the most likely tokens that together reach this
+            probability (nucleus sampling, arXiv 1904.09751), after top-k.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+
+    @classmethod
+    def create(cls, temperature: float, top_k: int, top_p: float) -> Sampling:
+        """Checks the settings and converts them to arrays.
+
+        Raises:
+            ValueError: a setting outside its range.
+        """
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_ranges(given, RANGES)
+        return cls(
+            jnp.asarray(temperature, jnp.float32),
+            jnp.asarray(min(top_k, ALL), jnp.int32),
+            jnp.asarray(top_p, jnp.float32),
+        )
+
+
+def sample(
+    logits_BV: Float[Array, "B V"],
+    keys_B: Key[Array, " B"] | UInt32[Array, "B _"],
+    sampling: Sampling,
+) -> Int[Array, " B"]:
+    """One token per sequence, int32. Each sequence has a key, so that rows are independent.
+
+    The token is NO_TOKEN if a logit is not finite.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    token_B = jax.lax.cond(
+        sampling.temperature > 0,
+        lambda: jax.vmap(_sample_row, (0, 0, None))(logits_BV, keys_B, sampling),
+        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    )
+    return jnp.where(finite_rows(logits_BV), token_B, jnp.int32(NO_TOKEN))
+
+
+def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
+
+
+def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
+    """Whether all numbers of each row are finite."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    # Sort once; top-k is then a bound on the rank, and top-p on the probability before a token.
+    order = jnp.argsort(logits_V, descending=True)
+    ranked = logits_V[order] / jnp.maximum(sampling.temperature, 1e-6)
+    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
+    ranked = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), ranked, -jnp.inf)
+    probs = jax.nn.softmax(ranked)
+    before = jnp.cumsum(probs) - probs  # probability of all more likely tokens; 0 for the first
+    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
