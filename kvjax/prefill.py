@@ -265,8 +265,7 @@ def read_layer(
 
 def chunk_tokens(batch: int, mesh: Mesh | None) -> int:
     """Tokens of each sequence that a layer reads at a time: a power of two."""
-    ways = 1 if mesh is None else Layout.create(mesh, batch).batch_ways
-    most = max(CHUNK_ROWS * ways // batch, 1)
+    most = max(CHUNK_ROWS * batch_ways(mesh, batch) // batch, 1)
     return min(max(1 << most.bit_length() - 1, SHORTEST_CHUNK), LONGEST_CHUNK)
 
 
@@ -335,7 +334,7 @@ def prefill_in_groups(
     Returns:
         As `read_prompts`.
     """
-    ways = batch_ways(params, len(tokens))
+    ways = batch_ways(mesh_of(params), len(tokens))
     rows = group_rows(len(tokens), size, ways)
     if len(rows) == 1:
         return read_prompts(model, params, tokens, works)
@@ -348,12 +347,9 @@ def prefill_in_groups(
     return whole
 
 
-def batch_ways(params: Any, batch: int) -> int:
+def batch_ways(mesh: Mesh | None, batch: int) -> int:
     """Number of devices that a batch is sharded over."""
-    mesh = mesh_of(params)
-    if mesh is None:
-        return 1
-    return Layout.create(mesh, batch).batch_ways
+    return 1 if mesh is None else Layout.create(mesh, batch).batch_ways
 
 
 def group_rows(batch: int, size: int | None, ways: int) -> Int[np.ndarray, "groups size"]:

@@ -221,9 +221,8 @@ class Compression:
             ranking: the result of the call that `Compression.ranking` returns.
         """
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
-        prompt = prompt.seen_by(
-            None
-        )  # the observer's state would be one more argument of the program
+        # The state of a scorer's observer would be one more argument of the program.
+        prompt = prompt.seen_by(None)
         if place is None:
             return self._whole_layer(layer, prompt, ranking, spec)
         number, row = place
