@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("tests/headkv/test_split.py", "tests/x64")
+QUICK = ("tests/headkv/test_sharing.py", "tests/x64")
 
 
 def test_the_quick_tests_pass_with_64_bit_types():
