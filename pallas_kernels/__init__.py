@@ -1,8 +1,7 @@
 """Decode attention on dense, head-ragged and latent KV caches. Imports jax only."""
 
 from pallas_kernels.api import gqa_decode, mla_decode, ragged_gqa_decode, schedule
-from pallas_kernels.quantized import Bits, Quantized, dequantize, quantize, to_bits
-from pallas_kernels.segments import Segments
+from pallas_kernels.entries import Bits, Quantized, Segments, dequantize, quantize, to_bits
 
 __all__ = [
     "Bits",

@@ -23,10 +23,8 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import reference, xla
 from pallas_kernels.dispatch import check_name, kernel, scheduler
+from pallas_kernels.entries import NEG_INF, Entries, Newer, Segments, from_bits, is_quantized
 from pallas_kernels.plan import WorkList
-from pallas_kernels.quantized import Entries, from_bits, is_quantized
-from pallas_kernels.reference import NEG_INF
-from pallas_kernels.segments import Newer, Segments
 
 
 def gqa_decode(

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.quantized import Quantized
-from pallas_kernels.reference import NEG_INF
+from pallas_kernels.entries import NEG_INF, Quantized
 
 COMPARED = 2**20
 """Segments times pieces up to which a TPU compares all of them faster than it runs the loop of a

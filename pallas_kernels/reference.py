@@ -11,10 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized import Entries, Quantized, plain
-from pallas_kernels.segments import Segments
-
-NEG_INF = -1e30  # finite, so that a query without live slots gives 0 and not NaN
+from pallas_kernels.entries import NEG_INF, Entries, Quantized, Segments, plain, soft_cap
 
 
 def softmax_attend(
@@ -78,11 +75,6 @@ def scores(q_BKGH: jax.Array, k_BKSH: Entries) -> jax.Array:
     keys = plain(k_BKSH, q_BKGH.dtype)
     logits = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, keys, preferred_element_type=jnp.float32)
     return logits * k_BKSH.scale[:, :, None] if isinstance(k_BKSH, Quantized) else logits
-
-
-def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
-    """softcap · tanh(logits / softcap); the logits themselves if `softcap` is None."""
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def gqa_decode(

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.quantized import Entries, Quantized, plain
-from pallas_kernels.reference import NEG_INF, soft_cap
-from pallas_kernels.segments import Newer, Segments
+from pallas_kernels.entries import NEG_INF, Entries, Newer, Quantized, Segments, plain, soft_cap
 
 ROWS = 128
 """Rows of a window (measured): more need fewer turns, fewer have fewer dead rows."""

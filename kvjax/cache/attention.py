@@ -8,8 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.config import AttentionSpec
 from pallas_kernels.dispatch import target
-from pallas_kernels.quantized import Entries, dequantize
-from pallas_kernels.reference import NEG_INF, soft_cap
+from pallas_kernels.entries import NEG_INF, Entries, dequantize, soft_cap
 
 TILE = 256, 512
 """Queries and keys of one tile. Only one tile of the score matrix exists at a time."""

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
 from kvjax.cache.storage import empty_pool, encode, last_queries, query_slots, write_pool
 from pallas_kernels import ragged_gqa_decode
+from pallas_kernels.entries import Newer, Segments
 from pallas_kernels.plan import merge
-from pallas_kernels.segments import Newer, Segments
 from pallas_kernels.xla import attend
 
 QUERY_TILE = 32  # queries that attend to a pool at a time

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.dispatch import target
-from pallas_kernels.gpu.limits import TILE
-from pallas_kernels.quantized import (
+from pallas_kernels.entries import (
     Bits,
     Entries,
     Quantized,
@@ -22,6 +21,7 @@ from pallas_kernels.quantized import (
     quantize,
     to_bits,
 )
+from pallas_kernels.gpu.limits import TILE
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Entries:

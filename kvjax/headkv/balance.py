@@ -19,7 +19,7 @@ from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress, Policy
 from kvjax.sharding import logical_axes
-from pallas_kernels.segments import assign_heads
+from pallas_kernels.entries import assign_heads
 
 Orders = tuple[tuple[int, ...], ...]
 """For every layer the old numbers of the KV heads, in their new order."""
@@ -43,7 +43,7 @@ def balance(
 
     A device holds consecutive heads. HeadKV's budgets differ between heads, so the device with the
     largest budgets would limit the batch. This function assigns heads to devices by their bytes
-    (see `pallas_kernels.segments.assign_heads`). The order of heads within a layer is arbitrary:
+    (see `pallas_kernels.entries.assign_heads`). The order of heads within a layer is arbitrary:
     the model computes the same function, up to the order of sums.
 
     Args:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int, Int32
 from kvjax.checks import COUNT, SHARE, SIZE, Range, check_ranges, optional
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.policies.importance import HeadScores
-from pallas_kernels.quantized import is_quantized
+from pallas_kernels.entries import is_quantized
 
 SCALE_BYTES = 4
 """Bytes of the scale of one 8-bit entry."""

@@ -31,7 +31,7 @@ from kvjax.policies.compression import (
     kept_tokens,
 )
 from kvjax.policies.scorers import Scorer
-from pallas_kernels.quantized import DTYPES
+from pallas_kernels.entries import DTYPES
 
 RANGES = {
     **dict.fromkeys(("kv_size", "ring", "every"), SIZE),

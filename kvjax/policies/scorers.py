@@ -15,7 +15,7 @@ from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
 from kvjax.cache.storage import take_rows
 from kvjax.checks import COUNT, SHARE, SIZE, check_ranges
 from pallas_kernels import dequantize
-from pallas_kernels.reference import NEG_INF, soft_cap
+from pallas_kernels.entries import NEG_INF, soft_cap
 
 
 @flax.struct.dataclass

@@ -35,7 +35,7 @@ from kvjax.cache.storage import take_rows, whole_slots
 from kvjax.mesh import Layout
 from kvjax.policies.budgets import Sharing
 from kvjax.policies.scorers import LayerView, Scorer, pool_entries
-from pallas_kernels.quantized import Bits, Entries, Quantized, is_quantized, quantize
+from pallas_kernels.entries import Bits, Entries, Quantized, is_quantized, quantize
 
 
 @flax.struct.dataclass

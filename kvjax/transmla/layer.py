@@ -25,7 +25,7 @@ from kvjax.nn.rope import rope
 from kvjax.nn.transformer import Block, Transformer, attention_input, text_positions
 from kvjax.sharding import place_params
 from kvjax.transmla.latent_layer import LatentLayer
-from pallas_kernels.reference import NEG_INF, soft_cap
+from pallas_kernels.entries import NEG_INF, soft_cap
 
 GROUP = 8  # sequences that a refit works on at a time
 HIGHEST = jax.lax.Precision.HIGHEST

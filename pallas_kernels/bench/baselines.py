@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import Case, gqa_case
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.entries import Quantized
 
 
 def baselines(case: Case) -> dict[str, Callable[[], Any]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.quantized import Entries, is_quantized, quantize, to_bits
+from pallas_kernels.entries import Entries, is_quantized, quantize, to_bits
 
 
 class Gqa(NamedTuple):

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.entries import NEG_INF
 from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE
 from pallas_kernels.gpu.scratch import Scratch, Settings, Stretch, chunks, for_each_piece, live_rows
 from pallas_kernels.plan import Operands, WorkList
-from pallas_kernels.reference import NEG_INF
 
 LOG2E = math.log2(math.e)
 MATRIX = plgpu.Layout.WGMMA

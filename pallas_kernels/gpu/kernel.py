@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.entries import NEG_INF
 from pallas_kernels.gpu.compute import follow, lead
 from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE
 from pallas_kernels.gpu.scratch import (
@@ -30,7 +31,6 @@ from pallas_kernels.gpu.scratch import (
     scratch,
 )
 from pallas_kernels.plan import Operands, WorkList, count_pieces
-from pallas_kernels.reference import NEG_INF
 
 
 def attend(x: Operands, work: WorkList, settings: Settings) -> tuple[jax.Array, jax.Array]:

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.entries import Entries, Segments
 from pallas_kernels.plan import Operands
-from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Segments
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 QUERIES = (jnp.bfloat16, jnp.float16)

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.entries import Entries, Newer, Segments
 from pallas_kernels.gpu.kernel import attend
 from pallas_kernels.gpu.limits import BLOCK, ROWS, TILE, stages_that_fit
 from pallas_kernels.gpu.scratch import Settings
 from pallas_kernels.plan import Operands, WorkList, flatten
-from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Newer, Segments
 
 
 def gqa_decode(

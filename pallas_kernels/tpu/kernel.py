@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.entries import NEG_INF, soft_cap
 from pallas_kernels.plan import Operands, WorkList, combine
-from pallas_kernels.reference import NEG_INF, soft_cap
 from pallas_kernels.tpu.limits import LANES, padded_rows, row_window
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.entries import Entries, Quantized, Segments
 from pallas_kernels.plan import Operands
-from pallas_kernels.quantized import Entries, Quantized
-from pallas_kernels.segments import Segments
 
 OLD_KINDS = ("TPU v2", "TPU v3", "TPU v4")
 QUERIES = (jnp.float32, jnp.bfloat16)

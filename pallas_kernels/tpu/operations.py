@@ -7,9 +7,8 @@ one head's rows of a pool (`ragged_gqa_decode`), or a sequence's latents (`mla_d
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.entries import Entries, Newer, Segments
 from pallas_kernels.plan import Operands, WorkList, flatten
-from pallas_kernels.quantized import Entries
-from pallas_kernels.segments import Newer, Segments
 from pallas_kernels.tpu.kernel import Blocks, PoolBlocks, attend
 from pallas_kernels.tpu.limits import block_size, dense_tiles, tile_rows
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels import Quantized
-from pallas_kernels.quantized import is_quantized
+from pallas_kernels.entries import is_quantized
 
 
 def shape(size, dtype):

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from pallas_kernels import Quantized, dequantize, quantize
-from pallas_kernels.segments import Newer
+from pallas_kernels.entries import Newer
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 

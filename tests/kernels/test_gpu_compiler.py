@@ -19,8 +19,8 @@ import pallas_kernels
 from kvjax.capacity.devices import Topology
 from pallas_kernels import Quantized
 from pallas_kernels.bench.cases import GQA, MLA
+from pallas_kernels.entries import is_quantized
 from pallas_kernels.gpu import limits
-from pallas_kernels.quantized import is_quantized
 
 ENTRIES = ["bfloat16", "int8", "float8_e4m3fn"]
 CAPACITIES = (32, 3200, 64, 512, 2080, 96, 1024, 1184)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvjax.headkv import allocate, load_scores
-from pallas_kernels.segments import assign_heads
+from pallas_kernels.entries import assign_heads
 
 PUBLISHED = "Meta-Llama-3-8B-Instruct_retrieval_reasoning_heads.json.gz"
 

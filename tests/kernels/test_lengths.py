@@ -19,7 +19,7 @@ from kernels.oracle import (
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.segments import Segments
+from pallas_kernels.entries import Segments
 
 IMPLEMENTATIONS = {"xla": nullcontext, "pallas_tpu": interpreted_tpu, "pallas_gpu": interpreted_gpu}
 IN_BFLOAT16 = Options("bfloat16")

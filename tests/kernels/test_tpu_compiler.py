@@ -24,7 +24,7 @@ from kernels.loops import KINDS, decode_loop, largest
 import pallas_kernels
 from pallas_kernels import Quantized, dispatch
 from pallas_kernels.bench.cases import GQA, MLA
-from pallas_kernels.quantized import is_quantized
+from pallas_kernels.entries import is_quantized
 from pallas_kernels.tpu import limits
 
 pytestmark = pytest.mark.aot

@@ -7,8 +7,8 @@ import pytest
 
 from kvjax.headkv import allocate, load_scores
 from pallas_kernels import plan
+from pallas_kernels.entries import Segments
 from pallas_kernels.plan import WorkList, combine, flatten, touched
-from pallas_kernels.segments import Segments
 from pallas_kernels.tpu.kernel import Blocks, PoolBlocks
 from pallas_kernels.tpu.limits import block_size
 from pallas_kernels.tpu.operations import ragged_work_list

@@ -9,8 +9,7 @@ from kernels.oracle import Options, check_ragged
 
 import pallas_kernels
 from pallas_kernels import Quantized, dequantize, quantize, reference, xla
-from pallas_kernels.quantized import Bits, to_bits
-from pallas_kernels.segments import Segments
+from pallas_kernels.entries import Bits, Segments, to_bits
 
 # Segments of more than a window and of less, which end at the pool's end or come in any order.
 POOLS = {
