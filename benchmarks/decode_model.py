@@ -29,7 +29,7 @@ from kvjax.cache import DenseCache, ModelCache, cache_bytes
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
-from pallas_kernels import dispatch
+from pallas_kernels import api
 from pallas_kernels.bench.cases import head_budgets
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     args = arguments()
     size = Size(args.layers, args.batch, args.context, args.steps, vocab=args.vocab)
     rows = measure(size, args.dtype, args.repeats)
-    on = dispatch.target()
+    on = api.target()
     result = {
         "what": "one decode step of a random model",
         "device": on.device_kind,

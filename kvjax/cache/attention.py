@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.config import AttentionSpec
-from pallas_kernels.dispatch import target
+from pallas_kernels.api import target
 from pallas_kernels.entries import NEG_INF, Entries, dequantize, soft_cap
 
 TILE = 256, 512

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.dispatch import target
+from pallas_kernels.api import target
 from pallas_kernels.entries import (
     Bits,
     Entries,

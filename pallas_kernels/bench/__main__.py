@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import api
 from pallas_kernels.bench.baselines import optional_baselines
 from pallas_kernels.bench.cases import GQA, MLA, gqa_case, mla_case, ragged_case
 from pallas_kernels.bench.measure import Row, measure, tune, write
@@ -31,7 +31,7 @@ OPERATIONS = ("gqa_decode", "ragged_gqa_decode", "mla_decode")
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     args = arguments(argv)
-    on = dispatch.target()
+    on = api.target()
     if args.tune:
         try:
             found = tune(cases(args), on.platform, args.repeats)
@@ -101,7 +101,7 @@ def line(row: Row, bandwidth: float) -> str:
 
 
 def result(
-    rows: list[Row], absent: dict[str, str], args: argparse.Namespace, on: dispatch.Target
+    rows: list[Row], absent: dict[str, str], args: argparse.Namespace, on: api.Target
 ) -> dict[str, Any]:
     """The content of the JSON file."""
     return {

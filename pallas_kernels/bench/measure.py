@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import api, tables
 from pallas_kernels.bench.baselines import baselines
 from pallas_kernels.bench.cases import Case
 
@@ -100,7 +100,7 @@ def implementations(case: Case) -> dict[str, Callable[[], Any]]:
         return lambda: run(*case.arguments)
 
     found = {"xla": compiled("xla")}
-    for name in dispatch.PLATFORMS:
+    for name in api.PLATFORMS:
         try:
             found[name] = compiled(name)
         except NotImplementedError:
@@ -199,12 +199,12 @@ def tune(
 
 def _runner(case: Case, platform: str, sizes: dict[str, int]) -> Callable[[], Any]:
     """The case's kernel with these sizes, compiled."""
-    implementation = next(k for k, v in dispatch.PLATFORMS.items() if v == platform)
+    implementation = next(k for k, v in api.PLATFORMS.items() if v == platform)
 
     def run(*arguments):
         return case.run(*arguments, implementation=implementation)
 
-    with dispatch.using(**sizes):
+    with tables.using(**sizes):
         compiled = jax.jit(run).lower(*case.arguments).compile()
     return lambda: compiled(*case.arguments)
 

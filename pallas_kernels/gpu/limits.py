@@ -1,7 +1,7 @@
 """Why the GPU kernels cannot serve a call, as a sentence for people; None where they can.
 
 The functions with the operations' names check a whole call. `kind` is the device kind, `sizes` come
-from `dispatch.sizes`, and arrays may be `jax.ShapeDtypeStruct`s. Nothing here imports Pallas: any
+from `tables.sizes`, and arrays may be `jax.ShapeDtypeStruct`s. Nothing here imports Pallas: any
 process can ask.
 """
 

@@ -1,7 +1,7 @@
 """Why the TPU kernels cannot serve a call, and how large their pieces are.
 
 The functions with the operations' names check a whole call and give a sentence for people, or None.
-`kind` is the device kind, `sizes` come from `dispatch.sizes`, and arrays may be
+`kind` is the device kind, `sizes` come from `tables.sizes`, and arrays may be
 `jax.ShapeDtypeStruct`s. Nothing here imports Pallas: any process can ask.
 """
 

@@ -15,7 +15,7 @@ from kvjax.cache.layers import scheduled
 from kvjax.config import GQAConfig, RopeConfig
 from kvjax.prompts import pad
 from kvjax.sharding import place_params
-from pallas_kernels import dispatch
+from pallas_kernels import api
 
 WIDE = GQAConfig(8, 4, 128, 0.1, RopeConfig(128))
 NARROW = GQAConfig(2, 2, 128, 0.1, RopeConfig(128))
@@ -72,7 +72,7 @@ def test_each_device_lists_its_own_heads(shape, monkeypatch):
     cache = prefilled(2, mesh)[-1]
     (pool,) = cache.pools
     positions = jnp.where(jnp.arange(8) == 3, -1, 50)[:, None]
-    monkeypatch.setattr(dispatch, "target", lambda: TPU)
+    monkeypatch.setattr(api, "target", lambda: TPU)
     (got,) = (found.schedule for found in scheduled(cache, positions, [8, 8]).pools)
     parts = {name: of_devices(getattr(pool, name)) for name in ("starts", "capacities", "kept")}
     stored, entries = of_devices(spread(pool, positions >= 0)), of_devices(pool.k)
@@ -86,7 +86,7 @@ def test_each_device_lists_its_own_heads(shape, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, lists, want)
 
 
-TPU = dispatch.Target("tpu", "TPU v6 lite", 1, None)
+TPU = api.Target("tpu", "TPU v6 lite", 1, None)
 
 
 def of_devices(x):

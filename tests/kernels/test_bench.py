@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import tables
 from pallas_kernels.bench.__main__ import main
 from pallas_kernels.bench.cases import GQA, MLA, gqa_case, head_budgets, mla_case, ragged_case
 from pallas_kernels.bench.measure import tune, write
@@ -110,7 +110,7 @@ def test_tuning_survives_sizes_that_do_not_compile(monkeypatch, capsys):
 
 
 def test_sizes_in_a_context():
-    default = dispatch.sizes("tpu", "mla_decode", "TPU v6 lite")
-    with dispatch.using(block=128, stages=7):
-        assert dispatch.sizes("tpu", "mla_decode", "TPU v6 lite") == default | {"block": 128}
-    assert dispatch.sizes("tpu", "mla_decode", "TPU v6 lite") == default
+    default = tables.sizes("tpu", "mla_decode", "TPU v6 lite")
+    with tables.using(block=128, stages=7):
+        assert tables.sizes("tpu", "mla_decode", "TPU v6 lite") == default | {"block": 128}
+    assert tables.sizes("tpu", "mla_decode", "TPU v6 lite") == default

@@ -12,7 +12,7 @@ from pools import empty_pool
 
 import pallas_kernels
 from kvjax.cache import AttentionSpec, DenseCache, LatentCache
-from pallas_kernels import dispatch
+from pallas_kernels import api, tables
 from pallas_kernels.tpu.limits import heads_of_piece
 
 B, N, K, S, H = 2, 4, 2, 128, 64
@@ -23,7 +23,7 @@ on_tpu = functools.partial(on, "TPU v6 lite", "tpu")
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr(api, "_WARNED", set())
 
 
 def gqa(dtype="bfloat16", **settings):
@@ -134,21 +134,21 @@ def test_caches_use_the_kernels():
 
 def test_sizes_come_from_the_device_or_the_default():
     for operation in ("gqa_decode", "ragged_gqa_decode", "mla_decode"):
-        default = dispatch.sizes("tpu", operation, "TPU of the future")
-        assert default == dispatch.table("tpu")["default"][operation]
-        assert dispatch.sizes("tpu", operation, "TPU v5") == default | {"shares": 2}
+        default = tables.sizes("tpu", operation, "TPU of the future")
+        assert default == tables.table("tpu")["default"][operation]
+        assert tables.sizes("tpu", operation, "TPU v5") == default | {"shares": 2}
 
 
 def test_a_gpu_has_a_share_for_each_multiprocessor():
     for operation in ("gqa_decode", "ragged_gqa_decode", "mla_decode"):
-        sizes = functools.partial(dispatch.sizes, "gpu", operation, "NVIDIA H100 PCIe")
-        assert sizes() == sizes(1) == sizes(132) == dispatch.table("gpu")["default"][operation]
+        sizes = functools.partial(tables.sizes, "gpu", operation, "NVIDIA H100 PCIe")
+        assert sizes() == sizes(1) == sizes(132) == tables.table("gpu")["default"][operation]
         assert sizes(114) == sizes() | {"shares": 114}
-        with dispatch.using(shares=3):
+        with tables.using(shares=3):
             assert sizes(114) == sizes() | {"shares": 3}
-    assert dispatch.sizes("tpu", "mla_decode", "TPU v6 lite", 2)["shares"] == 1
+    assert tables.sizes("tpu", "mla_decode", "TPU v6 lite", 2)["shares"] == 1
     with on("NVIDIA H100 PCIe", "gpu", cores=114):
-        assert dispatch.target().cores == 114
+        assert api.target().cores == 114
 
 
 def test_chosen_sizes_are_part_of_a_programs_key():
@@ -157,11 +157,11 @@ def test_chosen_sizes_are_part_of_a_programs_key():
 
     @jax.jit
     def traced():
-        seen.append(dispatch.sizes("tpu", "mla_decode", "TPU v6 lite")["block"])
+        seen.append(tables.sizes("tpu", "mla_decode", "TPU v6 lite")["block"])
         return 0
 
     for block in (128, 256, 128):
-        with dispatch.using(block=block):
+        with tables.using(block=block):
             traced()
     assert seen == [128, 256]
 

@@ -10,7 +10,7 @@ import pytest
 from kernels.oracle import Options, check_gqa, check_mla, check_ragged, interpreted_gpu
 from kernels.test_tpu import skewed
 
-from pallas_kernels import dispatch
+from pallas_kernels import tables
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="jax's interpreter of GPU kernels needs 0.11.2"
@@ -37,7 +37,7 @@ MLA = {
 @pytest.fixture(autouse=True)
 def three_multiprocessors():
     """Segments are cut between shares, and not every share has work."""
-    with dispatch.using(shares=3):
+    with tables.using(shares=3):
         yield
 
 

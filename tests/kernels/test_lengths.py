@@ -18,7 +18,7 @@ from kernels.oracle import (
 )
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import tables
 from pallas_kernels.entries import Segments
 
 IMPLEMENTATIONS = {"xla": nullcontext, "pallas_tpu": interpreted_tpu, "pallas_gpu": interpreted_gpu}
@@ -42,7 +42,7 @@ def implementation(request):
     """Its name, where traces take it."""
     if request.param == "pallas_gpu" and jax.__version_info__ < (0, 11, 2):
         pytest.skip("jax's interpreter of GPU kernels needs 0.11.2")
-    with dispatch.using(shares=1), IMPLEMENTATIONS[request.param]():
+    with tables.using(shares=1), IMPLEMENTATIONS[request.param]():
         yield request.param
 
 

@@ -7,12 +7,12 @@ import pytest
 from kernels.borders import GPU, LAYERS, TPU, ragged
 from kernels.oracle import on
 
-from pallas_kernels import dispatch
+from pallas_kernels import api, tables
 
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr(api, "_WARNED", set())
 
 
 def kernels(call, implementation):
@@ -27,10 +27,10 @@ def kernels(call, implementation):
 def test_tpu(case):
     kind, fits, beyond, reason, *sizes = TPU[case]
     with on(kind, "tpu"):
-        with dispatch.using(**sizes[0]):
+        with tables.using(**sizes[0]):
             for implementation in ("auto", "pallas_tpu"):
                 assert kernels(fits, implementation) == 1
-        with dispatch.using(**sizes[-1]):
+        with tables.using(**sizes[-1]):
             with pytest.raises(NotImplementedError, match=reason):
                 kernels(beyond, "pallas_tpu")
             with pytest.warns(RuntimeWarning, match=reason) as found:

@@ -9,7 +9,7 @@ import pytest
 from kernels.oracle import interpreted_gpu, interpreted_tpu, on
 
 import pallas_kernels
-from pallas_kernels import Segments, dispatch, reference
+from pallas_kernels import Segments, reference, tables
 
 IMPLEMENTATIONS = {"xla": nullcontext, "pallas_tpu": interpreted_tpu, "pallas_gpu": interpreted_gpu}
 LAYERS, B, K, G, H, ALIGN = 2, 2, 2, 2, 64, 16
@@ -37,7 +37,7 @@ def test_a_schedule_changes_nothing(implementation):
     q = jnp.asarray(rng.standard_normal((B, K * G, H)), dtype)
     pools = [jnp.asarray(rng.standard_normal((B, P, H)), dtype) for _ in "kv"]
     settings = {"align": ALIGN, "span": span, "implementation": implementation}
-    with dispatch.using(shares=1), IMPLEMENTATIONS[implementation]():
+    with tables.using(shares=1), IMPLEMENTATIONS[implementation]():
         given = {"queries_per_head": G, "k_pool": pools[0], "v_pool": pools[1], **settings}
         schedule = pallas_kernels.schedule(jnp.asarray(starts), jnp.asarray(lengths), **given)
         assert (schedule is None) == (implementation == "xla")

@@ -22,7 +22,7 @@ from kernels.hlo import copies, moves
 from kernels.loops import KINDS, decode_loop, largest
 
 import pallas_kernels
-from pallas_kernels import Quantized, dispatch
+from pallas_kernels import Quantized, tables
 from pallas_kernels.bench.cases import GQA, MLA
 from pallas_kernels.entries import is_quantized
 from pallas_kernels.tpu import limits
@@ -145,7 +145,7 @@ def test_limits_are_the_compilers(case, monkeypatch):
     def compile_with(call, sizes):
         operation, arrays = call
         run = functools.partial(operation, implementation="pallas_tpu")
-        with dispatch.using(**sizes):
+        with tables.using(**sizes):
             compile_for(TOPOLOGY[kind], run, *arrays)
 
     compile_with(fits, sizes[0])
