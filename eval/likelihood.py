@@ -35,8 +35,7 @@ from kvjax.generation import Start, from_start, full_cache_bytes
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import hidden_logits
 from kvjax.policies.policy import Compress, Full, Policy
-from kvjax.prefill import prefill
-from kvjax.prompts import bucket_length, pad
+from kvjax.prefill import bucket_length, pad, prefill
 from kvjax.scoring import AFTER, FULL, INSIDE, Compared, compare, round_up
 from kvjax.tasks.scoring import check_losses, chunk_losses
 from kvjax.text import ids_after

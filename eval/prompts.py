@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.task import Item, Task
 from kvjax.config import ModelConfig
-from kvjax.prompts import bucket_length
+from kvjax.prefill import bucket_length
 from kvjax.text import TEMPLATE, prompt_ids
 
 

@@ -47,8 +47,7 @@ from kvjax.nn import Transformer
 from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import kept_tokens as tokens_kept
 from kvjax.policies.policy import Compress, Full, Policy
-from kvjax.prefill import shape_bytes
-from kvjax.prompts import bucket_length
+from kvjax.prefill import bucket_length, shape_bytes
 
 PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "transformers", "numpy")
 

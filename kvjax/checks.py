@@ -1,11 +1,11 @@
-"""Checks of what comes in: numbers of settings, token ids, and arrays and logits without NaN."""
+"""Checks of what comes in: numbers of settings, prompts and token ids, and arrays without NaN."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,10 @@ def _from_text(value: str) -> float | None:
         return None
 
 
+LISTS = "a list of lists of token ids"
+PROMPT = "a list of token ids (prompts are a list of such lists)"
+
+
 def token_ids(values: Any, vocab_size: int, name: str) -> Int32[np.ndarray, "*shape"]:
     """Checked token ids as int32, in the shape of `values`.
 
@@ -164,6 +168,122 @@ def token_ids(values: Any, vocab_size: int, name: str) -> Int32[np.ndarray, "*sh
             f"{vocab_size - 1}, the model's vocabulary"
         )
     return ids.astype(np.int32)
+
+
+def check_prompts(
+    prompts: Any, max_new_tokens: Any, vocab_size: int, context_length: int, before: int = 0
+) -> None:
+    """Refuses prompts that a model cannot continue.
+
+    Args:
+        prompts: lists of token ids.
+        max_new_tokens: number of tokens that are to follow each prompt.
+        vocab_size: V; ids are 0 to V − 1.
+        context_length: number of tokens that the model can read.
+        before: number of context tokens that precede every prompt.
+
+    Raises:
+        ValueError: names the first bad prompt, and the fault.
+    """
+    try:
+        new = operator.index(max_new_tokens)
+    except TypeError:
+        new = 0
+    if new < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number ≥ 1")
+    for index in range(_prompt_count(prompts)):
+        ids = _id_list(prompts[index], f"prompt {index}", PROMPT)
+        if not ids.size:
+            raise ValueError(f"prompt {index} is empty, expected at least one token")
+        if before + ids.size + new > context_length:
+            raise ValueError(
+                f"prompt {index} has {ids.size} tokens and max_new_tokens is {new}, "
+                f"expected at most {context_length} in all: the model's context"
+            )
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"prompt {index} has token {low if low < 0 else high}, "
+                f"expected ids of 0 to {vocab_size - 1}"
+            )
+
+
+def eos_array(eos_ids: Any, default: Sequence[int]) -> Int32[np.ndarray, " E"]:
+    """The ids that end a sequence: one id or several, or the default for None.
+
+    Raises:
+        ValueError: another value.
+    """
+    if eos_ids is None:
+        eos_ids = default
+    elif isinstance(eos_ids, Set):
+        eos_ids = sorted(eos_ids)
+    elif isinstance(eos_ids, numbers.Integral) or getattr(eos_ids, "ndim", 1) == 0:
+        eos_ids = [eos_ids]
+    ids = _id_list(eos_ids, "eos_ids", "None, () or a list of token ids")
+    if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:
+        raise ValueError(f"eos_ids are {eos_ids}, expected token ids of the model")
+    return ids.astype(np.int32)
+
+
+def _prompt_count(prompts: Any) -> int:
+    """The number of prompts."""
+    _refuse_text(prompts, "prompts", LISTS)
+    try:
+        count = len(prompts)
+    except TypeError:
+        count = None
+    if count is None or not hasattr(prompts, "__getitem__"):
+        raise ValueError(f"prompts: got {_kind(prompts)}, expected {LISTS}")
+    if not count:
+        raise ValueError("got no prompts, expected at least one")
+    return count
+
+
+def _id_list(value: Any, name: str, expected: str) -> np.ndarray:
+    """Integers as a one-dimensional array.
+
+    Raises:
+        ValueError: the value is not a list of integers.
+    """
+    _refuse_text(value, name, expected)
+    try:
+        ids = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: got lists of several lengths, expected {expected}") from None
+    except TypeError:
+        raise ValueError(f"{name}: got {_kind(value)}, expected {expected}") from None
+    if ids.ndim == 0:
+        raise ValueError(f"{name}: got {_kind(value)}, expected {expected}")
+    if ids.ndim > 1:
+        raise ValueError(f"{name}: got ids of shape {ids.shape}, expected {expected}")
+    if not ids.size:
+        return np.zeros(0, np.int32)
+    # NumPy gives object or float arrays for mixed lists: accept those of exact ints only.
+    if ids.dtype.kind not in "iu" and not all(type(i) is int for i in ids.tolist()):
+        kind = next(_kind(i) for i in ids.tolist() if type(i) is not int)
+        raise ValueError(f"{name}: got {kind} among the token ids, expected {expected}")
+    return ids
+
+
+def _refuse_text(value: Any, name: str, expected: str) -> None:
+    """Raises ValueError for the two usual mistakes, and says what to pass instead."""
+    if isinstance(value, str | bytes):
+        raise ValueError(
+            f"{name}: got text, expected {expected}: encode it with kvjax.load_tokenizer"
+        )
+    if isinstance(value, Mapping):
+        raise ValueError(
+            f"{name}: got {type(value).__name__}, expected {expected}: "
+            "pass tokenizer(...)['input_ids']"
+        )
+
+
+def _kind(value: Any) -> str:
+    """Describes a value in one line, for an error message."""
+    if value is None or isinstance(value, numbers.Number):
+        return str(value)
+    return "text" if isinstance(value, str | bytes) else type(value).__name__
 
 
 def first_not_finite(tree: Any, prefix: str = "") -> str | None:

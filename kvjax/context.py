@@ -20,7 +20,7 @@ from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
 from kvjax.cache.pool import bucket_rows, room_bucket
 from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
 from kvjax.cache.sharded import head_copies, spread_layer
-from kvjax.checks import check_finite, first_not_finite
+from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import ModelConfig
 from kvjax.feeding import not_finite
 from kvjax.hf.safetensors import NewTensor, read_header, read_metadata, write_file
@@ -32,8 +32,7 @@ from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy
-from kvjax.prefill import compressions, embed_chunks, last_logits, read_prompts
-from kvjax.prompts import bucket_length, check_prompts, pad
+from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
 from pallas_kernels import Quantized
 
 PARTS = {part.__name__: part for part in (DenseCache, LatentCache, ModelCache, Pool, Quantized)}
@@ -96,7 +95,7 @@ def compress(
         ValueError: no tokens, more than fit in the model's context, a policy that cannot be
             resolved or that bounds growth (ring, every), or logits that are not finite.
     """
-    check_prompts(model.config, [tokens], 1, 0)
+    check_prompts([tokens], 1, model.config.vocab_size, model.config.context_length)
     params = on_automatic_mesh(params)
     resolved = resolve(policy, model.config, default_scores(model.config))
     if getattr(resolved, "ring", 0) or getattr(resolved, "every", 0):

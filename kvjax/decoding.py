@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Callable, Iterator
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +134,28 @@ class DecodeState:
     step: Any
     keys: Any
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def prompt_words(prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B 2"]:
+    """Two numbers that identify a prompt: a checksum, and how often it came before in the list."""
+    # The count tells equal prompts apart, so that repeating a prompt gives new samples.
+    seen: Counter[int] = Counter()
+    words = []
+    for prompt in prompts:
+        checksum = zlib.crc32(np.asarray(prompt, np.int32).tobytes())
+        words.append((checksum, seen[checksum]))
+        seen[checksum] += 1
+    return np.asarray(words, np.uint32)
+
+
+@jax.jit
+def prompt_keys(key: jax.Array, words: UInt32[Array, "B 2"]) -> jax.Array:
+    """[B] random keys from a key and the two numbers of each prompt."""
+
+    def fold(pair: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1])
+
+    return jax.vmap(fold)(words)
 
 
 def first_token(

@@ -18,26 +18,25 @@ import numpy as np
 from kvjax.cache import cache_bytes
 from kvjax.cache.pool import room_bucket
 from kvjax.cache.storage import whole_slots
-from kvjax.checks import COUNT, Range, check_ranges, optional
+from kvjax.checks import COUNT, Range, check_prompts, check_ranges, eos_array, optional
 from kvjax.config import ModelConfig
 from kvjax.context import Context, check_model, extend, on_devices_of
-from kvjax.decoding import NO_TOKEN, Sampling, decode, first_token, step_function
+from kvjax.decoding import (
+    NO_TOKEN,
+    Sampling,
+    decode,
+    first_token,
+    prompt_keys,
+    prompt_words,
+    step_function,
+)
 from kvjax.feeding import not_finite
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import parse_policy, resolve_each
 from kvjax.policies.policy import Full, Policy
-from kvjax.prefill import compressions, prefill_in_groups, shape_bytes
-from kvjax.prompts import (
-    batches,
-    bucket_length,
-    check_prompts,
-    eos_array,
-    pad,
-    prompt_keys,
-    prompt_words,
-)
+from kvjax.prefill import bucket_length, compressions, pad, prefill_in_groups, shape_bytes
 
 RANGES = {
     "max_new_tokens": COUNT,
@@ -209,9 +208,9 @@ class Request:
         numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
         check_ranges(numbers | {"batch_size": batch_size, "prefill_size": prefill_size}, RANGES)
         new = operator.index(max_new_tokens)
-        check_prompts(config, prompts, new, before)
+        check_prompts(prompts, new, config.vocab_size, config.context_length, before)
         step_function(compile, new)
-        rest = Sampling.create(*sampling), eos_array(config, eos_ids), compile
+        rest = Sampling.create(*sampling), eos_array(eos_ids, config.eos_ids), compile
         return cls(prompts, new, seed, batch_size, *rest)
 
 
@@ -257,6 +256,18 @@ def continue_prompts(
             if indices is parts[-1] and on_result is not None:
                 on_result(number, result)
     return results
+
+
+def batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[list[int]]:
+    """Indices of prompts that share a bucket, at most `batch_size` in a batch."""
+    by_bucket: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_bucket.setdefault(bucket_length(len(prompt)), []).append(index)
+    return [
+        indices[start : start + (batch_size or len(indices))]
+        for _, indices in sorted(by_bucket.items())
+        for start in range(0, len(indices), batch_size or len(indices))
+    ]
 
 
 def live_tokens(

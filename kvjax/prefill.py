@@ -32,13 +32,14 @@ from kvjax.nn.transformer import (
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Policy
-from kvjax.prompts import bucket_length
 
 CHUNK_ROWS = 2048
 """Tokens of all sequences that a layer reads at a time: enough to fill matrix units, and few enough
 to keep their activations small."""
 SHORTEST_CHUNK, LONGEST_CHUNK = 256, 1024
 """Bounds on the tokens of one sequence that a layer reads at a time: each chunk reads all keys."""
+SMALLEST_BUCKET = 32
+"""Tokens of the shortest padded prompt."""
 OBSERVED = 32
 """Least number of last queries that prefill keeps, so that most policies share one program."""
 
@@ -129,6 +130,24 @@ def compress_each(
         work.compress(own, layer, prompt.seen_by(observer), rankings)
         for work, own, observer in zip(works, caches, watching.wanted, strict=True)
     ]
+
+
+def bucket_length(length: int) -> int:
+    """The smallest of 32, 48, 64, 96, 128, … that holds `length` tokens."""
+    bucket = SMALLEST_BUCKET
+    while bucket < length:
+        if bucket * 3 // 2 >= length:
+            return bucket * 3 // 2
+        bucket *= 2
+    return bucket
+
+
+def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids [B, length] and lengths [B], int32."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)
 
 
 def device_of(params: Any, mesh: Mesh | None) -> Any:

@@ -8,9 +8,15 @@ import pytest
 from eval_toys import CONTEXT, VOCAB, config
 
 import kvjax
+from kvjax.checks import check_prompts, eos_array
 from kvjax.nn.transformer import check_tokens
-from kvjax.prompts import check_prompts, eos_array
 from kvjax.tasks.words import to_transformers
+
+
+def check(prompts, max_new_tokens):
+    """`check_prompts` for the toy model."""
+    check_prompts(prompts, max_new_tokens, config().vocab_size, config().context_length)
+
 
 TOKENIZER = to_transformers(VOCAB, CONTEXT)
 LISTS = "expected a list of lists of token ids"
@@ -30,9 +36,9 @@ IDS = "expected a list of token ids"
     ],
 )
 def test_whole_numbers_are_prompts(prompts):
-    check_prompts(config(), prompts, 4)
+    check(prompts, 4)
     with pytest.raises(ValueError, match=f"expected ids of 0 to {VOCAB.size - 1}"):
-        check_prompts(config(), [*prompts, [VOCAB.size]], 4)
+        check([*prompts, [VOCAB.size]], 4)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +82,14 @@ def test_whole_numbers_are_prompts(prompts):
 )
 def test_other_prompts_are_refused_in_one_line(prompts, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check_prompts(config(), prompts, 4)
+        check(prompts, 4)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("new", ["64", 4.0, None, [4], 0, -1])
 def test_a_length_that_is_no_whole_number(new):
     with pytest.raises(ValueError, match=r"max_new_tokens is .*, expected a whole number ≥ 1"):
-        check_prompts(config(), [[1]], new)
+        check([[1]], new)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +109,14 @@ def test_a_length_that_is_no_whole_number(new):
     ],
 )
 def test_end_ids(eos_ids, expected):
-    ids = eos_array(config(), eos_ids)
+    ids = eos_array(eos_ids, config().eos_ids)
     assert ids.dtype == np.int32 and ids.tolist() == expected
 
 
 @pytest.mark.parametrize("eos_ids", ["</s>", [2.0], 2.5, True, [[2]], [None], [2**40], {"a": 2}])
 def test_other_end_ids_are_refused_in_one_line(eos_ids):
     with pytest.raises(ValueError, match="eos_ids"):
-        eos_array(config(), eos_ids)
+        eos_array(eos_ids, config().eos_ids)
 
 
 @pytest.mark.parametrize(

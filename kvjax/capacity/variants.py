@@ -27,8 +27,7 @@ from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress, Policy
-from kvjax.prefill import Watching, observed_queries
-from kvjax.prompts import bucket_length
+from kvjax.prefill import Watching, bucket_length, observed_queries
 from kvjax.sharding import param_shapes, param_shardings
 from kvjax.transmla.sizes import decoupled_shape
 

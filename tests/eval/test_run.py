@@ -287,7 +287,7 @@ def test_batches_have_one_shape_a_bucket():
     for batch in batches:
         assert len(batch.rows) == batch.shape.batch <= 3
         for prompt in batch.prompts:
-            assert kvjax.prompts.bucket_length(len(prompt.ids)) == batch.shape.bucket
+            assert kvjax.prefill.bucket_length(len(prompt.ids)) == batch.shape.bucket
             assert task.items[prompt.index].max_new_tokens == batch.shape.max_new_tokens
     keys = [(shape.bucket, shape.max_new_tokens) for shape in shapes(batches)]
     assert len(set(keys)) == len(keys) and keys == sorted(keys, reverse=True)

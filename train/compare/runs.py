@@ -21,7 +21,7 @@ import kvjax
 from kvjax import runs
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
 from kvjax.nn import Transformer
-from kvjax.prompts import bucket_length
+from kvjax.prefill import bucket_length
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import problems, rows
 from kvjax.tasks.prompt import Problem
