@@ -17,9 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
-from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows
 from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
 from kvjax.cache.sharded import head_copies, spread_layer
+from kvjax.cache.storage import room_bucket
 from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import ModelConfig
 from kvjax.feeding import not_finite

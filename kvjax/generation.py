@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from kvjax.cache import cache_bytes
-from kvjax.cache.pool import room_bucket
-from kvjax.cache.storage import whole_slots
+from kvjax.cache.storage import room_bucket, whole_slots
 from kvjax.checks import COUNT, Range, check_prompts, check_ranges, eos_array, optional
 from kvjax.config import ModelConfig
 from kvjax.context import Context, check_model, extend, on_devices_of

@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import ModelCache, PrefillCache
-from kvjax.cache.prefill import start_prefill
-from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
+from kvjax.cache.dense import start_prefill
+from kvjax.cache.sharded import spread_prefill
+from kvjax.config import AttentionConfig
+from kvjax.mesh import AnyMesh, Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
     Block,
@@ -178,7 +180,7 @@ def shape_bytes(work: Compression, slots: int) -> int:
 def cache_shapes(work: Compression, slots: int) -> ModelCache:
     """Shapes of the caches after prefill of prompts padded to `slots`."""
     shape = len(work.lengths), slots, observed_queries([work])
-    mesh: Any = None if work.layout is None else work.layout.mesh
+    mesh = None if work.layout is None else work.layout.mesh
 
     def make() -> ModelCache:
         caches = work.start()
@@ -187,7 +189,7 @@ def cache_shapes(work: Compression, slots: int) -> ModelCache:
                 continue  # a pool's arrays have their shapes from the start
             watching = Watching.of([work], index)
             observers = watching.observers
-            prompt = start_prefill(layer.attention, *shape, work.dtype, observers, mesh)
+            prompt = empty_prompt(layer.attention, *shape, work.dtype, observers, mesh)
             caches = work.compress(caches, index, prompt.seen_by(watching.wanted[0]))
         return caches
 
@@ -252,7 +254,7 @@ def read_layer(
     # An empty cache, and the positions of the tokens.
     B, T, D = x.shape
     chunk = chunk_tokens(B, mesh) if chunk is None else chunk
-    cache = start_prefill(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
+    cache = empty_prompt(block.layer.attention, B, T, observed, x.dtype, observers, mesh)
     place = stream_place(mesh, B, D)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(positions < lengths[:, None], positions, -1)
@@ -280,6 +282,20 @@ def read_layer(
         part, cache = call(x[:, whole:], positions[:, whole:], cache)
         x = place(x.at[:, whole:].set(part))
     return x, cache
+
+
+def empty_prompt(
+    attention: AttentionConfig,
+    batch: int,
+    prompt_len: int,
+    queries: int,
+    dtype: Any,
+    observers: tuple[Any, ...],
+    mesh: AnyMesh | None,
+) -> PrefillCache:
+    """`start_prefill`, sharded over a mesh if there is one."""
+    cache = start_prefill(attention, batch, prompt_len, queries, dtype, observers)
+    return cache if mesh is None else spread_prefill(attention, cache, Layout.create(mesh, batch))
 
 
 def chunk_tokens(batch: int, mesh: Mesh | None) -> int:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows
+from kvjax.cache.storage import room_bucket
 from kvjax.headkv import allocate, load_scores
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve

@@ -8,7 +8,7 @@ from compilations import counted
 from toys import forward, random_params
 
 from kvjax.cache import cache_bytes
-from kvjax.cache.pool import room_bucket
+from kvjax.cache.storage import room_bucket
 from kvjax.config import (
     DynamicScaling,
     GQAConfig,

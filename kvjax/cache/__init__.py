@@ -1,6 +1,6 @@
 """KV caches: pytrees that store new entries and attend over the stored ones."""
 
-from kvjax.cache.dense import DenseCache, LatentCache
+from kvjax.cache.dense import DenseCache, LatentCache, PrefillCache
 from kvjax.cache.layers import (
     AbsorbedCache,
     AttentionSpec,
@@ -13,7 +13,6 @@ from kvjax.cache.layers import (
     with_layer,
 )
 from kvjax.cache.pool import Pool, PoolLayer
-from kvjax.cache.prefill import PrefillCache
 from kvjax.cache.sharded import ShardedHeads, ShardedSlots
 
 __all__ = [

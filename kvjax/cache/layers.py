@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
 from kvjax.cache.pool import Pool, PoolLayer
-from kvjax.cache.sharded import ShardedHeads, device_spec, specs
+from kvjax.cache.sharded import ShardedHeads, device_spec, place, specs
 from kvjax.mesh import Layout
 from pallas_kernels import schedule
 
@@ -201,6 +201,24 @@ class ModelCache:
             for pool, each in zip(self.pools, own, strict=False)
         )
         return dataclasses.replace(self, pools=pools)
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(8)))
+def new_pool(
+    shape: tuple[int, int, int],
+    rows: int,
+    widths: tuple[int, int],
+    dtype: str,
+    positions: bool,
+    align: int,
+    span: int | None,
+    layout: Layout | None,
+    lengths: Int[Array, " B"],
+) -> Pool:
+    """`Pool.empty`, sharded over the mesh of `layout`."""
+    platform = None if layout is None else layout.platform
+    pool = Pool.empty(shape, rows, widths, dtype, lengths, positions, align, span, platform)
+    return pool if layout is None else place(pool, layout)
 
 
 def min_capacity(caches: list[Any]) -> jax.Array:

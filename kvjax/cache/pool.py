@@ -395,7 +395,6 @@ def copy_rows(
 
 LARGE = 16_384
 """Pools of this many rows or more are rounded more finely, see `bucket_rows`."""
-ROOM = 64
 LANES = 128
 BYTE_TILE = 32
 
@@ -425,13 +424,6 @@ def bucket_rows(count: int) -> int:
     while count > 2 * least * step:
         step *= 2
     return -(-count // step) * step
-
-
-def room_bucket(max_new_tokens: int) -> int:
-    """Rows for new tokens: the smallest of 64, 128, 256, … that is large enough; 0 for 0."""
-    if max_new_tokens == 0:
-        return 0
-    return max(ROOM, 1 << (max_new_tokens - 1).bit_length())
 
 
 def pool_rows(

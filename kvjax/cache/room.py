@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.dense import DenseCache, LatentCache
-from kvjax.cache.layers import ModelCache
+from kvjax.cache.layers import ModelCache, new_pool
 from kvjax.cache.pool import (
     Pool,
     PoolLayer,
@@ -22,7 +22,7 @@ from kvjax.cache.pool import (
     pool_alignment,
     pool_rows,
 )
-from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, new_pool, specs
+from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, specs
 from kvjax.cache.storage import as_pool, from_bits_everywhere, whole_slots
 from kvjax.mesh import Layout
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand
-from kvjax.cache.dense import DenseCache, LatentCache, stored_width, widened
+from kvjax.cache.dense import DenseCache, LatentCache, PrefillCache, stored_width, widened
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.storage import slot_tile
 from kvjax.config import AttentionConfig
@@ -79,24 +79,6 @@ def place(cache: Any, layout: Layout) -> Any:
     return with_shardings(
         jax.lax.with_sharding_constraint, specs(cache, layout), cache, layout.mesh
     )
-
-
-@functools.partial(jax.jit, static_argnums=tuple(range(8)))
-def new_pool(
-    shape: tuple[int, int, int],
-    rows: int,
-    widths: tuple[int, int],
-    dtype: str,
-    positions: bool,
-    align: int,
-    span: int | None,
-    layout: Layout | None,
-    lengths: Int[Array, " B"],
-) -> Pool:
-    """`Pool.empty`, sharded over the mesh of `layout`."""
-    platform = None if layout is None else layout.platform
-    pool = Pool.empty(shape, rows, widths, dtype, lengths, positions, align, span, platform)
-    return pool if layout is None else place(pool, layout)
 
 
 def with_shardings(function: Callable[[Any, Any], Any], parts: Any, cache: Any, mesh: Any) -> Any:
@@ -362,6 +344,21 @@ def _(cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
     return ShardedSlots.create(cache, layout, window)
 
 
+@spread.register
+def _(cache: PrefillCache, layout: Layout, window: int | None) -> PrefillCache:
+    base = spread(cache.base, layout, window)
+    if cache.observers and getattr(base, "copies", 1) > 1:
+        raise NotImplementedError(
+            f"{type(cache.observers[0]).__name__} watches the queries of whole groups, which "
+            f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
+            "as KV heads"
+        )
+    if isinstance(base, ShardedSlots):
+        width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
+        return dataclasses.replace(cache, base=base, queries=widened(cache.queries, width))
+    return dataclasses.replace(cache, base=base)
+
+
 def spread_layer(attention: AttentionConfig, cache: Any, layout: Layout) -> Any:
     """Shards one layer's cache, with or without entries, over a mesh.
 
@@ -371,3 +368,17 @@ def spread_layer(attention: AttentionConfig, cache: Any, layout: Layout) -> Any:
     if attention.rebuilds_keys:
         return place(cache, layout.of_batch())
     return spread(cache, layout, attention.spec.window)
+
+
+def spread_prefill(attention: AttentionConfig, cache: PrefillCache, layout: Layout) -> PrefillCache:
+    """Shards the empty cache of a prompt over a mesh.
+
+    Raises:
+        ValueError, NotImplementedError: see `spread`.
+    """
+    if not attention.rebuilds_keys:
+        return spread(cache, layout, attention.spec.window)
+    # Rebuilt keys have neither heads nor slots to shard: each device of the tensor axis has all.
+    whole = layout.of_batch()
+    base, expanded = place(cache.base, whole), place(cache.expanded, whole)
+    return dataclasses.replace(cache, base=base, expanded=expanded)

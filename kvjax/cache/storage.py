@@ -97,6 +97,16 @@ def whole_slots(count: int, platform: str | None = None) -> int:
     return -(-count // tile) * tile
 
 
+ROOM = 64  # rows for new tokens, at least
+
+
+def room_bucket(max_new_tokens: int) -> int:
+    """Rows for new tokens: the smallest of 64, 128, 256, … that is large enough; 0 for 0."""
+    if max_new_tokens == 0:
+        return 0
+    return max(ROOM, 1 << (max_new_tokens - 1).bit_length())
+
+
 def token_slots(
     lengths_B: Int[Array, " B"], positions_BT: Int[Array, "B T"], capacity: int
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from kvjax.cache import ModelCache, PrefillCache
-from kvjax.cache.prefill import start_prefill as start_prefill
+from kvjax.cache import ModelCache
 from kvjax.cache.sharded import places, specs, with_shardings
 from kvjax.capacity.devices import Topology, device_bytes
 from kvjax.mesh import AnyMesh, Layout
@@ -27,7 +26,7 @@ from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress, Policy
-from kvjax.prefill import Watching, bucket_length, observed_queries
+from kvjax.prefill import bucket_length, cache_shapes
 from kvjax.sharding import param_shapes, param_shardings
 from kvjax.transmla.sizes import decoupled_shape
 
@@ -152,7 +151,7 @@ class Served:
     @functools.cached_property
     def cache(self) -> ModelCache:
         """Shapes of the caches after prefill, with shardings."""
-        return located_cache(jax.eval_shape(self._prefilled), self.layout)
+        return located_cache(cache_shapes(self.work, self.prompt_shape[1]), self.layout)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -163,22 +162,6 @@ class Served:
         """The shape [B, *axes] of an array with one row per sequence, sharded like the batch."""
         place = NamedSharding(self.layout.mesh, self.layout.spec("batch"))
         return jax.ShapeDtypeStruct((self.prompt_shape[0], *axes), np.dtype(dtype), sharding=place)
-
-    def _prefilled(self) -> ModelCache:
-        """Compresses an empty prompt in every layer, as prefill does; only shapes are computed."""
-        caches, observed = self.work.start(), observed_queries([self.work])
-        for layer, kind in enumerate(self.model.config.layers):
-            watching = Watching.of([self.work], layer)
-            prompt: PrefillCache = start_prefill(
-                kind.attention,
-                *self.prompt_shape,
-                observed,
-                jnp.dtype(self.dtype),
-                watching.observers,
-                self.mesh,
-            )
-            caches = self.work.compress(caches, layer, prompt.seen_by(watching.wanted[0]))
-        return caches
 
 
 def located(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from kvjax.cache.prefill import start_prefill
+from kvjax.cache.dense import start_prefill
 from kvjax.checks import token_ids
 from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN, most_likely

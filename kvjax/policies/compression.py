@@ -18,8 +18,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
-from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows, room_bucket
-from kvjax.cache.sharded import head_copies, new_pool
+from kvjax.cache.layers import new_pool
+from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows
+from kvjax.cache.sharded import head_copies
+from kvjax.cache.storage import room_bucket
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout, put_rows
 from kvjax.policies.budgets import Adaptive, Sharing
@@ -323,7 +325,8 @@ def compression(
     groups = layer_groups(config, layers)
     ways = 1 if layout is None else layout.ways
     align = alignment(budgets.dtype or dtype, layout)
-    copies = head_copies(budgets.caps.shape[2], ways) if groups else 1
+    heads = budgets.caps.shape[2]
+    copies = head_copies(heads, ways) if groups and layout is not None else 1
     rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
     return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
 

@@ -84,16 +84,21 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
     path = local_path(path, "the score file")
     if not path.is_file():
         raise ValueError(f"no head score file at {path}")
-    scores = HeadScores(_samples(path, _read_json(path)), _read_meta(path))
-    if model_config is not None:
-        check_shape(scores, model_config, str(path))
-    return scores
+    return _read_scores(path, model_config)
 
 
 def default_scores(config: ModelConfig) -> HeadScores | None:
     """The head scores in the directory of the model's weights; None if there are none."""
     path = Path(config.source) / "head_scores.json"
-    return load_scores(path, config) if config.source and path.is_file() else None
+    return _read_scores(path, config) if config.source and path.is_file() else None
+
+
+def _read_scores(path: Path, model_config: ModelConfig | None) -> HeadScores:
+    """The scores in a file that exists; see `load_scores`."""
+    scores = HeadScores(_samples(path, _read_json(path)), _read_meta(path))
+    if model_config is not None:
+        check_shape(scores, model_config, str(path))
+    return scores
 
 
 def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head scores") -> None:

@@ -42,7 +42,7 @@ class SumAttention:
     """Adds up attention, [B, K, S] fp32; the mean over the query heads of a group."""
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Float[Array, "B K S"]:
-        """See `kvjax.cache.prefill.Observer`."""
+        """See `kvjax.cache.dense.Observer`."""
         return jnp.zeros(keys_BKSX.shape[:3], jnp.float32)
 
     def watch(
@@ -54,7 +54,7 @@ class SumAttention:
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Float[Array, "B K S"]:
-        """See `kvjax.cache.prefill.Observer`."""
+        """See `kvjax.cache.dense.Observer`."""
         T = q_BTNH.shape[1]
         # A few queries at a time: [T, S] weights of a long prompt would not fit.
         rows = min(QUERY_ROWS, T)
@@ -170,7 +170,7 @@ class QueryMoments:
     future: int
 
     def start(self, q_BTNH: jax.Array, keys_BKSX: jax.Array) -> Moments:
-        """See `kvjax.cache.prefill.Observer`."""
+        """See `kvjax.cache.dense.Observer`."""
         B, _, N, X = q_BTNH.shape
         count, first, second = (jnp.zeros(s, jnp.float32) for s in ((B,), (B, N, X), (B, N, X, X)))
         return Moments(count, first, second, self.rope, self.future)
@@ -184,7 +184,7 @@ class QueryMoments:
         lengths_B: jax.Array,
         spec: AttentionSpec,
     ) -> Moments:
-        """See `kvjax.cache.prefill.Observer`."""
+        """See `kvjax.cache.dense.Observer`."""
         real = positions_BT >= 0
         q = jnp.where(real[:, :, None, None], q_BTNH.astype(jnp.float32), 0.0)
         q = unrotate(q, positions_BT, lengths_B, self.rope)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache.pool import room_bucket
+from kvjax.cache.storage import room_bucket
 from kvjax.checks import COUNT, SIZE, Range, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import long_context_attention as attention
 from benchmarks import long_context_memory as memory
-from kvjax.cache.pool import room_bucket
+from kvjax.cache.storage import room_bucket
 
 MEMORY = memory.Size(
     layers=2, hidden=32, heads=2, kv_heads=1, head_dim=32, mlp=32, vocab=16, tokens=8192, kv_size=16

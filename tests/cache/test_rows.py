@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from kvjax.cache import Pool
-from kvjax.cache.pool import LARGE, bucket_rows, lay_segments, pool_rows, room_bucket
+from kvjax.cache.pool import LARGE, bucket_rows, lay_segments, pool_rows
+from kvjax.cache.storage import room_bucket
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.policies.budgets import Adaptive
 from kvjax.policies.compression import Budgets, group_rows, kept_tokens, layer_groups

@@ -19,9 +19,9 @@ from kvjax.cache import (
     sharded,
     storage,
 )
-from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows
 from kvjax.cache.room import with_room
-from kvjax.cache.storage import whole_slots
+from kvjax.cache.storage import room_bucket, whole_slots
 from kvjax.capacity.devices import Topology
 from kvjax.generation import full_cache_bytes
 from kvjax.mesh import Layout

@@ -25,7 +25,7 @@ from eval.results import statistics
 from eval.run import evaluate, resolve_all
 from eval.task import Settings
 from kvjax import generation, transmla
-from kvjax.cache.pool import room_bucket
+from kvjax.cache.storage import room_bucket
 from kvjax.policies.importance import HeadScores
 from kvjax.text import added_text
 

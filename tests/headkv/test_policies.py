@@ -11,7 +11,8 @@ from toys import random_params
 
 from kvjax import transmla
 from kvjax.cache import DenseCache, LatentCache, PoolLayer, cache_bytes
-from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows
+from kvjax.cache.storage import room_bucket
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.context import compress
 from kvjax.generation import generate

@@ -9,7 +9,8 @@ import pytest
 from toys import random_params
 
 from kvjax.cache import PoolLayer, cache_bytes
-from kvjax.cache.pool import bucket_rows, room_bucket
+from kvjax.cache.pool import bucket_rows
+from kvjax.cache.storage import room_bucket
 from kvjax.config import (
     EqualCacheConfig,
     GQAConfig,
