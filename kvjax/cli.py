@@ -29,7 +29,7 @@ from kvjax.commands.convert import (
 )
 from kvjax.commands.demo import run_demo
 from kvjax.commands.score import score_checkpoint
-from kvjax.commands.text import compress_text, generate_text
+from kvjax.commands.text import compress_text, continue_text
 from kvjax.headkv.questions import Grid
 from kvjax.paths import local_arguments
 
@@ -145,13 +145,19 @@ def score(
 
 def generate(
     model: Model,
-    prompt: Annotated[Positional[str], arg(help="text to continue", metavar="PROMPT")],
+    prompt: Annotated[
+        Positional[str], arg(help="question to answer, or text to continue", metavar="PROMPT")
+    ],
     max_new_tokens: int = 64,
     policy: Annotated[str, arg(help="full, snapkv:kv_size=128, headkv:kv_size=128, …")] = "full",
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    chat: Annotated[
+        bool, arg(help="use the tokenizer's chat template, if any; otherwise continue the text")
+    ] = True,
+    system: Annotated[str | None, arg(help="system message before the prompt")] = None,
     context: Annotated[
         Path | None, arg(help="file of `kvjax compress`: continue its text, with its policy")
     ] = None,
@@ -159,12 +165,15 @@ def generate(
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
-    """Continues a text. Tokens appear one by one."""
+    """Answers a question, or continues a text. Tokens appear one by one.
+
+    A model whose tokenizer has a chat template answers; any other continues the text.
+    """
     # Greedy decoding ignores the settings of sampling.
     if temperature == 0:
         of_sampling = _changed(generate, locals(), "top_p", "top_k")
         _refuse_unread("--temperature", "0", {"above 0": of_sampling})
-    report = generate_text(
+    report = continue_text(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -173,6 +182,8 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        chat=None if chat else False,
+        system=system,
         context=context,
         dtype=dtype,
         mesh=mesh,
