@@ -20,6 +20,7 @@ from eval.command import (
     Policies,
     check_arguments,
     print_report,
+    with_dtype,
     write_json,
 )
 from eval.harness_scores import scores
@@ -65,7 +66,7 @@ class HarnessCommand:
     batch_size: int = 8
     max_length: int | None = None
     mesh: MeshText = None
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = None
     json_file: Json = None
 
 
@@ -98,7 +99,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from eval.run import LoadedModel, resolve_all
     from kvjax.mesh import named_mesh
 
-    start = time.monotonic()
+    start, command = time.monotonic(), with_dtype(command)
     names = command.policy or ("full",)
     check_arguments(command)
     check(command)

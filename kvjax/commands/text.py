@@ -28,7 +28,7 @@ MOST_CHARACTERS = 16
 def continue_text(
     path: str,
     prompt: str,
-    dtype: str = "float32",
+    dtype: str | None = None,
     write: Callable[[str], None] | None = None,
     context: Path | None = None,
     policy: str = "full",
@@ -38,7 +38,7 @@ def continue_text(
     """`kvjax.generate_text` with the checkpoint at `path`.
 
     Args:
-        dtype: of weights, activations and cache.
+        dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
         write: called with each piece of the new text when the piece is ready.
         context: a file that `compress_text` wrote. The prompt follows the text of this file, and
             the policy of the file applies.
@@ -78,12 +78,14 @@ def continue_text(
     }
 
 
-def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> dict[str, Any]:
+def compress_text(
+    path: str, text: Path, out: Path, policy: str, dtype: str | None = None
+) -> dict[str, Any]:
     """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
 
     Args:
         policy: which entries of the cache to keep, such as "snapkv:kv_size=128".
-        dtype: of weights, activations and cache.
+        dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
 
     Returns:
         tokens, policy, cache_bytes, file_bytes.

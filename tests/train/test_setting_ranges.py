@@ -37,7 +37,7 @@ NAN, INF = float("nan"), float("inf")
         ("keep", (0, -1), "from 1 to"),
         ("seed", (-1, NAN, 0.5), "from 0 to"),
         ("remat", ("no",), "one of False, True"),
-        ("dtype", ("float99",), "one of bfloat16, float32"),
+        ("dtype", ("float99",), "one of None, bfloat16, float32"),
         ("data", ("plain:a",), "a list"),
     ],
 )

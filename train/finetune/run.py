@@ -29,7 +29,7 @@ from kvjax.paths import local_path
 from train import log
 from train.checkpoints import Checkpoints
 from train.data import check_documents, count_batches, make_loader
-from train.finetune.config import TuneConfig, check_paths
+from train.finetune.config import TuneConfig, check_paths, with_dtype
 from train.finetune.setup import Tuning, load
 from train.finetune.step import TuneState, compile_step, learning_rate, merged
 
@@ -57,6 +57,7 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     # Refuse bad settings and another run's folder before anything is loaded.
     check_ranges({"stop_after": stop_after}, {"stop_after": optional(COUNT)})
     check_paths(config)
+    config = with_dtype(config)
     out = local_path(out, "out")
     processes.on_writer(lambda: claim_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
@@ -314,8 +315,9 @@ def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path
         ValueError: `out` already holds a checkpoint, or a parameter is not finite.
     """
     model = tuning.step.model
-    params = merged(state, tuning.frozen, config.dtype)
-    check_finite(params, reason=f" in {config.dtype}; no model is written")
+    dtype = tuning.step.dtype
+    params = merged(state, tuning.frozen, dtype)
+    check_finite(params, reason=f" in {dtype}; no model is written")
     kvjax.save(model, params, out, layout=layout_of(config.model))
     processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
     return out

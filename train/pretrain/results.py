@@ -72,7 +72,7 @@ def evaluate(
     tasks: tuple[str, ...],
     lengths: tuple[int, ...],
     count: int,
-    dtype: str,
+    dtype: str | None = None,
     seed: int = 0,
 ) -> list[dict]:
     """Measures a model on prompts that training never drew.
@@ -81,7 +81,7 @@ def evaluate(
         model: a directory, or "builtin:needle".
         out: JSON file for the result, or None.
         count: number of prompts for each task and length.
-        dtype: of the parameters.
+        dtype: of the parameters; None: see `kvjax.hf.default_dtype`.
 
     Returns:
         One row for each task and prompt length, with the share of exact answers (1 to 12 tokens).
@@ -92,6 +92,7 @@ def evaluate(
     lengths_by_name = {f"lengths[{index}]": length for index, length in enumerate(lengths)}
     values = {"count": count, "seed": seed, **lengths_by_name}
     check_ranges(values, {"seed": SEED, **dict.fromkeys(("count", *lengths_by_name), COUNT)})
+    dtype = dtype or kvjax.hf.default_dtype()
     transformer, params = kvjax.load(model, dtype=dtype)
     vocab = WordVocabulary()
     rows = []
