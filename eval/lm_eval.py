@@ -25,6 +25,7 @@ from eval.command import (
 )
 from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
+from kvjax.extras import import_extra
 
 KINDS = {
     "num_fewshot": checks.whole(0),
@@ -87,11 +88,11 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     """The content of results.json, as for a task. Its groups are the requested tasks and groups.
 
     Raises:
-        ModuleNotFoundError: lm_eval is not installed.
-        ValueError: unknown tasks, policies that do not fit, or a folder of another run.
+        ValueError: lm-eval is not installed, unknown tasks, policies that do not fit, or a folder
+            of another run.
     """
     # This import is first, so that a missing package shows before a model is read.
-    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    simple_evaluate = import_extra("lm_eval.evaluator", "lm-eval").simple_evaluate
 
     import kvjax
     from eval.harness_model import CompressedLM
@@ -163,8 +164,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     Raises:
         ValueError: no such folder, or a task that is not known.
     """
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    TaskManager = import_extra("lm_eval.tasks", "lm-eval").TaskManager
     if not tasks:
         raise ValueError("got no tasks, expected --tasks NAME …")
     place = None if include_path is None else str(include_path)

@@ -22,6 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 import kvjax
 from kvjax import processes, runs
 from kvjax.checks import COUNT, check_finite, check_ranges, first_not_finite, optional
+from kvjax.extras import import_extra, pyplot
 from kvjax.hf import layout_of
 from kvjax.hf.save import copy_companions
 from kvjax.identity import part_checksum
@@ -52,9 +53,11 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     Raises:
         ValueError: bad settings or data; a URL; another run's folder; a model or a checkpoint that
             holds NaN; a step whose loss or parameters are not finite; a checkpoint that could not
-            be written.
+            be written; a package of the extra `train` that is not installed.
     """
     # Refuse bad settings and another run's folder before anything is loaded.
+    import_extra("grain", "train")
+    pyplot()
     check_ranges({"stop_after": stop_after}, {"stop_after": optional(COUNT)})
     check_paths(config)
     config = with_dtype(config)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import kvjax
 import kvjax.hf
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
+from kvjax.extras import pyplot
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.recall import TASKS
 from kvjax.tasks.words import to_transformers
-from train.log import pyplot
 from train.pretrain.curriculum import Curriculum
 from train.pretrain.episodes import KINDS
 from train.pretrain.run import Run, create_run, initial_state, load_newest
