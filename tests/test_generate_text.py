@@ -14,6 +14,7 @@ from kvjax.cli import main
 from kvjax.commands import text as pipeline
 from kvjax.commands.text import token_rows
 from kvjax.generation import Generation
+from kvjax.text import added_text, prompt_ids
 
 ANSWER = "    return x\n\n\tab é 你 # so\n"
 
@@ -90,6 +91,20 @@ def test_several_prompts(said):
     again = kvjax.generate_text(loaded.model, loaded.params, chat, ["the", "x"], chat=False)
     assert again.prompts == out.prompts
     assert kvjax.generate_text(loaded.model, loaded.params, chat, "x").text == ANSWER
+
+
+def test_texts_and_bytes_are_those_of_generate():
+    loaded = eval_toys.loaded()
+    prompts = ["where is mary ?", "mary sings . " * 9]
+    ask = {"max_new_tokens": 5, "policy": "snapkv:kv_size=12"}
+    out = kvjax.generate_text(loaded.model, loaded.params, loaded.tokenizer, prompts, **ask)
+    ids = [prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
+    want = kvjax.generate(loaded.model, loaded.params, ids, **ask)
+    assert (out.prompts, out.tokens) == (ids, want.tokens)
+    assert out.texts == [
+        added_text(loaded.tokenizer, *each) for each in zip(ids, want.tokens, strict=True)
+    ]
+    assert (out.cache_bytes, out.full_cache_bytes) == (want.cache_bytes, want.full_cache_bytes)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,11 @@ def continue_text(
     Raises:
         ValueError: see `kvjax.load` and `kvjax.generate_text`.
     """
+    # Refuse bad input before the model is read.
+    if not prompt:
+        raise ValueError("the prompt is empty, expected text")
     if context is None:
-        parse_policy(policy)  # refuses an unknown policy before the model is read
+        parse_policy(policy)
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)

@@ -8,7 +8,7 @@ import pytest
 from train.__main__ import main
 from train.compare.config import CompareConfig, read_compare
 from train.data import DataConfig, SourceConfig
-from train.finetune.config import TuneConfig, read_config
+from train.finetune.config import TuneConfig, read_config, with_dtype
 from train.pretrain.curriculum import Curriculum, ModelShape, Stage, read_curriculum
 from train.pretrain.episodes import EpisodeConfig
 
@@ -187,3 +187,10 @@ def test_a_file_that_holds_no_settings(tmp_path, read, text):
 def test_comparisons(changes, message):
     with pytest.raises(ValueError, match=message):
         CompareConfig(**changes)
+
+
+def test_the_dtype_follows_the_devices_unless_it_is_named():
+    config = TuneConfig("model")
+    assert [with_dtype(config, p).dtype for p in ("cpu", "tpu")] == ["float32", "bfloat16"]
+    assert with_dtype(config).dtype == "float32"  # the tests run on CPUs
+    assert with_dtype(TuneConfig("model", dtype="bfloat16"), "cpu").dtype == "bfloat16"
