@@ -53,8 +53,9 @@ bench: $(VENV)/.installed-test-parity
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# What demo and report need: pictures, and YAML for report.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) -e .
+	$(PIP) -e ".[eval]"
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

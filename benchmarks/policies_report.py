@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.policies import label
+from kvjax.extras import pyplot
 from kvjax.paths import local_path
 from kvjax.scoring import FULL
 
@@ -98,15 +99,10 @@ def difference(reference: np.ndarray, found: np.ndarray) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy against KV size: a row a protocol, a column a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     settings = result["settings"]
     tasks = sorted({kind.split()[0] for part in result["parts"].values() for kind in part["kinds"]})
     shape = (len(settings["protocols"]), len(tasks))
-    figure, grid = pyplot.subplots(
+    figure, grid = pyplot().subplots(
         *shape, figsize=(4 * shape[1], 3.2 * shape[0]), sharey=True, layout="constrained"
     )
     grid = np.asarray(grid).reshape(shape)

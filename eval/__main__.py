@@ -53,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes.join(distributed)
         with processes.together():
             dispatch(argv[0], argv[1:])
-    except ModuleNotFoundError as error:
-        fail(f"{argv[0]} needs the package {error.name}: pip install 'kvjax[eval]'")
     except (ValueError, NotImplementedError, OSError) as error:
         fail(str(error))
 

@@ -27,7 +27,8 @@ Policies = Annotated[
 ]
 Model = Annotated[str, arg(help="checkpoint directory, hub id, or builtin:<name>")]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights, activations and cache")
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(help="of weights, activations, cache; None: bfloat16 on accelerators, float32 on CPUs"),
 ]
 MeshText = Annotated[
     str | None,
@@ -88,7 +89,7 @@ class TaskCommand:
     unsafe_execution: bool = False
     dry_run: bool = False
     mesh: MeshText = None
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = None
     json_file: Json = None
 
 
@@ -135,6 +136,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from kvjax.mesh import named_mesh
 
     # Everything that can be refused without the model comes first.
+    command = with_dtype(command)
     check_arguments(command)
     _pairs(command.settings)
     if command.out is None and not command.dry_run:
@@ -155,6 +157,13 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     return evaluate(loaded, task, settings, command.out, described, argv)
+
+
+def with_dtype(command: Any) -> Any:
+    """The command with a dtype: `kvjax.hf.default_dtype` where none was given."""
+    from kvjax.hf import default_dtype
+
+    return dataclasses.replace(command, dtype=command.dtype or default_dtype())
 
 
 def check_arguments(command: Any) -> None:

@@ -20,6 +20,7 @@ from eval.command import (
     Policies,
     check_arguments,
     print_rows,
+    with_dtype,
     write_json,
 )
 
@@ -47,7 +48,7 @@ class LatencyCommand:
     repeats: int = 5
     seed: int = 0
     mesh: MeshText = None
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = None
     json_file: Json = None
 
 
@@ -84,6 +85,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from eval.run import progress_bar, resolve_all
     from kvjax.mesh import named_mesh
 
+    command = with_dtype(command)
     check_arguments(command)
     check(command)
     model, params = kvjax.load(command.model, command.dtype, named_mesh(command.mesh))

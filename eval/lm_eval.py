@@ -20,10 +20,12 @@ from eval.command import (
     Policies,
     check_arguments,
     print_report,
+    with_dtype,
     write_json,
 )
 from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
+from kvjax.extras import import_extra
 
 KINDS = {
     "num_fewshot": checks.whole(0),
@@ -65,7 +67,7 @@ class HarnessCommand:
     batch_size: int = 8
     max_length: int | None = None
     mesh: MeshText = None
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = None
     json_file: Json = None
 
 
@@ -86,11 +88,11 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     """The content of results.json, as for a task. Its groups are the requested tasks and groups.
 
     Raises:
-        ModuleNotFoundError: lm_eval is not installed.
-        ValueError: unknown tasks, policies that do not fit, or a folder of another run.
+        ValueError: lm-eval is not installed, unknown tasks, policies that do not fit, or a folder
+            of another run.
     """
     # This import is first, so that a missing package shows before a model is read.
-    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    simple_evaluate = import_extra("lm_eval.evaluator", "lm-eval").simple_evaluate
 
     import kvjax
     from eval.harness_model import CompressedLM
@@ -98,7 +100,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     from eval.run import LoadedModel, resolve_all
     from kvjax.mesh import named_mesh
 
-    start = time.monotonic()
+    start, command = time.monotonic(), with_dtype(command)
     names = command.policy or ("full",)
     check_arguments(command)
     check(command)
@@ -162,8 +164,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     Raises:
         ValueError: no such folder, or a task that is not known.
     """
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    TaskManager = import_extra("lm_eval.tasks", "lm-eval").TaskManager
     if not tasks:
         raise ValueError("got no tasks, expected --tasks NAME …")
     place = None if include_path is None else str(include_path)

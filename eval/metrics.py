@@ -106,7 +106,10 @@ def _sentences(text: str) -> list[list[str]]:
     return [part.split() or [""] for part in text.split(".") if part]
 
 
-MISSING = "jieba is not installed (pip install jieba): Chinese was scored by characters, not words"
+MISSING = (
+    'jieba is not installed (pip install "kvjax[chinese]"): Chinese was scored by characters, '
+    "not words"
+)
 
 # The marks that LongBench removes. It leaves others, such as an opening 《, as words.
 MARKS = frozenset(

@@ -22,6 +22,7 @@ from eval.command import (
     Policies,
     check_arguments,
     print_report,
+    with_dtype,
     write_json,
 )
 from eval.predictions import check_folder, write_measured
@@ -65,7 +66,7 @@ class PerplexityCommand:
     limit: int | None = None
     batch_size: int = 4
     mesh: MeshText = None
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = None
     json_file: Json = None
 
 
@@ -96,7 +97,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     from kvjax.mesh import named_mesh
 
     # The text and its chunks; problems of the text show before weights are loaded.
-    start = time.monotonic()
+    start, command = time.monotonic(), with_dtype(command)
     names = command.policy or ("full",)
     check(command)
     stride = command.length if command.stride is None else command.stride

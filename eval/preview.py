@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from eval import latency, lm_eval, perplexity, results
-from eval.command import adapted, checked, task_options
+from eval.command import adapted, checked, task_options, with_dtype
 from eval.prompts import Shape, encode, make_batches, shapes
 from eval.report.page import size
 from eval.task import check_form, load_task
@@ -32,6 +32,7 @@ def preview(name: str, command: Any) -> Iterator[str]:
     Raises:
         ValueError: settings that the command would refuse, or a policy that does not exist.
     """
+    command = with_dtype(command)
     _check(name, command)
     policies = parse_policies(command.policy)
     try:

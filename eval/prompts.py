@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from eval.task import Item, Task
 from kvjax.config import ModelConfig
 from kvjax.prefill import bucket_length
-from kvjax.text import TEMPLATE, prompt_ids
+from kvjax.text import chat_ids, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,7 @@ def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list
     text = item.prompt if isinstance(item.prompt, str) else item.meta.get("text")
     if text is None:
         raise ValueError(f"item {item.id} is token ids: no text for the chat template")
-    wrap = functools.partial(_wrapped, tokenizer)
-    ids = wrap(text)
+    ids = chat_ids(tokenizer, text)
     length = len(ids)
     if length <= room:
         return ids, length
@@ -131,20 +129,11 @@ def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list
     kept = room - (length - len(inner))
     # Cutting and encoding again can add a few tokens, so the text is cut until the prompt fits.
     while kept > 0:
-        ids = wrap(tokenizer.decode(cut(inner, kept, rule)))
+        ids = chat_ids(tokenizer, tokenizer.decode(cut(inner, kept, rule)))
         if len(ids) <= room:
             return ids, length
         kept -= len(ids) - room
     raise TooLong(length)
-
-
-def _wrapped(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a user's turn with the text, and of the beginning of the answer."""
-    turn = [{"role": "user", "content": text}]
-    settings = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE}
-    return tokenizer.encode(
-        tokenizer.apply_chat_template(turn, **settings), add_special_tokens=False
-    )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from eval.preview import preview
 from eval.task import TASKS, TaskOptions, reads_of
 from kvjax import processes
 from kvjax.data_files import read_json
+from kvjax.extras import import_extra
 from kvjax.paths import check_local, local_path
 
 MEASUREMENTS = {
@@ -238,8 +239,7 @@ def read(path: Path, scores: Path = Path("scores"), model: str | None = None) ->
     Raises:
         ValueError: no such file, an unknown or wrong entry, or a URL among the paths of the runs.
     """
-    import yaml
-
+    yaml = import_extra("yaml", "eval")
     if not path.is_file():
         raise ValueError(f"no file at {path}")
     try:

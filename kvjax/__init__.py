@@ -8,15 +8,18 @@ from kvjax.generation import Generation, generate
 from kvjax.hf import load, load_tokenizer, save
 from kvjax.nn import Transformer
 from kvjax.prefill import prefill
+from kvjax.text_generation import TextGeneration, generate_text
 
 __all__ = [
     "Context",
     "Example",
     "Generation",
+    "TextGeneration",
     "Transformer",
     "compress",
     "decode_step",
     "generate",
+    "generate_text",
     "headkv",
     "load",
     "load_context",

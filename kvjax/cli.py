@@ -29,7 +29,7 @@ from kvjax.commands.convert import (
 )
 from kvjax.commands.demo import run_demo
 from kvjax.commands.score import score_checkpoint
-from kvjax.commands.text import compress_text, generate_text
+from kvjax.commands.text import compress_text, continue_text
 from kvjax.headkv.questions import Grid
 from kvjax.paths import local_arguments
 
@@ -37,8 +37,10 @@ Json = Annotated[Path | None, arg(name="json", help="also write the result as JS
 Model = Annotated[
     Positional[str], arg(help="checkpoint directory, hub id, or builtin:<name>", metavar="MODEL")
 ]
+DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights, activations and cache")
+    DtypeName | None,
+    arg(help="of weights, activations, cache; None: bfloat16 on accelerators, float32 on CPUs"),
 ]
 
 MeshText = Annotated[
@@ -75,7 +77,7 @@ def convert(
         arg(help="equal_cache: same cache, more expressive; decoupled: a smaller cache"),
     ] = "equal_cache",
     mesh: MeshText = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
     """Converts a GQA checkpoint to latent attention (TransMLA), one layer at a time.
@@ -109,7 +111,7 @@ def export(
     ] = None,
     calibration_tokens: int = 32_768,
     max_shard_bytes: Annotated[int, arg(help="largest size of a file of weights")] = 5 * 10**9,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
     """Writes a model of the decoupled conversion as transformers' DeepseekV3ForCausalLM.
@@ -131,7 +133,7 @@ def score(
     examples: OmitArgPrefixes[Grid],
     batch_size: Annotated[int, arg(help="examples at a time")] = 8,
     mesh: MeshText = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
     """Measures the importance of every attention head (HeadKV) and writes a score file.
@@ -145,26 +147,35 @@ def score(
 
 def generate(
     model: Model,
-    prompt: Annotated[Positional[str], arg(help="text to continue", metavar="PROMPT")],
+    prompt: Annotated[
+        Positional[str], arg(help="question to answer, or text to continue", metavar="PROMPT")
+    ],
     max_new_tokens: int = 64,
     policy: Annotated[str, arg(help="full, snapkv:kv_size=128, headkv:kv_size=128, …")] = "full",
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    chat: Annotated[
+        bool, arg(help="use the tokenizer's chat template, if any; otherwise continue the text")
+    ] = True,
+    system: Annotated[str | None, arg(help="system message before the prompt")] = None,
     context: Annotated[
         Path | None, arg(help="file of `kvjax compress`: continue its text, with its policy")
     ] = None,
     mesh: MeshText = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Continues a text. Tokens appear one by one."""
+    """Answers a question, or continues a text. Tokens appear one by one.
+
+    A model whose tokenizer has a chat template answers; any other continues the text.
+    """
     # Greedy decoding ignores the settings of sampling.
     if temperature == 0:
         of_sampling = _changed(generate, locals(), "top_p", "top_k")
         _refuse_unread("--temperature", "0", {"above 0": of_sampling})
-    report = generate_text(
+    report = continue_text(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -173,6 +184,8 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        chat=None if chat else False,
+        system=system,
         context=context,
         dtype=dtype,
         mesh=mesh,
@@ -193,7 +206,7 @@ def compress(
     text: Annotated[Positional[Path], arg(help="text file to read", metavar="TEXT")],
     out: Annotated[Positional[Path], arg(help="file to write", metavar="OUT")],
     policy: Annotated[str, arg(help="cache policy: snapkv:kv_size=128, …")] = "headkv:kv_size=512",
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
     """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`."""
@@ -231,7 +244,7 @@ def plan(
         tuple[int, int], arg(help="latent and rotary key of the converted model; 0 0 for none")
     ] = (512, 128),
     check: Annotated[bool, arg(help="also compile a step of all layers and compare")] = False,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[DtypeName, arg(help="dtype of weights, activations and cache")] = "bfloat16",
     compile: Annotated[
         Literal["block", "step"] | None,
         arg(help="a decode step is one program per layer, or one program; default: by new tokens"),

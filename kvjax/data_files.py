@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from kvjax.extras import import_extra
 from kvjax.paths import local_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -108,11 +109,9 @@ def open_hub(dataset: str, config: str | None, split: str) -> Rows:
     """
     name = dataset if config is None else f"{dataset}:{config}"
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"{name} comes from the hub, which needs a package: pip install datasets"
-        ) from error
+        datasets = import_extra("datasets", "data")
+    except ValueError as error:
+        raise ValueError(f"{name} comes from the hub: {error}") from error
     try:
         return HubRows(name, datasets.load_dataset(dataset, config, split=split))
     except (OSError, ValueError, RuntimeError) as error:
@@ -248,12 +247,11 @@ class Parquet:
     """A parquet file, mapped into memory."""
 
     def __init__(self, path: Path):
-        import pyarrow
-        import pyarrow.parquet
-
+        pyarrow = import_extra("pyarrow", "data")
+        parquet = import_extra("pyarrow.parquet", "data")
         self.path = path
         try:
-            self.table = pyarrow.parquet.read_table(path, memory_map=True)
+            self.table = parquet.read_table(path, memory_map=True)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path} is not a parquet file: {error}") from error
 

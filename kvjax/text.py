@@ -34,6 +34,36 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[: len(start)] == start else start + ids
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_ids(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
+    """Ids of a user's message in the chat template, and of the beginning of the answer.
+
+    Models that can think aloud are asked not to.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        text: the user's message.
+        system: the system's message before it; None for the template's own, if any.
+
+    Raises:
+        ValueError: the template refuses the messages, as some do with a system's.
+    """
+    from jinja2 import TemplateError
+
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    turns.append({"role": "user", "content": text})
+    settings = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE}
+    try:
+        written = tokenizer.apply_chat_template(turns, **settings)
+    except (TemplateError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"the chat template refuses the messages: {error}") from None
+    return _encode(tokenizer, written)
+
+
 def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
     """Ids of a text that follows another one, without special tokens of the tokenizer's own.
 
@@ -73,7 +103,7 @@ def end_ids(tokenizer: Any, config: ModelConfig, chat: bool) -> tuple[int, ...]:
 
 def _turn_end(tokenizer: Any) -> list[int]:
     """The first special token after an answer in the chat template, where there is one."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         return []
     from jinja2 import TemplateError
 

@@ -195,7 +195,7 @@ def test_compress_then_ask(checkpoint, tmp_path):
     settings = ("--max-new-tokens", 5, "--context", kept, "--json", tmp_path / "g.json")
     run("generate", checkpoint, "where is mary", *settings)
     answer = json.loads((tmp_path / "g.json").read_text())
-    model, params = kvjax.load(checkpoint, dtype="float32")
+    model, params = kvjax.load(checkpoint)  # the library and the commands have one default dtype
     tokenizer = kvjax.load_tokenizer(checkpoint)
     ids = tokenizer(text.read_text())["input_ids"]
     assert report["tokens"] == len(ids)
@@ -205,6 +205,7 @@ def test_compress_then_ask(checkpoint, tmp_path):
     assert answer["new_tokens"] == len(expected.tokens[0])
     assert answer["text"] == added_text(tokenizer, question, expected.tokens[0])
     assert answer["policy"] == policy
+    assert kvjax.load_context(kept, model, params).length == len(ids)
 
 
 def test_bad_input(checkpoint, tmp_path, capsys):

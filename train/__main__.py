@@ -54,7 +54,7 @@ def evaluate_command(
     tasks: tuple[str, ...] = ("needle", "multi_key", "two_hop", "two_hop_crowded"),
     lengths: tuple[int, ...] = (256, 512, 1024),
     count: int = 200,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> None:
     """Measure accuracy on unseen prompts, with the full cache.
 
@@ -64,7 +64,7 @@ def evaluate_command(
         tasks: names of kvjax.tasks.recall.
         lengths: tokens of the prompts.
         count: prompts for each task and length.
-        dtype: of the parameters.
+        dtype: of the parameters; None: float32 on CPUs, bfloat16 elsewhere.
     """
     evaluate(model, out, tasks, lengths, count, dtype)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvjax.extras import import_extra, pyplot
 from kvjax.runs import whole_lines, write_whole
 
 PEAK_FLOPS = {
@@ -53,11 +54,8 @@ def tensorboard(out: Path, line: dict[str, Any]) -> None:
     Raises:
         ValueError: the package tensorboardX is missing.
     """
-    try:
-        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError("--tensorboard needs the package: pip install tensorboardX") from None
-    with SummaryWriter(str(out / "tensorboard")) as writer:
+    package = import_extra("tensorboardX", "tensorboard")
+    with package.SummaryWriter(str(out / "tensorboard")) as writer:
         for name, value in line.items():
             if name != "step" and value is not None:
                 writer.add_scalar(name, value, line["step"])
@@ -87,13 +85,3 @@ def plot(path: Path, out: Path) -> None:
     bottom.set(xlabel="step", ylabel="learning rate")
     figure.savefig(out, dpi=110)
     plt.close(figure)
-
-
-def pyplot() -> Any:
-    """The module matplotlib.pyplot, set to draw into files without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from kvjax.extras import import_extra
 
 Settings = TypeVar("Settings")
 
@@ -17,6 +17,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, not YAML, or not a mapping from names.
     """
+    yaml = import_extra("yaml", "train")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

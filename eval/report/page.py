@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.extras import pyplot
+
 STYLE = """
 :root { color-scheme: light dark; --line: #d5d8de; --soft: #f3f4f7; --text: #1c1f26;
   --page: #fff; --quiet: #5b6270; }
@@ -245,8 +247,6 @@ class Pictures:
         return self._save(figure, name)
 
     def _save(self, figure: Any, name: str) -> str:
-        from matplotlib import pyplot
-
         # Names of runs and policies have characters that files and links may not have.
         stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:60] or "picture"
         file = next(
@@ -256,18 +256,12 @@ class Pictures:
         )
         self.taken.add(file)
         figure.savefig(self.folder / file, dpi=120)
-        pyplot.close(figure)
+        pyplot().close(figure)
         return file
 
 
 def _figure(width: float, height: float) -> Any:
-    # matplotlib is slow to import, and Agg draws without a display.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot().subplots(figsize=(width, height), layout="constrained")
 
 
 def _short(label: str) -> str:

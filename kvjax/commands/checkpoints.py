@@ -21,6 +21,7 @@ from kvjax.commands.text import token_rows
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.hf import (
     check_export,
+    default_dtype,
     latent_rms,
     layout_of,
     load,
@@ -129,7 +130,7 @@ def export_checkpoint(
     norm: str,
     calibration: Path | None,
     calibration_tokens: int,
-    dtype: str,
+    dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Writes the converted model at `source` to `out` in the deepseek_v3 layout.
@@ -138,7 +139,7 @@ def export_checkpoint(
         norm: "neutral", or "rms", which needs `calibration`.
         calibration: a text file, or token ids [S, T] in a .npy file.
         calibration_tokens: most tokens of `calibration` to use.
-        dtype: of the weights.
+        dtype: of the weights; None: see `kvjax.hf.default_dtype`.
         max_shard_bytes: largest file of weights, see `kvjax.save`.
 
     Returns:
@@ -154,6 +155,7 @@ def export_checkpoint(
     check_ranges({"max_shard_bytes": max_shard_bytes}, {"max_shard_bytes": SHARD})
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, expected a new directory")
+    dtype = dtype or default_dtype()
     model, params = load(source, dtype=dtype)
     check_params(params)
     # The weights of the norm make up for the size of the latents, which calibration measures.

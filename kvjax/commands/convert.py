@@ -31,7 +31,7 @@ from kvjax.commands.checkpoints import (
 from kvjax.commands.unfinished import ConversionFolder, check_out, describe
 from kvjax.config import LayerConfig, ModelConfig
 from kvjax.feeding import next_token_losses
-from kvjax.hf import matching, open_params, read_model
+from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
@@ -159,7 +159,11 @@ class DecoupledSettings:
 
 
 def convert_to_equal_cache(
-    source: str, out: Path, wanted: EqualCacheSettings, dtype: str, mesh: str | None = None
+    source: str,
+    out: Path,
+    wanted: EqualCacheSettings,
+    dtype: str | None = None,
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """Converts the checkpoint at `source` and writes it to `out` in the native layout.
 
@@ -167,7 +171,7 @@ def convert_to_equal_cache(
     stopped, the same call continues after the last layer that was written.
 
     Args:
-        dtype: of the weights.
+        dtype: of the weights; None: see `kvjax.hf.default_dtype`.
         mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
@@ -179,7 +183,7 @@ def convert_to_equal_cache(
         ValueError: `out` is not empty, or holds an unfinished conversion with other settings; the
             conversion is not possible; or weights or logits hold NaN.
     """
-    start = time.monotonic()
+    start, dtype = time.monotonic(), dtype or default_dtype()
     check_out(out)
     model = read_model(source)
     inits = checked_inits(wanted.init, None, wanted.rope_site)
@@ -234,7 +238,11 @@ def _write_equal_cache_layers(
 
 
 def convert_to_decoupled(
-    source: str, out: Path, wanted: DecoupledSettings, dtype: str, mesh: str | None = None
+    source: str,
+    out: Path,
+    wanted: DecoupledSettings,
+    dtype: str | None = None,
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """Converts the checkpoint at `source` and writes it to `out` in the native layout.
 
@@ -244,7 +252,7 @@ def convert_to_decoupled(
     stopped, the same call continues after the last layer that was written.
 
     Args:
-        dtype: of the weights.
+        dtype: of the weights; None: see `kvjax.hf.default_dtype`.
         mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
@@ -256,7 +264,7 @@ def convert_to_decoupled(
             other settings; the conversion is not possible; or weights, moments or a perplexity
             are NaN.
     """
-    start = time.monotonic()
+    start, dtype = time.monotonic(), dtype or default_dtype()
     # Refuse bad input before anything large is read or computed.
     check_out(out)
     model = read_model(source)

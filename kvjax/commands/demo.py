@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.commands.checkpoints import bytes_per_token, logit_change
+from kvjax.extras import pyplot
 from kvjax.headkv.questions import score_heads
 from kvjax.hf import load, load_tokenizer
 from kvjax.policies.importance import HeadScores
@@ -51,9 +52,10 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         The content of report.json.
 
     Raises:
-        ValueError: fewer than one sample, or a negative seed.
+        ValueError: fewer than one sample, a negative seed, or matplotlib is not installed.
     """
     check_ranges({"samples": samples, "seed": seed}, {"samples": COUNT, "seed": SEED})
+    pyplot()
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model, params = load(MODEL, dtype="float32")
@@ -206,20 +208,12 @@ def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: 
 
 
 def _figure(width: float, height: float):
-    # Imported here because matplotlib is slow to import. Agg draws without a display.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot().subplots(figsize=(width, height), layout="constrained")
 
 
 def _finish(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 def plot_head_importance(importance: np.ndarray, path: Path) -> None:

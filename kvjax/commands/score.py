@@ -24,7 +24,7 @@ from kvjax.example import Example
 from kvjax.headkv.examples import bucketed
 from kvjax.headkv.measure import BatchScores, score_examples
 from kvjax.headkv.questions import Grid, make_examples, model_name, with_origin
-from kvjax.hf import load, load_tokenizer
+from kvjax.hf import default_dtype, load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
@@ -37,7 +37,7 @@ def score_checkpoint(
     out: Path,
     grid: Grid,
     batch_size: int = 8,
-    dtype: str = "float32",
+    dtype: str | None = None,
     mesh: str | None = None,
 ) -> dict[str, Any]:
     """Scores the checkpoint at `path` and writes the score file `out`.
@@ -48,7 +48,7 @@ def score_checkpoint(
     Args:
         grid: the examples.
         batch_size: examples at a time.
-        dtype: of weights and activations.
+        dtype: of weights and activations; None: see `kvjax.hf.default_dtype`.
         mesh: devices to shard over, see `kvjax.mesh.parse_mesh`; None for one device.
 
     Returns:
@@ -58,7 +58,7 @@ def score_checkpoint(
     Raises:
         ValueError: see `score_heads`; or an unfinished run with other settings has the same `out`.
     """
-    start = time.monotonic()
+    start, dtype = time.monotonic(), dtype or default_dtype()
     # Read the model and the batches that an earlier run finished.
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     examples = make_examples(load_tokenizer(path), grid)

@@ -11,11 +11,11 @@ from jaxtyping import Int, Integer
 
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
 from kvjax.context import compress, load_context
-from kvjax.generation import generate
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
 from kvjax.policies.named import parse_policy
-from kvjax.text import TextStream, end_ids, ids_after, prompt_ids
+from kvjax.text import prompt_ids
+from kvjax.text_generation import generate_text
 
 RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
 """What the numbers of `token_rows` may be."""
@@ -25,67 +25,55 @@ MOST_CHARACTERS = 16
 """Characters that a token has at most, as a rule; the reader takes no more text than this needs."""
 
 
-def generate_text(
+def continue_text(
     path: str,
     prompt: str,
-    dtype: str = "float32",
+    dtype: str | None = None,
     write: Callable[[str], None] | None = None,
     context: Path | None = None,
     policy: str = "full",
     mesh: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Continues `prompt` with the checkpoint at `path`.
+    """`kvjax.generate_text` with the checkpoint at `path`.
 
     Args:
-        dtype: of weights, activations and cache.
+        dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
         write: called with each piece of the new text when the piece is ready.
         context: a file that `compress_text` wrote. The prompt follows the text of this file, and
             the policy of the file applies.
-        policy: of the cache. It is ignored with a `context`.
+        policy: of the cache; "full" with a `context`, which has a policy already.
         mesh: devices to shard over, see `kvjax.mesh.parse_mesh`; None for one device.
-        settings: of `kvjax.generate`. Without eos_ids, three things end the text: the model's EOS,
-            the tokenizer's EOS, and the end of a turn in the chat template.
+        settings: of `kvjax.generate_text`.
 
     Returns:
         prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes.
 
     Raises:
-        ValueError: see `kvjax.load` and `kvjax.generate`.
+        ValueError: see `kvjax.load` and `kvjax.generate_text`.
     """
+    # Refuse bad input before the model is read.
     if not prompt:
         raise ValueError("the prompt is empty, expected text")
     if context is None:
-        parse_policy(policy)  # refuses an unknown policy before the model is read
+        parse_policy(policy)
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     held = None if context is None else load_context(context, model, params)
-    if held is None:
-        ids = prompt_ids(tokenizer, prompt)
-    else:  # the context begins with BOS already
-        ids = ids_after(tokenizer, prompt.removeprefix(tokenizer.bos_token or ""))
-    # Tokens arrive one by one. The stream holds back bytes that are not a whole character yet.
-    stream, pieces = TextStream(tokenizer, ids), []
-
-    def show(piece: str) -> None:
-        pieces.append(piece)
-        if write is not None and piece:
-            write(piece)
-
-    out = generate(
+    out = generate_text(
         model,
         params,
-        [ids],
+        tokenizer,
+        prompt,
         policy=policy,
-        on_tokens=lambda _, new: show(stream.add(new)),
         context=held,
-        **{"eos_ids": end_ids(tokenizer, model.config, chat=True), **settings},
+        on_text=None if write is None else lambda _, piece: write(piece),
+        **settings,
     )
-    show(stream.end())
     return {
         "prompt": prompt,
-        "text": "".join(pieces),
-        "prompt_tokens": len(ids),
+        "text": out.text,
+        "prompt_tokens": len(out.prompts[0]),
         "new_tokens": len(out.tokens[0]),
         "policy": policy if held is None else held.policy,
         "cache_bytes": out.cache_bytes,
@@ -93,12 +81,14 @@ def generate_text(
     }
 
 
-def compress_text(path: str, text: Path, out: Path, policy: str, dtype: str) -> dict[str, Any]:
+def compress_text(
+    path: str, text: Path, out: Path, policy: str, dtype: str | None = None
+) -> dict[str, Any]:
     """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
 
     Args:
         policy: which entries of the cache to keep, such as "snapkv:kv_size=128".
-        dtype: of weights, activations and cache.
+        dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
 
     Returns:
         tokens, policy, cache_bytes, file_bytes.

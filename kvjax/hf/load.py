@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -25,14 +26,15 @@ TOKENIZER_FILES = (
 
 
 def load(
-    path: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None
+    path: str | Path, dtype: Any = None, mesh: Mesh | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
     """A model and its parameters.
 
     Args:
         path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, or
             "builtin:<name>"; no URL.
-        dtype: of the parameters, which are cast once, on their way to the devices.
+        dtype: of the parameters, which are cast once, on their way to the devices. None: see
+            `default_dtype`.
         mesh: shards the parameters, see `kvjax.sharding`; None: the default device.
 
     Returns:
@@ -49,9 +51,18 @@ def load(
     return model, dict(_open(model, directory, target, mesh))
 
 
-def open_params(
-    path: str | Path, dtype: Any = "bfloat16", mesh: Mesh | None = None
-) -> Mapping[str, Any]:
+def default_dtype(platform: str | None = None) -> str:
+    """The dtype of parameters, activations and caches where the caller names none.
+
+    It is "float32" on CPUs, which compute in bfloat16 more slowly, and "bfloat16" on accelerators.
+
+    Args:
+        platform: platform of the devices; None for jax's default backend.
+    """
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+
+
+def open_params(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Mapping[str, Any]:
     """The parameters of the model at `path`; `params["layers_3"]` reads that layer.
 
     Args:
@@ -166,7 +177,7 @@ def _open(
 
 def _float_dtype(dtype: Any) -> np.dtype:
     try:
-        found = None if dtype is None else jnp.dtype(dtype)
+        found = jnp.dtype(default_dtype() if dtype is None else dtype)
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):

@@ -7,6 +7,7 @@ of each head. Each published method has a maker here; a string names the same th
 >>> kvjax.generate(model, params, prompts, policy="snapkv:kv_size=128")
 """
 
+from kvjax.policies.compression import Budgets
 from kvjax.policies.named import (
     adasnapkv,
     expected,
@@ -27,6 +28,7 @@ from kvjax.policies.named import (
 from kvjax.policies.policy import Compress, Full, Policy
 
 __all__ = [
+    "Budgets",
     "Compress",
     "Full",
     "Policy",

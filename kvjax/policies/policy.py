@@ -43,6 +43,10 @@ RANGES = {
 """Allowed values of the numbers of a `Compress` policy."""
 
 
+Lengths = Sequence[int] | Int[np.ndarray, " B"]
+"""Lengths of the prompts of a batch."""
+
+
 class Policy(ABC):
     """Decides which tokens of a prompt the cache keeps, for any model and prompt length."""
 
@@ -53,10 +57,27 @@ class Policy(ABC):
     """Number of last queries of a prompt that decide which tokens are kept."""
 
     @abstractmethod
+    def budgets(
+        self, config: ModelConfig, lengths: Lengths, new_tokens: int, dtype: Any
+    ) -> tuple[Budgets, list[int]]:
+        """The tokens to keep of one batch of prompts.
+
+        Args:
+            lengths: [B] lengths of the prompts; a prompt's budgets do not depend on the others.
+            new_tokens: number of new tokens that the caches must have room for.
+            dtype: dtype of the model's activations; budgets in bytes depend on it.
+
+        Returns:
+            The budgets, and the numbers of the layers whose heads keep different tokens.
+
+        Raises:
+            NotImplementedError: the policy cannot serve a layer of this model; the text says why.
+        """
+
     def compression(
         self,
         config: ModelConfig,
-        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        lengths: Lengths,
         new_tokens: int,
         dtype: Any = "bfloat16",
         layout: Layout | None = None,
@@ -64,14 +85,14 @@ class Policy(ABC):
         """Applies the policy to one batch of prompts.
 
         Args:
-            lengths: [B] lengths of the prompts; a prompt's budgets do not depend on the others.
-            new_tokens: number of new tokens that the caches must have room for.
-            dtype: dtype of the model's activations; budgets in bytes depend on it.
+            lengths, new_tokens, dtype: see `budgets`.
             layout: layout of the batch on a mesh; None for one device.
 
         Raises:
-            NotImplementedError: the policy cannot serve a layer of this model; the text says why.
+            NotImplementedError: see `budgets`.
         """
+        budgets, layers = self.budgets(config, lengths, new_tokens, dtype)
+        return compression(config, budgets, lengths, new_tokens, dtype, layout, layers)
 
     def kept(
         self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
@@ -95,16 +116,11 @@ class Full(Policy):
     def __post_init__(self):
         entry_dtype(self.entries)
 
-    def compression(
-        self,
-        config: ModelConfig,
-        lengths: Sequence[int] | Int[np.ndarray, " B"],
-        new_tokens: int,
-        dtype: Any = "bfloat16",
-        layout: Layout | None = None,
-    ) -> Compression:
-        """See `Policy.compression`. In layers whose sliding window is shorter than the cache,
-        heads keep the last tokens in rings."""
+    def budgets(
+        self, config: ModelConfig, lengths: Lengths, new_tokens: int, dtype: Any
+    ) -> tuple[Budgets, list[int]]:
+        """See `Policy.budgets`. In layers whose sliding window is shorter than the cache, heads
+        keep the last tokens in rings."""
         room = room_bucket(new_tokens)
         slots = max(lengths) + room
         windows = config.sliding_windows
@@ -122,7 +138,7 @@ class Full(Policy):
             scorer=None,
             dtype=entry_dtype(self.entries),
         )
-        return compression(config, budgets, lengths, new_tokens, dtype, layout, small)
+        return budgets, small
 
     def kept(
         self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
@@ -189,15 +205,10 @@ class Compress(Policy):
         """See `Policy.observed`."""
         return self.window
 
-    def compression(
-        self,
-        config: ModelConfig,
-        lengths: Sequence[int] | Int[np.ndarray, " B"],
-        new_tokens: int,
-        dtype: Any = "bfloat16",
-        layout: Layout | None = None,
-    ) -> Compression:
-        """See `Policy.compression`."""
+    def budgets(
+        self, config: ModelConfig, lengths: Lengths, new_tokens: int, dtype: Any
+    ) -> tuple[Budgets, list[int]]:
+        """See `Policy.budgets`."""
         if self.every:
             check_again(config, self.scorer)
         entries = entry_dtype(self.entries)
@@ -218,9 +229,7 @@ class Compress(Policy):
             again=bool(self.every),
             dtype=entries,
         )
-        return compression(
-            config, budgets, lengths, new_tokens, dtype, layout, budgeted_layers(config)
-        )
+        return budgets, budgeted_layers(config)
 
     def caps(
         self, config: ModelConfig, prompt_len: int, dtype: Any

@@ -78,7 +78,7 @@ def test_columns_that_are_missing_or_no_text():
 
 def test_the_hub_needs_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match=r"owner/name.* hub: .* pip install \"kvjax\[data\]\""):
         rows.hub_rows("owner/name", "config", "test")
 
 

@@ -87,7 +87,7 @@ def test_plan(toy, checkpoint, tmp_path, capsys):
     main(words)
     said = capsys.readouterr().out
     assert "2 items" in said and "shapes: 1; prompts are read once for 3 policies" in said
-    assert re.search(r"parameters: [\d.]+ M, [\d.]+ KiB in bfloat16", said)
+    assert re.search(r"parameters: [\d.]+ M, [\d.]+ KiB in float32", said)
     assert said.count("full cache") == 1 + 2 + 1
     assert "8 measurements" in said
     assert "items unknown: LongBench's prompts" in said

@@ -21,6 +21,7 @@ from kvjax.config import (
 )
 from kvjax.headkv import HeadScores
 from kvjax.nn import Transformer
+from kvjax.policies import Budgets, Policy
 from kvjax.policies.budgets import Adaptive, HeadImportance, Pyramid, Request, Uniform
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress, Full
@@ -226,3 +227,29 @@ def test_bad_allocators_are_named():
         policy = Compress(lambda request, caps=caps: caps, ObservationWindow(), 16)
         with pytest.raises(ValueError, match=message):
             policy.compression(config(GQA, GQA), [20], 0)
+
+
+class LastTokens(Policy):
+    """Keeps the last twelve tokens of a prompt."""
+
+    def budgets(self, config, lengths, new_tokens, dtype):
+        shape = len(lengths), config.num_layers, config.budget_heads
+        kept = Budgets(
+            caps=np.zeros(shape, np.int32),
+            window=np.full(len(lengths), 12, np.int32),
+            rooms=np.full(shape, room_bucket(new_tokens), np.int32),
+            rings=np.zeros(shape, bool),
+            scorer=SinksAndRecent(),
+        )
+        return kept, list(range(config.num_layers))
+
+
+def test_a_policy_is_its_budgets():
+    own = LastTokens()
+    same = Compress(lambda request: np.zeros((3, 2), int), SinksAndRecent(), 13, 12)
+    for policy in (own, same):
+        np.testing.assert_array_equal(policy.kept(SHAPE, 9), np.full((3, 2), 9))
+        np.testing.assert_array_equal(policy.kept(SHAPE, 30), [[12, 12], [11, 11], [12, 12]])
+    own, same = (policy.compression(SHAPE, LENGTHS, ROOM) for policy in (own, same))
+    assert own.groups == same.groups
+    jax.tree.map(np.testing.assert_array_equal, own.rows, same.rows)

@@ -14,7 +14,7 @@ from toys import random_params
 
 import kvjax
 from kvjax.config import EqualCacheConfig
-from kvjax.hf import weights
+from kvjax.hf import default_dtype, open_params, weights
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.safetensors import (
     DTYPES,
@@ -119,7 +119,7 @@ def test_files_are_byte_equal_after_a_round_trip(saved, tmp_path):
 
 def test_another_dtype_is_written_to_the_config(saved, tmp_path):
     directory, _, params = saved
-    model, half = kvjax.load(directory)
+    model, half = kvjax.load(directory, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
     assert equal(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     kvjax.save(model, half, tmp_path / "b", layout="hf")
@@ -127,7 +127,7 @@ def test_another_dtype_is_written_to_the_config(saved, tmp_path):
     assert raw == {**RAW, "torch_dtype": "bfloat16"}
     stored = read_header(tmp_path / "b" / "model.safetensors")
     assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
-    assert equal(half, kvjax.load(tmp_path / "b")[1])
+    assert equal(half, kvjax.load(tmp_path / "b", dtype="bfloat16")[1])
 
 
 def test_large_checkpoints_are_split(tmp_path):
@@ -333,7 +333,16 @@ def test_builtin_names(tmp_path, monkeypatch):
         kvjax.load("builtin:huge")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float12", None])
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("tpu", "bfloat16")])
+def test_the_dtype_where_none_is_named(saved, monkeypatch, backend, dtype):
+    assert default_dtype("gpu") == "bfloat16" and default_dtype("cpu") == "float32"
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    assert default_dtype() == dtype
+    for params in (kvjax.load(saved[0])[1], open_params(saved[0])["layers_0"]):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float12", "complex64"])
 def test_dtypes_that_no_weights_have(saved, dtype):
     with pytest.raises(ValueError, match="expected a floating-point type like 'bfloat16'"):
         kvjax.load(saved[0], dtype=dtype)

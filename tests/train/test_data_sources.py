@@ -94,7 +94,7 @@ def test_hub(monkeypatch):
 
 def test_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"org/name: no such file, .* pip install datasets"):
+    with pytest.raises(ValueError, match=r"org/name: no such file, .* install \"kvjax\[data\]\""):
         opened(source("org/name"))
 
 

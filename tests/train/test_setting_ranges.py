@@ -8,7 +8,7 @@ import pytest
 from train.__main__ import main
 from train.compare.config import CompareConfig, read_compare
 from train.data import DataConfig, SourceConfig
-from train.finetune.config import TuneConfig, read_config
+from train.finetune.config import TuneConfig, read_config, with_dtype
 from train.pretrain.curriculum import Curriculum, ModelShape, Stage, read_curriculum
 from train.pretrain.episodes import EpisodeConfig
 
@@ -37,7 +37,7 @@ NAN, INF = float("nan"), float("inf")
         ("keep", (0, -1), "from 1 to"),
         ("seed", (-1, NAN, 0.5), "from 0 to"),
         ("remat", ("no",), "one of False, True"),
-        ("dtype", ("float99",), "one of bfloat16, float32"),
+        ("dtype", ("float99",), "one of None, bfloat16, float32"),
         ("data", ("plain:a",), "a list"),
     ],
 )
@@ -187,3 +187,10 @@ def test_a_file_that_holds_no_settings(tmp_path, read, text):
 def test_comparisons(changes, message):
     with pytest.raises(ValueError, match=message):
         CompareConfig(**changes)
+
+
+def test_the_dtype_follows_the_devices_unless_it_is_named():
+    config = TuneConfig("model")
+    assert [with_dtype(config, p).dtype for p in ("cpu", "tpu")] == ["float32", "bfloat16"]
+    assert with_dtype(config).dtype == "float32"  # the tests run on CPUs
+    assert with_dtype(TuneConfig("model", dtype="bfloat16"), "cpu").dtype == "bfloat16"

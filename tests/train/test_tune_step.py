@@ -151,7 +151,7 @@ def test_bf16_compute_keeps_fp32_masters():
     model, params = toy("equal_cache")
     trainable, frozen = partition(params, trainable_paths(model, params, ("kv_only",)))
     frozen = {path: leaf.astype(jnp.bfloat16) for path, leaf in frozen.items()}
-    step = TuneStep(model, OPTIMIZER)
+    step = TuneStep(model, OPTIMIZER, dtype="bfloat16")
     batch = packed_batch(model.config.vocab_size)
     state, metrics = one_step(step, step.init(trainable), frozen, batch, rate=1e-6)
     assert {leaf.dtype for leaf in state.params.values()} == {jnp.dtype("float32")}

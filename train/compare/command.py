@@ -13,13 +13,13 @@ import numpy as np
 
 import kvjax
 from kvjax.checks import COUNT, check_ranges
+from kvjax.extras import pyplot
 from kvjax.hf import open_params, read_model
 from kvjax.identity import identity
 from kvjax.paths import local_path
 from kvjax.runs import claim, write_json
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
-from train.log import pyplot
 
 
 def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
@@ -33,6 +33,7 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
         workers: number of processes; each runs one arm at a time on one core.
     """
     check_ranges({"workers": workers}, {"workers": COUNT})
+    pyplot()
     settings = read_compare(config)
     local_path(settings.model, "model")
     check_folder(settings, out)

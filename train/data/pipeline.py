@@ -8,14 +8,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
-from grain import experimental
 
+from kvjax.extras import import_extra
 from train.data.config import DataConfig
 from train.data.documents import Documents, open_documents
+
+if TYPE_CHECKING:
+    import grain
 
 BINS = 64
 """Number of rows that are packed at the same time.
@@ -56,7 +58,7 @@ def make_loader(
     documents = _mix(config, sources, process_index, process_count)
     rows = _pack(config, documents, ("tokens", "learned"))
     packed = rows.batch(config.batch_size // process_count, drop_remainder=True).map(_shift)
-    return experimental.LimitIterDataset(packed, batches)
+    return import_extra("grain.experimental", "train").LimitIterDataset(packed, batches)
 
 
 def count_batches(config: DataConfig, tokenizer: Any, process_count: int = 1) -> int:
@@ -112,6 +114,7 @@ def _mix(
     config: DataConfig, sources: Sequence[Any], process_index: int, process_count: int
 ) -> grain.MapDataset:
     """All documents of a run on one process, shuffled and mixed by the sources' weights."""
+    grain = import_extra("grain", "train")
     parts, rows = [], 0
     for index, source in enumerate(sources):
         if len(source) < process_count:
@@ -133,9 +136,10 @@ def _pack(
     config: DataConfig, documents: grain.MapDataset, features: tuple[str, ...]
 ) -> grain.IterDataset:
     """Packs documents into rows of T tokens."""
+    grain = import_extra("grain", "train")
     # No threads: a tokenizer's settings are not safe to change from several threads.
     stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return experimental.FirstFitPackIterDataset(
+    return grain.experimental.FirstFitPackIterDataset(
         stream,
         length_struct=dict.fromkeys(features, config.sequence_length),
         num_packing_bins=max(BINS, config.batch_size),

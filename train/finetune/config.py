@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kvjax.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, optional, out_of_range
+from kvjax.hf import default_dtype
 from kvjax.paths import local_path
 from kvjax.sharding import parse_mesh
 from train.data import DataConfig, SourceConfig
@@ -34,7 +36,7 @@ RANGES = data_config.RANGES | {
 
 
 CHOICES = data_config.CHOICES | {
-    "dtype": ("bfloat16", "float32"),
+    "dtype": (None, "bfloat16", "float32"),
     **dict.fromkeys(("remat", "merge", "tensorboard"), (False, True)),
 }
 
@@ -61,7 +63,8 @@ class TuneConfig:
         max_rows: use at most this many rows of each source, from its beginning.
         learning_rate: peak; linear warm-up over `warmup` of the steps, then a cosine to zero.
         clip: largest gradient norm.
-        dtype: of activations and frozen weights; trainable parameters are kept in fp32.
+        dtype: of activations and frozen weights; trainable parameters are kept in fp32. None: see
+            `kvjax.hf.default_dtype`.
         remat: compute activations again in the backward pass, layer by layer.
         teacher: the original model, for distillation.
         distill: weight of the KL divergence from the teacher.
@@ -91,7 +94,7 @@ class TuneConfig:
     b2: float = 0.999
     weight_decay: float = 0.0
     clip: float = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] | None = None
     remat: bool = False
     teacher: str | None = None
     distill: float = 1.0
@@ -144,6 +147,15 @@ class TuneConfig:
             long_rows=self.long_rows,
             max_rows=self.max_rows,
         )
+
+
+def with_dtype(config: TuneConfig, platform: str | None = None) -> TuneConfig:
+    """The settings with a dtype: `kvjax.hf.default_dtype` where none was given.
+
+    Args:
+        platform: platform of the devices that train; None for jax's default backend.
+    """
+    return dataclasses.replace(config, dtype=config.dtype or default_dtype(platform))
 
 
 def parse_source(text: str) -> SourceConfig:

@@ -13,7 +13,7 @@ from kvjax.capacity.devices import topology_devices
 from kvjax.hf import read_shape
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, param_shardings, parse_mesh
-from train.finetune.config import TuneConfig
+from train.finetune.config import TuneConfig, with_dtype
 from train.finetune.setup import check_rows, make_step, trainable_paths
 from train.finetune.step import Flat, TuneState, compile_step, flatten, state_shardings
 
@@ -41,6 +41,7 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
     """
     model = read_shape(config.model)
     devices = jax.devices() if topology is None else topology_devices(topology)
+    config = with_dtype(config, devices[0].platform)
     sizes = {"fsdp": -1} if config.mesh is None else parse_mesh(config.mesh)
     mesh = make_mesh(sizes, devices)
     check_rows(config, mesh)

@@ -22,6 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 import kvjax
 from kvjax import processes, runs
 from kvjax.checks import COUNT, check_finite, check_ranges, first_not_finite, optional
+from kvjax.extras import import_extra, pyplot
 from kvjax.hf import layout_of
 from kvjax.hf.save import copy_companions
 from kvjax.identity import part_checksum
@@ -29,7 +30,7 @@ from kvjax.paths import local_path
 from train import log
 from train.checkpoints import Checkpoints
 from train.data import check_documents, count_batches, make_loader
-from train.finetune.config import TuneConfig, check_paths
+from train.finetune.config import TuneConfig, check_paths, with_dtype
 from train.finetune.setup import Tuning, load
 from train.finetune.step import TuneState, compile_step, learning_rate, merged
 
@@ -52,11 +53,14 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     Raises:
         ValueError: bad settings or data; a URL; another run's folder; a model or a checkpoint that
             holds NaN; a step whose loss or parameters are not finite; a checkpoint that could not
-            be written.
+            be written; a package of the extra `train` that is not installed.
     """
     # Refuse bad settings and another run's folder before anything is loaded.
+    import_extra("grain", "train")
+    pyplot()
     check_ranges({"stop_after": stop_after}, {"stop_after": optional(COUNT)})
     check_paths(config)
+    config = with_dtype(config)
     out = local_path(out, "out")
     processes.on_writer(lambda: claim_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
@@ -314,8 +318,9 @@ def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path
         ValueError: `out` already holds a checkpoint, or a parameter is not finite.
     """
     model = tuning.step.model
-    params = merged(state, tuning.frozen, config.dtype)
-    check_finite(params, reason=f" in {config.dtype}; no model is written")
+    dtype = tuning.step.dtype
+    params = merged(state, tuning.frozen, dtype)
+    check_finite(params, reason=f" in {dtype}; no model is written")
     kvjax.save(model, params, out, layout=layout_of(config.model))
     processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
     return out

@@ -22,7 +22,7 @@ from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig
 from kvjax.hf import matching, open_params, read_model
 from kvjax.nn import Transformer
 from kvjax.sharding import batch_sharding, make_mesh, param_shapes, parse_mesh
-from train.finetune.config import TuneConfig
+from train.finetune.config import TuneConfig, with_dtype
 from train.finetune.step import Flat, TuneState, TuneStep, adamw, flatten
 
 
@@ -65,6 +65,7 @@ def load(config: TuneConfig) -> tuple[Tuning, TuneState]:
             f"got {jax.process_count()} processes and no --mesh: every one would train "
             "a separate model; give one over all devices, such as --mesh fsdp=-1"
         )
+    config = with_dtype(config)
     mesh = None if config.mesh is None else make_mesh(parse_mesh(config.mesh))
     check_rows(config, mesh)
     # A configuration may tie the output matrix to the embedding where the weights have both:
@@ -98,7 +99,8 @@ def check_rows(config: TuneConfig, mesh: Mesh | None) -> None:
 def make_step(
     config: TuneConfig, model: Transformer, mesh: Mesh | None, teacher: Transformer | None = None
 ) -> TuneStep:
-    """The step with the settings of a run."""
+    """The step with the settings of a run, which name a dtype."""
+    assert config.dtype is not None
     return TuneStep(
         model=model,
         optimizer=adamw(config.b1, config.b2, config.weight_decay, config.clip),

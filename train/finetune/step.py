@@ -54,7 +54,7 @@ class TuneStep:
 
     model: Transformer
     optimizer: optax.GradientTransformation
-    dtype: str = "bfloat16"
+    dtype: str
     accumulate: int = 1
     remat: bool = False
     sharding: NamedSharding | None = None

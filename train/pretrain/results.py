@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import kvjax
 import kvjax.hf
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
+from kvjax.extras import pyplot
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.recall import TASKS
 from kvjax.tasks.words import to_transformers
-from train.log import pyplot
 from train.pretrain.curriculum import Curriculum
 from train.pretrain.episodes import KINDS
 from train.pretrain.run import Run, create_run, initial_state, load_newest
@@ -72,7 +72,7 @@ def evaluate(
     tasks: tuple[str, ...],
     lengths: tuple[int, ...],
     count: int,
-    dtype: str,
+    dtype: str | None = None,
     seed: int = 0,
 ) -> list[dict]:
     """Measures a model on prompts that training never drew.
@@ -81,7 +81,7 @@ def evaluate(
         model: a directory, or "builtin:needle".
         out: JSON file for the result, or None.
         count: number of prompts for each task and length.
-        dtype: of the parameters.
+        dtype: of the parameters; None: see `kvjax.hf.default_dtype`.
 
     Returns:
         One row for each task and prompt length, with the share of exact answers (1 to 12 tokens).
@@ -92,6 +92,7 @@ def evaluate(
     lengths_by_name = {f"lengths[{index}]": length for index, length in enumerate(lengths)}
     values = {"count": count, "seed": seed, **lengths_by_name}
     check_ranges(values, {"seed": SEED, **dict.fromkeys(("count", *lengths_by_name), COUNT)})
+    dtype = dtype or kvjax.hf.default_dtype()
     transformer, params = kvjax.load(model, dtype=dtype)
     vocab = WordVocabulary()
     rows = []
