@@ -66,7 +66,13 @@ def decode_step(
         Logits fp32, and the cache with the token. A token beyond the cache's capacity is dropped,
         and the cache's lengths then exceed its capacity.
     """
-    params = on_automatic_mesh(params)
+    return step_layers(model, on_automatic_mesh(params), cache, token, live)
+
+
+def step_layers(
+    model: Transformer, params: Any, cache: Any, token: Any, live: Any
+) -> tuple[Float[Array, "B V"], Any]:
+    """`decode_step` for parameters that are on a mesh with automatic axes, or on one device."""
     config, rope_lengths = model.config, rope_lengths_of(cache)
     start = (params["embedding"], token, cache[0].lengths, live)
     x, positions, lengths = embed_step(config, *start)
@@ -204,7 +210,7 @@ def next_state(
 ) -> DecodeState:
     """One step: stores the newest token in the cache and samples the next one."""
     live = ~state.finished
-    logits, cache = decode_step(model, params, state.cache, state.token, live)
+    logits, cache = step_layers(model, params, state.cache, state.token, live)
     pushed = push_token(replace(state, cache=None), logits, sampling, eos)
     return replace(pushed, cache=cache)
 
@@ -285,16 +291,21 @@ def decode(
         if len(pending) > LOOK_BEHIND:
             token = np.asarray(pending.popleft())
             yield token
-            ended |= np.isin(token, [*eos, NO_TOKEN])
+            ended |= has_ended(token, eos)
             if ended.all():
                 return
     # All steps are dispatched: read the rest.
     for token in pending:
         token = np.asarray(token)
         yield token
-        ended |= np.isin(token, [*eos, NO_TOKEN])
+        ended |= has_ended(token, eos)
         if ended.all():
             return
+
+
+def has_ended(token: Int[np.ndarray, " B"], eos: Int[np.ndarray, " E"]) -> np.ndarray:
+    """[B] bool, the sequences whose newest token is an EOS or NO_TOKEN."""
+    return (token == NO_TOKEN) | (token[:, None] == eos[None]).any(axis=1)
 
 
 @flax.struct.dataclass

@@ -234,14 +234,18 @@ def continue_prompts(
         full = full_cache_bytes(model, params, shape, asked.max_new_tokens)
         keys = prompt_keys(key, words[indices])
         # Decode under one policy after the other.
+        logits: Any = None
         for number, start in enumerate(reader.read(tokens, lengths, asked.max_new_tokens)):
             result = results[number]
             result.cache_bytes += cache_bytes(start.cache)
             result.full_cache_bytes += full
-            state = first_token(start.logits, keys, asked.sampling, asked.eos, mesh)
+            # Policies that were read together have the same logits, and so the same first token.
+            if start.logits is not logits:
+                logits = start.logits
+                first = first_token(logits, keys, asked.sampling, asked.eos, mesh)
             settings = asked.sampling, asked.eos, asked.max_new_tokens
             again = start.every, start.again
-            state = replace(state, cache=start.cache)
+            state = replace(first, cache=start.cache)
             steps = decode(model, params, state, *settings, *again, asked.compile)
             # Collect tokens until every row has ended; a token that stands for NaN is an error.
             for row, token in live_tokens(steps, asked.eos, len(indices)):
@@ -275,7 +279,7 @@ def live_tokens(
     """(row, token) for each row that has not ended, step by step."""
     alive = np.ones(batch, bool)
     for token in steps:
-        alive &= ~np.isin(token, eos)
+        alive &= ~(token[:, None] == eos[None]).any(axis=1)
         for row in np.flatnonzero(alive):
             yield int(row), int(token[row])
 

@@ -117,14 +117,14 @@ class Pool:
         """The view of one layer; `row` is its row in the tables."""
         queries = None if self.queries is None else self.queries[row]
         # Queries of other layers would only be more arguments of this layer's program.
-        bare = dataclasses.replace(self, queries=None)
+        bare = self if self.queries is None else dataclasses.replace(self, queries=None)
         return PoolLayer(bare, np.int32(row) if isinstance(row, int) else row, queries)
 
     def with_layer(self, row: int, layer: PoolLayer) -> Pool:
         """The pool with one layer's new entries."""
-        queries = self.queries
-        if queries is not None:
-            queries = (*queries[:row], layer.queries, *queries[row + 1 :])
+        if self.queries is None:
+            return layer.pool
+        queries = (*self.queries[:row], layer.queries, *self.queries[row + 1 :])
         return dataclasses.replace(layer.pool, queries=queries)
 
 
