@@ -21,8 +21,7 @@ from kvjax import processes
 from kvjax.config import ModelConfig
 from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count, read_json, shown
 from kvjax.hf.weights import LazyParams
-from kvjax.nn import Transformer
-from kvjax.sharding import param_shapes
+from kvjax.nn import Transformer, param_shapes
 
 CONFIG = "kvjax.json"
 PARAMS = "params"
@@ -70,7 +69,7 @@ def open_params(
     """As `read_params`, but each access reads one part anew, and nothing is kept."""
     import orbax.checkpoint as ocp
 
-    expected = param_shapes(model)
+    expected = param_shapes(model.config)
     if shardings is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, expected)

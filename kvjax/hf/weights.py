@@ -38,8 +38,7 @@ from kvjax.hf.safetensors import (
     scan,
     write,
 )
-from kvjax.nn import Transformer
-from kvjax.sharding import param_shapes
+from kvjax.nn import Transformer, param_shapes
 
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Tensors in some checkpoints that are not parameters."""
@@ -139,7 +138,7 @@ def _flatten(tree: Any) -> dict[ParamPath, Any]:
 
 
 def _flat_shapes(model: Transformer) -> dict[ParamPath, Shape]:
-    return {path: leaf.shape for path, leaf in _flatten(param_shapes(model)).items()}
+    return {path: leaf.shape for path, leaf in _flatten(param_shapes(model.config)).items()}
 
 
 def _expected(

@@ -29,7 +29,8 @@ from kvjax.config import (
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.attention import GQA, MLA, DecoupledAttention, EqualCacheAttention
-from kvjax.nn.layers import MLP, MoE, declare, matmul, norm_weight, rms_norm
+from kvjax.nn.layers import MLP, MoE, matmul, norm, rms_norm
+from kvjax.nn.params import block_norms, declare, outside_layers
 from kvjax.nn.rope import with_pairs, without_pairs
 
 ATTENTION = {
@@ -58,19 +59,15 @@ class Block(nn.Module):
         lengths_B: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
         """One layer; see `Transformer.__call__`."""
+        norms = block_norms(x_BTD.shape[-1], self.norm, self.pre_norm, self.post_norm)
+        params = declare(self, norms)
         attention = ATTENTION[type(self.layer.attention)](self.layer.attention, name="attn")
         mlp = MLPS[type(self.layer.mlp)](self.layer.mlp, name="mlp")
-        y, cache = attention(
-            self._norm("attn_pre_norm", x_BTD, self.pre_norm), positions_BT, cache, lengths_B
-        )
-        x_BTD = x_BTD + self._norm("attn_post_norm", y, self.post_norm)
-        y = mlp(self._norm("mlp_pre_norm", x_BTD, self.pre_norm))
-        return x_BTD + self._norm("mlp_post_norm", y, self.post_norm), cache
-
-    def _norm(self, name: str, x: jax.Array, present: bool) -> jax.Array:
-        if not present:
-            return x
-        return rms_norm(x, norm_weight(self, name, x.shape[-1], self.norm), self.norm)
+        y = norm(params, "attn_pre_norm", x_BTD, self.norm)
+        y, cache = attention(y, positions_BT, cache, lengths_B)
+        x_BTD = x_BTD + norm(params, "attn_post_norm", y, self.norm)
+        y = mlp(norm(params, "mlp_pre_norm", x_BTD, self.norm))
+        return x_BTD + norm(params, "mlp_post_norm", y, self.norm), cache
 
 
 def block_of(config: ModelConfig, layer: LayerConfig, **linen: Any) -> Block:
@@ -178,7 +175,7 @@ def layer_output(kind: BlockKind, params: Any, x: Float[Array, "B T D"]) -> Floa
 
 def attention_input(block: Block, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The input of a block's attention: the block's input, normed if the model has a pre-norm."""
-    return rms_norm(x, params["attn_pre_norm"], block.norm) if block.pre_norm else x
+    return norm(params, "attn_pre_norm", x, block.norm)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -210,12 +207,8 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        shape, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
-        self.embedding = declare(self, "embedding", shape, axes, init=nn.initializers.normal(0.02))
+        self.outside = declare(self, outside_layers(c))
         self.layers = [block_of(c, layer) for layer in c.layers]
-        self.final_norm = norm_weight(self, "final_norm", c.hidden_size, c.norm)
-        if not c.tie_embeddings:
-            self.lm_head = declare(self, "lm_head", shape[::-1], axes[::-1])
 
     def __call__(
         self,
@@ -281,7 +274,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Input embeddings."""
-        return embed_tokens(self.config, self.embedding, tokens)
+        return embed_tokens(self.config, self.outside["embedding"], tokens)
 
     def layer(
         self,
@@ -300,8 +293,7 @@ class Transformer(nn.Module):
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output logits, fp32."""
-        matrix = self.embedding if self.config.tie_embeddings else self.lm_head
-        return output_logits(self.config, self.final_norm, matrix, x)
+        return hidden_logits(self.config, self.outside, x)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,11 +301,6 @@ class Transformer(nn.Module):
         with automatic_axes():
             variables, args, kwargs = on_automatic_mesh((variables, args, kwargs))
             return super().apply(variables, *args, **kwargs)
-
-    @nn.nowrap
-    def init(self, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.init` with plain arrays; kvjax.sharding has the sharding metadata."""
-        return nn.meta.unbox(super().init(*args, **kwargs))
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any = "bfloat16") -> list[Any]:
         """Empty caches, one per layer, for `max_len` tokens in each of `batch_size` sequences."""
@@ -371,19 +358,14 @@ def _embed(scale: float, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     return x * jnp.asarray(scale, x.dtype)
 
 
-def output_logits(
-    config: ModelConfig,
-    final_norm: Float[Array, " D"],
-    matrix: Float[Array, "_ _"],
-    x: Float[Array, "B T D"],
+def hidden_logits(
+    config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-    """Final norm and output logits, fp32, as one program or as part of the caller's.
-
-    Args:
-        matrix: the embedding [V, D] if the two are tied, otherwise lm_head [D, V].
-    """
+    """Final norm and fp32 logits of the last layer's output, as one program or as part of the
+    caller's; reads only `output_params` among `params`."""
+    norm, matrix = output_params(config)
     settings = config.norm, config.final_softcap, config.tie_embeddings
-    return _logits(*settings, final_norm, matrix, x)
+    return _logits(*settings, params[norm], params[matrix], x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -404,14 +386,6 @@ def _logits(
 def output_params(config: ModelConfig) -> tuple[str, str]:
     """Names of the parameters after the last layer: the final norm and the output matrix."""
     return "final_norm", "embedding" if config.tie_embeddings else "lm_head"
-
-
-def hidden_logits(
-    config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
-    """Logits from the last layer's output; reads only `output_params` among `params`."""
-    norm, matrix = output_params(config)
-    return output_logits(config, params[norm], params[matrix], x)
 
 
 def check_room(cache: Any, positions: jax.Array) -> None:
