@@ -28,9 +28,9 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.environment import environment
+from kvjax.checkpoint_files import NewTensor, write
 from kvjax.hf import config_from_hf
 from kvjax.hf.layout import layouts, tensors
-from kvjax.hf.safetensors import NewTensor, write
 from kvjax.nn import Transformer, param_shapes
 from kvjax.paths import local_path
 

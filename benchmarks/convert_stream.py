@@ -39,9 +39,9 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.environment import environment
+from kvjax.checkpoint_files import INDEX, NewTensor, read_header, read_metadata, write_file
 from kvjax.hf import config_from_hf, open_params
 from kvjax.hf.layout import Tensor, layouts, tensors
-from kvjax.hf.safetensors import INDEX, NewTensor, read_header, read_metadata, write_file
 from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer, param_shapes
 from kvjax.paths import local_path

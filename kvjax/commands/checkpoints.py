@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.checkpoint_files import MAX_SHARD_BYTES
 from kvjax.checks import OVERFLOW, Range, check_finite, check_params, check_ranges, first_not_finite
 from kvjax.commands.text import token_rows
 from kvjax.config import AttentionConfig, ModelConfig
@@ -28,7 +29,6 @@ from kvjax.hf import (
     save,
     stored_tensors,
 )
-from kvjax.hf.safetensors import MAX_SHARD_BYTES
 from kvjax.hf.source import missing_weights, on_hub, resolve
 from kvjax.nn import Transformer, param_shapes
 

@@ -16,6 +16,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import processes
+from kvjax.checkpoint_files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    PIECE_BYTES,
+    Checkpoint,
+    NewTensor,
+    StoredTensor,
+    collapsed,
+    scan,
+    write,
+)
 from kvjax.hf.layout import (
     EMBEDDING,
     HEAD,
@@ -26,17 +37,6 @@ from kvjax.hf.layout import (
     layouts,
     other_names,
     tensors,
-)
-from kvjax.hf.safetensors import (
-    DTYPES,
-    MAX_SHARD_BYTES,
-    PIECE_BYTES,
-    Checkpoint,
-    NewTensor,
-    StoredTensor,
-    collapsed,
-    scan,
-    write,
 )
 from kvjax.nn import Transformer, param_shapes
 
