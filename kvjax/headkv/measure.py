@@ -38,7 +38,14 @@ from kvjax.headkv.examples import (
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
+from kvjax.nn.transformer import (
+    Block,
+    apply_block,
+    block_kinds,
+    embed,
+    hidden_logits,
+    output_params,
+)
 from kvjax.paths import local_path
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.scorers import LayerView, query_attention
@@ -225,7 +232,7 @@ def score_batch(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
     """Scores of every head, and the most likely token at each step."""
-    x: Any = model.apply({"params": params}, batch.tokens, method="embed")
+    x = embed(model.config, params, batch.tokens)
     scores = []
     for index, kind in enumerate(block_kinds(model.config)):
         own = params[f"layers_{index}"]

@@ -1,62 +1,47 @@
 """The four forms of attention. They differ in what they cache; the cache computes the attention.
 
-`GQA` caches the keys and values of its KV heads. `EqualCacheAttention` caches latents of the same
-size. `MLA` (DeepSeek-V3) and `DecoupledAttention` (for converted checkpoints with QK-norm) cache
-one latent and one rotary key for all heads.
+`gqa` caches the keys and values of its KV heads. `equal_cache` caches latents of the same size.
+`mla` (DeepSeek-V3) and `decoupled` (for converted checkpoints with QK-norm) cache one latent and
+one rotary key for all heads. All take the same arguments, see `kvjax.nn.transformer.Block.apply`;
+kvjax.nn.params has their parameters.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, LatentCache, NoCache
+from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, NoCache
 from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig, NormConfig
-from kvjax.nn.layers import matmul, norm, project, rms_norm
-from kvjax.nn.params import (
-    declare,
-    decoupled_params,
-    equal_cache_params,
-    gqa_params,
-    mla_params,
-    rotated_heads,
-)
+from kvjax.nn.layers import Params, matmul, norm, project, rms_norm
+from kvjax.nn.params import rotated_heads
 from kvjax.nn.rope import rope
 
 
-class GQA(nn.Module):
+def gqa(
+    config: GQAConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
     """N query heads share K heads of keys and values; the cache holds rotated keys and values."""
-
-    config: GQAConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: Cache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
-        """Attention output and the cache with the new entries; see `Transformer.__call__`."""
-        c = self.config
-        params = declare(self, gqa_params(c, x_BTD.shape[-1]))
-        with jax.named_scope("qkv"):
-            q_BTNH, k_BTKH, v_BTKH = gqa_heads(c, params, x_BTD)
-        with jax.named_scope("rope"):
-            q_BTNH = rope(q_BTNH, positions_BT, lengths_B, c.rope)
-            k_BTKH = rope(k_BTKH, positions_BT, lengths_B, c.rope)
-        out_BTNH, cache = (NoCache() if cache is None else cache).attend(
-            q_BTNH, k_BTKH, v_BTKH, positions_BT, c.spec
-        )
-        with jax.named_scope("out"):
-            return output(params, out_BTNH), cache
+    with jax.named_scope("qkv"):
+        q_BTNH, k_BTKH, v_BTKH = gqa_heads(config, params, x_BTD)
+    with jax.named_scope("rope"):
+        q_BTNH = rope(q_BTNH, positions_BT, lengths_B, config.rope)
+        k_BTKH = rope(k_BTKH, positions_BT, lengths_B, config.rope)
+    out_BTNH, cache = (NoCache() if cache is None else cache).attend(
+        q_BTNH, k_BTKH, v_BTKH, positions_BT, config.spec
+    )
+    with jax.named_scope("out"):
+        return output(params, out_BTNH), cache
 
 
 def gqa_heads(
-    config: GQAConfig, params: Mapping[str, jax.Array], x_BTD: Float[Array, "B T D"]
+    config: GQAConfig, params: Params, x_BTD: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of the attention input, with QK-norm and without RoPE.
 
@@ -72,7 +57,7 @@ def gqa_heads(
 
 
 def qk_norm(
-    params: Mapping[str, jax.Array], name: str, x_BTNH: Float[Array, "B T N H"], config: NormConfig
+    params: Params, name: str, x_BTNH: Float[Array, "B T N H"], config: NormConfig
 ) -> Float[Array, "B T N H"]:
     """RMS norm over one head or over all heads, as wide as the weight `name`.
 
@@ -84,9 +69,7 @@ def qk_norm(
     return rms_norm(rows, params[name], config).reshape(x_BTNH.shape)
 
 
-def output(
-    params: Mapping[str, jax.Array], out_BTNH: Float[Array, "B T N H"]
-) -> Float[Array, "B T D"]:
+def output(params: Params, out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Projects heads to the residual stream, with o [N, H, D] and, if there is one, o_bias [D]."""
     # With two contracted axes XLA:CPU would transpose the weight in every step.
     weight = params["o"].reshape(-1, params["o"].shape[-1])
@@ -94,71 +77,65 @@ def output(
     return y + params["o_bias"][None, None] if "o_bias" in params else y
 
 
-class EqualCacheAttention(nn.Module):
+def equal_cache(
+    config: EqualCacheConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
     """Keys and values of all N heads from latents of GQA's cache size.
 
     The cache holds C latent heads of X (keys) and Y (values) numbers, with C·X = C·Y = K·H. The
     up-projections k_up [C, X, N/C, H] and v_up [C, Y, N/C, H] give each query head separate keys
     and values. With a cache the value up-projection follows the attention (absorbed).
     """
+    base = config.base
+    rotate_after = config.rope_site == "after_up"
+    k_up, v_up = params["k_up"], params["v_up"]
+    with jax.named_scope("qkv"):
+        q_BTNH = project(params, "q", x_BTD)
+        k_BTCX = project(params, "k_down", x_BTD)
+        v_BTCY = project(params, "v_down", x_BTD)
+    with jax.named_scope("rope"):
+        q_BTNH = qk_norm(params, "q_norm", q_BTNH, base.norm)
+        q_BTNH = rope(q_BTNH, positions_BT, lengths_B, base.rope)
 
-    config: EqualCacheConfig
+    def finish(k_BSNH, positions_BS):
+        """Key norm and RoPE, before or after the up-projection as `rope_site` says."""
+        k_BSNH = qk_norm(params, "k_norm", k_BSNH, base.norm)
+        return rope(k_BSNH, positions_BS, lengths_B, base.rope)
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: Cache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
-        """Attention output and the cache with the new latents; see `Transformer.__call__`."""
-        c, base = self.config, self.config.base
-        rotate_after = c.rope_site == "after_up"
-        params = declare(self, equal_cache_params(c, x_BTD.shape[-1]))
-        k_up, v_up = params["k_up"], params["v_up"]
-        with jax.named_scope("qkv"):
-            q_BTNH = project(params, "q", x_BTD)
-            k_BTCX = project(params, "k_down", x_BTD)
-            v_BTCY = project(params, "v_down", x_BTD)
-        with jax.named_scope("rope"):
-            q_BTNH = qk_norm(params, "q_norm", q_BTNH, base.norm)
-            q_BTNH = rope(q_BTNH, positions_BT, lengths_B, base.rope)
+    # Rotation does not commute with the up-projection, so its place decides what is cached:
+    # latents without positions (keys are rebuilt in every step), or rotated latents.
+    if rotate_after:
 
-        def finish(k_BSNH, positions_BS):
-            """Key norm and RoPE, before or after the up-projection as `rope_site` says."""
-            k_BSNH = qk_norm(params, "k_norm", k_BSNH, base.norm)
-            return rope(k_BSNH, positions_BS, lengths_B, base.rope)
+        def keys(latent_BSCX, positions_BS):
+            return finish(up_project(latent_BSCX, k_up), positions_BS)
+    else:
+        as_heads = k_BTCX.reshape(*k_BTCX.shape[:2], rotated_heads(config), base.head_dim)
+        k_BTCX = finish(as_heads, positions_BT).reshape(k_BTCX.shape)
 
-        # Rotation does not commute with the up-projection, so its place decides what is cached:
-        # latents without positions (keys are rebuilt in every step), or rotated latents.
+        def keys(latent_BSCX, positions_BS):
+            return up_project(latent_BSCX, k_up)
+
+    spec = base.spec
+    cache = NoCache() if cache is None else cache
+    # Without a cache keys and values are expanded. With one, the up-projections move to the
+    # query and to the output if they can, so that attention reads the latents.
+    if isinstance(cache, NoCache):
+        k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
+        out_BTNH, cache = cache.attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
+    else:
         if rotate_after:
-
-            def keys(latent_BSCX, positions_BS):
-                return finish(up_project(latent_BSCX, k_up), positions_BS)
+            out_BTNY, cache = cache.attend(q_BTNH, k_BTCX, v_BTCY, positions_BT, spec, keys)
         else:
-            as_heads = k_BTCX.reshape(*k_BTCX.shape[:2], rotated_heads(c), base.head_dim)
-            k_BTCX = finish(as_heads, positions_BT).reshape(k_BTCX.shape)
-
-            def keys(latent_BSCX, positions_BS):
-                return up_project(latent_BSCX, k_up)
-
-        spec = base.spec
-        cache = NoCache() if cache is None else cache
-        # Without a cache keys and values are expanded. With one, the up-projections move to the
-        # query and to the output if they can, so that attention reads the latents.
-        if isinstance(cache, NoCache):
-            k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
-            out_BTNH, cache = cache.attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
-        else:
-            if rotate_after:
-                out_BTNY, cache = cache.attend(q_BTNH, k_BTCX, v_BTCY, positions_BT, spec, keys)
-            else:
-                q_BTNX = absorb_query(q_BTNH, k_up)
-                out_BTNY, cache = cache.attend(q_BTNX, k_BTCX, v_BTCY, positions_BT, spec)
-            out_BTNH = up_project_output(out_BTNY, v_up)
-        with jax.named_scope("out"):
-            return output(params, out_BTNH), cache
+            q_BTNX = absorb_query(q_BTNH, k_up)
+            out_BTNY, cache = cache.attend(q_BTNX, k_BTCX, v_BTCY, positions_BT, spec)
+        out_BTNH = up_project_output(out_BTNY, v_up)
+    with jax.named_scope("out"):
+        return output(params, out_BTNH), cache
 
 
 def up_project(
@@ -187,44 +164,37 @@ def up_project_output(
     return jnp.einsum("btcgy,cygh->btcgh", out, up_CYGH).reshape(*out_BTNY.shape[:2], C * G, H)
 
 
-class MLA(nn.Module):
+def mla(
+    config: MLAConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: AbsorbedCache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
     """Multi-head latent attention: expanded keys and values without a cache, absorbed with one.
 
     The cache holds L + R numbers per token for all heads: the normed latent c and the rotary key.
     """
-
-    config: MLAConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: AbsorbedCache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
-        """Attention output and the cache with the new latents; see `Transformer.__call__`."""
-        c = self.config
-        params = declare(self, mla_params(c, x_BTD.shape[-1]))
-        with jax.named_scope("qkv"):
-            q_BTNH = mla_queries(c, params, x_BTD)
-            # One product gives the latent and the rotary key that all heads share.
-            joint = project(params, "kv_a", x_BTD)
-            c_BTL, k_rope_BTR = jnp.split(joint, [c.kv_lora_rank], axis=-1)
-            c_BTL = norm(params, "kv_norm", c_BTL, c.latent_norm)
-        with jax.named_scope("rope"):
-            q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
-            q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
-            k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
-        up = params["k_up"], params["v_up"]
-        heads = LatentHeads(q_nope_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, *up)
-        out_BTNH, cache = heads.attend(positions_BT, cache, c.spec)
-        with jax.named_scope("out"):
-            return output(params, out_BTNH), cache
+    with jax.named_scope("qkv"):
+        q_BTNH = mla_queries(config, params, x_BTD)
+        # One product gives the latent and the rotary key that all heads share.
+        joint = project(params, "kv_a", x_BTD)
+        c_BTL, k_rope_BTR = jnp.split(joint, [config.kv_lora_rank], axis=-1)
+        c_BTL = norm(params, "kv_norm", c_BTL, config.latent_norm)
+    with jax.named_scope("rope"):
+        q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
+        q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, config.rope)
+        k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, config.rope)[:, :, 0]
+    up = params["k_up"], params["v_up"]
+    heads = LatentHeads(q_nope_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, *up)
+    out_BTNH, cache = heads.attend(positions_BT, cache, config.spec)
+    with jax.named_scope("out"):
+        return output(params, out_BTNH), cache
 
 
 def mla_queries(
-    config: MLAConfig, params: Mapping[str, jax.Array], x_BTD: Float[Array, "B T D"]
+    config: MLAConfig, params: Params, x_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T N H"]:
     """Queries of width nope + rope; through a low-rank latent if the config has q_lora_rank."""
     if config.q_lora_rank is not None:
@@ -272,44 +242,32 @@ class LatentHeads(NamedTuple):
         return jnp.einsum("btnl,lnv->btnv", out_BTNL, self.v_up), cache
 
 
-class DecoupledAttention(nn.Module):
+def decoupled(
+    config: DecoupledConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: AbsorbedCache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
     """Projections and QK-norm of GQA, then one linear map to a latent and a rotary key.
 
     `down` [2·K·H, L + R] maps keys (normed, not rotated) and values to the cached latent and rotary
     key. `q_rope` [N, H, R] maps each head's query to its rotary part. `k_up` [L, N, H] and `v_up`
     [L, N, V] map the latent to each head's keys and values (TransMLA, arXiv 2502.07864v5).
     """
-
-    config: DecoupledConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: AbsorbedCache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
-        """Attention output and the cache with the new latents; see `Transformer.__call__`."""
-        c, base = self.config, self.config.base
-        params = declare(self, decoupled_params(c, x_BTD.shape[-1]))
-        with jax.named_scope("qkv"):
-            q_BTNH, k_BTKH, v_BTKH = gqa_heads(base, params, x_BTD)
-            # The latent is a linear map of the keys after their norm, which `MLA` could not
-            # express.
-            kv_BTX = jnp.concatenate([k_BTKH, v_BTKH], axis=2).reshape(*x_BTD.shape[:2], -1)
-            c_BTL, k_rope_BTR = jnp.split(matmul(kv_BTX, params["down"]), [c.rank], axis=-1)
-            q_rope_BTNR = jnp.einsum("btnh,nhr->btnr", q_BTNH, params["q_rope"])
-        with jax.named_scope("rope"):
-            q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
-            k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
-        up = params["k_up"], params["v_up"]
-        heads = LatentHeads(q_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, *up)
-        out_BTNV, cache = heads.attend(positions_BT, cache, base.spec)
-        with jax.named_scope("out"):
-            return output(params, out_BTNV), cache
-
-    @staticmethod
-    def init_cache(config: DecoupledConfig, batch_size: int, max_len: int, dtype) -> LatentCache:
-        """An empty cache: L + R numbers per token."""
-        return LatentCache.create(batch_size, max_len, config.rank, config.rope_dim, dtype)
+    base = config.base
+    with jax.named_scope("qkv"):
+        q_BTNH, k_BTKH, v_BTKH = gqa_heads(base, params, x_BTD)
+        # The latent is a linear map of the keys after their norm, which `mla` could not express.
+        kv_BTX = jnp.concatenate([k_BTKH, v_BTKH], axis=2).reshape(*x_BTD.shape[:2], -1)
+        c_BTL, k_rope_BTR = jnp.split(matmul(kv_BTX, params["down"]), [config.rank], axis=-1)
+        q_rope_BTNR = jnp.einsum("btnh,nhr->btnr", q_BTNH, params["q_rope"])
+    with jax.named_scope("rope"):
+        q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, config.rope)
+        k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, config.rope)[:, :, 0]
+    up = params["k_up"], params["v_up"]
+    heads = LatentHeads(q_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, *up)
+    out_BTNV, cache = heads.attend(positions_BT, cache, base.spec)
+    with jax.named_scope("out"):
+        return output(params, out_BTNV), cache

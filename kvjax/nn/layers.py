@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.config import MLPConfig, MoEConfig, NormConfig
-from kvjax.nn.params import declare, mlp_params, moe_params
+
+Params = Mapping[str, Any]
+"""The parameters of one part by name; kvjax.nn.params has the names and shapes."""
 
 FEW = 16
 """Pad rows to pairs when there are at most this many: a device of a mesh may have a single one, and
@@ -57,7 +58,7 @@ def _two_of_each(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jax.lax.index_in_dim(_product(pairs, weight), 0, x.ndim - 1, keepdims=False)
 
 
-def project(params: Mapping[str, jax.Array], name: str, x: Float[Array, "B T X"]) -> jax.Array:
+def project(params: Params, name: str, x: Float[Array, "B T X"]) -> jax.Array:
     """x · W, plus the bias if there is one: the parameters `name` [X, ...] and `name`_bias."""
     y = matmul(x, params[name])
     bias = params.get(f"{name}_bias")
@@ -65,7 +66,7 @@ def project(params: Mapping[str, jax.Array], name: str, x: Float[Array, "B T X"]
 
 
 def norm(
-    params: Mapping[str, Any], name: str, x: Float[Array, "B T D"], config: NormConfig | None
+    params: Params, name: str, x: Float[Array, "B T D"], config: NormConfig | None
 ) -> Float[Array, "B T D"]:
     """RMS norm with the weight `name`; x is unchanged if the part has no such norm."""
     return x if config is None or name not in params else rms_norm(x, params[name], config)
@@ -87,45 +88,33 @@ ACTIVATIONS = {
 }
 
 
-class MLP(nn.Module):
+def mlp(config: MLPConfig, params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """down(act(x · gate) · (x · up)), each product with a bias if the config says so."""
-
-    config: MLPConfig
-
-    @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        params = declare(self, mlp_params(self.config, x_BTD.shape[-1]))
-        activation = ACTIVATIONS[self.config.activation]
-        hidden = activation(project(params, "gate", x_BTD)) * project(params, "up", x_BTD)
-        return project(params, "down", hidden)
+    activation = ACTIVATIONS[config.activation]
+    hidden = activation(project(params, "gate", x_BTD)) * project(params, "up", x_BTD)
+    return project(params, "down", hidden)
 
 
-class MoE(nn.Module):
+def moe(config: MoEConfig, params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Each token through its `top_k` experts, weighted by the router's softmax.
 
     All experts process all tokens, and their outputs are weighted (zero for unchosen experts). The
     result is exact, shapes are static and no token is dropped. The arithmetic is
     num_experts / top_k times that of routed experts.
     """
+    logits_BTE = matmul(x_BTD, params["router"])
+    weight_BTE = routing_weights(logits_BTE, config).astype(x_BTD.dtype)
+    activation = ACTIVATIONS[config.activation]
 
-    config: MoEConfig
+    # A scan over the experts keeps one expert's activations in memory.
+    def add_expert(total, expert):
+        gate_DF, up_DF, down_FD, weight_BT = expert
+        hidden = activation(matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
+        return total + matmul(hidden, down_FD) * weight_BT[..., None], None
 
-    @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c = self.config
-        params = declare(self, moe_params(c, x_BTD.shape[-1]))
-        logits_BTE = matmul(x_BTD, params["router"])
-        weight_BTE = routing_weights(logits_BTE, c).astype(x_BTD.dtype)
-
-        # A scan over the experts keeps one expert's activations in memory.
-        def add_expert(total, expert):
-            gate_DF, up_DF, down_FD, weight_BT = expert
-            hidden = ACTIVATIONS[c.activation](matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
-            return total + matmul(hidden, down_FD) * weight_BT[..., None], None
-
-        matrices = params["gate"], params["up"], params["down"]
-        experts = (*matrices, jnp.moveaxis(weight_BTE, -1, 0))
-        return jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), experts)[0]
+    matrices = params["gate"], params["up"], params["down"]
+    experts = (*matrices, jnp.moveaxis(weight_BTE, -1, 0))
+    return jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), experts)[0]
 
 
 def routing_weights(logits_BTE: Float[Array, "B T E"], config: MoEConfig) -> Float[Array, "B T E"]:

@@ -1,13 +1,14 @@
 """The parameters of each part of a model: names, shapes, logical axes and initial values.
 
-Each function returns the table of one part. The Linen modules declare their parameters from these
-tables (`declare`), and `param_table` joins the tables to the parameters of a whole model. So the
-shapes and shardings of a model are known without running or tracing the model.
+Each function returns the table of one part, and `param_table` joins the tables to the parameters of
+a whole model. So the shapes and shardings of a model are known without running or tracing the
+model. `kvjax.nn.Transformer` declares its parameters from the same tables.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,22 @@ def declare(module: nn.Module, table: Table) -> dict[str, jax.Array]:
     }
 
 
+class Declared(nn.Module):
+    """A Linen module that only declares parameters, and returns them as nested dicts.
+
+    Attributes:
+        table: {name: `Param` or a table of a module inside this one}.
+    """
+
+    table: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        inside = {name: part for name, part in self.table.items() if isinstance(part, Mapping)}
+        own = {name: param for name, param in self.table.items() if name not in inside}
+        return declare(self, own) | {n: Declared(part, name=n)() for n, part in inside.items()}
+
+
 def param_shapes(config: ModelConfig) -> Any:
     """The parameters of a model as a pytree of `jax.ShapeDtypeStruct`; nothing is computed."""
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), param_table(config))
@@ -83,21 +100,18 @@ def outside_layers(config: ModelConfig) -> Table:
 def layer_params(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
     """One layer: its norms, and the tables "attn" and "mlp"."""
     width = config.hidden_size
-    return {
-        **block_norms(width, config.norm, config.pre_norm, config.post_norm),
-        "attn": ATTENTION[type(layer.attention)](layer.attention, width),
-        "mlp": MLPS[type(layer.mlp)](layer.mlp, width),
-    }
-
-
-def block_norms(width: int, norm: NormConfig, pre_norm: bool, post_norm: bool) -> Table:
-    """The norms before and after the attention and the MLP of a layer."""
-    present = {"pre": pre_norm, "post": post_norm}
-    return {
-        f"{part}_{place}_norm": _norm(width, norm)
+    present = {"pre": config.pre_norm, "post": config.post_norm}
+    norms = {
+        f"{part}_{place}_norm": _norm(width, config.norm)
         for part in ("attn", "mlp")
         for place in present
         if present[place]
+    }
+    attention, mlp = layer.attention, layer.mlp
+    return {
+        **norms,
+        "attn": ATTENTION[type(attention)](attention, width),
+        "mlp": MLPS[type(mlp)](mlp, width),
     }
 
 

@@ -1,10 +1,15 @@
-"""The decoder-only transformer: embeds tokens, runs the blocks, and computes logits."""
+"""The decoder-only transformer: embeds tokens, runs the blocks, and computes logits.
+
+The functions take a configuration, parameters and arrays. `Transformer` is the Linen module that
+declares the parameters and calls the functions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,51 +33,62 @@ from kvjax.config import (
     NormConfig,
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
-from kvjax.nn.attention import GQA, MLA, DecoupledAttention, EqualCacheAttention
-from kvjax.nn.layers import MLP, MoE, matmul, norm, rms_norm
-from kvjax.nn.params import block_norms, declare, outside_layers
+from kvjax.nn.attention import decoupled, equal_cache, gqa, mla
+from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm
+from kvjax.nn.params import Declared, declare, layer_params, outside_layers
 from kvjax.nn.rope import with_pairs, without_pairs
 
-ATTENTION = {
-    GQAConfig: GQA,
-    EqualCacheConfig: EqualCacheAttention,
-    MLAConfig: MLA,
-    DecoupledConfig: DecoupledAttention,
+ATTENTION: dict[type, Callable[..., tuple[jax.Array, Any]]] = {
+    GQAConfig: gqa,
+    EqualCacheConfig: equal_cache,
+    MLAConfig: mla,
+    DecoupledConfig: decoupled,
 }
-MLPS = {MLPConfig: MLP, MoEConfig: MoE}
+MLPS: dict[type, Callable[..., jax.Array]] = {MLPConfig: mlp, MoEConfig: moe}
 
 
-class Block(nn.Module):
-    """x + attention, then x + MLP, with the norms that the config asks for."""
+@dataclass(frozen=True)
+class Block:
+    """The configuration of one layer with the model's norms; hashable.
+
+    x + attention, then x + MLP, with the norms that the config asks for.
+    """
 
     layer: LayerConfig
     norm: NormConfig
     pre_norm: bool = True
     post_norm: bool = False
 
-    @nn.compact
-    def __call__(
+    def apply(
         self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        params: Any,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
         cache: Any,
-        lengths_B: Int[Array, " B"],
+        lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One layer; see `Transformer.__call__`."""
-        norms = block_norms(x_BTD.shape[-1], self.norm, self.pre_norm, self.post_norm)
-        params = declare(self, norms)
-        attention = ATTENTION[type(self.layer.attention)](self.layer.attention, name="attn")
-        mlp = MLPS[type(self.layer.mlp)](self.layer.mlp, name="mlp")
-        y = norm(params, "attn_pre_norm", x_BTD, self.norm)
-        y, cache = attention(y, positions_BT, cache, lengths_B)
-        x_BTD = x_BTD + norm(params, "attn_post_norm", y, self.norm)
-        y = mlp(norm(params, "mlp_pre_norm", x_BTD, self.norm))
-        return x_BTD + norm(params, "mlp_post_norm", y, self.norm), cache
+        """The output of the layer, and its cache with the new entries."""
+        y, cache = self.attend(params, x, positions, cache, lengths)
+        x = x + norm(params, "attn_post_norm", y, self.norm)
+        with jax.named_scope("mlp"):
+            run = MLPS[type(self.layer.mlp)]
+            y = norm(params, "mlp_pre_norm", x, self.norm)
+            y = run(self.layer.mlp, params["mlp"], y)
+        return x + norm(params, "mlp_post_norm", y, self.norm), cache
 
-
-def block_of(config: ModelConfig, layer: LayerConfig, **linen: Any) -> Block:
-    """The block of one of the model's layers; `linen` are arguments of every Linen module."""
-    return Block(layer, config.norm, config.pre_norm, config.post_norm, **linen)
+    def attend(
+        self,
+        params: Any,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: Any,
+        lengths: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The output of the attention, before norm and residual sum, and its cache."""
+        config, y = self.layer.attention, attention_input(self, params, x)
+        with jax.named_scope("attn"):
+            run = ATTENTION[type(config)]
+            return run(config, params["attn"], y, positions, cache, lengths)
 
 
 class BlockKind(NamedTuple):
@@ -97,15 +113,13 @@ def block_kinds(config: ModelConfig) -> tuple[BlockKind, ...]:
 
 
 def block_kind(config: ModelConfig, layer: LayerConfig) -> BlockKind:
-    """The kind of a layer with the model's norms; the layer need not be one of the model's.
-
-    The block has no parent: a running Transformer would otherwise adopt it.
-    """
+    """The kind of a layer with the model's norms; the layer need not be one of the model's."""
     rope, pairs = without_pairs(layer.attention.rope)
     if pairs is not None:
         attention: Any = dataclasses.replace(layer.attention, rope=rope)  # type: ignore
         layer = dataclasses.replace(layer, attention=attention)
-    return BlockKind(block_of(config, layer, parent=None), pairs)
+    block = Block(layer, config.norm, config.pre_norm, config.post_norm)
+    return BlockKind(block, pairs)
 
 
 def whole_block(block: Block, pairs: Int[Array, " half"] | None) -> Block:
@@ -114,7 +128,7 @@ def whole_block(block: Block, pairs: Int[Array, " half"] | None) -> Block:
         return block
     rope = with_pairs(block.layer.attention.rope, pairs)
     attention: Any = dataclasses.replace(block.layer.attention, rope=rope)  # type: ignore
-    return block.clone(parent=None, layer=dataclasses.replace(block.layer, attention=attention))
+    return dataclasses.replace(block, layer=dataclasses.replace(block.layer, attention=attention))
 
 
 def apply_block(
@@ -127,9 +141,7 @@ def apply_block(
     rope_lengths: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer of a `BlockKind`."""
-    block = whole_block(block, pairs)
-    result: Any = block.apply({"params": params}, x, positions, cache, rope_lengths)
-    return result
+    return whole_block(block, pairs).apply(params, x, positions, cache, rope_lengths)
 
 
 BlockProgram = Callable[..., tuple[jax.Array, Any]]
@@ -156,8 +168,7 @@ def run_layer(
     donate: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs one layer with the program of its kind; under `jax.jit` as part of the caller."""
-    block: Any = kind.block  # hashable, though pyright does not see it
-    return block_program(block, donate)(params, kind.pairs, x, positions, cache, rope_lengths)
+    return block_program(kind.block, donate)(params, kind.pairs, x, positions, cache, rope_lengths)
 
 
 def text_positions(x: Float[Array, "B T ..."]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
@@ -188,11 +199,8 @@ def attention_output(
         block, params, pairs: as for `apply_block`.
         x: the input of the block.
     """
-    config = whole_block(block, pairs).layer.attention
     at, lengths = text_positions(x)
-    attention = ATTENTION[type(config)](config, parent=None)
-    y = attention_input(block, params, x)
-    return attention.apply({"params": params["attn"]}, y, at, NoCache(), lengths)[0]
+    return whole_block(block, pairs).attend(params, x, at, NoCache(), lengths)[0]
 
 
 class Transformer(nn.Module):
@@ -208,7 +216,8 @@ class Transformer(nn.Module):
     def setup(self):
         c = self.config
         self.outside = declare(self, outside_layers(c))
-        self.layers = [block_of(c, layer) for layer in c.layers]
+        if self.is_initializing():  # later calls read the parameters of a layer by its name
+            self.layers = [Declared(layer_params(c, layer)) for layer in c.layers]
 
     def __call__(
         self,
@@ -285,11 +294,10 @@ class Transformer(nn.Module):
         rope_lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
         """One block, for callers that run layer by layer (`apply(…, method="layer")`)."""
-        if self.is_initializing():
-            return self.layers[index](x, positions, cache, rope_lengths)
         params: Any = self.variables["params"]
-        kind = block_kinds(self.config)[index]
-        return run_layer(kind, params[f"layers_{index}"], x, positions, cache, rope_lengths)
+        # Linen declares the parameters of a layer when its module is called.
+        own = self.layers[index]() if self.is_initializing() else params[f"layers_{index}"]
+        return run_layer(block_kinds(self.config)[index], own, x, positions, cache, rope_lengths)
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output logits, fp32."""

@@ -164,7 +164,7 @@ class LatentLayer:
 def over_heads(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[DecoupledConfig, dict[str, Any]]:
-    """Parameters of `DecoupledAttention`: the projections and norms of GQA, then the maps.
+    """Parameters of decoupled attention: the projections and norms of GQA, then the maps.
 
     Possible for every model, with QK-norm too.
 
@@ -211,7 +211,7 @@ def folded_config(
 def folded(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[MLAConfig, dict[str, Any]]:
-    """Parameters of `MLA`: the maps multiplied into the projections.
+    """Parameters of MLA: the maps multiplied into the projections.
 
     Args:
         base, attn: the attention of the original layer and its parameters.
