@@ -71,9 +71,9 @@ def qk_norm(
 
 def output(params: Params, out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Projects heads to the residual stream, with o [N, H, D] and, if there is one, o_bias [D]."""
+    weight = params["o"]
     # With two contracted axes XLA:CPU would transpose the weight in every step.
-    weight = params["o"].reshape(-1, params["o"].shape[-1])
-    y = matmul(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight)
+    y = matmul(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight.reshape(-1, weight.shape[-1]))
     return y + params["o_bias"][None, None] if "o_bias" in params else y
 
 

@@ -90,9 +90,8 @@ ACTIVATIONS = {
 
 def mlp(config: MLPConfig, params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """down(act(x · gate) · (x · up)), each product with a bias if the config says so."""
-    activation = ACTIVATIONS[config.activation]
-    hidden = activation(project(params, "gate", x_BTD)) * project(params, "up", x_BTD)
-    return project(params, "down", hidden)
+    gate, up = project(params, "gate", x_BTD), project(params, "up", x_BTD)
+    return project(params, "down", ACTIVATIONS[config.activation](gate) * up)
 
 
 def moe(config: MoEConfig, params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
