@@ -20,8 +20,7 @@ import numpy as np
 import kvjax
 from benchmarks.compile_spans import Span, watched
 from kvjax.hf import config_from_hf
-from kvjax.nn import Transformer
-from kvjax.sharding import param_shapes
+from kvjax.nn import Transformer, param_shapes
 
 SMOL = {
     "model_type": "llama",
@@ -86,7 +85,7 @@ def write(kind: str, layers: int, model: str, **_: Any) -> None:
     rng = np.random.default_rng(0)
     source = Transformer(config_from_hf(SMOL | {"num_hidden_layers": layers}))
     params = jax.tree.map_with_path(
-        lambda path, leaf: random_weight(rng, path[-1].key, leaf.shape), param_shapes(source)
+        lambda path, leaf: random_weight(rng, path[-1].key, leaf.shape), param_shapes(source.config)
     )
     if kind == "decoupled":
         tokens = rng.integers(0, SMOL["vocab_size"], CALIBRATION, np.int32)

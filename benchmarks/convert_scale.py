@@ -28,12 +28,11 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.environment import environment
+from kvjax.checkpoint_files import NewTensor, write
 from kvjax.hf import config_from_hf
 from kvjax.hf.layout import layouts, tensors
-from kvjax.hf.safetensors import NewTensor, write
-from kvjax.nn import Transformer
+from kvjax.nn import Transformer, param_shapes
 from kvjax.paths import local_path
-from kvjax.sharding import param_shapes
 
 QWEN = {
     "model_type": "qwen2",
@@ -57,7 +56,7 @@ def write_checkpoint(directory: Path, layers: int) -> int:
     """A random bf16 checkpoint; bytes of its tensors. One tensor in memory at a time."""
     raw = {**QWEN, "num_hidden_layers": layers}
     model = Transformer(config_from_hf(raw))
-    flat = jax.tree_util.tree_leaves_with_path(param_shapes(model))
+    flat = jax.tree_util.tree_leaves_with_path(param_shapes(model.config))
     shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in flat}
     rng = np.random.default_rng(0)
 

@@ -39,13 +39,12 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.environment import environment
+from kvjax.checkpoint_files import INDEX, NewTensor, read_header, read_metadata, write_file
 from kvjax.hf import config_from_hf, open_params
 from kvjax.hf.layout import Tensor, layouts, tensors
-from kvjax.hf.safetensors import INDEX, NewTensor, read_header, read_metadata, write_file
 from kvjax.hf.weights import LazyParams
-from kvjax.nn import Transformer
+from kvjax.nn import Transformer, param_shapes
 from kvjax.paths import local_path
-from kvjax.sharding import param_shapes
 
 RESULTS = Path("benchmarks/results/convert_stream.json")
 QWEN = {
@@ -132,7 +131,7 @@ class Shards:
 def expected_tensors(raw: dict[str, Any]) -> list[Tensor]:
     """The tensors of a checkpoint with that config.json."""
     model = Transformer(config_from_hf(raw))
-    flat = jax.tree_util.tree_leaves_with_path(param_shapes(model))
+    flat = jax.tree_util.tree_leaves_with_path(param_shapes(model.config))
     shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in flat}
     return tensors(model.config, shapes, layouts(model.config)[0])
 

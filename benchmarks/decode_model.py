@@ -27,7 +27,7 @@ from benchmarks.environment import environment
 from benchmarks.pools import held_pool
 from kvjax.cache import DenseCache, ModelCache, cache_bytes
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.nn import Transformer
+from kvjax.nn import Transformer, param_shapes
 from kvjax.paths import local_path
 from pallas_kernels import api
 from pallas_kernels.bench.cases import head_budgets
@@ -182,8 +182,7 @@ def model_config(size: Size) -> ModelConfig:
 
 def random_params(model: Transformer, dtype: str) -> Any:
     """Small random weights, made on the device, a leaf at a time."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves, tree = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree.flatten(param_shapes(model.config))
     make = jax.jit(
         lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1
     )

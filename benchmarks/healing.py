@@ -23,7 +23,7 @@ import kvjax
 from benchmarks.environment import environment
 from benchmarks.transmla import TASKS, embedded
 from kvjax.hf import latent_rms
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import copy_companions
 from kvjax.paths import local_path
 from kvjax.tasks import WordVocabulary, make_examples
 from kvjax.transmla import BEST, UNBIASED, calibrate

@@ -27,7 +27,7 @@ import numpy as np
 import kvjax
 from benchmarks.environment import environment
 from kvjax.example import Example
-from kvjax.headkv.questions import QUESTIONS, Grid, make_examples
+from kvjax.headkv.examples import QUESTIONS, Grid, make_examples
 from kvjax.paths import local_path
 from kvjax.policies.importance import split_half
 from kvjax.tasks.words import TokenizerVocabulary

@@ -35,7 +35,7 @@ from benchmarks.environment import environment
 from kvjax.cache import ModelCache
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.decoding import Sampling, decode, first_token
-from kvjax.nn import Transformer
+from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kinds, block_program
 from kvjax.paths import local_path
 from kvjax.policies.compression import Compression
@@ -205,18 +205,14 @@ def make_inputs(model: Transformer, size: Size) -> tuple[Any, np.ndarray]:
             return jnp.ones(leaf.shape, jnp.float32)
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * size.hidden**-0.5)
 
-    params = jax.tree.map(fill, param_shapes(model))
+    params = jax.tree.map(fill, param_shapes(model.config))
     return params, rng.integers(0, size.vocab, (1, size.tokens), dtype=np.int32)
-
-
-def param_shapes(model: Transformer) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def reserved(setting: str, size: Size) -> Row:
     """What XLA reserves for the programs of prefill and decode, of the last layer."""
     model = make_model(size)
-    params, work = param_shapes(model), make_work(setting, model, size)
+    params, work = param_shapes(model.config), make_work(setting, model, size)
     read, prompt = reading(model, params, size)
     if isinstance(work, Forget):
         largest = dataclasses.replace(read, held=tree_bytes(prompt))

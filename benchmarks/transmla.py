@@ -29,7 +29,7 @@ import kvjax
 from benchmarks.environment import environment
 from kvjax.paths import local_path
 from kvjax.tasks import WordVocabulary, accuracy, make_examples, perplexity
-from kvjax.transmla import BEST, Recipe, calibrate, closed_form, low_rank, published, rotary
+from kvjax.transmla import BEST, Recipe, calibrate, closed_form, published, rotary
 from kvjax.transmla.allocation import allocate_sizes, choose_rope_dim
 from kvjax.transmla.distill import distill
 
@@ -125,7 +125,7 @@ STEPS["+ best constants"] = dataclasses.replace(
 )
 STEPS["+ placement"] = dataclasses.replace(STEPS["+ best constants"], placement=rotary.by_energy)
 STEPS["+ centred"] = dataclasses.replace(STEPS["+ placement"], centred=True)
-STEPS["+ aware metric"] = dataclasses.replace(STEPS["+ centred"], metric=low_rank.aware)
+STEPS["+ aware metric"] = dataclasses.replace(STEPS["+ centred"], metric=closed_form.aware)
 STEPS["+ least squares (default)"] = BEST
 
 

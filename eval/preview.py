@@ -15,9 +15,9 @@ from eval.prompts import Shape, encode, make_batches, shapes
 from eval.report.page import size
 from eval.task import check_form, load_task
 from kvjax.hf import load_tokenizer, read_model
+from kvjax.nn import param_shapes
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import parse_policy, resolve
-from kvjax.sharding import param_shapes
 
 SCORES = re.compile(r"(?<=[:,])scores=[^,]*,?")
 
@@ -82,7 +82,7 @@ def _with_scores(policy: Any, config: Any) -> Any:
 
 
 def _parameters(model: Any, dtype: str) -> Iterator[str]:
-    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model.config)))
     held = count * jax.numpy.dtype(dtype).itemsize
     yield f"parameters: {count / 1e6:,.1f} M, {_size(held)} in {dtype}"
 

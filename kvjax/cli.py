@@ -30,7 +30,7 @@ from kvjax.commands.convert import (
 from kvjax.commands.demo import run_demo
 from kvjax.commands.score import score_checkpoint
 from kvjax.commands.text import compress_text, continue_text
-from kvjax.headkv.questions import Grid
+from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]

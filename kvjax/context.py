@@ -21,10 +21,10 @@ from kvjax.cache.pool import bucket_rows
 from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
 from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.cache.storage import room_bucket
+from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
 from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import ModelConfig
 from kvjax.feeding import not_finite
-from kvjax.hf.safetensors import NewTensor, read_header, read_metadata, write_file
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer

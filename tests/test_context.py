@@ -11,8 +11,8 @@ from toys import random_params
 
 import kvjax
 from kvjax import transmla
+from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
-from kvjax.hf.safetensors import NewTensor, read_header, read_metadata, write_file
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Full
 from kvjax.sharding import make_mesh, parse_mesh, place_params

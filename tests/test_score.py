@@ -11,7 +11,7 @@ import kvjax
 from kvjax.cli import main
 from kvjax.commands import score as command
 from kvjax.headkv import load_scores
-from kvjax.headkv.questions import COPIED_LENGTH, QUESTIONS, Grid, make_examples
+from kvjax.headkv.examples import COPIED_LENGTH, QUESTIONS, Grid, make_examples
 from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.prompt import read_haystack

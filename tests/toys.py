@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.sharding import param_shapes
+from kvjax.nn import param_shapes
 
 
 def random_params(model, seed=0, dtype=np.float32):
@@ -20,7 +20,7 @@ def random_params(model, seed=0, dtype=np.float32):
             noise = noise / np.sqrt(np.prod(leaf.shape) / max(leaf.shape[-1], leaf.shape[0]))
         return jnp.array(noise.astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(fill, param_shapes(model))
+    return jax.tree_util.tree_map_with_path(fill, param_shapes(model.config))
 
 
 def forward(model, params, tokens, **settings):

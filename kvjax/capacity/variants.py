@@ -20,14 +20,14 @@ from kvjax.cache import ModelCache
 from kvjax.cache.sharded import places, specs, with_shardings
 from kvjax.capacity.devices import Topology, device_bytes
 from kvjax.mesh import AnyMesh, Layout
-from kvjax.nn import Transformer
+from kvjax.nn import Transformer, param_shapes
 from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress, Policy
 from kvjax.prefill import bucket_length, cache_shapes
-from kvjax.sharding import param_shapes, param_shardings
+from kvjax.sharding import param_shardings
 from kvjax.transmla.sizes import decoupled_shape
 
 
@@ -195,7 +195,7 @@ def abstract_params(model: Transformer, mesh: Any, dtype: Any) -> Any:
     """The shapes of the parameters in `dtype`, with their shardings on the mesh."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=place),
-        param_shapes(model),
+        param_shapes(model.config),
         param_shardings(model, mesh),
     )
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.checkpoint_files import MAX_SHARD_BYTES
 from kvjax.checks import OVERFLOW, Range, check_finite, check_params, check_ranges, first_not_finite
 from kvjax.commands.text import token_rows
 from kvjax.config import AttentionConfig, ModelConfig
@@ -29,10 +30,8 @@ from kvjax.hf import (
     save,
     stored_tensors,
 )
-from kvjax.hf.safetensors import MAX_SHARD_BYTES
 from kvjax.hf.source import missing_weights, on_hub, resolve
-from kvjax.nn import Transformer
-from kvjax.sharding import param_shapes
+from kvjax.nn import Transformer, param_shapes
 
 SEQUENCE, BATCH = 256, 8
 """Tokens per sequence, and sequences at a time, of a calibration for an export."""
@@ -61,7 +60,7 @@ def describe(path: str) -> dict[str, Any]:
         "attention": ", ".join(sorted({describe_attention(a.attention) for a in config.layers})),
         "vocabulary": config.vocab_size,
         "context": config.context_length,
-        "parameters": count_parameters(param_shapes(model)),
+        "parameters": count_parameters(param_shapes(model.config)),
         "layout": ", ".join([layout, *dtypes]),
         "cache bytes a token (bfloat16)": per_token,
         "cache bytes at full context": per_token * config.context_length,

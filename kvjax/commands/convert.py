@@ -33,9 +33,8 @@ from kvjax.config import LayerConfig, ModelConfig
 from kvjax.feeding import next_token_losses
 from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
-from kvjax.nn import Transformer
+from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
-from kvjax.sharding import param_shapes
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
@@ -202,8 +201,8 @@ def convert_to_equal_cache(
         **settings,
         "bytes_per_token_before": bytes_per_token(model, dtype),
         "bytes_per_token_after": bytes_per_token(new_model, dtype),
-        "parameters_before": count_parameters(param_shapes(model)),
-        "parameters_after": count_parameters(param_shapes(new_model)),
+        "parameters_before": count_parameters(param_shapes(model.config)),
+        "parameters_after": count_parameters(param_shapes(new_model.config)),
         "relative_logit_change": change,
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_bytes": peak_memory(),

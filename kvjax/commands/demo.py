@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.commands.checkpoints import bytes_per_token, logit_change
 from kvjax.extras import pyplot
-from kvjax.headkv.questions import score_heads
+from kvjax.headkv.measure import score_heads
 from kvjax.hf import load, load_tokenizer
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve

@@ -21,9 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
-from kvjax.headkv.examples import bucketed
-from kvjax.headkv.measure import BatchScores, score_examples
-from kvjax.headkv.questions import Grid, make_examples, model_name, with_origin
+from kvjax.headkv.examples import Grid, bucketed, make_examples
+from kvjax.headkv.measure import BatchScores, model_name, score_examples, with_origin
 from kvjax.hf import default_dtype, load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.checkpoint_files import NewTensor, map_file, read_header, read_metadata, write_file
 from kvjax.config import AttentionConfig
 from kvjax.hf import native
-from kvjax.hf.safetensors import NewTensor, map_file, read_header, read_metadata, write_file
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import CONFIG, PARAMS, copy_companions
 from kvjax.identity import identity
 from kvjax.nn import Transformer
 from kvjax.runs import check_same
@@ -77,7 +77,7 @@ class ConversionFolder:
         # What an earlier run wrote stays: that run was not refused.
         if kind is None or not issubclass(kind, ValueError) or not self._begun or self._resumed:
             return
-        shutil.rmtree(self.out / native.PARAMS, ignore_errors=True)
+        shutil.rmtree(self.out / PARAMS, ignore_errors=True)
         for name in (FILE, PART):
             (self.out / name).unlink(missing_ok=True)
         if not self._existed:
@@ -124,9 +124,9 @@ class ConversionFolder:
             return
         self._begun = True
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / native.CONFIG).unlink(missing_ok=True)
+        (self.out / CONFIG).unlink(missing_ok=True)
         finished = {f"layers_{i}" for i in range(len(self.finished.attention))}
-        params = self.out / native.PARAMS
+        params = self.out / PARAMS
         for part in params.iterdir() if params.exists() else ():
             # This also removes temporary directories that orbax left under other names.
             if part.name not in finished:

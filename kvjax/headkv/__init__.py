@@ -1,8 +1,7 @@
 """HeadKV (arXiv 2410.19258): cache budgets for single heads, by their importance."""
 
 from kvjax.headkv.balance import balance
-from kvjax.headkv.measure import score_examples
-from kvjax.headkv.questions import score_heads
+from kvjax.headkv.measure import score_examples, score_heads
 from kvjax.policies.budgets import allocate
 from kvjax.policies.importance import HeadScores, load_scores
 from kvjax.policies.policy import Compress, Policy

@@ -14,11 +14,11 @@ from kvjax.cache.sharded import head_copies
 from kvjax.config import GQAConfig, of_kind
 from kvjax.mesh import Layout, mesh_of
 from kvjax.nn import Transformer
+from kvjax.nn.params import layer_params
 from kvjax.policies.budgets import Allocator, Request
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress, Policy
-from kvjax.sharding import logical_axes
 from pallas_kernels.entries import assign_heads
 
 Orders = tuple[tuple[int, ...], ...]
@@ -77,14 +77,15 @@ def balance(
 
 def reorder_heads(model: Transformer, params: Any, orders: Orders) -> dict[str, Any]:
     """The parameters of the same function, with KV heads and their query heads reordered."""
-    axes, moved = logical_axes(model), dict(params)
+    moved = dict(params)
     for index, (layer, order) in enumerate(zip(model.config.layers, orders, strict=True)):
         name, base = f"layers_{index}", of_kind(layer.attention.unconverted, GQAConfig)
         # The query heads of a group move with their KV head.
         groups = np.arange(base.num_heads).reshape(base.num_kv_heads, -1)
         rows = {"kv": np.asarray(order), "heads": groups[np.asarray(order)].reshape(-1)}
+        table = layer_params(model.config, layer)["attn"]
         attn = {
-            leaf: _reorder(value, axes[name]["attn"][leaf], rows)
+            leaf: _reorder(value, table[leaf].axes, rows)
             for leaf, value in params[name]["attn"].items()
         }
         # A norm over all heads has one weight per component, without an axis of heads.

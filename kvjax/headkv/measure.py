@@ -1,11 +1,15 @@
 """Measures the importance of each head on examples: by its attention, or by the gradient of the
-answer's loss."""
+answer's loss.
+
+`score_heads` makes the examples with a tokenizer; `score_examples` takes examples.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,18 +25,28 @@ from kvjax.example import Example
 from kvjax.feeding import not_finite
 from kvjax.headkv.examples import (
     Batch,
+    Grid,
     Reduce,
     attended,
     bucketed,
     copied,
     induced,
     make_batch,
+    make_examples,
     positions,
     step_positions,
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
+from kvjax.nn.transformer import (
+    Block,
+    apply_block,
+    block_kinds,
+    embed,
+    hidden_logits,
+    output_params,
+)
+from kvjax.paths import local_path
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.scorers import LayerView, query_attention
 from kvjax.text import rouge1_recall, token_f1
@@ -71,6 +85,53 @@ class BatchScores:
     indices: tuple[int, ...]
     heads: Float64[np.ndarray, "n L N"]
     answers: Float64[np.ndarray, " n"]
+
+
+def score_heads(
+    model: Transformer,
+    params: Any,
+    tokenizer: Any,
+    estimator: str = "retrieval_reasoning",
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    batch_size: int = 8,
+    haystack: str | Path | None = None,
+) -> HeadScores:
+    """Importance of every query head, from examples in the model's own tokens.
+
+    To measure it on your own examples, use `score_examples`.
+
+    Args:
+        tokenizer: from `kvjax.load_tokenizer`.
+        estimator: "retrieval", "retrieval_reasoning" or "enhanced_retrieval" count the examples
+            that the model answers; "copying" is for models that cannot answer questions;
+            "gradient" is the sensitivity of the loss of the answer.
+        samples, length, seed, haystack: see `Grid`.
+        batch_size: examples at a time.
+
+    Raises:
+        ValueError: an unknown estimator, a length that cannot hold the facts, no example that
+            the model answers, or a haystack that is missing or too short.
+    """
+    path = None if haystack is None else local_path(haystack, "the haystack")
+    grid = Grid(estimator, samples, length, seed, path)
+    examples = make_examples(tokenizer, grid)
+    scores = score_examples(model, params, examples, estimator=estimator, batch_size=batch_size)
+    return with_origin(scores, model, grid)
+
+
+def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScores:
+    """Adds the model and the grid to the metadata of the scores."""
+    origin: dict[str, Any] = {"model": model_name(model), "seed": grid.seed, "length": grid.length}
+    if grid.haystack is not None:
+        origin["haystack"] = grid.haystack.name
+    return HeadScores(scores.samples, scores.meta | origin)
+
+
+def model_name(model: Transformer) -> str:
+    """The last part of the checkpoint's path."""
+    return Path(model.config.source).name
 
 
 @automatic_axes()
@@ -171,7 +232,7 @@ def score_batch(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
     """Scores of every head, and the most likely token at each step."""
-    x: Any = model.apply({"params": params}, batch.tokens, method="embed")
+    x = embed(model.config, params, batch.tokens)
     scores = []
     for index, kind in enumerate(block_kinds(model.config)):
         own = params[f"layers_{index}"]

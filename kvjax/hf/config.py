@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.checkpoint_files import PIECE_BYTES, read_json, scan
 from kvjax.config import ModelConfig
 from kvjax.hf import fields
 from kvjax.hf.families import FAMILIES
-from kvjax.hf.fields import read_json
 from kvjax.hf.layout import EMBEDDING, HEAD, canonical
 from kvjax.hf.rope import ROPE_CHECKS
-from kvjax.hf.safetensors import PIECE_BYTES, scan
 from kvjax.nn import Transformer
 
 Raw = Mapping[str, Any]
@@ -37,7 +36,7 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
             invalid values. One error lists every such key.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"the config is {fields.shown(raw)}, expected an object")
+        raise ValueError(f"the config is {shown(raw)}, expected an object")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(

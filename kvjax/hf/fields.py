@@ -1,4 +1,4 @@
-"""JSON files, and what each value of a Hugging Face config must be.
+"""What each value of a Hugging Face config must be.
 
 One table has the kinds of all values, and one error lists all violations. The kinds follow the
 types of transformers' config classes: a count is an integer and nothing else, and null is allowed
@@ -6,11 +6,11 @@ where the class allows None. Real numbers may be written as integers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from kvjax.checkpoint_files import shown
 
 Raw = Mapping[str, Any]
 
@@ -179,12 +179,6 @@ def violations(raw: Raw, table: Mapping[str, Kind], prefix: str = "") -> Iterato
             yield key, f"{prefix}{key} is {shown(raw[key])}, expected {kind.expected}"
 
 
-def shown(value: Any, width: int = 60) -> str:
-    """A value for an error message, shortened."""
-    text = repr(value)
-    return text if len(text) <= width else f"{text[:width]}…"
-
-
 def _heads(raw: Raw) -> Iterator[str]:
     if "kv_lora_rank" in raw:  # latent attention has no KV heads, and other head widths
         return
@@ -243,49 +237,3 @@ CHECKS: tuple[Check, ...] = (
     (("hidden_act", "hidden_activation"), _activation),
 )
 """Checks between keys, each with the keys that must be right before it."""
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1"
-
-
-def read_json(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file and the JSON object in it.
-
-    Raises:
-        ValueError: the file is missing, a git-lfs pointer, not UTF-8, or not a JSON object.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    data = path.read_bytes()
-    if data.startswith(POINTER):
-        raise ValueError(pointer_message(path))
-    try:
-        text = data.decode("utf-8")
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return text, raw
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether a file is the text that git-lfs keeps in place of a large file."""
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
-
-
-def pointer_message(path: Path | str) -> str:
-    """The error for a git-lfs pointer at `path`, with the command that fetches the file."""
-    return f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository"
-
-
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Checks files that another library will read.
-
-    Raises:
-        ValueError: names every git-lfs pointer.
-    """
-    found = [pointer_message(path) for path in sorted(paths) if path.is_file() and is_pointer(path)]
-    if found:
-        raise ValueError("; ".join(found))

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kvjax.checkpoint_files import StoredTensor, read_json, refuse_pointers, scan
 from kvjax.hf import native, weights
 from kvjax.hf.config import as_stored, config_from_hf, read_config
-from kvjax.hf.fields import read_json, refuse_pointers
-from kvjax.hf.safetensors import StoredTensor, scan
-from kvjax.hf.source import on_hub, resolve, with_weights
+from kvjax.hf.source import is_native, on_hub, resolve, with_weights
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shardings
 
@@ -86,7 +85,7 @@ def read_model(path: str | Path) -> Transformer:
         ValueError: no such model, or an unsupported one.
     """
     directory = resolve(path)
-    if native.is_native(directory):
+    if is_native(directory):
         config = native.read_config(directory)
     else:
         config = as_stored(read_config(directory), directory)
@@ -111,7 +110,7 @@ def read_shape(source: str) -> Transformer:
 
 def layout_of(path: str | Path) -> str:
     """ "native" or "hf", the layout that `save` was asked for."""
-    return "native" if native.is_native(resolve(path)) else "hf"
+    return "native" if is_native(resolve(path)) else "hf"
 
 
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
@@ -122,7 +121,7 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
             does not store arrays as safetensors.
     """
     directory = resolve(path)
-    if native.is_native(directory):
+    if is_native(directory):
         raise ValueError(f"{directory} is in the native layout, expected safetensors")
     directory = with_weights(path, directory)
     found = scan(directory)
@@ -171,7 +170,7 @@ def _open(
     model: Transformer, directory: Path, dtype: np.dtype, mesh: Mesh | None
 ) -> Mapping[str, Any]:
     shardings = None if mesh is None else param_shardings(model, mesh)
-    read = native.open_params if native.is_native(directory) else weights.open_params
+    read = native.open_params if is_native(directory) else weights.open_params
     return read(model, directory, dtype, shardings)
 
 

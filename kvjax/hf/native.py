@@ -18,20 +18,14 @@ from jax.sharding import SingleDeviceSharding
 
 import kvjax.config
 from kvjax import processes
+from kvjax.checkpoint_files import read_json, shown
 from kvjax.config import ModelConfig
-from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count, read_json, shown
+from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count
+from kvjax.hf.source import CONFIG, PARAMS
 from kvjax.hf.weights import LazyParams
-from kvjax.nn import Transformer
-from kvjax.sharding import param_shapes
+from kvjax.nn import Transformer, param_shapes
 
-CONFIG = "kvjax.json"
-PARAMS = "params"
 VERSION = 2
-
-
-def is_native(directory: Path) -> bool:
-    """Whether a directory has this layout."""
-    return (directory / CONFIG).is_file()
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -70,7 +64,7 @@ def open_params(
     """As `read_params`, but each access reads one part anew, and nothing is kept."""
     import orbax.checkpoint as ocp
 
-    expected = param_shapes(model)
+    expected = param_shapes(model.config)
     if shardings is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, expected)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from kvjax.checkpoint_files import shown
 from kvjax.config import (
     DynamicScaling,
     LinearScaling,
@@ -26,7 +27,6 @@ from kvjax.hf.fields import (
     listed,
     optional,
     real,
-    shown,
     violations,
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,16 @@ import jax
 import numpy as np
 
 from kvjax import processes
+from kvjax.checkpoint_files import MAX_SHARD_BYTES, leftovers
 from kvjax.config import ModelConfig
 from kvjax.hf import native, weights
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.deepseek.export import to_deepseek
-from kvjax.hf.safetensors import MAX_SHARD_BYTES, leftovers
+from kvjax.hf.source import PARAMS, copy_companions, is_native
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "KVJAX_NOTICE*",
-    "USE_POLICY*",
-    "head_scores*",
-)
 GENERATION = "generation_config.json"
 NOTICE = "KVJAX_NOTICE.md"
 WRITER_KEYS = ("transformers_version", "_from_model_config")
@@ -102,9 +85,9 @@ def save(
 
 
 def _check_free(directory: Path) -> None:
-    if native.is_native(directory) or (directory / "config.json").exists():
+    if is_native(directory) or (directory / "config.json").exists():
         raise ValueError(f"{directory} already holds a checkpoint")
-    found = leftovers(directory) + [native.PARAMS] * (directory / native.PARAMS).exists()
+    found = leftovers(directory) + [PARAMS] * (directory / PARAMS).exists()
     if found:  # from an interrupted save: `load` would mix these files with the new ones
         raise ValueError(
             f"{directory} holds weights without a config ({', '.join(found[:4])}"
@@ -198,13 +181,3 @@ def notice(requires: list[str]) -> str:
         + "\n".join(lines)
         + "\n\ntransformers obeys it. docs/export.md of kvjax says what other engines do.\n"
     )
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copies tokenizer, chat templates, generation defaults, licence and head scores to `out`."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, out / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copy(path, out)

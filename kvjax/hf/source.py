@@ -1,16 +1,19 @@
-"""Where a model is: a directory, one of the package's own models, or the hub."""
+"""Where a model is (a directory, one of the package's own models, or the hub), and its files."""
 
 from __future__ import annotations
 
 import glob
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvjax.hf.native import CONFIG, PARAMS, is_native
-from kvjax.hf.safetensors import INDEX, SINGLE, read_index
+from kvjax.checkpoint_files import INDEX, SINGLE, read_index
 from kvjax.paths import local_path
 
+CONFIG = "kvjax.json"
+"""The configuration of a model in kvjax's own layout; see kvjax.hf.native."""
+PARAMS = "params"
 BUILTIN = "builtin:"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
 
@@ -47,6 +50,11 @@ def with_weights(path: str | Path, directory: Path) -> Path:
 def on_hub(path: str | Path) -> bool:
     """Whether a path that `resolve` accepts is a hub id."""
     return not _is_builtin(path) and not Path(path).is_dir()
+
+
+def is_native(directory: Path) -> bool:
+    """Whether a directory has kvjax's own layout."""
+    return (directory / CONFIG).is_file()
 
 
 def _is_builtin(path: str | Path) -> bool:
@@ -196,3 +204,33 @@ def _listing(name: str) -> list[str] | None:
 def _first(files: Sequence[str]) -> str:
     """Three names, and how many more there are."""
     return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "KVJAX_NOTICE*",
+    "USE_POLICY*",
+    "head_scores*",
+)
+"""Files that belong to a model beside its configuration and its weights."""
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copies tokenizer, chat templates, generation defaults, licence and head scores to `out`."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copy(path, out)

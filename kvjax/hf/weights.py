@@ -16,6 +16,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import processes
+from kvjax.checkpoint_files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    PIECE_BYTES,
+    Checkpoint,
+    NewTensor,
+    StoredTensor,
+    collapsed,
+    scan,
+    write,
+)
 from kvjax.hf.layout import (
     EMBEDDING,
     HEAD,
@@ -27,19 +38,7 @@ from kvjax.hf.layout import (
     other_names,
     tensors,
 )
-from kvjax.hf.safetensors import (
-    DTYPES,
-    MAX_SHARD_BYTES,
-    PIECE_BYTES,
-    Checkpoint,
-    NewTensor,
-    StoredTensor,
-    collapsed,
-    scan,
-    write,
-)
-from kvjax.nn import Transformer
-from kvjax.sharding import param_shapes
+from kvjax.nn import Transformer, param_shapes
 
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Tensors in some checkpoints that are not parameters."""
@@ -139,7 +138,7 @@ def _flatten(tree: Any) -> dict[ParamPath, Any]:
 
 
 def _flat_shapes(model: Transformer) -> dict[ParamPath, Shape]:
-    return {path: leaf.shape for path, leaf in _flatten(param_shapes(model)).items()}
+    return {path: leaf.shape for path, leaf in _flatten(param_shapes(model.config)).items()}
 
 
 def _expected(

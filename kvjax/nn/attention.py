@@ -1,127 +1,47 @@
 """The four forms of attention. They differ in what they cache; the cache computes the attention.
 
-`GQA` caches the keys and values of its KV heads. `EqualCacheAttention` caches latents of the same
-size. `MLA` (DeepSeek-V3) and `DecoupledAttention` (for converted checkpoints with QK-norm) cache
-one latent and one rotary key for all heads.
+`gqa` caches the keys and values of its KV heads. `equal_cache` caches latents of the same size.
+`mla` (DeepSeek-V3) and `decoupled` (for converted checkpoints with QK-norm) cache one latent and
+one rotary key for all heads. All take the same arguments, see `kvjax.nn.transformer.Block.apply`;
+kvjax.nn.params has their parameters.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, LatentCache, NoCache
+from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, NoCache
 from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig, NormConfig
-from kvjax.nn.layers import declare, matmul, norm_weight, rms_norm, zeros
+from kvjax.nn.layers import Params, matmul, norm, project, rms_norm
+from kvjax.nn.params import rotated_heads
 from kvjax.nn.rope import rope
 
 
-class GQA(nn.Module):
+def gqa(
+    config: GQAConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
     """N query heads share K heads of keys and values; the cache holds rotated keys and values."""
-
-    config: GQAConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: Cache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
-        """Attention output and the cache with the new entries; see `Transformer.__call__`."""
-        c = self.config
-        with jax.named_scope("qkv"):
-            params = gqa_params(self, c, x_BTD.shape[-1])
-            q_BTNH, k_BTKH, v_BTKH = gqa_heads(c, params, x_BTD)
-        with jax.named_scope("rope"):
-            q_BTNH = rope(q_BTNH, positions_BT, lengths_B, c.rope)
-            k_BTKH = rope(k_BTKH, positions_BT, lengths_B, c.rope)
-        out_BTNH, cache = (NoCache() if cache is None else cache).attend(
-            q_BTNH, k_BTKH, v_BTKH, positions_BT, c.spec
-        )
-        with jax.named_scope("out"):
-            return output(self, out_BTNH, x_BTD.shape[-1], c.out_bias), cache
-
-
-def projection(
-    module: nn.Module,
-    name: str,
-    x_BTD: Float[Array, "B T D"],
-    heads: int,
-    head_dim: int,
-    head_axis: str,
-    bias: bool,
-) -> Float[Array, "B T heads head_dim"]:
-    """x · W for all heads; declares `name` [D, heads, head_dim] and `name`_bias."""
-    shape = (x_BTD.shape[-1], heads, head_dim)
-    weight = declare(module, name, shape, ("embed", head_axis, "head_dim"))
-    axes = (head_axis, "head_dim")
-    return project(x_BTD, weight, zeros(module, f"{name}_bias", shape[1:], axes) if bias else None)
-
-
-def project(
-    x_BTD: Float[Array, "B T D"],
-    weight: Float[Array, "D heads head_dim"],
-    bias: Float[Array, "heads head_dim"] | None,
-) -> Float[Array, "B T heads head_dim"]:
-    """x · W for all heads, plus the bias if there is one."""
-    y = matmul(x_BTD, weight)
-    return y if bias is None else y + bias[None, None]
-
-
-def output(
-    module: nn.Module, out_BTNH: Float[Array, "B T N H"], width: int, bias: bool
-) -> Float[Array, "B T D"]:
-    """Projects heads to the residual stream; declares o [N, H, D] and o_bias [D]."""
-    shape = (*out_BTNH.shape[2:], width)
-    weight = declare(module, "o", shape, ("heads", "head_dim", "embed"), in_axis=(0, 1))
-    # With two contracted axes XLA:CPU would transpose the weight in every step.
-    y = matmul(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight.reshape(-1, width))
-    return y + zeros(module, "o_bias", (width,), ("embed",))[None, None] if bias else y
-
-
-def qk_norm_weight(
-    module: nn.Module, name: str, num_heads: int, config: GQAConfig
-) -> jax.Array | None:
-    """The weight of the norm on `num_heads` heads (parameter `name`); None without a norm."""
-    if config.qk_norm is None:
-        return None
-    width = {"head": 1, "all": num_heads}[config.qk_norm] * config.head_dim
-    return norm_weight(module, name, width, config.norm)
-
-
-def qk_norm(
-    x_BTNH: Float[Array, "B T N H"], weight: Float[Array, " W"] | None, config: NormConfig
-) -> Float[Array, "B T N H"]:
-    """RMS norm over one head or over all heads, as wide as the weight; None returns x unchanged."""
-    if weight is None:
-        return x_BTNH
-    rows = x_BTNH.reshape(*x_BTNH.shape[:2], -1, weight.shape[0])
-    return rms_norm(rows, weight, config).reshape(x_BTNH.shape)
-
-
-def gqa_params(module: nn.Module, config: GQAConfig, width: int) -> dict[str, jax.Array]:
-    """Declares the parameters of `gqa_heads` for inputs of `width` numbers."""
-    params = {}
-    counts = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-    for name, count in counts.items():
-        shape, axes = (count, config.head_dim), ("heads" if name == "q" else "kv", "head_dim")
-        params[name] = declare(module, name, (width, *shape), ("embed", *axes))
-        if config.qkv_bias:
-            params[f"{name}_bias"] = zeros(module, f"{name}_bias", shape, axes)
-    for name in "qk":
-        weight = qk_norm_weight(module, f"{name}_norm", counts[name], config)
-        if weight is not None:
-            params[f"{name}_norm"] = weight
-    return params
+    with jax.named_scope("qkv"):
+        q_BTNH, k_BTKH, v_BTKH = gqa_heads(config, params, x_BTD)
+    with jax.named_scope("rope"):
+        q_BTNH = rope(q_BTNH, positions_BT, lengths_B, config.rope)
+        k_BTKH = rope(k_BTKH, positions_BT, lengths_B, config.rope)
+    out_BTNH, cache = (NoCache() if cache is None else cache).attend(
+        q_BTNH, k_BTKH, v_BTKH, positions_BT, config.spec
+    )
+    with jax.named_scope("out"):
+        return output(params, out_BTNH), cache
 
 
 def gqa_heads(
-    config: GQAConfig, params: Mapping[str, jax.Array], x_BTD: Float[Array, "B T D"]
+    config: GQAConfig, params: Params, x_BTD: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of the attention input, with QK-norm and without RoPE.
 
@@ -131,81 +51,91 @@ def gqa_heads(
     """
 
     def heads(name: str) -> jax.Array:
-        y = project(x_BTD, params[name], params[f"{name}_bias"] if config.qkv_bias else None)
-        return qk_norm(y, params.get(f"{name}_norm"), config.norm)
+        return qk_norm(params, f"{name}_norm", project(params, name, x_BTD), config.norm)
 
     return heads("q"), heads("k"), heads("v")
 
 
-class EqualCacheAttention(nn.Module):
+def qk_norm(
+    params: Params, name: str, x_BTNH: Float[Array, "B T N H"], config: NormConfig
+) -> Float[Array, "B T N H"]:
+    """RMS norm over one head or over all heads, as wide as the weight `name`.
+
+    Without this parameter x is unchanged.
+    """
+    if name not in params:
+        return x_BTNH
+    rows = x_BTNH.reshape(*x_BTNH.shape[:2], -1, params[name].shape[0])
+    return rms_norm(rows, params[name], config).reshape(x_BTNH.shape)
+
+
+def output(params: Params, out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    """Projects heads to the residual stream, with o [N, H, D] and, if there is one, o_bias [D]."""
+    weight = params["o"]
+    # With two contracted axes XLA:CPU would transpose the weight in every step.
+    y = matmul(out_BTNH.reshape(*out_BTNH.shape[:2], -1), weight.reshape(-1, weight.shape[-1]))
+    return y + params["o_bias"][None, None] if "o_bias" in params else y
+
+
+def equal_cache(
+    config: EqualCacheConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
     """Keys and values of all N heads from latents of GQA's cache size.
 
     The cache holds C latent heads of X (keys) and Y (values) numbers, with C·X = C·Y = K·H. The
     up-projections k_up [C, X, N/C, H] and v_up [C, Y, N/C, H] give each query head separate keys
     and values. With a cache the value up-projection follows the attention (absorbed).
     """
+    base = config.base
+    rotate_after = config.rope_site == "after_up"
+    k_up, v_up = params["k_up"], params["v_up"]
+    with jax.named_scope("qkv"):
+        q_BTNH = project(params, "q", x_BTD)
+        k_BTCX = project(params, "k_down", x_BTD)
+        v_BTCY = project(params, "v_down", x_BTD)
+    with jax.named_scope("rope"):
+        q_BTNH = qk_norm(params, "q_norm", q_BTNH, base.norm)
+        q_BTNH = rope(q_BTNH, positions_BT, lengths_B, base.rope)
 
-    config: EqualCacheConfig
+    def finish(k_BSNH, positions_BS):
+        """Key norm and RoPE, before or after the up-projection as `rope_site` says."""
+        k_BSNH = qk_norm(params, "k_norm", k_BSNH, base.norm)
+        return rope(k_BSNH, positions_BS, lengths_B, base.rope)
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: Cache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], Cache | NoCache | None]:
-        """Attention output and the cache with the new latents; see `Transformer.__call__`."""
-        c, base = self.config, self.config.base
-        C, N, H = c.latent_heads, base.num_heads, base.head_dim
-        rotate_after = c.rope_site == "after_up"
-        with jax.named_scope("qkv"):
-            q_BTNH = projection(self, "q", x_BTD, N, H, "heads", base.qkv_bias)
-            q_norm = qk_norm_weight(self, "q_norm", N, base)
-            # Norm and RoPE apply to the keys of all query heads, or to the latent seen as heads.
-            rotated_heads = N if rotate_after else C * c.key_rank // H
-            k_norm = qk_norm_weight(self, "k_norm", rotated_heads, base)
-            k_BTCX = projection(self, "k_down", x_BTD, C, c.key_rank, "kv", base.qkv_bias)
-            v_BTCY = projection(self, "v_down", x_BTD, C, c.value_rank, "kv", base.qkv_bias)
-            axes = ("kv", "latent", "heads", "head_dim")
-            k_up = declare(self, "k_up", (C, c.key_rank, N // C, H), axes, in_axis=1)
-            v_up = declare(self, "v_up", (C, c.value_rank, N // C, H), axes, in_axis=1)
-        with jax.named_scope("rope"):
-            q_BTNH = rope(qk_norm(q_BTNH, q_norm, base.norm), positions_BT, lengths_B, base.rope)
+    # Rotation does not commute with the up-projection, so its place decides what is cached:
+    # latents without positions (keys are rebuilt in every step), or rotated latents.
+    if rotate_after:
 
-        def finish(k_BSNH, positions_BS):
-            """Key norm and RoPE, before or after the up-projection as `rope_site` says."""
-            return rope(qk_norm(k_BSNH, k_norm, base.norm), positions_BS, lengths_B, base.rope)
+        def keys(latent_BSCX, positions_BS):
+            return finish(up_project(latent_BSCX, k_up), positions_BS)
+    else:
+        as_heads = k_BTCX.reshape(*k_BTCX.shape[:2], rotated_heads(config), base.head_dim)
+        k_BTCX = finish(as_heads, positions_BT).reshape(k_BTCX.shape)
 
-        # Rotation does not commute with the up-projection, so its place decides what is cached:
-        # latents without positions (keys are rebuilt in every step), or rotated latents.
+        def keys(latent_BSCX, positions_BS):
+            return up_project(latent_BSCX, k_up)
+
+    spec = base.spec
+    cache = NoCache() if cache is None else cache
+    # Without a cache keys and values are expanded. With one, the up-projections move to the
+    # query and to the output if they can, so that attention reads the latents.
+    if isinstance(cache, NoCache):
+        k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
+        out_BTNH, cache = cache.attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
+    else:
         if rotate_after:
-
-            def keys(latent_BSCX, positions_BS):
-                return finish(up_project(latent_BSCX, k_up), positions_BS)
+            out_BTNY, cache = cache.attend(q_BTNH, k_BTCX, v_BTCY, positions_BT, spec, keys)
         else:
-            as_heads = k_BTCX.reshape(*k_BTCX.shape[:2], rotated_heads, H)
-            k_BTCX = finish(as_heads, positions_BT).reshape(k_BTCX.shape)
-
-            def keys(latent_BSCX, positions_BS):
-                return up_project(latent_BSCX, k_up)
-
-        spec = base.spec
-        cache = NoCache() if cache is None else cache
-        # Without a cache keys and values are expanded. With one, the up-projections move to the
-        # query and to the output if they can, so that attention reads the latents.
-        if isinstance(cache, NoCache):
-            k_BTNH, v_BTNH = keys(k_BTCX, positions_BT), up_project(v_BTCY, v_up)
-            out_BTNH, cache = cache.attend(q_BTNH, k_BTNH, v_BTNH, positions_BT, spec)
-        else:
-            if rotate_after:
-                out_BTNY, cache = cache.attend(q_BTNH, k_BTCX, v_BTCY, positions_BT, spec, keys)
-            else:
-                q_BTNX = absorb_query(q_BTNH, k_up)
-                out_BTNY, cache = cache.attend(q_BTNX, k_BTCX, v_BTCY, positions_BT, spec)
-            out_BTNH = up_project_output(out_BTNY, v_up)
-        with jax.named_scope("out"):
-            return output(self, out_BTNH, x_BTD.shape[-1], base.out_bias), cache
+            q_BTNX = absorb_query(q_BTNH, k_up)
+            out_BTNY, cache = cache.attend(q_BTNX, k_BTCX, v_BTCY, positions_BT, spec)
+        out_BTNH = up_project_output(out_BTNY, v_up)
+    with jax.named_scope("out"):
+        return output(params, out_BTNH), cache
 
 
 def up_project(
@@ -234,51 +164,42 @@ def up_project_output(
     return jnp.einsum("btcgy,cygh->btcgh", out, up_CYGH).reshape(*out_BTNY.shape[:2], C * G, H)
 
 
-class MLA(nn.Module):
+def mla(
+    config: MLAConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: AbsorbedCache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
     """Multi-head latent attention: expanded keys and values without a cache, absorbed with one.
 
     The cache holds L + R numbers per token for all heads: the normed latent c and the rotary key.
     """
+    with jax.named_scope("qkv"):
+        q_BTNH = mla_queries(config, params, x_BTD)
+        # One product gives the latent and the rotary key that all heads share.
+        joint = project(params, "kv_a", x_BTD)
+        c_BTL, k_rope_BTR = jnp.split(joint, [config.kv_lora_rank], axis=-1)
+        c_BTL = norm(params, "kv_norm", c_BTL, config.latent_norm)
+    with jax.named_scope("rope"):
+        q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
+        q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, config.rope)
+        k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, config.rope)[:, :, 0]
+    up = params["k_up"], params["v_up"]
+    heads = LatentHeads(q_nope_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, *up)
+    out_BTNH, cache = heads.attend(positions_BT, cache, config.spec)
+    with jax.named_scope("out"):
+        return output(params, out_BTNH), cache
 
-    config: MLAConfig
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: AbsorbedCache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
-        """Attention output and the cache with the new latents; see `Transformer.__call__`."""
-        c = self.config
-        N, L = c.num_heads, c.kv_lora_rank
-        with jax.named_scope("qkv"):
-            q_BTNH = self._queries(x_BTD)
-            # One product gives the latent and the rotary key that all heads share.
-            joint = down_project(self, "kv_a", x_BTD, L + c.qk_rope_head_dim, c.latent_bias)
-            c_BTL, k_rope_BTR = jnp.split(joint, [L], axis=-1)
-            c_BTL = latent_norm(self, "kv_norm", c_BTL, c.latent_norm)
-            axes = ("latent", "heads", "head_dim")
-            k_up_LNH = declare(self, "k_up", (L, N, c.qk_nope_head_dim), axes)
-            v_up_LNH = declare(self, "v_up", (L, N, c.v_head_dim), axes)
-        with jax.named_scope("rope"):
-            q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
-            q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
-            k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
-        heads = LatentHeads(q_nope_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, k_up_LNH, v_up_LNH)
-        out_BTNH, cache = heads.attend(positions_BT, cache, c.spec)
-        with jax.named_scope("out"):
-            return output(self, out_BTNH, x_BTD.shape[-1], c.out_bias), cache
-
-    def _queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        """Queries of width nope + rope; through a low-rank latent if the config has q_lora_rank."""
-        c = self.config
-        head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
-        if c.q_lora_rank is not None:
-            x_BTD = down_project(self, "q_a", x_BTD, c.q_lora_rank, c.latent_bias)
-            x_BTD = latent_norm(self, "q_norm", x_BTD, c.latent_norm)
-        return projection(self, "q", x_BTD, c.num_heads, head_dim, "heads", c.query_bias)
+def mla_queries(
+    config: MLAConfig, params: Params, x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T N H"]:
+    """Queries of width nope + rope; through a low-rank latent if the config has q_lora_rank."""
+    if config.q_lora_rank is not None:
+        x_BTD = norm(params, "q_norm", project(params, "q_a", x_BTD), config.latent_norm)
+    return project(params, "q", x_BTD)
 
 
 class LatentHeads(NamedTuple):
@@ -321,66 +242,32 @@ class LatentHeads(NamedTuple):
         return jnp.einsum("btnl,lnv->btnv", out_BTNL, self.v_up), cache
 
 
-def down_project(
-    module: nn.Module, name: str, x_BTD: Float[Array, "B T D"], width: int, bias: bool
-) -> Float[Array, "B T width"]:
-    """x · W into a latent; declares `name` [D, width] and `name`_bias."""
-    weight = declare(module, name, (x_BTD.shape[-1], width), ("embed", "latent"))
-    y = matmul(x_BTD, weight)
-    return y + zeros(module, f"{name}_bias", (width,), ("latent",))[None, None] if bias else y
-
-
-def latent_norm(
-    module: nn.Module, name: str, x_BTL: Float[Array, "B T L"], config: NormConfig | None
-) -> Float[Array, "B T L"]:
-    """RMS norm of a latent (parameter `name`); a None config returns the latent unchanged."""
-    if config is None:
-        return x_BTL
-    return rms_norm(x_BTL, norm_weight(module, name, x_BTL.shape[-1], config), config)
-
-
-class DecoupledAttention(nn.Module):
+def decoupled(
+    config: DecoupledConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: AbsorbedCache | NoCache | None,
+    lengths_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
     """Projections and QK-norm of GQA, then one linear map to a latent and a rotary key.
 
     `down` [2·K·H, L + R] maps keys (normed, not rotated) and values to the cached latent and rotary
     key. `q_rope` [N, H, R] maps each head's query to its rotary part. `k_up` [L, N, H] and `v_up`
     [L, N, V] map the latent to each head's keys and values (TransMLA, arXiv 2502.07864v5).
     """
-
-    config: DecoupledConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        cache: AbsorbedCache | NoCache | None,
-        lengths_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], AbsorbedCache | NoCache | None]:
-        """Attention output and the cache with the new latents; see `Transformer.__call__`."""
-        c, base = self.config, self.config.base
-        N, K, H, L, R = base.num_heads, base.num_kv_heads, base.head_dim, c.rank, c.rope_dim
-        with jax.named_scope("qkv"):
-            params = gqa_params(self, base, x_BTD.shape[-1])
-            q_BTNH, k_BTKH, v_BTKH = gqa_heads(base, params, x_BTD)
-            down = declare(self, "down", (2 * K * H, L + R), (None, "latent"))
-            q_rope_NHR = declare(self, "q_rope", (N, H, R), ("heads", "head_dim", None), in_axis=1)
-            k_up_LNH = declare(self, "k_up", (L, N, H), ("latent", "heads", "head_dim"))
-            v_up_LNV = declare(self, "v_up", (L, N, c.v_head_dim), ("latent", "heads", "head_dim"))
-            # The latent is a linear map of the keys after their norm, which `MLA` could not
-            # express.
-            kv_BTX = jnp.concatenate([k_BTKH, v_BTKH], axis=2).reshape(*x_BTD.shape[:2], -1)
-            c_BTL, k_rope_BTR = jnp.split(matmul(kv_BTX, down), [L], axis=-1)
-            q_rope_BTNR = jnp.einsum("btnh,nhr->btnr", q_BTNH, q_rope_NHR)
-        with jax.named_scope("rope"):
-            q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, c.rope)
-            k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, c.rope)[:, :, 0]
-        heads = LatentHeads(q_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, k_up_LNH, v_up_LNV)
-        out_BTNV, cache = heads.attend(positions_BT, cache, base.spec)
-        with jax.named_scope("out"):
-            return output(self, out_BTNV, x_BTD.shape[-1], c.out_bias), cache
-
-    @staticmethod
-    def init_cache(config: DecoupledConfig, batch_size: int, max_len: int, dtype) -> LatentCache:
-        """An empty cache: L + R numbers per token."""
-        return LatentCache.create(batch_size, max_len, config.rank, config.rope_dim, dtype)
+    base = config.base
+    with jax.named_scope("qkv"):
+        q_BTNH, k_BTKH, v_BTKH = gqa_heads(base, params, x_BTD)
+        # The latent is a linear map of the keys after their norm, which `mla` could not express.
+        kv_BTX = jnp.concatenate([k_BTKH, v_BTKH], axis=2).reshape(*x_BTD.shape[:2], -1)
+        c_BTL, k_rope_BTR = jnp.split(matmul(kv_BTX, params["down"]), [config.rank], axis=-1)
+        q_rope_BTNR = jnp.einsum("btnh,nhr->btnr", q_BTNH, params["q_rope"])
+    with jax.named_scope("rope"):
+        q_rope_BTNR = rope(q_rope_BTNR, positions_BT, lengths_B, config.rope)
+        k_rope_BTR = rope(k_rope_BTR[:, :, None], positions_BT, lengths_B, config.rope)[:, :, 0]
+    up = params["k_up"], params["v_up"]
+    heads = LatentHeads(q_BTNH, q_rope_BTNR, c_BTL, k_rope_BTR, *up)
+    out_BTNV, cache = heads.attend(positions_BT, cache, base.spec)
+    with jax.named_scope("out"):
+        return output(params, out_BTNV), cache

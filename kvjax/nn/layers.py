@@ -1,49 +1,16 @@
-"""The parts of every block: parameters, products, norms, and the MLPs."""
+"""The parts of every block: products, norms, and the MLPs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.config import MLPConfig, MoEConfig, NormConfig
 
-Axes = Sequence[str | None]
-
-
-def declare(
-    module: nn.Module,
-    name: str,
-    shape: Sequence[int],
-    axes: Axes,
-    in_axis: int | Sequence[int] = 0,
-    init: nn.initializers.Initializer | None = None,
-) -> jax.Array:
-    """A parameter of `module`.
-
-    Args:
-        shape, axes: one logical axis name per dimension; kvjax.sharding maps them to a mesh.
-        in_axis: the dimensions that a product with this weight sums over. The default initializer
-            is normal with variance 1 / their size.
-        init: replaces the default initializer.
-    """
-    if init is None:
-        in_axes = (in_axis,) if isinstance(in_axis, int) else tuple(in_axis)
-        fan_in = 1
-        for axis in in_axes:
-            fan_in *= shape[axis]
-        init = nn.initializers.normal(fan_in**-0.5)
-    boxed = nn.with_logical_partitioning(init, tuple(axes))
-    value: Any = module.param(name, boxed, tuple(shape), jnp.float32)  # unboxed by param
-    return value
-
-
-def zeros(module: nn.Module, name: str, shape: Sequence[int], axes: Axes) -> jax.Array:
-    """A parameter of `module` that starts at zero: a bias."""
-    return declare(module, name, shape, axes, init=nn.initializers.zeros_init())
-
+Params = Mapping[str, Any]
+"""The parameters of one part by name; kvjax.nn.params has the names and shapes."""
 
 FEW = 16
 """Pad rows to pairs when there are at most this many: a device of a mesh may have a single one, and
@@ -91,11 +58,18 @@ def _two_of_each(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jax.lax.index_in_dim(_product(pairs, weight), 0, x.ndim - 1, keepdims=False)
 
 
-def norm_weight(module: nn.Module, name: str, width: int, config: NormConfig) -> jax.Array:
-    """The weight of an RMS norm; starts at the identity."""
-    return declare(
-        module, name, (width,), (None,), init=nn.initializers.constant(1.0 - config.offset)
-    )
+def project(params: Params, name: str, x: Float[Array, "B T X"]) -> jax.Array:
+    """x · W, plus the bias if there is one: the parameters `name` [X, ...] and `name`_bias."""
+    y = matmul(x, params[name])
+    bias = params.get(f"{name}_bias")
+    return y if bias is None else y + bias[None, None]
+
+
+def norm(
+    params: Params, name: str, x: Float[Array, "B T D"], config: NormConfig | None
+) -> Float[Array, "B T D"]:
+    """RMS norm with the weight `name`; x is unchanged if the part has no such norm."""
+    return x if config is None or name not in params else rms_norm(x, params[name], config)
 
 
 def rms_norm(
@@ -114,63 +88,32 @@ ACTIVATIONS = {
 }
 
 
-class MLP(nn.Module):
+def mlp(config: MLPConfig, params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """down(act(x · gate) · (x · up)), each product with a bias if the config says so."""
-
-    config: MLPConfig
-
-    @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c, D = self.config, x_BTD.shape[-1]
-        gate = linear(self, "gate", x_BTD, (D, c.width), ("embed", "mlp"), c.bias)
-        up = linear(self, "up", x_BTD, (D, c.width), ("embed", "mlp"), c.bias)
-        hidden = ACTIVATIONS[c.activation](gate) * up
-        return linear(self, "down", hidden, (c.width, D), ("mlp", "embed"), c.bias)
+    gate, up = project(params, "gate", x_BTD), project(params, "up", x_BTD)
+    return project(params, "down", ACTIVATIONS[config.activation](gate) * up)
 
 
-def linear(
-    module: nn.Module,
-    name: str,
-    x: Float[Array, "B T X"],
-    shape: tuple[int, int],
-    axes: tuple[str, str],
-    bias: bool,
-) -> Float[Array, "B T Y"]:
-    """x · W; parameters `name` [X, Y] and `name`_bias [Y]."""
-    y = matmul(x, declare(module, name, shape, axes))
-    return y + zeros(module, f"{name}_bias", shape[1:], axes[1:])[None, None] if bias else y
-
-
-class MoE(nn.Module):
+def moe(config: MoEConfig, params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Each token through its `top_k` experts, weighted by the router's softmax.
 
     All experts process all tokens, and their outputs are weighted (zero for unchosen experts). The
     result is exact, shapes are static and no token is dropped. The arithmetic is
     num_experts / top_k times that of routed experts.
     """
+    logits_BTE = matmul(x_BTD, params["router"])
+    weight_BTE = routing_weights(logits_BTE, config).astype(x_BTD.dtype)
+    activation = ACTIVATIONS[config.activation]
 
-    config: MoEConfig
+    # A scan over the experts keeps one expert's activations in memory.
+    def add_expert(total, expert):
+        gate_DF, up_DF, down_FD, weight_BT = expert
+        hidden = activation(matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
+        return total + matmul(hidden, down_FD) * weight_BT[..., None], None
 
-    @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c, D = self.config, x_BTD.shape[-1]
-        router = declare(self, "router", (D, c.num_experts), ("embed", "expert"))
-        shape, axes = (c.num_experts, D, c.width), ("expert", "embed", "mlp")
-        gate = declare(self, "gate", shape, axes, in_axis=1)
-        up = declare(self, "up", shape, axes, in_axis=1)
-        down = declare(
-            self, "down", (c.num_experts, c.width, D), ("expert", "mlp", "embed"), in_axis=1
-        )
-        weight_BTE = routing_weights(matmul(x_BTD, router), c).astype(x_BTD.dtype)
-
-        # A scan over the experts keeps one expert's activations in memory.
-        def add_expert(total, expert):
-            gate_DF, up_DF, down_FD, weight_BT = expert
-            hidden = ACTIVATIONS[c.activation](matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
-            return total + matmul(hidden, down_FD) * weight_BT[..., None], None
-
-        experts = (gate, up, down, jnp.moveaxis(weight_BTE, -1, 0))
-        return jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), experts)[0]
+    matrices = params["gate"], params["up"], params["down"]
+    experts = (*matrices, jnp.moveaxis(weight_BTE, -1, 0))
+    return jax.lax.scan(add_expert, jnp.zeros_like(x_BTD), experts)[0]
 
 
 def routing_weights(logits_BTE: Float[Array, "B T E"], config: MoEConfig) -> Float[Array, "B T E"]:

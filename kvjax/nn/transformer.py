@@ -1,10 +1,15 @@
-"""The decoder-only transformer: embeds tokens, runs the blocks, and computes logits."""
+"""The decoder-only transformer: embeds tokens, runs the blocks, and computes logits.
+
+The functions take a configuration, parameters and arrays. `Transformer` is the Linen module that
+declares the parameters and calls the functions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,54 +33,62 @@ from kvjax.config import (
     NormConfig,
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
-from kvjax.nn.attention import GQA, MLA, DecoupledAttention, EqualCacheAttention
-from kvjax.nn.layers import MLP, MoE, declare, matmul, norm_weight, rms_norm
+from kvjax.nn.attention import decoupled, equal_cache, gqa, mla
+from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm
+from kvjax.nn.params import Declared, declare, layer_params, outside_layers
 from kvjax.nn.rope import with_pairs, without_pairs
 
-ATTENTION = {
-    GQAConfig: GQA,
-    EqualCacheConfig: EqualCacheAttention,
-    MLAConfig: MLA,
-    DecoupledConfig: DecoupledAttention,
+ATTENTION: dict[type, Callable[..., tuple[jax.Array, Any]]] = {
+    GQAConfig: gqa,
+    EqualCacheConfig: equal_cache,
+    MLAConfig: mla,
+    DecoupledConfig: decoupled,
 }
-MLPS = {MLPConfig: MLP, MoEConfig: MoE}
+MLPS: dict[type, Callable[..., jax.Array]] = {MLPConfig: mlp, MoEConfig: moe}
 
 
-class Block(nn.Module):
-    """x + attention, then x + MLP, with the norms that the config asks for."""
+@dataclass(frozen=True)
+class Block:
+    """The configuration of one layer with the model's norms; hashable.
+
+    x + attention, then x + MLP, with the norms that the config asks for.
+    """
 
     layer: LayerConfig
     norm: NormConfig
     pre_norm: bool = True
     post_norm: bool = False
 
-    @nn.compact
-    def __call__(
+    def apply(
         self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        params: Any,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
         cache: Any,
-        lengths_B: Int[Array, " B"],
+        lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One layer; see `Transformer.__call__`."""
-        attention = ATTENTION[type(self.layer.attention)](self.layer.attention, name="attn")
-        mlp = MLPS[type(self.layer.mlp)](self.layer.mlp, name="mlp")
-        y, cache = attention(
-            self._norm("attn_pre_norm", x_BTD, self.pre_norm), positions_BT, cache, lengths_B
-        )
-        x_BTD = x_BTD + self._norm("attn_post_norm", y, self.post_norm)
-        y = mlp(self._norm("mlp_pre_norm", x_BTD, self.pre_norm))
-        return x_BTD + self._norm("mlp_post_norm", y, self.post_norm), cache
+        """The output of the layer, and its cache with the new entries."""
+        y, cache = self.attend(params, x, positions, cache, lengths)
+        x = x + norm(params, "attn_post_norm", y, self.norm)
+        with jax.named_scope("mlp"):
+            run = MLPS[type(self.layer.mlp)]
+            y = norm(params, "mlp_pre_norm", x, self.norm)
+            y = run(self.layer.mlp, params["mlp"], y)
+        return x + norm(params, "mlp_post_norm", y, self.norm), cache
 
-    def _norm(self, name: str, x: jax.Array, present: bool) -> jax.Array:
-        if not present:
-            return x
-        return rms_norm(x, norm_weight(self, name, x.shape[-1], self.norm), self.norm)
-
-
-def block_of(config: ModelConfig, layer: LayerConfig, **linen: Any) -> Block:
-    """The block of one of the model's layers; `linen` are arguments of every Linen module."""
-    return Block(layer, config.norm, config.pre_norm, config.post_norm, **linen)
+    def attend(
+        self,
+        params: Any,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: Any,
+        lengths: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The output of the attention, before norm and residual sum, and its cache."""
+        config, y = self.layer.attention, attention_input(self, params, x)
+        with jax.named_scope("attn"):
+            run = ATTENTION[type(config)]
+            return run(config, params["attn"], y, positions, cache, lengths)
 
 
 class BlockKind(NamedTuple):
@@ -100,15 +113,13 @@ def block_kinds(config: ModelConfig) -> tuple[BlockKind, ...]:
 
 
 def block_kind(config: ModelConfig, layer: LayerConfig) -> BlockKind:
-    """The kind of a layer with the model's norms; the layer need not be one of the model's.
-
-    The block has no parent: a running Transformer would otherwise adopt it.
-    """
+    """The kind of a layer with the model's norms; the layer need not be one of the model's."""
     rope, pairs = without_pairs(layer.attention.rope)
     if pairs is not None:
         attention: Any = dataclasses.replace(layer.attention, rope=rope)  # type: ignore
         layer = dataclasses.replace(layer, attention=attention)
-    return BlockKind(block_of(config, layer, parent=None), pairs)
+    block = Block(layer, config.norm, config.pre_norm, config.post_norm)
+    return BlockKind(block, pairs)
 
 
 def whole_block(block: Block, pairs: Int[Array, " half"] | None) -> Block:
@@ -117,7 +128,7 @@ def whole_block(block: Block, pairs: Int[Array, " half"] | None) -> Block:
         return block
     rope = with_pairs(block.layer.attention.rope, pairs)
     attention: Any = dataclasses.replace(block.layer.attention, rope=rope)  # type: ignore
-    return block.clone(parent=None, layer=dataclasses.replace(block.layer, attention=attention))
+    return dataclasses.replace(block, layer=dataclasses.replace(block.layer, attention=attention))
 
 
 def apply_block(
@@ -130,9 +141,7 @@ def apply_block(
     rope_lengths: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer of a `BlockKind`."""
-    block = whole_block(block, pairs)
-    result: Any = block.apply({"params": params}, x, positions, cache, rope_lengths)
-    return result
+    return whole_block(block, pairs).apply(params, x, positions, cache, rope_lengths)
 
 
 BlockProgram = Callable[..., tuple[jax.Array, Any]]
@@ -159,8 +168,7 @@ def run_layer(
     donate: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs one layer with the program of its kind; under `jax.jit` as part of the caller."""
-    block: Any = kind.block  # hashable, though pyright does not see it
-    return block_program(block, donate)(params, kind.pairs, x, positions, cache, rope_lengths)
+    return block_program(kind.block, donate)(params, kind.pairs, x, positions, cache, rope_lengths)
 
 
 def text_positions(x: Float[Array, "B T ..."]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
@@ -178,7 +186,7 @@ def layer_output(kind: BlockKind, params: Any, x: Float[Array, "B T D"]) -> Floa
 
 def attention_input(block: Block, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The input of a block's attention: the block's input, normed if the model has a pre-norm."""
-    return rms_norm(x, params["attn_pre_norm"], block.norm) if block.pre_norm else x
+    return norm(params, "attn_pre_norm", x, block.norm)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -191,11 +199,8 @@ def attention_output(
         block, params, pairs: as for `apply_block`.
         x: the input of the block.
     """
-    config = whole_block(block, pairs).layer.attention
     at, lengths = text_positions(x)
-    attention = ATTENTION[type(config)](config, parent=None)
-    y = attention_input(block, params, x)
-    return attention.apply({"params": params["attn"]}, y, at, NoCache(), lengths)[0]
+    return whole_block(block, pairs).attend(params, x, at, NoCache(), lengths)[0]
 
 
 class Transformer(nn.Module):
@@ -210,12 +215,9 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        shape, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
-        self.embedding = declare(self, "embedding", shape, axes, init=nn.initializers.normal(0.02))
-        self.layers = [block_of(c, layer) for layer in c.layers]
-        self.final_norm = norm_weight(self, "final_norm", c.hidden_size, c.norm)
-        if not c.tie_embeddings:
-            self.lm_head = declare(self, "lm_head", shape[::-1], axes[::-1])
+        self.outside = declare(self, outside_layers(c))
+        if self.is_initializing():  # later calls read the parameters of a layer by its name
+            self.layers = [Declared(layer_params(c, layer)) for layer in c.layers]
 
     def __call__(
         self,
@@ -281,7 +283,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Input embeddings."""
-        return embed_tokens(self.config, self.embedding, tokens)
+        return embed_tokens(self.config, self.outside["embedding"], tokens)
 
     def layer(
         self,
@@ -292,16 +294,14 @@ class Transformer(nn.Module):
         rope_lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
         """One block, for callers that run layer by layer (`apply(…, method="layer")`)."""
-        if self.is_initializing():
-            return self.layers[index](x, positions, cache, rope_lengths)
         params: Any = self.variables["params"]
-        kind = block_kinds(self.config)[index]
-        return run_layer(kind, params[f"layers_{index}"], x, positions, cache, rope_lengths)
+        # Linen declares the parameters of a layer when its module is called.
+        own = self.layers[index]() if self.is_initializing() else params[f"layers_{index}"]
+        return run_layer(block_kinds(self.config)[index], own, x, positions, cache, rope_lengths)
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and output logits, fp32."""
-        matrix = self.embedding if self.config.tie_embeddings else self.lm_head
-        return output_logits(self.config, self.final_norm, matrix, x)
+        return hidden_logits(self.config, self.outside, x)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,11 +309,6 @@ class Transformer(nn.Module):
         with automatic_axes():
             variables, args, kwargs = on_automatic_mesh((variables, args, kwargs))
             return super().apply(variables, *args, **kwargs)
-
-    @nn.nowrap
-    def init(self, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.init` with plain arrays; kvjax.sharding has the sharding metadata."""
-        return nn.meta.unbox(super().init(*args, **kwargs))
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any = "bfloat16") -> list[Any]:
         """Empty caches, one per layer, for `max_len` tokens in each of `batch_size` sequences."""
@@ -371,19 +366,14 @@ def _embed(scale: float, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     return x * jnp.asarray(scale, x.dtype)
 
 
-def output_logits(
-    config: ModelConfig,
-    final_norm: Float[Array, " D"],
-    matrix: Float[Array, "_ _"],
-    x: Float[Array, "B T D"],
+def hidden_logits(
+    config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-    """Final norm and output logits, fp32, as one program or as part of the caller's.
-
-    Args:
-        matrix: the embedding [V, D] if the two are tied, otherwise lm_head [D, V].
-    """
+    """Final norm and fp32 logits of the last layer's output, as one program or as part of the
+    caller's; reads only `output_params` among `params`."""
+    norm, matrix = output_params(config)
     settings = config.norm, config.final_softcap, config.tie_embeddings
-    return _logits(*settings, final_norm, matrix, x)
+    return _logits(*settings, params[norm], params[matrix], x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -404,14 +394,6 @@ def _logits(
 def output_params(config: ModelConfig) -> tuple[str, str]:
     """Names of the parameters after the last layer: the final norm and the output matrix."""
     return "final_norm", "embedding" if config.tie_embeddings else "lm_head"
-
-
-def hidden_logits(
-    config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
-    """Logits from the last layer's output; reads only `output_params` among `params`."""
-    norm, matrix = output_params(config)
-    return output_logits(config, params[norm], params[matrix], x)
 
 
 def check_room(cache: Any, positions: jax.Array) -> None:

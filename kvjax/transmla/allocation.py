@@ -19,8 +19,7 @@ from kvjax.nn.transformer import block_kind, embed, layer_output, output_params
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
 from kvjax.transmla.closed_form import BEST, Recipe, close, published
-from kvjax.transmla.latent_layer import over_heads, padded
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.layer import gqa_layers, over_heads, padded
 from kvjax.transmla.sizes import Sizes, checked_stats, components, layer_sizes
 
 MOST = 3

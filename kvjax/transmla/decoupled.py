@@ -28,10 +28,8 @@ from kvjax.nn.transformer import (
     layer_output,
 )
 from kvjax.transmla.calibration import LayerStats, Stats, check_moments, merge, observe
-from kvjax.transmla.closed_form import BEST, Recipe, close
-from kvjax.transmla.latent_layer import LatentLayer, folded, over_heads
-from kvjax.transmla.layer import gqa_layers, with_attention
-from kvjax.transmla.low_rank import low_rank_query
+from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
+from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_scores import refit_scores
 from kvjax.transmla.sizes import (

@@ -157,7 +157,7 @@ def _check_before_up(keys: Factors, base: GQAConfig, index: int) -> None:
 def _convert_params(
     attn: dict[str, Any], keys: Factors, values: Factors, config: EqualCacheConfig
 ) -> dict[str, Any]:
-    """Parameters of `EqualCacheAttention`, cast once to the dtype of the source."""
+    """Parameters of equal-cache attention, cast once to the dtype of the source."""
     base = config.base
     dropped = {"k", "v", "k_bias", "v_bias"}
     new = {name: leaf for name, leaf in attn.items() if name not in dropped}

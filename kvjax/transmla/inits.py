@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kvjax.config import RopeConfig
+from kvjax.transmla.rotary import rotary_pairs
 
 EXACT = 1e-9  # largest relative error of factors; fp64 algebra stays far below it
 
@@ -168,14 +169,6 @@ def check_factors(factors: Factors, weight: Float[np.ndarray, "I K H"], repeats:
     error = np.abs(product - expected).max() / max(np.abs(expected).max(), 1e-300)
     if not error <= EXACT:
         raise ValueError(f"the init's down · up differs from the weight by {error:.1e} (relative)")
-
-
-def rotary_pairs(rope: RopeConfig | None) -> tuple[np.ndarray, np.ndarray]:
-    """[R/2] indices into a head: the real and the imaginary parts of the rotating components."""
-    index = np.arange(0 if rope is None else rope.dim)
-    if rope is not None and rope.interleaved:
-        return index[::2], index[1::2]
-    return index[: len(index) // 2], index[len(index) // 2 :]
 
 
 def commutes_with_rope(up: Float[np.ndarray, "C X M H"], rope: RopeConfig | None) -> bool:

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.nn.rope import Turn
 from kvjax.nn.transformer import Block
-from kvjax.transmla.latent_layer import LatentLayer
 from kvjax.transmla.layer import (
     HIGHEST,
     CacheMaps,
     Heads,
+    LatentLayer,
     QueryMaps,
     attention_weights,
     cache_entries,

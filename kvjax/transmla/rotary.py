@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Complex, Float, Int
 
 from kvjax.config import GQAConfig, RopeConfig, SelectedPairs
-from kvjax.transmla.inits import rotary_pairs
 
 Rotation = Callable[[Complex[np.ndarray, "g g"]], Complex[np.ndarray, "g g"]]
 """E[κᴴκ] of one group of components → a unitary basis, columns by falling energy."""
@@ -223,6 +222,14 @@ def component_rows(base: GQAConfig) -> tuple[Int[np.ndarray, " C"], Int[np.ndarr
     starts = np.arange(base.num_kv_heads)[None] * base.head_dim
     real, imag = rotary_pairs(base.rope)
     return (real[:, None] + starts).reshape(-1), (imag[:, None] + starts).reshape(-1)
+
+
+def rotary_pairs(rope: RopeConfig | None) -> tuple[np.ndarray, np.ndarray]:
+    """[R/2] indices into a head: the real and the imaginary parts of the rotating components."""
+    index = np.arange(0 if rope is None else rope.dim)
+    if rope is not None and rope.interleaved:
+        return index[::2], index[1::2]
+    return index[: len(index) // 2], index[len(index) // 2 :]
 
 
 def _real_map(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,7 @@ from kvjax.nn import Transformer
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
 from kvjax.transmla.closed_form import Recipe
-from kvjax.transmla.latent_layer import folded_config
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.layer import folded_config, gqa_layers
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import kvjax
 from kvjax.capacity.plan import Request
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
+from kvjax.headkv.examples import Grid, make_examples
 from kvjax.headkv.measure import ESTIMATORS, score_examples
-from kvjax.headkv.questions import Grid, make_examples
 from kvjax.nn import Transformer
 from kvjax.policies.named import parse_policy
 from kvjax.scoring import compare

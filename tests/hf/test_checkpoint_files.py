@@ -12,10 +12,10 @@ import pytest
 from toys import forward, random_params
 
 import kvjax
+from kvjax.checkpoint_files import NewTensor, collapsed, scan, write_file
 from kvjax.commands.convert import EqualCacheSettings, convert_to_equal_cache
 from kvjax.hf import open_params, read_model
 from kvjax.hf.config import config_from_hf, matching
-from kvjax.hf.safetensors import NewTensor, collapsed, scan, write_file
 from kvjax.nn import Transformer
 
 RAW = {

@@ -13,10 +13,7 @@ import pytest
 from toys import random_params
 
 import kvjax
-from kvjax.config import EqualCacheConfig
-from kvjax.hf import default_dtype, open_params, weights
-from kvjax.hf.config import config_from_hf
-from kvjax.hf.safetensors import (
+from kvjax.checkpoint_files import (
     DTYPES,
     Checkpoint,
     NewTensor,
@@ -25,6 +22,9 @@ from kvjax.hf.safetensors import (
     scan,
     write_file,
 )
+from kvjax.config import EqualCacheConfig
+from kvjax.hf import default_dtype, open_params, weights
+from kvjax.hf.config import config_from_hf
 from kvjax.nn import Transformer
 
 RAW = {

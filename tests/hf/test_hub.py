@@ -23,10 +23,10 @@ import eval.__main__
 import kvjax
 import kvjax.cli
 import train.__main__
+from kvjax.checkpoint_files import INDEX, SINGLE
 from kvjax.commands.checkpoints import describe
 from kvjax.hf import layout_of, open_params, read_model, read_shape, stored_tensors
 from kvjax.hf.config import config_from_hf
-from kvjax.hf.safetensors import INDEX, SINGLE
 from kvjax.hf.source import hub_files, hub_weights
 from kvjax.nn import Transformer
 from kvjax.policies.importance import default_scores

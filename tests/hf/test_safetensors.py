@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kvjax.hf.safetensors import read_header, read_metadata
+from kvjax.checkpoint_files import read_header, read_metadata
 
 
 def entry(first, end, shape=(2,), dtype="F32"):

@@ -14,7 +14,7 @@ import kvjax
 from kvjax.commands.checkpoints import export_checkpoint
 from kvjax.hf import check_export
 from kvjax.hf.deepseek.checks import stock_tensors
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import copy_companions
 from kvjax.nn import Transformer
 from kvjax.tasks.words import WordVocabulary, to_transformers
 

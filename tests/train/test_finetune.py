@@ -19,7 +19,7 @@ from tuning_toys import tiny_checkpoint
 
 import kvjax
 from kvjax import transmla
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import copy_companions
 from kvjax.tasks.families import rows
 from train import checkpoints, log
 from train.__main__ import main, parse

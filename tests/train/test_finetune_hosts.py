@@ -13,7 +13,7 @@ from tuning_toys import tiny_checkpoint
 
 import kvjax
 from kvjax import processes, transmla
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import copy_companions
 from kvjax.tasks.families import rows
 from train import log
 from train.checkpoints import FOLDER, Checkpoints

@@ -9,7 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import transmla
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import copy_companions
 from train import log
 from train.finetune.config import TuneConfig
 from train.finetune.run import finetune

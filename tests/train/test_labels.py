@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tuning_toys import KINDS, toy
 
-from kvjax.sharding import param_shapes
+from kvjax.nn import param_shapes
 from train.finetune.setup import partition, trainable_paths
 from train.finetune.step import flatten, unflatten
 
@@ -44,7 +44,7 @@ def test_groups_and_patterns():
         "final_norm"
     }
     # Shapes are enough.
-    assert trainable_paths(model, param_shapes(model), ["attention"]) == attention
+    assert trainable_paths(model, param_shapes(model.config), ["attention"]) == attention
 
 
 @pytest.mark.parametrize("which", [["layers_*/attn/key"], ["kv_only", "heads"], ["kv-only"]])

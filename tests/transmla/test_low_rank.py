@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvjax.transmla import low_rank
+from kvjax.transmla import closed_form
 
 n, V = 5, 6
 
@@ -17,15 +17,15 @@ def draw(seed=0, mean=0.0):
 
 def moments(x, key, value, centred=True):
     mean = x.mean(0) if centred else np.zeros(n + V)
-    return low_rank.JointMoments((x - mean).T @ (x - mean) / len(x), mean, key, value)
+    return closed_form.JointMoments((x - mean).T @ (x - mean) / len(x), mean, key, value)
 
 
-@pytest.mark.parametrize("metric", [low_rank.aware, low_rank.balanced, low_rank.plain])
+@pytest.mark.parametrize("metric", [closed_form.aware, closed_form.balanced, closed_form.plain])
 @pytest.mark.parametrize("rank", [1, 4, n + V])
 def test_the_error_is_the_tail_of_the_eigenvalues(rank, metric):
     x, *metrics = draw(mean=3.0)
     m = moments(x, *metrics)
-    low = low_rank.joint_pca(m, metric, rank)
+    low = closed_form.joint_pca(m, metric, rank)
     root = metric(m)
     rest = (x - (x @ low.down @ low.up + low.constant)) @ root
     tail = np.sort(np.linalg.eigvalsh(root @ m.covariance @ root))[: n + V - rank].sum()
@@ -36,8 +36,8 @@ def test_the_error_is_the_tail_of_the_eigenvalues(rank, metric):
 def test_a_mean_changes_nothing_where_it_is_centred():
     x, *metrics = draw()
     shift = np.arange(n + V) * 5.0
-    a = low_rank.joint_pca(moments(x, *metrics), low_rank.aware, 3)
-    b = low_rank.joint_pca(moments(x + shift, *metrics), low_rank.aware, 3)
+    a = closed_form.joint_pca(moments(x, *metrics), closed_form.aware, 3)
+    b = closed_form.joint_pca(moments(x + shift, *metrics), closed_form.aware, 3)
     np.testing.assert_allclose(a.down @ a.up, b.down @ b.up, atol=1e-8)
     one = x @ a.down @ a.up + a.constant
     two = (x + shift) @ b.down @ b.up + b.constant
@@ -47,7 +47,7 @@ def test_a_mean_changes_nothing_where_it_is_centred():
 def test_balanced_divides_keys_by_the_ratio_of_the_norms():
     x, *metrics = draw()
     norms = np.linalg.norm(x, axis=0)
-    root = low_rank.balanced(moments(x, *metrics, centred=False))
+    root = closed_form.balanced(moments(x, *metrics, centred=False))
     ratio = norms[:n].mean() / norms[n:].mean()
     np.testing.assert_allclose(np.diag(root), [1 / ratio] * n + [1.0] * V)
 
@@ -55,9 +55,9 @@ def test_balanced_divides_keys_by_the_ratio_of_the_norms():
 def test_a_metric_that_sees_nothing_can_be_inverted():
     x, _, value = draw()
     for key in (np.zeros((n, n)), np.diag([1.0, 0, 0, 0, 0])):
-        low = low_rank.joint_pca(moments(x, key, value), low_rank.aware, n + V)
+        low = closed_form.joint_pca(moments(x, key, value), closed_form.aware, n + V)
         np.testing.assert_allclose(low.down @ low.up, np.eye(n + V), atol=1e-5)
-    only_values = low_rank.JointMoments(np.eye(V), np.zeros(V), np.zeros((0, 0)), value)
-    for metric in (low_rank.aware, low_rank.balanced):
-        low = low_rank.joint_pca(only_values, metric, V)
+    only_values = closed_form.JointMoments(np.eye(V), np.zeros(V), np.zeros((0, 0)), value)
+    for metric in (closed_form.aware, closed_form.balanced):
+        low = closed_form.joint_pca(only_values, metric, V)
         np.testing.assert_allclose(low.down @ low.up, np.eye(V), atol=1e-9)

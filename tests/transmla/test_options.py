@@ -12,7 +12,7 @@ from kvjax.transmla import BEST, calibrate, convert, published, to_decoupled, to
 from kvjax.transmla.allocation import allocate_sizes, choose_fold, choose_rope_dim
 from kvjax.transmla.closed_form import close
 from kvjax.transmla.distill import distill
-from kvjax.transmla.latent_layer import over_heads, padded
+from kvjax.transmla.layer import over_heads, padded
 
 CLOSED = dataclasses.replace(BEST, refit=False)
 SIZES = {"kv_rank": 12, "rope_dim": 4}

@@ -173,7 +173,7 @@ def test_query_positions_end_positionsthe_last():
 def test_a_layer_without_rope_or_softcap_refits_too(problem):
     block, own, latent, original, converted = problem
     base = dataclasses.replace(GQA, rope=None, window=None, softcap=None)
-    block = block.clone(layer=LayerConfig(base, MLPConfig(16)))
+    block = dataclasses.replace(block, layer=LayerConfig(base, MLPConfig(16)))
     bare = dataclasses.replace(
         latent, key_rope=latent.key_rope[:, :0], query_rope=latent.query_rope[..., :0], rope=None
     )

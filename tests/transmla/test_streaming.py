@@ -16,6 +16,7 @@ from toys import random_params
 import kvjax
 from kvjax.commands import convert
 from kvjax.hf import config_from_hf, native, open_params
+from kvjax.hf.source import is_native
 from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer
 from kvjax.transmla import calibrate
@@ -115,7 +116,7 @@ def test_a_stopped_conversion_goes_on(source, tmp_path, method, count):
         stop_after(count, patch)
         with pytest.raises(KeyboardInterrupt):
             run(source, out, method)
-    assert not native.is_native(out)
+    assert not is_native(out)
     written = []
     with pytest.MonkeyPatch.context() as patch:
         write = native.write_part
@@ -158,7 +159,7 @@ def test_a_killed_process_goes_on(source, tmp_path):
     command = [sys.executable, "-c", KILLED, "convert", str(source / "model"), str(out)]
     killed = subprocess.run(command, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert (out / "params" / "layers_1").is_dir() and not native.is_native(out)
+    assert (out / "params" / "layers_1").is_dir() and not is_native(out)
     assert_same(source, out, "equal_cache", run(source, out, "equal_cache"))
 
 

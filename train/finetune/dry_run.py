@@ -11,8 +11,8 @@ import numpy as np
 
 from kvjax.capacity.devices import topology_devices
 from kvjax.hf import read_shape
-from kvjax.nn import Transformer
-from kvjax.sharding import batch_sharding, make_mesh, param_shapes, param_shardings, parse_mesh
+from kvjax.nn import Transformer, param_shapes
+from kvjax.sharding import batch_sharding, make_mesh, param_shardings, parse_mesh
 from train.finetune.config import TuneConfig, with_dtype
 from train.finetune.setup import check_rows, make_step, trainable_paths
 from train.finetune.step import Flat, TuneState, compile_step, flatten, state_shardings
@@ -84,7 +84,7 @@ def dry_run(config: TuneConfig, topology: str | None) -> dict[str, Any]:
 
 def abstract_params(model: Transformer, config: TuneConfig, mesh: Any) -> tuple[Flat, Flat]:
     """(trainable in fp32, frozen in the compute dtype) as shapes with shardings."""
-    shapes, shardings = param_shapes(model), flatten(param_shardings(model, mesh))
+    shapes, shardings = param_shapes(model.config), flatten(param_shardings(model, mesh))
     paths = trainable_paths(model, shapes, config.train)
     trainable: Flat = {}
     frozen: Flat = {}

@@ -24,7 +24,7 @@ from kvjax import processes, runs
 from kvjax.checks import COUNT, check_finite, check_ranges, first_not_finite, optional
 from kvjax.extras import import_extra, pyplot
 from kvjax.hf import layout_of
-from kvjax.hf.save import copy_companions
+from kvjax.hf.source import copy_companions
 from kvjax.identity import part_checksum
 from kvjax.paths import local_path
 from train import log

@@ -20,8 +20,8 @@ from kvjax import processes
 from kvjax.checks import check_finite
 from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig
 from kvjax.hf import matching, open_params, read_model
-from kvjax.nn import Transformer
-from kvjax.sharding import batch_sharding, make_mesh, param_shapes, parse_mesh
+from kvjax.nn import Transformer, param_shapes
+from kvjax.sharding import batch_sharding, make_mesh, parse_mesh
 from train.finetune.config import TuneConfig, with_dtype
 from train.finetune.step import Flat, TuneState, TuneStep, adamw, flatten
 
@@ -119,7 +119,7 @@ def read_parameters(config: TuneConfig, model: Transformer, mesh: Mesh | None) -
     Raises:
         ValueError: patterns that match nothing, or weights with NaN.
     """
-    paths = trainable_paths(model, param_shapes(model), config.train)
+    paths = trainable_paths(model, param_shapes(model.config), config.train)
     parts = open_params(config.model, "float32", mesh)
     trainable: Flat = {}
     frozen: Flat = {}

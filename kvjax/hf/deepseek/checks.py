@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.checkpoint_files import INDEX, SINGLE, Checkpoint, read_json, scan
 from kvjax.config import (
     DecoupledConfig,
     EqualCacheConfig,
@@ -21,9 +22,7 @@ from kvjax.config import (
     ModelConfig,
 )
 from kvjax.hf.deepseek.config import shared_rope
-from kvjax.hf.fields import read_json
 from kvjax.hf.load import load_tokenizer
-from kvjax.hf.safetensors import INDEX, SINGLE, Checkpoint, scan
 from kvjax.paths import local_path
 
 NORMS = ("neutral", "rms")

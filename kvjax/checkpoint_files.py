@@ -1,8 +1,9 @@
-"""safetensors files as lazily read numpy arrays: one file, and a checkpoint of several files.
+"""The files of a checkpoint: safetensors as lazily read numpy arrays, their index, JSON objects.
 
 The safetensors package has no bfloat16 in numpy and copies what is sliced. Here a tensor is a view
 of the mapped file: reshaping, slicing and transposing cost nothing, and only the parts that are
-copied are read. A file is 8 bytes with the length of a JSON header, the header, then the data."""
+copied are read. A file is 8 bytes with the length of a JSON header, the header, then the data.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +22,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-
-from kvjax.hf.fields import is_pointer, pointer_message, read_json, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -411,3 +410,57 @@ def _ranges(numbers: list[int]) -> str:
         members = [number for _, number in run]
         found.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
     return "{" + ",".join(found) + "}"
+
+
+# --- JSON objects and git-lfs pointers ------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def read_json(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file and the JSON object in it.
+
+    Raises:
+        ValueError: the file is missing, a git-lfs pointer, not UTF-8, or not a JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    data = path.read_bytes()
+    if data.startswith(POINTER):
+        raise ValueError(pointer_message(path))
+    try:
+        text = data.decode("utf-8")
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
+    return text, raw
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is the text that git-lfs keeps in place of a large file."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
+def pointer_message(path: Path | str) -> str:
+    """The error for a git-lfs pointer at `path`, with the command that fetches the file."""
+    return f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository"
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Checks files that another library will read.
+
+    Raises:
+        ValueError: names every git-lfs pointer.
+    """
+    found = [pointer_message(path) for path in sorted(paths) if path.is_file() and is_pointer(path)]
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """A value for an error message, shortened."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"
