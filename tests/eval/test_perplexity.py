@@ -11,10 +11,10 @@ import pytest
 from tokenizer_toys import sentencepiece
 from toys import forward
 
-from eval import likelihood
 from eval.__main__ import main
 from eval.likelihood import dense_losses, losses_after_prefix
 from eval.perplexity import chunks, perplexity_of, read_ids
+from kvjax import scoring
 from kvjax.policies.named import resolve
 from kvjax.tasks import perplexity
 
@@ -60,7 +60,7 @@ def test_a_sliding_window_scores_every_token_once():
 
 
 def test_a_full_prefix_gives_what_no_prefix_gives(monkeypatch):
-    monkeypatch.setattr(likelihood, "PIECE", 16)  # several pieces, the last one not full
+    monkeypatch.setattr(scoring, "PIECE", 16)  # several pieces, the last one not full
     loaded, rows = toys.loaded(), chunks(IDS, LENGTH, LENGTH)
 
     names = ("full", "snapkv:kv_size=10,window=4")
