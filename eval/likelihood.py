@@ -1,14 +1,9 @@
 """Perplexities and log-likelihoods of texts, and right answers fed under a task's policies.
 
-`kvjax.scoring` judges the tokens. Perplexity needs the losses of a text's tokens,
-lm-evaluation-harness log-likelihoods of continuations. Protocols "teacher" and "after" of
-`eval.run` ask whether a right answer is the most likely one. The first judged token is predicted in
-two ways:
-
-- In `losses_after_prefix` and protocol "teacher" by the prefill, before anything is dropped. It is
-  then the same for every policy, like the first token of a decoded answer.
-- In `score_compressed` and protocol "after" by the compressed cache, like all others: the context's
-  last token, or the question, is fed after the compression.
+`kvjax.scoring` judges the tokens: from a compressed cache all of them, the first one too.
+Perplexity needs the losses of a text's tokens, lm-evaluation-harness log-likelihoods of
+continuations. Protocols "teacher" and "after" of `eval.run` ask whether a right answer is the most
+likely one.
 """
 
 from __future__ import annotations
@@ -132,13 +127,12 @@ def score_compressed(
 ) -> LogLikelihoods:
     """Log-likelihoods of continuations of different lengths after contexts that are compressed.
 
-    The last token of each context is fed after the compression, so every token of a continuation
-    is predicted from the compressed cache. After a prefill of the whole context, the first of them,
-    for many tasks the only one, would be the uncompressed model's. Contexts of a single token,
-    which leave nothing to compress, are read whole. Both texts have at least one token.
+    The last token of each context is fed again after the compression, so the compressed cache
+    predicts every token of a continuation. For many tasks the first one is the only one. Both texts
+    have at least one token.
     """
-    pairs = list(zip(contexts, continuations, strict=True))
-    texts = [Text([*a, *b], len(a), max(len(a) - 1, 1)) for a, b in pairs]
+    pairs = zip(contexts, continuations, strict=True)
+    texts = [Text([*a, *b], len(a), len(a)) for a, b in pairs]
     reader = from_start(model, params, [policy])
     ((judged, held),) = judge_compressed(model, params, texts, reader)
     check_judged(model, params, texts, judged, "the log-likelihoods")

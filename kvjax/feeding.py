@@ -128,22 +128,15 @@ def _judge(
 
     def judge_slice(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, labels = chunk
-        return judge_logits(hidden_logits(config, top, x), labels)
+        logits = hidden_logits(config, top, x)
+        # Small losses keep their digits where the largest logit is 0.
+        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(shifted, jnp.maximum(labels, 0))
+        return jnp.where(labels >= 0, losses, 0.0), most_likely(logits)
 
     slices = jax.lax.map(judge_slice, (cut(hidden), cut(wanted)))
     losses, likely = (jnp.moveaxis(leaf, 0, 1).reshape(B, -1)[:, :T] for leaf in slices)
     return losses, likely
-
-
-@jax.jit
-def judge_logits(
-    logits: Float[Array, "B T V"], wanted: Int[Array, "B T"] | Int[np.ndarray, "B T"]
-) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    """`judge` of logits."""
-    # Small losses keep their digits where the largest logit is 0.
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    losses = optax.softmax_cross_entropy_with_integer_labels(shifted, jnp.maximum(wanted, 0))
-    return jnp.where(wanted >= 0, losses, 0.0), most_likely(logits)
 
 
 def not_finite(

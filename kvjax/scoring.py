@@ -1,9 +1,16 @@
 """Judges known texts: how likely the model finds their tokens, dense or from a compressed cache.
 
-A `Text` says which of its tokens are read by the prefill and compressed, and which are judged. All
-others are fed (teacher forcing). `judge_dense` feeds whole texts without a cache. With
+A `Text` says which of its tokens the prefill reads and a policy compresses, and which are judged.
+The others are fed (teacher forcing). `judge_dense` feeds whole texts without a cache. With
 `judge_compressed` several policies share one prefill. Accuracies, perplexities, log-likelihoods and
 the comparison of policies are made of the tokens that these two have judged.
+
+Every judged token sees the compressed cache, the first one too. The prefill itself would predict
+the first token before anything is dropped, for every policy alike. So where the whole context was
+read, its last token is fed again to the compressed cache, in its own place (see
+`kvjax.cache.without_last`). Budgets, bytes and the observed queries are those of the whole context,
+as in generation. Compressing the context without its last token would hide from the policy the
+query that asks for the first judged token.
 """
 
 from __future__ import annotations
@@ -15,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import cache_bytes
+from kvjax.cache import cache_bytes, without_last
 from kvjax.checks import COUNT, check_ranges, token_ids
 from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN
 from kvjax.example import Example
-from kvjax.feeding import hidden_states, judge, judge_logits, not_finite
+from kvjax.feeding import hidden_states, judge, not_finite
 from kvjax.generation import Reader, from_start
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
@@ -43,8 +50,8 @@ class Text(NamedTuple):
         ids: token ids.
         first: index of the first judged token, at least 1.
         read: number of tokens that prefill reads and a policy compresses, at most `first`. The
-            tokens after them are fed, except the last one, which is only predicted. 0 for texts
-            that are fed as a whole.
+            tokens after them are fed, except the last one, which is only predicted. If `read` is
+            `first`, the last token that was read is fed again. 0 for texts that are fed as a whole.
     """
 
     ids: Sequence[int]
@@ -93,19 +100,8 @@ def judge_compressed(
     read = [text.ids[: text.read] for text in texts]
     room = max(len(text.ids) - text.read for text in texts)
     for start in reader.read(*pad(read, bucket_length(max(map(len, read)))), room):
-        held = cache_bytes(start.cache)
-        # Where the first fed token is judged, the logits of the prefill predict it.
-        wanted = [text.ids[text.read] if text.first == text.read else -1 for text in texts]
-        first = judge_logits(start.logits[:, None], np.asarray(wanted, np.int32)[:, None])
-        judged = _feed(model, params, texts, start.cache)
-        for row in np.flatnonzero(np.asarray(wanted) >= 0):
-            own, (loss, likely) = judged[row], (np.asarray(x)[row] for x in first)
-            judged[row] = Judged(
-                np.concatenate([[wanted[row]], own.wanted]),
-                np.concatenate([loss, own.losses]),
-                np.concatenate([likely, own.likely]),
-            )
-        yield judged, held
+        held, again = cache_bytes(start.cache), [text.read == text.first for text in texts]
+        yield _feed(model, params, texts, without_last(start.cache, again)), held
 
 
 def _feed(
@@ -114,18 +110,19 @@ def _feed(
     """Feeds the tokens after those that a cache holds, and judges the token after each fed one.
 
     Args:
-        cache: holds the `read` tokens of each text, with room for the others; it is used up.
+        cache: holds the tokens before those to feed, with room for the others; it is used up.
     """
-    rests = [text.ids[text.read :] for text in texts]
+    begins = [min(text.read, text.first - 1) for text in texts]
+    rests = [text.ids[begin:] for text, begin in zip(texts, begins, strict=True)]
     longest = max(1, max(map(len, rests)) - 1)
     # Without a cache there is one piece. Otherwise the pieces of a text share one program.
     size = bucket_length(longest) if cache is None else min(bucket_length(longest), PIECE)
     slots = -(-longest // size) * size
     tokens, lengths = pad(rests, slots + 1)
     # The token after a fed one has index `after`. A text's last token is not fed.
-    read, first = np.asarray([(text.read, text.first) for text in texts], np.int32).T[..., None]
-    after = read + np.arange(1, slots + 1, dtype=np.int32)
-    fed = after < read + lengths[:, None]
+    begin, first = np.asarray([begins, [text.first for text in texts]], np.int32)[..., None]
+    after = begin + np.arange(1, slots + 1, dtype=np.int32)
+    fed = after < begin + lengths[:, None]
     positions = np.where(fed, after - 1, -1)
     wanted = np.where(fed & (after >= first), tokens[:, 1:], -1)
     found = []
@@ -261,8 +258,8 @@ def compare(
     """Judges every answer under every policy, and with the full cache (the policy "full").
 
     An answer counts as right if each of its tokens, and the EOS after it, is the most likely one:
-    greedy decoding would write this answer. If the question is part of the prompt, prefill predicts
-    the first token of the answer, as in decoding before the cache is compressed.
+    greedy decoding would write this answer, if its first token too came from the compressed cache.
+    In `kvjax.generate` the prefill predicts the first token, before the cache is compressed.
 
     Args:
         policies: by name, with their head scores; see `kvjax.policies.named.resolve`.

@@ -11,6 +11,7 @@ from kvjax.cache.layers import (
     cache_bytes,
     rope_lengths_of,
     with_layer,
+    without_last,
 )
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.prefill import PrefillCache
@@ -33,4 +34,5 @@ __all__ = [
     "cache_bytes",
     "rope_lengths_of",
     "with_layer",
+    "without_last",
 ]
