@@ -17,23 +17,20 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from eval.prompts import Prompt, Shape
-from eval.task import Item, Task
+from eval.task import Task
 from kvjax.example import Example
-from kvjax.generation import from_start, full_cache_bytes
+from kvjax.generation import full_cache_bytes
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prompts import bucket_length
 from kvjax.scoring import (
     AFTER,
-    FULL,
     INSIDE,
     Compared,
     Judged,
     Text,
-    check_judged,
-    chunk_losses,
+    bounds_growth,
     compare,
-    filled,
     judge_compressed,
     judge_dense,
 )
@@ -56,14 +53,11 @@ def dense_losses(
         stride: tokens from the start of a row to the start of the next one. Where rows overlap,
             the tokens that an earlier row has scored are left out.
     """
-    length = rows.shape[1]
-    for start, batch in filled(list(rows), min(batch_size, len(rows))):
-        losses = chunk_losses(model, params, np.stack(batch))
-        fresh = [row[-stride:] if stride < length else row for row in losses]
-        # The first row has no earlier row, so all its losses are new.
-        if start == 0:
-            fresh[0] = losses[0]
-        yield fresh[: len(rows) - start]
+    # The first row has no earlier row, so all its losses are new.
+    first = [1] + [max(1, rows.shape[1] - stride)] * (len(rows) - 1)
+    texts = list(map(Text, rows.tolist(), first))
+    for judged in judge_dense(model, params, texts, min(batch_size, len(rows))):
+        yield [own.losses for own in judged]
 
 
 def losses_after_prefix(
@@ -85,14 +79,10 @@ def losses_after_prefix(
     """
     if not 1 <= prefix < rows.shape[1]:
         raise ValueError(f"prefix is {prefix}, expected 1 to {rows.shape[1] - 1}")
-    if any(map(bounds_growth, policies)):
-        raise ValueError("perplexity after a prefix does not fit policies with ring or every")
-    reader = from_start(model, params, policies)
     texts = [Text(row, prefix, prefix) for row in rows.tolist()]
-    for start, batch in filled(texts, min(batch_size, len(rows))):
-        for number, (judged, _) in enumerate(judge_compressed(model, params, batch, reader)):
-            check_judged(model, params, batch, judged, "the losses of the text")
-            yield number, [own.losses for own in judged][: len(rows) - start]
+    chosen = dict(enumerate(policies)), min(batch_size, len(rows))
+    for number, judged, _ in judge_compressed(model, params, texts, *chosen):
+        yield number, [own.losses for own in judged]
 
 
 @dataclass(frozen=True)
@@ -131,11 +121,9 @@ def score_compressed(
     predicts every token of a continuation. For many tasks the first one is the only one. Both texts
     have at least one token.
     """
-    pairs = zip(contexts, continuations, strict=True)
-    texts = [Text([*a, *b], len(a), len(a)) for a, b in pairs]
-    reader = from_start(model, params, [policy])
-    ((judged, held),) = judge_compressed(model, params, texts, reader)
-    check_judged(model, params, texts, judged, "the log-likelihoods")
+    pairs, chosen = zip(contexts, continuations, strict=True), {type(policy).__name__: policy}
+    texts = [Text([*a, *b], len(a), len(a), "the log-likelihoods") for a, b in pairs]
+    ((_, judged, held),) = judge_compressed(model, params, texts, chosen, len(texts))
     shape = len(texts), bucket_length(max(text.read for text in texts))
     room = max(len(text.ids) - text.read for text in texts)
     return LogLikelihoods.of(judged, held, full_cache_bytes(model, params, shape, room))
@@ -149,26 +137,11 @@ def score_dense(
 ) -> LogLikelihoods:
     """As `score_compressed`, in one forward pass without a cache."""
     pairs = zip(contexts, continuations, strict=True)
-    texts = [Text([*a, *b], len(a)) for a, b in pairs]
-    judged = judge_dense(model, params, texts)
-    check_judged(model, params, texts, judged, "the log-likelihoods")
+    texts = [Text([*a, *b], len(a), results="the log-likelihoods") for a, b in pairs]
+    (judged,) = judge_dense(model, params, texts, len(texts))
     shape = len(texts), bucket_length(max(len(text.ids) for text in texts))
     full = full_cache_bytes(model, params, shape, 0)
     return LogLikelihoods.of(judged, full, full)
-
-
-def check_feedable(policy: Policy) -> None:
-    """Raises ValueError for policies whose cache changes while a continuation is fed."""
-    if bounds_growth(policy):
-        raise ValueError("log-likelihoods do not fit policies with ring or every")
-
-
-def bounds_growth(policy: Policy) -> bool:
-    """Whether entries leave the policy's cache while tokens come in.
-
-    Text that is fed in pieces does not show what such a policy does.
-    """
-    return bool(getattr(policy, "ring", 0) or getattr(policy, "every", 0))
 
 
 @dataclass(frozen=True)
@@ -188,7 +161,6 @@ class TeacherForced:
     @classmethod
     def of(
         cls,
-        model: Transformer,
         tokenizer: Any,
         task: Task,
         prompts: Sequence[Prompt],
@@ -201,12 +173,10 @@ class TeacherForced:
         end that ask ("question_tokens").
 
         Raises:
-            ValueError: an item without exactly one right answer, a model without an EOS, policies
-                that cannot be compared.
+            ValueError: an item without exactly one right answer, or policies that cannot be
+                compared.
         """
         compressing = comparable(policies)
-        if not model.config.eos_ids:
-            raise ValueError("the model has no EOS id: no telling where an answer ends")
         examples = tuple(_example(tokenizer, task, prompt) for prompt in prompts)
         return cls(examples, compressing, AFTER if protocol == "after" else INSIDE)
 
@@ -228,10 +198,6 @@ class TeacherForced:
         """Which of these examples each policy answers, and the bytes of its cache."""
         chosen = [self.examples[index] for index in part]
         return compare(model, params, chosen, self.policies, self.protocol, batch_size)
-
-    def name_of(self, policy: str) -> str:
-        """The policy's name in what `judge` returns."""
-        return policy if policy in self.policies else FULL
 
     def shapes(self) -> dict[Shape, int]:
         """How many prompts of each length are compressed, without room for an answer."""
@@ -261,18 +227,12 @@ def comparable(policies: Mapping[str, Policy]) -> dict[str, Compress]:
 
 def _example(tokenizer: Any, task: Task, prompt: Prompt) -> Example:
     item = task.items[prompt.index]
-    ids = item.meta.get("answer") or _answer_ids(tokenizer, item)
-    return Example(
-        prompt=prompt.ids,
-        answer=tuple(ids),
-        question_length=item.meta.get("question_tokens", 0),
-    )
-
-
-def _answer_ids(tokenizer: Any, item: Item) -> list[int]:
-    if len(item.references) != 1:
+    answer = item.meta.get("answer")
+    if not answer and len(item.references) != 1:
         raise ValueError(
             f"item {item.id} has {len(item.references)} right answers, expected one: "
             "use protocol 'generate'"
         )
-    return ids_after(tokenizer, f" {item.references[0]}")
+    answer = answer or ids_after(tokenizer, f" {item.references[0]}")
+    asked = item.meta.get("question_tokens", 0)
+    return Example(prompt.ids, tuple(answer), question_length=asked)

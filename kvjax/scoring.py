@@ -28,7 +28,7 @@ from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN
 from kvjax.example import Example
 from kvjax.feeding import hidden_states, judge, not_finite
-from kvjax.generation import Reader, from_start
+from kvjax.generation import from_start
 from kvjax.mesh import on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Compress, Full, Policy
@@ -52,11 +52,13 @@ class Text(NamedTuple):
         read: number of tokens that prefill reads and a policy compresses, at most `first`. The
             tokens after them are fed, except the last one, which is only predicted. If `read` is
             `first`, the last token that was read is fed again. 0 for texts that are fed as a whole.
+        results: what an error calls the text's results.
     """
 
     ids: Sequence[int]
     first: int
     read: int = 0
+    results: str = "the losses of the text"
 
 
 @dataclass(frozen=True)
@@ -79,38 +81,83 @@ class Judged:
         return bool((self.likely == self.wanted).all())
 
 
-def judge_dense(model: Transformer, params: Any, texts: Sequence[Text]) -> list[Judged]:
-    """Judges texts by one forward pass without a cache. All of them have `read` 0."""
-    return _feed(model, params, texts)
+def judge_dense(
+    model: Transformer, params: Any, texts: Sequence[Text], batch_size: int
+) -> Iterator[list[Judged]]:
+    """Judges texts by one forward pass without a cache; all of them have `read` 0.
+
+    Returns:
+        For each batch of `batch_size` texts, the judged tokens of each text.
+
+    Raises:
+        ValueError: a batch size below 1, or results that are not finite.
+    """
+    for start, batch in _batches(texts, batch_size):
+        yield _feed(model, params, batch)[: len(texts) - start]
 
 
 def judge_compressed(
-    model: Transformer, params: Any, texts: Sequence[Text], reader: Reader
-) -> Iterator[tuple[list[Judged], int]]:
+    model: Transformer,
+    params: Any,
+    texts: Sequence[Text],
+    policies: Mapping[Any, Policy],
+    batch_size: int,
+) -> Iterator[tuple[Any, list[Judged], int]]:
     """Judges texts from the caches that policies leave after reading a part of each text.
 
-    Args:
-        reader: of the policies, see `kvjax.generation.from_start`. They must not bound the growth
-            (ring, every): a text that is fed in pieces does not show the effect of such a policy.
-
     Returns:
-        For each policy the judged tokens of each text, and the bytes of the cache before the texts
-        are fed, with room for the fed tokens.
+        For each batch of `batch_size` texts, and within one for each policy, the policy's key, the
+        judged tokens of each text, and the bytes of the batch's cache before the texts are fed,
+        with room for what follows.
+
+    Raises:
+        ValueError: a batch size below 1, a policy that bounds the growth (see `bounds_growth`), or
+            results that are not finite.
     """
-    read = [text.ids[: text.read] for text in texts]
-    room = max(len(text.ids) - text.read for text in texts)
-    for start in reader.read(*pad(read, bucket_length(max(map(len, read)))), room):
-        held, again = cache_bytes(start.cache), [text.read == text.first for text in texts]
-        yield _feed(model, params, texts, without_last(start.cache, again)), held
+    if any(map(bounds_growth, policies.values())):
+        raise ValueError("known text cannot be fed under policies with ring or every")
+    params = on_automatic_mesh(params)
+    reader = from_start(model, params, list(policies.values()))
+    for start, batch in _batches(texts, batch_size):
+        read = [text.ids[: text.read] for text in batch]
+        room = max(len(text.ids) - text.read for text in batch)
+        tokens, lengths = pad(read, bucket_length(max(map(len, read))))
+        for key, begun in zip(policies, reader.read(tokens, lengths, room), strict=True):
+            held = cache_bytes(begun.cache)
+            cache = without_last(begun.cache, [text.read == text.first for text in batch])
+            judged = _feed(model, params, batch, cache, f" under policy {key!r}")
+            yield key, judged[: len(texts) - start], held
+
+
+def bounds_growth(policy: Policy) -> bool:
+    """Whether entries leave the policy's cache while tokens come in.
+
+    Text that is fed in pieces does not show the effect of such a policy.
+    """
+    return bool(getattr(policy, "ring", 0) or getattr(policy, "every", 0))
+
+
+def _batches(texts: Sequence[Text], size: int) -> Iterator[tuple[int, list[Text]]]:
+    """Batches of one size, each with the index of its first text. The last one is filled with
+    copies of a text, so that all batches share their programs."""
+    check_ranges({"batch_size": size}, {"batch_size": COUNT})
+    for start in range(0, len(texts), size):
+        batch = list(texts[start : start + size])
+        yield start, batch + batch[:1] * (size - len(batch))
 
 
 def _feed(
-    model: Transformer, params: Any, texts: Sequence[Text], cache: Any = None
+    model: Transformer,
+    params: Any,
+    texts: Sequence[Text],
+    cache: Any = None,
+    under: str = "",
 ) -> list[Judged]:
     """Feeds the tokens after those that a cache holds, and judges the token after each fed one.
 
     Args:
         cache: holds the tokens before those to feed, with room for the others; it is used up.
+        under: ends the name of results that are not finite.
     """
     begins = [min(text.read, text.first - 1) for text in texts]
     rests = [text.ids[begin:] for text, begin in zip(texts, begins, strict=True)]
@@ -132,39 +179,11 @@ def _feed(
         found.append(judge(model, params, x, wanted[part]))
     losses, likely = (np.concatenate(list(map(np.asarray, x)), 1) for x in zip(*found, strict=True))
     rows = zip(wanted, losses, likely, wanted >= 0, strict=True)
-    return [Judged(w[asked], loss[asked], best[asked]) for w, loss, best, asked in rows]
-
-
-def filled(texts: Sequence[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Batches of one size, each with the index of its first text. The last one is filled with
-    copies of a text, so that all batches share their programs.
-
-    Raises:
-        ValueError: a batch size below 1.
-    """
-    check_ranges({"batch_size": size}, {"batch_size": COUNT})
-    for start in range(0, len(texts), size):
-        batch = list(texts[start : start + size])
-        yield start, batch + batch[:1] * (size - len(batch))
-
-
-def check_judged(
-    model: Transformer,
-    params: Any,
-    texts: Sequence[Text],
-    judged: Sequence[Judged],
-    what: str,
-    start: int = 0,
-) -> None:
-    """Raises ValueError for results that are not finite, and says where they come from.
-
-    Args:
-        what: the results, in the plural; "{}" stands for the index of a text.
-        start: index of the first text.
-    """
-    for index, (text, own) in enumerate(zip(texts, judged, strict=True), start):
+    judged = [Judged(w[asked], loss[asked], best[asked]) for w, loss, best, asked in rows]
+    for text, own in zip(texts, judged, strict=True):
         if NO_TOKEN in own.likely or not np.isfinite(own.losses).all():
-            raise not_finite(what.replace("{}", str(index)), model, params, text.ids)
+            raise not_finite(f"{text.results}{under}", model, params, text.ids)
+    return judged
 
 
 def accuracy(
@@ -190,13 +209,12 @@ def predictions(
     Raises:
         ValueError: logits that are not finite.
     """
-    texts = [Text([*e.prompt, *e.answer, eos_id], len(e.prompt)) for e in examples]
-    found: list[list[int]] = []
-    for start, batch in filled(texts, batch_size):
-        judged = judge_dense(model, params, batch)
-        check_judged(model, params, batch, judged, "the logits of example {}", start)
-        found += [own.likely.tolist() for own in judged]
-    return found[: len(examples)]
+    texts = [
+        Text([*e.prompt, *e.answer, eos_id], len(e.prompt), 0, f"the logits of example {index}")
+        for index, e in enumerate(examples)
+    ]
+    parts = judge_dense(model, params, texts, batch_size)
+    return [own.likely.tolist() for part in parts for own in part]
 
 
 def chunk_losses(
@@ -208,8 +226,7 @@ def chunk_losses(
         ValueError: losses that are not finite.
     """
     texts = [Text(row, 1) for row in np.asarray(tokens).tolist()]
-    judged = judge_dense(model, params, texts)
-    check_judged(model, params, texts, judged, "the losses of the text")
+    (judged,) = judge_dense(model, params, texts, len(texts))
     return np.stack([own.losses for own in judged])
 
 
@@ -272,35 +289,30 @@ def compare(
             question, or with tokens outside the vocabulary; a model without EOS; or logits that
             are not finite.
     """
-    check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
-    _check(model.config, examples, protocol)
-    params, config = on_automatic_mesh(params), model.config
+    config = model.config
+    _check_examples(config, examples, protocol)
     every: dict[str, Policy] = {FULL: Full(), **policies}
-    reader = from_start(model, params, list(every.values()))
-    reads = [len(e.prompt) - (e.question_length if protocol == AFTER else 0) for e in examples]
-    texts = [
-        Text([*e.prompt, *e.answer, config.eos_ids[0]], len(e.prompt), read)
-        for e, read in zip(examples, reads, strict=True)
-    ]
+    asked = [example.question_length if protocol == AFTER else 0 for example in examples]
+    reads = [len(example.prompt) - n for example, n in zip(examples, asked, strict=True)]
+    texts = []
+    for index, (example, read) in enumerate(zip(examples, reads, strict=True)):
+        ids = [*example.prompt, *example.answer, config.eos_ids[0]]
+        texts.append(Text(ids, len(example.prompt), read, f"the logits of example {index}"))
     right: dict[str, list[bool]] = {name: [] for name in every}
-    for start, batch in filled(texts, batch_size):
-        found = judge_compressed(model, params, batch, reader)
-        for policy, (judged, _) in zip(every, found, strict=True):
-            what = f"the logits of example {{}} under policy {policy!r}"
-            check_judged(model, params, batch, judged, what, start)
-            right[policy] += [own.right for own in judged]
-        if on_batch is not None:
-            on_batch(min(start + batch_size, len(examples)))
+    for name, judged, _ in judge_compressed(model, params, texts, every, batch_size):
+        right[name] += [own.right for own in judged]
+        if on_batch is not None and name == list(every)[-1]:
+            on_batch(len(right[name]))
     # Cache bytes follow from shapes alone.
     longest, dtype = max(reads), params["embedding"].dtype
     sizes = {
         name: shape_bytes(policy.compression(config, [longest], 0, dtype), longest)
         for name, policy in every.items()
     }
-    return Compared({name: np.asarray(r[: len(examples)]) for name, r in right.items()}, sizes)
+    return Compared({name: np.asarray(found) for name, found in right.items()}, sizes)
 
 
-def _check(config: ModelConfig, examples: Sequence[Example], protocol: str) -> None:
+def _check_examples(config: ModelConfig, examples: Sequence[Example], protocol: str) -> None:
     if not examples:
         raise ValueError("got no examples, expected at least one")
     if not config.eos_ids:
