@@ -28,8 +28,8 @@ from kvjax.config import ModelConfig
 from kvjax.decoding import NO_TOKEN
 from kvjax.example import Example
 from kvjax.feeding import hidden_states, judge, not_finite
-from kvjax.generation import from_start
-from kvjax.mesh import on_automatic_mesh
+from kvjax.generation import Reader, from_start
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prefill import shape_bytes
@@ -119,14 +119,24 @@ def judge_compressed(
     params = on_automatic_mesh(params)
     reader = from_start(model, params, list(policies.values()))
     for start, batch in _batches(texts, batch_size):
-        read = [text.ids[: text.read] for text in batch]
-        room = max(len(text.ids) - text.read for text in batch)
-        tokens, lengths = pad(read, bucket_length(max(map(len, read))))
-        for key, begun in zip(policies, reader.read(tokens, lengths, room), strict=True):
-            held = cache_bytes(begun.cache)
-            cache = without_last(begun.cache, [text.read == text.first for text in batch])
-            judged = _feed(model, params, batch, cache, f" under policy {key!r}")
+        for key, judged, held in _judge_batch(model, params, batch, list(policies), reader):
             yield key, judged[: len(texts) - start], held
+
+
+@automatic_axes()
+def _judge_batch(
+    model: Transformer, params: Any, texts: Sequence[Text], keys: Sequence[Any], reader: Reader
+) -> list[tuple[Any, list[Judged], int]]:
+    """`judge_compressed` of one batch; the reader reads it under the policies with these keys."""
+    read = [text.ids[: text.read] for text in texts]
+    tokens, lengths = pad(read, bucket_length(max(map(len, read))))
+    room = max(len(text.ids) - text.read for text in texts)
+    again, found = [text.read == text.first for text in texts], []
+    for key, start in zip(keys, reader.read(tokens, lengths, room), strict=True):
+        held, cache = cache_bytes(start.cache), without_last(start.cache, again)
+        judged = _feed(model, params, texts, cache, f" under policy {key!r}")
+        found.append((key, judged, held))
+    return found
 
 
 def bounds_growth(policy: Policy) -> bool:
