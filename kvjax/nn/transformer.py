@@ -291,7 +291,7 @@ class Transformer(nn.Module):
         cache: Any,
         rope_lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One block, for callers that run layer by layer (`apply(…, method="layer")`)."""
+        """One block, with the program that all layers of its kind share."""
         if self.is_initializing():
             return self.layers[index](x, positions, cache, rope_lengths)
         params: Any = self.variables["params"]
