@@ -236,9 +236,9 @@ def _(caches: ModelCache, lengths: jax.Array) -> ModelCache:
 def without_last(caches: ModelCache, rows: Sequence[bool]) -> ModelCache:
     """The caches of a prefill, ready to take the last token of some sequences once more.
 
-    A token fed next takes the place of a sequence's last token, which is no longer seen. Every
-    policy lets each head keep the last token, as the last of the head's entries, so one entry fewer
-    is counted. The arrays of entries are shared with the given caches.
+    The next token overwrites a sequence's last token. Under every policy each head has kept that
+    token, as the newest of its entries, so the counts are one lower and no entry moves. The result
+    shares its arrays with the given caches.
 
     Args:
         rows: for each sequence, whether its last token is taken back.
