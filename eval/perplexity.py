@@ -46,8 +46,7 @@ class PerplexityCommand:
     Dense: every token is scored given those before it in its chunk. With --stride, chunks overlap
     and only new tokens count, so each has length − stride tokens before it. With --prefix, that
     many tokens of a chunk are read and compressed by each policy, and the others are scored from
-    the compressed cache. The first of the others is an exception: the prefill predicts it before
-    anything is dropped.
+    the compressed cache, the first of them too.
 
     Attributes:
         text: .txt files, .jsonl files with a "text" a line, packed (.gz, .xz) or not, or

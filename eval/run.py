@@ -34,6 +34,7 @@ from kvjax.nn import Transformer
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy
+from kvjax.scoring import FULL
 from kvjax.text import added_text, end_ids
 
 
@@ -307,21 +308,20 @@ def _teacher_force(
     A score is 1 where every token of the answer is right, else 0. Cache bytes are those of the
     prompt's entries, without room for the answer.
     """
-    forced = likelihood.TeacherForced.of(
-        loaded.model, loaded.tokenizer, task, prompts, policies, settings.protocol
-    )
+    chosen = task, prompts, policies, settings.protocol
+    forced = likelihood.TeacherForced.of(loaded.tokenizer, *chosen)
     for part in processes.share(forced.batches(settings.batch_size)):
         ids = [task.items[prompts[index].index].id for index in part]
         if any((name, item_id) not in folder.done for name in policies for item_id in ids):
             found = forced.judge(loaded.model, loaded.params, part, settings.batch_size)
-            full = found.cache_bytes[likelihood.FULL]
+            full = found.cache_bytes[FULL]
             new = [
                 _prediction(
                     *(task, prompts[index], name, None, float(right)),
                     *(found.cache_bytes.get(name, full), full),
                 )
                 for name in policies
-                for index, right in zip(part, found.right[forced.name_of(name)], strict=True)
+                for index, right in zip(part, found.right.get(name, found.right[FULL]), strict=True)
             ]
             # An interrupted batch is judged as a whole again; finished rows are not repeated.
             folder.append(p for p in new if (p.policy, p.id) not in folder.done)

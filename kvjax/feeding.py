@@ -1,6 +1,6 @@
-"""Feeds known text to the model one layer at a time, and computes the losses of its tokens.
+"""Feeds known text to the model one layer at a time, and judges its tokens.
 
-`hidden_states` compiles only blocks. Programs that use the last layer's output compute a few rows
+`hidden_states` compiles only blocks. `judge` reads the last layer's output and computes a few rows
 of logits at a time, so that no array holds all logits. `not_finite` feeds a text again to find the
 layer where its numbers overflow.
 """
@@ -20,9 +20,18 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.checks import first_not_finite
 from kvjax.config import ModelConfig
+from kvjax.decoding import most_likely
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
+from kvjax.nn.transformer import (
+    block_kinds,
+    embed,
+    embed_tokens,
+    hidden_logits,
+    layer_output,
+    output_params,
+    run_layer,
+)
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
@@ -78,41 +87,56 @@ def _embed(
     return x, lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
 
 
-def output_weights(model: Transformer, params: Any) -> dict[str, Any]:
-    """The parameters after the last layer, which `hidden_logits` reads."""
-    return {name: params[name] for name in output_params(model.config)}
+LOGITS = 2**24
+"""Largest number of logits that exist at a time, 64 MB in fp32, unless one token of each text has
+more."""
 
 
-ROWS = 64  # [ROWS, V] logits are in memory at a time
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def next_token_losses(
-    model: Transformer,
-    params: Mapping[str, Any],
-    hidden: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-) -> Float[Array, "B T-1"]:
-    """Negative log-likelihood, in nats, of every token except the first of each sequence; fp32.
+@automatic_axes()
+def judge(
+    model: Transformer, params: Mapping[str, Any], hidden: Float[Array, "B T D"], wanted: Ids
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """Judges, after each fed token, the token that follows.
 
     Args:
         params: parameters of `model`; only `output_params` are read.
         hidden: output of the last layer.
+        wanted: the token that follows each fed one; −1 where none is judged.
+
+    Returns:
+        The negative log-likelihood of each wanted token in nats, fp32 (0 where none is judged), and
+        the most likely token after each fed one, NO_TOKEN where its logits are not finite.
     """
-    # All rows of all texts as one list, padded to whole chunks.
-    count = tokens[:, 1:].size
-    rows = min(ROWS, count)
-    missing = -count % rows
-    x = jnp.pad(hidden[:, :-1].reshape(count, -1), ((0, missing), (0, 0)))
-    labels = jnp.pad(tokens[:, 1:].reshape(count), (0, missing))
+    top = on_automatic_mesh({name: params[name] for name in output_params(model.config)})
+    return _judge(model.config, top, hidden, jnp.asarray(wanted, jnp.int32))
 
-    def losses(chunk):
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judge(
+    config: ModelConfig, top: Any, hidden: Float[Array, "B T D"], wanted: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """`judge` in slices of the texts."""
+    B, T = wanted.shape
+    # Slices are cut along T: on a mesh the batch axis is sharded.
+    size = max(1, min(T, LOGITS // (B * config.vocab_size)))
+    count = -(-T // size)
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        """[B, T, …] → [count, B, size, …]."""
+        pad = [(0, 0), (0, count * size - T)] + [(0, 0)] * (leaf.ndim - 2)
+        return jnp.moveaxis(jnp.pad(leaf, pad).reshape(B, count, size, *leaf.shape[2:]), 1, 0)
+
+    def judge_slice(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, labels = chunk
-        logits = hidden_logits(model.config, params, x[None])[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        logits = hidden_logits(config, top, x)
+        # Small losses keep their digits where the largest logit is 0.
+        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(shifted, jnp.maximum(labels, 0))
+        return jnp.where(labels >= 0, losses, 0.0), most_likely(logits)
 
-    parts = jax.lax.map(losses, (x.reshape(-1, rows, x.shape[-1]), labels.reshape(-1, rows)))
-    return parts.reshape(-1)[:count].reshape(tokens.shape[0], -1)
+    slices = jax.lax.map(judge_slice, (cut(hidden), cut(wanted)))
+    losses, likely = (jnp.moveaxis(leaf, 0, 1).reshape(B, -1)[:, :T] for leaf in slices)
+    return losses, likely
 
 
 def not_finite(
@@ -127,25 +151,23 @@ def not_finite(
     return ValueError(f"{what} are not finite: {explain(model, params, tokens)}")
 
 
+@automatic_axes()
 def explain(model: Transformer, params: Any, tokens: Sequence[int] | np.ndarray) -> str:
     """Names the first parameter with NaN or infinity, otherwise the first layer that overflows.
 
     In float16 a residual stream above 65504 becomes infinite, and NaN after the next norm.
     """
+    params = on_automatic_mesh(params)
     dtype = params["embedding"].dtype.name
     advice = "; load the model as bfloat16 or float32" if dtype == "float16" else ""
     for name in params:
         broken = first_not_finite(params[name], f"{name}/")
         if broken is not None:
             return f"{broken} has NaN or infinity in {dtype}{advice}"
-    ids = jnp.asarray(np.asarray(tokens, np.int32)[None])
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    lengths = jnp.full((1,), ids.shape[1], jnp.int32)
-    x: Any = model.apply({"params": params}, ids, method="embed")
-    for index, layer in enumerate(model.config.layers):
-        args = (index, x, positions, NoCache(), lengths)
-        x = model.apply({"params": params}, *args, method="layer")[0]
+    x = embed(model.config, params, np.asarray(tokens, np.int32)[None])
+    for index, kind in enumerate(block_kinds(model.config)):
+        x = layer_output(kind, params[f"layers_{index}"], x)
         if first_not_finite(x) is not None:
-            kind = type(layer.attention).__name__.removesuffix("Config")
-            return f"{dtype} overflows in layer {index} ({kind}){advice}"
+            attention = type(kind.block.layer.attention).__name__.removesuffix("Config")
+            return f"{dtype} overflows in layer {index} ({attention}){advice}"
     return f"{dtype} overflows in the output logits, or in what was decoded{advice}"

@@ -1,41 +1,261 @@
-"""Feeds right answers through compressed caches; several policies share one prefill of each prompt.
+"""Judges known texts: how likely the model finds their tokens, dense or from a compressed cache.
 
-The right answer is fed to the model (teacher forcing). An answer counts as right if each of its
-tokens, and the EOS after it, is the most likely one: greedy decoding would write this answer. If
-the question is part of the prompt, prefill predicts the first token of the answer. As in decoding,
-this happens before the cache is compressed.
+A `Text` says which of its tokens the prefill reads and a policy compresses, and which are judged.
+The others are fed (teacher forcing). `judge_dense` feeds whole texts without a cache. With
+`judge_compressed` several policies share one prefill. Accuracies, perplexities, log-likelihoods and
+the comparison of policies are made of the tokens that these two have judged.
+
+Every judged token sees the compressed cache, the first one too. The prefill itself would predict
+the first token before anything is dropped, for every policy alike. So where the whole context was
+read, its last token is fed again to the compressed cache, in its own place (see
+`kvjax.cache.without_last`). Budgets, bytes and the observed queries are those of the whole context,
+as in generation. Compressing the context without its last token would hide from the policy the
+query that asks for the first judged token.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.cache import cache_bytes, without_last
 from kvjax.checks import COUNT, check_ranges, token_ids
 from kvjax.config import ModelConfig
-from kvjax.decoding import NO_TOKEN, most_likely
+from kvjax.decoding import NO_TOKEN
 from kvjax.example import Example
-from kvjax.feeding import hidden_states, not_finite, output_weights
+from kvjax.feeding import hidden_states, judge, not_finite
 from kvjax.generation import Reader, from_start
-from kvjax.mesh import on_automatic_mesh
+from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import hidden_logits
 from kvjax.policies.policy import Compress, Full, Policy
-from kvjax.prefill import shape_bytes
+from kvjax.prefill import bucket_length, pad, shape_bytes
 
+PIECE = 128
+"""Tokens of a text that are fed to a compressed cache at a time, at most."""
 INSIDE, AFTER = "inside", "after"
 PROTOCOLS = (INSIDE, AFTER)
 """Whether the question is part of the compressed prompt, or follows the compressed prompt."""
-
 FULL = "full"
-SLOTS = 16
-"""Lengths are rounded up to a multiple of SLOTS, so that sets of examples share their programs."""
+
+
+class Text(NamedTuple):
+    """A known text whose tokens from `first` on are judged.
+
+    Attributes:
+        ids: token ids.
+        first: index of the first judged token, at least 1.
+        read: number of tokens that prefill reads and a policy compresses, at most `first`. The
+            tokens after them are fed, except the last one, which is only predicted. If `read` is
+            `first`, the last token that was read is fed again. 0 for texts that are fed as a whole.
+        results: what an error calls the text's results.
+    """
+
+    ids: Sequence[int]
+    first: int
+    read: int = 0
+    results: str = "the losses of the text"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judged tokens of a text.
+
+    Attributes:
+        wanted: the tokens.
+        losses: their negative log-likelihoods, nats.
+        likely: the most likely tokens in their places; NO_TOKEN where logits are not finite.
+    """
+
+    wanted: Int[np.ndarray, " J"]
+    losses: Float[np.ndarray, " J"]
+    likely: Int[np.ndarray, " J"]
+
+    @property
+    def right(self) -> bool:
+        """Whether each token is the most likely one: greedy decoding would write all of them."""
+        return bool((self.likely == self.wanted).all())
+
+
+def judge_dense(
+    model: Transformer, params: Any, texts: Sequence[Text], batch_size: int
+) -> Iterator[list[Judged]]:
+    """Judges texts by one forward pass without a cache; all of them have `read` 0.
+
+    Returns:
+        For each batch of `batch_size` texts, the judged tokens of each text.
+
+    Raises:
+        ValueError: a batch size below 1, or results that are not finite.
+    """
+    for start, batch in _batches(texts, batch_size):
+        yield _feed(model, params, batch)[: len(texts) - start]
+
+
+def judge_compressed(
+    model: Transformer,
+    params: Any,
+    texts: Sequence[Text],
+    policies: Mapping[Any, Policy],
+    batch_size: int,
+) -> Iterator[tuple[Any, list[Judged], int]]:
+    """Judges texts from the caches that policies leave after reading a part of each text.
+
+    Returns:
+        For each batch of `batch_size` texts, and within one for each policy, the policy's key, the
+        judged tokens of each text, and the bytes of the batch's cache before the texts are fed,
+        with room for what follows.
+
+    Raises:
+        ValueError: a batch size below 1, a policy that bounds the growth (see `bounds_growth`), or
+            results that are not finite.
+    """
+    if any(map(bounds_growth, policies.values())):
+        raise ValueError("known text cannot be fed under policies with ring or every")
+    params = on_automatic_mesh(params)
+    reader = from_start(model, params, list(policies.values()))
+    for start, batch in _batches(texts, batch_size):
+        for key, judged, held in _judge_batch(model, params, batch, list(policies), reader):
+            yield key, judged[: len(texts) - start], held
+
+
+@automatic_axes()
+def _judge_batch(
+    model: Transformer, params: Any, texts: Sequence[Text], keys: Sequence[Any], reader: Reader
+) -> list[tuple[Any, list[Judged], int]]:
+    """`judge_compressed` of one batch; the reader reads it under the policies with these keys."""
+    read = [text.ids[: text.read] for text in texts]
+    tokens, lengths = pad(read, bucket_length(max(map(len, read))))
+    room = max(len(text.ids) - text.read for text in texts)
+    again, found = [text.read == text.first for text in texts], []
+    for key, start in zip(keys, reader.read(tokens, lengths, room), strict=True):
+        held, cache = cache_bytes(start.cache), without_last(start.cache, again)
+        judged = _feed(model, params, texts, cache, f" under policy {key!r}")
+        found.append((key, judged, held))
+    return found
+
+
+def bounds_growth(policy: Policy) -> bool:
+    """Whether entries leave the policy's cache while tokens come in.
+
+    Text that is fed in pieces does not show the effect of such a policy.
+    """
+    return bool(getattr(policy, "ring", 0) or getattr(policy, "every", 0))
+
+
+def _batches(texts: Sequence[Text], size: int) -> Iterator[tuple[int, list[Text]]]:
+    """Batches of one size, each with the index of its first text. The last one is filled with
+    copies of a text, so that all batches share their programs."""
+    check_ranges({"batch_size": size}, {"batch_size": COUNT})
+    for start in range(0, len(texts), size):
+        batch = list(texts[start : start + size])
+        yield start, batch + batch[:1] * (size - len(batch))
+
+
+def _feed(
+    model: Transformer,
+    params: Any,
+    texts: Sequence[Text],
+    cache: Any = None,
+    under: str = "",
+) -> list[Judged]:
+    """Feeds the tokens after those that a cache holds, and judges the token after each fed one.
+
+    Args:
+        cache: holds the tokens before those to feed, with room for the others; it is used up.
+        under: ends the name of results that are not finite.
+    """
+    begins = [min(text.read, text.first - 1) for text in texts]
+    rests = [text.ids[begin:] for text, begin in zip(texts, begins, strict=True)]
+    longest = max(1, max(map(len, rests)) - 1)
+    # Without a cache there is one piece. Otherwise the pieces of a text share one program.
+    size = bucket_length(longest) if cache is None else min(bucket_length(longest), PIECE)
+    slots = -(-longest // size) * size
+    tokens, lengths = pad(rests, slots + 1)
+    # The token after a fed one has index `after`. A text's last token is not fed.
+    begin, first = np.asarray([begins, [text.first for text in texts]], np.int32)[..., None]
+    after = begin + np.arange(1, slots + 1, dtype=np.int32)
+    fed = after < begin + lengths[:, None]
+    positions = np.where(fed, after - 1, -1)
+    wanted = np.where(fed & (after >= first), tokens[:, 1:], -1)
+    found = []
+    for start in range(0, slots, size):
+        part = np.s_[:, start : start + size]
+        x, cache = hidden_states(model, params, tokens[:, :-1][part], positions[part], cache)
+        found.append(judge(model, params, x, wanted[part]))
+    losses, likely = (np.concatenate(list(map(np.asarray, x)), 1) for x in zip(*found, strict=True))
+    rows = zip(wanted, losses, likely, wanted >= 0, strict=True)
+    judged = [Judged(w[asked], loss[asked], best[asked]) for w, loss, best, asked in rows]
+    for text, own in zip(texts, judged, strict=True):
+        if NO_TOKEN in own.likely or not np.isfinite(own.losses).all():
+            raise not_finite(f"{text.results}{under}", model, params, text.ids)
+    return judged
+
+
+def accuracy(
+    model: Transformer, params: Any, examples: Sequence[Example], eos_id: int, batch_size: int = 8
+) -> float:
+    """The share of examples with every token of the answer right, and the end-of-sequence token."""
+    found = predictions(model, params, examples, eos_id, batch_size)
+    right = [ids == [*example.answer, eos_id] for ids, example in zip(found, examples, strict=True)]
+    return float(np.mean(right)) if right else float("nan")
+
+
+def predictions(
+    model: Transformer, params: Any, examples: Sequence[Example], eos_id: int, batch_size: int = 8
+) -> list[list[int]]:
+    """The teacher-forced answer of every example, and the token after it, without a cache.
+
+    Args:
+        batch_size: examples in one forward pass.
+
+    Returns:
+        len(answer) + 1 ids for each example; the last one is `eos_id` if the model ends there.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    texts = [
+        Text([*e.prompt, *e.answer, eos_id], len(e.prompt), 0, f"the logits of example {index}")
+        for index, e in enumerate(examples)
+    ]
+    parts = judge_dense(model, params, texts, batch_size)
+    return [own.likely.tolist() for part in parts for own in part]
+
+
+def chunk_losses(
+    model: Transformer, params: Any, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]
+) -> Float[np.ndarray, "B T-1"]:
+    """Negative log-likelihood, in nats, of every token but the first of each chunk; fp32.
+
+    Raises:
+        ValueError: losses that are not finite.
+    """
+    texts = [Text(row, 1) for row in np.asarray(tokens).tolist()]
+    (judged,) = judge_dense(model, params, texts, len(texts))
+    return np.stack([own.losses for own in judged])
+
+
+def perplexity(model: Transformer, params: Any, batches: Iterable[np.ndarray]) -> float:
+    """exp of the mean loss over all predictions of all chunks.
+
+    Args:
+        batches: int32 [B, T] each. B and T may differ; each bucket of lengths compiles once.
+
+    Raises:
+        ValueError: no batch, or only chunks of one token, which leave nothing to predict; or losses
+            that are not finite.
+    """
+    total, count = 0.0, 0
+    for tokens in batches:
+        losses = chunk_losses(model, params, tokens)
+        total, count = total + losses.sum(dtype=np.float64), count + losses.size
+    if count == 0:
+        raise ValueError("got no token to predict, expected chunks of at least two tokens")
+    return float(np.exp(total / count))
 
 
 @dataclass(frozen=True)
@@ -52,27 +272,6 @@ class Compared:
     cache_bytes: dict[str, int]
 
 
-@dataclass(frozen=True)
-class AnswerBatch:
-    """Examples of one shape, right-padded.
-
-    Attributes:
-        context: [B, S] the tokens that prefill reads and the policy compresses.
-        lengths: [B] tokens of each context.
-        fed: [B, T] the tokens that follow: the answer, after the question if the question is not
-            part of the context.
-        positions: [B, T] positions of the fed tokens; −1 for padding.
-        wanted: [B, 1 + T] the right token after the context and after each fed token; −1 where no
-            token is asked for.
-    """
-
-    context: Int[np.ndarray, "B S"]
-    lengths: Int[np.ndarray, " B"]
-    fed: Int[np.ndarray, "B T"]
-    positions: Int[np.ndarray, "B T"]
-    wanted: Int[np.ndarray, "B T1"]
-
-
 def compare(
     model: Transformer,
     params: Any,
@@ -82,7 +281,11 @@ def compare(
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Compared:
-    """Judges every example under every policy, and with the full cache (the policy "full").
+    """Judges every answer under every policy, and with the full cache (the policy "full").
+
+    An answer counts as right if each of its tokens, and the EOS after it, is the most likely one:
+    greedy decoding would write this answer, if its first token too came from the compressed cache.
+    In `kvjax.generate` the prefill predicts the first token, before the cache is compressed.
 
     Args:
         policies: by name, with their head scores; see `kvjax.policies.named.resolve`.
@@ -95,107 +298,30 @@ def compare(
             question, or with tokens outside the vocabulary; a model without EOS; or logits that
             are not finite.
     """
-    check_ranges({"batch_size": batch_size}, {"batch_size": COUNT})
-    _check(model.config, examples, protocol)
-    params, config = on_automatic_mesh(params), model.config
+    config = model.config
+    _check_examples(config, examples, protocol)
     every: dict[str, Policy] = {FULL: Full(), **policies}
-    slots, fed_slots = _shape(examples, protocol)
-    reader = from_start(model, params, list(every.values()))
-    right = {name: np.zeros(len(examples), bool) for name in every}
-    for start in range(0, len(examples), batch_size):
-        # The last batch is filled up with copies of one example: one shape, one program.
-        part = range(start, min(start + batch_size, len(examples)))
-        padded = [examples[i] for i in part] + [examples[start]] * (batch_size - len(part))
-        batch = make_batch(padded, protocol, config.eos_ids[0], slots, fed_slots)
-        answers = answer_each(model, params, batch, reader)
-        for name, found in zip(every, answers, strict=True):
-            lost = ((found == NO_TOKEN) & (batch.wanted >= 0)).any(axis=1)
-            if lost.any():
-                row = int(np.argmax(lost))
-                ids = [*padded[row].prompt, *padded[row].answer]
-                what = f"the logits of example {start + row} under policy {name!r}"
-                raise not_finite(what, model, params, ids)
-            # An example is right where every token that is asked for is the most likely one.
-            hits = ((found == batch.wanted) | (batch.wanted < 0)).all(axis=1)
-            right[name][start : part.stop] = hits[: len(part)]
-        if on_batch is not None:
-            on_batch(part.stop)
+    asked = [example.question_length if protocol == AFTER else 0 for example in examples]
+    reads = [len(example.prompt) - n for example, n in zip(examples, asked, strict=True)]
+    texts = []
+    for index, (example, read) in enumerate(zip(examples, reads, strict=True)):
+        ids = [*example.prompt, *example.answer, config.eos_ids[0]]
+        texts.append(Text(ids, len(example.prompt), read, f"the logits of example {index}"))
+    right: dict[str, list[bool]] = {name: [] for name in every}
+    for name, judged, _ in judge_compressed(model, params, texts, every, batch_size):
+        right[name] += [own.right for own in judged]
+        if on_batch is not None and name == list(every)[-1]:
+            on_batch(len(right[name]))
     # Cache bytes follow from shapes alone.
-    longest = max(_context_length(example, protocol) for example in examples)
-    sizes = {}
-    for name, policy in every.items():
-        work = policy.compression(config, [longest], 0, params["embedding"].dtype)
-        sizes[name] = shape_bytes(work, slots)
-    return Compared(right, sizes)
+    longest, dtype = max(reads), params["embedding"].dtype
+    sizes = {
+        name: shape_bytes(policy.compression(config, [longest], 0, dtype), longest)
+        for name, policy in every.items()
+    }
+    return Compared({name: np.asarray(found) for name, found in right.items()}, sizes)
 
 
-def answer_each(
-    model: Transformer, params: Any, batch: AnswerBatch, reader: Reader
-) -> Iterator[Int[np.ndarray, "B T1"]]:
-    """For each policy, the most likely token after the context and after each fed token."""
-    top = output_weights(model, params)
-    # The logits of prefill come before compression; all later ones see the compressed cache.
-    for start in reader.read(batch.context, batch.lengths, batch.fed.shape[1]):
-        first = np.asarray(most_likely(start.logits))[:, None]
-        x, _ = hidden_states(model, params, batch.fed, batch.positions, start.cache)
-        yield np.concatenate([first, np.asarray(_predictions(model.config, top, x))], axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predictions(config: ModelConfig, top: Any, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
-    """The most likely token after each fed token, from the last layer's output."""
-    return most_likely(hidden_logits(config, top, x))
-
-
-def make_batch(
-    examples: Sequence[Example], protocol: str, eos_id: int, slots: int, fed_slots: int
-) -> AnswerBatch:
-    """The arrays of a few examples.
-
-    Args:
-        eos_id: ends every answer.
-        slots, fed_slots: S and T.
-    """
-    B = len(examples)
-    context, lengths = np.zeros((B, slots), np.int32), np.zeros(B, np.int32)
-    fed, positions = np.zeros((B, fed_slots), np.int32), np.full((B, fed_slots), -1, np.int32)
-    wanted = np.full((B, fed_slots + 1), -1, np.int32)
-    for row, example in enumerate(examples):
-        n = _context_length(example, protocol)
-        asked = len(example.prompt) - n
-        rest = [*example.prompt[n:], *example.answer]
-        # The question is fed with the answer unless the context holds it.
-        context[row, :n], lengths[row] = example.prompt[:n], n
-        fed[row, : len(rest)] = rest
-        positions[row, : len(rest)] = n + np.arange(len(rest))
-        wanted[row, asked : len(rest) + 1] = [*example.answer, eos_id]
-    return AnswerBatch(context, lengths, fed, positions, wanted)
-
-
-def _context_length(example: Example, protocol: str) -> int:
-    """Tokens of the prompt that are compressed; the other tokens are fed with the answer."""
-    asked = example.question_length if protocol == AFTER else 0
-    return len(example.prompt) - asked
-
-
-def _shape(examples: Sequence[Example], protocol: str) -> tuple[int, int]:
-    """Slots of the context and of the fed tokens. All batches have the same."""
-    contexts = [_context_length(example, protocol) for example in examples]
-    whole = [len(example.prompt) + len(example.answer) for example in examples]
-    fed = max(n - context for n, context in zip(whole, contexts, strict=True))
-    return round_up(max(contexts)), round_up(fed)
-
-
-def round_up(size: int) -> int:
-    """Rounds a length up to a multiple of SLOTS."""
-    return -(-size // SLOTS) * SLOTS
-
-
-def _check(
-    config: ModelConfig,
-    examples: Sequence[Example],
-    protocol: str,
-) -> None:
+def _check_examples(config: ModelConfig, examples: Sequence[Example], protocol: str) -> None:
     if not examples:
         raise ValueError("got no examples, expected at least one")
     if not config.eos_ids:

@@ -67,7 +67,7 @@ def generate_text(
         chat: True puts each prompt into the chat template, False continues the prompt as it is
             written. None: True where the tokenizer has a template and no context is given.
         system: the system's message before each prompt, where the chat template knows one.
-        context: from `kvjax.compress`. Every prompt continues the context's text, so there is no
+        context: from `kvjax.compress`. Prompts continue the text of the context, without
             chat template, and the context's policy applies.
         on_text: called with (prompt index, piece of text) as pieces are ready. The pieces of a
             prompt are together its text, and each has whole characters.

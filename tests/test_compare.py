@@ -1,4 +1,4 @@
-"""Policies compared on one prefill answer as generation under each of them does."""
+"""Policies compared on one prefill answer as decoding from each compressed cache does."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import pytest
 from toys import random_params
 
 import kvjax
+from kvjax.cache import without_last
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.example import Example
 from kvjax.headkv import HeadScores
@@ -58,21 +59,57 @@ def policies(model):
     return {name: resolve(name, model.config, SCORES) for name in ("full", *NAMES)}
 
 
+def writes(loaded, example, policy):
+    """Whether greedy decoding writes the answer from a compressed cache that takes the last token
+    of the prompt again."""
+    model, params = loaded
+    ids, lengths = np.asarray([example.prompt], np.int32), np.asarray([len(example.prompt)])
+    _, cache = kvjax.prefill(model, params, ids, lengths, policy)
+    cache, token, found = without_last(cache, [True]), ids[:, -1], []
+    for _ in range(len(example.answer) + 1):
+        logits, cache = kvjax.decode_step(model, params, cache, token)
+        token = np.asarray(logits).argmax(-1).astype(np.int32)
+        found += token.tolist()
+    return found == [*example.answer, EOS]
+
+
 def test_the_question_inside(loaded, examples):
     model, params = loaded
     chosen = policies(model)
     full = chosen.pop("full")
     got = compare(model, params, examples, chosen, batch_size=4)
-    prompts = [example.prompt for example in examples]
     seen = set()
     for name, policy in {"full": full, **chosen}.items():
-        out = kvjax.generate(model, params, prompts, policy=policy, **SETTINGS)
-        right = [t == list(e.answer) for t, e in zip(out.tokens, examples, strict=True)]
+        right = [writes(loaded, example, policy) for example in examples]
         np.testing.assert_array_equal(got.right[name], right)
         seen |= {(name, bool(hit)) for hit in right}
+    prompts = [example.prompt for example in examples]
+    out = kvjax.generate(model, params, prompts, **SETTINGS)
+    right = [t == list(e.answer) for t, e in zip(out.tokens, examples, strict=True)]
+    np.testing.assert_array_equal(got.right["full"], right)
     # Each is right and wrong somewhere: the comparison can fail.
     assert seen == {(name, hit) for name in ("full", *NAMES) for hit in (True, False)}
     assert got.cache_bytes["snapkv:kv_size=16"] < 0.2 * got.cache_bytes["full"]
+
+
+def test_the_first_token_sees_the_compressed_cache(loaded):
+    """A policy that looks at no query keeps of a prompt what it keeps without the last token, and
+    the last token."""
+    model, params = loaded
+    names = ("streaming:kv_size=16,window=6", "streaming:kv_size=15,window=5")
+    whole, cut = (resolve(name, model.config, SCORES) for name in names)
+    rng, found, firsts = np.random.default_rng(2), [], []
+    for length in range(100, 124):
+        prompt = rng.integers(0, VOCAB, length).tolist()
+        context = kvjax.compress(model, params, prompt[:-1], cut)
+        (answer,) = kvjax.generate(model, params, [prompt[-1:]], 8, context=context).tokens
+        if 0 < len(answer) < 8:
+            found.append(Example(tuple(prompt), tuple(answer)))
+            out = kvjax.generate(model, params, [prompt], 1, policy=whole, eos_ids=())
+            firsts.append(out.tokens[0][0] == answer[0])
+    got = compare(model, params, found, {"streaming": whole})
+    assert len(found) > 4 and got.right["streaming"].all()
+    assert not all(firsts)  # generation's first token, from the uncompressed prefill, is another
 
 
 def test_the_first_token_is_the_uncompressed_model_s(loaded):

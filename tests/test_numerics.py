@@ -10,14 +10,13 @@ from meshes import GQA, LATENTS, MLA, toy
 
 import kvjax
 from eval import likelihood
+from kvjax import scoring
 from kvjax.decoding import NO_TOKEN, Sampling, most_likely, sample
 from kvjax.example import Example
 from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
 from kvjax.policies.named import parse_policy
-from kvjax.scoring import compare
-from kvjax.tasks import scoring
-from kvjax.tasks.scoring import perplexity
+from kvjax.scoring import compare, perplexity
 
 LOUD = 60  # the token whose embedding overflows two layers on
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

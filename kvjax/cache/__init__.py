@@ -11,6 +11,7 @@ from kvjax.cache.layers import (
     cache_bytes,
     rope_lengths_of,
     with_layer,
+    without_last,
 )
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.sharded import ShardedHeads, ShardedSlots
@@ -32,4 +33,5 @@ __all__ = [
     "cache_bytes",
     "rope_lengths_of",
     "with_layer",
+    "without_last",
 ]

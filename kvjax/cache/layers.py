@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
@@ -248,6 +249,24 @@ def advance(caches: Any, lengths: jax.Array) -> Any:
 @advance.register
 def _(caches: ModelCache, lengths: jax.Array) -> ModelCache:
     return caches.advance(lengths)
+
+
+def without_last(caches: ModelCache, rows: Sequence[bool]) -> ModelCache:
+    """The caches of a prefill, ready to take the last token of some sequences once more.
+
+    The next token overwrites a sequence's last token. Under every policy each head has kept that
+    token, as the newest of its entries, so the counts are one lower and no entry moves. The result
+    shares its arrays with the given caches.
+
+    Args:
+        rows: for each sequence, whether its last token is taken back.
+    """
+    taken = np.asarray(rows, np.int32)
+
+    def count(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf - taken if getattr(path[-1], "name", "") == "lengths" else leaf
+
+    return jax.tree_util.tree_map_with_path(count, caches)
 
 
 def rope_lengths_of(caches: Any) -> jax.Array:

@@ -30,7 +30,7 @@ from kvjax.commands.checkpoints import (
 )
 from kvjax.commands.unfinished import ConversionFolder, check_out, describe
 from kvjax.config import LayerConfig, ModelConfig
-from kvjax.feeding import next_token_losses
+from kvjax.feeding import judge
 from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer, param_shapes
@@ -358,7 +358,7 @@ def _perplexities(
     model: Transformer, top: dict[str, Any], streams: Mapping[str, jax.Array], held: np.ndarray
 ) -> dict[str, float]:
     """perplexity_<step> of the held-out text, for the original model and every stage."""
-    losses = (next_token_losses(model, top, streams[name], held) for name in HELD_OUT)
+    losses = (judge(model, top, streams[name][:, :-1], held[:, 1:])[0] for name in HELD_OUT)
     means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
     names = ("original", *STAGES)
     for name, mean in zip(names, means, strict=True):

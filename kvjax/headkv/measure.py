@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from kvjax.cache import NoCache
 from kvjax.cache.dense import start_prefill
 from kvjax.checks import token_ids
 from kvjax.config import ModelConfig
@@ -45,6 +46,7 @@ from kvjax.nn.transformer import (
     embed,
     hidden_logits,
     output_params,
+    run_layer,
 )
 from kvjax.paths import local_path
 from kvjax.policies.importance import HeadScores
@@ -349,22 +351,18 @@ def answer_loss(
     The loss is the mean over an answer's tokens, summed over the examples, in nats.
     """
     at = positions(batch)
-
-    def apply(params: Any, *args: Any, method: str) -> Any:
-        return model.apply({"params": params}, *args, method=method)
-
-    x = apply(params, batch.tokens, method="embed")
-    for index in range(model.config.num_layers):
+    x = embed(model.config, params, batch.tokens)
+    for index, kind in enumerate(block_kinds(model.config)):
         # Recompute each layer in the backward pass: only its input is stored.
         @jax.checkpoint
-        def layer(x: jax.Array, gates_N: jax.Array, index: int = index) -> jax.Array:
-            gated = gate_heads(params, index, gates_N)
-            return apply(gated, index, x, at, None, batch.lengths, method="layer")[0]
+        def layer(own: Any, x: jax.Array, gates_N: jax.Array, kind: Any = kind) -> jax.Array:
+            gated = gate_heads(own, gates_N)
+            return run_layer(kind, gated, x, at, NoCache(), batch.lengths)[0]
 
-        x = layer(x, gates[index])
+        x = layer(params[f"layers_{index}"], x, gates[index])
     # Only the steps need logits, and only real steps count for the loss.
     x = jnp.take_along_axis(x, step_positions(batch)[..., None], axis=1)
-    logits = apply(params, x, method="unembed")
+    logits = hidden_logits(model.config, params, x)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     loss = -jnp.take_along_axis(log_p, batch.answers[..., None], axis=-1)[..., 0]
     sizes = jnp.sum(batch.steps, axis=1, dtype=jnp.int32).astype(jnp.float32)
@@ -372,14 +370,12 @@ def answer_loss(
     return jnp.sum(loss), most_likely(logits)
 
 
-def gate_heads(params: Any, layer: int, gates: Float[Array, " N"]) -> Any:
-    """The parameters with the output of every head of a layer multiplied by its gate."""
-    name = f"layers_{layer}"
-    attention = params[name]["attn"]
+def gate_heads(params: Any, gates: Float[Array, " N"]) -> Any:
+    """The parameters of a layer with the output of every head multiplied by its gate."""
+    attention = params["attn"]
     # Scaling a head's rows of the output projection scales the head's output.
     output = attention["o"].astype(jnp.float32) * gates[:, None, None]
-    attention = attention | {"o": output.astype(attention["o"].dtype)}
-    return params | {name: params[name] | {"attn": attention}}
+    return params | {"attn": attention | {"o": output.astype(attention["o"].dtype)}}
 
 
 ESTIMATORS = {

@@ -293,7 +293,7 @@ class Transformer(nn.Module):
         cache: Any,
         rope_lengths: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One block, for callers that run layer by layer (`apply(…, method="layer")`)."""
+        """One block, with the program that all layers of its kind share."""
         params: Any = self.variables["params"]
         # Linen declares the parameters of a layer when its module is called.
         own = self.layers[index]() if self.is_initializing() else params[f"layers_{index}"]

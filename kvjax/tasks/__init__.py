@@ -5,10 +5,10 @@ Generator and a vocabulary, and returns an `Example`, token ids and spans. The g
 problems, in `word_problems` and `programs`, return a `Problem`: a text and a judge of its answers.
 """
 
+from kvjax.scoring import accuracy, perplexity, predictions
 from kvjax.tasks import families, programs, word_problems
 from kvjax.tasks.prompt import Problem
 from kvjax.tasks.recall import make_examples, needle, repeated_spans, two_hop
-from kvjax.tasks.scoring import accuracy, perplexity, predictions
 from kvjax.tasks.words import Vocabulary, WordVocabulary
 from kvjax.text import exact_match, rouge1_recall, token_f1
 

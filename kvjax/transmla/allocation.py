@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.checks import COUNT, OVERFLOW, SIZE, check_params, check_ranges, token_ids
 from kvjax.config import LayerConfig
-from kvjax.feeding import next_token_losses
+from kvjax.feeding import judge
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kind, embed, layer_output, output_params
+from kvjax.nn.transformer import block_kind, embed, layer_output
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import Stats
 from kvjax.transmla.closed_form import BEST, Recipe, close, published
@@ -295,7 +295,6 @@ class _Trial:
         return outputs
 
     def _loss(self, hidden: Float[Array, "S T D"]) -> float:
-        top = {name: self.params[name] for name in output_params(self.model.config)}
-        losses = next_token_losses(self.model, top, hidden, self.tokens)
+        losses, _ = judge(self.model, self.params, hidden[:, :-1], self.tokens[:, 1:])
         loss = float(np.mean(np.asarray(losses)))
         return loss if np.isfinite(loss) else np.inf  # min() might choose NaN

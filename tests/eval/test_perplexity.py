@@ -11,10 +11,12 @@ import pytest
 from tokenizer_toys import sentencepiece
 from toys import forward
 
-from eval import likelihood
+import kvjax
 from eval.__main__ import main
 from eval.likelihood import dense_losses, losses_after_prefix
 from eval.perplexity import chunks, perplexity_of, read_ids
+from kvjax import scoring
+from kvjax.cache import without_last
 from kvjax.policies.named import resolve
 from kvjax.tasks import perplexity
 
@@ -60,7 +62,7 @@ def test_a_sliding_window_scores_every_token_once():
 
 
 def test_a_full_prefix_gives_what_no_prefix_gives(monkeypatch):
-    monkeypatch.setattr(likelihood, "PIECE", 16)  # several pieces, the last one not full
+    monkeypatch.setattr(scoring, "PIECE", 16)  # several pieces, the last one not full
     loaded, rows = toys.loaded(), chunks(IDS, LENGTH, LENGTH)
 
     names = ("full", "snapkv:kv_size=10,window=4")
@@ -71,8 +73,15 @@ def test_a_full_prefix_gives_what_no_prefix_gives(monkeypatch):
     assert len(full) == len(small) == len(rows)
     for row, got in zip(rows, full, strict=True):
         np.testing.assert_allclose(got, by_hand(row)[PREFIX - 1 :], rtol=1e-4, atol=1e-5)
-    # The token right after the prefix is predicted before anything is lost.
-    np.testing.assert_allclose([r[0] for r in small], [r[0] for r in full], rtol=1e-5)
+    # The token right after the prefix sees the compressed cache too, which takes the last token of
+    # the prefix again.
+    lengths, ids = np.full(len(rows), PREFIX, np.int32), rows[:, :PREFIX]
+    _, cache = kvjax.prefill(loaded.model, loaded.params, ids, lengths, policies[1])
+    cache = without_last(cache, [True] * len(rows))
+    logits, _ = kvjax.decode_step(loaded.model, loaded.params, cache, rows[:, PREFIX - 1])
+    found = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(rows)), rows[:, PREFIX]]
+    np.testing.assert_allclose([r[0] for r in small], found, rtol=1e-4)
+    assert not np.allclose([r[0] for r in small], [r[0] for r in full], rtol=1e-3)
     assert not np.allclose(np.concatenate(small), np.concatenate(full), rtol=1e-3)
 
 

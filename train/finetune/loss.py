@@ -21,7 +21,14 @@ from jaxtyping import Array, Float
 from kvjax.cache import NoCache
 from kvjax.config import ModelConfig
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, apply_block, block_kinds, hidden_logits, output_params
+from kvjax.nn.transformer import (
+    Block,
+    apply_block,
+    block_kinds,
+    embed,
+    hidden_logits,
+    output_params,
+)
 
 PackedBatch = Mapping[str, Any]
 """tokens, targets, positions, segment_ids [B, T] int32, weights [B, T] fp32; see `make_loader`."""
@@ -59,7 +66,7 @@ def hidden(
         remat: keep only the layers' inputs for the backward pass, and compute the rest again there.
         sharding: of the batch on a mesh; activations are constrained to it.
     """
-    x: Any = model.apply({"params": params}, batch["tokens"], method="embed")
+    x = embed(model.config, params, batch["tokens"])
     # Without the constraint the compiler may gather activations instead of FSDP's weights.
     x = constrain(x, sharding)
     for index, kind in enumerate(block_kinds(model.config)):
