@@ -63,7 +63,7 @@ class SelectedPairs:
     A frequency may occur more than once. The selection does not change rules that depend on the
     length, nor attention factors.
 
-    In a program that layers share, the selection is an argument: see `kvjax.nn.rope.Turn`.
+    In a program that layers share, the selection is an argument: see `kvjax.nn.layers.Turn`.
     """
 
     of: RopeConfig

@@ -115,11 +115,11 @@ def test_an_import_that_points_up_is_found(tmp_path, line):
     below = tmp_path / "kvjax" / "nn"
     below.mkdir(parents=True)
     (below / "__init__.py").write_text("")
-    (below / "rope.py").write_text(line)
+    (below / "layers.py").write_text(line)
     (tmp_path / "kvjax" / "__init__.py").write_text("")
-    (tmp_path / "kvjax" / "cli.py").write_text("from kvjax.nn import rope")
+    (tmp_path / "kvjax" / "cli.py").write_text("from kvjax.nn import layers")
     imports = graph(tmp_path, ["kvjax"])
     (problem,) = wrong_imports(imports, {"kvjax": 1, "kvjax.nn": 0, "kvjax.cli": 2})
-    assert problem.startswith("kvjax.nn.rope imports kvjax.cli")
+    assert problem.startswith("kvjax.nn.layers imports kvjax.cli")
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter(imports).prepare()

@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AbsorbedCache, AttentionSpec, Cache, NoCache
 from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig, NormConfig
-from kvjax.nn.layers import Params, matmul, norm, project, rms_norm
+from kvjax.nn.layers import Params, matmul, norm, project, rms_norm, rope
 from kvjax.nn.params import rotated_heads
-from kvjax.nn.rope import rope
 
 
 def gqa(

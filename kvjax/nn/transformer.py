@@ -34,9 +34,8 @@ from kvjax.config import (
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.attention import decoupled, equal_cache, gqa, mla
-from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm
+from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm, with_pairs, without_pairs
 from kvjax.nn.params import Declared, declare, layer_params, outside_layers
-from kvjax.nn.rope import with_pairs, without_pairs
 
 ATTENTION: dict[type, Callable[..., tuple[jax.Array, Any]]] = {
     GQAConfig: gqa,

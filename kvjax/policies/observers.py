@@ -19,7 +19,7 @@ from kvjax.config import (
     LongRopeScaling,
     RopeConfig,
 )
-from kvjax.nn.rope import rope
+from kvjax.nn.layers import rope
 from kvjax.policies.scorers import LayerView, attention_weights, by_kv_head
 
 QUERY_ROWS = 64  # queries whose attention over all keys is in memory at a time

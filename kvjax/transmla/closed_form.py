@@ -18,7 +18,7 @@ from jaxtyping import Complex, Float
 
 from kvjax.checks import SIZE, check_ranges, rounded
 from kvjax.config import GQAConfig, MLAConfig
-from kvjax.nn.rope import frequencies
+from kvjax.nn.layers import frequencies
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import LayerStats
 from kvjax.transmla.layer import LatentLayer

@@ -34,7 +34,7 @@ from kvjax.config import (
 )
 from kvjax.mesh import mesh_of
 from kvjax.nn.attention import gqa_heads
-from kvjax.nn.rope import rope
+from kvjax.nn.layers import rope
 from kvjax.nn.transformer import Block, Transformer, attention_input, text_positions
 from kvjax.sharding import place_params
 from pallas_kernels.entries import NEG_INF, soft_cap

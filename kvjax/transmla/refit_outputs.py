@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.nn.rope import Turn
+from kvjax.nn.layers import Turn
 from kvjax.nn.transformer import Block
 from kvjax.transmla.layer import (
     HIGHEST,

@@ -9,7 +9,7 @@ import pytest
 
 from kvjax.cache import AttentionSpec, DenseCache, PrefillCache
 from kvjax.config import GQAConfig, RopeConfig, YarnScaling
-from kvjax.nn.rope import rope
+from kvjax.nn.layers import rope
 from kvjax.policies.observers import ColumnSums, ExpectedAttention, unrotate
 from kvjax.policies.scorers import (
     KeyDifference,

@@ -7,7 +7,7 @@ import pytest
 
 import kvjax
 from kvjax.hf.rope import rope_config
-from kvjax.nn.rope import frequencies
+from kvjax.nn.layers import frequencies
 
 pytest.importorskip("torch")
 from tiny_checkpoints import LLAMA3, LONGROPE, YARN, build, torch_logits

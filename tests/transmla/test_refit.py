@@ -10,7 +10,7 @@ from toys import random_params
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
-from kvjax.nn.rope import Turn
+from kvjax.nn.layers import Turn
 from kvjax.nn.transformer import attention_output, block_kind
 from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
 from kvjax.transmla.closed_form import close

@@ -25,7 +25,7 @@ from kvjax.config import (
     RopeConfig,
     SelectedPairs,
 )
-from kvjax.nn.rope import frequencies
+from kvjax.nn.layers import frequencies
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 UNUSED = {
