@@ -17,8 +17,8 @@ from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
 from kvjax.cache.storage import (
     empty,
     last_queries,
-    live_slots,
     query_slots,
+    slot_numbers,
     token_slots,
     write_pool,
     write_rows,
@@ -103,7 +103,7 @@ class DenseCache:
                 return gqa_decode(q[:, 0], cache.k, cache.v, live, **settings)[:, None], cache
             # Only differences of positions count, so slot numbers serve if no token was removed.
             if cache.positions is None:
-                at, held = query_slots(self.used, positions), live_slots(live, S)
+                at, held = query_slots(self.used, positions), slot_numbers(live, S)
             else:
                 at, held = positions, cache.positions
             out, _ = cached_attention(q, cache.k, cache.v, at, held, spec, expand)
@@ -234,7 +234,7 @@ class LatentCache:
             q = self.joint(q_latent, q_rope)
             keys, values = self.keys_and_values(q.dtype)
             if self.positions is None:
-                at, held = query_slots(before, positions), live_slots(live, S)
+                at, held = query_slots(before, positions), slot_numbers(live, S)
             else:
                 at, held = positions, self.positions
             out, lse = cached_attention(q, keys, values, at, held, spec)

@@ -211,7 +211,7 @@ def query_slots(lengths_B: Int[Array, " B"], positions_BT: Int[Array, "B T"]) ->
     return jnp.where(valid, lengths_B[:, None] + counts - 1, -1)
 
 
-def live_slots(lengths_B: jax.Array, capacity: int) -> Int[Array, "B S"]:
+def slot_numbers(lengths_B: jax.Array, capacity: int) -> Int[Array, "B S"]:
     """[B, S] the slot numbers; −1 for empty slots."""
     slots = jnp.arange(capacity, dtype=jnp.int32)[None]
     return jnp.where(slots < lengths_B[:, None], slots, -1)

@@ -238,6 +238,14 @@ ATTENTION = {
     DecoupledConfig: decoupled_params,
 }
 
+KV_NAMES = {
+    GQAConfig: ("k", "v", "k_bias", "v_bias"),
+    EqualCacheConfig: ("k_down", "k_up", "v_down", "v_up", "k_down_bias", "v_down_bias"),
+    MLAConfig: ("kv_a", "kv_a_bias", "kv_norm", "k_up", "v_up"),
+    DecoupledConfig: ("k", "v", "k_bias", "v_bias", "down", "k_up", "v_up"),
+}
+"""Parameters between a layer's input and its heads' keys and values, by kind of attention."""
+
 
 # --- MLPs: for inputs of `width` numbers ---------------------------------------------------------
 

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 import kvjax
 from kvjax import processes
 from kvjax.checks import check_finite
-from kvjax.config import DecoupledConfig, EqualCacheConfig, GQAConfig, MLAConfig
 from kvjax.hf import matching, open_params, read_model
 from kvjax.nn import Transformer, param_shapes
+from kvjax.nn.params import KV_NAMES
 from kvjax.sharding import batch_sharding, make_mesh, parse_mesh
 from train.finetune.config import TuneConfig, with_dtype
 from train.finetune.step import Flat, TuneState, TuneStep, adamw, flatten
@@ -132,14 +132,6 @@ def read_parameters(config: TuneConfig, model: Transformer, mesh: Mesh | None) -
         frozen |= {path: leaf.astype(config.dtype) for path, leaf in rest.items()}
     return trainable, frozen
 
-
-KV_NAMES = {
-    GQAConfig: ("k", "v", "k_bias", "v_bias"),
-    EqualCacheConfig: ("k_down", "k_up", "v_down", "v_up", "k_down_bias", "v_down_bias"),
-    MLAConfig: ("kv_a", "kv_a_bias", "kv_norm", "k_up", "v_up"),
-    DecoupledConfig: ("k", "v", "k_bias", "v_bias", "down", "k_up", "v_up"),
-}
-"""Parameters between a layer's input and its heads' keys and values, by kind of attention."""
 
 GROUPS = ("kv_only", "attention", "all")
 
