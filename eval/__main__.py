@@ -15,7 +15,7 @@ COMMANDS = {
     "report": ("eval.report.command", "report"),
     "run": ("eval.suites", "main"),
 }
-"""Commands beside the tasks: module and function. `main` takes argv, tyro calls the others."""
+"""Commands besides the tasks: module and function. `main` takes argv, tyro calls the others."""
 
 SHARED = ("run",)
 """Commands that several processes share, as they share tasks. Process 0 runs the others alone."""

@@ -151,7 +151,7 @@ class CompressedLM(TemplateLM):
             bar = progress.add_task("answers", total=len(requests), items="")
             for settings, members in _grouped(requests):
                 stops, new, sampling = _read(settings)
-                # The prompt is cut from the left, so that the longest answer fits behind it.
+                # The prompt is cut from the left, so that the longest answer fits after it.
                 room = self.max_length - new
                 if room < 1:
                     raise ValueError(

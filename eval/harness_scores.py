@@ -12,7 +12,7 @@ PRIMARY = ("acc_norm", "exact_match", "acc", "pass@1", "f1", "word_perplexity")
 """The first of these metrics that a task has represents the task in the mean."""
 
 LOW = ("perplexity", "bits_per_byte", "brier", "ter", "wer", "loss", "mse")
-"""Parts of names of metrics that are better low, for metrics of which the harness does not say."""
+"""Parts of the names of metrics where lower is better, if the harness does not say so."""
 
 NO_METRIC = ("sample_len", "bypass")
 
@@ -50,8 +50,8 @@ def scores(
             tags; None: all tasks and groups that are in no group.
 
     Returns:
-        all: the mean over the requested names. Scores that are better low, or are not shares from
-        0 to 1, are left out of the mean and named under "not in the mean".
+        all: the mean over the requested names. Scores where lower is better, or that are
+        not shares from 0 to 1, are left out of the mean and named under "not in the mean".
         groups: the score of each name. summary: every number of every task and group.
 
     Raises:
@@ -153,13 +153,13 @@ class _Results:
 
 
 def _comparable(parts: Sequence[Part]) -> list[Part]:
-    """Parts whose mean makes sense: shares that are better high, else those of the first metric."""
+    """Parts whose mean makes sense: shares (higher is better), else parts of one metric."""
     shares = [part for part in parts if part.high and 0 <= part.score <= 1]
     return shares or [part for part in parts if part.metric == parts[0].metric]
 
 
 def _mean(name: str, parts: Sequence[Part]) -> Part:
-    """The mean of independent scores that are all better high, or all better low."""
+    """The mean of independent scores. Higher is better for all of them, or lower for all."""
     errors = [part.error for part in parts if part.error is not None]
     # Without the error of every member, the mean's error is unknown.
     complete = len(errors) == len(parts)

@@ -186,7 +186,9 @@ def read(
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
-            wrong.append(f"line {number} is no prediction: {line[:80].decode(errors='replace')!r}")
+            wrong.append(
+                f"line {number} is not a prediction: {line[:80].decode(errors='replace')!r}"
+            )
             continue
         problems = [*checks.problems(values, FIELDS)] or [*_foreign(values, known, groups)]
         if not problems:
@@ -197,7 +199,7 @@ def read(
                 continue
             problems = [f"policy {key[0]!r} and id {key[1]!r} again, as in line {found[key][0]}"]
         wrong += [f"line {number}: {problem}" for problem in problems]
-    checks.refuse(wrong, f"{path}, ", "; remove such lines to have them made again")
+    checks.refuse(wrong, f"{path}, ", "; remove these lines, and the run computes them again")
     return [prediction for _, prediction in found.values()]
 
 

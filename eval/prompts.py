@@ -47,15 +47,15 @@ def encode(
         max_length: tokens of prompt and answer, where it is less than the model's context.
 
     Raises:
-        ValueError: no chat template, no room beside the answer, or a prompt that is too long for
-            a task that refuses to cut it.
+        ValueError: no chat template, no room for a prompt before the answer, or a prompt that is
+            too long for a task that refuses to cut it.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: run without --chat")
     whole = min(config.context_length, config.context_length if max_length is None else max_length)
     prompts = []
     for index, item in enumerate(task.items):
-        # The answer must fit into the context behind the prompt.
+        # The answer must fit into the context after the prompt.
         room = whole - item.max_new_tokens
         if room < 2:
             raise ValueError(

@@ -241,7 +241,7 @@ def _is_gqa(config: ModelConfig) -> bool:
 
 
 def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> dict[str, Any]:
-    """Digests for config.json: a checkpoint or a score file may change and keep its name."""
+    """Digests for config.json: a checkpoint or score file can change and keep its name."""
     found = identity(model.config, params)
     return {
         "config": found.config,

@@ -141,7 +141,7 @@ def hub_archive(dataset: str, archive: str, member: str) -> list[Row]:
             text = packed.read(member).decode()
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{member} of {dataset}'s {archive} cannot be had ({str(error).splitlines()[0]}): "
+            f"cannot read {member} of {dataset}'s {archive} ({str(error).splitlines()[0]}): "
             "give local files with --data-dir"
         ) from error
     return _parsed(text, member)

@@ -48,7 +48,7 @@ MEASUREMENTS = {
     "latency": (latency.LatencyCommand, latency.run),
     "lm-eval": (lm_eval.HarnessCommand, lm_eval.run),
 }
-"""Commands beside the tasks: the dataclass of their settings, and what runs them."""
+"""Commands besides the tasks: the dataclass of their settings, and what runs them."""
 
 ABOUT = ("title", "paper", "notes", "model", "runs")
 RUN = ("name", "command", "model", "policies", "options")

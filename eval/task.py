@@ -53,7 +53,7 @@ class Item:
         prompt: text, or token ids that are used unchanged.
         references: right answers; each task defines how they are compared.
         max_new_tokens: longest answer.
-        group: a subset, length or depth that gets a score beside the whole task's; "" for none.
+        group: a subset, length or depth that gets its own score; "" for none.
         meta: JSON values that the task's score needs.
     """
 

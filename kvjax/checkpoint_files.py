@@ -130,7 +130,7 @@ def read_index(path: Path) -> dict[str, Any]:
     weight_map = read_json(path)[1].get("weight_map")
     if not isinstance(weight_map, dict):
         got = type(weight_map).__name__
-        raise ValueError(f"{path} is no index: its weight_map is a {got}, expected an object")
+        raise ValueError(f"{path} is not an index: its weight_map is a {got}, expected an object")
     return weight_map
 
 
@@ -272,7 +272,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if start - 8 > MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name} is no safetensors file: a header of {start - 8} bytes")
+            raise ValueError(
+                f"{path.name} is not a safetensors file: a header of {start - 8} bytes"
+            )
         if size < 8 or start > size:
             raise ValueError(f"{path.name} is truncated: {size} bytes end within the header")
         try:
@@ -283,7 +285,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             tensors = {name: _stored(path, start, entry) for name, entry in header.items()}
             end = _end(tensors, start)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path.name} is no safetensors file: {error}") from None
+            raise ValueError(f"{path.name} is not a safetensors file: {error}") from None
     if end > size:
         raise ValueError(f"{path.name} is truncated: got {size} bytes, expected {end}")
     if end < size:
@@ -304,7 +306,7 @@ def _check_metadata(metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("its __metadata__ is no object of texts")
+        raise ValueError("its __metadata__ is not an object of texts")
 
 
 def _stored(path: Path, start: int, entry: Any) -> StoredTensor:
@@ -432,7 +434,7 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
         text = data.decode("utf-8")
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
     return text, raw

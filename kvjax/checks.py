@@ -60,9 +60,9 @@ class Range:
 
 
 COUNT = Range(least=1, most=2**31 - 1, whole=True)
-"""How many of something there are."""
+"""Counts of at least one."""
 SIZE = Range(least=0, most=2**31 - 1, whole=True)
-"""How many of something there are, or none."""
+"""Counts of at least zero."""
 SEED = Range(least=0, most=2**63 - 1, whole=True)
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(least=0)
@@ -157,7 +157,9 @@ def token_ids(values: Any, vocab_size: int, name: str) -> Int32[np.ndarray, "*sh
     try:
         ids = np.asarray(values)
     except (ValueError, OverflowError):
-        raise ValueError(f"{name}: got ids of no one shape, expected an array of them") from None
+        raise ValueError(
+            f"{name}: got lists of different lengths, expected an array of token ids"
+        ) from None
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{name}: got {ids.dtype} {ids.shape}, expected token ids, integers")
     if ids.size == 0:

@@ -138,8 +138,8 @@ def _read(path: Path) -> Context:
     stored, metadata = read_header(path), read_metadata(path)
     try:
         content = json.loads(metadata.get("kvjax", "{}"))
-        # Rebuild the cache from its description. A damaged file can fail at any line; report all
-        # failures alike.
+        # Rebuild the cache from its description. A damaged file can fail at any line, so one error
+        # reports all failures.
         if (found := content.get("format")) == FORMAT:
             cache = _rebuild(content["cache"], stored)
             _check_parts(cache)
@@ -148,8 +148,8 @@ def _read(path: Path) -> Context:
             return Context(cache, length, str(content["policy"]), Identity(**made_with))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is no context: its description is damaged ({said})") from None
-    raise ValueError(f"{path} is no context: got {found}, expected {FORMAT}")
+        raise ValueError(f"{path} is not a context: its description is damaged ({said})") from None
+    raise ValueError(f"{path} is not a context: got {found}, expected {FORMAT}")
 
 
 def _check_parts(cache: Any) -> None:

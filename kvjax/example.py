@@ -1,20 +1,20 @@
-"""One question about a long prompt: what tasks generate, importance reads and evaluation scores."""
+"""One question about a long prompt. Tasks generate it; importance and evaluation use it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its answer, and where in the prompt the answer stands.
+    """A prompt, its answer, and the place of the answer in the prompt.
 
     Attributes:
         prompt: token ids, the question at the end.
         answer: token ids that should follow.
         span: half-open range of prompt positions of the sentence that holds the answer;
-            empty where that is unknown.
-        depth: where the sentence stands, 0 (start) to 1 (end).
+            empty if unknown.
+        depth: place of that sentence, 0 (start) to 1 (end).
         name: the kind of question.
-        question_length: tokens at the end of the prompt that ask, 0 where that is unknown.
+        question_length: tokens of the question at the end of the prompt; 0 if unknown.
     """
 
     prompt: tuple[int, ...]

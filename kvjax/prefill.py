@@ -357,8 +357,9 @@ def prefill_in_groups(
 ) -> tuple[jax.Array, list[Any]]:
     """`read_prompts` for one group of sequences after another.
 
-    During prefill one layer's keys and values exist uncompressed, and so do the residual streams.
-    With small caches this limits the batch, unless few sequences are read at a time.
+    Prefill needs memory for the uncompressed keys and values of up to two layers, and for the
+    residual streams. With small caches this limits the batch, unless few sequences are read at a
+    time.
 
     Args:
         works: the policies, applied to the whole batch.

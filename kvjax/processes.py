@@ -237,7 +237,7 @@ def together() -> Iterator[None]:
         if not several():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # A lost process breaks collectives at once; the heartbeats tell later.
+            # A lost process breaks collectives at once; the heartbeats report it later.
             time.sleep(HEARTBEAT + 10)
         traceback.print_exc()
         stop(1)

@@ -92,7 +92,7 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all; makes its folder."""
+    """Writes a text file atomically; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A rename replaces the file in one step; a kill before leaves the old file.
     part = path.with_name(f"{path.name}.part")
@@ -101,7 +101,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that it is there whole or not at all; makes its folder."""
+    """Writes a JSON file atomically; makes its folder."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Text and token ids: the ids of a prompt, the text of an answer, and the score of an answer.
 
-A decoder treats its first token specially: sentencepiece's drops a space there. So new tokens are
-decoded together with tokens before them, and the text of those is cut off."""
+Sentencepiece's decoder drops a space before its first token. So new tokens are decoded together
+with the tokens before them, and the text of the earlier tokens is cut off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from kvjax.config import ModelConfig
 
 ANCHORS = ("\n", "a", ".", "☺")
-"""Texts to encode another text after: a tokenizer rarely merges all of them with what follows."""
+"""Texts to encode before another text; a tokenizer rarely merges all of them with that text."""
 
 MARK = "@answer@"
 
@@ -25,7 +25,7 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text that begins a sequence and will be continued.
 
     The special tokens that the tokenizer puts before a text (BOS) come once: a text that begins
-    with them gets no second ones. What the tokenizer puts after a text (EOS) is left out.
+    with them gets no second ones. Tokens that the tokenizer puts after a text (EOS) are left out.
 
     Args:
         tokenizer: of transformers.
@@ -65,7 +65,7 @@ def chat_ids(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
 
 
 def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
-    """Ids of a text that follows another one, without special tokens of the tokenizer's own.
+    """Ids of a text that follows another one, without the tokenizer's special tokens.
 
     Sentencepiece tokenizers put a space before any text that they encode. Here this would be a
     space that the text does not have, so the text is encoded together with one before it.
@@ -82,7 +82,7 @@ def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
             return alone
         whole = _encode(tokenizer, anchor + text)
         rest = whole[len(head) :]
-        # A made-up text before this one counts only where it saves the space and nothing else.
+        # A made-up text before this one is used only if the space is the only difference.
         saves = anchor == before or f" {_written(tokenizer, head, rest)}" == written
         if rest and whole == head + rest and saves:
             return rest
@@ -175,11 +175,11 @@ class TextStream:
         self._waiting: list[int] = []  # tokens whose text is not out yet
         self._said = ""
         self.add(_tail(tokenizer, prompt_ids))
-        # A prompt can end within a character, which belongs to the answer if that completes it.
+        # A prompt can end within a character. If the answer completes it, it belongs to the answer.
         self._said = self._text_of_waiting()
 
     def add(self, ids: Sequence[int]) -> str:
-        """The text that is certain now that these tokens have come."""
+        """Takes new tokens, and returns the new text that later tokens cannot change."""
         return self._not_said("".join(self._step(int(index)) for index in ids))
 
     def end(self) -> str:

@@ -1,4 +1,4 @@
-"""Texts in, texts out: `kvjax.generate` behind a tokenizer and its chat template."""
+"""Texts in, texts out: `kvjax.generate` with a tokenizer and its chat template."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ the platform if there is one that can serve the call, else "xla"; on a platform 
 gives the reason as a RuntimeWarning, once for each operation and reason. A named implementation
 that cannot serve raises NotImplementedError with the reason and is never replaced by another one.
 
-Lengths are clipped to the room for them before any implementation sees them, because a kernel would
-read behind the end of the cache.
+Lengths are clipped to the slots before any implementation sees them, because a kernel would read
+past the end of the cache.
 """
 
 import functools
@@ -52,8 +52,8 @@ def gqa_decode(
 
     Args:
         q: [B, N, H]; query head n reads KV head n // (N / K).
-        k, v: [B, K, S, H] and [B, K, S, Hv], or `Quantized`. Slots at or behind a sequence's length
-            may hold anything, NaN included.
+        k, v: [B, K, S, H] and [B, K, S, Hv], or `Quantized`. Slots from a sequence's length on may
+            hold anything, NaN included.
         lengths: [B] integers, the number of live slots, clipped to 0 … S; 0 gives zeros.
         scale: factor of the logits; default H^-0.5.
         window: the query sees only the last `window` live slots; default all.
@@ -105,7 +105,7 @@ def ragged_gqa_decode(
         q: [B, N, H]; query head n reads the segment of KV head n // (N / K).
         k_pool, v_pool: [B, P, H] and [B, P, Hv], `Quantized` or `Bits`. The segment of head k has
             the rows starts[k] … starts[k] + capacities[k] − 1; the pool may hold other segments.
-        starts: [B, K] integers; or [K], or a sequence of K ints, for all sequences alike.
+        starts: [B, K] integers; or [K], or a sequence of K ints, for all sequences.
         lengths: [B, K] integers, the number of live rows of each segment, clipped to 0 … capacity.
         capacities: like `starts`; default: up to the next start.
         align: if `starts` is an array: a number of which all starts and P are multiples.
@@ -160,7 +160,7 @@ def _segments(
         align, span = max(math.gcd(*starts, rows), 1), sum(capacities)
         starts, capacities = (jnp.asarray(x, jnp.int32) for x in (starts, capacities))
     starts = _of_each_sequence(starts, "starts", pool)
-    _check(rows % align == 0, f"{rows} pool rows are no multiple of align = {align}")
+    _check(rows % align == 0, f"{rows} pool rows are not a multiple of align = {align}")
     # Each segment ends where the next one in the pool starts, the last one at the pool's end.
     if capacities is None:
         later = starts[:, None] > starts[:, :, None]
@@ -213,7 +213,7 @@ def schedule(
 ) -> WorkList | None:
     """The work lists of `ragged_gqa_decode` for all layers of a decode step.
 
-    One call in front of the layers replaces about a dozen small operations in each of them.
+    One call before the layers replaces about a dozen small operations in each layer.
 
     Args:
         starts, lengths: the segments of L layers, whose pools have the same shape.
@@ -223,7 +223,7 @@ def schedule(
 
     Returns:
         Arrays with a leading axis of L layers: `jax.tree.map(lambda x: x[layer], …)` is the
-        argument `schedule` of `ragged_gqa_decode`. None if XLA serves, which has no work list.
+        argument `schedule` of `ragged_gqa_decode`. None if "xla" is used, which has no work list.
 
     Raises:
         NotImplementedError: the named implementation cannot serve these arguments.
@@ -343,12 +343,12 @@ def _partitioned(mesh: jax.sharding.AbstractMesh) -> str | None:
 
 
 def kernel(implementation: str, operation: str, *operands: Any) -> Callable | None:
-    """The operation's kernel with its sizes for the target; None if XLA serves.
+    """The operation's kernel with its sizes for the target; None for "xla".
 
     Args:
         implementation: "auto" or a name.
         operation: name of a public function.
-        operands: the arguments of `limits.<operation>` behind `sizes`.
+        operands: the arguments of `limits.<operation>` after `sizes`.
 
     Raises:
         ValueError: the implementation has an unknown name.
@@ -392,7 +392,7 @@ def check_name(implementation: str) -> None:
     """Raises ValueError for an unknown implementation."""
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation {implementation!r} is none of {names}")
+        raise ValueError(f"implementation {implementation!r} is not one of {names}")
 
 
 def _sizes(operation: str, on: Target) -> dict[str, int]:
@@ -459,7 +459,7 @@ def _check_ranks(arrays: dict[str, tuple[Any, int]]) -> None:
 def _check_heads(queries: int, heads: int) -> None:
     _check(
         heads > 0 and queries % heads == 0,
-        f"{queries} query heads are no multiple of {heads} KV heads",
+        f"{queries} query heads are not a multiple of {heads} KV heads",
     )
 
 

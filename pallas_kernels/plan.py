@@ -1,6 +1,6 @@
 """The plan of one decode step: which blocks a kernel reads, in which order, and how results merge.
 
-A grid over (segment, block) would spend steps on blocks behind the end of a short segment. The work
+A grid over (segment, block) would spend steps on blocks past the end of a short segment. The work
 list names the blocks with live rows only, so that a kernel's time follows the live entries.
 
 Words of the kernels:
@@ -31,7 +31,7 @@ class WorkList(NamedTuple):
     Attributes:
         bounds: [2] the number of pieces, and the number of pieces in a share.
         owners: [W] the segment of each piece; or [shares + 1] the segment of each share's first
-            piece, and of the piece after the list. Behind the list's end: the last segment.
+            piece, and of the piece after the list. Past the list's end: the last segment.
         firsts: [U] the number of each segment's first piece.
         starts: [U] the first row of each segment in the array that holds it.
         begins, ends: [U] the first live row of each segment and the one after the last, counted

@@ -120,7 +120,7 @@ def ragged_gqa_decode(
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     rank = jnp.arange(P, dtype=jnp.int32)[None, None]
     rows = jnp.clip(segments.starts[:, :, None] + rank, 0, P - 1)
-    # Row r of every head is row starts + r of the pool; ranks behind a head's length are dead.
+    # Row r of every head is row starts + r of the pool; ranks from a head's length on are dead.
     live = rank < jnp.minimum(lengths, segments.room(P))[:, :, None]
     batch = jnp.arange(B, dtype=jnp.int32)[:, None, None]
     if live_pool is not None:

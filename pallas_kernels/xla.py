@@ -118,7 +118,7 @@ def attend(
 def _windows(
     segments: Segments, lengths: Int[Array, "B K"], size: tuple[int, int]
 ) -> Int[Array, "V 5"]:
-    """A table of the windows of U = B · K segments, and of C empty segments behind them.
+    """A table of the windows of U = B · K segments, and of C empty segments after them.
 
     Every segment gets at least one window. The C windows of a turn therefore belong to at most C
     consecutive segments.
@@ -137,7 +137,7 @@ def _windows(
     sequences = jnp.broadcast_to(sequences, lengths.shape)
     rest = (x.reshape(-1) for x in (sequences, segments.starts, lengths))
     last, never = ends[-1], jnp.iinfo(jnp.int32).max
-    # Empty segments end at the largest number: no window is counted behind them (see `_turn`).
+    # Empty segments end at the largest number: no window is counted after them (see `_turn`).
     empty = jnp.stack([last, *(jnp.asarray(x, jnp.int32) for x in (never, 0, 0, 0))])
     table = jnp.stack([ends - count, ends, *rest], axis=1)
     return jnp.concatenate([table, jnp.broadcast_to(empty, (C, 5))])

@@ -216,7 +216,7 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     assert "251 tokens and max_new_tokens is 20, expected at most 256" in long
     small = fails(capsys, *generate, "mary", "--policy", "snapkv:kv_size=8,window=8")
     assert "kv_size" in small and "window" in small and "8" in small
-    assert "'quantkv' is none of" in fails(capsys, *generate, "mary", "--policy", "quantkv")
+    assert "'quantkv' is not one of" in fails(capsys, *generate, "mary", "--policy", "quantkv")
     other = tmp_path / "other.json"
     HeadScores(np.ones((3, 5, 1))).save(other)
     shape = fails(capsys, *generate, "mary", "--policy", f"headkv:kv_size=16,scores={other}")

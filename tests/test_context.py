@@ -239,7 +239,7 @@ def test_a_file_that_is_no_context(tmp_path, text):
     model, params = build(GQA)
     write_file(tmp_path / "other.kv", [], {"kvjax": text})
     with pytest.raises(
-        ValueError, match=r"other\.kv is no context: (got None|its description is damaged)"
+        ValueError, match=r"other\.kv is not a context: (got None|its description is damaged)"
     ):
         kvjax.load_context(tmp_path / "other.kv", model, params)
 
@@ -271,7 +271,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no context at"):
         kvjax.load_context(tmp_path / "nothing.kv", model, params)
     (tmp_path / "text.kv").write_bytes(b"0123456789")
-    with pytest.raises(ValueError, match=r"text.kv is no safetensors file: a header of"):
+    with pytest.raises(ValueError, match=r"text.kv is not a safetensors file: a header of"):
         kvjax.load_context(tmp_path / "text.kv", model, params)
 
 
@@ -294,17 +294,29 @@ def of_layers(content, count, places):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: "[1]", "is no context: its description is damaged"),
-        (lambda content: "[" * 100_000, "is no context: its description is damaged"),
-        (lambda content: content | {"cache": None}, "is no context: its description is damaged"),
-        (lambda content: of_layers(content, 2, [None, [0, 7]]), "is no context: .* layer 0 has no"),
-        (lambda content: of_layers(content, 2, [[0, 0], [0, 7]]), "is no context: .* layer 1 has"),
-        (lambda content: of_layers(content, 2, [[0, 0], [5, 1]]), "is no context: .* layer 1 has"),
-        (lambda content: of_layers(content, 2, [[0, 0], [0]]), "is no context: .* damaged"),
-        (lambda content: of_layers(content, 1, [[0, 0], [0, 1]]), "is no context: .* damaged"),
-        (lambda content: content | {"length": "70"}, "is no context: its description is damaged"),
-        (lambda content: content | {"model": {}}, "is no context: its description is damaged"),
-        (lambda content: content | {"model": None}, "is no context: its description is damaged"),
+        (lambda content: "[1]", "is not a context: its description is damaged"),
+        (lambda content: "[" * 100_000, "is not a context: its description is damaged"),
+        (lambda content: content | {"cache": None}, "is not a context: its description is damaged"),
+        (
+            lambda content: of_layers(content, 2, [None, [0, 7]]),
+            "is not a context: .* layer 0 has no",
+        ),
+        (
+            lambda content: of_layers(content, 2, [[0, 0], [0, 7]]),
+            "is not a context: .* layer 1 has",
+        ),
+        (
+            lambda content: of_layers(content, 2, [[0, 0], [5, 1]]),
+            "is not a context: .* layer 1 has",
+        ),
+        (lambda content: of_layers(content, 2, [[0, 0], [0]]), "is not a context: .* damaged"),
+        (lambda content: of_layers(content, 1, [[0, 0], [0, 1]]), "is not a context: .* damaged"),
+        (
+            lambda content: content | {"length": "70"},
+            "is not a context: its description is damaged",
+        ),
+        (lambda content: content | {"model": {}}, "is not a context: its description is damaged"),
+        (lambda content: content | {"model": None}, "is not a context: its description is damaged"),
         (
             lambda content: of_layers(content, 1, [[0, 0]]),
             "is a damaged context: got 1 layers of",

@@ -102,7 +102,7 @@ def test_the_bytes_of_caches_are_known_before_they_are_made(loaded, prompts):
 
 def test_errors_are_those_of_generation(loaded, prompts):
     for wrong, message in (
-        ({"policies": ["full", "best"]}, "is none of"),
+        ({"policies": ["full", "best"]}, "is not one of"),
         ({"max_new_tokens": 500}, "expected at most 160 in all"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"compile": "all"}, "compile is 'all'"),

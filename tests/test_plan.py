@@ -250,7 +250,7 @@ def test_more_devices_than_heads(tmp_path):
         (["--mesh", "tensor=8,data=1", "--latent", "64", "7"], r"got kv_rank 64 and rope_dim 7"),
         (["--latent", "0", "64"], r"latent\[0\] is 0, expected a whole number from 1"),
         (["--context", "0", "--batch", "0"], r"context is 0, .*; batch is 0, expected a whole"),
-        (["--policy", "nothing"], r"policy 'nothing' is none of"),
+        (["--policy", "nothing"], r"policy 'nothing' is not one of"),
     ],
 )
 def test_bad_requests(change, message, capsys):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one folder a step, written whole or not at all."""
+"""Checkpoints of a run: one folder per step, which appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Checkpoints:
         Args:
             step: number of steps taken.
             state: a pytree of arrays.
-            data: JSON values that resuming needs beside the arrays.
+            data: JSON values that resuming needs besides the arrays.
 
         Raises:
             ValueError: this checkpoint or the previous one could not be written; the message names

@@ -21,7 +21,7 @@ class ReportCommand:
     Attributes:
         runs: folders of runs, folders that contain such folders, or training logs (.jsonl).
         out: folder of the page.
-        head_scores: score files to show beside those of the runs' models.
+        head_scores: score files to show in addition to those of the runs' models.
         kv_size: tokens per KV head, for the budgets that are shown with the scores.
     """
 

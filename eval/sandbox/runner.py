@@ -4,9 +4,9 @@ This process never executes a program. `ask` starts a supervisor, a fresh interp
 namespaces and limits on time and output. The supervisor forks a worker, which has rlimits, another
 uid, seccomp and Landlock, and executes the program.
 
-The layers keep a program from harming the machine and from outliving its run. They do not make its
-result proof: the program runs in the interpreter that reports the result, and a program that sets
-out to forge a pass can do so.
+The layers keep a program from harming the machine and from outliving its run. They do not
+protect the result: the program runs in the interpreter that reports the result, so a program that
+is written to forge a pass can do so.
 """
 
 from __future__ import annotations

@@ -222,4 +222,4 @@ def _literal(row: rows.Row, value: Any) -> Any:
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{row.where}: {value!r:.60} is no Python value ({error})") from None
+        raise ValueError(f"{row.where}: {value!r:.60} is not a Python value ({error})") from None

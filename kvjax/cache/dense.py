@@ -50,7 +50,7 @@ class DenseCache:
     def create(
         cls, batch: int, heads: int, capacity: int, key_dim: int, value_dim: int, dtype
     ) -> DenseCache:
-        """An empty cache for `capacity` tokens a sequence."""
+        """An empty cache for `capacity` tokens per sequence."""
         return cls(
             k=empty((batch, heads, capacity, key_dim), dtype),
             v=empty((batch, heads, capacity, value_dim), dtype),
@@ -101,7 +101,7 @@ class DenseCache:
             if q.shape[1] == 1 and expand is None and self.positions is None:
                 settings = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
                 return gqa_decode(q[:, 0], cache.k, cache.v, live, **settings)[:, None], cache
-            # Only differences of positions count, so slot numbers serve if no token was removed.
+            # Only differences of positions count, so slot numbers work if no token was removed.
             if cache.positions is None:
                 at, held = query_slots(self.used, positions), slot_numbers(live, S)
             else:
@@ -136,7 +136,7 @@ class LatentCache:
 
     @classmethod
     def create(cls, batch: int, capacity: int, rank: int, rope_dim: int, dtype) -> LatentCache:
-        """An empty cache for `capacity` tokens a sequence."""
+        """An empty cache for `capacity` tokens per sequence."""
         return cls(
             latent=empty((batch, capacity, stored_width(rank)), dtype),
             k_rope=empty((batch, capacity, stored_width(rope_dim)), dtype),
@@ -230,7 +230,7 @@ class LatentCache:
                     return_lse=True,
                 )
                 return out[:, None, :, :L], lse[:, None]
-            # Several tokens: one KV head whose key is the latent beside the rotary key.
+            # Several tokens: one KV head whose key is the latent joined with the rotary key.
             q = self.joint(q_latent, q_rope)
             keys, values = self.keys_and_values(q.dtype)
             if self.positions is None:
@@ -243,14 +243,14 @@ class LatentCache:
     def joint(
         self, q_latent: Float[Array, "B T N L"], q_rope: Float[Array, "B T N R"]
     ) -> Float[Array, "B T N X"]:
-        """Queries for the keys of `keys_and_values`: latent part beside rotary part."""
+        """Queries for the keys of `keys_and_values`: the latent part, then the rotary part."""
         parts = widened(q_latent, self.latent.shape[-1]), widened(q_rope, self.k_rope.shape[-1])
         return jnp.concatenate(parts, axis=-1)
 
     def keys_and_values(
         self, dtype: Any
     ) -> tuple[Float[Array, "B 1 S X"], Float[Array, "B 1 S L"]]:
-        """The cache as one KV head: latents beside rotary keys are its keys, latents its values."""
+        """The cache as one KV head: its keys are latents and rotary keys, its values latents."""
         latent = dequantize(self.latent, dtype)[:, None]
         return jnp.concatenate([latent, dequantize(self.k_rope, dtype)[:, None]], axis=-1), latent
 

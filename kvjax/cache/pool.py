@@ -331,7 +331,7 @@ def lay_segments(
         first_B: first row of the layer.
         rooms_BK: number of rows for new tokens.
         rings_BK: heads that overwrite older tokens when their room is used up.
-        window: the layer's sliding window. Tokens behind it are never seen again, so no segment is
+        window: the layer's sliding window. Tokens before it are never seen again, so no segment is
             longer than the window, and the whole segment is a ring.
     """
     capacities = held_BK + rooms_BK

@@ -176,7 +176,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
 
 def target_config(device_kind: str, memory: int) -> str:
-    """XLA's text description of a GPU, which it compiles for.
+    """The text that describes a GPU to XLA as its compilation target.
 
     Args:
         device_kind: a key of `BANDWIDTHS`.

@@ -65,7 +65,7 @@ def block_step(served: Served, compile: Compiler) -> Step:
         return compile(work_lists, *args, **settings).out
 
     cache = scheduled(cache, positions, heads, lists)
-    # Run the layers. The residual stream and the schedule exist beside every layer's program.
+    # Run the layers. The residual stream and the schedule exist during every layer's program.
     stream = device_bytes((x, [pool.schedule for pool in cache.pools]))
     most, layer = [taken(embedded.program)], Counter()
     for index, kind in enumerate(block_kinds(config)):
@@ -120,7 +120,7 @@ def prefill_bytes(served: Served, compile: Compiler) -> int:
     """Bytes of one device that prefill takes besides weights and caches.
 
     Prefill reads a layer while the prompt of the layer before may still be compressed. So the keys
-    and values of two layers exist at the same time, beside the residual stream.
+    and values of two layers exist at the same time, in addition to the residual stream.
     """
     config, work, mesh = served.model.config, served.work, served.mesh
     tokens, lengths = served.rows(served.prompt_shape[1]), served.rows()

@@ -147,7 +147,7 @@ class DecoupledSettings:
         )
 
     def request(self, fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
-        """Everything besides the model that the result depends on, as JSON values.
+        """Everything except the model that the result depends on, as JSON values.
 
         The files of unfinished conversions hold these keys, so they keep their names.
         """

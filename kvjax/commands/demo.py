@@ -201,7 +201,7 @@ def print_page(outcomes: dict[str, list[Outcome]], report: dict[str, Any], out: 
         console.print(
             f"equal_cache, {row['init']}: logits change by {row['relative_logit_change']:.1e} of "
             f"the largest; cache {row['bytes_per_token_before']} → "
-            f"{row['bytes_per_token_after']} bytes a token."
+            f"{row['bytes_per_token_after']} bytes per token."
         )
     pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
     console.print(f"{report['seconds']:.0f} s. {out}/: report.json, heads.json, {pictures}")

@@ -101,7 +101,7 @@ def score_checkpoint(
 def request(
     model: Transformer, grid: Grid, examples: Sequence[Example], batch_size: int, dtype: str
 ) -> dict[str, Any]:
-    """Everything besides the weights that the batches of a run depend on, as JSON values."""
+    """Everything except the weights that the batches of a run depend on, as JSON values."""
     digest = hashlib.sha256(repr([(e.prompt, e.answer, e.span) for e in examples]).encode())
     return {
         "model": model_name(model),

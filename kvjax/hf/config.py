@@ -88,7 +88,7 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
-    """The config, with tie_embeddings off where the checkpoint has a different output matrix.
+    """The config, with `tie_embeddings` False if the checkpoint has a different output matrix.
 
     transformers does the same. A later save writes tie_word_embeddings = false too.
     """
@@ -96,9 +96,9 @@ def as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def matching(model: Transformer, params: Mapping[str, Any]) -> Transformer:
-    """The model, with tie_embeddings off where its parameters have an output matrix "lm_head".
+    """The model, with `tie_embeddings` False if its parameters have an output matrix "lm_head".
 
-    For a model that was read before its weights existed, when nothing could be compared.
+    Use it for a model that was read without its weights, when the matrices could not be compared.
     """
     if not model.config.tie_embeddings or "lm_head" not in params:
         return model

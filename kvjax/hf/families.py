@@ -1,4 +1,4 @@
-"""One small function a model family: its config.json → ModelConfig.
+"""One small function per model family: its config.json → ModelConfig.
 
 Every function gets the config over the family's defaults, because a file may leave out what
 equals the default of transformers' config class. The parts that families share come last."""
@@ -82,7 +82,7 @@ def llama(raw: Raw) -> ModelConfig:
 
 @family(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131_072)
 def mistral(raw: Raw) -> ModelConfig:
-    """Mistral: llama whose layers all slide (arXiv 2310.06825)."""
+    """Mistral: llama with a sliding window in all layers (arXiv 2310.06825)."""
     layer = attention(raw, window=raw["sliding_window"], qkv_bias=False, out_bias=False)
     return decoder(raw, lambda i: layer, lambda i: mlp(raw))
 
@@ -169,7 +169,8 @@ def mixtral(raw: Raw) -> ModelConfig:
     max_position_embeddings=8192,
 )
 def gemma2(raw: Raw) -> ModelConfig:
-    """Gemma 2: soft-caps, every other layer slides, norms around each sub-layer (2408.00118)."""
+    """Gemma 2: soft-caps, norms around each sub-layer, a sliding window in every other layer
+    (arXiv 2408.00118)."""
 
     def layer(i: int) -> GQAConfig:
         sliding = layer_type(raw, i, lambda i: i % 2 == 0) == "sliding_attention"
@@ -191,7 +192,8 @@ def gemma2(raw: Raw) -> ModelConfig:
     max_position_embeddings=131_072,
 )
 def gemma3_text(raw: Raw) -> ModelConfig:
-    """Gemma 3: five sliding layers to a full one, a RoPE for each kind, QK-norm (2503.19786)."""
+    """Gemma 3: five layers with a sliding window for each layer without, two RoPEs, QK-norm
+    (arXiv 2503.19786)."""
     pattern = raw["sliding_window_pattern"] or 6
     H = head_dim(raw)
 
@@ -223,7 +225,7 @@ def gemma3_text(raw: Raw) -> ModelConfig:
     max_position_embeddings=32_768,
 )
 def smollm3(raw: Raw) -> ModelConfig:
-    """SmolLM 3: llama with no positions in every fourth layer."""
+    """SmolLM 3: llama without RoPE in every fourth layer."""
     interval = raw["no_rope_layer_interval"]
     # The key says the opposite of its name: 1 marks a layer with RoPE.
     rotates = raw["no_rope_layers"] or [
@@ -327,7 +329,8 @@ def _gemma(raw: Raw) -> dict[str, Any]:
 
 
 def _local_rope(raw: Raw) -> Raw:
-    """The RoPE of sliding layers in old configs: rope_local_base_freq as base, no scaling."""
+    """The RoPE of layers with a sliding window in old configs: base rope_local_base_freq, no
+    scaling."""
     if "sliding_attention" in rope_settings(raw):
         return raw
     theta = raw["rope_local_base_freq"] or 10_000.0
@@ -408,7 +411,7 @@ def layer_type(raw: Raw, index: int, default: Callable[[int], bool]) -> str:
     """The kind of a layer's attention: "sliding_attention" or "full_attention".
 
     Args:
-        default: whether layer i slides, for configs without `layer_types`.
+        default: whether layer i has a sliding window, for configs without `layer_types`.
     """
     kinds = raw.get("layer_types")
     return kinds[index] if kinds else LAYER_TYPES[default(index)]

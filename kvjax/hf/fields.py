@@ -1,4 +1,4 @@
-"""What each value of a Hugging Face config must be.
+"""The valid values of each key of a Hugging Face config.
 
 One table has the kinds of all values, and one error lists all violations. The kinds follow the
 types of transformers' config classes: a count is an integer and nothing else, and null is allowed
@@ -29,7 +29,7 @@ Check = tuple[tuple[str, ...], Callable[[Raw], Iterable[str]]]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be: `expected` describes valid values, `accepts` tests a value."""
+    """A kind of value: `expected` describes its valid values, `accepts` tests a value."""
 
     expected: str
     accepts: Callable[[Any], bool]
@@ -194,7 +194,7 @@ def _layer_types(raw: Raw) -> Iterator[str]:
     if kinds is None:
         return
     if len(kinds) != layers:
-        yield f"layer_types has {len(kinds)} entries, expected {layers}, one a layer"
+        yield f"layer_types has {len(kinds)} entries, expected {layers}, one per layer"
     expected = " or ".join(map(repr, LAYER_TYPES))
     for index, kind in enumerate(kinds):
         if kind not in LAYER_TYPES:

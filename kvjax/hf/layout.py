@@ -183,7 +183,7 @@ FUSED_EXPERTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The rules of a family's parts. A rule applies if the model has the rule's parameters."""
+    """The rules of a family's parts. A rule applies if the model has the parameters of the rule."""
 
     norms: tuple[Rule, ...] = PRE_NORMS
     attention: tuple[Rule, ...] = SEPARATE_QKV

@@ -76,10 +76,10 @@ def open_params(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -
 
 
 def read_model(path: str | Path) -> Transformer:
-    """The model at `path` without its parameters, which are not downloaded either.
+    """The model at `path` without its parameters, which are not downloaded.
 
-    Weights are read only where config.json ties the output matrix to the embedding and the
-    checkpoint holds both: they are compared, and a model whose two matrices differ is not tied.
+    If config.json ties the output matrix to the embedding and local weights hold both matrices, the
+    two are compared; if they differ, the model is not tied.
 
     Raises:
         ValueError: no such model, or an unsupported one.

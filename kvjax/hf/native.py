@@ -43,7 +43,7 @@ def read_config(directory: Path) -> ModelConfig:
                 return decode(content["model"])
             raise ValueError("; ".join(problems))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory / CONFIG} is no model configuration: {error}") from None
+        raise ValueError(f"{directory / CONFIG} is not a model configuration: {error}") from None
     raise ValueError(f"{directory / CONFIG} has version {version}, expected {VERSION}")
 
 
@@ -61,7 +61,7 @@ def read_params(
 def open_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> LazyParams:
-    """As `read_params`, but each access reads one part anew, and nothing is kept."""
+    """Like `read_params`, but each access reads one part from disk again; nothing is cached."""
     import orbax.checkpoint as ocp
 
     expected = param_shapes(model.config)

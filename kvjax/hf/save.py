@@ -141,7 +141,7 @@ def _hf_config(config: ModelConfig, params: Any) -> str:
 
 
 def write_serving_files(source: ModelConfig, raw: Mapping[str, Any], directory: Path) -> None:
-    """Writes the files of an exported directory beside config.json and weights.
+    """Writes the files of an exported directory other than config.json and weights.
 
     Args:
         source: of the model that was exported. If source.source is a directory, the tokenizer and

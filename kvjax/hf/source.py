@@ -167,16 +167,16 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
     except HFValidationError:
         raise ValueError(f"{name} is neither a directory nor a hub id") from None
     except LocalEntryNotFoundError as error:
-        # Newer clients raise this for a cached model that lacks one file, be it the licence.
+        # Newer clients raise this for a cached model that lacks any file, such as the licence.
         cached = getattr(error, "snapshot_path", None)
         if cached is not None:
             return Path(cached)
         raise ValueError(
-            f"{name} is no directory, is not in the local hub cache, and the hub is unreachable"
+            f"{name} is not a directory, is not in the local hub cache, and the hub is unreachable"
         ) from None
     except Exception as error:  # errors of the HTTP library have no common base class
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} is no directory, and the hub says: {line}") from None
+        raise ValueError(f"{name} is not a directory, and the hub says: {line}") from None
 
 
 def _not_found(name: str, *files: str) -> ValueError:
@@ -223,7 +223,7 @@ COMPANIONS = (
     "USE_POLICY*",
     "head_scores*",
 )
-"""Files that belong to a model beside its configuration and its weights."""
+"""Files of a model besides its configuration and its weights."""
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -68,8 +68,8 @@ def read_params(
 def open_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> LazyParams:
-    """As `read_params`, but each access reads one part anew, and nothing is kept."""
-    # Everything that can be wrong is found before the first byte of a tensor is read.
+    """Like `read_params`, but each access reads one part from disk again; nothing is cached."""
+    # Report every fault before the first byte of a tensor is read.
     shapes = _flat_shapes(model)
     checkpoint = scan(directory)
     expected, checkpoint = _expected(model, shapes, checkpoint)

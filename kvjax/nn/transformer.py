@@ -405,7 +405,7 @@ def check_room(cache: Any, positions: jax.Array) -> None:
     if (needed > capacity).any():
         worst = np.argmax(needed - capacity)
         raise ValueError(
-            f"the cache has room for {capacity[worst]} tokens a sequence, got {needed[worst]}"
+            f"the cache has room for {capacity[worst]} tokens per sequence, got {needed[worst]}"
         )
 
 

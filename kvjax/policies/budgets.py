@@ -103,7 +103,7 @@ def group_scores(
     """Scores of KV heads from the scores of their query heads; `reduce` may also be `np.max`."""
     layers, heads = scores.shape
     if heads % num_kv_heads:
-        raise ValueError(f"{heads} query heads are no multiple of num_kv_heads = {num_kv_heads}")
+        raise ValueError(f"{heads} query heads are not a multiple of num_kv_heads = {num_kv_heads}")
     return reduce(scores.reshape(layers, num_kv_heads, -1), axis=2)
 
 
@@ -237,7 +237,7 @@ class Request:
 
     @property
     def limits(self) -> Int[np.ndarray, "L 1"]:
-        """Largest useful budget of each layer: tokens behind a sliding window are never seen."""
+        """Largest useful budget of each layer: tokens before a sliding window are never seen."""
         seen = [min(self.prompt_len, window or self.prompt_len) for window in self.sliding]
         seen = seen or [self.prompt_len] * self.num_layers
         return np.maximum(np.asarray(seen) - self.window, 0)[:, None]
@@ -307,7 +307,7 @@ class HeadImportance:
 def growing_beta(budget: int) -> float:
     """β = 1 + b/200: the floor's share of the budget, b/(b + 200), grows with the budget.
 
-    A small cache serves best if the few heads that retrieve get nearly all of it. Once these heads
+    A small cache works best if the few heads that retrieve get nearly all of it. Once these heads
     have enough, the other heads gain more from additional tokens; a fixed small β starves them.
     """
     return 1.0 + budget / HALF_SHARED

@@ -195,7 +195,7 @@ def parse_policy(policy: str | Policy) -> Policy:
         return policy
     name, _, settings = policy.partition(":")
     if name not in MAKERS:
-        raise ValueError(f"policy {name!r} is none of {', '.join(MAKERS)}")
+        raise ValueError(f"policy {name!r} is not one of {', '.join(MAKERS)}")
     values = _read(name, settings, _kinds(MAKERS[name]))
     return MAKERS[name](**{PARAMETERS.get(key, key): value for key, value in values.items()})
 

@@ -71,7 +71,7 @@ class Policy(ABC):
             The budgets, and the numbers of the layers whose heads keep different tokens.
 
         Raises:
-            NotImplementedError: the policy cannot serve a layer of this model; the text says why.
+            NotImplementedError: a layer of this model does not support the policy; says why.
         """
 
     def compression(

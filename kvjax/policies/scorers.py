@@ -109,7 +109,7 @@ def pool_entries(
     dtype = cache.queries.dtype
     keys, values = (dequantize(take(entries), dtype) for entries in (pool.k, pool.v))
     if pool.positions is None:
-        # Ranks that end at the newest token serve as positions: only the order matters here.
+        # Ranks that end at the newest token replace positions: only the order matters here.
         positions = slots - held[..., None] + pool.lengths[:, None, None]
     else:
         positions = take(pool.positions)
@@ -203,7 +203,7 @@ class SpanWindow:
         scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
         scores_BKS = jnp.where(prompt.candidates, scores_BKS, 0.0)
         pooled = scores_BKS
-        # Distances behind count on from `ahead`: tokens before the attended one always rank lower.
+        # Distances of the `behind` tokens start after `ahead`, so those tokens always rank lower.
         for distance in range(1, self.ahead + 1):
             pooled = jnp.maximum(pooled, self._shifted(scores_BKS, distance, distance))
         for distance in range(1, self.behind + 1):

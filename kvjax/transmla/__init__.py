@@ -29,7 +29,7 @@ def convert(
         ValueError: an unknown method, or what the function refuses.
     """
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if method == "equal_cache":
         return to_equal_cache(model, params, **options)
     if options.get("stats") is None:

@@ -1,4 +1,4 @@
-"""rope_dim and rank of every layer at a fixed total cache, chosen by the loss of the model."""
+"""Chooses rope_dim and rank of every layer by the loss of the model, at a fixed total cache."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def choose_rope_dim(
     candidates: Sequence[int],
     recipe: Recipe = BEST,
 ) -> int:
-    """The rope_dim with the least loss in a cache of `cache` numbers a token and layer.
+    """The rope_dim with the least loss in a cache of `cache` numbers per token and layer.
 
     Args:
-        stats, tokens, recipe: as of `allocate_sizes`.
+        stats, tokens, recipe: as in `allocate_sizes`.
         candidates: rope_dims to try; the rank is the rest of the cache.
     """
     stats = checked_stats(model, stats)
@@ -118,10 +118,10 @@ def choose_fold(
     kv_rank: int,
     rope_dim: int,
 ) -> int:
-    """The FreqFold of the published method with the least loss, of all that are possible.
+    """The FreqFold of the published method with the least loss, among all possible ones.
 
     Args:
-        stats, tokens: as of `allocate_sizes`.
+        stats, tokens: as in `allocate_sizes`.
 
     Raises:
         ValueError: no fold is possible with this rope_dim.

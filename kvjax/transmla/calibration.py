@@ -1,7 +1,7 @@
 """Second moments of the keys, values and queries of a model on a text, in one streaming pass.
 
-The closed form of `to_decoupled` needs nothing else of the text; its least squares read the token
-ids, which are kept too.
+The closed form of `to_decoupled` needs only these moments. Its least squares need the text, so the
+token ids are kept too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Stats:
     model: str = ""
 
     def save(self, path: str | Path) -> None:
-        """Writes one .npz file, whole or not at all.
+        """Writes one .npz file atomically.
 
         Raises:
             ValueError: the path is a URL.
@@ -126,7 +126,7 @@ def calibrate(
 
     Args:
         model: with GQA in every layer.
-        batches: int32 [B, T] without padding, the same T in all.
+        batches: int32 [B, T] without padding, with the same T in all batches.
         input_moments: measure E[yᵀy] of the input of the attention too, which `q_rank` needs.
         resume: a file that keeps the state after every batch. A run that was interrupted continues
             there if it gets the same batches.

@@ -79,7 +79,7 @@ def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
 
 
 def plain(moments: JointMoments) -> Float[np.ndarray, "W W"]:
-    """Weighs all components of keys and values alike."""
+    """Gives all components of keys and values the same weight."""
     return np.eye(len(moments.covariance))
 
 

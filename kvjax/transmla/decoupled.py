@@ -46,7 +46,7 @@ MODES = {"fold": folded, "post": over_heads}
 
 
 class Streams(NamedTuple):
-    """The residual streams [S, T, D] of the calibration text in front of a layer.
+    """The residual streams [S, T, D] of the calibration text before a layer.
 
     Attributes:
         original: in the original model.
@@ -64,7 +64,7 @@ class ConvertedLayer:
     Attributes:
         index: number of the layer.
         source: the parameters of the original layer.
-        streams: the streams behind the layer. A stream that neither the recipe nor the moments need
+        streams: the streams after the layer. A stream that neither the recipe nor the moments need
             stays as it was.
         partial_rope: after partial RoPE, with the full rank.
         low_rank: after the joint PCA, with the latent cut to its rank.
@@ -96,7 +96,7 @@ def to_decoupled(
     recipe: Recipe = BEST,
     progress: Callable[[ConvertedLayer], None] | None = None,
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Converts every GQA layer to latent attention that caches kv_rank + rope_dim numbers a token.
+    """Converts GQA layers to latent attention that caches kv_rank + rope_dim numbers per token.
 
     Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
     on the calibration text. docs/decoupled.md has the method and its measurements.
@@ -116,7 +116,7 @@ def to_decoupled(
             and `calibrate(…, input_moments=True)`. It makes the weights smaller, not the cache.
         exportable: use only what the DeepSeek-V3 layout can express: folded layers with one
             rotating component for each of rope_dim / 2 evenly spaced frequencies.
-        mode: "fold" multiplies the maps into the projections (MLA proper). "post" keeps the
+        mode: "fold" multiplies the maps into the projections (ordinary MLA). "post" keeps the
             projections and norms of GQA and applies the maps after them. "auto" folds layers
             without QK-norm.
         recipe: the steps of the conversion, see `Recipe`.
@@ -127,8 +127,8 @@ def to_decoupled(
         the attention are shared with `params`.
 
     Raises:
-        ValueError: sizes that the model or the calibration cannot serve, stats of another model,
-            or weights that hold NaN, before or after.
+        ValueError: sizes that do not fit the model or the calibration, stats of another model,
+            or weights that hold NaN before or after the conversion.
     """
     params = on_automatic_mesh(params)
     check_params(params)
@@ -206,7 +206,7 @@ def decouple_layers(
         stats: None measures the moments of each layer from its stream, `REPLAY` sequences at a
             time. They equal those of `calibrate` on such batches.
         sizes, recipe, mode: from `settle`.
-        streams: the streams in front of layer `first`.
+        streams: the streams before layer `first`.
     """
     bases = gqa_layers(model)
     for index in range(first, len(bases)):
@@ -259,7 +259,7 @@ def _decouple_layer(
 
 
 def check_streams(streams: Mapping[str, jax.Array], index: int, params: Mapping[str, Any]) -> None:
-    """Raises ValueError for residual streams in front of a layer that are not finite."""
+    """Raises ValueError for residual streams before a layer that are not finite."""
     name = first_not_finite(streams)
     if name is not None:
         check_params(params)
@@ -308,7 +308,7 @@ def output_target(
     cannot be added to its output, and the target is the original output alone.
 
     Args:
-        original, converted: the streams in front of the layer.
+        original, converted: the streams before the layer.
     """
     kind = block_kind(config, layer)
     out = _in_batches(lambda part: attention_output(kind.block, params, kind.pairs, part), original)

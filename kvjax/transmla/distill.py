@@ -37,9 +37,9 @@ def distill(
 ) -> dict[str, Any]:
     """Trains each converted attention to the output of the original, on the calibration text.
 
-    Layers are trained in order, each behind the trained ones. The target of a layer is that of the
-    least-squares refits (`decoupled.output_target`). The loss is the mean squared error divided by
-    the mean square of the target; Adam with a cosine schedule and fp32 master weights.
+    Layers are trained in order, each on the output of the trained ones. The target of a layer is
+    that of the least-squares refits (`decoupled.output_target`). The loss is the mean squared error
+    divided by the mean square of the target; Adam with a cosine schedule and fp32 master weights.
 
     Args:
         model, params: the original.

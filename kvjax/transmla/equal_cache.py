@@ -1,7 +1,7 @@
 """GQA → factored K and V with a cache of the same size (TransMLA v1 and v2, arXiv 2502.07864v2).
 
-`to_equal_cache` converts a model in memory. Layers don't depend on each other, so that checkpoints
-can be converted with `equal_cache_layer`, one layer at a time.
+`to_equal_cache` converts a model in memory. Layers don't depend on each other, so
+`equal_cache_layer` can convert a checkpoint one layer at a time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def to_equal_cache(
 
     Raises:
         ValueError: an unknown name, a layer that is not GQA, an init that is not exact with this
-            rope_site, or weights that hold NaN, before or after.
+            rope_site, or weights that hold NaN before or after the conversion.
     """
     params = on_automatic_mesh(params)
     check_params(params)
@@ -83,7 +83,7 @@ def checked_inits(
         ValueError: an unknown init or rope_site.
     """
     if rope_site not in ROPE_SITES:
-        raise ValueError(f"rope_site {rope_site!r} is none of {', '.join(ROPE_SITES)}")
+        raise ValueError(f"rope_site {rope_site!r} is not one of {', '.join(ROPE_SITES)}")
     key_init = resolve_init(init)
     return key_init, key_init if value_init is None else resolve_init(value_init)
 

@@ -108,7 +108,7 @@ def resolve_init(init: str | Init) -> Init:
     if callable(init):
         return init
     if init not in INITS:
-        raise ValueError(f"init {init!r} is none of {', '.join(INITS)}, nor a function")
+        raise ValueError(f"init {init!r} is not one of {', '.join(INITS)}, nor a function")
     return INITS[init]
 
 

@@ -1,10 +1,10 @@
 """One layer: the original one, and the converted one in its two forms and in the absorbed form.
 
-The original layer, for calibration and the least-squares refits: `Heads`, `scores` and
-`attention_weights`. The converted layer is a `LatentLayer` in fp64. As parameters it takes one of
-two forms: `over_heads` ("post") keeps the projections of GQA, `folded` ("fold") multiplies the maps
-into them. In the absorbed form there are `cache_entries`, and `latent_scores` of queries against
-them.
+Calibration and the least-squares refits run the original layer with `Heads`, `scores` and
+`attention_weights`. The converted layer is a `LatentLayer` in fp64. Its parameters have one of two
+forms: `over_heads` ("post") keeps the projections of GQA, `folded` ("fold") multiplies the maps
+into them. For the absorbed form, `cache_entries` computes what is cached, and `latent_scores` the
+logits of queries against the cached entries.
 """
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ def grouped(x: Float[Array, "S T D"]) -> Float[Array, "groups g T D"]:
 
 
 def group_size(count: int) -> int:
-    """The number of sequences in a group of `grouped`, where there are `count` in all."""
+    """The number of sequences in a group of `grouped`, where there are `count` in total."""
     return math.gcd(count, GROUP)
 
 

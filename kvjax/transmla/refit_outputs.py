@@ -58,7 +58,7 @@ def refit_outputs(
     Args:
         block, params: the original layer.
         layer: the converted layer so far.
-        converted: the input of this layer behind the converted layers.
+        converted: the input of this layer after the converted layers.
         target: the output that the attention should have.
         v_head_dim: width V between v_up and out of a head.
         biased: fit the bias too; otherwise it is kept.

@@ -68,7 +68,7 @@ def refit_scores(
     Args:
         block, params: the original layer.
         layer: from the closed form.
-        original, converted: the input of this layer in the original model, and behind the converted
+        original, converted: the input of this layer in the original model, and after the converted
             layers.
 
     Returns:

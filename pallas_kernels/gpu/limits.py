@@ -95,7 +95,7 @@ def shapes(x: Operands, slots: int) -> str | None:
     if stages_that_fit(x) < 1:
         return f"head dims are {widths} of {x.keys[0].dtype}, more than shared memory holds"
     if slots % TILE:
-        return f"{slots} slots are no multiple of {TILE}"
+        return f"{slots} slots are not a multiple of {TILE}"
     return None
 
 

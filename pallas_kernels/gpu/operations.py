@@ -144,7 +144,7 @@ def into_groups(q: Float[Array, "Z G X"]) -> Float[Array, "rows X"]:
     """Queries as the kernel reads them: [Z · groups · size, X], padded with zeros."""
     (Z, G, X), (size, groups) = q.shape, group_size(q.shape[1])
     rows = jnp.pad(q, ((0, 0), (0, size * groups - G), (0, 0))).reshape(-1, X)
-    # A copy of 64 rows needs an array of at least 64. Rows behind the array's end arrive as 0.
+    # A copy of 64 rows needs an array of at least 64. Rows past the array's end arrive as 0.
     return jnp.pad(rows, ((0, max(ROWS - Z * groups * size, 0)), (0, 0)))
 
 

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     """What a grid step reads, in scalars.
 
     Attributes:
-        number: the piece's number in the work list; the last one for steps behind the list's end.
+        number: the piece's number in the work list; the last one for steps past the list's end.
         valid: whether the step has a piece.
         owner: the segment.
         block: number of the block within the segment.

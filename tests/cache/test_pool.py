@@ -109,5 +109,5 @@ def test_what_it_cannot_do():
     with pytest.raises(ValueError, match="needs a pool with positions"):
         cache[0].attend(q, k, k, positions, SPECS[2])
     uneven = cache_of(dataclasses.replace(cache.pools[0], align=7))
-    with pytest.raises(ValueError, match="are no multiple of align = 7"):
+    with pytest.raises(ValueError, match="are not a multiple of align = 7"):
         uneven[0].attend(q, k, k, positions, SPECS[0])

@@ -101,7 +101,8 @@ def test_missing_fields_other_values_and_repetitions(tmp_path):
         "line 2: it is [1], expected an object; "
         "line 4: policy 'full' and id 'q0' again, as in line 3; "
         "line 5: id is 1, expected text that is not empty; "
-        "line 5: score is 2, expected ≥ 0 and ≤ 1; remove such lines to have them made again"
+        "line 5: score is 2, expected ≥ 0 and ≤ 1; "
+        "remove these lines, and the run computes them again"
     )
 
 

@@ -203,7 +203,7 @@ def test_a_damaged_line_is_named(tmp_path, finished):
         (tmp_path / name).write_text((finished[0] / name).read_text())
     lines = (tmp_path / PREDICTIONS).read_text().splitlines()
     (tmp_path / PREDICTIONS).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]) + "\n")
-    with pytest.raises(ValueError, match=r"predictions.jsonl, line 2 is no prediction"):
+    with pytest.raises(ValueError, match=r"predictions.jsonl, line 2 is not a prediction"):
         run(toys.task(), tmp_path)
 
 
@@ -309,7 +309,7 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Settings(**wrong)
-    with pytest.raises(ValueError, match="is none of full"):
+    with pytest.raises(ValueError, match="is not one of full"):
         run(task, tmp_path, Settings(policies=("best",)))
     assert not list(tmp_path.iterdir())
 

@@ -157,7 +157,7 @@ def test_query_head_granularity():
         ({"kv_size": 3, "window": 5}, "kv_size is 3 and window is 5"),
         ({"beta": 0.5}, "beta is 0.5"),
         ({"beta": float("nan")}, "beta is nan"),
-        ({"num_kv_heads": 3}, "4 query heads are no multiple of num_kv_heads = 3"),
+        ({"num_kv_heads": 3}, "4 query heads are not a multiple of num_kv_heads = 3"),
         ({"granularity": "layer"}, "granularity is 'layer'"),
         ({"compat": "paper"}, "compat is 'paper'"),
     ],

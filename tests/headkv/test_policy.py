@@ -119,7 +119,7 @@ def test_lengths_and_room(run):
 
 def test_too_many_tokens_are_refused(run, model, params):
     caches, _ = run("headkv:kv_size=12")
-    with pytest.raises(ValueError, match="room for 96 tokens a sequence, got 97"):
+    with pytest.raises(ValueError, match="room for 96 tokens per sequence, got 97"):
         model.apply({"params": params}, jnp.zeros((4, 65), jnp.int32), cache=caches)
 
 
@@ -156,7 +156,7 @@ def test_parse_reads_scores(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("h3o", "policy 'h3o' is none of full, streaming, snapkv, spankv, pyramidkv"),
+        ("h3o", "policy 'h3o' is not one of full, streaming, snapkv, spankv, pyramidkv"),
         ("full:kv_size=3", "expected entries=…"),
         ("snapkv:beta=2", "'beta=2' is not understood, expected kv_size=…, ratio=…"),
         ("snapkv:entries=int4", "entries is 'int4', expected one of int8, fp8"),

@@ -353,7 +353,7 @@ def test_an_index_without_a_weight_map(tmp_path, content):
     (tmp_path / "a" / SINGLE).unlink()
     (tmp_path / "a" / INDEX).write_text(content)
     assert re.search(
-        r"is no index: its weight_map is a \w+, expected an object", refusal(tmp_path / "a")
+        r"is not an index: its weight_map is a \w+, expected an object", refusal(tmp_path / "a")
     )
 
 

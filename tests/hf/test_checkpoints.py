@@ -244,7 +244,7 @@ def test_truncated_file(saved):
         with pytest.raises(ValueError, match=f"model.safetensors is truncated: .*{reason}"):
             kvjax.load(saved[0])
     path.write_bytes(b"\x05" + 7 * b"\0" + b"hello")
-    with pytest.raises(ValueError, match=r"model.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
         kvjax.load(saved[0])
 
 
@@ -275,7 +275,7 @@ def test_index_that_promises_what_no_file_holds(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"the index expects model.extra in {file}")):
         kvjax.load(tmp_path / "a")
     path.write_text("{}")
-    with pytest.raises(ValueError, match="is no index"):
+    with pytest.raises(ValueError, match="is not an index"):
         kvjax.load(tmp_path / "a")
 
 
@@ -297,7 +297,7 @@ def test_damaged_native_directories(tmp_path):
     for damaged, message in (
         (text.replace('"MLPConfig"', '"Magic"'), "unknown part 'Magic'"),
         (text.replace('"version": 2', '"version": 9'), "has version 9, expected 2"),
-        (text[:-9], "is no model configuration"),
+        (text[:-9], "is not a model configuration"),
     ):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=message):
@@ -318,7 +318,7 @@ def test_paths_that_hold_no_model(tmp_path, monkeypatch):
         kvjax.load(tmp_path / "config.json")
     with pytest.raises(ValueError, match="is neither a directory nor a hub id"):
         kvjax.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"nobody/nothing is no directory, .* is unreachable"):
+    with pytest.raises(ValueError, match=r"nobody/nothing is not a directory, .* is unreachable"):
         kvjax.load("nobody/nothing")
     with pytest.raises(ValueError, match="no builtin model 'nothing', expected one of"):
         kvjax.load("builtin:nothing")

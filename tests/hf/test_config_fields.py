@@ -176,7 +176,7 @@ def test_rope_of_each_kind_of_layer(changes, message):
 def test_layer_types_have_one_entry_a_layer(family, length):
     changes = {"model_type": family, **OTHERS.get(family, {})}
     message = error_of({**changes, "layer_types": ["full_attention"] * length})
-    assert message == f"layer_types has {length} entries, expected 2, one a layer"
+    assert message == f"layer_types has {length} entries, expected 2, one per layer"
 
 
 def test_lists_that_are_shorter_or_longer_than_the_model():
@@ -223,7 +223,7 @@ def test_one_error_lists_all_problems_of_the_files(tmp_path):
     problems = (
         "the config has no vocab_size; tie_word_embeddings is 'no', expected true or false; "
         "rope_theta is -1, expected a number above 0 or null; layer_types has 0 entries, expected "
-        "2, one a layer; rope_scaling.factor is 0, expected a number above 0, at most 1e+06 or "
+        "2, one per layer; rope_scaling.factor is 0, expected a number above 0, at most 1e+06 or "
         "null"
     )
     with pytest.raises(ValueError) as error:
@@ -285,8 +285,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160
     [
         (POINTER, "{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"),
         ("[1]", "{name} holds a list, expected an object"),
-        ("\udcff", "{name} is no JSON: "),
-        ("[" * 100_000, "{name} is no JSON: "),
+        ("\udcff", "{name} is not JSON: "),
+        ("[" * 100_000, "{name} is not JSON: "),
     ],
 )
 def test_files_that_hold_no_object(tmp_path, name, text, message):
@@ -307,10 +307,10 @@ def test_a_tokenizer_that_is_a_pointer(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tokenizer.json", "[", r"tokenizer\.json is no JSON: "),
+        ("tokenizer.json", "[", r"tokenizer\.json is not JSON: "),
         ("tokenizer.json", "{}", "cannot read the tokenizer of "),
         ("tokenizer_config.json", "[1]", r"tokenizer_config\.json holds a list, expected"),
-        ("special_tokens_map.json", "[", r"special_tokens_map\.json is no JSON: "),
+        ("special_tokens_map.json", "[", r"special_tokens_map\.json is not JSON: "),
         ("config.json", "[1]", r"config\.json holds a list, expected an object"),
         ("tokenizer.json", None, "cannot read the tokenizer of "),
     ],
@@ -362,7 +362,7 @@ def test_values_of_a_native_config(tmp_path, path, value, message):
     (tmp_path / "a" / "kvjax.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_model(tmp_path / "a")
-    assert "kvjax.json is no model configuration" in str(error.value)
+    assert "kvjax.json is not a model configuration" in str(error.value)
 
 
 GQA = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8, scale=0.4, rope=None)

@@ -268,7 +268,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match="has no config"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list, expected an object"):

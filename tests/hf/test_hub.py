@@ -238,9 +238,9 @@ def test_a_missing_shard(fake, repository):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"weight_map": ["model.safetensors"]}', "is no index: its weight_map is a list"),
-        ('{"metadata": {}}', "is no index: its weight_map is a NoneType"),
-        ("[" * 100_000, "is no JSON: "),
+        ('{"weight_map": ["model.safetensors"]}', "is not an index: its weight_map is a list"),
+        ('{"metadata": {}}', "is not an index: its weight_map is a NoneType"),
+        ("[" * 100_000, "is not JSON: "),
         ("version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
     ],
 )
@@ -341,7 +341,10 @@ RESPONSE = types.SimpleNamespace(headers={}, request=None, status_code=404)
     "error, message",
     [
         (HFValidationError("no"), "a/b is neither a directory nor a hub id"),
-        (LocalEntryNotFoundError("no"), "a/b is no directory, is not in the local hub cache, and"),
+        (
+            LocalEntryNotFoundError("no"),
+            "a/b is not a directory, is not in the local hub cache, and",
+        ),
         (RepositoryNotFoundError("404\nmore", response=RESPONSE), "the hub says: 404"),  # type: ignore
         (GatedRepoError("403 gated\nmore", response=RESPONSE), "the hub says: 403 gated"),  # type: ignore
         (OSError("disk full"), "the hub says: disk full"),

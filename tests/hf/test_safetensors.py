@@ -40,16 +40,20 @@ TWICE = '{"a": %s, "a": %s}' % (json.dumps(entry(0, 8)), json.dumps(entry(8, 16)
         ({"a": entry(0, 8, (2**62, 4))}, 8, "8 bytes for shape (4611686018427387904, 4) F32"),
         ({"a": entry(0, 8, (3,))}, 8, "8 bytes for shape (3,) F32"),
         ({"a": entry(0, 8, dtype="F4")}, 8, "unknown dtype 'F4'"),
-        ({"a": {**entry(0, 8), "dtype": ["F32"]}}, 8, "is no safetensors file"),
-        ({"a": {**entry(0, 8), "data_offsets": [0, 4, 8]}}, 8, "is no safetensors file"),
-        ({"a": {**entry(0, 8), "data_offsets": 8}}, 8, "is no safetensors file"),
-        ({"a": "F32"}, 8, "is no safetensors file"),
-        ({"a": entry(0, 8), "__metadata__": {"step": 3}}, 8, "its __metadata__ is no object of"),
+        ({"a": {**entry(0, 8), "dtype": ["F32"]}}, 8, "is not a safetensors file"),
+        ({"a": {**entry(0, 8), "data_offsets": [0, 4, 8]}}, 8, "is not a safetensors file"),
+        ({"a": {**entry(0, 8), "data_offsets": 8}}, 8, "is not a safetensors file"),
+        ({"a": "F32"}, 8, "is not a safetensors file"),
+        (
+            {"a": entry(0, 8), "__metadata__": {"step": 3}},
+            8,
+            "its __metadata__ is not an object of",
+        ),
         (TWICE, 16, "'a' comes twice in its header"),
-        ("[1]", 0, "is no safetensors file: its header is a list, expected an object"),
-        ('"text"', 0, "is no safetensors file: its header is a str, expected an object"),
-        ("\udcff{}", 0, "is no safetensors file"),
-        ("[" * 100_000, 0, "is no safetensors file"),
+        ("[1]", 0, "is not a safetensors file: its header is a list, expected an object"),
+        ('"text"', 0, "is not a safetensors file: its header is a str, expected an object"),
+        ("\udcff{}", 0, "is not a safetensors file"),
+        ("[" * 100_000, 0, "is not a safetensors file"),
     ],
 )
 def test_headers_that_break_the_rules_of_the_format(tmp_path, header, size, message):
@@ -90,5 +94,7 @@ def test_metadata_may_be_null_as_in_safetensors_itself(tmp_path):
 
 def test_an_absurd_header_length(tmp_path):
     write_raw(tmp_path / "x.safetensors", {}, 0, length=2**60)
-    with pytest.raises(ValueError, match="is no safetensors file: a header of 1152921504606846976"):
+    with pytest.raises(
+        ValueError, match="is not a safetensors file: a header of 1152921504606846976"
+    ):
         read_header(tmp_path / "x.safetensors")

@@ -165,6 +165,6 @@ GPU = {
     "slots": (
         gqa(1024, 128, "bfloat16"),
         gqa(1020, 128, "bfloat16"),
-        "1020 slots are no multiple of 8",
+        "1020 slots are not a multiple of 8",
     ),
 }

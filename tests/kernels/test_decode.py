@@ -95,14 +95,14 @@ def test_quantization_rounds_to_the_nearest_step():
 def test_arguments_are_checked():
     q, k = jnp.zeros((2, 6, 8)), jnp.zeros((2, 4, 16, 8))
     lengths = jnp.zeros((2,), jnp.int32)
-    with pytest.raises(ValueError, match="6 query heads are no multiple of 4 KV heads"):
+    with pytest.raises(ValueError, match="6 query heads are not a multiple of 4 KV heads"):
         pallas_kernels.gqa_decode(q, k, k, lengths)
     q = jnp.zeros((2, 8, 8))
     with pytest.raises(ValueError, match=r"lengths is \(3,\), expected \(2,\)"):
         pallas_kernels.gqa_decode(q, k, k, jnp.zeros((3,), jnp.int32))
     with pytest.raises(ValueError, match=r"k is \(2, 4, 16, 9\), expected \(2, 4, 16, 8\)"):
         pallas_kernels.gqa_decode(q, jnp.zeros((2, 4, 16, 9)), k, lengths)
-    with pytest.raises(ValueError, match="'cuda' is none of auto, xla"):
+    with pytest.raises(ValueError, match="'cuda' is not one of auto, xla"):
         pallas_kernels.gqa_decode(q, k, k, lengths, implementation="cuda")
     pool = jnp.zeros((2, 10, 8))
     with pytest.raises(ValueError, match="segment 8:12 is outside of the pool's 10 rows"):

@@ -105,7 +105,7 @@ def test_overflow_is_an_error_outside_jit_and_dropped_inside():
     cache = model.init_cache(2, ROOM, "float32")
     for part in (tokens, tokens[:, :1], tokens[:, :1]):
         _, cache = apply(params, part, cache=cache)
-    with pytest.raises(ValueError, match="room for 26 tokens a sequence, got 27"):
+    with pytest.raises(ValueError, match="room for 26 tokens per sequence, got 27"):
         model.apply(params, tokens[:, :1], cache=cache)
     _, after = apply(params, tokens[:, :1], cache=cache)
     assert after[0].lengths.tolist() == [ROOM + 1, ROOM + 1]

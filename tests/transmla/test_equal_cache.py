@@ -133,11 +133,11 @@ def test_parameters_are_counted_and_cast_once():
 def test_what_cannot_be_converted_is_refused():
     model, params, _ = build("plain")
     convert = kvjax.transmla.convert
-    with pytest.raises(ValueError, match="'decupled' is none of equal_cache, decoupled"):
+    with pytest.raises(ValueError, match="'decupled' is not one of equal_cache, decoupled"):
         convert(model, params, method="decupled")
     with pytest.raises(ValueError, match="'decoupled' needs stats"):
         convert(model, params, method="decoupled")
-    with pytest.raises(ValueError, match="'after' is none of after_up, before_up"):
+    with pytest.raises(ValueError, match="'after' is not one of after_up, before_up"):
         convert(model, params, rope_site="after")
     mla = MLAConfig(4, 8, 4, 8, 12, None, 12**-0.5, RopeConfig(4, interleaved=True))
     mixed = Transformer(model.config.with_attention((mla,)))

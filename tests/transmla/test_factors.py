@@ -109,5 +109,5 @@ def test_a_wrong_init_is_refused():
 def test_init_names():
     assert resolve_init("svd_global") is svd_global
     assert resolve_init(identity) is identity
-    with pytest.raises(ValueError, match="'pca' is none of svd_global, svd_per_head, identity"):
+    with pytest.raises(ValueError, match="'pca' is not one of svd_global, svd_per_head, identity"):
         resolve_init("pca")

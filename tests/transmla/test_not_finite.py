@@ -261,7 +261,7 @@ def test_float_batches_are_not_cut_to_integers():
     model, params, stats, *_ = build("llama")
     with pytest.raises(ValueError, match=r"calibration: got float64 \(8, 24\), expected token ids"):
         calibrate(model, params, [stats.tokens + 0.7])
-    with pytest.raises(ValueError, match="calibration: got ids of no one shape"):
+    with pytest.raises(ValueError, match="calibration: got lists of different lengths"):
         calibrate(model, params, [[[1, 2], [3]]])
 
 

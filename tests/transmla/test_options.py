@@ -133,5 +133,5 @@ def test_convert_calls_the_function_of_the_method():
         got = convert(model, params, **options)
         assert got[0].config == want[0].config
         np.testing.assert_array_equal(forward(*got, tokens), forward(*want, tokens))
-    with pytest.raises(ValueError, match="method 'mha' is none of equal_cache, decoupled"):
+    with pytest.raises(ValueError, match="method 'mha' is not one of equal_cache, decoupled"):
         convert(model, params, method="mha")

@@ -54,8 +54,8 @@ class TuneConfig:
         tokenizer: directory or hub id of the tokenizer; None: that of the model.
         train: parameters to train: kv_only, attention, all, or patterns like "layers_*/attn/q".
         sequence_length: number of tokens of a packed row.
-        batch_size: number of packed rows a step.
-        accumulate: number of micro-batches a step.
+        batch_size: number of packed rows per step.
+        accumulate: number of micro-batches per step.
         epochs: number of times that the data is seen; `steps` overrides it.
         template: auto (each format's own prompt) or chat (the tokenizer's chat template).
         learn: answers, or all tokens.

@@ -1,4 +1,4 @@
-"""Compiles the step of a run for a device that need not be present: memory and FLOPs a device."""
+"""Compiles the step of a run for devices that need not be present: memory and FLOPs per device."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def read_parameters(config: TuneConfig, model: Transformer, mesh: Mesh | None) -
     trainable: Flat = {}
     frozen: Flat = {}
     for name in parts:
-        # Indexing reads the layer: at most one layer exists in fp32 beside the parameters.
+        # Indexing reads the layer: at most one layer exists in fp32 besides the parameters.
         part = {name: parts[name]}
         check_finite(part, f"{config.model}: ")
         own, rest = partition(part, paths)

@@ -131,7 +131,7 @@ def shared_rope(ropes: Sequence[RopeConfig], context: int) -> SharedRope:
     computes its frequencies from such a rule.
 
     Args:
-        ropes: one a layer.
+        ropes: one per layer.
         context: max_position_embeddings.
 
     Raises:

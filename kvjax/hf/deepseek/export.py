@@ -234,7 +234,7 @@ def latent_rms(
 
     Args:
         model: converted, with latent attention in every layer.
-        batches: int32 [B, T] of text, without padding, the same T in all.
+        batches: int32 [B, T] of text, without padding, with the same T in all batches.
 
     Raises:
         ValueError: `batches` is empty, an id is outside the vocabulary, a layer has no latent
