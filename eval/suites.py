@@ -193,7 +193,7 @@ def _do(run: SuiteRun, command: Any, words: list[str], dry: bool, console: Conso
         run_command(run.command, command, words)
     elif (command.out / RESULTS).exists():
         _check_results(command.out / RESULTS, command, words)
-        console.print(f"  {command.out / RESULTS} is there already", markup=False)
+        console.print(f"  {command.out / RESULTS} already exists", markup=False)
     elif processes.is_writer():
         MEASUREMENTS[run.command][1](command, words)
 
@@ -375,7 +375,7 @@ def _as_type(value: Any, kind: Any) -> Any:
     """A value of YAML as the type of a field; one value stands for a list of one.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: the value does not have this type.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

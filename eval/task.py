@@ -140,7 +140,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run makes predictions: all that they depend on beside model and task.
+    """How a run makes predictions: everything that they depend on besides model and task.
 
     Attributes:
         policies: names and settings, as in `kvjax.generate`.

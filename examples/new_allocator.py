@@ -21,7 +21,7 @@ def ends_first(request: Request) -> np.ndarray:
 
 
 def main() -> kvjax.Generation:
-    """Generates from a random tiny model with 24 tokens a head."""
+    """Generates from a random tiny model with 24 tokens per head."""
     attention = GQAConfig(4, 2, 8, scale=8**-0.5, rope=RopeConfig(8))
     config = ModelConfig("llama", 64, 32, (LayerConfig(attention, MLPConfig(64)),) * 3)
     model = Transformer(config)

@@ -13,12 +13,12 @@ from kvjax.policies.scorers import LayerView
 
 
 def small_keys(prompt: LayerView) -> jax.Array:
-    """[B, K, S] scores, higher for tokens to keep; padding and the window are not asked for."""
+    """[B, K, S] scores, higher for tokens to keep; those of padding and window are ignored."""
     return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
 
 
 def main() -> kvjax.Generation:
-    """Generates from a random tiny model with 24 tokens a head."""
+    """Generates from a random tiny model with 24 tokens per head."""
     attention = GQAConfig(4, 2, 8, scale=8**-0.5, rope=RopeConfig(8))
     config = ModelConfig("llama", 64, 32, (LayerConfig(attention, MLPConfig(64)),) * 2)
     model = Transformer(config)

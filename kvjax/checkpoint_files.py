@@ -47,7 +47,7 @@ class Checkpoint:
 
     @functools.cached_property
     def _files(self) -> dict[Path, np.ndarray]:
-        # One mapping a file: thousands of expert tensors would exceed what a process may map.
+        # One mapping per file: thousands of expert tensors would exceed what a process may map.
         return {path: map_file(path) for path in {t.path for t in self.tensors.values()}}
 
     def open(self, name: str) -> np.ndarray:
@@ -73,7 +73,7 @@ class Checkpoint:
 def scan(directory: Path) -> Checkpoint:
     """Headers of all files; no tensor is read.
 
-    Where there is a single file and an index, the single file counts, as in transformers.
+    If there are both a single file and an index, the single file is read, as in transformers.
 
     Raises:
         ValueError: there are no safetensors, or the index is not JSON.
@@ -144,7 +144,7 @@ def _is_inside(file: Any) -> bool:
 
 
 def leftovers(directory: Path) -> list[str]:
-    """Names of the weight files in a directory, which a later save would be mixed up with."""
+    """Names of the weight files in a directory; a later save would mix its files with them."""
     found = {path.name for pattern in WEIGHTS for path in directory.glob(pattern)}
     return sorted(found)
 
@@ -247,7 +247,7 @@ def map_file(path: Path) -> np.ndarray:
 def release(file: np.ndarray) -> None:
     """Frees the pages of a mapped file. A later read takes them from the disk or its cache again.
 
-    Without this, a process that reads a checkpoint part by part has all of it in memory at last.
+    Without this, a process that reads a checkpoint part by part ends up with all of it in memory.
     """
     mapping: Any = file
     while isinstance(mapping, np.ndarray):

@@ -275,7 +275,7 @@ class MLAConfig:
     Attributes:
         num_heads: N.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths of the parts of one head.
-        kv_lora_rank: latent width L, cached beside the one rotary key of width R.
+        kv_lora_rank: latent width L; a rotary key of width R is cached too.
         q_lora_rank: rank of the query projection; None for full rank.
         rope: None if nothing rotates (qk_rope_head_dim 0).
         latent_norm: RMS norm of the latent (and of the query latent); None for none.

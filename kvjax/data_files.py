@@ -49,8 +49,8 @@ class Rows(Protocol):
 def open_rows(name: str, split: str = "train") -> Rows:
     """The rows of a local file, or of a hub dataset "org/name" or "org/name:config".
 
-    Lines of a plain .jsonl are parsed when they are asked for. A packed file is unpacked into
-    memory, a .json that is one array is parsed whole, parquet stays in Arrow's columns.
+    Lines of a plain .jsonl are parsed when they are read. A packed file is unpacked into memory, a
+    .json that is one array is parsed whole, and parquet stays in Arrow's columns.
 
     Args:
         split: of a hub dataset; a local file is read whole.
@@ -180,9 +180,9 @@ def parse_object(line: str | bytes, where: str) -> dict[str, Any]:
 
 
 class JsonLines:
-    """One JSON object a line; blank lines are skipped.
+    """One JSON object per line; blank lines are skipped.
 
-    Keeps the positions of the lines only (16 bytes a row); a line is parsed when it is asked for.
+    Keeps only the positions of the lines (16 bytes per row), and parses a line when it is read.
     """
 
     def __init__(self, path: Path, data: UInt8[np.ndarray, " bytes"]):

@@ -3,7 +3,7 @@
 Three rules hold for every resumable job:
 
 1. The settings are written first. A job with other settings is refused (`claim`, `check_same`).
-2. A result is written whole or not at all (`write_whole`, `write_json`).
+2. A result is written atomically (`write_whole`, `write_json`).
 3. A file of JSON lines grows by whole lines. A kill can only tear the last line, which is cut off
    before more lines are added (`append_lines`, `cut_torn_line`, `whole_lines`).
 """

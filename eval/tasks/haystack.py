@@ -25,7 +25,7 @@ from kvjax.text import exact_match, rouge1_recall
 
 LENGTHS = (512, 1024)
 DEPTHS = 10
-MORE_TOKENS = 4  # beside the longest answer: room for an EOS, and for other spellings
+MORE_TOKENS = 4  # more than the longest answer: room for an EOS, and for other spellings
 CHAT_TOKENS = 64  # models that chat answer in a sentence
 METRICS = {"exact_match": exact_match, "rouge1_recall": rouge1_recall}
 READS = Reads(

@@ -259,7 +259,7 @@ def check_again(config: ModelConfig, scorer: Scorer) -> None:
     """Raises NotImplementedError if a cache cannot be compressed while decoding."""
     if hasattr(scorer, "observer"):
         name = type(scorer).__name__
-        raise NotImplementedError(f"every: {name} watches the prompt, which is gone by then")
+        raise NotImplementedError(f"every needs another scorer: {name} watches the prompt only")
     for index, layer in enumerate(config.layers):
         reason = layer.attention.no_head_budget
         if reason is not None:

@@ -26,7 +26,7 @@ def convert(
         options: the keyword arguments of that function, and `stats` for "decoupled".
 
     Raises:
-        ValueError: an unknown method, or what the function refuses.
+        ValueError: an unknown method, and see the function.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")

@@ -3,10 +3,10 @@
     python -m pallas_kernels.bench [--json FILE] [--tune]
 
 For each operation, model, batch and context it prints the median time of every implementation that
-can serve, and the bandwidth that reading the live entries in this time amounts to, as a part of the
-bandwidth of a copy on the device in the same turns. Baselines are XLA's einsum ("xla"); for dense
-caches `jax.nn.dot_product_attention` and, where they can run, jax's paged attention and tokamax;
-for ragged caches a dense cache with as many entries ("dense").
+supports the case. It also prints the bandwidth of reading the live entries, as a share of the
+bandwidth of a copy that is timed in turn with them. The baseline is XLA's einsum ("xla"). Dense
+caches are also compared with `jax.nn.dot_product_attention` and, where they can run, with jax's
+paged attention and tokamax; ragged caches with a dense cache of as many entries ("dense").
 """
 
 import argparse

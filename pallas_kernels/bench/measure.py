@@ -117,7 +117,7 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of a call of each function, measured `repeats` times.
 
-    The functions take turns, so that other load on the machine affects all of them alike.
+    The functions take turns, so that other load on the machine affects all of them equally.
     """
     calls = {name: _calls_needed(run) for name, run in functions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in functions}

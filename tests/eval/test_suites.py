@@ -120,7 +120,7 @@ def test_results_of_another_command_are_not_taken_for_this_one(toy, checkpoint, 
     weights = identity(model.config, params).digest
     (out / "results.json").write_text(json.dumps({"command": command, "weights": weights}))
     main(words)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     (out / "results.json").write_text(json.dumps({"command": command, "weights": "0" * 12}))
     with pytest.raises(ValueError, match="1 of 1 runs failed: speed"):
         main(words)
