@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
 from kvjax.cache.pool import bucket_rows
-from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
+from kvjax.cache.room import grow_pool, repeated_with_room, trimmed
 from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.cache.storage import room_bucket
 from kvjax.checks import check_finite, check_prompts, first_not_finite
@@ -253,7 +253,7 @@ def grown(
             continue
         # Round the slots in use up, so that contexts of similar length share programs.
         used = int(layer.used[0])
-        held = with_room(repeat(layer, batch), bucket_rows(used) - used + room, windows[index])
+        held = repeated_with_room(layer, batch, bucket_rows(used) - used + room, windows[index])
         attention = config.layers[index].attention
         own[index] = held if layout is None else spread_layer(attention, held, layout)
     pools = tuple(

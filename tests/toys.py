@@ -18,7 +18,7 @@ def random_params(model, seed=0, dtype=np.float32):
             noise = 1 + 0.1 * noise
         elif len(leaf.shape) > 1:
             noise = noise / np.sqrt(np.prod(leaf.shape) / max(leaf.shape[-1], leaf.shape[0]))
-        return jnp.array(noise.astype(dtype))
+        return jax.device_put(noise.astype(dtype))  # jnp.array would compile for every shape
 
     return jax.tree_util.tree_map_with_path(fill, param_shapes(model))
 
