@@ -269,11 +269,14 @@ def grown(
 def on_devices_of(params: Any, cache: Any) -> Any:
     """The cache on the devices of the parameters; a cache elsewhere is copied to each of them."""
     wanted = getattr(params["embedding"], "sharding", None)
-    devices = jax.tree.leaves(cache)[0].sharding.device_set
-    if wanted is None or devices == wanted.device_set:
+    if wanted is None:
         return cache
     if isinstance(wanted, NamedSharding):
+        devices = jax.tree.leaves(cache)[0].sharding.device_set
+        if devices == wanted.device_set:
+            return cache
         wanted = NamedSharding(wanted.mesh, PartitionSpec())
+    # Bind a file's arrays to the device: jax compiles a second program for arrays that are not.
     return jax.device_put(cache, wanted)
 
 
