@@ -23,6 +23,11 @@ def random_params(model, seed=0, dtype=np.float32):
     return jax.tree_util.tree_map_with_path(fill, param_shapes(model))
 
 
+def cast(params, dtype):
+    """The parameters in another dtype, which the host converts: jax compiles nothing for it."""
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(jnp.dtype(dtype))), params)
+
+
 def forward(model, params, tokens, **settings):
     """Logits [B, T, V] without a cache; models share the programs of equal blocks."""
     arrays = {name: jnp.asarray(value) for name, value in settings.items()}
