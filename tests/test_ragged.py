@@ -19,7 +19,7 @@ KINDS = {"sliding": (GQA, SLIDING), "mla": (MLA, MLA)}
 SCORES = HeadScores(np.random.default_rng(0).random((2, 4, 5)) ** 4)
 RANDOM = np.random.default_rng(2)
 PROMPTS = [RANDOM.integers(0, 61, n).tolist() for n in (31, 20, 5, 32, 23)]
-ALONE = (1, 2, 4)
+ALONE, LONGEST = (1, 2, 4), 3
 SIZE = "kv_size=12,window=4"
 
 
@@ -59,10 +59,11 @@ def together(kind, policy):
 
 @pytest.mark.parametrize(("kind", "policy"), CASES)
 def test_a_batch_gives_each_prompt_what_it_gets_alone(kind, policy):
-    """Alone is in a batch of its copies: one program serves both batches."""
+    """Alone but for copies and the longest prompt: batches of one size share their programs."""
+    want = together(kind, policy)
     for index in ALONE:
-        copies = [PROMPTS[index]] * len(PROMPTS)
-        assert answers(kind, policy, copies) == [together(kind, policy)[index]] * len(PROMPTS)
+        got = answers(kind, policy, [PROMPTS[index]] * 4 + [PROMPTS[LONGEST]])
+        assert got == [want[index]] * 4 + [want[LONGEST]]
 
 
 @pytest.mark.parametrize(
