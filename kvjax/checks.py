@@ -300,10 +300,13 @@ def first_not_finite(tree: Any, prefix: str = "") -> str | None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
-    # One jitted call for arrays on devices; numpy for host arrays, which may be memory-mapped.
-    on_host = all(isinstance(leaf, np.ndarray) for _, leaf in found)
+    # numpy reads what is in the host's memory, also memory-mapped files; otherwise one jitted call.
     leaves = [leaf for _, leaf in found]
-    finite = [np.isfinite(leaf).all() for leaf in leaves] if on_host else _all_finite(leaves)
+    on_host = all(map(_in_host_memory, leaves))
+    if on_host:
+        finite: Sequence[Any] = [np.isfinite(np.asarray(leaf)).all() for leaf in leaves]
+    else:
+        finite = _all_finite(leaves)
     broken = [name for (name, _), good in zip(found, finite, strict=True) if not bool(good)]
     return f"{prefix}{broken[0]}".rstrip("/") if broken else None
 
@@ -342,6 +345,14 @@ def rounded(x: np.ndarray, dtype: Any) -> jax.Array:
 CONVERTED = " after the conversion: it overflows the dtype, or its fits diverge"
 OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 65504"
 """The usual cause of logits that are not finite."""
+
+
+def _in_host_memory(leaf: Any) -> bool:
+    """Whether numpy reads an array in place: one of numpy's, or one of jax on a single CPU."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return True
+    (device, *others) = leaf.sharding.device_set
+    return device.platform == "cpu" and not others and leaf.is_fully_addressable
 
 
 @jax.jit

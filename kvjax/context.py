@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
 from kvjax.cache.pool import bucket_rows
-from kvjax.cache.room import grow_pool, repeat, trimmed, with_room
+from kvjax.cache.room import grow_pool, repeated_with_room, trimmed
 from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.cache.storage import room_bucket
 from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
@@ -253,7 +253,7 @@ def grown(
             continue
         # Round the slots in use up, so that contexts of similar length share programs.
         used = int(layer.used[0])
-        held = with_room(repeat(layer, batch), bucket_rows(used) - used + room, windows[index])
+        held = repeated_with_room(layer, batch, bucket_rows(used) - used + room, windows[index])
         attention = config.layers[index].attention
         own[index] = held if layout is None else spread_layer(attention, held, layout)
     pools = tuple(
@@ -269,11 +269,14 @@ def grown(
 def on_devices_of(params: Any, cache: Any) -> Any:
     """The cache on the devices of the parameters; a cache elsewhere is copied to each of them."""
     wanted = getattr(params["embedding"], "sharding", None)
-    devices = jax.tree.leaves(cache)[0].sharding.device_set
-    if wanted is None or devices == wanted.device_set:
+    if wanted is None:
         return cache
     if isinstance(wanted, NamedSharding):
+        devices = jax.tree.leaves(cache)[0].sharding.device_set
+        if devices == wanted.device_set:
+            return cache
         wanted = NamedSharding(wanted.mesh, PartitionSpec())
+    # Bind a file's arrays to the device: jax compiles a second program for arrays that are not.
     return jax.device_put(cache, wanted)
 
 

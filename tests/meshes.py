@@ -42,8 +42,8 @@ def toy(*attention):
 
 
 def spread(model, params, shape):
-    """The parameters on eight devices."""
-    return place_params(model, params, mesh_of_eight(shape))
+    """The parameters on eight devices; from the host, where no shape needs a program to cut it."""
+    return place_params(model, jax.tree.map(np.asarray, params), mesh_of_eight(shape))
 
 
 def ragged_prompts(seed=0):

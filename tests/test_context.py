@@ -37,8 +37,19 @@ MODELS = {"gqa": (GQA, GQA), "sliding": (GQA, SLIDING), "mla": (MLA, MLA)}
 @functools.cache
 def model_of(kind):
     if kind == "after_up":
-        return transmla.convert(*build(GQA, GQA))
+        return transmla.convert(*model_of("gqa"))
     return build(*MODELS[kind])
+
+
+def on_host(params):
+    """The parameters as numpy arrays, which go to a mesh without a program for every shape."""
+    return jax.tree.map(np.asarray, params)
+
+
+@functools.cache
+def compressed(kind="gqa", policy="snapkv:kv_size=16"):
+    """The text as a model has read it; questions and files leave a context as it is."""
+    return kvjax.compress(*model_of(kind), TEXT, policy)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,7 @@ def model_of(kind):
 )
 def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
     model, params = model_of(kind)
-    context = kvjax.compress(model, params, TEXT, policy)
+    context = compressed(kind, policy)
     context.save(tmp_path / "text.kv")
     context = kvjax.load_context(tmp_path / "text.kv", model, params)
     settings = {"max_new_tokens": 10, "eos_ids": ()}
@@ -75,7 +86,7 @@ def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
 )
 def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tmp_path):
     model, params = model_of(kind)
-    context = kvjax.compress(model, params, TEXT, policy)
+    context = compressed(kind, policy)
     before = [np.array(leaf) for leaf in jax.tree.leaves(context.cache)]
     settings = {"max_new_tokens": 10, "eos_ids": (), "context": context}
     together = kvjax.generate(model, params, QUESTIONS, **settings).tokens
@@ -85,8 +96,9 @@ def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tm
     assert jax.tree.structure(loaded.cache) == jax.tree.structure(context.cache)
     settings["context"] = loaded
     for index in (2, 0):
-        alone = kvjax.generate(model, params, [QUESTIONS[index]], **settings).tokens
-        assert alone == [together[index]]
+        # Without the other questions, in the programs of the batch above.
+        alone = kvjax.generate(model, params, [QUESTIONS[index]] * len(QUESTIONS), **settings)
+        assert alone.tokens == [together[index]] * len(QUESTIONS)
     for cache in (context.cache, loaded.cache):
         for a, b in zip(before, jax.tree.leaves(cache), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -103,8 +115,7 @@ def test_a_file_holds_the_same_cache_and_no_question_changes_it(kind, policy, tm
     ],
 )
 def test_a_file_has_the_bytes_of_what_is_kept(kind, policy, rows, numbers, tmp_path):
-    model, params = model_of(kind)
-    kvjax.compress(model, params, TEXT, policy).save(tmp_path / "text.kv")
+    compressed(kind, policy).save(tmp_path / "text.kv")
     stored = read_header(tmp_path / "text.kv").values()
     entries = [t.open().size for t in stored if np.dtype(t.dtype).kind == "f"]
     assert sum(entries) == rows * numbers
@@ -126,9 +137,9 @@ def test_16_bit_floats_are_saved_as_floats(tmp_path):
 
 def test_a_context_is_of_these_very_weights(tmp_path):
     """Training the key and value projections changes neither configuration nor final norm."""
-    model, params = build(GQA, GQA)
+    model, params = model_of("gqa")
     path = tmp_path / "text.kv"
-    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    context = compressed()
     context.save(path)
     attention = params["layers_1"]["attn"]
     tuned = params["layers_1"] | {"attn": attention | {"k": attention["k"].at[3, 1, 2].add(1e-6)}}
@@ -144,16 +155,16 @@ def test_a_context_is_of_these_very_weights(tmp_path):
 
 @pytest.mark.parametrize("setting", [{"policy": "snapkv:kv_size=16"}, {"prefill_size": 1}])
 def test_what_a_context_would_not_heed_is_refused(setting):
-    model, params = build(GQA)
-    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    model, params = model_of("gqa")
+    context = compressed()
     with pytest.raises(ValueError, match="with a context, expected neither"):
         kvjax.generate(model, params, QUESTIONS, context=context, **setting)
 
 
 @pytest.mark.parametrize("policy", ["full:", Full()])
 def test_the_default_policy_in_other_words_is_not_refused(policy):
-    model, params = build(GQA)
-    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    model, params = model_of("gqa")
+    context = compressed()
     asked = {"context": context, "max_new_tokens": 2}
     want = kvjax.generate(model, params, QUESTIONS[:1], **asked).tokens
     assert kvjax.generate(model, params, QUESTIONS[:1], policy=policy, **asked).tokens == want
@@ -161,21 +172,24 @@ def test_the_default_policy_in_other_words_is_not_refused(policy):
 
 def test_ids_that_end_a_text_do_not_decide_how_it_is_read(tmp_path):
     """As where a checkpoint's generation_config.json names one more of them."""
-    model, params = build(GQA)
-    kvjax.compress(model, params, TEXT, "snapkv:kv_size=16").save(tmp_path / "text.kv")
+    model, params = model_of("gqa")
+    compressed().save(tmp_path / "text.kv")
     other = Transformer(dataclasses.replace(model.config, eos_ids=(3, 4), bos_id=1))
     assert kvjax.load_context(tmp_path / "text.kv", other, params).length == len(TEXT)
 
 
 @pytest.mark.parametrize("shapes", [(None, "tensor=2"), ("tensor=2", None), ("data=2", "tensor=2")])
 def test_a_context_goes_to_the_devices_of_the_weights(shapes):
-    model, params = build(GQA)
+    model, params = model_of("gqa")
 
-    def spread(shape, devices):
-        mesh = None if shape is None else make_mesh(parse_mesh(shape), devices)
-        return place_params(model, params, mesh)
+    devices = {"data=2": jax.devices()[:2], "tensor=2": jax.devices()[2:4]}
 
-    read, asked = spread(shapes[0], jax.devices()[:2]), spread(shapes[1], jax.devices()[2:4])
+    def spread(shape):
+        if shape is None:
+            return params
+        return place_params(model, on_host(params), make_mesh(parse_mesh(shape), devices[shape]))
+
+    read, asked = map(spread, shapes)
     context = kvjax.compress(model, read, TEXT, "snapkv:kv_size=16")
     got = kvjax.generate(model, asked, QUESTIONS[:1], max_new_tokens=4, context=context).tokens
     want = kvjax.generate(model, read, QUESTIONS[:1], max_new_tokens=4, context=context).tokens
@@ -197,8 +211,8 @@ def test_a_context_over_a_mesh_is_that_of_one_device(kind, policy):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     mesh = make_mesh({"data": 2, "tensor": 4}, jax.devices()[:8])
-    many = place_params(model, params, mesh)
-    one, spread = (kvjax.compress(model, where, TEXT, policy) for where in (params, many))
+    many = place_params(model, on_host(params), mesh)
+    one, spread = compressed(kind, policy), kvjax.compress(model, many, TEXT, policy)
     assert jax.tree.structure(one.cache) == jax.tree.structure(spread.cache)
     for ours, theirs in zip(*map(jax.tree.leaves, (one.cache, spread.cache)), strict=True):
         atol = 1e-4 if ours.dtype == np.float32 else 1  # of entries in 8 bits
@@ -223,9 +237,9 @@ def test_a_context_over_a_mesh_is_that_of_one_device(kind, policy):
     ],
 )
 def test_a_damaged_context_is_one_line(tmp_path, change):
-    model, params = build(GQA)
+    model, params = model_of("gqa")
     path = tmp_path / "text.kv"
-    kvjax.compress(model, params, TEXT, "snapkv:kv_size=16").save(path)
+    compressed().save(path)
     stored = read_header(path)
     content = json.loads(read_metadata(path)["kvjax"]) | change
     kept = [NewTensor(n, t.dtype, t.shape, lambda t=t: t.open().copy()) for n, t in stored.items()]
@@ -236,7 +250,7 @@ def test_a_damaged_context_is_one_line(tmp_path, change):
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[]", "3"])
 def test_a_file_that_is_no_context(tmp_path, text):
-    model, params = build(GQA)
+    model, params = model_of("gqa")
     write_file(tmp_path / "other.kv", [], {"kvjax": text})
     with pytest.raises(
         ValueError, match=r"other\.kv is not a context: (got None|its description is damaged)"
@@ -246,7 +260,7 @@ def test_a_file_that_is_no_context(tmp_path, text):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_context_of_an_older_format_is_refused(tmp_path, number):
-    model, params = build(GQA)
+    model, params = model_of("gqa")
     content = json.dumps({"format": f"kvjax context {number}", "model": "llama-0123456789ab"})
     write_file(tmp_path / "old.kv", [], {"kvjax": content})
     with pytest.raises(
@@ -257,17 +271,17 @@ def test_a_context_of_an_older_format_is_refused(tmp_path, number):
 
 
 def test_errors(tmp_path):
-    model, params = build(GQA)
+    model, params = model_of("gqa")
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         kvjax.compress(model, params, [], "full")
     with pytest.raises(ValueError, match="ring or every don't fit"):
         kvjax.compress(model, params, TEXT, "pyramidkv:kv_size=16,ring=8")
-    context = kvjax.compress(model, params, TEXT, "snapkv:kv_size=16")
+    context = compressed()
     with pytest.raises(ValueError, match=r"prompt 0 has .* expected at most 256 in all"):
         kvjax.generate(model, params, [[1] * 180], max_new_tokens=10, context=context)
     context.save(tmp_path / "text.kv")
     with pytest.raises(ValueError, match=r"text.kv is of another model: configuration llama-"):
-        kvjax.load_context(tmp_path / "text.kv", *build(GQA, GQA))
+        kvjax.load_context(tmp_path / "text.kv", *build(GQA))
     with pytest.raises(ValueError, match="no context at"):
         kvjax.load_context(tmp_path / "nothing.kv", model, params)
     (tmp_path / "text.kv").write_bytes(b"0123456789")
@@ -324,9 +338,9 @@ def of_layers(content, count, places):
     ],
 )
 def test_a_damaged_description_is_one_line(tmp_path, change, said):
-    model, params = build(GQA, GQA)
+    model, params = model_of("gqa")
     path = tmp_path / "text.kv"
-    kvjax.compress(model, params, TEXT, "snapkv:kv_size=16").save(path)
+    compressed().save(path)
     rewritten(path, change)
     with pytest.raises(ValueError, match=rf"text\.kv {said}") as error:
         kvjax.load_context(path, model, params)
@@ -336,9 +350,9 @@ def test_a_damaged_description_is_one_line(tmp_path, change, said):
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 @pytest.mark.parametrize("policy", ["full", "adasnapkv:kv_size=16"])
 def test_a_context_that_holds_nan_is_refused(tmp_path, policy, number):
-    model, params = build(GQA, GQA)
+    model, params = model_of("gqa")
     path = tmp_path / "text.kv"
-    kvjax.compress(model, params, TEXT, policy).save(path)
+    compressed("gqa", policy).save(path)
 
     def broken(arrays):
         # The pool's last row is one of the last layer.
@@ -352,9 +366,9 @@ def test_a_context_that_holds_nan_is_refused(tmp_path, policy, number):
 
 
 def test_a_context_without_one_of_its_arrays(tmp_path):
-    model, params = build(GQA, GQA)
+    model, params = model_of("gqa")
     path = tmp_path / "text.kv"
-    kvjax.compress(model, params, TEXT, "full").save(path)
+    compressed("gqa", "full").save(path)
     rewritten(path, tensors=lambda arrays: dict(list(arrays.items())[1:]))
     with pytest.raises(
         ValueError, match=r"description is damaged \(KeyError: 'cache\.own\.0\.k'\)"

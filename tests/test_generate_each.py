@@ -36,7 +36,8 @@ def loaded():
 @pytest.fixture(scope="module")
 def prompts():
     rng = np.random.default_rng(3)
-    return [rng.integers(1, VOCAB, n).tolist() for n in (25, 31, 32, 40, 28)]
+    lengths = (25, 31, 32, 40, 28, 47, 30, 34, 27)  # of two buckets, in whole batches of three
+    return [rng.integers(1, VOCAB, n).tolist() for n in lengths]
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from meshes import (
     SHAPES,
     WINDOWED,
     WINDOWED_MLA,
-    ragged_prompts,
     spread,
     toy,
 )
@@ -28,6 +27,9 @@ from kvjax.prefill import pad
 from kvjax.sharding import make_mesh, place_params
 
 NEW = 6
+LENGTHS = 29, 21, 32, 17, 30, 25, 9, 31
+"""Of prompts that share a bucket, so that all eight are one batch; one is shorter than a budget."""
+PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in LENGTHS]
 COMPRESSED = "kv_size=14,window=4"
 KINDS = {
     "gqa": (GQA,) * 3,
@@ -61,12 +63,12 @@ def policy_of(name):
 @functools.cache
 def on_one_device(kind, policy):
     model, params = model_of(kind)
-    return kvjax.generate(model, params, ragged_prompts(), NEW, policy_of(policy), eos_ids=())
+    return kvjax.generate(model, params, PROMPTS, NEW, policy_of(policy), eos_ids=())
 
 
 def read(model, params, policy, new=NEW):
     """Logits after the prompts, and the cache that decode begins with."""
-    tokens, lengths = pad(ragged_prompts(), 48)
+    tokens, lengths = pad(PROMPTS, 32)
     return kvjax.prefill(model, params, tokens, lengths, policy, max_new_tokens=new)
 
 
@@ -99,7 +101,7 @@ def rows_of_heads(cache, order):
 def test_the_same_tokens(kind, policy, shape):
     model, params = model_of(kind)
     many = spread(model, params, shape)
-    got = kvjax.generate(model, many, ragged_prompts(), NEW, policy_of(policy), eos_ids=())
+    got = kvjax.generate(model, many, PROMPTS, NEW, policy_of(policy), eos_ids=())
     assert got.tokens == on_one_device(kind, policy).tokens
 
 
@@ -126,9 +128,9 @@ def test_every_cache_over_heads_and_sequences(kind, policy):
         policy = dataclasses.replace(
             parse_policy(policy), allocator=HeadImportance(1.2, HeadScores(np.ones((3, 8, 1))))
         )
-    want = kvjax.generate(model, params, ragged_prompts(), NEW, policy, eos_ids=())
+    want = kvjax.generate(model, params, PROMPTS, NEW, policy, eos_ids=())
     many = spread(model, params, "data=2,tensor=4")
-    got = kvjax.generate(model, many, ragged_prompts(), NEW, policy, eos_ids=())
+    got = kvjax.generate(model, many, PROMPTS, NEW, policy, eos_ids=())
     assert got.tokens == want.tokens
 
 
@@ -141,7 +143,7 @@ def test_the_same_entries_stay(shape):
     want = rows_of_heads(one, order)
     assert len({len(head) for layer in want for head in layer[0]}) > 3
     many = spread(model, params, shape)
-    moved, policy = balance(model, many, uneven(), 48)
+    moved, policy = balance(model, many, uneven(), 32)
     orders = getattr(policy.allocator, "orders", order)
     for params_there, policy_there, heads in ((many, uneven(), order), (moved, policy, orders)):
         got_logits, cache = read(model, params_there, policy_there)
@@ -155,11 +157,11 @@ def test_the_same_entries_stay(shape):
 def test_layers_of_two_shapes_have_a_pool_each(shape):
     small = dataclasses.replace(GQA, head_dim=8, rope=RopeConfig(8))
     model, params = toy(GQA, small, GQA)
-    want = kvjax.generate(model, params, ragged_prompts(), NEW, eos_ids=()).tokens
+    want = kvjax.generate(model, params, PROMPTS, NEW, eos_ids=()).tokens
     many = params if shape is None else spread(model, params, shape)
     assert len(read(model, many, "snapkv:kv_size=200")[1].pools) == 2
     for policy in ("snapkv:kv_size=200", "snapkv:kv_size=200,every=3"):
-        got = kvjax.generate(model, many, ragged_prompts(), NEW, policy, eos_ids=())
+        got = kvjax.generate(model, many, PROMPTS, NEW, policy, eos_ids=())
         assert got.tokens == want
 
 
@@ -168,7 +170,7 @@ def test_balanced_heads_take_less():
     model, params = model_of("gqa")
     many = spread(model, params, "data=2,tensor=4")
     _, plain = read(model, many, uneven(), new=0)
-    _, balanced = read(model, *balance(model, many, uneven(), 48), new=0)
+    _, balanced = read(model, *balance(model, many, uneven(), 32), new=0)
     (before,), (after,) = plain.pools, balanced.pools
     rows = [pool.k.shape[1] for pool in (before, after)]
     largest = np.asarray(after.capacities).max(axis=(0, 2)).sum() * 4
@@ -179,7 +181,7 @@ def test_balanced_heads_take_less():
 def test_a_mesh_of_one_device():
     model, params = model_of("gqa")
     alone = place_params(model, params, make_mesh({}, jax.devices()[:1]))
-    policy, prompts = f"snapkv:{COMPRESSED}", ragged_prompts()[:2]
+    policy, prompts = f"snapkv:{COMPRESSED}", PROMPTS[:3]
     for context in (None, kvjax.compress(model, alone, prompts[0], policy)):
         asked = {"eos_ids": (), "context": context} | ({} if context else {"policy": policy})
         want = kvjax.generate(model, params, prompts, 3, **asked).tokens
@@ -189,25 +191,26 @@ def test_a_mesh_of_one_device():
 def test_sampling_on_a_mesh():
     model, params = model_of("gqa")
     settings = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "eos_ids": ()}
-    want = kvjax.generate(model, params, ragged_prompts(), NEW, **settings)
+    want = kvjax.generate(model, params, PROMPTS, NEW, **settings)
     many = spread(model, params, "data=2,tensor=4")
-    assert kvjax.generate(model, many, ragged_prompts(), NEW, **settings).tokens == want.tokens
+    assert kvjax.generate(model, many, PROMPTS, NEW, **settings).tokens == want.tokens
 
 
 def test_sequences_that_devices_do_not_divide():
     model, params = model_of("gqa")
-    prompts = ragged_prompts()[:3]
-    want = kvjax.generate(model, params, prompts, NEW, eos_ids=())
     many = spread(model, params, "data=2,tensor=4")
-    assert kvjax.generate(model, many, prompts, NEW, eos_ids=()).tokens == want.tokens
+    for policy in ("full", f"snapkv:{COMPRESSED}"):
+        want = kvjax.generate(model, params, PROMPTS[:3], NEW, policy, eos_ids=())
+        got = kvjax.generate(model, many, PROMPTS[:3], NEW, policy, eos_ids=())
+        assert got.tokens == want.tokens
 
 
 def test_what_a_mesh_cannot_serve():
     model, params = model_of("gqa")
     many = spread(model, params, "tensor=8")
     with pytest.raises(NotImplementedError, match="8 devices along the tensor axis share"):
-        kvjax.generate(model, many, ragged_prompts(), NEW, f"h2o:{COMPRESSED}")
+        kvjax.generate(model, many, PROMPTS, NEW, f"h2o:{COMPRESSED}")
     odd, odd_params = toy(dataclasses.replace(GQA, num_heads=6, num_kv_heads=3))
     many = spread(odd, odd_params, "data=4,tensor=2")
     with pytest.raises(ValueError, match=r"3 KV heads over 2 devices .* one divides the other"):
-        kvjax.generate(odd, many, ragged_prompts(), NEW)
+        kvjax.generate(odd, many, PROMPTS, NEW)

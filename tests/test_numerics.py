@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import GQA, LATENTS, MLA, toy
+from toys import cast
 
 import kvjax
 from eval import likelihood
@@ -27,19 +28,21 @@ ADVICE = "; load the model as bfloat16 or float32"
 def model_of(*attention, dtype="float16"):
     """A model whose second layer writes numbers above 65504 where it reads one token."""
     model, params = toy(*attention)
-    embedding = params["embedding"].at[:, 0].set(0).at[LOUD, 0].set(1000)
-    params = {name: jax.tree.map(lambda x: x * 0.5, part) for name, part in params.items()}
+    embedding = np.array(params["embedding"])
+    embedding[:, 0], embedding[LOUD, 0] = 0, 1000
+    params = {
+        name: jax.tree.map(lambda x: np.asarray(x) / 2, part) for name, part in params.items()
+    }
     layer = params["layers_1"]
     # The gate sees the first feature alone, whose norm of one token is large.
-    down = layer["mlp"]["down"].at[...].set(0).at[:, 0].set(30_000)
-    gate = jnp.zeros_like(layer["mlp"]["gate"]).at[0].set(1)
-    up = jnp.zeros_like(layer["mlp"]["up"]).at[0].set(1)
+    down, gate, up = (np.zeros_like(layer["mlp"][name]) for name in ("down", "gate", "up"))
+    down[:, 0], gate[0], up[0] = 30_000, 1, 1
     params |= {
         "embedding": embedding,
         "layers_1": layer | {"mlp": {"down": down, "gate": gate, "up": up}},
     }
     config = dataclasses.replace(model.config, eos_ids=(2,))
-    return Transformer(config), jax.tree.map(lambda x: x.astype(dtype), params)
+    return Transformer(config), cast(params, dtype)
 
 
 MODEL, PARAMS = model_of(GQA, GQA)
@@ -83,7 +86,7 @@ def test_the_other_ways_stop_too(way):
 def test_without_overflow_nothing_is_said():
     out = kvjax.generate(MODEL, PARAMS, [PROMPT], 3, eos_ids=())
     assert len(out.tokens[0]) == 3
-    wide = jax.tree.map(lambda x: x.astype("float32"), PARAMS)
+    wide = cast(PARAMS, "float32")
     out = kvjax.generate(MODEL, wide, [LOUD_PROMPT], 3, eos_ids=())
     assert len(out.tokens[0]) == 3 and np.isfinite(perplexity(MODEL, wide, [TEXT]))
 
@@ -98,17 +101,22 @@ def test_the_layer_kind(attention, kind):
 def test_overflow_that_begins_while_decoding():
     """The prompt is fine; the first new token is the one that overflows."""
     shape = PARAMS["lm_head"].shape
-    seen = PARAMS | {"lm_head": jnp.eye(*shape, dtype="float16")}
-    hidden = MODEL.apply({"params": seen}, jnp.asarray([PROMPT]))[0][0, -1, : shape[0]]
-    head = jnp.zeros(shape, "float16").at[:, LOUD].set(hidden.astype("float16"))
-    params = PARAMS | {"lm_head": head}
+    seen = PARAMS | {"lm_head": jax.device_put(np.eye(*shape, dtype="float16"))}
+    logits, _ = MODEL.apply({"params": seen}, np.asarray([PROMPT], np.int32))
+    head = np.zeros(shape, "float16")
+    head[:, LOUD] = np.asarray(logits)[0, -1, : shape[0]]
+    params = PARAMS | {"lm_head": jax.device_put(head)}
     assert kvjax.generate(MODEL, params, [PROMPT], 1, eos_ids=()).tokens == [[LOUD]]
     with pytest.raises(ValueError, match=r"logits of prompt 0 are not finite: float16 overflows"):
         kvjax.generate(MODEL, params, [PROMPT], 40, eos_ids=())
 
 
 def test_weights_that_are_not_finite_are_named():
-    params = PARAMS | {"layers_0": jax.tree.map(lambda x: x * jnp.nan, PARAMS["layers_0"])}
+    params = PARAMS | {
+        "layers_0": jax.tree.map(
+            lambda x: jax.device_put(np.asarray(x) * np.float16(np.nan)), PARAMS["layers_0"]
+        )
+    }
     message = "finite: layers_0/attn/k has NaN or infinity in float16; load the model as"
     with pytest.raises(ValueError, match=message):
         kvjax.generate(MODEL, params, [PROMPT], 2)

@@ -17,7 +17,9 @@ SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), window=13)
 MLA = MLAConfig(4, 16, 8, 8, 12, None, 0.3, RopeConfig(8))
 KINDS = {"sliding": (GQA, SLIDING), "mla": (MLA, MLA)}
 SCORES = HeadScores(np.random.default_rng(0).random((2, 4, 5)) ** 4)
-LENGTHS, ALONE = (31, 20, 5, 32, 23), (1, 2, 4)
+RANDOM = np.random.default_rng(2)
+PROMPTS = [RANDOM.integers(0, 61, n).tolist() for n in (31, 20, 5, 32, 23)]
+ALONE, LONGEST = (1, 2, 4), 3
 SIZE = "kv_size=12,window=4"
 
 
@@ -44,13 +46,29 @@ CASES = [
 ]
 
 
+def answers(kind, policy, prompts):
+    model, params = build(kind)
+    settings = {"policy": resolve(policy, model.config, SCORES), "eos_ids": ()}
+    return generate(model, params, prompts, 20, **settings).tokens
+
+
+@functools.cache
+def together(kind, policy):
+    return answers(kind, policy, PROMPTS)
+
+
 @pytest.mark.parametrize(("kind", "policy"), CASES)
 def test_a_batch_gives_each_prompt_what_it_gets_alone(kind, policy):
-    model, params = build(kind)
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(0, 61, n).tolist() for n in LENGTHS]
-    settings = {"policy": resolve(policy, model.config, SCORES), "eos_ids": ()}
-    together = generate(model, params, prompts, 20, **settings).tokens
+    """Alone but for copies and the longest prompt: batches of one size share their programs."""
+    want = together(kind, policy)
     for index in ALONE:
-        (alone,) = generate(model, params, [prompts[index]], 20, **settings).tokens
-        assert together[index] == alone
+        got = answers(kind, policy, [PROMPTS[index]] * 4 + [PROMPTS[LONGEST]])
+        assert got == [want[index]] * 4 + [want[LONGEST]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"), [("sliding", f"headkv:{SIZE},ring=5"), ("mla", f"snapkv:{SIZE}")]
+)
+def test_a_batch_of_one(kind, policy):
+    for index in ALONE:
+        assert answers(kind, policy, [PROMPTS[index]]) == [together(kind, policy)[index]]

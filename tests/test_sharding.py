@@ -3,7 +3,6 @@
 import contextlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -143,7 +142,7 @@ def test_explicit_axes_anywhere(where):
     made = jax.make_mesh((2, 4), ("data", "tensor"))
     model = Transformer(config_from_hf(RAW))
     params = random_params(model)
-    tokens = jnp.arange(64, dtype=jnp.int32).reshape(4, 16)
+    tokens, prompts = np.arange(64, dtype=np.int32).reshape(4, 16), [[5, 6, 7]] * 8
     want = jax.jit(model.apply)({"params": params}, tokens)[0]
     alone = kvjax.transmla.calibrate(model, params, [tokens])
     placed = place_params(model, params, made)
@@ -158,12 +157,12 @@ def test_explicit_axes_anywhere(where):
         jitted, _ = jax.jit(model.apply)({"params": placed}, tokens)
         stats = kvjax.transmla.calibrate(model, placed, [np.asarray(tokens)])
         converted, _ = kvjax.transmla.convert(model, placed)
-        generated = kvjax.generate(model, placed, [[5, 6, 7]] * 4, max_new_tokens=3).tokens
+        generated = kvjax.generate(model, placed, prompts, max_new_tokens=3).tokens
     np.testing.assert_allclose(eager, want, atol=1e-5)
     np.testing.assert_allclose(jitted, want, atol=1e-5)
     np.testing.assert_allclose(stats.layers[0].kv_mean, alone.layers[0].kv_mean, atol=1e-5)
     assert converted.config.num_layers == model.config.num_layers
-    assert generated == kvjax.generate(model, params, [[5, 6, 7]] * 4, max_new_tokens=3).tokens
+    assert generated == kvjax.generate(model, params, prompts, max_new_tokens=3).tokens
 
 
 @pytest.mark.parametrize("value", ["data=8", {"data": 8}, 8])

@@ -18,9 +18,14 @@ def random_params(model, seed=0, dtype=np.float32):
             noise = 1 + 0.1 * noise
         elif len(leaf.shape) > 1:
             noise = noise / np.sqrt(np.prod(leaf.shape) / max(leaf.shape[-1], leaf.shape[0]))
-        return jnp.array(noise.astype(dtype))
+        return jax.device_put(noise.astype(dtype))  # jnp.array would compile for every shape
 
     return jax.tree_util.tree_map_with_path(fill, param_shapes(model.config))
+
+
+def cast(params, dtype):
+    """The parameters in another dtype, which the host converts: jax compiles nothing for it."""
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(jnp.dtype(dtype))), params)
 
 
 def forward(model, params, tokens, **settings):

@@ -27,6 +27,12 @@ from kvjax.cache.storage import as_pool, from_bits_everywhere, whole_slots
 from kvjax.mesh import Layout
 
 
+@functools.partial(jax.jit, static_argnames=("count", "room", "window"))
+def repeated_with_room(cache: Any, count: int, room: int, window: int | None) -> Any:
+    """The cache of one sequence for `count` sequences that continue it, see `with_room`."""
+    return with_room(repeat(cache, count), room, window)
+
+
 def repeat(cache: Any, count: int) -> Any:
     """The cache of one sequence, repeated for `count` sequences that continue it."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), cache)
@@ -115,6 +121,7 @@ def grow_pool(
     return new
 
 
+@jax.jit
 def _with_spare_rows(pool: Pool) -> Pool:
     """The pool with its rows rounded up: pools of similar sizes then share a program."""
     spare = bucket_rows(pool.k.shape[1]) - pool.k.shape[1]
@@ -207,14 +214,19 @@ def _(cache: ShardedSlots) -> LatentCache:
 
 def _first_slots(cache: Any, axes: dict[str, int]) -> Any:
     """The slots in use; `axes` gives the axis of slots for each array."""
-    used = int(cache.used[0])
+    entries = tuple(getattr(cache, name) for name in axes)
+    kept = _cut(entries, int(cache.used[0]), tuple(axes.values()))
+    return dataclasses.replace(cache, **dict(zip(axes, kept, strict=True)))
 
-    def cut(entries: Any, axis: int) -> Any:
-        return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, used, axis=axis), entries)
 
-    return dataclasses.replace(
-        cache, **{name: cut(getattr(cache, name), axes[name]) for name in axes}
-    )
+@functools.partial(jax.jit, static_argnames=("used", "axes"))
+def _cut(entries: tuple[Any, ...], used: int, axes: tuple[int, ...]) -> tuple[Any, ...]:
+    """The first `used` slots of each entry, along the entry's axis."""
+
+    def cut(entry: Any, axis: int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, used, axis=axis), entry)
+
+    return tuple(cut(entry, axis) for entry, axis in zip(entries, axes, strict=True))
 
 
 def trimmed_pool(pool: Pool, ways: int, copies: int) -> Pool:
@@ -234,13 +246,15 @@ def trimmed_pool(pool: Pool, ways: int, copies: int) -> Pool:
     rows = np.concatenate([np.arange(start, start + count) for start, count in segments])
     ends = np.cumsum(held, dtype=np.int32).reshape(held.shape)
     whole = jnp.asarray(held)
-    names = [name for name in ("k", "v", "positions") if getattr(pool, name) is not None]
-    taken = {
-        name: jax.tree.map(lambda x: jnp.take(x, rows, axis=1), getattr(pool, name))
-        for name in names
-    }
+    taken = _take_rows({name: getattr(pool, name) for name in ("k", "v", "positions")}, rows)
     tables = {
         "starts": jnp.asarray(ends - held),
         **dict.fromkeys(("kept", "capacities", "rings"), whole),
     }
     return dataclasses.replace(pool, **taken, **tables, align=1, span=None)
+
+
+@jax.jit
+def _take_rows(entries: Any, rows: jax.Array) -> Any:
+    """The same rows of arrays [B, R, …]."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=1), entries)

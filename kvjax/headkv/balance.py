@@ -113,5 +113,10 @@ def _reorder_norm(weight: jax.Array, heads: np.ndarray) -> jax.Array:
 
 
 def _take(value: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
-    taken = jax.jit(lambda x: jnp.take(x, index, axis=axis), out_shardings=value.sharding)
-    return taken(value)
+    # jax shares the programs of all wrappers of one function; a lambda would compile every time.
+    taken = jax.jit(_taken, static_argnums=2, out_shardings=value.sharding)
+    return taken(value, index, axis)
+
+
+def _taken(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(x, index, axis=axis)

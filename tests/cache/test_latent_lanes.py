@@ -7,26 +7,43 @@ from meshes import MLA, WINDOWED_MLA, ragged_prompts, spread, toy
 import kvjax
 from kvjax.cache import dense, sharded
 
+SHAPES = (None, "data=2,tensor=4")
+POLICIES = ("full", "full:entries=int8", "snapkv:kv_size=14,window=4")
+
 
 def wide(width, platform=None):
     """A stored width that no width here has."""
     return -(-width // 48) * 48
 
 
-@pytest.mark.parametrize("policy", ["full", "full:entries=int8", "snapkv:kv_size=14,window=4"])
-@pytest.mark.parametrize("shape", [None, "data=2,tensor=4"])
-def test_the_same_tokens_from_wider_rows(monkeypatch, policy, shape):
+@pytest.fixture(scope="module")
+def answers():
+    """By policy: one device, and both shapes with wider rows; all with the same programs."""
     model, params = toy(MLA, WINDOWED_MLA)
-    prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
-    want = kvjax.generate(model, params, prompts, 5, **settings)
-    params = params if shape is None else spread(model, params, shape)
-    for module in (dense, sharded):
-        monkeypatch.setattr(
-            module, "stored_width", lambda width, platform=None: -(-width // 48) * 48
-        )
-    jax.clear_caches()  # programs don't know that the function is another
-    got = kvjax.generate(model, params, prompts, 5, **settings)
+    places = {shape: params if shape is None else spread(model, params, shape) for shape in SHAPES}
+
+    def generate(params, policy):
+        settings = {"policy": policy, "eos_ids": ()}
+        return kvjax.generate(model, params, ragged_prompts()[:2], 5, **settings)
+
+    want = {policy: generate(params, policy) for policy in POLICIES}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (dense, sharded):
+            patch.setattr(module, "stored_width", wide)
+        jax.clear_caches()  # programs don't know that the function is another
+        got = {
+            (policy, shape): generate(places[shape], policy)
+            for policy in POLICIES
+            for shape in SHAPES
+        }
     jax.clear_caches()
+    return want, got
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_tokens_from_wider_rows(answers, policy, shape):
+    want, got = answers[0][policy], answers[1][policy, shape]
     assert got.tokens == want.tokens
     assert got.cache_bytes > want.cache_bytes
 

@@ -118,20 +118,33 @@ def test_slots_on_a_mesh():
     assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
 
 
-@pytest.mark.parametrize(
-    ("policy", "shape"),
-    [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,window=4", None)],
-)
-def test_the_same_tokens_from_more_slots(monkeypatch, policy, shape):
-    model, params = toy(*((GQA, MLA) if policy == "full" else (MLA,)))
-    prompts, settings = ragged_prompts()[:2], {"policy": policy, "eos_ids": ()}
-    want = kvjax.generate(model, params, prompts, 5, **settings)
-    placed = params if shape is None else spread(model, params, shape)
-    for module in (storage, sharded):
-        monkeypatch.setattr(module, "slot_tile", lambda platform=None: 24)
-    jax.clear_caches()  # programs don't know that the function is another
-    got = kvjax.generate(model, placed, prompts, 5, **settings)
+CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,window=4", None)]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """By policy with the slots of here, and by policy and shape in larger tiles."""
+    models = {policy: toy(*((GQA, MLA) if policy == "full" else (MLA,))) for policy, _ in CASES}
+
+    def generate(policy, shape=None):
+        model, params = models[policy]
+        placed = params if shape is None else spread(model, params, shape)
+        settings = {"policy": policy, "eos_ids": ()}
+        return kvjax.generate(model, placed, ragged_prompts()[:2], 5, **settings)
+
+    want = {policy: generate(policy) for policy in models}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (storage, sharded):
+            patch.setattr(module, "slot_tile", lambda platform=None: 24)
+        jax.clear_caches()  # programs don't know that the function is another
+        got = {case: generate(*case) for case in CASES}
     jax.clear_caches()
+    return want, got
+
+
+@pytest.mark.parametrize(("policy", "shape"), CASES)
+def test_the_same_tokens_from_more_slots(answers, policy, shape):
+    want, got = answers[0][policy], answers[1][policy, shape]
     assert got.tokens == want.tokens
     assert got.full_cache_bytes > want.full_cache_bytes
     if policy == "full" and shape is None:

@@ -56,14 +56,14 @@ def params(model):
 @pytest.fixture(scope="module")
 def run(model, params):
     """Prefill under a policy, then decode steps of 1, 1 and 2 tokens: caches and all logits."""
-    tokens = jax.random.randint(jax.random.key(0), (4, BUCKET + ROOM), 0, 53)
+    tokens = np.random.default_rng(0).integers(0, 53, (4, BUCKET + ROOM)).astype(np.int32)
     lengths = np.asarray(LENGTHS, np.int32)
 
     @functools.cache
     def run(policy):
         resolved = resolve(policy, model.config, SCORES)
         logits, cache = prefill(model, params, tokens[:, :BUCKET], lengths, resolved, ROOM)
-        first, outs, start = cache, [logits[:, None]], BUCKET
+        first, outs, start = cache, [np.asarray(logits)[:, None]], BUCKET
         for size in (1, 1, 2):
             out, cache = model.apply(
                 {"params": params}, tokens[:, start : start + size], cache=cache

@@ -66,8 +66,8 @@ def attend(q, k, v, scale, softcap=None):
 
 def queries(rng, shape, dtype):
     """A jax array, and the float64 numpy array of exactly its values."""
-    array = jnp.asarray(rng.standard_normal(shape), jnp.dtype(dtype))
-    return array, np.asarray(array.astype(jnp.float32), np.float64)
+    array = rng.standard_normal(shape).astype(jnp.dtype(dtype))
+    return jax.device_put(array), array.astype(np.float64)
 
 
 def entries(rng, shape, options, dead):
@@ -77,15 +77,17 @@ def entries(rng, shape, options, dead):
         dead: bool, of the leading axes of `shape`.
     """
     if options.entries is None:
-        array, exact = queries(rng, shape, options.dtype)
-        return jnp.where(jnp.asarray(dead)[..., None], jnp.nan, array), exact
+        array = rng.standard_normal(shape).astype(jnp.dtype(options.dtype))
+        exact = array.astype(np.float64)
+        array[dead] = np.nan
+        return jax.device_put(array), exact
     x = quantize(queries(rng, shape, "float32")[0], jnp.dtype(options.entries))
-    poisoned = Quantized(x.values, jnp.where(jnp.asarray(dead), jnp.nan, x.scale))
+    poisoned = Quantized(x.values, jax.device_put(np.where(dead, np.float32(np.nan), x.scale)))
     return poisoned, np.asarray(dequantize(x, jnp.float32), np.float64)
 
 
 def check(got, expected, dtype):
-    got = np.asarray(got.astype(jnp.float32))
+    got = np.asarray(got).astype(np.float32)
     assert np.isfinite(got).all()
     assert np.abs(got - expected).max() <= TOLERANCE[dtype] * max(np.abs(expected).max(), 1e-9)
 
@@ -115,7 +117,7 @@ def check_gqa(lengths, S, N, K, H, options, implementation):
             implementation=implementation,
             return_lse=True,
         )
-    )(q, k, v, jnp.asarray(lengths, jnp.int32))
+    )(q, k, v, np.asarray(lengths, np.int32))
     expected = [
         [
             attend(
@@ -145,7 +147,7 @@ def check_mla(lengths, S, N, L, R, options, implementation):
             implementation=implementation,
             return_lse=True,
         )
-    )(ql, qr, latent, rope, jnp.asarray(lengths, jnp.int32))
+    )(ql, qr, latent, rope, np.asarray(lengths, np.int32))
     q64, k64 = np.concatenate([ql64, qr64], axis=-1), np.concatenate([c64, r64], axis=-1)
     expected = [
         [
@@ -208,12 +210,12 @@ def check_ragged(
         )
 
     arrays = segments if traced else ()
-    shown = jnp.asarray(live) if hidden else None
+    shown = live if hidden else None
     if newer:
         than = 5 * np.arange(B)[:, None]
         positions = rng.integers(1, 1000, (B, P)) * np.where(live, 1, -1) + than
         shown = Newer(*(jnp.asarray(x, jnp.int32) for x in (positions, than)))
-    got = jax.jit(run)(q, k, v, jnp.asarray(lengths), shown, *arrays)
+    got = jax.jit(run)(q, k, v, np.asarray(lengths), shown, *arrays)
     expected = []
     for b in range(B):
         rows = [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernels.hlo import copies
 from meshes import GQA, MLA, WINDOWED, toy
+from toys import cast
 
 import kvjax
 from kvjax.nn.transformer import block_kinds, block_program
@@ -22,7 +23,7 @@ CASES = [*POOLS, ("float32", "full"), ("bfloat16", "full")]
 def prefilled(attention, dtype, policy):
     """A model, its parameters, and the cache of long prompts."""
     model, params = toy(*attention)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params = cast(params, dtype)
     tokens = np.random.default_rng(0).integers(0, 64, (B, T)).astype(np.int32)
     lengths = np.asarray([T, T - 20], np.int32)
     return model, params, kvjax.prefill(model, params, tokens, lengths, policy)[1]
@@ -38,7 +39,7 @@ def held(cache):
 @pytest.mark.parametrize("attention", [(GQA, WINDOWED), (MLA,)], ids=["gqa", "mla"])
 def test_the_arrays_stay_where_they_are(attention, dtype, policy):
     model, params, cache = prefilled(attention, dtype, policy)
-    token = jnp.zeros(B, jnp.int32)
+    token = np.zeros(B, np.int32)
     _, cache = kvjax.decode_step(model, params, cache, token)
     before = [leaf.unsafe_buffer_pointer() for leaf in held(cache)]
     for _ in range(3):
@@ -49,8 +50,8 @@ def test_the_arrays_stay_where_they_are(attention, dtype, policy):
 @pytest.mark.parametrize(("dtype", "policy"), POOLS)
 def test_the_program_of_a_layer_copies_no_pool(dtype, policy):
     model, params, cache = prefilled((GQA, WINDOWED), dtype, policy)
-    x = jnp.zeros((B, 1, model.config.hidden_size), dtype)
-    positions, lengths = jnp.full((B, 1), T, jnp.int32), cache.rope_lengths
+    x = jax.device_put(np.zeros((B, 1, model.config.hidden_size), jnp.dtype(dtype)))
+    positions, lengths = np.full((B, 1), T, np.int32), cache.rope_lengths
     for index, kind in enumerate(block_kinds(model.config)):
         layer = cache[index]
         size = max(leaf.size for leaf in jax.tree.leaves(layer))

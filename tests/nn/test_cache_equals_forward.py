@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import random_params
@@ -55,21 +54,24 @@ ATTENTIONS = {
     "decoupled_windowed": DecoupledConfig(WINDOWED, 12, None, v_head_dim=8),
 }
 T, ROOM = 24, 26  # one size of caches: tests share their programs
+FEED_FORWARD = MLPConfig(48), MoEConfig(4, 2, 16)
+DEEP = ("gqa", "windowed", "mla")  # with both kinds of layers; one layer shows what a cache does
 
 
 @functools.cache
 def build(name):
     """Model, parameters, tokens, the jitted forward and its logits; shared by all tests."""
     attention = ATTENTIONS[name]
-    layers = (LayerConfig(attention, MLPConfig(48)), LayerConfig(attention, MoEConfig(4, 2, 16)))
+    count = len(FEED_FORWARD) if name in DEEP else 1
+    layers = tuple(LayerConfig(attention, each) for each in FEED_FORWARD[:count])
     config = ModelConfig("llama", vocab_size=97, hidden_size=32, layers=layers)
     model = Transformer(config)
-    tokens = jax.random.randint(jax.random.key(1), (2, T), 0, 97)
+    tokens = np.random.default_rng(1).integers(0, 97, (2, T)).astype(np.int32)
     params = {"params": random_params(model)}
     apply = jax.jit(model.apply, static_argnames="logits_at")
     full, no_cache = apply(params, tokens)
     assert no_cache is None
-    return model, params, tokens, apply, full
+    return model, params, tokens, apply, np.asarray(full)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -87,17 +89,17 @@ def test_any_split_equals_full_forward(name, chunks):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_right_padding_changes_nothing(name):
     model, params, tokens, apply, full = build(name)
-    steps = jnp.arange(T, dtype=jnp.int32)[None]
-    lengths = jnp.array([T, 9], jnp.int32)
-    positions = jnp.where(steps < lengths[:, None], steps, -1)
+    steps = np.arange(T, dtype=np.int32)[None]
+    positions = np.where(steps < [[T], [9]], steps, -1).astype(np.int32)
     cache = model.init_cache(2, ROOM, "float32")
     last, cache = apply(params, tokens, positions, cache, logits_at="last")
+    last = np.asarray(last)
     np.testing.assert_allclose(last[0, 0], full[0, -1], atol=2e-5)
     np.testing.assert_allclose(last[1, 0], full[1, 8], atol=2e-5)
     assert cache[0].lengths.tolist() == [T, 9]
     # The short row goes on where its own tokens ended.
     after, _ = apply(params, tokens[:, 9:10], cache=cache)
-    np.testing.assert_allclose(after[1, 0], full[1, 9], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(after)[1, 0], full[1, 9], atol=2e-5)
 
 
 def test_overflow_is_an_error_outside_jit_and_dropped_inside():
