@@ -223,8 +223,11 @@ class Compression:
             ranking: the result of the call that `Compression.ranking` returns.
         """
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
-        # The state of a scorer's observer would be one more argument of the program.
+        # Without an observer's state, and without queries that no later compression reads, policies
+        # that observe differently share this program.
         prompt = prompt.seen_by(None)
+        if not self.budgets.again:
+            prompt = without_queries(prompt)
         if place is None:
             return self._whole_layer(layer, prompt, ranking, spec)
         number, row = place
@@ -329,6 +332,14 @@ def compression(
     copies = head_copies(heads, ways) if groups and layout is not None else 1
     rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
     return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
+
+
+def without_queries(prompt: PrefillCache) -> PrefillCache:
+    """The prompt with none of its last queries; their dtype stays."""
+    batch, _, heads, width = prompt.queries.shape
+    return dataclasses.replace(
+        prompt, queries=np.zeros((batch, 0, heads, width), prompt.queries.dtype)
+    )
 
 
 def layer_groups(config: ModelConfig, layers: Sequence[int]) -> tuple[LayerGroup, ...]:
