@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+COMMAND = (sys.executable, "-m", "without_torch")
+"""Runs a module as `python -m` does; see without_torch.py."""
 
 
 def free_port():
@@ -17,16 +19,20 @@ def free_port():
         return free.getsockname()[1]
 
 
+def environment(**changes):
+    """The environment of a process that finds the project and the modules of the tests."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **changes}
+
+
 @contextlib.contextmanager
 def started(words, out, count=2, variable=False):
-    """The processes of `python WORDS…`; what they say is in out/said.INDEX, and none stays.
+    """Processes of the module WORDS[0]; what they say is in out/said.INDEX, and none stays.
 
     Args:
         variable: tell them by KVJAX_DISTRIBUTED, not by the flag.
     """
     flags = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
     address, running = f"127.0.0.1:{free_port()}", []
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -36,9 +42,11 @@ def started(words, out, count=2, variable=False):
             with (out / f"said.{index}").open("w") as said:
                 running.append(
                     subprocess.Popen(
-                        [sys.executable, *map(str, words), *told],
+                        [*COMMAND, *map(str, words), *told],
                         cwd=ROOT,
-                        env={**environment, "KVJAX_DISTRIBUTED": text if variable else ""},
+                        env=environment(
+                            XLA_FLAGS=flags, KVJAX_DISTRIBUTED=text if variable else ""
+                        ),
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
                         stderr=said,

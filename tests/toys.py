@@ -1,7 +1,6 @@
 """Small random parameters without compiling an initializer, and one forward for all models."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax.sharding import param_shapes
@@ -18,12 +17,12 @@ def random_params(model, seed=0, dtype=np.float32):
             noise = 1 + 0.1 * noise
         elif len(leaf.shape) > 1:
             noise = noise / np.sqrt(np.prod(leaf.shape) / max(leaf.shape[-1], leaf.shape[0]))
-        return jnp.array(noise.astype(dtype))
+        return jax.device_put(noise.astype(dtype))  # jnp.array would compile for each shape
 
     return jax.tree_util.tree_map_with_path(fill, param_shapes(model))
 
 
 def forward(model, params, tokens, **settings):
     """Logits [B, T, V] without a cache; models share the programs of equal blocks."""
-    arrays = {name: jnp.asarray(value) for name, value in settings.items()}
-    return model.apply({"params": params}, jnp.asarray(tokens), **arrays)[0]
+    arrays = {name: jax.device_put(np.asarray(value)) for name, value in settings.items()}
+    return model.apply({"params": params}, jax.device_put(np.asarray(tokens)), **arrays)[0]

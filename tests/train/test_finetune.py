@@ -1,7 +1,6 @@
 """Runs: exact resume, kill -9, errors that name the step, the merged model, the command."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -9,12 +8,12 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 from tuning_toys import tiny_checkpoint
 
 import kvjax
@@ -29,7 +28,6 @@ from train.finetune.run import finetune, steps_and_data
 from train.finetune.setup import load, trainable_paths
 from train.finetune.step import flatten
 
-ROOT = Path(__file__).parents[2]
 QUICK = {
     "sequence_length": 64,
     "batch_size": 4,
@@ -137,15 +135,15 @@ def test_stopped_and_resumed_it_is_the_same_run(folder, finished, tmp_path, stop
 def test_killed_five_times_it_is_the_same_run(folder, finished, tmp_path):
     """kill -9 wherever the run happens to be, and again; then to the end."""
     config = settings(folder)
-    command = [sys.executable, "-m", "train", "finetune", "--out", str(tmp_path)]
+    command = [*several.COMMAND, "train", "finetune", "--out", str(tmp_path)]
     command += ["--model", config.model, "--data", *config.data]
     for name, value in QUICK.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    rng, environment = random.Random(0), {**os.environ, "JAX_PLATFORMS": "cpu"}
+    rng, environment = random.Random(0), several.environment()
     kills, errors = 0, (tmp_path / "errors").open("w")
     while kills < 5:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+            command, cwd=several.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
         )
         seen, target = log.read(tmp_path / "metrics.jsonl"), rng.choice([0, 2, 4])
         wanted = (seen[-1]["step"] if seen else 0) + target
@@ -158,7 +156,7 @@ def test_killed_five_times_it_is_the_same_run(folder, finished, tmp_path):
         kills += 1
     errors.close()
     finished_process = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command, cwd=several.ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert finished_process.returncode == 0, finished_process.stderr
     same_run(config, finished[0], tmp_path)
@@ -217,12 +215,13 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(folde
 
 def test_a_full_disk_is_one_line_and_names_the_last_good_checkpoint(folder, tmp_path):
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    limit += "import without_torch; without_torch.hide_torch(); "
     start = f"{limit}from train.__main__ import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", start, "finetune", "--out", str(tmp_path)]
     command += ["--model", str(folder / "mla"), "--data", f"plain:{folder / 'rows.jsonl'}"]
     command += ["--steps", "4", "--checkpoint-every", "2", "--sequence-length", "64"]
     found = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        command, cwd=several.ROOT, env=several.environment(),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 2

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *more):
-    words = ["-m", "train", "finetune", "--out", out, "--model", folder / "mla"]
+    words = ["train", "finetune", "--out", out, "--model", folder / "mla"]
     words += ["--data", f"plain:{folder / 'rows.jsonl'}", "--mesh", "data=2,fsdp=2", *more]
     for name, value in SETTINGS.items():
         words += [f"--{name.replace('_', '-')}", value]
