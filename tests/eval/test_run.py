@@ -2,23 +2,21 @@
 
 import dataclasses
 import json
-import multiprocessing
 import random
 import signal
 import string
 import time
-from pathlib import Path
 
 import eval_toys as toys
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 
 import kvjax
 from eval import results
 from eval import run as running
-from eval.__main__ import main
 from eval.predictions import PREDICTIONS, RESULTS, read
 from eval.prompts import Shape, encode, make_batches, shapes
 from eval.results import statistics
@@ -29,7 +27,6 @@ from kvjax.cache.storage import room_bucket
 from kvjax.policies.importance import HeadScores
 from kvjax.text import added_text
 
-ROOT = Path(__file__).parents[2]
 POLICIES = ("full", "snapkv:kv_size=12,window=4")
 SETTINGS = Settings(policies=POLICIES, batch_size=3)
 TIMED = ("seconds", "computed", "date", "commit", "command")
@@ -315,29 +312,23 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_five_times_it_is_the_same_run(tmp_path, monkeypatch):
+def test_killed_five_times_it_is_the_same_run(tmp_path):
     """kill -9 wherever the command happens to be; then to the end."""
     model = toys.checkpoint(tmp_path / "model")
-    command = ["needle", "--model", str(model), "--policy", "full", "--policy", "headkv:kv_size=12"]
+    command = ["eval", "needle", "--model", model, "--policy", "full"]
+    command += ["--policy", "headkv:kv_size=12"]
     command += ["--dtype", "float32", "--lengths", "48", "--set", "depths=3"]
     command += ["--count", "40", "--batch-size", "1", "--out"]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Seven processes run the same programs: the first one compiles them.
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    # Processes of their own, forked from one that has done the imports, which take seconds.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["eval.run", "eval.command", "eval.tasks.haystack"])
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+    cache["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
+    said = tmp_path / "said"
 
     def start(out):
-        process = processes.Process(target=main, args=([*command, str(out)],))
-        process.start()
-        return process
+        return several.start([*command, out], said, **cache)
 
     def finish(out):
-        process = start(out)
-        process.join()
-        assert process.exitcode == 0
+        assert several.ended(start(out), 240) == 0, said.read_text()
 
     def lines(out):
         path = out / PREDICTIONS
