@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,13 +21,17 @@ FAMILIES = [name for name in CASES if name not in ("llama_biases", "deepseek_v3_
 
 @functools.cache
 def loaded(name):
-    """Model and parameters, shared by the tests of a family."""
-    return kvjax.load(checkpoint(name)[0], dtype="float32")
+    """Model, parameters and the jitted step, shared by the tests of a family.
+
+    What is called once runs a program for each kind of layer; the step is one for all layers.
+    """
+    model, params = kvjax.load(checkpoint(name)[0], dtype="float32")
+    return model, params, jax.jit(model.apply)
 
 
 @functools.cache
 def forward(name):
-    model, params = loaded(name)
+    model, params, _ = loaded(name)
     return np.asarray(model.apply({"params": params}, TOKENS[:1])[0])
 
 
@@ -35,7 +40,7 @@ def prefill(name, lengths):
 
     `lengths` are the whole lengths of the sequences, for RoPE rules that depend on them.
     """
-    model, params = loaded(name)
+    model, params, _ = loaded(name)
     steps = np.arange(T, dtype=np.int32)[None]
     positions = np.where(steps <= np.arange(T)[:, None], steps, -1)
     cache = model.init_cache(T, T, "float32")
@@ -44,11 +49,11 @@ def prefill(name, lengths):
 
 def decode(name, cache, tokens, active, lengths):
     """One token for each row that is active."""
-    model, params = loaded(name)
+    _, params, step = loaded(name)
     positions = np.where(active, np.asarray(cache[0].lengths), -1).astype(np.int32)[:, None]
     tokens = np.where(active, tokens, 0).astype(np.int32)[:, None]
     variables = {"params": params}
-    logits, cache = model.apply(variables, tokens, positions, cache, rope_lengths=lengths)
+    logits, cache = step(variables, tokens, positions, cache, rope_lengths=lengths)
     return np.asarray(logits[:, 0]), cache
 
 
