@@ -298,13 +298,10 @@ def first_not_finite(tree: Any, prefix: str = "") -> str | None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
-    # numpy for host arrays, which may be memory-mapped. The program for an array on devices depends
-    # on its shape alone, so that layers, and models of one width, share it.
+    # One jitted call for arrays on devices; numpy for host arrays, which may be memory-mapped.
+    on_host = all(isinstance(leaf, np.ndarray) for _, leaf in found)
     leaves = [leaf for _, leaf in found]
-    finite = [
-        np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)
-        for leaf in leaves
-    ]
+    finite = [np.isfinite(leaf).all() for leaf in leaves] if on_host else _all_finite(leaves)
     broken = [name for (name, _), good in zip(found, finite, strict=True) if not bool(good)]
     return f"{prefix}{broken[0]}".rstrip("/") if broken else None
 
@@ -346,5 +343,5 @@ OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 6
 
 
 @jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _all_finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]

@@ -24,7 +24,9 @@ from eval.run import evaluate, resolve_all
 from eval.task import Settings
 from kvjax import generation, transmla
 from kvjax.cache.storage import room_bucket
+from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
+from kvjax.prefill import bucket_length
 from kvjax.text import added_text
 
 POLICIES = ("full", "snapkv:kv_size=12,window=4")
@@ -167,9 +169,10 @@ def test_other_head_scores_are_another_run(tmp_path):
     """Under the name that they had: a score file, and the model's own."""
     heads, own = tmp_path / "heads.json", tmp_path / "model" / "head_scores.json"
     toys.SCORES.save(heads)
-    toys.checkpoint(own.parent)
-    model, params = kvjax.load(own.parent, dtype="float32")
-    loaded = dataclasses.replace(toys.loaded(), model=model, params=params)
+    own.parent.mkdir()
+    toys.SCORES.save(own)
+    config = dataclasses.replace(toys.loaded().model.config, source=str(own.parent))
+    loaded = dataclasses.replace(toys.loaded(), model=Transformer(config))
     names = (f"headkv:kv_size=12,window=4,scores={heads}", "headkv:kv_size=12,window=4")
     settings, task = dataclasses.replace(SETTINGS, policies=names), toys.task(2)
     evaluate(loaded, task, settings, tmp_path / "run", quiet=True)
@@ -217,7 +220,7 @@ def test_stops_and_a_summary(tmp_path):
 def mixed_task(**settings):
     """Items of one length: every second one stays raw, whatever is asked for."""
     items = tuple(
-        dataclasses.replace(item, prompt=toys.VOCAB.decode(range(5 + n, 45 + n)), meta=meta)
+        dataclasses.replace(item, prompt=toys.VOCAB.decode(range(5 + n, 60 + n)), meta=meta)
         for n, item in enumerate(toys.task(6).items)
         for meta in [{"chat": False} if n % 2 else {}]
     )
@@ -234,7 +237,7 @@ def test_each_form_has_stops_and_ends_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "generate_each", generate_each)
     monkeypatch.setattr(running, "end_ids", lambda tokenizer, config, chat: (2, 3)[: 1 + chat])
-    settings = Settings(chat=True, batch_size=8)
+    settings = Settings(chat=True, batch_size=3)
     for stops, chat_stops in (((" ",), ()), ((), (" ",))):
         out = tmp_path / str(len(stops))
         task = mixed_task(stops=stops, chat_stops=chat_stops)
@@ -253,11 +256,11 @@ def test_bytes_without_running_are_those_of_generation():
     names = ("full:entries=int8", "h2o:kv_size=16", "knorm:ratio=0.25")
     policies = resolve_all(names, loaded.model)
     for policy in policies.values():
-        shape = Shape(48, 5, 2)
-        out = kvjax.generate(loaded.model, loaded.params, [[7] * 40, [8] * 48], 5, policy)
-        assert 2 * results.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
+        shape, prompts = Shape(64, 5, 3), [[7] * 50, [8] * 64, [9] * 49]
+        out = kvjax.generate(loaded.model, loaded.params, prompts, 5, policy)
+        assert 3 * results.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
         full = results.uncompressed_bytes(loaded.model, jnp.float32, shape)
-        assert 2 * full == out.full_cache_bytes
+        assert 3 * full == out.full_cache_bytes
 
 
 def test_bytes_of_the_gqa_model_that_was_converted(tmp_path):
@@ -268,23 +271,23 @@ def test_bytes_of_the_gqa_model_that_was_converted(tmp_path):
     shape = Shape(64, 4, 1)
     expected = results.uncompressed_bytes(model, jnp.float32, shape)
     mla = transmla.convert(model, params, method="equal_cache")[0]
-    small = transmla.convert(model, params, method="decoupled", stats=stats, kv_rank=8, rope_dim=8)[
-        0
-    ]
+    sizes = {"stats": stats, "kv_rank": 8, "rope_dim": 8}
+    closed = dataclasses.replace(transmla.BEST, refit=False)
+    small = transmla.convert(model, params, method="decoupled", recipe=closed, **sizes)[0]
     for converted in (mla, small):
         assert results.gqa_bytes(converted, jnp.float32, shape) == expected
     assert results.uncompressed_bytes(small, jnp.float32, shape) < expected
 
 
 def test_batches_have_one_shape_a_bucket():
-    task, loaded = toys.task(), toys.loaded()
+    task, loaded = toys.task(lengths=(33, 64)), toys.loaded()
     prompts = encode(task, loaded.tokenizer, loaded.model.config, False)
     batches = make_batches(prompts, task.items, 3)
     assert sorted(p.index for b in batches for p in b.prompts) == list(range(len(task.items)))
     for batch in batches:
         assert len(batch.rows) == batch.shape.batch <= 3
         for prompt in batch.prompts:
-            assert kvjax.prefill.bucket_length(len(prompt.ids)) == batch.shape.bucket
+            assert bucket_length(len(prompt.ids)) == batch.shape.bucket
             assert task.items[prompt.index].max_new_tokens == batch.shape.max_new_tokens
     keys = [(shape.bucket, shape.max_new_tokens) for shape in shapes(batches)]
     assert len(set(keys)) == len(keys) and keys == sorted(keys, reverse=True)
