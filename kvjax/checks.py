@@ -298,10 +298,13 @@ def first_not_finite(tree: Any, prefix: str = "") -> str | None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
-    # One jitted call for arrays on devices; numpy for host arrays, which may be memory-mapped.
-    on_host = all(isinstance(leaf, np.ndarray) for _, leaf in found)
+    # numpy for arrays in host memory, which may be memory-mapped: no program of jax is compiled.
+    # One jitted call where an array is on an accelerator or on several devices.
     leaves = [leaf for _, leaf in found]
-    finite = [np.isfinite(leaf).all() for leaf in leaves] if on_host else _all_finite(leaves)
+    if all(map(_in_host_memory, leaves)):
+        finite = [np.isfinite(_on_host(leaf)).all() for leaf in leaves]
+    else:
+        finite = _all_finite(leaves)
     broken = [name for (name, _), good in zip(found, finite, strict=True) if not bool(good)]
     return f"{prefix}{broken[0]}".rstrip("/") if broken else None
 
@@ -340,6 +343,18 @@ def rounded(x: np.ndarray, dtype: Any) -> jax.Array:
 CONVERTED = " after the conversion: it overflows the dtype, or its fits diverge"
 OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 65504"
 """The usual cause of logits that are not finite."""
+
+
+def _in_host_memory(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and [d.platform for d in leaf.devices()] == ["cpu"]
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    # A jax array keeps the numpy array that was made of it, and then cannot be donated in place.
+    # The array of its shard keeps this one instead.
+    return np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
 
 
 @jax.jit
