@@ -300,11 +300,11 @@ def first_not_finite(tree: Any, prefix: str = "") -> str | None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
-    # numpy reads what is in the host's memory, also memory-mapped files; otherwise one jitted call.
+    # numpy for arrays in host memory, which may be memory-mapped: no program of jax is compiled.
+    # One jitted call where an array is on an accelerator or on several devices.
     leaves = [leaf for _, leaf in found]
-    on_host = all(map(_in_host_memory, leaves))
-    if on_host:
-        finite: Sequence[Any] = [np.isfinite(np.asarray(leaf)).all() for leaf in leaves]
+    if all(map(_in_host_memory, leaves)):
+        finite = [np.isfinite(_on_host(leaf)).all() for leaf in leaves]
     else:
         finite = _all_finite(leaves)
     broken = [name for (name, _), good in zip(found, finite, strict=True) if not bool(good)]
@@ -348,11 +348,15 @@ OVERFLOW = "the weights hold NaN, or the activations overflow: float16 ends at 6
 
 
 def _in_host_memory(leaf: Any) -> bool:
-    """Whether numpy reads an array in place: one of numpy's, or one of jax on a single CPU."""
-    if isinstance(leaf, np.ndarray | np.generic):
+    if not isinstance(leaf, jax.Array):
         return True
-    (device, *others) = leaf.sharding.device_set
-    return device.platform == "cpu" and not others and leaf.is_fully_addressable
+    return leaf.is_fully_addressable and [d.platform for d in leaf.devices()] == ["cpu"]
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    # A jax array keeps the numpy array that was made of it, and then cannot be donated in place.
+    # The array of its shard keeps this one instead.
+    return np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 import functools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from tiny_checkpoints import CASES, COMMON
 from toys import random_params
@@ -16,19 +16,22 @@ T = 24
 
 @functools.cache
 def build(name):
-    """Model, parameters, their calibration, test tokens, and the logits of these."""
+    """Model, parameters, their calibration, test tokens, and the logits of these.
+
+    The test tokens have the shape of the calibration, so that both run the same programs.
+    """
     config = config_from_hf({**COMMON, **CASES[name], "max_position_embeddings": 96})
     model = Transformer(config)
     params = random_params(model)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (8, T)).astype(np.int32)
     stats = calibrate(model, params, [ids])
-    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, T)), jnp.int32)
+    tokens = rng.integers(0, config.vocab_size, (8, T)).astype(np.int32)
     return model, params, stats, tokens, forward(model, params, tokens)
 
 
 def forward(model, params, tokens):
-    return np.asarray(model.apply({"params": params}, jnp.asarray(tokens))[0])
+    return np.asarray(model.apply({"params": params}, jax.device_put(tokens))[0])
 
 
 def error(got, want):

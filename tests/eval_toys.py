@@ -61,8 +61,11 @@ def checksum(item, text):
     return zlib.crc32(f"{item.id} {text}".encode()) % 101 / 100
 
 
-def task(count=11, score=checksum, lengths=(33, 64), **settings):
-    """Random words; some items are ids, and two have the same prompt."""
+def task(count=11, score=checksum, lengths=(49, 64), **settings):
+    """Random words; some items are ids, and two have the same prompt.
+
+    All prompts have one bucket, of 64 tokens, unless other lengths are asked for.
+    """
     rng = np.random.default_rng(1)
     items = []
     for index in range(count):

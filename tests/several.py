@@ -1,14 +1,66 @@
-"""Commands as several processes with two devices each, on this machine over loopback."""
+"""Commands as processes of their own: one, or several that run together over loopback."""
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import re
+import resource
+import runpy
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+IMPORTS = [
+    "flax.linen",
+    "grain",
+    "matplotlib.pyplot",
+    "optax",
+    "orbax.checkpoint",
+    "transformers.models.auto.tokenization_auto",
+    "tyro",
+]
+
+
+def forks():
+    """Makes processes by forking one that has imported the libraries, which takes seconds."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(IMPORTS)
+    return processes
+
+
+def start(words, said, file_bytes=resource.RLIM_INFINITY, **environment):
+    """Starts `python -m WORDS…` as a process that writes its standard error to the file `said`.
+
+    Args:
+        file_bytes: size from which on the process can write no file.
+        environment: variables of the process, besides those of the tests.
+    """
+    arguments = list(map(str, words)), said, file_bytes, environment
+    process = forks().Process(target=_run, args=arguments)
+    process.start()
+    return process
+
+
+def _run(words, said, file_bytes, environment):
+    os.environ.update(environment)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    with said.open("w") as errors, open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+    sys.argv = words
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # an interpreter calls them; multiprocessing does not
+
+
+def ended(process, seconds):
+    """The exit code of a process that ends within some seconds; minus a signal's number."""
+    process.join(seconds)
+    return process.exitcode
 
 
 def free_port():
@@ -19,36 +71,25 @@ def free_port():
 
 @contextlib.contextmanager
 def started(words, out, count=2, variable=False):
-    """The processes of `python WORDS…`; what they say is in out/said.INDEX, and none stays.
+    """Processes with two devices each; what they say is in out/said.INDEX, and none stays.
 
     Args:
         variable: tell them by KVJAX_DISTRIBUTED, not by the flag.
     """
     flags = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
     address, running = f"127.0.0.1:{free_port()}", []
     out.mkdir(parents=True, exist_ok=True)
     try:
         for index in range(count):
             text = f"{address},{count},{index}"
             told = [] if variable else ["--distributed", text]
-            with (out / f"said.{index}").open("w") as said:
-                running.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, words), *told],
-                        cwd=ROOT,
-                        env={**environment, "KVJAX_DISTRIBUTED": text if variable else ""},
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        stderr=said,
-                    )
-                )
+            environment = {"XLA_FLAGS": flags, "KVJAX_DISTRIBUTED": text if variable else ""}
+            running.append(start([*words, *told], out / f"said.{index}", **environment))
         yield running
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.join()
 
 
 def lines(out, index):
@@ -60,5 +101,5 @@ def lines(out, index):
 def run(words, out, count=2, variable=False):
     """All of them to their end, which is a good one."""
     with started(words, out, count, variable) as processes:
-        codes = [process.wait(240) for process in processes]
+        codes = [ended(process, 240) for process in processes]
     assert codes == [0] * count, [lines(out, index)[-20:] for index in range(count)]

@@ -77,7 +77,7 @@ def test_the_question_inside(loaded, examples):
     model, params = loaded
     chosen = policies(model)
     full = chosen.pop("full")
-    got = compare(model, params, examples, chosen, batch_size=4)
+    got = compare(model, params, examples, chosen, batch_size=SETTINGS["batch_size"])
     seen = set()
     for name, policy in {"full": full, **chosen}.items():
         right = [writes(loaded, example, policy) for example in examples]
@@ -116,8 +116,8 @@ def test_the_first_token_is_the_uncompressed_model_s(loaded):
     """What docs/evaluation.md says of decoded answers: only later tokens see the compression."""
     model, params = loaded
     rng = np.random.default_rng(1)
-    prompts = [rng.integers(3, VOCAB, 128).tolist() for _ in range(12)]
-    settings = {"max_new_tokens": 6, "eos_ids": (), "batch_size": 6}
+    prompts = [rng.integers(3, VOCAB, 128).tolist() for _ in range(10)]
+    settings = {**SETTINGS, "eos_ids": ()}
     full, small = (
         kvjax.generate(model, params, prompts, policy=policy, **settings).tokens
         for policy in ("full", "snapkv:kv_size=10,window=4")

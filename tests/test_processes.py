@@ -73,9 +73,9 @@ def test_one_process_needs_no_other(monkeypatch):
 def test_two_processes(tmp_path):
     """See process_worker.py: in the end process 1 is terminated; process 0 says so and stops."""
     _, params = tiny_checkpoint(tmp_path / "gqa")
-    with several.started(["-m", "process_worker", tmp_path], tmp_path) as (first, second):
-        assert second.wait(200) == -signal.SIGTERM, several.lines(tmp_path, 1)
-        assert first.wait(60) == processes.GONE, several.lines(tmp_path, 0)
+    with several.started(["process_worker", tmp_path], tmp_path) as (first, second):
+        assert several.ended(second, 200) == -signal.SIGTERM, several.lines(tmp_path, 1)
+        assert several.ended(first, 60) == processes.GONE, several.lines(tmp_path, 0)
     line = several.lines(tmp_path, 0)[-1]
     assert line.startswith("error: ") and "another process of the run is gone" in line
     assert "the same command" in line

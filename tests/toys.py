@@ -30,5 +30,5 @@ def cast(params, dtype):
 
 def forward(model, params, tokens, **settings):
     """Logits [B, T, V] without a cache; models share the programs of equal blocks."""
-    arrays = {name: jnp.asarray(value) for name, value in settings.items()}
-    return model.apply({"params": params}, jnp.asarray(tokens), **arrays)[0]
+    arrays = {name: jax.device_put(np.asarray(value)) for name, value in settings.items()}
+    return model.apply({"params": params}, jax.device_put(np.asarray(tokens)), **arrays)[0]

@@ -1,11 +1,11 @@
 """Tiny models of every attention, and random packed batches, for the tests of fine-tuning."""
 
+import dataclasses
 import functools
 import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from calibrated_toys import build
 from toys import random_params
@@ -32,9 +32,9 @@ def toy(kind):
         return model, params
     if kind == "equal_cache":
         return transmla.convert(model, params, init="svd_global")
-    return transmla.convert(
-        model, params, "decoupled", stats=stats, kv_rank=12, rope_dim=4, mode=kind
-    )
+    sizes = {"kv_rank": 12, "rope_dim": 4, "mode": kind}
+    closed = dataclasses.replace(transmla.BEST, refit=False)  # the refit takes long to compile
+    return transmla.convert(model, params, "decoupled", stats=stats, recipe=closed, **sizes)
 
 
 def packed_batch(vocab_size, B=4, T=24, seed=0):
@@ -57,7 +57,7 @@ def packed_batch(vocab_size, B=4, T=24, seed=0):
             batch["segment_ids"][row, here] = segment
             batch["weights"][row, here] = rng.random(length) < 0.5
             at += length
-    return jax.tree.map(jnp.asarray, batch)
+    return jax.device_put(batch)
 
 
 def wide_model(vocab_size=64, layers=2, width=8192):

@@ -51,7 +51,8 @@ def test_a_dry_run_says_what_the_run_will_hold(model, tmp_path, capsys):
     assert report["command"].startswith("python -m eval needle --model")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["policies"] == list(POLICIES) and config["options"]["settings"] == {"depths": "2"}
-    errors = fails(capsys, "needle", "--model", model, "--out", tmp_path / "run")
+    other = ["--lengths", 48, "--count", 1]
+    errors = fails(capsys, "needle", "--model", model, *other, "--out", tmp_path / "run")
     assert "holds another run" in errors
 
 

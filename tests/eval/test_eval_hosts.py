@@ -35,7 +35,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, protocol):
     model, more = toys.checkpoint(tmp_path / "model"), ("--protocol", protocol)
     one, two = tmp_path / "one", tmp_path / "two"
     main(words(model, one, *more))
-    several.run(["-m", "eval", *words(model, two, *more)], two, variable=protocol == "teacher")
+    several.run(["eval", *words(model, two, *more)], two, variable=protocol == "teacher")
     assert result(one) == result(two)
     assert sorted(lines(one / PREDICTIONS)) == sorted(lines(two / PREDICTIONS))
     assert json.loads((two / RESULTS).read_text())["computed"] == 16

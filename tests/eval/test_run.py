@@ -2,23 +2,21 @@
 
 import dataclasses
 import json
-import multiprocessing
 import random
 import signal
 import string
 import time
-from pathlib import Path
 
 import eval_toys as toys
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 
 import kvjax
 from eval import results
 from eval import run as running
-from eval.__main__ import main
 from eval.predictions import PREDICTIONS, RESULTS, read
 from eval.prompts import Shape, encode, make_batches, shapes
 from eval.results import statistics
@@ -26,10 +24,11 @@ from eval.run import evaluate, resolve_all
 from eval.task import Settings
 from kvjax import generation, transmla
 from kvjax.cache.storage import room_bucket
+from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
+from kvjax.prefill import bucket_length
 from kvjax.text import added_text
 
-ROOT = Path(__file__).parents[2]
 POLICIES = ("full", "snapkv:kv_size=12,window=4")
 SETTINGS = Settings(policies=POLICIES, batch_size=3)
 TIMED = ("seconds", "computed", "date", "commit", "command")
@@ -170,9 +169,10 @@ def test_other_head_scores_are_another_run(tmp_path):
     """Under the name that they had: a score file, and the model's own."""
     heads, own = tmp_path / "heads.json", tmp_path / "model" / "head_scores.json"
     toys.SCORES.save(heads)
-    toys.checkpoint(own.parent)
-    model, params = kvjax.load(own.parent, dtype="float32")
-    loaded = dataclasses.replace(toys.loaded(), model=model, params=params)
+    own.parent.mkdir()
+    toys.SCORES.save(own)
+    config = dataclasses.replace(toys.loaded().model.config, source=str(own.parent))
+    loaded = dataclasses.replace(toys.loaded(), model=Transformer(config))
     names = (f"headkv:kv_size=12,window=4,scores={heads}", "headkv:kv_size=12,window=4")
     settings, task = dataclasses.replace(SETTINGS, policies=names), toys.task(2)
     evaluate(loaded, task, settings, tmp_path / "run", quiet=True)
@@ -220,7 +220,7 @@ def test_stops_and_a_summary(tmp_path):
 def mixed_task(**settings):
     """Items of one length: every second one stays raw, whatever is asked for."""
     items = tuple(
-        dataclasses.replace(item, prompt=toys.VOCAB.decode(range(5 + n, 45 + n)), meta=meta)
+        dataclasses.replace(item, prompt=toys.VOCAB.decode(range(5 + n, 60 + n)), meta=meta)
         for n, item in enumerate(toys.task(6).items)
         for meta in [{"chat": False} if n % 2 else {}]
     )
@@ -237,7 +237,7 @@ def test_each_form_has_stops_and_ends_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "generate_each", generate_each)
     monkeypatch.setattr(running, "end_ids", lambda tokenizer, config, chat: (2, 3)[: 1 + chat])
-    settings = Settings(chat=True, batch_size=8)
+    settings = Settings(chat=True, batch_size=3)
     for stops, chat_stops in (((" ",), ()), ((), (" ",))):
         out = tmp_path / str(len(stops))
         task = mixed_task(stops=stops, chat_stops=chat_stops)
@@ -256,11 +256,11 @@ def test_bytes_without_running_are_those_of_generation():
     names = ("full:entries=int8", "h2o:kv_size=16", "knorm:ratio=0.25")
     policies = resolve_all(names, loaded.model)
     for policy in policies.values():
-        shape = Shape(48, 5, 2)
-        out = kvjax.generate(loaded.model, loaded.params, [[7] * 40, [8] * 48], 5, policy)
-        assert 2 * results.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
+        shape, prompts = Shape(64, 5, 3), [[7] * 50, [8] * 64, [9] * 49]
+        out = kvjax.generate(loaded.model, loaded.params, prompts, 5, policy)
+        assert 3 * results.policy_bytes(loaded.model, jnp.float32, policy, shape) == out.cache_bytes
         full = results.uncompressed_bytes(loaded.model, jnp.float32, shape)
-        assert 2 * full == out.full_cache_bytes
+        assert 3 * full == out.full_cache_bytes
 
 
 def test_bytes_of_the_gqa_model_that_was_converted(tmp_path):
@@ -271,23 +271,23 @@ def test_bytes_of_the_gqa_model_that_was_converted(tmp_path):
     shape = Shape(64, 4, 1)
     expected = results.uncompressed_bytes(model, jnp.float32, shape)
     mla = transmla.convert(model, params, method="equal_cache")[0]
-    small = transmla.convert(model, params, method="decoupled", stats=stats, kv_rank=8, rope_dim=8)[
-        0
-    ]
+    sizes = {"stats": stats, "kv_rank": 8, "rope_dim": 8}
+    closed = dataclasses.replace(transmla.BEST, refit=False)
+    small = transmla.convert(model, params, method="decoupled", recipe=closed, **sizes)[0]
     for converted in (mla, small):
         assert results.gqa_bytes(converted, jnp.float32, shape) == expected
     assert results.uncompressed_bytes(small, jnp.float32, shape) < expected
 
 
 def test_batches_have_one_shape_a_bucket():
-    task, loaded = toys.task(), toys.loaded()
+    task, loaded = toys.task(lengths=(33, 64)), toys.loaded()
     prompts = encode(task, loaded.tokenizer, loaded.model.config, False)
     batches = make_batches(prompts, task.items, 3)
     assert sorted(p.index for b in batches for p in b.prompts) == list(range(len(task.items)))
     for batch in batches:
         assert len(batch.rows) == batch.shape.batch <= 3
         for prompt in batch.prompts:
-            assert kvjax.prefill.bucket_length(len(prompt.ids)) == batch.shape.bucket
+            assert bucket_length(len(prompt.ids)) == batch.shape.bucket
             assert task.items[prompt.index].max_new_tokens == batch.shape.max_new_tokens
     keys = [(shape.bucket, shape.max_new_tokens) for shape in shapes(batches)]
     assert len(set(keys)) == len(keys) and keys == sorted(keys, reverse=True)
@@ -315,29 +315,23 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_five_times_it_is_the_same_run(tmp_path, monkeypatch):
+def test_killed_five_times_it_is_the_same_run(tmp_path):
     """kill -9 wherever the command happens to be; then to the end."""
     model = toys.checkpoint(tmp_path / "model")
-    command = ["needle", "--model", str(model), "--policy", "full", "--policy", "headkv:kv_size=12"]
+    command = ["eval", "needle", "--model", model, "--policy", "full"]
+    command += ["--policy", "headkv:kv_size=12"]
     command += ["--dtype", "float32", "--lengths", "48", "--set", "depths=3"]
     command += ["--count", "40", "--batch-size", "1", "--out"]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Seven processes run the same programs: the first one compiles them.
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    # Processes of their own, forked from one that has done the imports, which take seconds.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["eval.run", "eval.command", "eval.tasks.haystack"])
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+    cache["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
+    said = tmp_path / "said"
 
     def start(out):
-        process = processes.Process(target=main, args=([*command, str(out)],))
-        process.start()
-        return process
+        return several.start([*command, out], said, **cache)
 
     def finish(out):
-        process = start(out)
-        process.join()
-        assert process.exitcode == 0
+        assert several.ended(start(out), 240) == 0, said.read_text()
 
     def lines(out):
         path = out / PREDICTIONS

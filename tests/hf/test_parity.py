@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,15 +21,18 @@ FAMILIES = [name for name in CASES if name not in ("llama_biases", "deepseek_v3_
 
 @functools.cache
 def loaded(name):
-    """Model, parameters and the jitted calls on them, shared by the tests of a family."""
+    """Model, parameters and the jitted step, shared by the tests of a family.
+
+    What is called once runs a program for each kind of layer; the step is one for all layers.
+    """
     model, params = kvjax.load(checkpoint(name)[0], dtype="float32")
     return model, params, jax.jit(model.apply)
 
 
 @functools.cache
 def forward(name):
-    _, params, apply = loaded(name)
-    return np.asarray(apply({"params": params}, TOKENS[:1])[0])
+    model, params, _ = loaded(name)
+    return np.asarray(model.apply({"params": params}, TOKENS[:1])[0])
 
 
 def prefill(name, lengths):
@@ -38,19 +40,20 @@ def prefill(name, lengths):
 
     `lengths` are the whole lengths of the sequences, for RoPE rules that depend on them.
     """
-    model, params, apply = loaded(name)
+    model, params, _ = loaded(name)
     steps = np.arange(T, dtype=np.int32)[None]
-    positions = jnp.asarray(np.where(steps <= np.arange(T)[:, None], steps, -1))
+    positions = np.where(steps <= np.arange(T)[:, None], steps, -1)
     cache = model.init_cache(T, T, "float32")
-    return apply({"params": params}, TOKENS, positions, cache, rope_lengths=lengths)
+    return model.apply({"params": params}, TOKENS, positions, cache, rope_lengths=lengths)
 
 
 def decode(name, cache, tokens, active, lengths):
     """One token for each row that is active."""
-    _, params, apply = loaded(name)
+    _, params, step = loaded(name)
     positions = np.where(active, np.asarray(cache[0].lengths), -1).astype(np.int32)[:, None]
     tokens = np.where(active, tokens, 0).astype(np.int32)[:, None]
-    logits, cache = apply({"params": params}, tokens, positions, cache, rope_lengths=lengths)
+    variables = {"params": params}
+    logits, cache = step(variables, tokens, positions, cache, rope_lengths=lengths)
     return np.asarray(logits[:, 0]), cache
 
 

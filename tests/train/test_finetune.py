@@ -1,20 +1,16 @@
 """Runs: exact resume, kill -9, errors that name the step, the merged model, the command."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 from tuning_toys import tiny_checkpoint
 
 import kvjax
@@ -29,7 +25,6 @@ from train.finetune.run import finetune, steps_and_data
 from train.finetune.setup import load, trainable_paths
 from train.finetune.step import flatten
 
-ROOT = Path(__file__).parents[2]
 QUICK = {
     "sequence_length": 64,
     "batch_size": 4,
@@ -137,30 +132,26 @@ def test_stopped_and_resumed_it_is_the_same_run(folder, finished, tmp_path, stop
 def test_killed_five_times_it_is_the_same_run(folder, finished, tmp_path):
     """kill -9 wherever the run happens to be, and again; then to the end."""
     config = settings(folder)
-    command = [sys.executable, "-m", "train", "finetune", "--out", str(tmp_path)]
-    command += ["--model", config.model, "--data", *config.data]
+    words = ["train", "finetune", "--out", tmp_path]
+    words += ["--model", config.model, "--data", *config.data]
     for name, value in QUICK.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    rng, environment = random.Random(0), {**os.environ, "JAX_PLATFORMS": "cpu"}
-    kills, errors = 0, (tmp_path / "errors").open("w")
-    while kills < 5:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
-        )
+        words += [f"--{name.replace('_', '-')}", value]
+    said = tmp_path / "said"
+    # The first process that comes so far compiles for all.
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+    cache["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
+    rng = random.Random(0)
+    for _ in range(5):
+        process = several.start(words, said, **cache)
         seen, target = log.read(tmp_path / "metrics.jsonl"), rng.choice([0, 2, 4])
         wanted = (seen[-1]["step"] if seen else 0) + target
-        while process.poll() is None and not reached(tmp_path, wanted):
+        while process.is_alive() and not reached(tmp_path, wanted):
             time.sleep(0.02)
         time.sleep(rng.random() * 0.3)
-        assert process.poll() in (None, 0), (tmp_path / "errors").read_text()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    errors.close()
-    finished_process = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished_process.returncode == 0, finished_process.stderr
+        assert process.exitcode in (None, 0), said.read_text()
+        process.kill()
+        process.join()
+    assert several.ended(several.start(words, said, **cache), 240) == 0, said.read_text()
     same_run(config, finished[0], tmp_path)
 
 
@@ -216,19 +207,13 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(folde
 
 
 def test_a_full_disk_is_one_line_and_names_the_last_good_checkpoint(folder, tmp_path):
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
-    start = f"{limit}from train.__main__ import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", start, "finetune", "--out", str(tmp_path)]
-    command += ["--model", str(folder / "mla"), "--data", f"plain:{folder / 'rows.jsonl'}"]
-    command += ["--steps", "4", "--checkpoint-every", "2", "--sequence-length", "64"]
-    found = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert found.returncode == 2
-    assert "cannot write a checkpoint" in found.stderr and "last good one: none" in found.stderr
-    said = [line for line in found.stderr.splitlines() if not line.startswith("[transformers]")]
-    assert len(said) == 1
+    words = ["train", "finetune", "--out", tmp_path, "--model", folder / "mla"]
+    words += ["--data", f"plain:{folder / 'rows.jsonl'}"]
+    words += ["--steps", "4", "--checkpoint-every", "2", "--sequence-length", "64"]
+    process = several.start(words, tmp_path / "said.0", file_bytes=9000)
+    assert several.ended(process, 240) == 2
+    (said,) = several.lines(tmp_path, 0)
+    assert "cannot write a checkpoint" in said and "last good one: none" in said
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 

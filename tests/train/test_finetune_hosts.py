@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *more):
-    words = ["-m", "train", "finetune", "--out", out, "--model", folder / "mla"]
+    words = ["train", "finetune", "--out", out, "--model", folder / "mla"]
     words += ["--data", f"plain:{folder / 'rows.jsonl'}", "--mesh", "data=2,fsdp=2", *more]
     for name, value in SETTINGS.items():
         words += [f"--{name.replace('_', '-')}", value]
@@ -66,12 +66,12 @@ def writing(out, step):
 def killed(words, out, victim, ready):
     """Kills one process when it is ready; the other says so and stops within a minute."""
     with several.started(words, out, variable=True) as both:
-        while not ready() and all(process.poll() is None for process in both):
+        while not ready() and all(process.is_alive() for process in both):
             time.sleep(0.002)
-        both[victim].send_signal(signal.SIGKILL)
+        both[victim].kill()
         other = 1 - victim
-        assert both[other].wait(60) == processes.GONE, several.lines(out, other)
-        assert both[victim].wait(10) == -signal.SIGKILL, several.lines(out, victim)
+        assert several.ended(both[other], 60) == processes.GONE, several.lines(out, other)
+        assert several.ended(both[victim], 10) == -signal.SIGKILL, several.lines(out, victim)
     line = several.lines(out, other)[-1]
     assert line.startswith("error: ") and "another process of the run is gone" in line
     assert "same command" in line

@@ -14,6 +14,8 @@ from train.finetune.setup import partition, trainable_paths
 from train.finetune.step import TuneStep, adamw, compile_step, flatten, learning_rate
 
 OPTIMIZER = adamw(0.9, 0.999, 0.1, 1.0)
+OWN = ("tokens", "targets", "weights")  # what a document has of a packed row
+ROWS = 8  # of a batch for one device, so that eight devices can share the batch
 
 
 def prepare(model, params, which=("kv_only",), **settings):
@@ -31,21 +33,20 @@ def sums(model, params, batch, **settings):
 def test_packed_documents_are_what_they_are_alone(kind):
     model, params = toy(kind)
     batch = packed_batch(model.config.vocab_size)
+    arrays = jax.device_get(batch)
     packed = jax.jit(functools.partial(sums, model))(params, batch)
     total, weight = 0.0, 0.0
     forward = jax.jit(lambda tokens, at: model.apply({"params": params}, tokens, at)[0])
     for row in range(4):
-        for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
-            own = np.asarray(batch["segment_ids"][row] == segment)
-            pad = np.full(24, -1), np.zeros(24, int)
-            at, tokens = pad[0].copy(), pad[1].copy()
-            at[: own.sum()], tokens[: own.sum()] = np.arange(own.sum()), batch["tokens"][row][own]
-            logits = forward(jnp.asarray(tokens, jnp.int32)[None], jnp.asarray(at, jnp.int32)[None])
-            own_losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits[0, : own.sum()], batch["targets"][row][own]
-            )
-            total += float((own_losses * batch["weights"][row][own]).sum())
-            weight += float(batch["weights"][row][own].sum())
+        for segment in range(1, arrays["segment_ids"][row].max() + 1):
+            own = arrays["segment_ids"][row] == segment
+            pad = 0, 24 - own.sum()  # documents of all lengths share the programs
+            at = np.pad(np.arange(own.sum(), dtype=np.int32), pad, constant_values=-1)
+            tokens, targets, weights = (np.pad(arrays[name][row][own], pad) for name in OWN)
+            logits = forward(tokens[None], at[None])
+            own_losses = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
+            total += float((own_losses * weights).sum())
+            weight += float(weights.sum())
     np.testing.assert_allclose(float(packed.loss), total, rtol=2e-5)
     assert float(packed.weight) == weight
 
@@ -94,7 +95,7 @@ def one_step(step, state, frozen, batch, rate=1e-2, teacher=None):
 )
 def test_accumulation_and_remat_are_the_same_step(settings):
     model, params = toy("equal_cache")
-    batch = packed_batch(model.config.vocab_size)
+    batch = packed_batch(model.config.vocab_size, ROWS)
     want, want_metrics = one_step(*prepare(model, params), batch)
     got, metrics = one_step(*prepare(model, params, **settings), batch)
     for name in metrics:
@@ -109,7 +110,7 @@ def test_the_loss_falls_and_what_is_frozen_stays(kind):
     model, params = toy(kind)
     step, state, frozen = prepare(model, params)
     before = {path: np.array(leaf) for path, leaf in frozen.items()}
-    batch = packed_batch(model.config.vocab_size)
+    batch = packed_batch(model.config.vocab_size, ROWS)
     arguments = state, frozen, batch, jnp.float32(3e-3), None
     compiled, found = compile_step(step, *arguments), []
     for _ in range(12):
@@ -127,7 +128,8 @@ def test_the_loss_falls_and_what_is_frozen_stays(kind):
 def test_no_buffer_for_a_frozen_weight():
     """Neither a moment among the arguments nor a gradient among the temporaries."""
     model, params = wide_model()
-    batch = {k: v[:1, :8] for k, v in packed_batch(model.config.vocab_size).items()}
+    batch = packed_batch(model.config.vocab_size)
+    batch = {name: np.asarray(leaf)[:1, :8] for name, leaf in batch.items()}
     size = {"trainable": 0, "frozen": 0}
     compiled = {}
     for which in ("kv_only", "all"):
@@ -185,10 +187,10 @@ def test_the_same_step_on_eight_devices(mesh, kind):
     from kvjax.sharding import batch_sharding, make_mesh, param_shardings, parse_mesh
 
     model, params = toy(kind)
-    batch = packed_batch(model.config.vocab_size, B=8)
+    batch = jax.device_get(packed_batch(model.config.vocab_size, ROWS))
     want, want_metrics = one_step(*prepare(model, params), batch)
     devices = make_mesh(parse_mesh(mesh), jax.devices()[:8])
-    spread = jax.device_put(params, param_shardings(model, devices))
+    spread = jax.device_put(jax.device_get(params), param_shardings(model, devices))
     step, state, frozen = prepare(model, spread, sharding=batch_sharding(devices))
     got, metrics = one_step(step, state, frozen, jax.device_put(batch, batch_sharding(devices)))
     for name in metrics:

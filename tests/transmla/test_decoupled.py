@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from calibrated_toys import T, build, error, forward, whole
@@ -57,12 +56,12 @@ def test_half_the_cache_decodes_what_the_forward_says(name):
     )
     assert cache_bytes(cache) == 2 * T * numbers * 4 + 2 * 4 * len(cache)
     steps = np.arange(16)[None]
-    first = jnp.asarray(np.where(steps < np.array([[16], [9]]), steps, -1), jnp.int32)
-    got, cache = apply(variables, tokens[:, :16], first, cache)
+    first = np.where(steps < np.array([[16], [9]]), steps, -1).astype(np.int32)
+    got, cache = apply(variables, tokens[:2, :16], first, cache)
     np.testing.assert_allclose(got[0], full[0, :16], atol=3e-4 * np.abs(full).max())
     np.testing.assert_allclose(got[1, :9], full[1, :9], atol=3e-4 * np.abs(full).max())
     for step in range(3):
-        both = jnp.stack([tokens[0, 16 + step], tokens[1, 9 + step]])[:, None]
+        both = np.stack([tokens[0, 16 + step], tokens[1, 9 + step]])[:, None]
         got, cache = apply(variables, both, cache=cache)
         want = np.stack([full[0, 16 + step], full[1, 9 + step]])
         np.testing.assert_allclose(got[:, 0], want, atol=3e-4 * np.abs(full).max())
@@ -75,7 +74,7 @@ def test_normed_keys_decode_exactly_over_64_tokens(name):
         model, params, method="decoupled", stats=stats, mode="post", recipe=CLOSED, **whole(model)
     )
     rng = np.random.default_rng(5)
-    tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (2, 72)), jnp.int32)
+    tokens = rng.integers(0, model.config.vocab_size, (2, 72)).astype(np.int32)
     want = forward(model, params, tokens)
     apply = new.apply
     cache = new.init_cache(2, 72, "float32")
@@ -111,11 +110,11 @@ def test_partial_rope_is_full_rank_mla():
 def test_least_squares_come_closer_to_the_original():
     model, params, stats, _, _ = build("llama")
     sizes = {"kv_rank": 10, "rope_dim": 4}
-    want = forward(model, params, jnp.asarray(stats.tokens))
+    want = forward(model, params, stats.tokens)
     distance = {}
     for name, recipe in (("published", published(2)), ("closed", CLOSED), ("best", BEST)):
         new = convert(model, params, method="decoupled", stats=stats, recipe=recipe, **sizes)
-        distance[name] = np.square(forward(*new, jnp.asarray(stats.tokens)) - want).mean()
+        distance[name] = np.square(forward(*new, stats.tokens) - want).mean()
     assert distance["best"] < distance["closed"] < distance["published"]
 
 
@@ -124,7 +123,7 @@ def test_mqa_and_mha(heads):
     case = {**COMMON, **CASES["llama"], "num_key_value_heads": heads}
     model = Transformer(config_from_hf(case))
     params, tokens = random_params(model), build("llama")[3]
-    stats = calibrate(model, params, [np.asarray(tokens)])
+    stats = calibrate(model, params, [tokens])
     new = convert(model, params, method="decoupled", stats=stats, recipe=CLOSED, **whole(model))
     assert error(forward(*new, tokens), forward(model, params, tokens)) < 1e-4
 
@@ -137,7 +136,7 @@ def test_scaled_rope_stays_exact(kind):
     case["max_position_embeddings"] = 16  # the test's tokens reach beyond it
     model = Transformer(config_from_hf(case))
     params, tokens = random_params(model), build("llama")[3]
-    stats = calibrate(model, params, [np.asarray(tokens)])
+    stats = calibrate(model, params, [tokens])
     new = convert(model, params, method="decoupled", stats=stats, recipe=CLOSED, **whole(model))
     assert error(forward(*new, tokens), forward(model, params, tokens)) < 1e-4
     assert new[0].config.context_length == model.config.context_length

@@ -55,12 +55,11 @@ def build(*variants):
     return model, params, forward(model, params)
 
 
-def tokens():
-    return jax.random.randint(jax.random.key(1), (2, T), 0, 61)
+TOKENS = np.random.default_rng(1).integers(0, 61, (2, T)).astype(np.int32)
 
 
 def forward(model, params):
-    return np.asarray(model.apply({"params": params}, tokens())[0])
+    return np.asarray(model.apply({"params": params}, TOKENS)[0])
 
 
 def relative_error(got, want):
@@ -109,10 +108,10 @@ def test_cache_gives_the_full_forward_in_gqas_bytes(init, site):
     cache = converted.init_cache(2, T, "float32")
     assert cache_bytes(cache) == cache_bytes(model.init_cache(2, T, "float32"))
     apply = converted.apply
-    first, cache = apply({"params": new}, tokens()[:, :9], cache=cache)
+    first, cache = apply({"params": new}, TOKENS[:, :9], cache=cache)
     logits = [first]
     for step in range(9, T):
-        one, cache = apply({"params": new}, tokens()[:, step : step + 1], cache=cache)
+        one, cache = apply({"params": new}, TOKENS[:, step : step + 1], cache=cache)
         logits.append(one)
     np.testing.assert_allclose(np.concatenate(logits, axis=1), want, atol=2e-5)
 
@@ -123,7 +122,7 @@ def test_parameters_are_counted_and_cast_once():
     converted, new = kvjax.transmla.convert(model, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype("bfloat16")}
     assert new["layers_0"]["attn"]["q"] is params["layers_0"]["attn"]["q"]
-    shapes = jax.eval_shape(converted.init, jax.random.key(0), tokens())["params"]
+    shapes = jax.eval_shape(converted.init, jax.random.key(0), TOKENS)["params"]
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, shapes)
     count = sum(leaf.size for leaf in jax.tree.leaves(new))
     more = 2 * (2 * 8) * (4 * 8)  # K and V, [K·H, N·H]: docs/transmla.md

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from calibrated_toys import build, error, forward
@@ -19,10 +18,16 @@ SIZES = {"kv_rank": 12, "rope_dim": 4}
 
 
 def loss(model, params, tokens):
-    logits = forward(model, params, jnp.asarray(tokens))[:, :-1].astype(np.float64)
+    logits = forward(model, params, tokens)[:, :-1].astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).mean()
+
+
+def held_out(model, stats):
+    """Token ids that the calibration does not have, of its shape."""
+    rng = np.random.default_rng(9)
+    return rng.integers(0, model.config.vocab_size, stats.tokens.shape).astype(np.int32)
 
 
 def test_a_query_rank_of_everything_is_exact():
@@ -66,7 +71,7 @@ def test_zeros_that_fill_a_layer_up_change_nothing():
 
 def test_sizes_per_layer_lower_the_loss_at_the_same_total():
     model, params, stats, _, _ = build("llama")
-    held = np.random.default_rng(9).integers(0, model.config.vocab_size, (4, 24)).astype(np.int32)
+    held = held_out(model, stats)
     ranks, ropes = allocate_sizes(
         model, params, stats, held, **SIZES, step=4, recipe=CLOSED, rounds=2
     )
@@ -81,7 +86,7 @@ def test_sizes_per_layer_lower_the_loss_at_the_same_total():
 
 def test_choices_are_those_with_the_least_loss():
     model, params, stats, _, _ = build("llama")
-    held = np.random.default_rng(9).integers(0, model.config.vocab_size, (4, 24)).astype(np.int32)
+    held = held_out(model, stats)
     width = choose_rope_dim(model, params, stats, held, cache=16, candidates=(2, 8), recipe=CLOSED)
     args = {"method": "decoupled", "stats": stats}
     losses = {
@@ -100,7 +105,7 @@ def test_choices_are_those_with_the_least_loss():
 
 def test_distillation_comes_closer_and_leaves_its_input_alone():
     model, params, stats, _, _ = build("llama")
-    text = jnp.asarray(stats.tokens)
+    text = stats.tokens
     want = forward(model, params, text)
     converted = convert(
         model, params, method="decoupled", stats=stats, kv_rank=8, rope_dim=4, recipe=CLOSED

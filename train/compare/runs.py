@@ -177,7 +177,7 @@ class Trainer:
             shape, data = model.config, _data(config, out, name, seed=0, epochs=1)
             check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
         loader = make_loader(data, tokenizer)
-        held_out = [jax.tree.map(jnp.asarray, batch) for batch in loader]
+        held_out = [jax.device_put(batch) for batch in loader]
         return cls(config, out, tokenizer, step, trainable, frozen, held_out)
 
     def run_once(self, job: Job) -> None:
@@ -198,7 +198,7 @@ class Trainer:
         losses: list[jax.Array] = []
         held_out: list[tuple[int, float | None]] = [(0, self.held_out_loss(state.params))]
         for number in range(job.steps):
-            batch = jax.tree.map(jnp.asarray, next(batches))
+            batch = jax.device_put(next(batches))
             rate = jnp.float32(learning_rate(number, job.steps, job.rate, self.config.warmup))
             arguments = state, self.frozen, batch, rate, None
             if self.compiled is None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -45,7 +44,7 @@ class Tuning:
     def device_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch on the devices of the mesh, from the rows of each process."""
         if self.mesh is None:
-            return jax.tree.map(jnp.asarray, batch)
+            return jax.device_put(batch)
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, rows)

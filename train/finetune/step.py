@@ -5,6 +5,7 @@ Parameters are flat dicts here, so that the trainable ones can be told from the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -217,15 +218,25 @@ def compile_step(
         state, frozen, batch, rate, teacher: arrays, or shapes with shardings. The new state gets
             the shardings of the old one.
     """
-    shardings = state_shardings(step.optimizer, state.params)
-    run = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    leaves, tree = jax.tree.flatten(state_shardings(step.optimizer, state.params))
+    run = _jitted(step, tuple(leaves), tree)
     compiled = run.lower(state, frozen, batch, rate, teacher).compile()
     cost = compiled.cost_analysis() or {}
     return CompiledStep(compiled, cost.get("flops"))
 
 
+@functools.lru_cache(maxsize=16)
+def _jitted(step: TuneStep, shardings: tuple[Any, ...], tree: Any) -> Any:
+    """The jitted step. Runs with equal settings in one process share its programs."""
+    new_state = jax.tree.unflatten(tree, shardings)
+    return jax.jit(step, donate_argnums=0, out_shardings=(new_state, None))
+
+
+@functools.cache
 def adamw(b1: float, b2: float, weight_decay: float, clip: float) -> optax.GradientTransformation:
     """Clipping, then AdamW (arXiv 1711.05101) without the factor of the learning rate.
+
+    Equal settings give the same object, so that steps with it are equal.
 
     Args:
         clip: largest global norm of the gradient.

@@ -101,12 +101,16 @@ def create_run(curriculum: Curriculum) -> Run:
 
 def initial_state(run: Run) -> TrainState:
     """The first state: random parameters from the curriculum's seed."""
-    init = jax.jit(run.model.init)
-    params = dict(init(jax.random.key(run.curriculum.seed), jnp.zeros((1, 1), jnp.int32))["params"])
+    params = dict(_random_params(run.model, jax.random.key(run.curriculum.seed)))
     # Scale the embeddings to their standard deviation in the curriculum.
     embedding = params["embedding"]
     params["embedding"] = embedding * (run.curriculum.embedding_scale / jnp.std(embedding))
     return create_state(params, run.optimizer, len(KINDS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random_params(model: Transformer, key: jax.Array) -> Any:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def advance(run: Run, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
@@ -268,8 +272,12 @@ def _counters(kinds: int) -> dict[str, jax.Array]:
     }
 
 
+@functools.cache
 def make_optimizer(weight_decay: float, b2: float, clip: float) -> optax.GradientTransformation:
-    """AdamW without the factor of the learning rate; weights of norms are not trained."""
+    """AdamW without the factor of the learning rate; weights of norms are not trained.
+
+    Equal settings give the same object, so that runs in one process share the compiled step.
+    """
 
     def label(params):
         return jax.tree_util.tree_map_with_path(
