@@ -83,7 +83,7 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
         ((*short, "--set", "depths"), "expected --set KEY=VALUE"),
         ((*short, "--set", "depths=x"), "expected a whole number"),
         ((*short, "--data-dir", tmp_path / "none"), "no folder at"),
-        ((*short, "--policy", "best"), "none of full"),
+        ((*short, "--policy", "best"), "not one of full"),
         ((*short, "--chat"), "no chat template"),
         ((*dry, "--lengths", 2000), "expected at most"),
         (("needle", "--model", tmp_path / "none", "--dry-run"), "none"),

@@ -161,7 +161,7 @@ class TestLooGLE:
             loogle.load(options(folder, subsets=("x",)))
         bad = {"input": "text", "qa_pairs": "[{'Q': 'q'"}
         write(folder / "loogle" / "shortdep_qa.jsonl", bad)
-        with pytest.raises(ValueError, match=r"shortdep_qa\.jsonl, line 1: .* no Python value"):
+        with pytest.raises(ValueError, match=r"shortdep_qa\.jsonl, line 1: .* not a Python value"):
             loogle.load(options(folder))
 
 
