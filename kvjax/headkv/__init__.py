@@ -4,12 +4,9 @@ from kvjax.headkv.balance import balance
 from kvjax.headkv.measure import score_examples, score_heads
 from kvjax.policies.budgets import allocate
 from kvjax.policies.importance import HeadScores, load_scores
-from kvjax.policies.policy import Compress, Policy
 
 __all__ = [
-    "Compress",
     "HeadScores",
-    "Policy",
     "allocate",
     "balance",
     "load_scores",
