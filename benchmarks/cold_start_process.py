@@ -83,10 +83,7 @@ class Call:
 def write(kind: str, layers: int, model: str, **_: Any) -> None:
     """Saves a random model, in the kind asked for."""
     rng = np.random.default_rng(0)
-    source = Transformer(config_from_hf(SMOL | {"num_hidden_layers": layers}))
-    params = jax.tree.map_with_path(
-        lambda path, leaf: random_weight(rng, path[-1].key, leaf.shape), param_shapes(source.config)
-    )
+    source, params = random_model(layers, rng)
     if kind == "decoupled":
         tokens = rng.integers(0, SMOL["vocab_size"], CALIBRATION, np.int32)
         stats = kvjax.transmla.calibrate(source, params, [tokens])
@@ -94,6 +91,15 @@ def write(kind: str, layers: int, model: str, **_: Any) -> None:
             source, params, method="decoupled", stats=stats, **LATENT
         )
     kvjax.save(source, params, model)
+
+
+def random_model(layers: int, rng: np.random.Generator) -> tuple[Transformer, Any]:
+    """A random llama of SmolLM2-135M's shape, float32."""
+    model = Transformer(config_from_hf(SMOL | {"num_hidden_layers": layers}))
+    params = jax.tree.map_with_path(
+        lambda path, leaf: random_weight(rng, path[-1].key, leaf.shape), param_shapes(model.config)
+    )
+    return model, params
 
 
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> jax.Array:

@@ -26,11 +26,11 @@ import jax
 import numpy as np
 
 import kvjax
+from benchmarks.cold_start_process import random_model
 from benchmarks.environment import environment
-from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.decoding import Sampling, decode, first_token, prompt_keys, prompt_words
 from kvjax.generation import generate_each
-from kvjax.nn import Transformer, param_shapes
+from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores
@@ -39,6 +39,10 @@ from kvjax.prefill import compressions, prefill_in_groups, read_prompts
 
 SIZES = (24, 32, 48, 64, 96, 128, 192)
 NAMES = [f"{name}:kv_size={size}" for name in ("headkv", "snapkv", "streaming") for size in SIZES]
+MODELS = {
+    "smollm2-135m": lambda rng: random_model(30, rng),
+    "needle": lambda rng: kvjax.load("builtin:needle", "float32"),
+}
 NO_EOS = np.zeros(0, np.int32)
 
 
@@ -63,7 +67,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "needle"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--new", type=int, default=13)
@@ -75,8 +79,9 @@ def arguments() -> argparse.Namespace:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The times of one model, wall seconds of each repeat."""
-    model, params = kvjax.load("builtin:needle", "float32") if name == "needle" else smollm2()
-    config, rng = model.config, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    model, params = MODELS[name](rng)
+    config = model.config
     scores = HeadScores(rng.random((config.num_layers, config.query_heads, 3)) ** 4)
     policies = [resolve(policy, config, scores) for policy in ["full", *NAMES]]
     prompts = rng.integers(1, config.vocab_size, (args.batch, args.length)).tolist()
@@ -117,16 +122,6 @@ def parts(
         for _ in decode(model, params, begin, sampling, NO_EOS, args.new):
             pass
     return {"read": read, "decode": time.perf_counter() - start}
-
-
-def smollm2() -> tuple[Transformer, Any]:
-    """A random llama of SmolLM2-135M's shape, float32."""
-    attention = GQAConfig(9, 3, 64, 64**-0.5, RopeConfig(64, 100_000.0))
-    layers = (LayerConfig(attention, MLPConfig(1536)),) * 30
-    config = ModelConfig("llama", 49_152, 576, layers, tie_embeddings=True)
-    rng = np.random.default_rng(0)
-    make = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32) * 0.02)  # noqa: E731
-    return Transformer(config), jax.tree.map(make, param_shapes(config))
 
 
 if __name__ == "__main__":

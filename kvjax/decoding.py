@@ -201,8 +201,8 @@ def push_token(
     token = sample(logits, keys, sampling)
     if state.layout is not None:
         token = state.layout.place(token, "batch")
-    ends = (token == NO_TOKEN) | jnp.any(token[:, None] == eos[None], axis=1)
-    return replace(state, token=token, finished=state.finished | ends, step=state.step + 1)
+    finished = state.finished | has_ended(token, eos)
+    return replace(state, token=token, finished=finished, step=state.step + 1)
 
 
 def next_state(
@@ -303,9 +303,14 @@ def decode(
             return
 
 
-def has_ended(token: Int[np.ndarray, " B"], eos: Int[np.ndarray, " E"]) -> np.ndarray:
-    """[B] bool, the sequences whose newest token is an EOS or NO_TOKEN."""
-    return (token == NO_TOKEN) | (token[:, None] == eos[None]).any(axis=1)
+def has_ended(token: Any, eos: Any) -> Any:
+    """[B] bool, the sequences whose newest token is an EOS or NO_TOKEN; arrays of numpy or jax."""
+    return (token == NO_TOKEN) | is_eos(token, eos)
+
+
+def is_eos(token: Any, eos: Any) -> Any:
+    """[B] bool, which of the tokens [B] are among the ids [E] that end a sequence."""
+    return (token[:, None] == eos[None]).any(axis=1)
 
 
 @flax.struct.dataclass

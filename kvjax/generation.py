@@ -25,6 +25,7 @@ from kvjax.decoding import (
     Sampling,
     decode,
     first_token,
+    is_eos,
     prompt_keys,
     prompt_words,
     step_function,
@@ -279,7 +280,7 @@ def live_tokens(
     """(row, token) for each row that has not ended, step by step."""
     alive = np.ones(batch, bool)
     for token in steps:
-        alive &= ~(token[:, None] == eos[None]).any(axis=1)
+        alive &= ~is_eos(token, eos)
         for row in np.flatnonzero(alive):
             yield int(row), int(token[row])
 
