@@ -419,11 +419,15 @@ def bucket_rows(count: int) -> int:
     Rounding leaves few sizes, and so few programs to compile: 9 … 17 times a power of two, from
     `LARGE` on 34 … 67 times a power of two.
     """
-    least = 9 if count < LARGE else 34
-    step = 1
+    least, step = least_steps(count), 1
     while count > 2 * least * step:
         step *= 2
     return -(-count // step) * step
+
+
+def least_steps(count: int) -> int:
+    """The fewest steps that `bucket_rows` makes of a count: it adds less than one step."""
+    return 9 if count < LARGE else 34
 
 
 def pool_rows(

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 
 from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
 from kvjax.cache.layers import new_pool
-from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows
+from kvjax.cache.pool import PoolRows, bucket_rows, least_steps, pool_alignment, pool_rows
 from kvjax.cache.sharded import head_copies
 from kvjax.cache.storage import room_bucket
 from kvjax.config import ModelConfig
@@ -92,6 +92,7 @@ class Compression:
         dtype: dtype of the activations.
         layout: layout of the batch on a mesh; None for one device.
         groups, rows: for each pool its layers and its rows.
+        slots: slots of each layer whose heads all keep the same tokens, see `layer_slots`.
     """
 
     config: ModelConfig
@@ -102,6 +103,7 @@ class Compression:
     layout: Layout | None
     groups: tuple[LayerGroup, ...]
     rows: tuple[PoolRows, ...]
+    slots: dict[int, int]
 
     @property
     def copies(self) -> int:
@@ -254,16 +256,13 @@ class Compression:
         b = self.budgets
         if ranking is None:
             return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
-        caps = np.rint(b.caps[:, layer].mean(axis=1)).astype(np.int32)
-        window = self.layer_window(layer)
-        kept = np.minimum(caps, np.maximum(self.lengths - window, 0)) + window
         return functools.partial(
             compress_tokens,
             prompt,
             ranking,
-            caps,
-            window,
-            slots=bucket_rows(int(kept.max())) + self.room,
+            common_caps(b, layer),
+            self.layer_window(layer),
+            slots=self.slots[layer],
             spec=spec,
             dtype=b.dtype,
         )
@@ -304,9 +303,7 @@ class Compression:
 
     def layer_window(self, layer: int) -> Int[np.ndarray, " B"]:
         """The last tokens that stay in one layer: at most its sliding window."""
-        sliding = self.config.layers[layer].attention.spec.window
-        window = self.budgets.window
-        return window if sliding is None else np.minimum(window, np.int32(sliding))
+        return last_tokens(self.config, self.budgets, layer)
 
 
 def compression(
@@ -331,7 +328,50 @@ def compression(
     heads = budgets.caps.shape[2]
     copies = head_copies(heads, ways) if groups and layout is not None else 1
     rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
-    return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
+    alike = [layer for layer in range(config.num_layers) if layer not in layers]
+    slots = layer_slots(config, budgets, lengths, new_tokens, alike)
+    return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows, slots)
+
+
+def layer_slots(
+    config: ModelConfig,
+    budgets: Budgets,
+    lengths: Int[np.ndarray, " B"],
+    new_tokens: int,
+    layers: Sequence[int],
+) -> dict[int, int]:
+    """Slots of each layer whose heads all keep the same tokens, new tokens included.
+
+    Two programs are compiled for each number of slots. So layers share a number, as long as all
+    layers together have at most the slots that `bucket_rows` may add to each of them.
+    """
+    room, kept = room_bucket(new_tokens), {}
+    for layer in layers:
+        window = last_tokens(config, budgets, layer)
+        caps = np.minimum(common_caps(budgets, layer), np.maximum(lengths - window, 0))
+        kept[layer] = int((caps + window).max())
+    counts = [kept[layer] + room for layer in layers]
+    most = sum(count + count // least_steps(count) for count in counts)
+    slots = np.asarray([bucket_rows(kept[layer]) + room for layer in layers], np.int64)
+    while True:
+        sizes, members = np.unique(slots, return_counts=True)
+        # Layers of one size take the next larger size, where that adds the fewest slots.
+        added = members[:-1] * np.diff(sizes)
+        if not added.size or slots.sum() + added.min() > most:
+            return dict(zip(layers, slots.tolist(), strict=True))
+        at = int(added.argmin())
+        slots[slots == sizes[at]] = sizes[at + 1]
+
+
+def common_caps(budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
+    """Tokens besides the window that all heads of a layer keep alike: the mean of their caps."""
+    return np.rint(budgets.caps[:, layer].mean(axis=1)).astype(np.int32)
+
+
+def last_tokens(config: ModelConfig, budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
+    """The last tokens that always stay in one layer: at most its sliding window."""
+    sliding = config.layers[layer].attention.spec.window
+    return budgets.window if sliding is None else np.minimum(budgets.window, np.int32(sliding))
 
 
 def without_queries(prompt: PrefillCache) -> PrefillCache:
