@@ -171,7 +171,7 @@ def time_one(
         firsts.append(time.perf_counter() - start)
         held = cache_bytes(state.cache)
         start = time.perf_counter()
-        _decode(model, params, state, policy.every, work)
+        _decode(model, params, state, policy.compression_interval, work)
         # The prefill gives the first token, so decode makes new_tokens − 1.
         steps.append((time.perf_counter() - start) / (command.new_tokens - 1))
     shape, dtype = Shape(context, command.new_tokens, batch), params["embedding"].dtype
@@ -208,14 +208,14 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
     return jax.block_until_ready(dataclasses.replace(state, cache=cache))
 
 
-def _decode(model: Any, params: Any, state: Any, every: int, work: Any) -> None:
+def _decode(model: Any, params: Any, state: Any, interval: int, work: Any) -> None:
     """Decodes all further tokens. Fetching them waits until the device has finished."""
     import numpy as np
 
     from kvjax.decoding import Sampling, decode
 
     greedy, never = Sampling.create(0.0, 0, 1.0), np.asarray((), np.int32)
-    for _ in decode(model, params, state, greedy, never, work.new_tokens, every, work.again):
+    for _ in decode(model, params, state, greedy, never, work.new_tokens, interval, work.again):
         pass
 
 

@@ -262,7 +262,7 @@ def decode(
     sampling: Sampling,
     eos: Int[np.ndarray, " E"],
     max_new_tokens: int,
-    every: int = 0,
+    interval: int = 0,
     again: Callable[[Any], Any] | None = None,
     compile: str | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
@@ -273,15 +273,15 @@ def decode(
 
     Args:
         state: from `first_token`, with a cache. Do not use it again.
-        every, again: `again` compresses the cache each time it has gained `every` tokens. The
-            newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
+        interval, again: `again` compresses the cache each time it has gained `interval` tokens.
+            The newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
         compile: see `step_function`.
     """
     step, eos_ids = step_function(compile, max_new_tokens), jnp.asarray(eos)
     pending, ended = deque([state.token]), np.zeros(state.token.shape[0], bool)
     state.token.copy_to_host_async()
     for count in range(1, max_new_tokens):
-        if every and count > 1 and (count - 1) % every == 0:
+        if interval and count > 1 and (count - 1) % interval == 0:
             assert again is not None
             state = replace(state, cache=again(state.cache))
         state = step(model, params, state, sampling, eos_ids)

@@ -47,7 +47,7 @@ def model_of(*attention, dtype="float16"):
 
 MODEL, PARAMS = model_of(GQA, GQA)
 EXAMPLE = Example(tuple(LOUD_PROMPT), (7, 8), (2, 4), question_length=2)
-HALF = parse_policy("snapkv:kv_size=6,window=4")
+HALF = parse_policy("snapkv:kv_size=6,observed=4")
 TEXT = np.asarray([[*PROMPT, *PROMPT], [*LOUD_PROMPT, *PROMPT[1:]]], np.int32)
 
 WAYS = {

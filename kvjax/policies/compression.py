@@ -43,8 +43,8 @@ class Budgets:
     """The tokens that a policy keeps of one batch of prompts; on the host.
 
     Attributes:
-        caps: [B, L, K] int32, tokens that each head keeps besides the window.
-        window: [B] int32, number of last tokens, which are always kept.
+        caps: [B, L, K] int32, tokens that each head keeps besides the recent ones.
+        recent: [B] int32, number of last tokens, which are always kept.
         rooms: [B, L, K] int32, rows of each head for new tokens.
         rings: [B, L, K] bool, heads that overwrite older tokens when their room is used up.
         scorer: rates the tokens; None if all tokens are kept.
@@ -55,7 +55,7 @@ class Budgets:
     """
 
     caps: Int[np.ndarray, "B L K"]
-    window: Int[np.ndarray, " B"]
+    recent: Int[np.ndarray, " B"]
     rooms: Int[np.ndarray, "B L K"]
     rings: Bool[np.ndarray, "B L K"]
     scorer: Scorer | None
@@ -128,7 +128,7 @@ class Compression:
     def take(self, rows: Int[np.ndarray, " b"]) -> Compression:
         """The same for some of the sequences, in caches of the same size."""
         b = self.budgets
-        each = {name: getattr(b, name)[rows] for name in ("caps", "window", "rooms", "rings")}
+        each = {name: getattr(b, name)[rows] for name in ("caps", "recent", "rooms", "rings")}
         budgets = dataclasses.replace(b, **each)
         # Keep the row count of the whole batch: the groups' caches are joined and share programs.
         firsts = tuple(part._replace(first=part.first[rows]) for part in self.rows)
@@ -202,14 +202,14 @@ class Compression:
     ) -> functools.partial[Ranking] | None:
         """The call that ranks one layer's tokens: a program and its arguments, not yet run.
 
-        None where all tokens stay. Of the budgets a ranking depends on the window alone.
+        None where all tokens stay. Of the budgets a ranking depends on `recent` alone.
         """
         b, spec = self.budgets, self.config.layers[layer].attention.spec
         common = caches.places[layer] is None
         if common and b.scorer is None:
             return None
         settings = {"scorer": b.scorer or SinksAndRecent(), "spec": spec, "observed": b.observed}
-        arrays = prompt, self.layer_window(layer)
+        arrays = prompt, self.layer_recent(layer)
         if common:
             return functools.partial(rank_common, *arrays, **settings)
         return functools.partial(rank_heads, *arrays, **settings, layout=self.layout)
@@ -255,14 +255,14 @@ class Compression:
         if ranking is None:
             return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
         caps = np.rint(b.caps[:, layer].mean(axis=1)).astype(np.int32)
-        window = self.layer_window(layer)
-        kept = np.minimum(caps, np.maximum(self.lengths - window, 0)) + window
+        recent = self.layer_recent(layer)
+        kept = np.minimum(caps, np.maximum(self.lengths - recent, 0)) + recent
         return functools.partial(
             compress_tokens,
             prompt,
             ranking,
             caps,
-            window,
+            recent,
             slots=bucket_rows(int(kept.max())) + self.room,
             spec=spec,
             dtype=b.dtype,
@@ -295,18 +295,18 @@ class Compression:
         b, sliding = self.budgets, self.config.layers[layer].attention.spec.window
         return LayerBudget(
             caps=b.caps[:, layer],
-            window=self.layer_window(layer),
+            recent=self.layer_recent(layer),
             rooms=np.repeat(b.rooms[:, layer], self.copies, axis=1).astype(np.int32),
             rings=np.repeat(b.rings[:, layer] | (sliding is not None), self.copies, axis=1),
             shared=np.bool_(b.sharing is not None),
             first=self.rows[number].first[:, row],
         )
 
-    def layer_window(self, layer: int) -> Int[np.ndarray, " B"]:
+    def layer_recent(self, layer: int) -> Int[np.ndarray, " B"]:
         """The last tokens that stay in one layer: at most its sliding window."""
         sliding = self.config.layers[layer].attention.spec.window
-        window = self.budgets.window
-        return window if sliding is None else np.minimum(window, np.int32(sliding))
+        recent = self.budgets.recent
+        return recent if sliding is None else np.minimum(recent, np.int32(sliding))
 
 
 def compression(
@@ -367,14 +367,14 @@ def group_rows(
     own = list(group.layers)
     kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
     if budgets.again:  # later tokens fill budgets that the prompt does not fill
-        kept = np.maximum(kept, budgets.caps[:, own] + budgets.window[:, None, None])
+        kept = np.maximum(kept, budgets.caps[:, own] + budgets.recent[:, None, None])
     # A sliding window bounds a layer's segments; other layers have no limit.
     unlimited = np.iinfo(np.int32).max
     limits = np.asarray([window or unlimited for window in group.windows], np.int64)
     heads, spare = kept.shape[2] * copies, 0
     if budgets.sharing is not None:
         # No segment is longer than a sliding window, so even shares of a budget need the most rows.
-        whole = budgets.caps[:, own] + budgets.window[:, None, None]
+        whole = budgets.caps[:, own] + budgets.recent[:, None, None]
         sliding = (limits < unlimited)[:, None]
         kept, rooms = (
             np.where(sliding, evenly(whole), kept),
@@ -398,22 +398,22 @@ def evenly(rows: Int[np.ndarray, "*B K"]) -> Int[np.ndarray, "*B K"]:
 def kept_tokens(
     config: ModelConfig, budgets: Budgets, lengths: Int[np.ndarray, " B"]
 ) -> Int[np.ndarray, "B L K"]:
-    """Tokens that each head keeps of a prompt, the window included. For heads that share their
+    """Tokens that each head keeps of a prompt, the recent ones included. For heads that share their
     budgets these are the numbers before sharing."""
     sliding = [layer.attention.spec.window for layer in config.layers]
     reach = np.asarray([window or np.iinfo(np.int32).max for window in sliding], np.int64)
-    window = np.minimum(budgets.window[:, None], reach[None])
+    recent = np.minimum(budgets.recent[:, None], reach[None])
     lengths = np.asarray(lengths, np.int64)[:, None]
     # The next query sees `sliding` − 1 tokens before its own.
-    available = np.maximum(np.minimum(lengths, reach[None] - 1) - window, 0)
-    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, window)[..., None]
+    available = np.maximum(np.minimum(lengths, reach[None] - 1) - recent, 0)
+    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, recent)[..., None]
     return kept.astype(np.int32)
 
 
 def longest_segment(budgets: Budgets) -> int:
     """Upper bound on a head's rows between two compressions, rounded up."""
     most = budgets.caps.sum(axis=2).max() if budgets.sharing else budgets.caps.max()
-    return bucket_rows(int(most) + int(budgets.window.max()) + int(budgets.rooms.max()))
+    return bucket_rows(int(most) + int(budgets.recent.max()) + int(budgets.rooms.max()))
 
 
 def alignment(dtype: Any, layout: Layout | None) -> int:

@@ -1,7 +1,7 @@
 """Compression of one layer's prompt: tokens are chosen and packed into the cache of decoding.
 
-A scorer rates every token for every head. Each head keeps the `cap` best tokens besides the window,
-the last w tokens. On ties the later position wins. Kept tokens stay in the order of the text.
+A scorer rates every token for every head. Each head keeps the `cap` best tokens and the last w
+tokens, the recent ones. On ties the later position wins. Kept tokens stay in the order of the text.
 
 `rank_heads` scores and sorts; it knows no budget. Policies that differ only in their budgets share
 its result. `compress_heads` selects and packs for each policy; it knows no scorer.
@@ -43,8 +43,8 @@ class LayerBudget:
     """The budgets of the heads of one layer. All fields are data: no program depends on a value.
 
     Attributes:
-        caps: [B, K] int32, tokens that a head keeps besides the window.
-        window: [B] int32, number of last tokens, which are always kept.
+        caps: [B, K] int32, tokens that a head keeps besides the recent ones.
+        recent: [B] int32, number of last tokens, which are always kept.
         rooms: [B, K] int32, rows for new tokens.
         rings: [B, K] bool, whether new tokens overwrite older ones when a head's room is used up.
         shared: [] bool, whether the heads share the sum of the caps by the token scores.
@@ -52,7 +52,7 @@ class LayerBudget:
     """
 
     caps: Any
-    window: Any
+    recent: Any
     rooms: Any
     rings: Any
     shared: Any
@@ -86,7 +86,7 @@ class Ranking:
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "layout"))
 def rank_heads(
     prompt: PrefillCache,
-    window: Int[Array | np.ndarray, " B"],
+    recent: Int[Array | np.ndarray, " B"],
     *,
     scorer: Scorer,
     spec: AttentionSpec,
@@ -96,10 +96,10 @@ def rank_heads(
     """Ranks the tokens of a prompt for each head of the layer.
 
     Args:
-        window: number of last tokens, which are not candidates.
+        recent: number of last tokens, which are not candidates.
         observed: number of last queries that the scorer sees.
     """
-    view = LayerView.create(prompt, spec, window, observed)
+    view = LayerView.create(prompt, spec, recent, observed)
     with jax.named_scope("rank"):
         ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
     if layout is None:
@@ -112,7 +112,7 @@ def rank_heads(
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
 def rank_common(
     prompt: PrefillCache,
-    window: Int[Array | np.ndarray, " B"],
+    recent: Int[Array | np.ndarray, " B"],
     *,
     scorer: Scorer,
     spec: AttentionSpec,
@@ -121,7 +121,7 @@ def rank_common(
     """`rank_heads` for a layer whose heads all keep the same tokens: scores are averaged over the
     streams that a scorer rates."""
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = LayerView.create(whole, spec, window, observed)
+    view = LayerView.create(whole, spec, recent, observed)
     with jax.named_scope("rank"):
         scores = jnp.mean(prompt_scores(view, scorer), axis=1, keepdims=True)
         return Ranking.of(scores, view.candidates)
@@ -141,7 +141,7 @@ def choose(
         lambda: sharing(ranking.scores, prompt.candidates, budget.caps),
         lambda: jnp.minimum(budget.caps, available_tokens(prompt.candidates, K)),
     )
-    return with_window(prompt, ranking.select(prompt.candidates, counts), counts)
+    return with_recent(prompt, ranking.select(prompt.candidates, counts), counts)
 
 
 def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
@@ -194,16 +194,16 @@ def select(
     return jnp.sort(jnp.where(kept, slots, S), axis=-1)
 
 
-def with_window(
+def with_recent(
     prompt: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
-    """The kept slots followed by the window's, and their total number."""
+    """The kept slots followed by those of the recent tokens, and their total number."""
     held = jnp.broadcast_to(prompt.held, counts_BK.shape)
-    window = jnp.minimum(held, prompt.window[:, None])
+    recent = jnp.minimum(held, prompt.recent[:, None])
     rank = jnp.arange(kept_BKS.shape[2], dtype=jnp.int32)[None, None]
     count = counts_BK[:, :, None]
-    slots = jnp.where(rank < count, kept_BKS, (held - window)[:, :, None] + rank - count)
-    return jnp.clip(slots, 0, kept_BKS.shape[2] - 1), counts_BK + window
+    slots = jnp.where(rank < count, kept_BKS, (held - recent)[:, :, None] + rank - count)
+    return jnp.clip(slots, 0, kept_BKS.shape[2] - 1), counts_BK + recent
 
 
 @functools.partial(
@@ -226,11 +226,11 @@ def compress_heads(
     """Compresses one layer's prompt into the pool.
 
     Args:
-        ranking: from `rank_heads`, with the budget's window.
+        ranking: from `rank_heads`, with the same number of recent tokens.
         remembered: number of last queries that the layer keeps, for compression while decoding.
         copies: see `ShardedHeads`; `layer` has each head this many times.
     """
-    view = LayerView.create(prompt, spec, budget.window, remembered)
+    view = LayerView.create(prompt, spec, budget.recent, remembered)
     with jax.named_scope("select"):
         source, held = choose(view, ranking, sharing, budget)
     entries = view.keys, view.values
@@ -263,7 +263,7 @@ def compress_again(
     """
 
     if layout is None:
-        view = LayerView.of_pool(layer, spec, budget.window, size)
+        view = LayerView.of_pool(layer, spec, budget.recent, size)
         entries = view.keys, view.values
     else:
         # Each device reads its own rows; the choice needs every head once.
@@ -273,7 +273,7 @@ def compress_again(
         entries, lengths = found[:2], layer.lengths
         keys, values, held, positions = (part[:, ::copies] for part in found)
         arrays = (keys, values, layer.queries, lengths, held, positions)
-        view = LayerView(*arrays, None, budget.window, spec)
+        view = LayerView(*arrays, None, budget.recent, spec)
     with jax.named_scope("select"):
         ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
         source, held = choose(view, ranking, sharing, budget)
@@ -334,7 +334,7 @@ def compress_tokens(
     prompt: PrefillCache,
     ranking: Ranking,
     caps: Int[Array, " B"],
-    window: Int[Array, " B"],
+    recent: Int[Array, " B"],
     *,
     slots: int,
     spec: AttentionSpec,
@@ -343,15 +343,15 @@ def compress_tokens(
     """Compresses a prompt to one set of tokens for all heads of the layer.
 
     Args:
-        ranking: from `rank_common`, with the same window.
+        ranking: from `rank_common`, with the same number of recent tokens.
         slots: number of slots of the smaller cache, room for new tokens included.
     """
     # The choice needs all heads and slots of a sharded cache at once.
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = LayerView.create(whole, spec, window)
+    view = LayerView.create(whole, spec, recent)
     with jax.named_scope("select"):
         counts = jnp.minimum(caps[:, None], available_tokens(view.candidates, 1))
-        source, held = with_window(view, ranking.select(view.candidates, counts), counts)
+        source, held = with_recent(view, ranking.select(view.candidates, counts), counts)
     slots = whole_slots(slots)
     with jax.named_scope("pack"):
         # One row of slots for all heads, padded or cut to the size of the new cache.

@@ -74,10 +74,10 @@ def test_caches_of_which_all_heads_share_the_tokens(new):
     """snapkv keeps 14 of each prompt."""
     model, params = toy(MLA)
     with on_h200():
-        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,observed=4")
     count = bucket_rows(14) + room_bucket(new)
     assert slots_of(cache) == -(-count // 8) * 8 > count
-    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,observed=4")
     assert slots_of(cache) == count
 
 
@@ -118,7 +118,7 @@ def test_slots_on_a_mesh():
     assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
 
 
-CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,window=4", None)]
+CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,observed=4", None)]
 
 
 @pytest.fixture(scope="module")

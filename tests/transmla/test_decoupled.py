@@ -162,7 +162,12 @@ def test_policies_run_on_what_was_converted():
     prompts = [tokens[0].tolist(), tokens[1, :17].tolist()]
     full = kvjax.generate(new, weights, prompts, max_new_tokens=6, eos_ids=())
     same = kvjax.generate(
-        new, weights, prompts, max_new_tokens=6, eos_ids=(), policy="streaming:kv_size=16,window=8"
+        new,
+        weights,
+        prompts,
+        max_new_tokens=6,
+        eos_ids=(),
+        policy="streaming:kv_size=16,observed=8",
     )
     # 16 tokens hold all that a window of 7 sees: what was dropped, no query would have seen.
     assert same.tokens == full.tokens
