@@ -101,11 +101,11 @@ class NoCache:
     """Attends over the new entries alone and stores nothing: the full causal forward.
 
     Attributes:
-        segments: [B, T] int32, the document of each token, where a row packs several. A token
+        segment_ids: [B, T] int32, the document of each token, where a row packs several. A token
             attends only within its document. None: one document per row.
     """
 
-    segments: Any = None
+    segment_ids: Any = None
 
     def attend(
         self,
@@ -119,7 +119,7 @@ class NoCache:
         """See `Cache.attend`."""
         if expand is not None:
             k = expand(k, positions)
-        return causal_attention(q, k, v, positions, positions, spec, self.segments), None
+        return causal_attention(q, k, v, positions, positions, spec, self.segment_ids), None
 
 
 def cache_bytes(cache: Any) -> int:

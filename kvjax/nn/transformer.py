@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         *,
         rope_lengths: Int[Array, " B"] | Int[np.ndarray, " B"] | None = None,
-        segments: Int[Array, "B T"] | Int[np.ndarray, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | Int[np.ndarray, "B T"] | None = None,
         logits_at: str = "all",
     ) -> tuple[Float[Array, "B O V"], Any]:
         """Next-token logits.
@@ -239,7 +239,7 @@ class Transformer(nn.Module):
             rope_lengths: [B] total lengths, for RoPE rules that depend on the length. None: the
                 last position + 1 without a cache; with a cache the lengths that `prefill` stored,
                 or the capacity of a cache from `init_cache`.
-            segments: [B, T] int32, the document of each token, where a row packs several; only
+            segment_ids: [B, T] int32, the document of each token, where a row packs several; only
                 without a cache. Tokens attend within their document; positions (and so RoPE)
                 should restart in each document.
             logits_at: "all", or "last" for only the last token before the padding.
@@ -250,16 +250,16 @@ class Transformer(nn.Module):
 
             Raises:
                 ValueError: outside jit, more tokens than the cache has room for. (Inside jit the
-                    surplus is dropped, and the cache's lengths exceed its capacity.) Segments
+                    surplus is dropped, and the cache's lengths exceed its capacity.) Segment ids
                     together with a cache. Tokens that are not an integer array of two dimensions.
         """
         # Check the arguments, and fill in positions and lengths.
         if logits_at not in ("all", "last"):
             raise ValueError(f"logits_at is {logits_at!r}, expected 'all' or 'last'")
-        if segments is not None and cache is not None:
-            raise ValueError("got segments and a cache, expected packed documents without a cache")
+        if segment_ids is not None and cache is not None:
+            raise ValueError("got segment_ids and a cache, expected packed documents without one")
         check_tokens(tokens)
-        given = tokens, positions, rope_lengths, segments  # NumPy arrays become jax arrays
+        given = tokens, positions, rope_lengths, segment_ids  # NumPy arrays become jax arrays
         arrays: Any = jax.tree.map(jnp.asarray, given)
         ids, places, lengths, documents = arrays
         at = self._positions(ids, places, cache)

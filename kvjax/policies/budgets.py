@@ -49,11 +49,11 @@ def allocate(
 ) -> Int32[np.ndarray, "L heads"]:
     """Tokens of the prompt that each head keeps besides the recent ones.
 
-    A head gets a floor m = b − q and a share S of the pool q·L·heads, with q = ⌊b/β⌋. S is its
-    importance divided by the sum of all: a smaller β shares more (arXiv 2410.19258, eq. 5).
+    A head gets a floor m = b − q and a share S of the common part q·L·heads, with q = ⌊b/β⌋. S is
+    its importance divided by the sum of all: a smaller β shares more (arXiv 2410.19258, eq. 5).
 
     Args:
-        scores: importance of each query head, [L, N].
+        scores: importance of each query head, [L, N]; or what `score_heads` returns.
         kv_size: C, mean tokens per head, the recent ones included.
         window: w, the recent tokens, which every head keeps besides its budget. Policies call this
             number `observed`; a sliding window is something else.
@@ -84,7 +84,7 @@ def allocate(
     if compat == "reference":
         return reference_caps(normalise(values), budget, beta, limit)
     if granularity == "kv_head":
-        values = group_scores(values, num_kv_heads)
+        values = group_importance(values, num_kv_heads)
     limits = None if limit is None else np.full((len(values), 1), limit)
     return head_caps(normalise(values), budget, beta, limits)
 
@@ -96,35 +96,35 @@ def token_budget(kv_size: int, recent: int, name: str = "observed") -> int:
     return kv_size - recent
 
 
-def group_scores(
-    scores: Float64[np.ndarray, "L N"],
+def group_importance(
+    importance: Float64[np.ndarray, "L N"],
     num_kv_heads: int,
     reduce: Callable[..., np.ndarray] = np.sum,
 ) -> Float64[np.ndarray, "L K"]:
-    """Scores of KV heads from the scores of their query heads; `reduce` may also be `np.max`."""
-    layers, heads = scores.shape
+    """Importance of KV heads from that of their query heads; `reduce` may also be `np.max`."""
+    layers, heads = importance.shape
     if heads % num_kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of num_kv_heads = {num_kv_heads}")
-    return reduce(scores.reshape(layers, num_kv_heads, -1), axis=2)
+    return reduce(importance.reshape(layers, num_kv_heads, -1), axis=2)
 
 
-def checked(scores: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
-    """The scores; raises ValueError if one is negative, or one or their sum is not finite."""
+def checked(importance: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
+    """The importance; raises ValueError if a number is negative, or one or the sum not finite."""
     with np.errstate(over="ignore"):
-        total = scores.sum()
-    if not np.isfinite(total) or (scores < 0).any():
+        total = importance.sum()
+    if not np.isfinite(total) or (importance < 0).any():
         raise ValueError("head scores hold negative or non-finite values, expected finite >= 0")
-    return scores
+    return importance
 
 
-def normalise(scores: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L heads"]:
-    """Scores divided by their sum; equal shares if all are zero."""
-    total = scores.sum()
-    return scores / total if total > 0 else np.full_like(scores, 1 / scores.size)
+def normalise(importance: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L heads"]:
+    """Importance divided by its sum; equal shares if all are zero."""
+    total = importance.sum()
+    return importance / total if total > 0 else np.full_like(importance, 1 / importance.size)
 
 
-def split_budget(budget: int, beta: float) -> tuple[float, float]:
-    """(q, m): tokens that a head gives to the shared pool and tokens that it keeps; q + m = b."""
+def pooled_and_kept(budget: int, beta: float) -> tuple[float, float]:
+    """(q, m): tokens that a head gives to the common part and tokens that it keeps; q + m = b."""
     check_ranges({"beta": beta}, {"beta": BETA})
     pooled = budget // beta
     return pooled, budget - pooled
@@ -134,7 +134,7 @@ def real_caps(
     shares: Float64[np.ndarray, "L heads"], budget: int, beta: float
 ) -> Float64[np.ndarray, "L heads"]:
     """S·q·L·heads + m, before rounding."""
-    pooled, kept = split_budget(budget, beta)
+    pooled, kept = pooled_and_kept(budget, beta)
     return shares * (pooled * shares.size) + kept
 
 
@@ -300,7 +300,7 @@ class HeadImportance:
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         if self.scores is None:
             raise ValueError("head importance has no scores; resolve() fills in the model's own")
-        values = group_scores(checked(self.scores.mean), request.num_kv_heads)
+        values = group_importance(checked(self.scores.mean), request.num_kv_heads)
         beta = growing_beta(request.budget) if self.beta is None else self.beta
         return head_caps(normalise(values), request.budget, beta, request.limits)
 

@@ -23,11 +23,14 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """How much each query head contributes to the answers of a set of samples.
+    """The importance of each query head: how much it contributes to the answers of samples.
+
+    In this name, in `load_scores` and in the names of files, a score is the importance of a head on
+    one sample. Token scores (kvjax/policies/scorers.py) are something else.
 
     Attributes:
-        samples: [L, N, samples] float64, one score per head and accepted sample.
-        meta: origin of the scores: model, L, N, K, estimator, seed, provenance of each sample.
+        samples: [L, N, samples] float64, one number per head and accepted sample.
+        meta: origin of the numbers: model, L, N, K, estimator, seed, provenance of each sample.
     """
 
     samples: Float64[np.ndarray, "L N samples"]

@@ -101,7 +101,7 @@ def rank_heads(
     """
     view = LayerView.create(prompt, spec, recent, observed)
     with jax.named_scope("rank"):
-        ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
+        ranking = Ranking.of(token_scores(view, scorer), view.candidates)
     if layout is None:
         return ranking
     # `compress_heads` is compiled for the shardings of its arguments: no scorer may change them.
@@ -123,7 +123,7 @@ def rank_common(
     whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
     view = LayerView.create(whole, spec, recent, observed)
     with jax.named_scope("rank"):
-        scores = jnp.mean(prompt_scores(view, scorer), axis=1, keepdims=True)
+        scores = jnp.mean(token_scores(view, scorer), axis=1, keepdims=True)
         return Ranking.of(scores, view.candidates)
 
 
@@ -144,7 +144,7 @@ def choose(
     return with_recent(prompt, ranking.select(prompt.candidates, counts), counts)
 
 
-def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
+def token_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
     """The scorer's numbers, with −inf in place of NaN, so that NaN displaces no other token."""
     scores = scorer(prompt).astype(jnp.float32)
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
@@ -275,7 +275,7 @@ def compress_again(
         arrays = (keys, values, layer.queries, lengths, held, positions)
         view = LayerView(*arrays, None, budget.recent, spec)
     with jax.named_scope("select"):
-        ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
+        ranking = Ranking.of(token_scores(view, scorer), view.candidates)
         source, held = choose(view, ranking, sharing, budget)
     return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
 

@@ -39,7 +39,7 @@ def broken(params):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_importance_of_nan_attention_is_refused(loaded, estimator):
     model, params = loaded
-    message = "the scores of example 0 are not finite: layers_1/attn/k has NaN"
+    message = "the measurements of example 0 are not finite: layers_1/attn/k has NaN"
     with pytest.raises(ValueError, match=message):
         score_examples(model, broken(params), EXAMPLES, estimator)
 
