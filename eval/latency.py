@@ -21,8 +21,8 @@ from eval.command import (
     check_arguments,
     print_rows,
     with_dtype,
-    write_json,
 )
+from kvjax.runs import write_json, write_report
 
 KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": checks.whole(0)}
 
@@ -64,7 +64,7 @@ def run(command: LatencyCommand, argv: Sequence[str]) -> None:
     hidden = ("gqa_cache_bytes", "repeats")
     rows = [{k: _short(v) for k, v in row.items() if k not in hidden} for row in report["rows"]]
     print_rows(rows, f"{command.model}: medians of {command.repeats}")
-    write_json(command.json_file, report)
+    write_report(command.json_file, report)
 
 
 def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
@@ -80,7 +80,6 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     """
     import kvjax
     from eval.predictions import RESULTS
-    from eval.predictions import write_json as write_whole
     from eval.results import environment, facts
     from eval.run import progress_bar, resolve_all
     from kvjax.mesh import named_mesh
@@ -124,7 +123,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     }
     if command.out is not None:
         command.out.mkdir(parents=True, exist_ok=True)
-        write_whole(command.out / RESULTS, report)
+        write_json(command.out / RESULTS, report)
     return report
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.data_files import read_json
+from kvjax.data_files import packed, read_json
 
 
 def claim(
@@ -92,17 +92,30 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file atomically; makes its folder."""
+    """Writes a text file atomically, packed where the name ends with .gz or .xz; makes its folder.
+
+    What is not a file, such as /dev/stdout, gets the text directly.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = packed(path, text.encode())
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     # A rename replaces the file in one step; a kill before leaves the old file.
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     os.replace(part, path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically; makes its folder."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_report(path: Path | None, report: Any) -> None:
+    """`write_json` for the option --json of a command: without a path, nothing is written."""
+    if path is not None:
+        write_json(path, report)
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:

@@ -3,10 +3,8 @@ files."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from kvjax.config import ModelConfig
+from kvjax.data_files import read_json
 from kvjax.paths import local_path
+from kvjax.runs import write_whole
 
 MOST_NAMED = 3
 """Number of heads that an error about a score file names."""
@@ -57,7 +57,7 @@ class HeadScores:
         return self.samples.mean(axis=2)
 
     def save(self, path: str | Path) -> None:
-        """Writes the score file (gzipped if the name ends in .gz) and its meta file.
+        """Writes the score file (packed if the name ends in .gz) and its meta file, atomically.
 
         Raises:
             ValueError: the path is a URL.
@@ -69,9 +69,9 @@ class HeadScores:
             for layer in range(layers)
             for head in range(heads)
         }
-        _write_json(path, table)
+        write_whole(path, json.dumps(table))
         meta = self.meta | {"num_layers": layers, "num_heads": heads}
-        _write_json(meta_path(path), meta)
+        write_whole(meta_path(path), json.dumps(meta))
 
 
 def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> HeadScores:
@@ -98,7 +98,7 @@ def default_scores(config: ModelConfig) -> HeadScores | None:
 
 def _read_scores(path: Path, model_config: ModelConfig | None) -> HeadScores:
     """The scores in a file that exists; see `load_scores`."""
-    scores = HeadScores(_samples(path, _read_json(path)), _read_meta(path))
+    scores = HeadScores(_samples(path, read_json(path)), _read_meta(path))
     if model_config is not None:
         check_shape(scores, model_config, str(path))
     return scores
@@ -167,25 +167,10 @@ def _is_key(key: str) -> bool:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     companion = meta_path(path)
-    meta = _read_json(companion) if companion.is_file() else {}
+    meta = read_json(companion) if companion.is_file() else {}
     if not isinstance(meta, dict):
         raise ValueError(f"{companion}: got {type(meta).__name__}, expected a JSON object")
     return meta
-
-
-def _read_json(path: Path) -> Any:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, RecursionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        json.dump(value, file)
 
 
 def split_half(scores: HeadScores, splits: int = 20) -> float:
