@@ -18,7 +18,7 @@ from tyro.conf import UseAppendAction, arg
 
 from kvjax.paths import check_local, local_path
 from kvjax.policies.named import parse_policy
-from kvjax.runs import write_report
+from kvjax.runs import write_json
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Policies = Annotated[
@@ -337,6 +337,12 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
+
+
+def write_report(path: Path | None, report: Any) -> None:
+    """Writes the result of a command where --json asks for it."""
+    if path is not None:
+        write_json(path, report)
 
 
 def _print_dry_run(found: dict[str, Any]) -> None:

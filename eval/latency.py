@@ -21,8 +21,9 @@ from eval.command import (
     check_arguments,
     print_rows,
     with_dtype,
+    write_report,
 )
-from kvjax.runs import write_json, write_report
+from kvjax.runs import write_json
 
 KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": checks.whole(0)}
 

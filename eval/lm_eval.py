@@ -21,11 +21,11 @@ from eval.command import (
     check_arguments,
     print_report,
     with_dtype,
+    write_report,
 )
 from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
 from kvjax.extras import import_extra
-from kvjax.runs import write_report
 
 KINDS = {
     "num_fewshot": checks.whole(0),

@@ -23,12 +23,12 @@ from eval.command import (
     check_arguments,
     print_report,
     with_dtype,
+    write_report,
 )
 from eval.predictions import check_folder, write_measured
 from eval.rows import hub_rows, read_rows
 from kvjax.data_files import read_text
 from kvjax.paths import local_path
-from kvjax.runs import write_report
 from kvjax.text import prompt_ids
 
 HUB = "hub:"

@@ -5,7 +5,6 @@ Local files are .jsonl, .json, .parquet or .txt; all but .parquet may also be pa
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import lzma
@@ -23,7 +22,6 @@ from kvjax.paths import local_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
-PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 CHUNK = 1 << 26
 """Number of bytes that are searched for line ends at a time."""
@@ -132,11 +130,6 @@ def read_bytes(path: Path) -> bytes:
         return PACKED.get(path.suffix, bytes)(path.read_bytes())
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
-
-
-def packed(path: Path, data: bytes) -> bytes:
-    """The bytes of a file of this name: the inverse of `read_bytes`."""
-    return PACK.get(path.suffix, bytes)(data)
 
 
 def read_text(path: Path) -> str:

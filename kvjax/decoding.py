@@ -22,10 +22,16 @@ from kvjax.checks import NOT_NEGATIVE, Range, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
+from kvjax.nn.transformer import (
+    NO_TOKEN,
+    block_kinds,
+    embed_tokens,
+    finite_rows,
+    hidden_logits,
+    output_params,
+    run_layer,
+)
 
-NO_TOKEN = -1
-"""The token for logits that are not finite: argmax would return token 0 for ever."""
 RANGES = {
     "temperature": NOT_NEGATIVE,
     "top_k": Range(least=0, whole=True),
@@ -360,17 +366,6 @@ def sample(
         lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
     )
     return jnp.where(finite_rows(logits_BV), token_B, jnp.int32(NO_TOKEN))
-
-
-def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
-
-
-def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
-    """Whether all numbers of each row are finite."""
-    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -21,7 +21,6 @@ from kvjax.checks import COUNT, Range, check_prompts, check_ranges, eos_array, o
 from kvjax.config import ModelConfig
 from kvjax.context import Context, check_model, extend, on_devices_of
 from kvjax.decoding import (
-    NO_TOKEN,
     Sampling,
     decode,
     first_token,
@@ -33,6 +32,7 @@ from kvjax.decoding import (
 from kvjax.feeding import not_finite
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import parse_policy, resolve_each
 from kvjax.policies.policy import Full, Policy

@@ -10,13 +10,19 @@ Three rules hold for every resumable job:
 
 from __future__ import annotations
 
+import functools
+import gzip
 import json
+import lzma
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.data_files import packed, read_json
+from kvjax.data_files import read_json
+
+PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
+"""How to pack a file, by the end of its name; `kvjax.data_files.read_bytes` unpacks it."""
 
 
 def claim(
@@ -97,7 +103,7 @@ def write_whole(path: Path, text: str) -> None:
     What is not a file, such as /dev/stdout, gets the text directly.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = packed(path, text.encode())
+    data = PACK.get(path.suffix, bytes)(text.encode())
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
@@ -110,12 +116,6 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically; makes its folder."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_report(path: Path | None, report: Any) -> None:
-    """`write_json` for the option --json of a command: without a path, nothing is written."""
-    if path is not None:
-        write_json(path, report)
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:

@@ -25,12 +25,12 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache import cache_bytes, without_last
 from kvjax.checks import COUNT, check_ranges, token_ids
 from kvjax.config import ModelConfig
-from kvjax.decoding import NO_TOKEN
 from kvjax.example import Example
 from kvjax.feeding import hidden_states, judge, not_finite
 from kvjax.generation import Reader, from_start
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.policy import Compress, Full, Policy, check_growth
 from kvjax.prefill import bucket_length, pad, shape_bytes
 

@@ -86,9 +86,8 @@ def test_a_pipe_gets_the_text_and_stays_a_pipe(tmp_path):
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        runs.write_report(pipe, {"a": 1})
+        runs.write_json(pipe, {"a": 1})
         assert json.loads(os.read(reader, 1000)) == {"a": 1}
     finally:
         os.close(reader)
     assert pipe.is_fifo()
-    runs.write_report(None, {"a": 1})

@@ -14,7 +14,7 @@ import tyro
 
 from kvjax import compilation_cache, processes
 from kvjax.paths import check_local, local_arguments
-from kvjax.runs import write_report
+from kvjax.runs import write_json
 from train.compare.command import compare
 from train.compare.runs import write_rows
 from train.finetune.config import TuneConfig, read_config
@@ -160,7 +160,8 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     # One of several processes reports.
     if not processes.is_writer():
         return
-    write_report(arguments.json, report)
+    if arguments.json is not None:
+        write_json(arguments.json, report)
     print_report(report)
 
 

@@ -22,7 +22,6 @@ from kvjax.cache import NoCache
 from kvjax.cache.dense import start_prefill
 from kvjax.checks import token_ids
 from kvjax.config import ModelConfig
-from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
 from kvjax.feeding import not_finite
 from kvjax.headkv.examples import (
@@ -41,11 +40,13 @@ from kvjax.headkv.examples import (
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
+    NO_TOKEN,
     Block,
     apply_block,
     block_kinds,
     embed,
     hidden_logits,
+    most_likely,
     output_params,
     run_layer,
 )

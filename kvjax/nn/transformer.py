@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.dense import new_cache
@@ -36,6 +36,9 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.attention import decoupled, equal_cache, gqa, mla
 from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm, with_pairs, without_pairs
 from kvjax.nn.params import Declared, declare, layer_params, outside_layers
+
+NO_TOKEN = -1
+"""The token for logits that are not finite: argmax would return token 0 for ever."""
 
 ATTENTION: dict[type, Callable[..., tuple[jax.Array, Any]]] = {
     GQAConfig: gqa,
@@ -388,6 +391,17 @@ def _logits(
     weight = matrix.T if tied else matrix
     logits = matmul(rms_norm(x, final_norm, norm), weight, jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
+
+
+def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
+    """Whether all numbers of each row are finite."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def output_params(config: ModelConfig) -> tuple[str, str]:

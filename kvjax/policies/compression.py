@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
 from kvjax.cache.layers import new_pool
 from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows
+from kvjax.cache.room import keep_all
 from kvjax.cache.sharded import head_copies
 from kvjax.cache.storage import room_bucket
 from kvjax.config import ModelConfig
@@ -32,7 +33,6 @@ from kvjax.policies.selection import (
     compress_again,
     compress_heads,
     compress_tokens,
-    keep_all,
     rank_common,
     rank_heads,
 )
@@ -326,11 +326,7 @@ def compression(
     """
     lengths = np.asarray(lengths, np.int32)
     groups = layer_groups(config, layers)
-    ways = 1 if layout is None else layout.ways
-    align = alignment(budgets.dtype or dtype, layout)
-    heads = budgets.caps.shape[2]
-    copies = head_copies(heads, ways) if groups and layout is not None else 1
-    rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
+    rows = tuple(group_rows(config, budgets, lengths, group, dtype, layout) for group in groups)
     return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
 
 
@@ -359,12 +355,13 @@ def group_rows(
     budgets: Budgets,
     lengths: Int[np.ndarray, " B"],
     group: LayerGroup,
-    align: int,
-    ways: int,
-    copies: int,
+    dtype: Any,
+    layout: Layout | None,
 ) -> PoolRows:
     """The rows of one group's pool."""
-    own = list(group.layers)
+    own, ways = list(group.layers), 1 if layout is None else layout.ways
+    align = alignment(budgets.dtype or dtype, layout)
+    copies = 1 if layout is None else head_copies(budgets.caps.shape[2], ways)
     kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
     if budgets.again:  # later tokens fill budgets that the prompt does not fill
         kept = np.maximum(kept, budgets.caps[:, own] + budgets.recent[:, None, None])

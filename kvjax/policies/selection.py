@@ -26,16 +26,14 @@ from kvjax.cache import (
     PoolLayer,
     PrefillCache,
     ShardedHeads,
-    ShardedSlots,
 )
 from kvjax.cache.pool import copy_rows, lay_segments
-from kvjax.cache.room import with_room
-from kvjax.cache.sharded import place, specs
-from kvjax.cache.storage import take_rows, whole_slots
+from kvjax.cache.room import spread_like, whole_of
+from kvjax.cache.sharded import specs
+from kvjax.cache.storage import cast, take_rows, whole_slots
 from kvjax.mesh import Layout
 from kvjax.policies.budgets import Sharing
 from kvjax.policies.scorers import LayerView, Scorer, pool_entries
-from pallas_kernels.entries import Bits, Entries, Quantized, is_quantized, quantize
 
 
 @flax.struct.dataclass
@@ -361,41 +359,14 @@ def compress_tokens(
         positions, base = jnp.where(live, source, -1), whole.base
         if isinstance(base, LatentCache):
             parts = (base.latent, base.k_rope)
-            packed = (store(take_rows(part, source, live), dtype) for part in parts)
+            packed = (cast(take_rows(part, source, live), dtype) for part in parts)
             # A sliding window needs positions here: slots differ from them once tokens are gone.
             kept = None if spec.window is None else positions
-            return spread_like(prompt.base, LatentCache(*packed, **common, positions=kept), spec)
+            return spread_like(
+                prompt.base, LatentCache(*packed, **common, positions=kept), spec.window
+            )
         take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
-        packed = (store(take(part, source, live), dtype) for part in (base.k, base.v))
-        return spread_like(prompt.base, DenseCache(*packed, **common, positions=positions), spec)
-
-
-@functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
-def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
-    """Keeps the whole prompt: the cache with room for new tokens, its entries in `dtype`."""
-    whole = with_room(whole_of(base), room, None)
-    names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
-    stored = {name: store(getattr(whole, name), dtype) for name in names}
-    spec = AttentionSpec(1.0, window)
-    return spread_like(base, dataclasses.replace(whole, **stored), spec)
-
-
-def whole_of(base: Any) -> Any:
-    """The cache of all heads and slots inside a sharded cache; another cache is returned as is."""
-    return getattr(base, "inner", base)
-
-
-def spread_like(base: Any, cache: Any, spec: AttentionSpec) -> Any:
-    """Shards a cache made from `whole_of(base)` the way `base` is sharded."""
-    if isinstance(base, ShardedHeads):
-        return ShardedHeads(place(cache, base.layout), base.layout, base.copies)
-    if isinstance(base, ShardedSlots):
-        return ShardedSlots.create(cache, base.layout, spec.window)
-    return cache
-
-
-def store(entries: Entries, dtype: str | None) -> Entries:
-    """Entries in the given dtype; unchanged for None, and if they are quantized or bit patterns."""
-    if dtype is None or isinstance(entries, Quantized | Bits):
-        return entries
-    return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
+        packed = (cast(take(part, source, live), dtype) for part in (base.k, base.v))
+        return spread_like(
+            prompt.base, DenseCache(*packed, **common, positions=positions), spec.window
+        )
