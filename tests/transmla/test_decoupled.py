@@ -42,7 +42,7 @@ def test_half_the_cache_decodes_what_the_forward_says(name):
     H = model.config.layers[0].attention.head_dim
     rope_dim = 4
     sizes = {"kv_rank": K * H - rope_dim, "rope_dim": rope_dim}
-    # Least squares take long to compile: once with every shape of output and of scores.
+    # Least squares take long to compile: once with every shape of output and of logits.
     recipe = BEST if name in ("llama_biases", "gemma2", "qwen3") else CLOSED
     new, weights = convert(model, params, method="decoupled", stats=stats, recipe=recipe, **sizes)
     variables = {"params": weights}

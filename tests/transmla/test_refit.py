@@ -46,7 +46,7 @@ def score_problem(block, own, latent, original, converted):
     arrays = own, Turn.of(latent.rope), CacheMaps.of(latent), jnp.asarray(at)
 
     def one(a, b):
-        return refit_scores.score_data(block, *arrays, a, b)
+        return refit_scores.logit_data(block, *arrays, a, b)
 
     data = jax.jit(jax.vmap(one))(original, converted)
     rows, targets = [], []
@@ -72,7 +72,7 @@ def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
     monkeypatch.setattr(refit_scores, "ITERATIONS", 300)
     features, target = score_problem(*problem)
     block, own, latent, original, converted = problem
-    fitted = refit_scores.refit_scores(block, own, latent, original, converted)
+    fitted = refit_scores.refit_queries(block, own, latent, original, converted)
 
     def error(layer):
         k_up = layer.k_up[:, 0]  # [L, H]
@@ -177,7 +177,7 @@ def test_a_layer_without_rope_or_softcap_refits_too(problem):
     bare = dataclasses.replace(
         latent, key_rope=latent.key_rope[:, :0], query_rope=latent.query_rope[..., :0], rope=None
     )
-    fitted = refit_scores.refit_scores(block, own, bare, original, converted)
+    fitted = refit_scores.refit_queries(block, own, bare, original, converted)
     assert fitted.query_rope.shape == (2, 8, 0) and np.isfinite(fitted.k_up).all()
 
 
