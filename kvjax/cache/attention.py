@@ -1,7 +1,10 @@
-"""Causal attention of many queries, masked by position; prefill and training run it."""
+"""Causal attention of many queries, masked by position; prefill and training run it. `NoCache` is
+the attention of a text that nothing continues."""
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -70,6 +73,32 @@ def causal_attention(
     out = jax.lax.map(lambda tile: attend(*tile), inputs)
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], tiles * size, *out.shape[3:])[:, :T]
+
+
+@flax.struct.dataclass
+class NoCache:
+    """Attends over the new entries alone and stores nothing: the full causal forward.
+
+    Attributes:
+        segment_ids: [B, T] int32, the document of each token, where a row packs several. A token
+            attends only within its document. None: one document per row.
+    """
+
+    segment_ids: Any = None
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K X"],
+        v: Float[Array, "B T M Hv"],
+        positions: Int[Array, "B T"],
+        spec: AttentionSpec,
+        expand: Expand | None = None,
+    ) -> tuple[Float[Array, "B T N Hv"], None]:
+        """See `kvjax.cache.Cache.attend`."""
+        if expand is not None:
+            k = expand(k, positions)
+        return causal_attention(q, k, v, positions, positions, spec, self.segment_ids), None
 
 
 def _attend_block(q_BTNH, k_BSKH, v_BSKH, mask_BTS, spec):
