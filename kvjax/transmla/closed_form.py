@@ -96,7 +96,7 @@ class Recipe:
             k_nope shifts all attention logits of a query alike, and a constant in v becomes a bias
             of the output. Means of keys are kept where these logits are soft-capped.
         refit: fit attention logits and outputs to those of the original layer by least squares,
-            layer after layer (kvjax.transmla.refit_scores, refit_outputs).
+            layer after layer (kvjax.transmla.refit_queries, refit_outputs).
         biased: fit a bias of the output too.
         recalibrate: measure the moments of the joint PCA in the model with partial RoPE, as the
             published code does.

@@ -31,7 +31,7 @@ from kvjax.transmla.calibration import LayerStats, Stats, check_moments, merge, 
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
 from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
-from kvjax.transmla.refit_scores import refit_queries
+from kvjax.transmla.refit_queries import refit_queries
 from kvjax.transmla.sizes import (
     Sizes,
     check_query_rank,
