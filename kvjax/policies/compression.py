@@ -326,7 +326,12 @@ def compression(
     """
     lengths = np.asarray(lengths, np.int32)
     groups = layer_groups(config, layers)
-    rows = tuple(group_rows(config, budgets, lengths, group, dtype, layout) for group in groups)
+    rows: tuple[PoolRows, ...] = ()
+    if groups:
+        align = alignment(budgets.dtype or dtype, layout)
+        ways = 1 if layout is None else layout.ways
+        copies = 1 if layout is None else head_copies(budgets.caps.shape[2], ways)
+        rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
     return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
 
 
@@ -355,13 +360,12 @@ def group_rows(
     budgets: Budgets,
     lengths: Int[np.ndarray, " B"],
     group: LayerGroup,
-    dtype: Any,
-    layout: Layout | None,
+    align: int,
+    ways: int,
+    copies: int,
 ) -> PoolRows:
     """The rows of one group's pool."""
-    own, ways = list(group.layers), 1 if layout is None else layout.ways
-    align = alignment(budgets.dtype or dtype, layout)
-    copies = 1 if layout is None else head_copies(budgets.caps.shape[2], ways)
+    own = list(group.layers)
     kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
     if budgets.again:  # later tokens fill budgets that the prompt does not fill
         kept = np.maximum(kept, budgets.caps[:, own] + budgets.recent[:, None, None])
