@@ -177,7 +177,7 @@ class Compression:
         self,
         caches: ModelCache,
         layer: int,
-        prompt: PrefillCache,
+        prefilled: PrefillCache,
         rankings: dict[Any, Ranking] | None = None,
     ) -> ModelCache:
         """The caches with the kept tokens of one layer's prompt added.
@@ -185,20 +185,20 @@ class Compression:
         Args:
             rankings: rankings of this prompt that earlier policies have made; a new one is added.
         """
-        call, ranking = self.ranking(caches, layer, prompt), None
+        call, ranking = self.ranking(caches, layer, prefilled), None
         if call is not None:
             rankings = {} if rankings is None else rankings
             key = (call.func, call.args[1].tobytes(), *call.keywords.values())
             if key not in rankings:
                 rankings[key] = call()
             ranking = rankings[key]
-        packed, place = self.packing(caches, layer, prompt, ranking)(), caches.places[layer]
+        packed, place = self.packing(caches, layer, prefilled, ranking)(), caches.places[layer]
         if place is None:
             return caches.with_layer(layer, packed)
         return caches.with_pool_layer(place, packed)
 
     def ranking(
-        self, caches: ModelCache, layer: int, prompt: PrefillCache
+        self, caches: ModelCache, layer: int, prefilled: PrefillCache
     ) -> functools.partial[Ranking] | None:
         """The call that ranks one layer's tokens: a program and its arguments, not yet run.
 
@@ -209,13 +209,13 @@ class Compression:
         if common and b.scorer is None:
             return None
         settings = {"scorer": b.scorer or SinksAndRecent(), "spec": spec, "observed": b.observed}
-        arrays = prompt, self.layer_recent(layer)
+        arrays = prefilled, self.layer_recent(layer)
         if common:
             return functools.partial(rank_common, *arrays, **settings)
         return functools.partial(rank_heads, *arrays, **settings, layout=self.layout)
 
     def packing(
-        self, caches: ModelCache, layer: int, prompt: PrefillCache, ranking: Ranking | None
+        self, caches: ModelCache, layer: int, prefilled: PrefillCache, ranking: Ranking | None
     ) -> functools.partial[Any]:
         """The call that compresses one layer's prompt: a program and its arguments, not yet run.
 
@@ -225,16 +225,16 @@ class Compression:
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
         # Without an observer's state, and without queries that no later compression reads, policies
         # that observe differently share this program.
-        prompt = prompt.seen_by(None)
+        prefilled = prefilled.seen_by(None)
         if not self.budgets.again:
-            prompt = without_queries(prompt)
+            prefilled = without_queries(prefilled)
         if place is None:
-            return self._whole_layer(layer, prompt, ranking, spec)
+            return self._whole_layer(layer, prefilled, ranking, spec)
         number, row = place
         b = self.budgets
         return functools.partial(
             compress_heads,
-            prompt,
+            prefilled,
             ranking,
             caches.pools[number].layer(row),
             self.layer_budget(layer, number, row),
@@ -247,19 +247,19 @@ class Compression:
         )
 
     def _whole_layer(
-        self, layer: int, prompt: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
+        self, layer: int, prefilled: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
     ) -> functools.partial[Any]:
         """`packing` for a layer whose heads keep the same tokens: the whole prompt, or as many as
         the mean of the heads' budgets."""
         b = self.budgets
         if ranking is None:
-            return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
+            return functools.partial(keep_all, prefilled.base, self.room, b.dtype, spec.window)
         caps = np.rint(b.caps[:, layer].mean(axis=1)).astype(np.int32)
         recent = self.layer_recent(layer)
         kept = np.minimum(caps, np.maximum(self.lengths - recent, 0)) + recent
         return functools.partial(
             compress_tokens,
-            prompt,
+            prefilled,
             ranking,
             caps,
             recent,
@@ -335,11 +335,11 @@ def compression(
     return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
 
 
-def without_queries(prompt: PrefillCache) -> PrefillCache:
+def without_queries(prefilled: PrefillCache) -> PrefillCache:
     """The prompt with none of its last queries; their dtype stays."""
-    batch, _, heads, width = prompt.queries.shape
+    batch, _, heads, width = prefilled.queries.shape
     return dataclasses.replace(
-        prompt, queries=np.zeros((batch, 0, heads, width), prompt.queries.dtype)
+        prefilled, queries=np.zeros((batch, 0, heads, width), prefilled.queries.dtype)
     )
 
 

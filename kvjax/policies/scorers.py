@@ -117,22 +117,23 @@ def pool_entries(
 
 
 Scorer = Callable[[LayerView], jax.Array]
-"""Maps a prompt to scores [B, K, S] fp32, higher for tokens to keep. Only candidates count.
+"""Maps a layer view to token scores [B, K, S] fp32, higher for tokens to keep; only candidates
+count.
 
 A scorer that must see more queries than the last w also has a method `observer(attention)`. It
-returns a `kvjax.cache.Observer` for a layer, whose state arrives as `prompt.seen`.
+returns a `kvjax.cache.Observer` for a layer, whose state arrives as `view.seen`.
 """
 
 
-def query_attention(prompt: LayerView) -> Float[Array, "B N w S"]:
+def query_attention(view: LayerView) -> Float[Array, "B N w S"]:
     """Attention of each of the last queries over all keys, fp32; zeros for rows without a query.
 
     The softmax is over all keys in the cache, causal among the last queries, with the layer's
     scale, soft-cap and sliding window.
     """
-    w = prompt.queries.shape[1]
-    at = prompt.lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
-    return attention_weights(prompt.queries, at, prompt.keys, prompt.positions, prompt.spec)
+    w = view.queries.shape[1]
+    at = view.lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
+    return attention_weights(view.queries, at, view.keys, view.positions, view.spec)
 
 
 def attention_weights(
@@ -177,9 +178,9 @@ class ObservationWindow:
     def __post_init__(self):
         check_ranges(vars(self), {"kernel_size": COUNT})
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
-        return max_pool(scores_BKS, prompt.candidates, self.kernel_size)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
+        return max_pool(scores_BKS, view.candidates, self.kernel_size)
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ class SpanWindow:
     def __post_init__(self):
         check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "falloff": SHARE})
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
-        scores_BKS = jnp.where(prompt.candidates, scores_BKS, 0.0)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
+        scores_BKS = jnp.where(view.candidates, scores_BKS, 0.0)
         pooled = scores_BKS
         # Distances of the `behind` tokens start after `ahead`, so those tokens always rank lower.
         for distance in range(1, self.ahead + 1):
@@ -229,9 +230,9 @@ class SinksAndRecent:
     def __post_init__(self):
         check_ranges(vars(self), {"n_sink": SIZE})
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
         # The slot number as score ranks recent tokens first; S is above every slot number.
-        B, K, S, _ = prompt.keys.shape
+        B, K, S, _ = view.keys.shape
         slot = jnp.arange(S, dtype=jnp.int32)
         score = jnp.where(slot < self.n_sink, S, slot).astype(jnp.float32)
         return jnp.broadcast_to(score[None, None], (B, K, S))
@@ -244,9 +245,9 @@ class LastQuery:
     All heads of a layer get the same scores.
     """
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        B, K, S, _ = prompt.keys.shape
-        last = query_attention(prompt)[:, :, -1]
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        B, K, S, _ = view.keys.shape
+        last = query_attention(view)[:, :, -1]
         mean = jnp.mean(last, axis=1, keepdims=True)
         return jnp.broadcast_to(mean, (B, K, S))
 
@@ -255,16 +256,16 @@ class LastQuery:
 class KeyNorm:
     """KNorm (arXiv 2406.11430): −‖k‖₂, because keys of small norm draw much attention."""
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        return -jnp.linalg.norm(view.keys.astype(jnp.float32), axis=-1)
 
 
 @dataclass(frozen=True)
 class KeyDifference:
     """KeyDiff (arXiv 2504.15364): −cos(k, mean of the normalised keys); unlike keys rank high."""
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        keys = prompt.keys.astype(jnp.float32)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        keys = view.keys.astype(jnp.float32)
         norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
         unit = keys / norm  # empty slots are zeros and add nothing to the mean
         anchor = jnp.sum(unit, axis=2, keepdims=True)
@@ -272,10 +273,10 @@ class KeyDifference:
         return -jnp.sum(unit * anchor, axis=-1)
 
 
-def window_attention(prompt: LayerView) -> Float[Array, "B N S"]:
+def window_attention(view: LayerView) -> Float[Array, "B N S"]:
     """Attention of the last queries over all keys, averaged over the queries, fp32."""
-    total = jnp.sum(query_attention(prompt), axis=2)
-    queries = jnp.minimum(prompt.lengths, prompt.queries.shape[1]).astype(jnp.float32)
+    total = jnp.sum(query_attention(view), axis=2)
+    queries = jnp.minimum(view.lengths, view.queries.shape[1]).astype(jnp.float32)
     return total / queries[:, None, None]
 
 

@@ -83,7 +83,7 @@ class Ranking:
 
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "layout"))
 def rank_heads(
-    prompt: PrefillCache,
+    prefilled: PrefillCache,
     recent: Int[Array | np.ndarray, " B"],
     *,
     scorer: Scorer,
@@ -97,7 +97,7 @@ def rank_heads(
         recent: number of last tokens, which are not candidates.
         observed: number of last queries that the scorer sees.
     """
-    view = LayerView.create(prompt, spec, recent, observed)
+    view = LayerView.create(prefilled, spec, recent, observed)
     with jax.named_scope("rank"):
         ranking = Ranking.of(token_scores(view, scorer), view.candidates)
     if layout is None:
@@ -109,7 +109,7 @@ def rank_heads(
 
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
 def rank_common(
-    prompt: PrefillCache,
+    prefilled: PrefillCache,
     recent: Int[Array | np.ndarray, " B"],
     *,
     scorer: Scorer,
@@ -118,7 +118,7 @@ def rank_common(
 ) -> Ranking:
     """`rank_heads` for a layer whose heads all keep the same tokens: scores are averaged over the
     streams that a scorer rates."""
-    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
+    whole = dataclasses.replace(prefilled, base=whole_of(prefilled.base))
     view = LayerView.create(whole, spec, recent, observed)
     with jax.named_scope("rank"):
         scores = jnp.mean(token_scores(view, scorer), axis=1, keepdims=True)
@@ -126,7 +126,7 @@ def rank_common(
 
 
 def choose(
-    prompt: LayerView, ranking: Ranking, sharing: Sharing, budget: LayerBudget
+    view: LayerView, ranking: Ranking, sharing: Sharing, budget: LayerBudget
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
     """The slots that every head keeps, in the order of the text, and their number.
 
@@ -136,15 +136,15 @@ def choose(
     K = ranking.scores.shape[1]
     counts = jax.lax.cond(
         budget.shared,
-        lambda: sharing(ranking.scores, prompt.candidates, budget.caps),
-        lambda: jnp.minimum(budget.caps, available_tokens(prompt.candidates, K)),
+        lambda: sharing(ranking.scores, view.candidates, budget.caps),
+        lambda: jnp.minimum(budget.caps, available_tokens(view.candidates, K)),
     )
-    return with_recent(prompt, ranking.select(prompt.candidates, counts), counts)
+    return with_recent(view, ranking.select(view.candidates, counts), counts)
 
 
-def token_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
+def token_scores(view: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
     """The scorer's numbers, with −inf in place of NaN, so that NaN displaces no other token."""
-    scores = scorer(prompt).astype(jnp.float32)
+    scores = scorer(view).astype(jnp.float32)
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
@@ -193,11 +193,11 @@ def select(
 
 
 def with_recent(
-    prompt: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
+    view: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
     """The kept slots followed by those of the recent tokens, and their total number."""
-    held = jnp.broadcast_to(prompt.held, counts_BK.shape)
-    recent = jnp.minimum(held, prompt.recent[:, None])
+    held = jnp.broadcast_to(view.held, counts_BK.shape)
+    recent = jnp.minimum(held, view.recent[:, None])
     rank = jnp.arange(kept_BKS.shape[2], dtype=jnp.int32)[None, None]
     count = counts_BK[:, :, None]
     slots = jnp.where(rank < count, kept_BKS, (held - recent)[:, :, None] + rank - count)
@@ -210,7 +210,7 @@ def with_recent(
     donate_argnames="layer",
 )
 def compress_heads(
-    prompt: PrefillCache,
+    prefilled: PrefillCache,
     ranking: Ranking,
     layer: PoolLayer,
     budget: LayerBudget,
@@ -228,12 +228,12 @@ def compress_heads(
         remembered: number of last queries that the layer keeps, for compression while decoding.
         copies: see `ShardedHeads`; `layer` has each head this many times.
     """
-    view = LayerView.create(prompt, spec, budget.recent, remembered)
+    view = LayerView.create(prefilled, spec, budget.recent, remembered)
     with jax.named_scope("select"):
         source, held = choose(view, ranking, sharing, budget)
     entries = view.keys, view.values
-    if isinstance(prompt.base, ShardedHeads):  # as stored: each head `copies` times
-        entries = prompt.base.inner.keys_and_values(view.keys.dtype)
+    if isinstance(prefilled.base, ShardedHeads):  # as stored: each head `copies` times
+        entries = prefilled.base.inner.keys_and_values(view.keys.dtype)
     layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
     return dataclasses.replace(layer, queries=view.queries) if remembered else layer
 
@@ -329,7 +329,7 @@ def pack(
 
 @functools.partial(jax.jit, static_argnames=("slots", "spec", "dtype"))
 def compress_tokens(
-    prompt: PrefillCache,
+    prefilled: PrefillCache,
     ranking: Ranking,
     caps: Int[Array, " B"],
     recent: Int[Array, " B"],
@@ -345,7 +345,7 @@ def compress_tokens(
         slots: number of slots of the smaller cache, room for new tokens included.
     """
     # The choice needs all heads and slots of a sharded cache at once.
-    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
+    whole = dataclasses.replace(prefilled, base=whole_of(prefilled.base))
     view = LayerView.create(whole, spec, recent)
     with jax.named_scope("select"):
         counts = jnp.minimum(caps[:, None], available_tokens(view.candidates, 1))
@@ -363,10 +363,10 @@ def compress_tokens(
             # A sliding window needs positions here: slots differ from them once tokens are gone.
             kept = None if spec.window is None else positions
             return spread_like(
-                prompt.base, LatentCache(*packed, **common, positions=kept), spec.window
+                prefilled.base, LatentCache(*packed, **common, positions=kept), spec.window
             )
         take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
         packed = (cast(take(part, source, live), dtype) for part in (base.k, base.v))
         return spread_like(
-            prompt.base, DenseCache(*packed, **common, positions=positions), spec.window
+            prefilled.base, DenseCache(*packed, **common, positions=positions), spec.window
         )
