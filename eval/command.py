@@ -6,7 +6,6 @@ The measurements (perplexity, latency, lm-eval) share the types of options and t
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tyro.conf import UseAppendAction, arg
 
 from kvjax.paths import check_local, local_path
 from kvjax.policies.named import parse_policy
+from kvjax.runs import write_json
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Policies = Annotated[
@@ -118,7 +118,7 @@ def run_command(name: str, command: TaskCommand, argv: Sequence[str]) -> None:
     if not processes.is_writer():
         return
     (_print_dry_run if command.dry_run else print_report)(report)
-    write_json(command.json_file, report)
+    write_report(command.json_file, report)
 
 
 def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, Any]:
@@ -339,11 +339,10 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
     Console().print(table)
 
 
-def write_json(path: Path | None, result: Any) -> None:
-    """Writes the result as JSON; None: nothing is written."""
+def write_report(path: Path | None, report: Any) -> None:
+    """Writes the result of a command where --json asks for it."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(path, report)
 
 
 def _print_dry_run(found: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ from kvjax.scoring import (
     Compared,
     Judged,
     Text,
-    bounds_growth,
     compare,
     judge_compressed,
     judge_dense,
@@ -218,7 +217,7 @@ def comparable(policies: Mapping[str, Policy]) -> dict[str, Compress]:
     """
     compressing = {}
     for name, policy in policies.items():
-        if isinstance(policy, Compress) and not bounds_growth(policy):
+        if isinstance(policy, Compress) and not policy.bounds_growth:
             compressing[name] = policy
         elif policy != Full():
             raise ValueError(f"policy {name!r} cannot be teacher-forced: use protocol 'generate'")

@@ -32,7 +32,7 @@ from kvjax.nn.transformer import block_kinds, output_params, run_layer
 from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
-from kvjax.policies.policy import Policy
+from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
 from pallas_kernels import Quantized
 
@@ -94,13 +94,12 @@ def compress(
 
     Raises:
         ValueError: no tokens, more than fit in the model's context, a policy that cannot be
-            resolved or that bounds growth (ring, every), or logits that are not finite.
+            resolved or that bounds growth, or logits that are not finite.
     """
     check_prompts([tokens], 1, model.config.vocab_size, model.config.context_length)
     params = on_automatic_mesh(params)
     resolved = resolve(policy, model.config, default_scores(model.config))
-    if getattr(resolved, "ring", 0) or getattr(resolved, "every", 0):
-        raise ValueError("a context has no growth to bound: policies with ring or every don't fit")
+    check_growth([resolved], "a context")
     # Read the text as a batch of one, and store the live rows only.
     bucket = bucket_length(len(tokens))
     ids, lengths = pad([tokens], bucket)

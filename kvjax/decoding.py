@@ -22,10 +22,16 @@ from kvjax.checks import NOT_NEGATIVE, Range, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
+from kvjax.nn.transformer import (
+    NO_TOKEN,
+    block_kinds,
+    embed_tokens,
+    finite_rows,
+    hidden_logits,
+    output_params,
+    run_layer,
+)
 
-NO_TOKEN = -1
-"""The token for logits that are not finite: argmax would return token 0 for ever."""
 RANGES = {
     "temperature": NOT_NEGATIVE,
     "top_k": Range(least=0, whole=True),
@@ -262,7 +268,7 @@ def decode(
     sampling: Sampling,
     eos: Int[np.ndarray, " E"],
     max_new_tokens: int,
-    every: int = 0,
+    interval: int = 0,
     again: Callable[[Any], Any] | None = None,
     compile: str | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
@@ -273,15 +279,15 @@ def decode(
 
     Args:
         state: from `first_token`, with a cache. Do not use it again.
-        every, again: `again` compresses the cache each time it has gained `every` tokens. The
-            newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
+        interval, again: `again` compresses the cache each time it has gained `interval` tokens.
+            The newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
         compile: see `step_function`.
     """
     step, eos_ids = step_function(compile, max_new_tokens), jnp.asarray(eos)
     pending, ended = deque([state.token]), np.zeros(state.token.shape[0], bool)
     state.token.copy_to_host_async()
     for count in range(1, max_new_tokens):
-        if every and count > 1 and (count - 1) % every == 0:
+        if interval and count > 1 and (count - 1) % interval == 0:
             assert again is not None
             state = replace(state, cache=again(state.cache))
         state = step(model, params, state, sampling, eos_ids)
@@ -360,17 +366,6 @@ def sample(
         lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
     )
     return jnp.where(finite_rows(logits_BV), token_B, jnp.int32(NO_TOKEN))
-
-
-def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
-
-
-def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
-    """Whether all numbers of each row are finite."""
-    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -182,8 +182,8 @@ class Layout:
         axes = batch_axes(mesh)
         fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0
         tensor = own_names(mesh).get("tensor")
-        split = tensor is not None and mesh.shape[tensor] > 1
-        return cls(automatic(mesh), axes if fits else (), tensor if split else None)
+        sharded = tensor is not None and mesh.shape[tensor] > 1
+        return cls(automatic(mesh), axes if fits else (), tensor if sharded else None)
 
     def of_batch(self) -> Layout:
         """The same batch, with nothing sharded over the tensor axis."""

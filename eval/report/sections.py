@@ -290,7 +290,7 @@ def importance(
         kind = "query_head" if heads is None else "kv_head"
         caps = allocate(scores, kv_size=kv_size, num_kv_heads=heads or count, granularity=kind)
         label = kind.replace("_", " ").replace("kv", "KV")
-        title = f"{name}: tokens besides the window, KV size {kv_size}, β 1.2"
+        title = f"{name}: tokens besides the recent ones, KV size {kv_size}, β 1.2"
         file = pictures.heat(f"budgets {name}", caps, title, axis, (label, range(caps.shape[1])))
         alt = f"Budgets of the heads, {caps.min()} to {caps.max()} tokens at a mean of {kv_size}"
         parts.append(page.figure(file, alt))

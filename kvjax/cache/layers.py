@@ -13,9 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
+from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.sharded import ShardedHeads, device_spec, place, specs
 from kvjax.mesh import Layout
@@ -94,32 +94,6 @@ class AbsorbedCache(Protocol):
             [B, T, N, L] attention-weighted latents, before the value up-projection, and the cache.
         """
         ...
-
-
-@flax.struct.dataclass
-class NoCache:
-    """Attends over the new entries alone and stores nothing: the full causal forward.
-
-    Attributes:
-        segments: [B, T] int32, the document of each token, where a row packs several. A token
-            attends only within its document. None: one document per row.
-    """
-
-    segments: Any = None
-
-    def attend(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K X"],
-        v: Float[Array, "B T M Hv"],
-        positions: Int[Array, "B T"],
-        spec: AttentionSpec,
-        expand: Expand | None = None,
-    ) -> tuple[Float[Array, "B T N Hv"], None]:
-        """See `Cache.attend`."""
-        if expand is not None:
-            k = expand(k, positions)
-        return causal_attention(q, k, v, positions, positions, spec, self.segments), None
 
 
 def cache_bytes(cache: Any) -> int:

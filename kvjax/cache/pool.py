@@ -267,7 +267,7 @@ class PoolLayer:
     ) -> Float[Array, "B T N Y"]:
         """Attention of several new tokens: to the pool, and causally among themselves."""
         B, T = positions.shape
-        # Queries in tiles: the scores of all queries with all rows of the pool would not fit.
+        # Queries in tiles: the logits of all queries with all rows of the pool would not fit.
         tile = min(QUERY_TILE, T)
         tiles = -(-T // tile)
         pad = ((0, 0), (0, tiles * tile - T))

@@ -1,5 +1,5 @@
 """Changes of a cache's size: room for more tokens, copies for more sequences, and the form without
-room that a file stores."""
+room that a file stores. `keep_all` turns a prompt's cache into the uncompressed one of decoding."""
 
 from __future__ import annotations
 
@@ -22,9 +22,37 @@ from kvjax.cache.pool import (
     pool_alignment,
     pool_rows,
 )
-from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, specs
-from kvjax.cache.storage import as_pool, from_bits_everywhere, whole_slots
+from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, place, specs
+from kvjax.cache.storage import as_pool, cast, from_bits_everywhere, whole_slots
 from kvjax.mesh import Layout
+
+
+@functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
+def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
+    """A prompt's whole cache with room for new tokens, its entries in `dtype`.
+
+    Args:
+        base: the cache, sharded or not; the result is sharded the same way.
+        window: the layer's sliding window.
+    """
+    whole = with_room(whole_of(base), room, None)
+    names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
+    stored = {name: cast(getattr(whole, name), dtype) for name in names}
+    return spread_like(base, dataclasses.replace(whole, **stored), window)
+
+
+def whole_of(base: Any) -> Any:
+    """The cache of all heads and slots inside a sharded cache; another cache is returned as is."""
+    return getattr(base, "inner", base)
+
+
+def spread_like(base: Any, cache: Any, window: int | None) -> Any:
+    """Shards a cache made from `whole_of(base)` the way `base` is sharded."""
+    if isinstance(base, ShardedHeads):
+        return ShardedHeads(place(cache, base.layout), base.layout, base.copies)
+    if isinstance(base, ShardedSlots):
+        return ShardedSlots.create(cache, base.layout, window)
+    return cache
 
 
 @functools.partial(jax.jit, static_argnames=("count", "room", "window"))

@@ -20,9 +20,9 @@ import jax
 from kvjax.cache.layers import scheduled, work_lists
 from kvjax.capacity.devices import device_bytes
 from kvjax.capacity.variants import Served, located
-from kvjax.decoding import decode_step, embed_step, most_likely, step_logits
+from kvjax.decoding import decode_step, embed_step, step_logits
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, block_program, output_params
+from kvjax.nn.transformer import block_kinds, block_program, most_likely, output_params
 from kvjax.prefill import Watching, embed_chunks, last_logits, observed_queries, read_layer
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")

@@ -7,7 +7,6 @@ equal cache, and writes report.json and pictures.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from kvjax.hf import load, load_tokenizer
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
+from kvjax.runs import write_json
 from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
 from kvjax.tasks.words import TokenizerVocabulary
@@ -92,7 +92,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         "equal_cache": conversions,
         "seconds": round(time.monotonic() - start, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report)
     draw(outcomes, scores, out)
     print_page(outcomes, report, out)
     return report

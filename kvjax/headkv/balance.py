@@ -66,8 +66,8 @@ def balance(
         return params, policy
     # Devices that hold copies of one head need the same heads: they form one group.
     groups = ways // head_copies(model.config.budget_heads, ways)
-    caps, window = policy.caps(model.config, prompt_len, params["embedding"].dtype)
-    orders = assign_heads(caps + window, groups)
+    caps, recent = policy.caps(model.config, prompt_len, params["embedding"].dtype)
+    orders = assign_heads(caps + recent, groups)
     if (np.diff(caps, axis=1) == 0).all():
         return params, policy
     nested = tuple(tuple(int(head) for head in order) for order in orders)

@@ -2,7 +2,7 @@
 
 A `Grid` describes the examples, and `make_examples` generates them in a tokenizer's tokens.
 `make_batch` makes arrays of examples of one length. The formulas turn the attention of an answer's
-steps into head scores.
+steps into the importance of each head.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def bucketed(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 Reduce = Callable[[jax.Array, Batch], jax.Array]
-"""Maps the attention of the steps [B, N, M, S] fp32 to one score per head [B, N]."""
+"""Maps the attention of the steps [B, N, M, S] fp32 to the importance of each head [B, N]."""
 
 
 def copied(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:

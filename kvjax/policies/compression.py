@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
 from kvjax.cache.layers import new_pool
 from kvjax.cache.pool import PoolRows, bucket_rows, least_steps, pool_alignment, pool_rows
+from kvjax.cache.room import keep_all
 from kvjax.cache.sharded import head_copies
 from kvjax.cache.storage import room_bucket
 from kvjax.config import ModelConfig
@@ -32,7 +33,6 @@ from kvjax.policies.selection import (
     compress_again,
     compress_heads,
     compress_tokens,
-    keep_all,
     rank_common,
     rank_heads,
 )
@@ -43,8 +43,8 @@ class Budgets:
     """The tokens that a policy keeps of one batch of prompts; on the host.
 
     Attributes:
-        caps: [B, L, K] int32, tokens that each head keeps besides the window.
-        window: [B] int32, number of last tokens, which are always kept.
+        caps: [B, L, K] int32, tokens that each head keeps besides the recent ones.
+        recent: [B] int32, number of last tokens, which are always kept.
         rooms: [B, L, K] int32, rows of each head for new tokens.
         rings: [B, L, K] bool, heads that overwrite older tokens when their room is used up.
         scorer: rates the tokens; None if all tokens are kept.
@@ -55,7 +55,7 @@ class Budgets:
     """
 
     caps: Int[np.ndarray, "B L K"]
-    window: Int[np.ndarray, " B"]
+    recent: Int[np.ndarray, " B"]
     rooms: Int[np.ndarray, "B L K"]
     rings: Bool[np.ndarray, "B L K"]
     scorer: Scorer | None
@@ -130,7 +130,7 @@ class Compression:
     def take(self, rows: Int[np.ndarray, " b"]) -> Compression:
         """The same for some of the sequences, in caches of the same size."""
         b = self.budgets
-        each = {name: getattr(b, name)[rows] for name in ("caps", "window", "rooms", "rings")}
+        each = {name: getattr(b, name)[rows] for name in ("caps", "recent", "rooms", "rings")}
         budgets = dataclasses.replace(b, **each)
         # Keep the row count of the whole batch: the groups' caches are joined and share programs.
         firsts = tuple(part._replace(first=part.first[rows]) for part in self.rows)
@@ -179,7 +179,7 @@ class Compression:
         self,
         caches: ModelCache,
         layer: int,
-        prompt: PrefillCache,
+        prefilled: PrefillCache,
         rankings: dict[Any, Ranking] | None = None,
     ) -> ModelCache:
         """The caches with the kept tokens of one layer's prompt added.
@@ -187,37 +187,37 @@ class Compression:
         Args:
             rankings: rankings of this prompt that earlier policies have made; a new one is added.
         """
-        call, ranking = self.ranking(caches, layer, prompt), None
+        call, ranking = self.ranking(caches, layer, prefilled), None
         if call is not None:
             rankings = {} if rankings is None else rankings
             key = (call.func, call.args[1].tobytes(), *call.keywords.values())
             if key not in rankings:
                 rankings[key] = call()
             ranking = rankings[key]
-        packed, place = self.packing(caches, layer, prompt, ranking)(), caches.places[layer]
+        packed, place = self.packing(caches, layer, prefilled, ranking)(), caches.places[layer]
         if place is None:
             return caches.with_layer(layer, packed)
         return caches.with_pool_layer(place, packed)
 
     def ranking(
-        self, caches: ModelCache, layer: int, prompt: PrefillCache
+        self, caches: ModelCache, layer: int, prefilled: PrefillCache
     ) -> functools.partial[Ranking] | None:
         """The call that ranks one layer's tokens: a program and its arguments, not yet run.
 
-        None where all tokens stay. Of the budgets a ranking depends on the window alone.
+        None where all tokens stay. Of the budgets a ranking depends on `recent` alone.
         """
         b, spec = self.budgets, self.config.layers[layer].attention.spec
         common = caches.places[layer] is None
         if common and b.scorer is None:
             return None
         settings = {"scorer": b.scorer or SinksAndRecent(), "spec": spec, "observed": b.observed}
-        arrays = prompt, self.layer_window(layer)
+        arrays = prefilled, self.layer_recent(layer)
         if common:
             return functools.partial(rank_common, *arrays, **settings)
         return functools.partial(rank_heads, *arrays, **settings, layout=self.layout)
 
     def packing(
-        self, caches: ModelCache, layer: int, prompt: PrefillCache, ranking: Ranking | None
+        self, caches: ModelCache, layer: int, prefilled: PrefillCache, ranking: Ranking | None
     ) -> functools.partial[Any]:
         """The call that compresses one layer's prompt: a program and its arguments, not yet run.
 
@@ -227,16 +227,16 @@ class Compression:
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
         # Without an observer's state, and without queries that no later compression reads, policies
         # that observe differently share this program.
-        prompt = prompt.seen_by(None)
+        prefilled = prefilled.seen_by(None)
         if not self.budgets.again:
-            prompt = without_queries(prompt)
+            prefilled = without_queries(prefilled)
         if place is None:
-            return self._whole_layer(layer, prompt, ranking, spec)
+            return self._whole_layer(layer, prefilled, ranking, spec)
         number, row = place
         b = self.budgets
         return functools.partial(
             compress_heads,
-            prompt,
+            prefilled,
             ranking,
             caches.pools[number].layer(row),
             self.layer_budget(layer, number, row),
@@ -249,19 +249,19 @@ class Compression:
         )
 
     def _whole_layer(
-        self, layer: int, prompt: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
+        self, layer: int, prefilled: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
     ) -> functools.partial[Any]:
         """`packing` for a layer whose heads keep the same tokens: the whole prompt, or as many as
         the mean of the heads' budgets."""
         b = self.budgets
         if ranking is None:
-            return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
+            return functools.partial(keep_all, prefilled.base, self.room, b.dtype, spec.window)
         return functools.partial(
             compress_tokens,
-            prompt,
+            prefilled,
             ranking,
             common_caps(b, layer),
-            self.layer_window(layer),
+            self.layer_recent(layer),
             slots=self.slots[layer],
             spec=spec,
             dtype=b.dtype,
@@ -294,16 +294,16 @@ class Compression:
         b, sliding = self.budgets, self.config.layers[layer].attention.spec.window
         return LayerBudget(
             caps=b.caps[:, layer],
-            window=self.layer_window(layer),
+            recent=self.layer_recent(layer),
             rooms=np.repeat(b.rooms[:, layer], self.copies, axis=1).astype(np.int32),
             rings=np.repeat(b.rings[:, layer] | (sliding is not None), self.copies, axis=1),
             shared=np.bool_(b.sharing is not None),
             first=self.rows[number].first[:, row],
         )
 
-    def layer_window(self, layer: int) -> Int[np.ndarray, " B"]:
+    def layer_recent(self, layer: int) -> Int[np.ndarray, " B"]:
         """The last tokens that stay in one layer: at most its sliding window."""
-        return last_tokens(self.config, self.budgets, layer)
+        return recent_tokens(self.config, self.budgets, layer)
 
 
 def compression(
@@ -323,11 +323,12 @@ def compression(
     """
     lengths = np.asarray(lengths, np.int32)
     groups = layer_groups(config, layers)
-    ways = 1 if layout is None else layout.ways
-    align = alignment(budgets.dtype or dtype, layout)
-    heads = budgets.caps.shape[2]
-    copies = head_copies(heads, ways) if groups and layout is not None else 1
-    rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
+    rows: tuple[PoolRows, ...] = ()
+    if groups:
+        align = alignment(budgets.dtype or dtype, layout)
+        ways = 1 if layout is None else layout.ways
+        copies = 1 if layout is None else head_copies(budgets.caps.shape[2], ways)
+        rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
     alike = [layer for layer in range(config.num_layers) if layer not in layers]
     slots = layer_slots(config, budgets, lengths, new_tokens, alike)
     return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows, slots)
@@ -347,9 +348,9 @@ def layer_slots(
     """
     room, kept = room_bucket(new_tokens), {}
     for layer in layers:
-        window = last_tokens(config, budgets, layer)
-        caps = np.minimum(common_caps(budgets, layer), np.maximum(lengths - window, 0))
-        kept[layer] = int((caps + window).max())
+        recent = recent_tokens(config, budgets, layer)
+        caps = np.minimum(common_caps(budgets, layer), np.maximum(lengths - recent, 0))
+        kept[layer] = int((caps + recent).max())
     counts = [kept[layer] + room for layer in layers]
     most = sum(count + count // least_steps(count) for count in counts)
     slots = np.asarray([bucket_rows(kept[layer]) + room for layer in layers], np.int64)
@@ -364,21 +365,21 @@ def layer_slots(
 
 
 def common_caps(budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
-    """Tokens besides the window that all heads of a layer keep alike: the mean of their caps."""
+    """The mean of the caps of a layer whose heads keep the same tokens."""
     return np.rint(budgets.caps[:, layer].mean(axis=1)).astype(np.int32)
 
 
-def last_tokens(config: ModelConfig, budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
+def recent_tokens(config: ModelConfig, budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
     """The last tokens that always stay in one layer: at most its sliding window."""
     sliding = config.layers[layer].attention.spec.window
-    return budgets.window if sliding is None else np.minimum(budgets.window, np.int32(sliding))
+    return budgets.recent if sliding is None else np.minimum(budgets.recent, np.int32(sliding))
 
 
-def without_queries(prompt: PrefillCache) -> PrefillCache:
+def without_queries(prefilled: PrefillCache) -> PrefillCache:
     """The prompt with none of its last queries; their dtype stays."""
-    batch, _, heads, width = prompt.queries.shape
+    batch, _, heads, width = prefilled.queries.shape
     return dataclasses.replace(
-        prompt, queries=np.zeros((batch, 0, heads, width), prompt.queries.dtype)
+        prefilled, queries=np.zeros((batch, 0, heads, width), prefilled.queries.dtype)
     )
 
 
@@ -407,14 +408,14 @@ def group_rows(
     own = list(group.layers)
     kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
     if budgets.again:  # later tokens fill budgets that the prompt does not fill
-        kept = np.maximum(kept, budgets.caps[:, own] + budgets.window[:, None, None])
+        kept = np.maximum(kept, budgets.caps[:, own] + budgets.recent[:, None, None])
     # A sliding window bounds a layer's segments; other layers have no limit.
     unlimited = np.iinfo(np.int32).max
     limits = np.asarray([window or unlimited for window in group.windows], np.int64)
     heads, spare = kept.shape[2] * copies, 0
     if budgets.sharing is not None:
         # No segment is longer than a sliding window, so even shares of a budget need the most rows.
-        whole = budgets.caps[:, own] + budgets.window[:, None, None]
+        whole = budgets.caps[:, own] + budgets.recent[:, None, None]
         sliding = (limits < unlimited)[:, None]
         kept, rooms = (
             np.where(sliding, evenly(whole), kept),
@@ -438,22 +439,22 @@ def evenly(rows: Int[np.ndarray, "*B K"]) -> Int[np.ndarray, "*B K"]:
 def kept_tokens(
     config: ModelConfig, budgets: Budgets, lengths: Int[np.ndarray, " B"]
 ) -> Int[np.ndarray, "B L K"]:
-    """Tokens that each head keeps of a prompt, the window included. For heads that share their
+    """Tokens that each head keeps of a prompt, the recent ones included. For heads that share their
     budgets these are the numbers before sharing."""
     sliding = [layer.attention.spec.window for layer in config.layers]
     reach = np.asarray([window or np.iinfo(np.int32).max for window in sliding], np.int64)
-    window = np.minimum(budgets.window[:, None], reach[None])
+    recent = np.minimum(budgets.recent[:, None], reach[None])
     lengths = np.asarray(lengths, np.int64)[:, None]
     # The next query sees `sliding` − 1 tokens before its own.
-    available = np.maximum(np.minimum(lengths, reach[None] - 1) - window, 0)
-    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, window)[..., None]
+    available = np.maximum(np.minimum(lengths, reach[None] - 1) - recent, 0)
+    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, recent)[..., None]
     return kept.astype(np.int32)
 
 
 def longest_segment(budgets: Budgets) -> int:
     """Upper bound on a head's rows between two compressions, rounded up."""
     most = budgets.caps.sum(axis=2).max() if budgets.sharing else budgets.caps.max()
-    return bucket_rows(int(most) + int(budgets.window.max()) + int(budgets.rooms.max()))
+    return bucket_rows(int(most) + int(budgets.recent.max()) + int(budgets.rooms.max()))
 
 
 def alignment(dtype: Any, layout: Layout | None) -> int:

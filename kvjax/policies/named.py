@@ -34,10 +34,10 @@ class Settings(TypedDict, total=False):
     kv_size: int
     ratio: float
     nbytes: int
-    window: int
+    observed: int
     entries: str
     ring: int
-    every: int
+    compression_interval: int
 
 
 def full(entries: str = "") -> Full:
@@ -45,14 +45,14 @@ def full(entries: str = "") -> Full:
     return Full(entries)
 
 
-def streaming(sinks: int = 4, **settings: Unpack[Settings]) -> Compress:
+def streaming(n_sink: int = 4, **settings: Unpack[Settings]) -> Compress:
     """StreamingLLM (arXiv 2309.17453): keeps the first and the last tokens, in every head."""
-    return _compress(Uniform(), SinksAndRecent(sinks), settings)
+    return _compress(Uniform(), SinksAndRecent(n_sink), settings)
 
 
-def snapkv(pool: int = 7, **settings: Unpack[Settings]) -> Compress:
+def snapkv(kernel_size: int = 7, **settings: Unpack[Settings]) -> Compress:
     """SnapKV (arXiv 2404.14469): keeps what the last queries attend to, equally many per head."""
-    return _compress(Uniform(), ObservationWindow(pool), settings)
+    return _compress(Uniform(), ObservationWindow(kernel_size), settings)
 
 
 def spankv(
@@ -62,19 +62,19 @@ def spankv(
     return _compress(Uniform(), SpanWindow(ahead, behind, falloff), settings)
 
 
-def pyramidkv(pool: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
+def pyramidkv(kernel_size: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
     """PyramidKV (arXiv 2406.02069): SnapKV with more tokens in the lower layers."""
-    return _compress(Pyramid(beta), ObservationWindow(pool), settings)
+    return _compress(Pyramid(beta), ObservationWindow(kernel_size), settings)
 
 
-def adasnapkv(pool: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -> Compress:
+def adasnapkv(kernel_size: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -> Compress:
     """Ada-SnapKV (arXiv 2407.11550): the heads of a layer share its budget by their scores."""
-    return _compress(Uniform(), ObservationWindow(pool), settings, sharing=Adaptive(alpha))
+    return _compress(Uniform(), ObservationWindow(kernel_size), settings, sharing=Adaptive(alpha))
 
 
-def h2o(recent: float = 0.5, **settings: Unpack[Settings]) -> Compress:
+def h2o(recent_share: float = 0.5, **settings: Unpack[Settings]) -> Compress:
     """H2O (arXiv 2306.14048): tokens that all queries attend to, and equally many recent ones."""
-    return _compress(Uniform(), ColumnSums(), settings, recent=recent)
+    return _compress(Uniform(), ColumnSums(), settings, recent_share=recent_share)
 
 
 def tova(**settings: Unpack[Settings]) -> Compress:
@@ -120,14 +120,14 @@ def headkv(
 
 
 def headkv_paper(
-    pool: int = 7, beta: float = 1.2, scores: str = "", **settings: Unpack[Settings]
+    kernel_size: int = 7, beta: float = 1.2, scores: str = "", **settings: Unpack[Settings]
 ) -> Compress:
     """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens.
 
     With scores of the estimator "retrieval" this is HeadKV-R, with "retrieval_reasoning" HeadKV-R2.
     Budgets and tokens are chosen per KV head; the published code chooses them per query head.
     """
-    return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool), settings)
+    return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(kernel_size), settings)
 
 
 def headkv_adaptive(
@@ -181,6 +181,15 @@ MAKERS: dict[str, Callable[..., Policy]] = {
 PARAMETERS = {"bytes": "nbytes"}
 """Setting names in a policy string whose maker parameter has a different name."""
 
+RENAMED = {
+    "window": "observed",
+    "pool": "kernel_size",
+    "sinks": "n_sink",
+    "recent": "recent_share",
+    "every": "compression_interval",
+}
+"""Setting names of earlier releases, which policy strings may still use."""
+
 
 def parse_policy(policy: str | Policy) -> Policy:
     """Parses a policy string such as "headkv:kv_size=128,beta=1.2,scores=heads.json".
@@ -208,8 +217,8 @@ def _kinds(maker: Callable[..., Policy]) -> dict[str, type]:
     for parameter in inspect.signature(maker).parameters.values():
         # `**settings` stands for the common settings; the maker's own settings take precedence.
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            every = typing.get_type_hints(Settings)
-            kinds = {names.get(key, key): kind for key, kind in every.items()} | kinds
+            common = typing.get_type_hints(Settings)
+            kinds = {names.get(key, key): kind for key, kind in common.items()} | kinds
         else:
             kinds[parameter.name] = own[parameter.name]
     return kinds
@@ -220,6 +229,7 @@ def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, Any]:
     values = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
+        key = RENAMED.get(key, key)
         if key not in kinds or not equals:
             expected = ", ".join(f"{k}=…" for k in kinds)
             raise ValueError(f"policy {name!r}: {setting!r} is not understood, expected {expected}")

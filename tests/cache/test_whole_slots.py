@@ -77,10 +77,10 @@ def test_caches_of_which_all_heads_share_the_tokens(new):
     """snapkv keeps 14 of each prompt."""
     model, params = toy(MLA)
     with on_h200():
-        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,observed=4")
     count = bucket_rows(14) + room_bucket(new)
     assert slots_of(cache) == -(-count // 8) * 8 > count
-    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,observed=4")
     assert slots_of(cache) == count
 
 
@@ -93,7 +93,7 @@ def test_layers_share_few_sizes(lengths):
     shape = len(lengths), layers, 1
     budgets = Budgets(
         caps=np.broadcast_to(kept.astype(np.int32)[None, :, None] - 8, shape),
-        window=np.full(len(lengths), 8, np.int32),
+        recent=np.full(len(lengths), 8, np.int32),
         rooms=np.full(shape, room_bucket(new), np.int32),
         rings=np.zeros(shape, bool),
         scorer=SinksAndRecent(),
@@ -143,7 +143,7 @@ def test_slots_on_a_mesh():
     assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
 
 
-CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,window=4", None)]
+CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,observed=4", None)]
 
 
 @pytest.fixture(scope="module")

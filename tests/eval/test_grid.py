@@ -120,6 +120,6 @@ def test_teacher_forced_is_what_decoding_gives(tmp_path, builtin):
 
 def test_what_cannot_be_teacher_forced(tmp_path, builtin):
     task = load_task("needle", options())
-    for policy in ("snapkv:kv_size=16,every=4", "full:entries=int8"):
+    for policy in ("snapkv:kv_size=16,compression_interval=4", "full:entries=int8"):
         with pytest.raises(ValueError, match="cannot be teacher-forced"):
             evaluate(builtin, task, Settings((policy,), "teacher"), tmp_path / policy, quiet=True)
