@@ -29,6 +29,10 @@ SCALES = {
 }
 """Kinds that the package only reads → the bytes of a block that hold its float16 scales."""
 COMMON = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -39,6 +43,7 @@ COMMON = {
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 
@@ -174,8 +179,10 @@ def add_metadata(writer, raw):
     partial = raw.get("partial_rotary_factor", 1)
     writer.add_rope_dimension_count(int(raw["head_dim"] * partial))
     writer.add_rope_freq_base(raw["rope_theta"])
+    writer.add_vocab_size(raw["vocab_size"])
     writer.add_bos_token_id(raw["bos_token_id"])
     writer.add_eos_token_id(raw["eos_token_id"])
+    writer.add_pad_token_id(raw["pad_token_id"])
     optional = {
         "sliding_window": writer.add_sliding_window,
         "attn_logit_softcapping": writer.add_attn_logit_softcapping,

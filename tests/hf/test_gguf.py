@@ -16,7 +16,6 @@ from kvjax.hf.gguf import header, rope
 from kvjax.hf.layout import layouts, tensors
 from kvjax.hf.weights import open_params
 
-LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 7}
 EXPERTS = {"num_experts_per_tok": 2}
 CASES = {
@@ -87,7 +86,7 @@ KEPT = {"hf_json": "{}", "source": ""}
 
 
 def raw_config(name, **changes):
-    return {**COMMON, **LLAMA, **CASES.get(name, {}), **changes}
+    return {**COMMON, **CASES[name], **changes}
 
 
 def bare(config):

@@ -24,6 +24,7 @@ VOCABULARY = {
 }
 """Keys below tokenizer.ggml → transformers' names of them."""
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+SPACE = "▁"  # in the words of sentencepiece
 BYTES, PIECES = "gpt2", "llama"
 """Kinds of vocabularies: byte-level BPE, and sentencepiece."""
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -64,6 +65,8 @@ def _tokenizer(metadata: Metadata) -> Any:
     core, _ = convert_gguf_tokenizer(metadata["general.architecture"], content)
     if content.get("pre_tokenizer_type") in DIGITS and content["tokenizer_type"] == BYTES:
         core.pre_tokenizer = _single_digits()
+    if metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        _without_space_prefix(core)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -91,6 +94,19 @@ def _single_digits() -> Any:
 
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _without_space_prefix(core: Any) -> None:
+    """Takes away the space that transformers puts before any text of a sentencepiece vocabulary."""
+    from tokenizers import decoders, normalizers
+
+    tokens = core.encode("a", add_special_tokens=False).tokens
+    if not tokens or not tokens[0].startswith(SPACE):
+        return
+    core.pre_tokenizer = None
+    core.normalizer = normalizers.Replace(" ", SPACE)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence(steps)
 
 
 def _special_tokens(metadata: Metadata, tokens: list[str]) -> dict[str, str | None]:
