@@ -15,6 +15,7 @@ from kvjax.hf import config_from_hf, read_model, stored_tensors
 from kvjax.hf.gguf import header, rope
 from kvjax.hf.layout import layouts, tensors
 from kvjax.hf.weights import open_params
+from kvjax.mesh import make_mesh
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 7}
 EXPERTS = {"num_experts_per_tok": 2}
@@ -189,6 +190,15 @@ def test_kept_one_tensor_at_a_time(tmp_path, monkeypatch):
     assert not opened
     params["lm_head"]
     assert opened == [(96, 64)]
+
+
+def test_on_a_mesh(tmp_path):
+    raw = raw_config("mixtral", vocab_size=96)
+    path = folder_with(tmp_path, raw, kinds=lambda name: "Q8_0")
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    sharded, whole = (kvjax.load(path, "float32", mesh=m)[1] for m in (mesh, None))
+    assert len(sharded["layers_0"]["mlp"]["up"].devices()) == 4
+    jax.tree.map(np.testing.assert_array_equal, sharded, whole)
 
 
 def test_split_files_are_one_model(tmp_path):

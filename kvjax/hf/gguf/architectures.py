@@ -1,8 +1,8 @@
 """The metadata of a GGUF file → the config.json that the same model has on the hub.
 
 `kvjax.hf.families` then reads it, so one path makes the `ModelConfig` of both kinds of files. Keys
-are written without the architecture, "block_count" for "llama.block_count". What no GGUF states is
-taken from llama.cpp, which has it in its code (src/llama-model.cpp).
+are written without the architecture: "block_count" means "llama.block_count". Numbers that no GGUF
+has, such as the period of Gemma's windows, are those of llama.cpp (src/llama-model.cpp).
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "use_parallel_residual": (False,),
 }
-"""Keys that change what a model computes → values with which they change nothing.
+"""Keys that change what a model computes → values that change nothing.
 
-Where an architecture reads none of such a key, another value is an error."""
+Other values are an error, except where the architecture reads the key."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Architecture:
         model_type: of config.json.
         keys: the keys beyond `COMMON` that it reads → keys of config.json.
         fixed: entries of config.json that a GGUF need not state.
-        variants: (key, model_type) pairs; the first key that is there and not 0 decides the type.
-        permuted: each head's rows of q and k alternate between the halves of the head, as RoPE's
-            pairs do in the published Llama; Hugging Face's models have one half after the other.
-        norm_offset: was added to the weights of all norms.
-        period: the last of so many layers has no sliding window; 0 where all layers are alike.
-        query_scalar: the attention has a scale of its own, query_pre_attn_scalar.
-        scaled_by_width: numbers of layers of the models whose scalar is D/N instead of H.
+        variants: (key, model_type) pairs: the first key with a value other than 0 gives the type.
+        permuted: the rows of q and k alternate between the two halves of a head, because the
+            published Llama rotates neighbours. Hugging Face's models have one half after the other.
+        norm_offset: the converter added this number to the weights of all norms.
+        period: every `period`-th layer has no sliding window; 0 if all layers are the same.
+        query_scalar: config.json has a query_pre_attn_scalar.
+        scaled_by_width: the scalar is D / N for models with these numbers of layers, otherwise H.
     """
 
     model_type: str

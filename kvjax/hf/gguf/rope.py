@@ -99,14 +99,14 @@ KINDS: dict[str, Callable[[Metadata], Raw | None]] = {
 
 def _from_tensors(values: Metadata, header: Header, theta: float, width: int) -> Raw | None:
     """The scaling that the factors of the frequencies are of; None for a file without any."""
-    found = {name: header.tensors.get(name) for name in (FACTORS, LONG, SHORT)}
-    if found[LONG] and found[SHORT]:
+    held = header.tensors
+    if {LONG, SHORT} <= held.keys():
         original = values.get("rope.scaling.original_context_length") or values["context_length"]
         growth = values.get("rope.scaling.attn_factor", 1.0)
-        return _as_longrope(_read(found[SHORT]), _read(found[LONG]), original, growth)
-    if found[FACTORS] is None:
+        return _as_longrope(_read(held[SHORT]), _read(held[LONG]), original, growth)
+    if FACTORS not in held:
         return None
-    factors = _read(found[FACTORS])
+    factors = _read(held[FACTORS])
     frequencies = theta ** -(np.arange(0, width, 2) / width)
     if factors.shape != frequencies.shape:
         got, expected = factors.shape, frequencies.shape
