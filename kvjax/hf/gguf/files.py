@@ -14,7 +14,7 @@ SUFFIX = ".gguf"
 PIECE = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 PROJECTOR = "mmproj"
 """Begins the names of files that hold the image encoder of a model, not the model."""
-PACKAGE = "package.json"
+PACKAGE = "gguf_package.json"
 """In a folder of kvjax/builtin: the package of the index that brings the model's file."""
 MOST_NAMED = 20
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvjax.checkpoint_files import is_pointer, pointer_message
 from kvjax.hf.gguf.files import pieces
 
@@ -26,7 +28,7 @@ SCALARS = {
     **{10: "Q", 11: "q", 12: "d"},
 }
 """Kind of a metadata value → its format in `struct`."""
-TEXT, ARRAY = 8, 9
+FLOAT32, TEXT, ARRAY = 6, 8, 9
 COUNT = struct.Struct("<Q")
 ALIGNMENT = 32
 MOST_AXES = 8
@@ -202,6 +204,9 @@ def _parse(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, Place
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Any:
+    if kind == FLOAT32:
+        # The shortest number that rounds to this float32: the converter wrote 1e-05, no 9.99…e-06.
+        return float(str(np.float32(cursor.numbers("f")[0])))
     if kind in SCALARS:
         return cursor.numbers(SCALARS[kind])[0]
     if kind == TEXT:

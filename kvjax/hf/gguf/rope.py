@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,13 +38,19 @@ def rope_entries(values: Metadata, header: Header, head_dim: int) -> Raw:
     width = values.get("rope.dimension_count") or head_dim
     entries: Raw = {"rope_theta": theta}
     if width != head_dim:
-        entries["partial_rotary_factor"] = width / head_dim
+        entries["partial_rotary_factor"] = _share(width, head_dim)
     scaling = _from_tensors(values, header, theta, width) or _from_metadata(values)
     if scaling:
         entries["rope_scaling"] = scaling
         # Phi 3 has this length outside of the RoPE settings.
         entries |= {ORIGINAL: scaling[ORIGINAL]} if scaling["rope_type"] == "longrope" else {}
     return entries
+
+
+def _share(width: int, head_dim: int) -> float:
+    """width / head_dim, rounded so that a reader who truncates the product gets `width`."""
+    share = width / head_dim
+    return share if int(head_dim * share) == width else math.nextafter(share, math.inf)
 
 
 def _from_metadata(values: Metadata) -> Raw | None:
@@ -111,6 +118,8 @@ def _from_tensors(values: Metadata, header: Header, theta: float, width: int) ->
     if factors.shape != frequencies.shape:
         got, expected = factors.shape, frequencies.shape
         raise ValueError(f"{FACTORS} has shape {got}, expected {expected}")
+    if (factors == 1).all():
+        return None
     same = _as_longrope(factors, factors, values["context_length"], 1.0)
     return as_llama3(factors, frequencies) or same
 
