@@ -395,28 +395,28 @@ def test_quantizations_that_cannot_be_read(tmp_path):
         ({"rope": "linear"}, "rope.scaling.type is 'linear', and there is no rope.scaling.factor"),
         ({"rope": "longrope"}, "there is no rope_factors_long.weight"),
         ({"heads": [2, 1]}, "qwen2.attention.head_count_kv differs between layers"),
+        ({"layers": 10_001}, "qwen2.block_count is 10001, expected at most 10000"),
     ],
 )
 def test_models_that_kvjax_does_not_compute(tmp_path, changes, message):
-    raw = raw_config("qwen2", rope_scaling=None)
+    adders = {
+        "arch": ("general.architecture", "add_architecture"),
+        "logit_scale": (None, "add_logit_scale"),
+        "value_length": ("qwen2.attention.value_length", "add_value_length"),
+        "heads": ("qwen2.attention.head_count_kv", "add_head_count_kv"),
+        "layers": ("qwen2.block_count", "add_block_count"),
+        "rope": (None, "add_rope_scaling_type"),
+    }
 
     def extra(writer):
-        if "logit_scale" in changes:
-            writer.add_logit_scale(changes["logit_scale"])
-        if "rope" in changes:
-            writer.add_rope_scaling_type(gguf.RopeScalingType(changes["rope"]))
-        for key, add in (("value_length", "add_value_length"), ("heads", "add_head_count_kv")):
-            if key in changes:
-                name = getattr(
-                    gguf.Keys.Attention, "VALUE_LENGTH" if key[0] == "v" else "HEAD_COUNT_KV"
-                )
-                writer.kv_data[0].pop(name.format(arch=writer.arch))
-                getattr(writer, add)(changes[key])
-        if "arch" in changes:
-            writer.kv_data[0].pop("general.architecture")
-            writer.add_string("general.architecture", changes["arch"])
+        for name, value in changes.items():
+            key, add = adders[name]
+            writer.kv_data[0].pop(key, None)
+            writer.arch = value if name == "arch" else writer.arch
+            kind = gguf.RopeScalingType(value) if name == "rope" else value
+            getattr(writer, add)(*([] if name == "arch" else [kind]))
 
-    path = folder_with(tmp_path, raw, extra=extra)
+    path = folder_with(tmp_path, raw_config("qwen2", rope_scaling=None), extra=extra)
     assert f"cannot read {path}: " in refused(path) and message in refused(path)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvjax.hf.fields import LAYER_TYPES
+from kvjax.hf.fields import LAYER_TYPES, MAX_LAYERS
 from kvjax.hf.gguf.header import Header, Texts
 from kvjax.hf.gguf.rope import rope_entries
 
@@ -223,6 +223,9 @@ def _check(values: Metadata, rules: Architecture, name: str) -> None:
     missing = [f"{name}{key}" for key in REQUIRED if not isinstance(values.get(key), int | float)]
     if missing:
         raise ValueError(f"the metadata has no number for {', '.join(missing)}")
+    if values["block_count"] > MAX_LAYERS:  # before a list of that length is made
+        got = values["block_count"]
+        raise ValueError(f"{name}block_count is {got}, expected at most {MAX_LAYERS}")
     strange = [
         f"{name}{key} is {values[key]!r}, expected {' or '.join(map(repr, neutral))} for "
         f"{rules.model_type}"
