@@ -139,8 +139,8 @@ def hub_files(name: str) -> Path:
 
     Args:
         name: the hub id of a model. The path of a GGUF file in its repository may follow,
-            "org/name/file.gguf"; the result is then that file, and so it is for a model that has
-            one GGUF and no configuration.
+            "org/name/file.gguf"; the result is then that file. Without it and without a
+            configuration, the model is the one GGUF of the repository.
 
     Raises:
         ValueError: the model does not exist, the hub cannot be reached, or the model has neither a
@@ -152,13 +152,12 @@ def hub_files(name: str) -> Path:
         except ValueError as error:
             raise ValueError(f"there is no file {name}; as a file on the hub: {error}") from None
     directory = _download(name, LOOK)
-    useful = ("config.json", CONFIG, *TOKENIZER)
-    if not any(file for pattern in useful for file in directory.glob(pattern)):
-        file = _only_gguf(name, directory)
-        if file is None:
-            raise _not_found(name, "config.json", CONFIG)
-        return _hub_gguf(name, file)
-    return directory
+    if (directory / "config.json").is_file() or is_native(directory):
+        return directory
+    place = _only_gguf(name, directory)
+    if place is None and not any(file for pattern in TOKENIZER for file in directory.glob(pattern)):
+        raise _not_found(name, "config.json", CONFIG)
+    return place or directory
 
 
 def hub_weights(name: str, directory: Path) -> Path:
@@ -166,8 +165,7 @@ def hub_weights(name: str, directory: Path) -> Path:
 
     The weights are params/ of the native layout, model.safetensors, or the files that the index
     names, as in transformers. Other copies of the weights (original/, consolidated.safetensors,
-    variants) are not downloaded. A model without safetensors and with one GGUF has that file as its
-    weights, and the result is the file.
+    variants) are not downloaded. The weights of a model without safetensors are its one GGUF.
 
     Args:
         directory: the result of `hub_files`.
@@ -184,10 +182,10 @@ def hub_weights(name: str, directory: Path) -> Path:
         return directory
     shards = index_files(directory)
     if not shards:
-        file = _only_gguf(name, directory)
-        if file is None:
+        place = _only_gguf(name, directory)
+        if place is None:
             raise _not_found(name, SINGLE, INDEX)
-        return _hub_gguf(name, file)
+        return place
     directory = _download(name, [*LOOK, *map(glob.escape, shards)])
     missing = missing_weights(directory)
     if missing:
@@ -223,10 +221,20 @@ def _repository_file(path: str | Path) -> str | None:
     return words[2] if in_repository and words[0] not in ("", ".", "..", "~") else None
 
 
-def _only_gguf(name: str, directory: Path) -> str | None:
-    """The one GGUF model in a repository of the hub, by its file or first piece; None for none."""
-    local = [str(file.relative_to(directory)) for file in directory.rglob(f"*{gguf_files.SUFFIX}")]
-    return gguf_files.only_model(local or _listing(name) or (), name)
+def _only_gguf(name: str, directory: Path) -> Path | None:
+    """Downloads the one GGUF model of a repository; None where there is none.
+
+    Returns:
+        The repository's folder, whose other files belong to the model; of a file in a folder within
+        the repository, the file.
+    """
+    local = [path.relative_to(directory) for path in directory.rglob(f"*{gguf_files.SUFFIX}")]
+    listed = _listing(name)
+    file = gguf_files.only_model(map(str, local) if listed is None else listed, name)
+    if file is None:
+        return None
+    path = _hub_gguf(name, file)
+    return path if "/" in file else path.parent
 
 
 def _hub_gguf(name: str, file: str) -> Path:

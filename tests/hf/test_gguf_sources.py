@@ -48,8 +48,15 @@ def hub(tmp_path, monkeypatch):
         return types.SimpleNamespace(siblings=found)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    def unreachable():
+        shutil.rmtree(repository)
+        monkeypatch.setattr("huggingface_hub.model_info", None)
+
     monkeypatch.setattr("huggingface_hub.model_info", model_info)
-    return types.SimpleNamespace(repository=repository, cache=cache, fetched=fetched)
+    return types.SimpleNamespace(
+        repository=repository, cache=cache, fetched=fetched, unreachable=unreachable
+    )
 
 
 def test_a_repository_with_one_gguf(hub):
@@ -57,7 +64,7 @@ def test_a_repository_with_one_gguf(hub):
     (hub.repository / "README.md").write_text("")
     model, params = kvjax.load(ID, dtype="float32")
     assert hub.fetched == {"model.gguf"} and params["final_norm"].shape == (64,)
-    assert model.config.source == str(hub.cache / "model.gguf")
+    assert model.config.source == str(hub.cache)
     assert layout_of(ID) == "gguf" and describe(ID)["layout"] == "gguf, F32"
 
 
@@ -86,7 +93,26 @@ def test_a_configuration_beside_the_gguf(hub):
     assert read_model(ID).config.source == str(hub.cache)
     assert hub.fetched == {"config.json"}
     model, _ = kvjax.load(ID)
-    assert model.config.source == str(hub.cache / "model.gguf")
+    assert model.config.source == str(hub.cache) and (hub.cache / "model.gguf").is_file()
+
+
+def test_a_tokenizer_beside_the_gguf(hub):
+    """The repository's tokenizer is used, and offline its files in the cache are enough."""
+    folder_with(hub.repository, RAW)
+    byte_level().save_pretrained(hub.repository)
+    assert kvjax.load_tokenizer(ID).get_vocab() == byte_level().get_vocab()
+    assert kvjax.load(ID)[0].config.model_type == "qwen2"
+    hub.unreachable()
+    assert kvjax.load(ID)[0].config.model_type == "qwen2"
+
+
+def test_one_of_several_in_the_cache(hub):
+    """A file that was asked for earlier does not make the repository's id clear."""
+    folder_with(hub.repository, RAW)
+    shutil.copy(hub.repository / "model.gguf", hub.repository / "other.gguf")
+    kvjax.load(f"{ID}/other.gguf")
+    with pytest.raises(ValueError, match="has 2 GGUF models"):
+        kvjax.load(ID)
 
 
 # --- Packages ------------------------------------------------------------------------------------
