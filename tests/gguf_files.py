@@ -47,6 +47,80 @@ COMMON = {
 }
 
 
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 7}
+EXPERTS = {"num_experts_per_tok": 2}
+CASES = {
+    "llama": {"tie_word_embeddings": True},
+    "llama_biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {
+        "head_dim": 64,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **EXPERTS},
+    "qwen2": {
+        "model_type": "qwen2",
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        **EXPERTS,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 16,
+        **GEMMA,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "query_pre_attn_scalar": 16,
+        **GEMMA,
+    },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "tie_word_embeddings": True},
+    "olmo2": {"model_type": "olmo2"},
+    "phi3": {
+        "model_type": "phi3",
+        "sliding_window": 9,
+        "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.25, 1.5, 2.0],
+            "long_factor": [2.0, 6.0, 8.0, 9.0],
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+"""Families and features → config.json beyond `COMMON`."""
+
+
+def raw_config(name, **changes):
+    """config.json of a case."""
+    return {**COMMON, **CASES[name], **changes}
+
+
 def hf_tensors(raw, seed=0):
     """Random tensors by Hugging Face's names, for a config."""
     config, rng = config_from_hf(raw), np.random.default_rng(seed)

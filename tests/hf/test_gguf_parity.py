@@ -8,8 +8,7 @@ import pytest
 import kvjax
 
 pytest.importorskip("torch")
-pytest.importorskip("accelerate")
-from gguf_files import COMMON, write
+from gguf_files import CASES, COMMON, hf_tensors, raw_config, write
 from tiny_checkpoints import torch_logits
 
 pytestmark = pytest.mark.parity
@@ -18,7 +17,7 @@ TOKENS = np.random.default_rng(5).integers(3, 96, (1, 24)).astype(np.int32)
 WIDE = {**COMMON, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 GEMMA = {"head_dim": 256, "sliding_window": 7, "query_pre_attn_scalar": 256}
 K_QUANTS = {"attn_q": "Q4_K", "attn_k": "Q6_K", "ffn_down": "Q5_K", "token_embd": "Q8_0"}
-CASES = {
+READ = {
     "llama": ({}, K_QUANTS),
     "qwen2": ({"model_type": "qwen2"}, {**K_QUANTS, "attn_v": "Q2_K", "ffn_up": "IQ4_XS"}),
     "qwen3": ({"model_type": "qwen3", "head_dim": 128}, {}),
@@ -47,15 +46,13 @@ CASES = {
 olmo2, and no experts of llama; and it leaves out RoPE scaling, soft-caps and the query scalar.)"""
 
 
-def raw_config(name):
+def wide_config(name):
     kind = {"hidden_activation": "gelu_pytorch_tanh"} if "gemma" in name else {"hidden_act": "silu"}
-    return {**WIDE, **kind, **CASES[name][0]}
+    return {**WIDE, **kind, **READ[name][0]}
 
 
 def random_tensors(raw, seed=0):
     """Weights of unit gain, norms near 1 (near 0 where the model adds 1) and small biases."""
-    from gguf_files import hf_tensors
-
     rng, found = np.random.default_rng(seed), {}
     for name, values in hf_tensors(raw).items():
         noise = rng.normal(size=values.shape).astype(np.float32)
@@ -66,7 +63,7 @@ def random_tensors(raw, seed=0):
 
 
 def written(path, name):
-    raw, kinds = raw_config(name), CASES[name][1]
+    raw, kinds = wide_config(name), READ[name][1]
 
     def kind(tensor):
         return kinds.get(tensor.split(".")[-2], "F32")
@@ -75,6 +72,7 @@ def written(path, name):
 
 
 def by_transformers(path):
+    pytest.importorskip("accelerate")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM
@@ -86,7 +84,7 @@ def by_transformers(path):
         return AutoModelForCausalLM.from_pretrained(path.parent, **settings).eval()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", READ)
 def test_logits_equal_transformers(tmp_path, name):
     written(tmp_path / "model.gguf", name)
     model, params = kvjax.load(tmp_path, dtype="float32")
@@ -96,19 +94,22 @@ def test_logits_equal_transformers(tmp_path, name):
     np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.parametrize("name", ("gemma3_text", "llama"))
-def test_transformers_loads_what_is_saved(tmp_path, name):
-    """config.json made of the metadata says to transformers what it says to kvjax."""
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_computes_what_is_saved(tmp_path, name):
+    """config.json made of the metadata says to transformers what it says to kvjax.
+
+    So files are compared with transformers' models where its reader of GGUF does not know the
+    architecture, or leaves out RoPE scaling, soft-caps and scales.
+    """
     from transformers import AutoModelForCausalLM
 
-    written(tmp_path / "model.gguf", name)
+    raw = raw_config(name)
+    write(tmp_path / "model.gguf", raw, random_tensors(raw))
     model, params = kvjax.load(tmp_path, dtype="float32")
     kvjax.save(model, params, tmp_path / "hf", layout="hf")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch_model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "hf", attn_implementation="eager"
-        ).eval()
+        settings = {"attn_implementation": "eager"}
+        torch_model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **settings).eval()
     got = np.asarray(model.apply({"params": params}, TOKENS)[0])
-    want = torch_logits(torch_model, TOKENS)
-    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max(), rtol=0)
+    np.testing.assert_allclose(got, torch_logits(torch_model, TOKENS), atol=1e-4, rtol=0)
