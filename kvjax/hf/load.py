@@ -54,7 +54,10 @@ def load(
     """
     target = _float_dtype(dtype)
     model, directory = _with_weights(path)
-    return model, dict(_open(model, directory, target, mesh))
+    parts = _open(model, directory, target, mesh)
+    # The largest matrices first: what their reading needs for a moment does not come on top of all.
+    order = sorted(parts, key=lambda name: name.startswith("layers_"))
+    return model, {name: parts[name] for name in order}
 
 
 def default_dtype(platform: str | None = None) -> str:
