@@ -25,7 +25,7 @@ Policies = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="policy", metavar="POLICY", help="full, snapkv:kv_size=128, …; repeat for several"),
 ]
-Model = Annotated[str, arg(help="checkpoint directory, hub id, or builtin:<name>")]
+Model = Annotated[str, arg(help="checkpoint directory, .gguf file, hub id, or builtin:<name>")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     arg(help="of weights, activations, cache; None: bfloat16 on accelerators, float32 on CPUs"),

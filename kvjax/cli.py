@@ -35,7 +35,8 @@ from kvjax.runs import write_json
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Model = Annotated[
-    Positional[str], arg(help="checkpoint directory, hub id, or builtin:<name>", metavar="MODEL")
+    Positional[str],
+    arg(help="checkpoint directory, .gguf file, hub id, or builtin:<name>", metavar="MODEL"),
 ]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
@@ -227,7 +228,7 @@ def demo(
 
 def plan(
     config: Annotated[
-        Positional[str], arg(help="config.json, checkpoint directory or hub id", metavar="CONFIG")
+        Positional[str], arg(help="config.json, or a checkpoint as elsewhere", metavar="CONFIG")
     ],
     topology: Annotated[str, arg(help="devices, such as v5e:4x4, v5p:2x2x4 or h200:8")],
     batch: Annotated[int | None, arg(help="sequences; default: one per replica")] = None,

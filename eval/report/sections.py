@@ -336,12 +336,13 @@ def _models(runs: Sequence[Run]) -> list[tuple[str, Path, int | None]]:
 
     found = []
     for name in dict.fromkeys(str(run.results.get("model", "")) for run in runs):
-        if not name or not (name.startswith(BUILTIN) or Path(name).is_dir()):
+        if not name or not (name.startswith(BUILTIN) or Path(name).exists()):
             continue
         try:
-            path = resolve(name) / SCORES
+            place = resolve(name)
         except ValueError:
             continue
+        path = (place if place.is_dir() else place.parent) / SCORES
         if path.is_file():
             layer = read_model(name).config.layers[0]
             found.append((name, path, layer.attention.cached_heads))

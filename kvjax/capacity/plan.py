@@ -59,7 +59,7 @@ class Request:
     """The question that `kvjax plan` answers.
 
     Attributes:
-        config: config.json, checkpoint directory or hub id.
+        config: config.json, or a checkpoint as `kvjax.load` takes it.
         topology: such as "v5e:4x4" or "h200:8".
         context: prompt tokens per sequence.
         new_tokens: per sequence.

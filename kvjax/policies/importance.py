@@ -92,8 +92,12 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
 
 
 def default_scores(config: ModelConfig) -> HeadScores | None:
-    """The head scores in the directory of the model's weights; None if there are none."""
-    path = Path(config.source) / "head_scores.json"
+    """The head scores in the directory of the model's weights; None if there are none.
+
+    For a model that was loaded by the path of a GGUF file, it is the directory of the file.
+    """
+    source = Path(config.source)
+    path = (source.parent if source.is_file() else source) / "head_scores.json"
     return _read_scores(path, config) if config.source and path.is_file() else None
 
 
