@@ -20,7 +20,7 @@ from kvjax.cache import ModelCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.layers import scheduled
 from kvjax.checks import NOT_NEGATIVE, Range, check_ranges
 from kvjax.config import ModelConfig
-from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
+from kvjax.mesh import Placement, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
     NO_TOKEN,
@@ -94,8 +94,8 @@ def step_layers(
         cache = with_layer(cache, index, entry)
     # Only now do pools count the token: until here each layer needed the old lengths.
     top = {name: params[name] for name in output_params(config)}
-    layout = cache.layout if isinstance(cache, ModelCache) else None
-    return step_logits(config, layout, top, x), advance(cache, lengths)
+    placement = cache.placement if isinstance(cache, ModelCache) else None
+    return step_logits(config, placement, top, x), advance(cache, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,17 +114,17 @@ def embed_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def step_logits(
-    config: ModelConfig, layout: Layout | None, params: Any, x: Float[Array, "B 1 D"]
+    config: ModelConfig, placement: Placement | None, params: Any, x: Float[Array, "B 1 D"]
 ) -> Float[Array, "B V"]:
     """The step's logits; on a mesh sharded over the sequences."""
     logits = hidden_logits(config, params, x)[:, 0]
-    if layout is None:
+    if placement is None:
         return logits
-    if config.vocab_size % layout.ways == 0:
+    if config.vocab_size % placement.ways == 0:
         # Each device computes its share of the vocabulary first. Without this constraint XLA
         # gathers the weight matrix instead of the logits.
-        logits = layout.place(logits, "batch", "tensor")
-    return layout.place(logits, "batch")
+        logits = placement.place(logits, "batch", "tensor")
+    return placement.place(logits, "batch")
 
 
 @flax.struct.dataclass
@@ -137,7 +137,7 @@ class DecodeState:
         finished: [B] whether the sequence produced an EOS or NO_TOKEN.
         step: [] tokens produced so far.
         keys: [B] random keys, one per sequence.
-        layout: layout of the batch on a mesh; None for one device.
+        placement: placement of the batch on a mesh; None for one device.
     """
 
     cache: Any
@@ -145,7 +145,7 @@ class DecodeState:
     finished: Any
     step: Any
     keys: Any
-    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
+    placement: Placement | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def prompt_words(prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B 2"]:
@@ -183,17 +183,17 @@ def first_token(
         mesh: the mesh of the parameters; None for one device.
     """
     B = logits.shape[0]
-    layout = None if mesh is None else Layout.create(mesh, B)
+    placement = None if mesh is None else Placement.create(mesh, B)
     start = DecodeState(
         cache=None,
         token=np.zeros(B, np.int32),
         finished=np.zeros(B, bool),
         step=np.int32(0),
         keys=keys,
-        layout=layout,
+        placement=placement,
     )
     # Use the sharding that later tokens have, so that one program samples all tokens.
-    logits, state = put_rows((logits, start), logits.sharding, layout)
+    logits, state = put_rows((logits, start), logits.sharding, placement)
     return push_token(state, logits, sampling, jnp.asarray(eos))
 
 
@@ -205,8 +205,8 @@ def push_token(
     # Random numbers depend on the sequence's key and the step, not on the rest of the batch.
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     token = sample(logits, keys, sampling)
-    if state.layout is not None:
-        token = state.layout.place(token, "batch")
+    if state.placement is not None:
+        token = state.placement.place(token, "batch")
     finished = state.finished | has_ended(token, eos)
     return replace(state, token=token, finished=finished, step=state.step + 1)
 

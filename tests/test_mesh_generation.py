@@ -79,7 +79,7 @@ def rows_of_heads(cache, order):
         inner = getattr(layer, "inner", layer)
         pool, starts = np.asarray(inner.pool.k), np.array(inner.table("starts"))
         live = np.asarray(inner.live(inner.given()))
-        devices = 1 if cache.layout is None else cache.layout.ways
+        devices = 1 if cache.placement is None else cache.placement.ways
         own = np.repeat(np.arange(devices), starts.shape[1] // devices)
         starts = starts + own * (pool.shape[1] // devices)
         copies = starts.shape[1] // len(heads)

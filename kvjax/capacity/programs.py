@@ -76,7 +76,7 @@ def block_step(served: Served, compile: Compiler) -> Step:
         x, layer = block.out[0], block.program.collectives
     # Choose the next token.
     top = {name: params[name] for name in output_params(config)}
-    ranked = compile(step_logits, config, served.layout, top, x)
+    ranked = compile(step_logits, config, served.placement, top, x)
     chosen = compile(jitted_most_likely, ranked.out).program
     most += [stream + taken(ranked.program), device_bytes(ranked.out) + taken(chosen)]
     outside = (embedded.program, ranked.program, chosen)

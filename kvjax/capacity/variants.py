@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from kvjax.cache import ModelCache
 from kvjax.cache.sharded import places, specs, with_shardings
 from kvjax.capacity.devices import Topology, device_bytes
-from kvjax.mesh import AnyMesh, Layout
+from kvjax.mesh import AnyMesh, Placement
 from kvjax.nn import Transformer, param_shapes
 from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import Compression
@@ -132,16 +132,19 @@ class Served:
         cls, model: Transformer, policy: Policy, workload: Workload, mesh: AnyMesh, dtype: str
     ) -> Served:
         """A batch of prompts that all have `workload.context` tokens."""
-        lengths, layout = [workload.context] * workload.batch, Layout.create(mesh, workload.batch)
-        args = (model.config, lengths, workload.new_tokens, jnp.dtype(dtype), layout)
+        lengths, placement = (
+            [workload.context] * workload.batch,
+            Placement.create(mesh, workload.batch),
+        )
+        args = (model.config, lengths, workload.new_tokens, jnp.dtype(dtype), placement)
         work = policy.compression(*args)
         return cls(model, abstract_params(model, mesh, dtype), work, mesh, dtype)
 
     @property
-    def layout(self) -> Layout:
+    def placement(self) -> Placement:
         """How the batch is sharded over the mesh."""
-        assert self.work.layout is not None
-        return self.work.layout
+        assert self.work.placement is not None
+        return self.work.placement
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
@@ -151,7 +154,7 @@ class Served:
     @functools.cached_property
     def cache(self) -> ModelCache:
         """Shapes of the caches after prefill, with shardings."""
-        return located_cache(cache_shapes(self.work, self.prompt_shape[1]), self.layout)
+        return located_cache(cache_shapes(self.work, self.prompt_shape[1]), self.placement)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -160,7 +163,7 @@ class Served:
 
     def rows(self, *axes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         """The shape [B, *axes] of an array with one row per sequence, sharded like the batch."""
-        place = NamedSharding(self.layout.mesh, self.layout.spec("batch"))
+        place = NamedSharding(self.placement.mesh, self.placement.spec("batch"))
         return jax.ShapeDtypeStruct((self.prompt_shape[0], *axes), np.dtype(dtype), sharding=place)
 
 
@@ -169,20 +172,20 @@ def located(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def located_cache(cache: ModelCache, layout: Layout) -> ModelCache:
+def located_cache(cache: ModelCache, placement: Placement) -> ModelCache:
     """The shapes of caches with the shardings that prefill gives to real caches."""
 
     def pool(shapes: Any) -> Any:
-        return with_shardings(located, specs(shapes, layout), shapes, layout.mesh)
+        return with_shardings(located, specs(shapes, placement), shapes, placement.mesh)
 
     def own(shapes: Any) -> Any:
         if shapes is None:
             return None
         # These caches name their shardings themselves: a dense cache may be sharded by slots.
-        parts, layout = places(shapes)
-        return with_shardings(located, parts, shapes, layout.mesh)
+        parts, placement = places(shapes)
+        return with_shardings(located, parts, shapes, placement.mesh)
 
-    rows = NamedSharding(layout.mesh, layout.spec("batch"))
+    rows = NamedSharding(placement.mesh, placement.spec("batch"))
     return dataclasses.replace(
         cache,
         own=tuple(map(own, cache.own)),

@@ -24,7 +24,7 @@ from kvjax.cache.room import keep_all
 from kvjax.cache.sharded import head_copies
 from kvjax.cache.storage import room_bucket
 from kvjax.config import ModelConfig
-from kvjax.mesh import Layout, put_rows
+from kvjax.mesh import Placement, put_rows
 from kvjax.policies.budgets import Adaptive, Sharing
 from kvjax.policies.scorers import Scorer, SinksAndRecent
 from kvjax.policies.selection import (
@@ -90,7 +90,7 @@ class Compression:
         lengths: [B] lengths of the prompts.
         new_tokens: number of new tokens that the caches must have room for.
         dtype: dtype of the activations.
-        layout: layout of the batch on a mesh; None for one device.
+        placement: placement of the batch on a mesh; None for one device.
         groups, rows: for each pool its layers and its rows.
         slots: slots of each layer whose heads all keep the same tokens, see `layer_slots`.
     """
@@ -100,7 +100,7 @@ class Compression:
     lengths: Int[np.ndarray, " B"]
     new_tokens: int
     dtype: Any
-    layout: Layout | None
+    placement: Placement | None
     groups: tuple[LayerGroup, ...]
     rows: tuple[PoolRows, ...]
     slots: dict[int, int]
@@ -108,9 +108,9 @@ class Compression:
     @property
     def copies(self) -> int:
         """See `ShardedHeads`."""
-        if self.layout is None or not self.groups:
+        if self.placement is None or not self.groups:
             return 1
-        return head_copies(self.budgets.caps.shape[2], self.layout.ways)
+        return head_copies(self.budgets.caps.shape[2], self.placement.ways)
 
     def observer(self, layer: int) -> Any:
         """The scorer's `Observer` of a layer, which sees all queries of a prompt; None for none."""
@@ -134,9 +134,11 @@ class Compression:
         budgets = dataclasses.replace(b, **each)
         # Keep the row count of the whole batch: the groups' caches are joined and share programs.
         firsts = tuple(part._replace(first=part.first[rows]) for part in self.rows)
-        layout = None if self.layout is None else Layout.create(self.layout.mesh, len(rows))
+        placement = (
+            None if self.placement is None else Placement.create(self.placement.mesh, len(rows))
+        )
         own = {"budgets": budgets, "lengths": self.lengths[rows], "rows": firsts}
-        return dataclasses.replace(self, **own, layout=layout)
+        return dataclasses.replace(self, **own, placement=placement)
 
     def start(self, device: Any = None) -> ModelCache:
         """Caches without entries.
@@ -146,7 +148,7 @@ class Compression:
                 for arrays that are not bound to a device, so these arrays are bound as well.
         """
         both = (self.lengths, self.rope_lengths)
-        lengths, rope_lengths = put_rows(both, device, self.layout)
+        lengths, rope_lengths = put_rows(both, device, self.placement)
         places: list[tuple[int, int] | None] = [None] * self.config.num_layers
         pools = []
         # One pool for each group of layers; `places` says where to find a layer.
@@ -155,12 +157,14 @@ class Compression:
                 places[layer] = number, row
             pools.append(self._empty_pool(group, rows, lengths))
         own = (None,) * self.config.num_layers
-        return ModelCache(own, tuple(pools), rope_lengths, tuple(places), self.layout, self.copies)
+        return ModelCache(
+            own, tuple(pools), rope_lengths, tuple(places), self.placement, self.copies
+        )
 
     def _empty_pool(self, group: LayerGroup, rows: PoolRows, lengths: jax.Array) -> Pool:
-        b, ways = self.budgets, 1 if self.layout is None else self.layout.ways
+        b, ways = self.budgets, 1 if self.placement is None else self.placement.ways
         heads = b.caps.shape[2] * self.copies
-        align = alignment(b.dtype or self.dtype, self.layout)
+        align = alignment(b.dtype or self.dtype, self.placement)
         make = functools.partial(
             new_pool,
             (len(self.lengths), len(group.layers), heads),
@@ -170,7 +174,7 @@ class Compression:
             any(window is not None for window in group.windows),
             align,
             None if align == 1 else rows.span,
-            self.layout,
+            self.placement,
         )
         pool = make(lengths)
         return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
@@ -214,7 +218,7 @@ class Compression:
         arrays = prefilled, self.layer_recent(layer)
         if common:
             return functools.partial(rank_common, *arrays, **settings)
-        return functools.partial(rank_heads, *arrays, **settings, layout=self.layout)
+        return functools.partial(rank_heads, *arrays, **settings, placement=self.placement)
 
     def packing(
         self, caches: ModelCache, layer: int, prefilled: PrefillCache, ranking: Ranking | None
@@ -244,7 +248,7 @@ class Compression:
             sharing=b.sharing or Adaptive(),
             spec=spec,
             remembered=b.observed if b.again else 0,
-            layout=self.layout,
+            placement=self.placement,
             copies=self.copies,
         )
 
@@ -280,7 +284,7 @@ class Compression:
                 sharing=b.sharing or Adaptive(),
                 spec=self.config.layers[layer].attention.spec,
                 size=min(longest_segment(b), self.rows[number].rows),
-                layout=self.layout,
+                placement=self.placement,
                 copies=self.copies,
             )
             caches = caches.with_pool_layer(place, packed)
@@ -312,7 +316,7 @@ def compression(
     lengths: Sequence[int] | Int[np.ndarray, " B"],
     new_tokens: int,
     dtype: Any,
-    layout: Layout | None,
+    placement: Placement | None,
     layers: Sequence[int],
 ) -> Compression:
     """A policy applied to prompts of these lengths.
@@ -325,13 +329,13 @@ def compression(
     groups = layer_groups(config, layers)
     rows: tuple[PoolRows, ...] = ()
     if groups:
-        align = alignment(budgets.dtype or dtype, layout)
-        ways = 1 if layout is None else layout.ways
-        copies = 1 if layout is None else head_copies(budgets.caps.shape[2], ways)
+        align = alignment(budgets.dtype or dtype, placement)
+        ways = 1 if placement is None else placement.ways
+        copies = 1 if placement is None else head_copies(budgets.caps.shape[2], ways)
         rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
     alike = [layer for layer in range(config.num_layers) if layer not in layers]
     slots = layer_slots(config, budgets, lengths, new_tokens, alike)
-    return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows, slots)
+    return Compression(config, budgets, lengths, new_tokens, dtype, placement, groups, rows, slots)
 
 
 def layer_slots(
@@ -457,9 +461,9 @@ def longest_segment(budgets: Budgets) -> int:
     return bucket_rows(int(most) + int(budgets.recent.max()) + int(budgets.rooms.max()))
 
 
-def alignment(dtype: Any, layout: Layout | None) -> int:
-    """`pool_alignment` on the platform of the layout."""
-    return pool_alignment(dtype, None if layout is None else layout.platform)
+def alignment(dtype: Any, placement: Placement | None) -> int:
+    """`pool_alignment` on the platform of the placement."""
+    return pool_alignment(dtype, None if placement is None else placement.platform)
 
 
 def budgeted_layers(config: ModelConfig) -> list[int]:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from kvjax.cache.storage import room_bucket
 from kvjax.checks import COUNT, SIZE, Range, check_ranges
 from kvjax.config import ModelConfig
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
 from kvjax.policies.budgets import (
     Allocator,
     Request,
@@ -89,19 +89,19 @@ class Policy(ABC):
         lengths: Lengths,
         new_tokens: int,
         dtype: Any = "bfloat16",
-        layout: Layout | None = None,
+        placement: Placement | None = None,
     ) -> Compression:
         """Applies the policy to one batch of prompts.
 
         Args:
             lengths, new_tokens, dtype: see `budgets`.
-            layout: layout of the batch on a mesh; None for one device.
+            placement: placement of the batch on a mesh; None for one device.
 
         Raises:
             NotImplementedError: see `budgets`.
         """
         budgets, layers = self.budgets(config, lengths, new_tokens, dtype)
-        return compression(config, budgets, lengths, new_tokens, dtype, layout, layers)
+        return compression(config, budgets, lengths, new_tokens, dtype, placement, layers)
 
     def kept(
         self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"

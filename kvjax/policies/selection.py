@@ -31,7 +31,7 @@ from kvjax.cache.pool import copy_rows, lay_segments
 from kvjax.cache.room import spread_like, whole_of
 from kvjax.cache.sharded import specs
 from kvjax.cache.storage import cast, take_rows, whole_slots
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
 from kvjax.policies.budgets import Sharing
 from kvjax.policies.scorers import LayerView, Scorer, pool_entries
 
@@ -81,7 +81,7 @@ class Ranking:
         return select(sort_keys(self.scores, candidates), self.rising, counts)
 
 
-@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "layout"))
+@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "placement"))
 def rank_heads(
     prefilled: PrefillCache,
     recent: Int[Array | np.ndarray, " B"],
@@ -89,7 +89,7 @@ def rank_heads(
     scorer: Scorer,
     spec: AttentionSpec,
     observed: int,
-    layout: Layout | None,
+    placement: Placement | None,
 ) -> Ranking:
     """Ranks the tokens of a prompt for each head of the layer.
 
@@ -100,11 +100,13 @@ def rank_heads(
     view = LayerView.create(prefilled, spec, recent, observed)
     with jax.named_scope("rank"):
         ranking = Ranking.of(token_scores(view, scorer), view.candidates)
-    if layout is None:
+    if placement is None:
         return ranking
     # `compress_heads` is compiled for the shardings of its arguments: no scorer may change them.
-    sharded = ranking.rising.shape[1] % layout.ways == 0
-    return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if sharded else None), ranking)
+    sharded = ranking.rising.shape[1] % placement.ways == 0
+    return jax.tree.map(
+        lambda x: placement.place(x, "batch", "tensor" if sharded else None), ranking
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
@@ -206,7 +208,7 @@ def with_recent(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("sharing", "spec", "remembered", "layout", "copies"),
+    static_argnames=("sharing", "spec", "remembered", "placement", "copies"),
     donate_argnames="layer",
 )
 def compress_heads(
@@ -218,7 +220,7 @@ def compress_heads(
     sharing: Sharing,
     spec: AttentionSpec,
     remembered: int,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """Compresses one layer's prompt into the pool.
@@ -234,13 +236,13 @@ def compress_heads(
     entries = view.keys, view.values
     if isinstance(prefilled.base, ShardedHeads):  # as stored: each head `copies` times
         entries = prefilled.base.inner.keys_and_values(view.keys.dtype)
-    layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
+    layer = pack(layer, view.positions, entries, source, held, budget, spec, placement, copies)
     return dataclasses.replace(layer, queries=view.queries) if remembered else layer
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scorer", "sharing", "spec", "size", "layout", "copies"),
+    static_argnames=("scorer", "sharing", "spec", "size", "placement", "copies"),
     donate_argnames="layer",
 )
 def compress_again(
@@ -251,7 +253,7 @@ def compress_again(
     sharing: Sharing,
     spec: AttentionSpec,
     size: int,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """Cuts a layer's segments down to their budgets again.
@@ -260,14 +262,14 @@ def compress_again(
         size: upper bound on the rows of a segment.
     """
 
-    if layout is None:
+    if placement is None:
         view = LayerView.of_pool(layer, spec, budget.recent, size)
         entries = view.keys, view.values
     else:
         # Each device reads its own rows; the choice needs every head once.
-        heads = layout.spec("batch", "tensor")
+        heads = placement.spec("batch", "tensor")
         read = functools.partial(pool_entries, size=size)
-        found = layout.run(read, (specs(layer, layout),), (heads,) * 4)(layer)
+        found = placement.run(read, (specs(layer, placement),), (heads,) * 4)(layer)
         entries, lengths = found[:2], layer.lengths
         keys, values, held, positions = (part[:, ::copies] for part in found)
         arrays = (keys, values, layer.queries, lengths, held, positions)
@@ -275,7 +277,7 @@ def compress_again(
     with jax.named_scope("select"):
         ranking = Ranking.of(token_scores(view, scorer), view.candidates)
         source, held = choose(view, ranking, sharing, budget)
-    return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
+    return pack(layer, view.positions, entries, source, held, budget, spec, placement, copies)
 
 
 def pack(
@@ -286,7 +288,7 @@ def pack(
     held_BK: Int[Array, "B K"],
     budget: LayerBudget,
     spec: AttentionSpec,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """Copies the chosen slots of every head into its segment.
@@ -318,12 +320,12 @@ def pack(
 
     arrays = (*entries, positions_BZS, source_BKS, held_BK)
     with jax.named_scope("pack"):
-        if layout is None:
+        if placement is None:
             return run(layer, *arrays, budget.rooms, budget.rings, budget.first)
-        heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+        heads, rows = placement.spec("batch", "tensor"), placement.spec("batch")
         placed = (heads, heads, rows if shared else heads, heads, heads, heads, heads, heads)
-        parts = specs(layer, layout)
-        call = layout.run(run, (parts, *placed), parts)
+        parts = specs(layer, placement)
+        call = placement.run(run, (parts, *placed), parts)
         return call(layer, *arrays, budget.rooms, budget.rings, budget.first)
 
 

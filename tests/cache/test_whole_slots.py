@@ -25,7 +25,7 @@ from kvjax.cache.storage import room_bucket, whole_slots
 from kvjax.capacity.devices import Topology
 from kvjax.config import LayerConfig, MLPConfig, ModelConfig
 from kvjax.generation import full_cache_bytes
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
 from kvjax.policies.compression import Budgets, layer_slots
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
@@ -135,9 +135,9 @@ def test_more_room():
 def test_slots_on_a_mesh():
     """Whole tiles on every one of four devices."""
     mesh = Topology.parse("h200:4").abstract_mesh({"tensor": 4})
-    layout = Layout.create(mesh, 2)
-    dense = lambda: ShardedHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), layout)  # noqa: E731
-    latent = lambda: ShardedSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), layout, 9)  # noqa: E731
+    placement = Placement.create(mesh, 2)
+    dense = lambda: ShardedHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), placement)  # noqa: E731
+    latent = lambda: ShardedSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), placement, 9)  # noqa: E731
     assert slots_of(jax.eval_shape(dense).inner) == 56
     found = jax.eval_shape(latent).inner
     assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
