@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvjax.tasks import WordVocabulary, needle, recall, repeated_spans, two_hop
+from kvjax.tasks import WordVocabulary, needle, people, repeated_spans, two_hop
 
 VOCAB = WordVocabulary()
 GENERATORS = [needle.generate, two_hop.generate, repeated_spans.generate]
@@ -90,7 +90,7 @@ def test_distractors_bring_their_own_age():
 
 
 def test_words_of_things_do_not_repeat_in_a_prompt():
-    cast = recall.draw_people(rng(), [12] * 12)
+    cast = people.draw_people(rng(), [12] * 12)
     words = [word for person in cast for word in person.thing.split()]
     assert len(set(words)) == len(words) == 144
     assert len({person.name for person in cast}) == len({person.age for person in cast}) == 12
@@ -98,7 +98,7 @@ def test_words_of_things_do_not_repeat_in_a_prompt():
 
 def test_too_many_people():
     with pytest.raises(ValueError, match="got 49 people, expected ≤ 48"):
-        recall.draw_people(rng(), [1] * 49)
+        people.draw_people(rng(), [1] * 49)
 
 
 def test_repeated_span_ends_with_its_cue_at_random_distances():
