@@ -65,8 +65,18 @@ def retrieval(
     facts = ENGLISH.facts(rng, needles)
     taken = {key for key, _ in facts}
     fills = {"noise": noise(vocab), "essay": text, "needles": _others(vocab, needles, taken)}
-    chosen = ENGLISH, needles, facts
-    example = hide(rng, vocab, length, *chosen, filler=fills[task.haystack])
+    # RULER's answers begin without the colon of `needle`.
+    begun = ENGLISH.wording(needles).answer_prefix.removesuffix(":")
+    example = hide(
+        rng,
+        vocab,
+        length,
+        ENGLISH,
+        needles,
+        facts,
+        filler=fills[task.haystack],
+        texts={"answer_prefix": begun},
+    )
     return Prompt(example.prompt, example.answers, example.question_length)
 
 

@@ -104,21 +104,25 @@ def enumeration(names: Sequence[str]) -> str:
 
 
 def needle_wording(needles: Needles) -> Wording:
-    """RULER's texts for one asked value, or for several."""
+    """RULER's texts for one asked value, or for several, with a colon after the answer's beginning.
+
+    RULER has no colon there. Without it a model may write one before the value, because the needle
+    has one: then no single right answer could be fed.
+    """
     kind = needles.value or "number"
     needle = f"One of the special magic {kind}s for {{key}} is: {{value}}."
     if needles.queries * needles.values == 1:
         return Wording(
             needle,
             f"What is the special magic {kind} for {{key}} mentioned in the provided text?",
-            f"The special magic {kind} for {{key}} mentioned in the provided text is",
+            f"The special magic {kind} for {{key}} mentioned in the provided text is:",
             f"A special magic {kind} is hidden within the following text. Make sure to memorize "
             f"it. I will quiz you about the {kind} afterwards.",
         )
     return Wording(
         needle,
         f"What are all the special magic {kind}s for {{key}} mentioned in the provided text?",
-        f"The special magic {kind}s for {{key}} mentioned in the provided text are",
+        f"The special magic {kind}s for {{key}} mentioned in the provided text are:",
         f"Some special magic {kind}s are hidden within the following text. Make sure to memorize "
         f"it. I will quiz you about the {kind}s afterwards.",
     )

@@ -205,8 +205,9 @@ class TokenizerVocabulary:
 
     @property
     def bos_id(self) -> int | None:
-        """The first token that the tokenizer puts before a text, if any."""
-        return next(iter(prompt_ids(self.tokenizer, "")), None)
+        """The token that starts a prompt, if the tokenizer has one and puts it before a text."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos in prompt_ids(self.tokenizer, "") else None
 
     @property
     def size(self) -> int:

@@ -20,7 +20,7 @@ ONE = (
     f"{INSTRUCTION} One of the special magic numbers for KEY is: VALUE.\n"
     "What is the special magic number for KEY mentioned in the provided text?"
 )
-PREFIX = "The special magic number for KEY mentioned in the provided text is"
+PREFIX = "The special magic number for KEY mentioned in the provided text is:"
 TURN = "<|end|>\n<|assistant|>\n"
 
 
@@ -66,7 +66,7 @@ def test_the_answer_begins_in_the_turn_of_the_assistant(chat):
     wanted = f"<s><|user|>\n{ONE}{TURN}{PREFIX}"
     assert text == filled(wanted, example, key_of(text))
     asked = written(chat, example.prompt[-example.question_length :])
-    assert asked.startswith("\nWhat is the") and asked.endswith(" text is")
+    assert asked.startswith("\nWhat is the") and asked.endswith(" text is:")
 
 
 def test_several_keys_and_values(plain):
@@ -78,7 +78,7 @@ def test_several_keys_and_values(plain):
     assert text.startswith("Some special magic numbers are hidden within the following text. Make")
     assert text.endswith(
         f"\nWhat are all the special magic numbers for {a}, and {b} mentioned in the provided text?"
-        f" The special magic numbers for {a}, and {b} mentioned in the provided text are"
+        f" The special magic numbers for {a}, and {b} mentioned in the provided text are:"
     )
     assert text.count(f"numbers for {c} is: ") == 2
     assert sorted(example.answers) == sorted(value for key, value in facts if key != c)
@@ -223,6 +223,7 @@ def test_the_texts_are_those_of_ruler(data_dir):
     wording = ENGLISH.wording(Needles(key="uuid", value="uuid"))
     key = row["input"].rpartition("uuid for ")[2].partition(" mentioned")[0]
     before, after, prefix = wording.parts(key=key)
-    assert row["input"].startswith(before) and row["input"].endswith(f"{after} {prefix}")
+    assert row["input"].startswith(before)
+    assert f"{row['input']}:".endswith(f"{after} {prefix}")  # RULER has no colon there
     [value] = row["outputs"]
     assert wording.needle.format(key=key, value=value) in row["input"]
