@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from tokenizer_toys import CHAT, byte_level, packed, sentencepiece, word_piece
 
+from kvjax.headkv.examples import Grid
+from kvjax.headkv.examples import make_examples as grid_examples
 from kvjax.tasks import WordVocabulary, make_examples, needle, repeated_spans, two_hop, words
 from kvjax.tasks.english import ENGLISH, numbers_of, sentence
 from kvjax.tasks.language import Needles
@@ -187,6 +189,20 @@ def test_models_that_put_no_bos_before_a_text_get_none(plain):
     """Some tokenizers name a BOS that begins chats only, such as <|im_start|>."""
     assert plain.bos_id is None and plain.tokenizer.bos_token == "<s>"
     assert TokenizerVocabulary(sentencepiece()).bos_id == 1
+
+
+@pytest.mark.parametrize("estimator", ["enhanced_retrieval", "retrieval_reasoning"])
+def test_head_importance_asks_the_same_questions(chat, estimator):
+    """In the chat template where the tokenizer has one, else raw."""
+    for vocab, begins in ((chat, "<s><|user|>\n"), (TokenizerVocabulary(byte_level()), "")):
+        for example in grid_examples(vocab.tokenizer, Grid(estimator, 3, 1500)):
+            text = written(vocab, example.prompt)
+            intro, _, rest = text.removeprefix(begins).partition("\n ")
+            assert text.startswith(begins) and intro.endswith(" afterwards.")
+            turn = rest.rpartition("?")[2].removeprefix(TURN if begins else " ")
+            assert turn.startswith(("The special magic", "The favorite thing"))
+            told = written(vocab, example.prompt[slice(*example.span)])
+            assert example.answers[0] in told and not example.then_eos
 
 
 @pytest.mark.data
