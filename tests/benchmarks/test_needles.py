@@ -23,10 +23,12 @@ def test_a_run_becomes_a_row(tmp_path):
     report |= {"task": "needle", "protocol": "generate", "prompt": "chat", "commit": "abc"}
     report |= {"model": str(model), "policies": [row], "command": command}
     (tmp_path / RESULTS).write_text(json.dumps(report))
-    found = collected(tmp_path)
-    assert str(tmp_path.parent) not in json.dumps(found) and found["model"] == "small"
+    assert collected(tmp_path, {})["model"] == "small"
+    found = collected(tmp_path, {"small": "Small-1B"})
+    assert str(tmp_path.parent) not in json.dumps(found) and found["model"] == "Small-1B"
     assert "--model small --set haystack=book.txt --out" in found["command"]
     assert found["policies"][0]["right"] == {"512": "0 of 1", "1024": "1.5 of 2"}
-    cells = ["small", "needle haystack=book.txt", "chat", "generate"]
+    cells = ["Small-1B", "needle, haystack=book.txt", "chat", "generate", "abc"]
     cells += ["headkv:kv_size=8,scores=heads.json", "10.0%", "512: 0 of 1, 1024: 1.5 of 2"]
-    assert page([found])[-1] == f"| {' | '.join(cells)} |"
+    lines = page([found], ["A note."])
+    assert lines[-1] == f"| {' | '.join(cells)} |" and "A note." in lines

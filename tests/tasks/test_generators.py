@@ -1,9 +1,11 @@
 """Examples hold what they say: exact lengths, spans on the answer, one right answer."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from kvjax.tasks import WordVocabulary, needle, people, repeated_spans, two_hop
+from kvjax.tasks import WordVocabulary, make_examples, needle, people, repeated_spans, two_hop
 
 VOCAB = WordVocabulary()
 GENERATORS = [needle.generate, two_hop.generate, repeated_spans.generate]
@@ -30,6 +32,24 @@ def test_length_is_exact_and_the_span_holds_the_answer(generate, length, answer_
         assert contains(example.prompt[start:end], example.answer)
         assert all(0 <= token < VOCAB.size for token in (*example.prompt, *example.answer))
         assert VOCAB.unknown_id not in example.prompt
+
+
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        ("needle", "290b9249e54a"),
+        ("multi_key", "be3eabaeaf52"),
+        ("two_hop", "3e868a4e764b"),
+        ("two_hop_crowded", "0463b2242baf"),
+        ("repeated_spans", "f000a22b59ba"),
+    ],
+)
+def test_prompts_of_the_embedded_model_stay_the_same(task, digest):
+    """Its published figures belong to these prompts."""
+    examples = make_examples(task, VOCAB, 4, 300, seed=2)
+    text = repr([(e.prompt, e.answer, e.span) for e in examples])
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
+    assert all(example.then_eos for example in examples)
 
 
 @pytest.mark.parametrize("generate", GENERATORS)
