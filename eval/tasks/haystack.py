@@ -150,7 +150,8 @@ def first_sentence(text: str) -> str:
 def judged(metric: str, text: str, references: Sequence[str]) -> float:
     """The score of an answer, by its lower-case words without punctuation.
 
-    contains: the share of the references that the text has as whole words, as RULER's string match.
+    contains: the share of the references that the text has as whole words. (RULER's string match
+    also takes a number that is part of a longer one.)
     exact_match and rouge1_recall compare with all references, in their order.
     """
     if metric == "contains":
