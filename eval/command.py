@@ -245,7 +245,7 @@ def task_options(command: TaskCommand, tokenizer: Any) -> Any:
     if command.data_dir is not None and not command.data_dir.is_dir():
         raise ValueError(f"no folder at {command.data_dir}")
     values = {name: getattr(command, name) for name in TASK_FIELDS}
-    return TaskOptions(tokenizer=tokenizer, settings=settings, **values)
+    return TaskOptions(tokenizer=tokenizer, settings=settings, chat=command.chat, **values)
 
 
 def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
@@ -281,7 +281,7 @@ def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) ->
 
     # The checks of `evaluate`, so that a command that would fail fails here too.
     check_ids(task)
-    check_form(task, settings.chat)
+    check_form(task, settings)
     policies = resolve_all(settings.policies, model)
     prompts = encode(task, tokenizer, model.config, settings.chat, settings.max_length)
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)

@@ -274,9 +274,10 @@ def compare(
 ) -> Compared:
     """Judges every answer under every policy, and with the full cache (the policy "full").
 
-    An answer counts as right if each of its tokens, and the EOS after it, is the most likely one:
-    greedy decoding would write this answer, if its first token too came from the compressed cache.
-    In `kvjax.generate` the prefill predicts the first token, before the cache is compressed.
+    An answer counts as right if each of its tokens is the most likely one, and the EOS after it
+    where the example says so: greedy decoding would write this answer, if its first token too came
+    from the compressed cache. In `kvjax.generate` the prefill predicts the first token, before the
+    cache is compressed.
 
     Args:
         policies: by name, with their head scores; see `kvjax.policies.named.resolve`.
@@ -296,7 +297,7 @@ def compare(
     reads = [len(example.prompt) - n for example, n in zip(examples, asked, strict=True)]
     texts = []
     for index, (example, read) in enumerate(zip(examples, reads, strict=True)):
-        ids = [*example.prompt, *example.answer, config.eos_ids[0]]
+        ids = [*example.prompt, *example.answer, *config.eos_ids[: example.then_eos]]
         texts.append(Text(ids, len(example.prompt), read, f"the logits of example {index}"))
     right: dict[str, list[bool]] = {name: [] for name in every}
     for name, judged, _ in judge_compressed(model, params, texts, every, batch_size):
@@ -315,7 +316,7 @@ def compare(
 def _check_examples(config: ModelConfig, examples: Sequence[Example], protocol: str) -> None:
     if not examples:
         raise ValueError("got no examples, expected at least one")
-    if not config.eos_ids:
+    if not config.eos_ids and any(example.then_eos for example in examples):
         raise ValueError("the model has no EOS id, expected one: an answer ends with it")
     for index, example in enumerate(examples):
         token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")

@@ -126,6 +126,23 @@ def test_the_first_token_is_the_uncompressed_model_s(loaded):
     assert small != full
 
 
+def test_an_answer_may_go_on(loaded, examples):
+    """Where an example says so, nothing but the answer's own tokens counts."""
+    model, params = loaded
+    first = [example for example in examples[: ITEMS // 2] if len(example.answer) > 1]
+    begun = [
+        dataclasses.replace(example, answer=example.answer[:-1], then_eos=then_eos)
+        for then_eos in (False, True)
+        for example in first
+    ]
+    got = compare(model, params, begun, {}).right["full"]
+    assert got.tolist() == [True] * len(first) + [False] * len(first) and first
+    endless = Transformer(dataclasses.replace(model.config, eos_ids=()))
+    assert compare(endless, params, begun[:1], {}).right["full"].all()
+    with pytest.raises(ValueError, match="no EOS id, expected one"):
+        compare(endless, params, begun[-1:], {})
+
+
 def test_the_question_after(loaded, examples):
     model, params = loaded
     chosen = policies(model)

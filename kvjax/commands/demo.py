@@ -30,6 +30,7 @@ from kvjax.runs import write_json
 from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
 from kvjax.tasks.words import TokenizerVocabulary
+from kvjax.text import has_chat_template
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
@@ -60,7 +61,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     model, params = load(MODEL, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
-    vocab = TokenizerVocabulary(tokenizer)
+    vocab = TokenizerVocabulary(tokenizer, has_chat_template(tokenizer))
     examples = [
         example
         for task in TASKS

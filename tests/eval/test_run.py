@@ -305,10 +305,12 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
         ({"policies": ()}, "at least one"),
         ({"batch_size": 0}, "expected ≥ 1"),
         ({"protocol": "guess"}, "expected one of generate"),
-        ({"protocol": "teacher", "chat": True}, "no chat template"),
+        ({"protocol": "teacher", "temperature": 0.5}, "expected temperature 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Settings(**wrong)
+    with pytest.raises(ValueError, match="after the raw prompt of task toy, expected no chat"):
+        run(task, tmp_path, Settings(protocol="teacher", chat=True))
     with pytest.raises(ValueError, match="is not one of full"):
         run(task, tmp_path, Settings(policies=("best",)))
     assert not list(tmp_path.iterdir())
