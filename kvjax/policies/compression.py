@@ -333,8 +333,9 @@ def compression(
         ways = 1 if placement is None else placement.ways
         copies = 1 if placement is None else head_copies(budgets.caps.shape[2], ways)
         rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
-    alike = [layer for layer in range(config.num_layers) if layer not in layers]
-    slots = layer_slots(config, budgets, lengths, new_tokens, alike)
+    # Without a scorer a layer keeps the whole prompt, and needs no number of slots.
+    alike = [] if budgets.scorer is None else sorted({*range(config.num_layers)} - {*layers})
+    slots = layer_slots(config, budgets, lengths, new_tokens, alike) if alike else {}
     return Compression(config, budgets, lengths, new_tokens, dtype, placement, groups, rows, slots)
 
 

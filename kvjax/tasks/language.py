@@ -95,7 +95,7 @@ def _check_placeholders(name: str, text: str, needed: Iterable[str], allowed: It
 
 @dataclass(frozen=True)
 class Needles:
-    """What a needle prompt hides, and what it asks for.
+    """The facts that a needle prompt hides, and the ones that it asks for.
 
     Attributes:
         keys: number of keys.
@@ -141,8 +141,9 @@ class Language:
         two_hop: the texts of a prompt about the older of two people.
         lengths: smallest and largest length of the answers that `make_examples` draws; None for
             the language's own lengths.
-        then_eos: whether an answer ends where the right text ends. Models that were trained on
-            these prompts alone do this; others may go on with a full stop or another sentence.
+        then_eos: whether the end of the sequence must follow the right text. A model that was
+            trained on these prompts alone writes it; another model may write a full stop, or one
+            more sentence.
     """
 
     name: str
