@@ -108,9 +108,12 @@ def table(name: str, report: dict[str, Any]) -> str:
             *(factor(row, key) for key in ("batch", "context")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    checked = f"A step of all layers compiled: {check['relative_error']:.2%} from the plan."
-    said = [checked] if check else []
-    lines += ["", " ".join(said + notes(report))] if said + notes(report) else []
+    said = notes(report)
+    if check:
+        said.insert(
+            0, f"A step of all layers compiled: {check['relative_error']:.2%} from the plan."
+        )
+    lines += ["", " ".join(said)] if said else []
     return "\n".join(lines)
 
 
