@@ -242,8 +242,11 @@ def plan(
         arg(name="policy", metavar="POLICY", help="besides full and 8-bit caches; repeat for more"),
     ] = (),
     latent: Annotated[
-        tuple[int, int], arg(help="latent and rotary key of the converted model; 0 0 for none")
-    ] = (512, 128),
+        tuple[int, int] | None,
+        arg(
+            help="latent and rotary key of the converted model; default: 512 128, or half the cache"
+        ),
+    ] = None,
     check: Annotated[bool, arg(help="also compile a step of all layers and compare")] = False,
     dtype: Annotated[DtypeName, arg(help="dtype of weights, activations and cache")] = "bfloat16",
     compile: Annotated[
@@ -266,7 +269,7 @@ def plan(
         batch,
         mesh,
         policies or Request.policies,  # tyro appends to the default, so the default is empty here
-        latent if any(latent) else None,
+        latent,
         dtype,
         compile,
     )

@@ -14,7 +14,7 @@ from meshes import GQA, MLA, mesh_of_eight, toy
 
 import kvjax
 from kvjax.capacity.devices import Topology, device_bytes
-from kvjax.capacity.plan import LONGEST, Footprint, extrapolate
+from kvjax.capacity.plan import LONGEST, Footprint, Request, extrapolate, plan_capacity
 from kvjax.capacity.programs import (
     Compiler,
     Program,
@@ -239,6 +239,19 @@ def test_more_devices_than_heads(tmp_path):
     assert any("2 devices hold each" in note for note in report["notes"])
     assert report["rows"][0]["cache"] == 2 * ((8192 + 128) * 512 + 4) + 4
     assert math.isclose(report["usable_bytes"], 0.97 * 81_559 * 2**20)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("shape, latent", [("qwen2.5-7b", (512, 128)), ("small", (144, 48))])
+def test_default_latents(shape, latent, tmp_path):
+    """512 + 128 numbers a token, or half of the cache where keys and values have no more."""
+    path = Path(shallow_shape(tmp_path, "qwen2.5-7b", 2))
+    if shape == "small":  # 3 KV heads of 64 have 384 numbers
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+        path.write_text(json.dumps(json.loads(path.read_text()) | heads))
+    report = plan_capacity(Request(str(path), "h200:1", 512, 32))
+    rank, rope = latent
+    assert report["rows"][-1]["variant"] == f"MLA {rank} + {rope}"
 
 
 @pytest.mark.parametrize(

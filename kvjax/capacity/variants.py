@@ -28,7 +28,10 @@ from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress, Policy
 from kvjax.prefill import bucket_length, cache_shapes
 from kvjax.sharding import param_shardings
-from kvjax.transmla.sizes import decoupled_shape
+from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.sizes import components, decoupled_shape
+
+LATENT = 512, 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def variants(
     """The full cache, 8-bit entries, each of the policies, and the converted model.
 
     Args:
-        latent: widths of the converted model's latent and rotary key; None for no such variant.
+        latent: widths of the converted model's latent and rotary key; None for `default_latent`,
+            (0, 0) for no such variant.
         notes: remarks for the user are appended to this list.
     """
     found = [
@@ -84,11 +88,29 @@ def variants(
             scores = HeadScores(np.ones((model.config.num_layers, heads, 1)))
             notes.append(f"{text}: no head scores, so all heads have the same budget.")
         found.append(Variant(text, model, resolve(policy, model.config, scores)))
-    if latent is not None:
+    if latent is None:
+        latent = default_latent(model, notes)
+    if any(latent):
         rank, rope = latent
         converted = decoupled_shape(model, rank, rope)
         found.append(Variant(f"MLA {rank} + {rope}", converted, parse_policy("full")))
     return found
+
+
+def default_latent(model: Transformer, notes: list[str]) -> tuple[int, int]:
+    """512 + 128 numbers a token, as large models have after conversion (arXiv 2502.07864).
+
+    Half of what keys and values have, where these have no more; (0, 0) for other than GQA layers.
+    """
+    try:
+        width = min(components(base)[0] for base in gqa_layers(model))
+    except ValueError as error:
+        notes.append(f"No converted model is planned: {error}.")
+        return 0, 0
+    if width > sum(LATENT):
+        return LATENT
+    rope = width // 16 * 2
+    return width // 2 - rope, rope
 
 
 def lacks_scores(policy: Policy) -> bool:
