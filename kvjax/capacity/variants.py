@@ -25,6 +25,7 @@ from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
+from kvjax.policies.need import MeasuredNeed
 from kvjax.policies.policy import Compress, Policy
 from kvjax.prefill import bucket_length, cache_shapes
 from kvjax.sharding import param_shardings
@@ -128,6 +129,10 @@ def shallower(variant: Variant, depth: int) -> Variant:
         scores = HeadScores(policy.allocator.scores.samples[:depth])
         allocator = dataclasses.replace(policy.allocator, scores=scores)
         policy = dataclasses.replace(policy, allocator=allocator)
+    if isinstance(policy, Compress) and isinstance(policy.allocator, MeasuredNeed):
+        policy = dataclasses.replace(
+            policy, allocator=MeasuredNeed(policy.allocator.curves.of_layers(depth))
+        )
     return Variant(variant.name, model, policy)
 
 

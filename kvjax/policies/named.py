@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 from kvjax.config import ModelConfig
 from kvjax.policies.budgets import Adaptive, Allocator, HeadImportance, Pyramid, Uniform
 from kvjax.policies.importance import HeadScores, check_shape, default_scores, load_scores
+from kvjax.policies.need import MeasuredNeed, check_curves, load_need
 from kvjax.policies.observers import ColumnSums, ExpectedAttention
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.policies.scorers import (
@@ -103,6 +104,7 @@ def headkv(
     falloff: float = 0.01,
     beta: float = 0.0,
     scores: str = "",
+    need: str = "",
     **settings: Unpack[Settings],
 ) -> Compress:
     """HeadKV (arXiv 2410.19258), with the variants that measured better than the paper's rules.
@@ -114,9 +116,14 @@ def headkv(
         ahead, behind, falloff: see `SpanWindow`.
         beta: 0 for `growing_beta`.
         scores: a score file of any estimator; empty for the model's own.
+        need: a file of `NeedCurves`, from which the budgets then come, in place of importance.
     """
-    importance = HeadImportance(beta or None, _file(scores))
-    return _compress(importance, SpanWindow(ahead, behind, falloff), settings)
+    if scores and need:
+        raise ValueError("headkv got scores and need, expected one of them")
+    allocator: Allocator = HeadImportance(beta or None, _file(scores))
+    if need:
+        allocator = MeasuredNeed(load_need(need))
+    return _compress(allocator, SpanWindow(ahead, behind, falloff), settings)
 
 
 def headkv_paper(
@@ -253,6 +260,8 @@ def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None
         ValueError: an unknown policy, no scores, or scores of a model of another shape.
     """
     policy = parse_policy(policy)
+    if isinstance(policy, Compress) and isinstance(policy.allocator, MeasuredNeed):
+        check_curves(policy.allocator.curves, config)
     if not isinstance(policy, Compress) or not isinstance(policy.allocator, HeadImportance):
         return policy
     chosen = policy.allocator.scores or scores
