@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import without_folders
 from eval.predictions import PREDICTIONS, RESULTS, read
 from kvjax.paths import local_path
 
 OUT = Path("benchmarks/results/needles.json")
 SETTINGS = re.compile(r"--set ('[^']*'|\S+)")
-FOLDERS = re.compile(r"(?<=[ =])/\S*/(?=[^/\s])")
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def collected(folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
         scores = {n: [p.score for p in own if p.group.startswith(f"{n}/")] for n in lengths}
         rows.append(
             {
-                "policy": FOLDERS.sub("", policy["policy"]),
+                "policy": without_folders(policy["policy"]),
                 "right": {n: f"{sum(found):g} of {len(found)}" for n, found in scores.items()},
                 "score": policy["all"]["score"],
                 "standard_error": policy["all"]["standard_error"],
@@ -68,7 +68,7 @@ def collected(folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
     return {
         "model": names.get(model, model),
         **facts,
-        "command": FOLDERS.sub("", report["command"]),
+        "command": without_folders(report["command"]),
         "policies": rows,
     }
 
