@@ -136,11 +136,14 @@ def batch_need(
     heads, P = model.config.budget_heads, len(sizes)
     losses, rises = [], np.zeros((len(examples), model.config.num_layers, heads, P))
     for place in range(P, P + len(bases)):
-        base = [reading.masked(index, kept[place : place + 1]) for index, kept in reading.kept]
+        base = [
+            reading.masked(index, kept[place : place + 1])
+            for index, kept in enumerate(reading.kept)
+        ]
         inputs = reading.layers(params, embed(model.config, params, reading.steps), 0, base)
         losses.append(reading.losses(model, params, inputs[-1])[0])
         # Layers below the one whose heads change compute what they compute at the base.
-        for index, kept in reading.kept:
+        for index, kept in enumerate(reading.kept):
             own = reading.masked(index, one_head_at_a_time(kept[:P], kept[place]))
             x = jnp.tile(inputs[index], (own.kept.shape[0], 1, 1))
             x = reading.layers(params, x, index, [*base[:index], own, *base[index + 1 :]])[-1]
@@ -157,14 +160,14 @@ class Reading(NamedTuple):
     Attributes:
         kinds: the blocks of the model.
         prompts: each layer's keys and values.
-        kept: for each layer its number, and [P, B, Z, S] the tokens that a head keeps at each size.
+        kept: for each layer [P, B, Z, S] the tokens that a head keeps at each size.
         steps, positions, wanted: [B, M], see `answer_steps`.
         lengths, rope_lengths: [B] lengths of the prompts, and with the answers.
     """
 
     kinds: Sequence[BlockKind]
     prompts: list[PrefillCache]
-    kept: list[tuple[int, jax.Array]]
+    kept: list[jax.Array]
     steps: Int[np.ndarray, "B M"]
     positions: Int[np.ndarray, "B M"]
     wanted: Int[np.ndarray, "B M"]
@@ -211,11 +214,11 @@ def read(
     tokens, lengths = pad(prompts, bucket_length(max(map(len, prompts))))
     longest = max(len(example.answer) for example in examples)
     lengths, total = jnp.asarray(lengths), jnp.asarray(lengths + np.int32(longest))
-    recent = np.full(len(examples), observed, np.int32)
+    recent, counts = np.full(len(examples), observed, np.int32), np.asarray(sizes, np.int32)
+    watching = getattr(scorer, "observer", None)
     x, caches, masks = embed(model.config, params, tokens), [], []
     for index, kind in enumerate(block_kinds(model.config)):
         attention = kind.block.layer.attention
-        watching = getattr(scorer, "observer", None)
         settings: dict[str, Any] = {"observed": observed}
         seen = settings | {"observers": () if watching is None else (watching(attention),)}
         own = params[f"layers_{index}"]
@@ -226,8 +229,7 @@ def read(
             ranking = rank_heads(prefilled, recent, **settings, placement=None)
         else:
             ranking = rank_common(prefilled, recent, **settings)
-        counts = np.asarray(sizes, np.int32)
-        masks.append((index, kept_tokens(prefilled, ranking, recent, counts, attention.spec)))
+        masks.append(kept_tokens(prefilled, ranking, recent, counts, attention.spec))
         caches.append(prefilled.seen_by(None))
     answers = answer_steps(examples)
     return Reading(block_kinds(model.config), caches, masks, *answers, lengths, total)
