@@ -121,18 +121,11 @@ def lacks_scores(policy: Policy) -> bool:
 
 
 def shallower(variant: Variant, depth: int) -> Variant:
-    """The variant with its first `depth` layers only, head scores included."""
+    """The variant with its first `depth` layers only, measurements of heads included."""
     config, policy = variant.model.config, variant.policy
     model = Transformer(dataclasses.replace(config, layers=config.layers[:depth]))
-    if isinstance(policy, Compress) and isinstance(policy.allocator, HeadImportance):
-        assert policy.allocator.scores is not None
-        scores = HeadScores(policy.allocator.scores.samples[:depth])
-        allocator = dataclasses.replace(policy.allocator, scores=scores)
-        policy = dataclasses.replace(policy, allocator=allocator)
-    if isinstance(policy, Compress) and isinstance(policy.allocator, MeasuredNeed):
-        policy = dataclasses.replace(
-            policy, allocator=MeasuredNeed(policy.allocator.curves.of_layers(depth))
-        )
+    if isinstance(policy, Compress) and isinstance(policy.allocator, HeadImportance | MeasuredNeed):
+        policy = dataclasses.replace(policy, allocator=policy.allocator.of_layers(depth))
     return Variant(variant.name, model, policy)
 
 

@@ -304,6 +304,11 @@ class HeadImportance:
         beta = growing_beta(request.budget) if self.beta is None else self.beta
         return head_caps(normalise(values), request.budget, beta, request.limits)
 
+    def of_layers(self, depth: int) -> HeadImportance:
+        """The same for the first `depth` layers."""
+        scores = None if self.scores is None else HeadScores(self.scores.samples[:depth])
+        return HeadImportance(self.beta, scores)
+
 
 def growing_beta(budget: int) -> float:
     """β = 1 + b/200: the floor's share of the budget, b/(b + 200), grows with the budget.

@@ -75,10 +75,6 @@ class NeedCurves:
                 hull[..., i + 1 : k] = np.minimum(hull[..., i + 1 : k], chord)
         return -np.diff(hull, axis=2) / np.diff(self.sizes)
 
-    def of_layers(self, depth: int) -> NeedCurves:
-        """The curves of the first `depth` layers."""
-        return NeedCurves(self.sizes, self.rises[:depth], self.errors[:depth], self.meta)
-
     def save(self, path: str | Path) -> None:
         """Writes the curves as one JSON file, atomically."""
         write_json(
@@ -163,3 +159,8 @@ class MeasuredNeed:
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         return need_caps(self.curves, request.budget, request.limits)
+
+    def of_layers(self, depth: int) -> MeasuredNeed:
+        """The same for the first `depth` layers."""
+        c = self.curves
+        return MeasuredNeed(NeedCurves(c.sizes, c.rises[:depth], c.errors[:depth], c.meta))
