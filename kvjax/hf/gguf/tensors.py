@@ -20,6 +20,7 @@ from kvjax.config import GQAConfig, ModelConfig
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.gguf.architectures import Architecture, architecture, hf_config
 from kvjax.hf.gguf.header import Header, Place, read_header
+from kvjax.hf.gguf.rope import FACTORS, LONG, SHORT
 from kvjax.hf.layout import Layout, Rule
 from kvjax.hf.weights import WEIGHT_DTYPES, LazyParams, open_checkpoint
 from kvjax.nn import Transformer
@@ -147,8 +148,6 @@ LAYOUTS = {
     "mixtral": (Layout(**BASE), Layout(**{**BASE, "experts": OLD_EXPERTS})),
 }
 """model_type → its layouts, where they differ from `BASE`."""
-FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that `kvjax.hf.gguf.rope` reads into the configuration."""
 
 
 # --- Values --------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ def _checkpoint(header: Header, dtype: np.dtype, changes: dict[str, Change]) -> 
     tensors = {
         name: _tensor(place, target, changes.get(name))
         for name, place in header.tensors.items()
-        if name not in FACTORS
+        if name not in (FACTORS, LONG, SHORT)  # `rope_entries` reads them into the configuration
     }
     readable = {kind: _readable(kind) for kind in {tensor.kind for tensor in tensors.values()}}
     bad = {name: tensor.kind for name, tensor in tensors.items() if not readable[tensor.kind]}
