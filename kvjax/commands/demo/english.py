@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int32
 from rich.console import Console
 
-from kvjax.commands.checkpoints import bytes_per_token, count_parameters, describe_attention
+from kvjax.commands.checkpoints import bytes_per_token
 from kvjax.commands.demo import answers, shared
 from kvjax.commands.demo.shared import Steps, Subject
 from kvjax.config import GQAConfig, of_kind
@@ -28,7 +27,6 @@ from kvjax.tasks import make_examples
 from kvjax.text import prompt_ids
 from kvjax.transmla import BEST, calibrate, convert
 
-TITLES = {"builtin:smollm2": "SmolLM2-135M-Instruct"}
 PROMPT_LENGTH = 1024  # tokens of each needle's prompt
 KV_SIZES = (24, 48, 96)
 SAMPLES = 16
@@ -53,27 +51,16 @@ def show(subject: Subject, out: Path, samples: int, seed: int, steps: Steps) -> 
         The content of report.json.
     """
     console = Console(highlight=False)
-    report: dict[str, Any] = {"model": subject.name, "seed": seed, "notes": []}
+    report: dict[str, Any] = {"model": subject.name, "seed": seed}
     scores, origin = importance_of(subject, steps)
     scores.save(out / "heads.json")
-    report |= {"about": about(subject), "head_scores": origin}
-    console.print(f"\n{report['about']}", markup=False)
+    report |= {"about": shared.about(subject), "head_scores": origin}
+    console.print(f"\n{report['about']}", markup=False, highlight=False)
     report |= page_part(subject, scores, steps, console)
     report |= needle_part(subject, scores, samples, seed, out, steps, console)
     report |= conversion_part(subject, steps, console)
     console.print()
     return shared.finish(report, out, steps, console)
-
-
-def about(subject: Subject) -> str:
-    """The model in a line."""
-    config, dtype = subject.model.config, subject.params["embedding"].dtype
-    kinds = ", ".join(sorted({describe_attention(layer.attention) for layer in config.layers}))
-    return (
-        f"{TITLES.get(subject.name, subject.name)}: "
-        f"{count_parameters(subject.params) / 1e6:,.0f} million parameters, "
-        f"{config.num_layers} layers, {kinds}; {dtype} on {jax.default_backend()}"
-    )
 
 
 def importance_of(subject: Subject, steps: Steps) -> tuple[HeadScores, str]:
@@ -118,8 +105,7 @@ def page_part(
     console.print(
         f"\nThe model reads a page about a town and a question, {longest:,} tokens, and answers "
         f"from four caches: full keeps all keys and values, the others {answers.SHARE:.0%} of the "
-        "bytes. headkv gives each head a share by its importance, snapkv all heads the same, "
-        "streaming keeps the first and the last tokens."
+        f"bytes. {shared.KEEPS}"
     )
     policies = answers.caches(subject, scores)
     found = answers.answer_questions(subject, policies, ids, steps)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from kvjax.commands.checkpoints import count_parameters, describe_attention
 from kvjax.example import Example
 from kvjax.extras import pyplot
 from kvjax.nn import Transformer
@@ -27,6 +28,14 @@ from kvjax.scoring import compare
 from kvjax.tasks.words import TokenizerVocabulary
 
 POLICIES = ("headkv", "snapkv", "streaming")
+KEEPS = (
+    "headkv gives each head a share by its importance, snapkv all heads the same, streaming keeps "
+    "the first and the last tokens."
+)
+TITLES = {
+    "builtin:smollm2": "SmolLM2-135M-Instruct",
+    "builtin:needle": "the embedded model, which writes 512 words",
+}
 COMPILING = "/jax/core/compile/"
 """Begins the names of jax's events for tracing, lowering and compiling a program."""
 
@@ -45,6 +54,17 @@ class Subject:
     params: Any
     tokenizer: Any
     vocab: TokenizerVocabulary
+
+
+def about(subject: Subject) -> str:
+    """The model in a line."""
+    config, dtype = subject.model.config, subject.params["embedding"].dtype
+    kinds = ", ".join(sorted({describe_attention(layer.attention) for layer in config.layers}))
+    return (
+        f"{TITLES.get(subject.name, subject.name)}: "
+        f"{count_parameters(subject.params):,} parameters, "
+        f"{config.num_layers} layers, {kinds}; {dtype} on {jax.default_backend()}"
+    )
 
 
 class Steps:
@@ -246,7 +266,7 @@ def draw(
 def plot_head_importance(importance: np.ndarray, path: Path) -> None:
     """Draws a heat map of head importance [L, N]."""
     layers, heads = importance.shape
-    size = 1.5 + min(0.45 * heads, 14), 1.2 + min(0.45 * layers, 12)
+    size = 1.5 + min(0.45 * heads, 14), 1.2 + min(0.45 * layers, 8)
     figure, axes = pyplot().subplots(figsize=size, layout="constrained")
     image = axes.imshow(importance, aspect="auto", cmap="viridis")
     axes.set_xticks(range(heads))

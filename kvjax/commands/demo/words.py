@@ -37,7 +37,12 @@ def show(subject: Subject, out: Path, samples: int, seed: int, steps: Steps) -> 
     Returns:
         The content of report.json.
     """
-    model, params = subject.model, subject.params
+    model, params, console = subject.model, subject.params, Console(highlight=False)
+    console.print(f"\n{shared.about(subject)}", markup=False)
+    console.print(
+        f"Facts are hidden in {PROMPT_LENGTH:,} tokens, and the model is asked for one of them. "
+        f"full keeps all keys and values. The others keep few: {shared.KEEPS}"
+    )
     # Head importance first: the policies share their budgets by it.
     with steps.step("head importance"):
         scores = score_heads(model, params, subject.tokenizer, samples=samples, length=SCORE_LENGTH)
@@ -49,7 +54,7 @@ def show(subject: Subject, out: Path, samples: int, seed: int, steps: Steps) -> 
     with steps.step("equal_cache conversion"):
         conversions = [convert_and_compare(model, params, init) for init in INITS]
     shared.draw(outcomes, scores, PROMPT_LENGTH, out)
-    importance, console = shared.describe_importance(scores), Console()
+    importance = shared.describe_importance(scores)
     # Print the results on one page of the terminal.
     title = f"{subject.name}: exact match at {PROMPT_LENGTH} tokens"
     console.print(shared.accuracy_table(outcomes, title))
