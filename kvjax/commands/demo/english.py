@@ -55,7 +55,7 @@ def show(subject: Subject, out: Path, samples: int, seed: int, steps: Steps) -> 
     scores, origin = importance_of(subject, steps)
     scores.save(out / "heads.json")
     report |= {"about": shared.about(subject), "head_scores": origin}
-    console.print(f"\n{report['about']}", markup=False, highlight=False)
+    console.print(f"\n{report['about']}\nHead importance: {origin}.", markup=False)
     report |= page_part(subject, scores, steps, console)
     report |= needle_part(subject, scores, samples, seed, out, steps, console)
     report |= conversion_part(subject, steps, console)
@@ -128,9 +128,8 @@ def needle_part(
     """Needles under every policy and KV size, and the pictures of accuracy and importance."""
     length = min(PROMPT_LENGTH, subject.model.config.context_length)
     console.print(
-        f"\nThree questions show how answers look, and measure nothing. So {samples} times a "
-        f"number of seven digits is hidden in {length:,} tokens of generated sentences; the "
-        "model is asked for it, and must have every digit right."
+        f"\nTo measure: {samples} times a number of seven digits is hidden in {length:,} tokens of "
+        "generated sentences, and the model is asked for it. Every digit must be right."
     )
     tasks = {"needle": make_examples("needle", subject.vocab, samples, length, seed)}
     outcomes = shared.compare_policies(subject, scores, tasks, KV_SIZES, steps, BATCH)
