@@ -7,6 +7,7 @@ what belongs to the command line, calls `kvjax.commands` or `kvjax.capacity`, an
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -334,6 +335,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Bad input gives one line on standard error and exit code 2."""
+    # Without torch, which no command needs, transformers would advise every user to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # A URL in place of a path is refused before a command does any work.
     commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
     try:

@@ -38,7 +38,7 @@ TIMED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the page, the beginning of its answer, and how the page goes on."""
+    """A question about the page, the beginning of its answer, and the right answer after it."""
 
     text: str
     begins: str
@@ -127,7 +127,8 @@ def answer_questions(
     """
     model, tokenizer, found = subject.model, subject.tokenizer, []
     ends = end_ids(tokenizer, model.config, chat=subject.vocab.chat)
-    with steps.step(f"{len(ids)} questions, {len(policies)} caches", len(ids)) as at:
+    text = f"compile, then {len(ids)} questions to {len(policies)} caches"
+    with steps.step(text, len(ids)) as at:
         for number, (question, prompt) in enumerate(zip(QUESTIONS, ids, strict=True), 1):
             results = generate_each(
                 model,
@@ -138,8 +139,9 @@ def answer_questions(
                 eos_ids=ends,
             )
             for name, result in zip(policies, results, strict=True):
-                text = first_sentence(added_text(tokenizer, prompt, result.tokens[0]))
-                found.append(Answer(question.text, name, text, holds(text, question.answer)))
+                written = first_sentence(added_text(tokenizer, prompt, result.tokens[0]))
+                right = holds(written, question.answer)
+                found.append(Answer(question.text, name, written, right))
             at(number)
     return found
 

@@ -1,7 +1,7 @@
 """The page of models that write English: answers, needles, and a conversion to half of the cache.
 
-Every part says what it leaves out where a model cannot do it: a context too short for the text,
-no right answers to measure heads by, or no grouped-query attention to convert.
+A part that a model cannot do is left out, with a line: the page is longer than the model's context,
+or a layer has no grouped-query attention.
 """
 
 from __future__ import annotations

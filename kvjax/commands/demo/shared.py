@@ -168,7 +168,7 @@ def compare_policies(
     model, params = subject.model, subject.params
     examples = [example for group in tasks.values() for example in group]
     policies = policies_of(model, scores, kv_sizes)
-    text = f"{len(examples)} questions, {len(policies) + 1} caches"
+    text = f"compile, then {len(examples)} prompts to {len(policies) + 1} caches"
     with steps.step(text, len(examples)) as at:
         compared = compare(model, params, examples, policies, batch_size=batch_size, on_batch=at)
     samples = len(examples) // len(tasks)
