@@ -126,7 +126,7 @@ def answer_questions(
         ids: from `prompts`.
     """
     model, tokenizer, found = subject.model, subject.tokenizer, []
-    ends = end_ids(tokenizer, model.config, chat=subject.vocab.chat)
+    ends = ends_of(subject)
     text = f"compile, then {len(ids)} questions to {len(policies)} caches"
     with steps.step(text, len(ids)) as at:
         for number, (question, prompt) in enumerate(zip(QUESTIONS, ids, strict=True), 1):
@@ -144,6 +144,11 @@ def answer_questions(
                 found.append(Answer(question.text, name, written, right))
             at(number)
     return found
+
+
+def ends_of(subject: Subject) -> tuple[int, ...]:
+    """The ids that end an answer."""
+    return end_ids(subject.tokenizer, subject.model.config, chat=subject.vocab.chat)
 
 
 def first_sentence(text: str) -> str:
@@ -172,6 +177,9 @@ def costs(
 
 def speed(subject: Subject, policy: Policy, ids: Sequence[int]) -> tuple[float, float]:
     """Seconds to the first token, and the later tokens of a second."""
+    # No token has this id. There are as many ends as in answering, whose programs serve here too.
+    vocab_size = subject.model.config.vocab_size
+    ends = [vocab_size] * len(ends_of(subject))
     times = [time.perf_counter()]
     generate(
         subject.model,
@@ -179,7 +187,7 @@ def speed(subject: Subject, policy: Policy, ids: Sequence[int]) -> tuple[float, 
         [ids],
         TIMED_TOKENS,
         policy,
-        eos_ids=(),
+        eos_ids=ends,
         on_tokens=lambda *_: times.append(time.perf_counter()),
     )
     first, *rest = np.diff(times).tolist()

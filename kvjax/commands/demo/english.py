@@ -103,9 +103,9 @@ def page_part(
         console.print(note)
         return {"page": note}
     console.print(
-        f"\nThe model reads a page about a town and a question, {longest:,} tokens, and answers "
-        f"from four caches: full keeps all keys and values, the others {answers.SHARE:.0%} of the "
-        f"bytes. {shared.KEEPS}"
+        f"\nThe model reads a page about a town, a question and the beginning of its answer, "
+        f"{longest:,} tokens, and goes on from four caches: full keeps all keys and values, the "
+        f"others {answers.SHARE:.0%} of the bytes. {shared.KEEPS}"
     )
     policies = answers.caches(subject, scores)
     found = answers.answer_questions(subject, policies, ids, steps)
