@@ -1,0 +1,178 @@
+"""kvpress's presses on given prompts: which answers a compressed cache still writes.
+
+    python kvpress_presses.py PROMPTS.jsonl CHECKPOINT OUT.jsonl SIZE...
+
+Runs in an environment with kvpress and without kvjax; `python -m benchmarks.peers` makes it. The
+rules are those of `kvjax.scoring.compare`: the whole prompt is compressed to SIZE entries a head,
+its last token is fed again in its own place, and an answer is right if each of its tokens is the
+most likely one (the end of the sequence need not follow).
+
+One prefill serves all presses and sizes. A press sees each layer as kvpress shows it, and what it
+keeps is found in the whole cache again: the entries that it dropped are masked, in the way that
+kvpress itself masks the entries of AdaKV.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress import (  # pyright: ignore[reportMissingImports]
+    AdaKVPress,
+    CriticalAdaKVPress,
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    PyramidKVPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
+
+OBSERVED = 8
+"""Queries that SnapKV and its kin observe: kvjax's default. kvpress's own, 64, keeps nothing but
+the last 64 tokens at the smallest sizes."""
+
+PRESSES: dict[str, Callable[[], Any]] = {
+    "snapkv": lambda: SnapKVPress(window_size=OBSERVED),
+    "adakv(snapkv)": lambda: AdaKVPress(SnapKVPress(window_size=OBSERVED)),
+    "criticaladakv(snapkv)": lambda: CriticalAdaKVPress(SnapKVPress(window_size=OBSERVED)),
+    "pyramidkv": lambda: PyramidKVPress(window_size=OBSERVED),
+    "tova": TOVAPress,
+    "adakv(expected)": lambda: AdaKVPress(ExpectedAttentionPress()),
+    "keydiff": KeyDiffPress,
+    "streaming": StreamingLLMPress,
+}
+
+
+def main() -> None:
+    prompts, checkpoint, out, *sizes = sys.argv[1:]
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    facts = {
+        "versions": {name: version(name) for name in ("kvpress", "torch", "transformers")},
+        "sizes": [int(size) for size in sizes],
+    }
+    lines = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
+    found = Path(out)
+    done = found.read_text().splitlines() if found.is_file() else []
+    if not done:
+        found.write_text(json.dumps(facts) + "\n")
+    elif json.loads(done[0]) != facts:
+        raise SystemExit(f"{found}: made with {done[0]}, expected {json.dumps(facts)}")
+    for index in range(max(len(done) - 1, 0), len(lines)):
+        line = lines[index]
+        right = judge(model, line["prompt"], line["answer"], facts["sizes"])
+        with found.open("a") as file:
+            file.write(json.dumps({"index": index, "task": line["task"], "right": right}) + "\n")
+        print(index, line["task"], right, flush=True)
+
+
+@torch.inference_mode()
+def judge(model: Any, prompt: list[int], answer: list[int], sizes: list[int]) -> dict[str, Any]:
+    """Whether the answer is right: {"full": …, press: {size: …}}."""
+    cache, kept = read(model, prompt, sizes)
+    cache.crop(len(prompt) - 1)
+    steps = torch.tensor([[prompt[-1], *answer[:-1]]])
+    positions = torch.arange(len(prompt) - 1, len(prompt) - 1 + steps.shape[1])[None]
+    wanted = torch.tensor(answer)
+
+    def right(masks: list[Any], rows: int) -> list[bool]:
+        for layer, mask in zip(model.model.layers, masks, strict=True):
+            layer.self_attn.masked_key_indices = mask
+        copy = DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            # kvpress writes its masks into the keys: each call gets keys of its own.
+            own = (x.repeat_interleave(rows, dim=0) for x in (layer.keys, layer.values))
+            copy.update(*own, index)
+        ids, places = steps.repeat(rows, 1), positions.repeat(rows, 1)
+        logits = model(input_ids=ids, past_key_values=copy, position_ids=places).logits
+        return (logits.argmax(-1) == wanted).all(dim=1).tolist()
+
+    layers = len(model.model.layers)
+    found: dict[str, Any] = {"full": right([None] * layers, 1)[0]}
+    for name, by_layer in kept.items():
+        # [sizes, heads, tokens]; the last token is fed again, so it is in no cache.
+        masks = [(~keep[..., :-1]).nonzero(as_tuple=True) for keep in by_layer]
+        found[name] = dict(zip(map(str, sizes), right(masks, len(sizes)), strict=True))
+    return found
+
+
+def read(model: Any, prompt: list[int], sizes: list[int]) -> tuple[Any, dict[str, list[Any]]]:
+    """The whole cache, and for each press and layer the kept tokens [sizes, heads, tokens]."""
+    presses = {name: make() for name, make in PRESSES.items()}
+    kept: dict[str, list[Any]] = {name: [] for name in presses}
+    cache = DynamicCache()
+
+    def compress(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        layer = cache.layers[module.layer_idx]
+        for name, press in presses.items():
+            rows = []
+            score_once(press)
+            for size in sizes:
+                set_ratio(press, 1 - (min(size, len(prompt)) + 0.5) / len(prompt))
+                module.masked_key_indices = None
+                keys, _ = press.compress(
+                    module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs
+                )
+                rows.append(kept_tokens(layer.keys[0], keys[0], module.masked_key_indices))
+            kept[name].append(torch.stack(rows))
+        module.masked_key_indices = None
+
+    hooks = []
+    for press in presses.values():
+        press.post_init_from_model(model)
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = model.model.rotary_emb
+        hooks.append(layer.self_attn.register_forward_hook(compress, with_kwargs=True))
+    try:
+        model(input_ids=torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return cache, kept
+
+
+def score_once(press: Any) -> None:
+    """The scores of a layer do not depend on the size: the next call of `score` is kept."""
+    scorer, found = getattr(press, "press", press), []
+
+    def score(*args: Any, **kwargs: Any) -> Any:
+        if not found:
+            found.append(type(scorer).score(scorer, *args, **kwargs))
+        # AdaKV writes into the scores that it gets.
+        return found[0].clone()
+
+    # Streaming's scores are its choice, which does depend on the size.
+    if not isinstance(scorer, StreamingLLMPress):
+        scorer.score = score
+
+
+def set_ratio(press: Any, ratio: float) -> None:
+    press.compression_ratio = max(ratio, 1e-6)
+
+
+def kept_tokens(whole: Any, keys: Any, masked: Any) -> Any:
+    """[heads, tokens] whether a token was kept, from the keys that a press returns or masks."""
+    heads, tokens, _ = whole.shape
+    if masked is not None:
+        keep = torch.ones(heads, tokens, dtype=torch.bool)
+        keep[masked[1], masked[2]] = False
+        return keep
+    # A press returns keys in an order of its own: each is the one that is equal to it.
+    nearest = torch.cdist(keys, whole, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+    keep = torch.zeros(heads, tokens, dtype=torch.bool)
+    keep.scatter_(1, nearest, True)
+    if int(keep.sum()) != keys.shape[0] * keys.shape[1]:
+        raise SystemExit("two kept keys are equal: the kept tokens are not known")
+    return keep
+
+
+if __name__ == "__main__":
+    main()
