@@ -8,8 +8,7 @@ its last token is fed again in its own place, and an answer is right if each of 
 most likely one (the end of the sequence need not follow).
 
 One prefill serves all presses and sizes. A press sees each layer as kvpress shows it, and what it
-keeps is found in the whole cache again: the entries that it dropped are masked, in the way that
-kvpress itself masks the entries of AdaKV.
+drops is masked in the whole cache, in the way that kvpress itself masks the entries of AdaKV.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from kvpress import (  # pyright: ignore[reportMissingImports]
     ExpectedAttentionPress,
     KeyDiffPress,
     PyramidKVPress,
+    ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
@@ -112,16 +112,10 @@ def read(model: Any, prompt: list[int], sizes: list[int]) -> tuple[Any, dict[str
 
     def compress(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         layer = cache.layers[module.layer_idx]
+        seen = kwargs["hidden_states"], layer.keys, layer.values
         for name, press in presses.items():
-            rows = []
-            score_once(press)
-            for size in sizes:
-                set_ratio(press, 1 - (min(size, len(prompt)) + 0.5) / len(prompt))
-                module.masked_key_indices = None
-                keys, _ = press.compress(
-                    module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs
-                )
-                rows.append(kept_tokens(layer.keys[0], keys[0], module.masked_key_indices))
+            score_once(press, module, *seen, None, kwargs)
+            rows = [kept_tokens(press, size, module, *seen, kwargs) for size in sizes]
             kept[name].append(torch.stack(rows))
         module.masked_key_indices = None
 
@@ -139,38 +133,31 @@ def read(model: Any, prompt: list[int], sizes: list[int]) -> tuple[Any, dict[str
     return cache, kept
 
 
-def score_once(press: Any) -> None:
-    """The scores of a layer do not depend on the size: the next call of `score` is kept."""
-    scorer, found = getattr(press, "press", press), []
-
-    def score(*args: Any, **kwargs: Any) -> Any:
-        if not found:
-            found.append(type(scorer).score(scorer, *args, **kwargs))
-        # AdaKV writes into the scores that it gets.
-        return found[0].clone()
-
+def score_once(press: Any, *args: Any) -> None:
+    """Computes the scores of a layer, which do not depend on the size, for all later calls."""
+    scorer = getattr(press, "press", press)
     # Streaming's scores are its choice, which does depend on the size.
     if not isinstance(scorer, StreamingLLMPress):
-        scorer.score = score
+        found = type(scorer).score(scorer, *args)
+        # AdaKV writes into the scores that it gets.
+        scorer.score = lambda *args, **kwargs: found.clone()
 
 
-def set_ratio(press: Any, ratio: float) -> None:
-    press.compression_ratio = max(ratio, 1e-6)
-
-
-def kept_tokens(whole: Any, keys: Any, masked: Any) -> Any:
-    """[heads, tokens] whether a token was kept, from the keys that a press returns or masks."""
-    heads, tokens, _ = whole.shape
-    if masked is not None:
-        keep = torch.ones(heads, tokens, dtype=torch.bool)
-        keep[masked[1], masked[2]] = False
-        return keep
-    # A press returns keys in an order of its own: each is the one that is equal to it.
-    nearest = torch.cdist(keys, whole, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
-    keep = torch.zeros(heads, tokens, dtype=torch.bool)
-    keep.scatter_(1, nearest, True)
-    if int(keep.sum()) != keys.shape[0] * keys.shape[1]:
-        raise SystemExit("two kept keys are equal: the kept tokens are not known")
+def kept_tokens(
+    press: Any, size: int, module: Any, hidden: Any, keys: Any, values: Any, kwargs: Any
+) -> Any:
+    """[heads, tokens] whether a press keeps a token at this size."""
+    heads, tokens = keys.shape[1:3]
+    press.compression_ratio = max(1 - (min(size, tokens) + 0.5) / tokens, 1e-6)
+    module.masked_key_indices = None
+    if isinstance(press, ScorerPress):
+        # The scores are there, so the values are only gathered: numbers of tokens in their place.
+        numbers = torch.arange(tokens, dtype=keys.dtype)[None, None, :, None].expand_as(keys)
+        chosen = press.compress(module, hidden, keys, numbers, None, kwargs)[1][0, :, :, 0].long()
+        return torch.zeros(heads, tokens, dtype=torch.bool).scatter_(1, chosen, True)
+    press.compress(module, hidden, keys, values, None, kwargs)
+    keep = torch.ones(heads, tokens, dtype=torch.bool)
+    keep[module.masked_key_indices[1:]] = False
     return keep
 
 
