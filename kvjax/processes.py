@@ -233,7 +233,7 @@ def together() -> Iterator[None]:
         yield
     except (ValueError, NotImplementedError, ModuleNotFoundError, OSError):
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if not several():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):

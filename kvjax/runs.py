@@ -1,11 +1,12 @@
 """Files of a run that can be stopped at any time and resumed by the same command.
 
-Three rules hold for every resumable job:
+Four rules hold for every resumable job:
 
 1. The settings are written first. A job with other settings is refused (`claim`, `check_same`).
 2. A result is written atomically (`write_whole`, `write_json`).
 3. A file of JSON lines grows by whole lines. A kill can only tear the last line, which is cut off
    before more lines are added (`append_lines`, `cut_torn_line`, `whole_lines`).
+4. One process at a time writes to an output (`kvjax.endings.only_writer`).
 """
 
 from __future__ import annotations
