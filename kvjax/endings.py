@@ -33,6 +33,8 @@ def endings(command: str) -> Iterator[None]:
     and SIGTERM with 143; what they interrupt says in notes on the exception what is saved, see
     `only_writer`. Other errors are ours and keep their tracebacks.
 
+    One of several processes ends at once on SIGTERM, without a line, see `kvjax.processes.join`.
+
     Args:
         command: begins the line, e.g. "kvjax".
     """
