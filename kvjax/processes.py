@@ -102,8 +102,8 @@ def join(text: str | None = None, timeout: float = 300.0) -> None:
         # Without a bind address, jax listens on all of the machine's network interfaces.
         where["coordinator_bind_address"] = address if loopback else None
         late = f"process {index} waited {timeout:g} s for all {count} at {address}"
-    # SIGTERM ends one of several processes at once. jax's preemption service would prevent that, and
-    # so would a handler of Python's: it waits for the end of a collective, which may never come.
+    # SIGTERM ends one of several processes at once. jax's preemption service would prevent that. So
+    # would a handler of Python's: it waits for the end of a collective, which may never come.
     jax.config.update("jax_enable_preemption_service", False)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,9 +1,10 @@
 """One writer an output, and the ends of commands: bad input, Ctrl-C and SIGTERM."""
 
-import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -36,9 +37,8 @@ def test_a_command_refuses_an_output_that_another_process_writes(tmp_path, capsy
 
 
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
-    gone = multiprocessing.get_context("fork").Process(target=int)
-    gone.start()
-    gone.join()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
     lock = tmp_path / "run.lock"
     lock.write_text(f"{gone.pid}\n{socket.gethostname()}\n")
     os.utime(lock, (0, 0))
