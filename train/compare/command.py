@@ -18,7 +18,7 @@ from kvjax.extras import pyplot
 from kvjax.hf import open_params, read_model
 from kvjax.identity import identity
 from kvjax.paths import local_path
-from kvjax.runs import claim, write_json
+from kvjax.runs import claim, write_json, write_whole
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
 
@@ -115,7 +115,7 @@ def report(config: CompareConfig, out: Path, before: dict[str, Any]) -> dict[str
     }
     result = {"before": before, "searches": searches, "rows": rows}
     write_json(out / "results.json", result)
-    (out / "table.md").write_text(table(config, result))
+    write_whole(out / "table.md", table(config, result))
     plot(config, out)
     return result
 
