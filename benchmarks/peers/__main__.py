@@ -31,15 +31,15 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", type=local_path, required=True)
     parser.add_argument("--venv", type=local_path, default=Path(".venv-peers"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[24, 48, 96, 192, 384])
-    args = parser.parse_args()
+    # What the library's script takes besides, such as --ratios.
+    args, rest = parser.parse_known_args()
     python = environment_of(args.library, args.venv)
     with tempfile.TemporaryDirectory() as folder:
         model, params = kvjax.load(args.model, dtype="float32")
         kvjax.save(model, params, folder, layout="hf")
         del model, params
         call = [python, HERE / SCRIPTS[args.library], args.prompts, folder, args.out]
-        subprocess.run([str(part) for part in [*call, *args.sizes]], check=True)
+        subprocess.run([str(part) for part in [*call, *rest]], check=True)
 
 
 def environment_of(library: str, folder: Path) -> Path:

@@ -1,11 +1,12 @@
 """kvpress's presses on given prompts: which answers a compressed cache still writes.
 
-    python kvpress_presses.py PROMPTS.jsonl CHECKPOINT OUT.jsonl SIZE...
+    python kvpress_presses.py PROMPTS.jsonl CHECKPOINT OUT.jsonl [--ratios …] [--presses …]
 
 Runs in an environment with kvpress and without kvjax; `python -m benchmarks.peers` makes it. The
-rules are those of `kvjax.scoring.compare`: the whole prompt is compressed to SIZE entries a head,
-its last token is fed again in its own place, and an answer is right if each of its tokens is the
-most likely one (the end of the sequence need not follow).
+rules are those of `kvjax.scoring.compare`: the whole prompt is compressed to a share of its
+entries, as many as kvjax's policies with this `ratio` keep, its last token is fed again in its own
+place, and an answer is right if each of its tokens is the most likely one (the end of the sequence
+need not follow).
 
 One prefill serves all presses and sizes. A press sees each layer as kvpress shows it, and what it
 drops is masked in the whole cache, in the way that kvpress itself masks the entries of AdaKV.
@@ -13,8 +14,8 @@ drops is masked in the whole cache, in the way that kvpress itself masks the ent
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,8 @@ OBSERVED = 8
 """Queries that SnapKV and its kin observe: kvjax's default. kvpress's own, 64, keeps nothing but
 the last 64 tokens at the smallest sizes."""
 
+RATIOS = (0.015, 0.025, 0.05, 0.1, 0.2)
+
 PRESSES: dict[str, Callable[[], Any]] = {
     "snapkv": lambda: SnapKVPress(window_size=OBSERVED),
     "adakv(snapkv)": lambda: AdaKVPress(SnapKVPress(window_size=OBSERVED)),
@@ -52,32 +55,41 @@ PRESSES: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    prompts, checkpoint, out, *sizes = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("checkpoint")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--presses", nargs="+", choices=list(PRESSES), default=list(PRESSES))
+    args = parser.parse_args()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     facts = {
         "versions": {name: version(name) for name in ("kvpress", "torch", "transformers")},
-        "sizes": [int(size) for size in sizes],
+        "ratios": list(args.ratios),
+        "presses": args.presses,
     }
-    lines = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
-    found = Path(out)
-    done = found.read_text().splitlines() if found.is_file() else []
+    lines = [json.loads(line) for line in args.prompts.read_text().splitlines()]
+    done = args.out.read_text().splitlines() if args.out.is_file() else []
     if not done:
-        found.write_text(json.dumps(facts) + "\n")
+        args.out.write_text(json.dumps(facts) + "\n")
     elif json.loads(done[0]) != facts:
-        raise SystemExit(f"{found}: made with {done[0]}, expected {json.dumps(facts)}")
+        raise SystemExit(f"{args.out}: made with {done[0]}, expected {json.dumps(facts)}")
     for index in range(max(len(done) - 1, 0), len(lines)):
-        line = lines[index]
-        right = judge(model, line["prompt"], line["answer"], facts["sizes"])
-        with found.open("a") as file:
-            file.write(json.dumps({"index": index, "task": line["task"], "right": right}) + "\n")
-        print(index, line["task"], right, flush=True)
+        task, prompt, answer = (lines[index][name] for name in ("task", "prompt", "answer"))
+        sizes = [max(round(ratio * len(prompt)), OBSERVED + 1) for ratio in args.ratios]
+        right = judge(model, prompt, answer, sizes, args.presses)
+        with args.out.open("a") as file:
+            file.write(json.dumps({"index": index, "task": task, "right": right}) + "\n")
+        print(index, task, right, flush=True)
 
 
 @torch.inference_mode()
-def judge(model: Any, prompt: list[int], answer: list[int], sizes: list[int]) -> dict[str, Any]:
-    """Whether the answer is right: {"full": …, press: {size: …}}."""
-    cache, kept = read(model, prompt, sizes)
+def judge(
+    model: Any, prompt: list[int], answer: list[int], sizes: list[int], presses: list[str]
+) -> dict[str, Any]:
+    """Whether the answer is right: {"full": bool, press: [a bool for each size]}."""
+    cache, kept = read(model, prompt, sizes, presses)
     cache.crop(len(prompt) - 1)
     steps = torch.tensor([[prompt[-1], *answer[:-1]]])
     positions = torch.arange(len(prompt) - 1, len(prompt) - 1 + steps.shape[1])[None]
@@ -100,13 +112,15 @@ def judge(model: Any, prompt: list[int], answer: list[int], sizes: list[int]) ->
     for name, by_layer in kept.items():
         # [sizes, heads, tokens]; the last token is fed again, so it is in no cache.
         masks = [(~keep[..., :-1]).nonzero(as_tuple=True) for keep in by_layer]
-        found[name] = dict(zip(map(str, sizes), right(masks, len(sizes)), strict=True))
+        found[name] = right(masks, len(sizes))
     return found
 
 
-def read(model: Any, prompt: list[int], sizes: list[int]) -> tuple[Any, dict[str, list[Any]]]:
+def read(
+    model: Any, prompt: list[int], sizes: list[int], names: list[str]
+) -> tuple[Any, dict[str, list[Any]]]:
     """The whole cache, and for each press and layer the kept tokens [sizes, heads, tokens]."""
-    presses = {name: make() for name, make in PRESSES.items()}
+    presses = {name: PRESSES[name]() for name in names}
     kept: dict[str, list[Any]] = {name: [] for name in presses}
     cache = DynamicCache()
 
