@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from kvjax.commands.demo.shared import POLICIES, Steps, Subject
+from kvjax.commands.demo.shared import POLICIES, Steps, Subject, open_table
 from kvjax.generation import generate, generate_each
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
@@ -214,8 +214,7 @@ def show_answers(answers: Sequence[Answer], held: Mapping[str, int], console: Co
 
 def cost_table(answers: Sequence[Answer], found: Sequence[Cost]) -> Table:
     """Bytes, right answers and times of every cache."""
-    heads = ("of full", "right answers", "first token", "tokens/s")
-    table = Table("cache", *(Column(name, justify="right") for name in ("MiB", *heads)))
+    table = open_table("cache", ("MiB", "of full", "right answers", "first token", "tokens/s"))
     for cost in found:
         own = [answer.right for answer in answers if answer.policy == cost.policy]
         table.add_row(

@@ -135,8 +135,9 @@ def needle_part(
     outcomes = shared.compare_policies(subject, scores, tasks, KV_SIZES, steps, BATCH)
     shared.draw(outcomes, scores, length, out)
     importance = shared.describe_importance(scores)
+    console.print()
     console.print(shared.accuracy_table(outcomes, "kv_size: tokens a head keeps, on average"))
-    console.print(f"{shared.importance_line(importance)} heads.png shows all.")
+    console.print(f"\n{shared.importance_line(importance)} heads.png shows all.")
     return {
         "prompt_length": length,
         "tasks": shared.as_rows(outcomes),

@@ -191,12 +191,16 @@ def policies_of(
     return {name: policy for name, policy in resolved if isinstance(policy, Compress)}
 
 
+def open_table(first: str, numbers: Sequence[str], title: str | None = None) -> Table:
+    """A table without lines, which leaves room for more columns: a name, then numbers."""
+    columns = Column(first, no_wrap=True), *(Column(name, justify="right") for name in numbers)
+    return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+
+
 def accuracy_table(outcomes: Mapping[str, Sequence[Outcome]], title: str) -> Table:
     """One row for each policy, one column for each task."""
     full = next(iter(outcomes.values()))[0]
-    numbers = (Column(name, justify="right") for name in ("cache, KiB", "of full", *outcomes))
-    policy = Column("policy", no_wrap=True)
-    table = Table(policy, *numbers, title=title, title_justify="left")
+    table = open_table("policy", ("KiB", "of full", *outcomes), title=title)
     for rows in zip(*outcomes.values(), strict=True):
         table.add_row(
             rows[0].policy,

@@ -57,7 +57,9 @@ def show(subject: Subject, out: Path, samples: int, seed: int, steps: Steps) -> 
     importance = shared.describe_importance(scores)
     # Print the results on one page of the terminal.
     title = f"{subject.name}: exact match at {PROMPT_LENGTH} tokens"
+    console.print()
     console.print(shared.accuracy_table(outcomes, title))
+    console.print()
     console.print(shared.importance_line(importance))
     for row in conversions:
         console.print(
