@@ -36,7 +36,7 @@ def main() -> None:
     found = [collected(folder, names) for folder in args.runs]
     args.out.write_text(json.dumps({"notes": args.notes, "runs": found}, indent=1) + "\n")
     table = args.out.with_suffix(".md")
-    table.write_text("\n".join(page(found, args.notes)) + "\n")
+    table.write_text("\n".join(page(found, args.notes, args.out.name)) + "\n")
     print(f"written: {args.out}, {table}")
 
 
@@ -73,12 +73,14 @@ def collected(folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def page(runs: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> list[str]:
-    """The lines of the table, after the notes."""
+def page(
+    runs: Sequence[dict[str, Any]], notes: Sequence[str] = (), file: str = OUT.name
+) -> list[str]:
+    """The lines of the table, after the notes; `file` is the file beside it."""
     lines = [
         "# Needles on real models",
         "",
-        "Right answers by prompt length in tokens. [needles.json](needles.json) has each run's "
+        f"Right answers by prompt length in tokens. [{file}]({file}) has each run's "
         "command, bytes and standard errors. The bytes of decoded answers include room for new "
         "tokens.",
         "",

@@ -221,12 +221,18 @@ def compress(
 
 def demo(
     out: Annotated[Path, arg(help="directory for report.json and pictures")] = Path("demo_out"),
-    samples: Annotated[int, arg(help="questions per task and setting")] = 32,
+    model: Annotated[
+        str | None,
+        arg(help="any checkpoint; None: builtin:smollm2 if installed, otherwise builtin:needle"),
+    ] = None,
+    samples: Annotated[
+        int | None, arg(help="prompts per task and setting; None: 32 for builtin:needle, else 16")
+    ] = None,
     seed: int = 0,
     json_file: Json = None,
 ) -> None:
-    """Shows accuracy against cache bytes, heads and a conversion, on the embedded model."""
-    _write_report(json_file, run_demo(out, samples=samples, seed=seed))
+    """Shows answers and accuracy against cache bytes, heads and a conversion, on one model."""
+    _write_report(json_file, run_demo(out, model, samples, seed))
 
 
 def plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -38,6 +39,8 @@ def endings(command: str) -> Iterator[None]:
     Args:
         command: begins the line, e.g. "kvjax".
     """
+    # Without torch, which no command needs, transformers would advise every user to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with _sigterm_raises():
             yield

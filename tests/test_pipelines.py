@@ -1,13 +1,10 @@
-"""The commands: the demo in small, scoring, and what they write."""
-
-import json
+"""Scoring: its examples, and how stable importance is."""
 
 import numpy as np
 import pytest
 from tokenizer_toys import sentencepiece
 
 import kvjax
-from kvjax.commands import demo
 from kvjax.headkv import load_scores
 from kvjax.policies.importance import split_half
 from kvjax.tasks import WordVocabulary
@@ -54,22 +51,3 @@ def test_unknown_estimator(loaded):
     (model, params), tokenizer = loaded
     with pytest.raises(ValueError, match="estimator is 'magic', expected one of retrieval"):
         kvjax.headkv.score_heads(model, params, tokenizer, estimator="magic")
-
-
-def test_demo_in_small(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "PROMPT_LENGTH", 128)
-    monkeypatch.setattr(demo, "SCORE_LENGTH", 128)
-    monkeypatch.setattr(demo, "KV_SIZES", (16,))
-    monkeypatch.setattr(demo, "TASKS", ("needle",))
-    report = demo.run_demo(tmp_path, samples=8, seed=0)
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written == json.loads(json.dumps(report))
-    rows = {row["policy"]: row for row in written["tasks"]["needle"]}
-    assert set(rows) == {"full", *(f"{p}:kv_size=16" for p in demo.POLICIES)}
-    for name, row in rows.items():
-        assert (row["cache_bytes"] < rows["full"]["cache_bytes"] / 3) == (name != "full")
-    assert all(row["relative_logit_change"] < 1e-5 for row in written["equal_cache"])
-    for picture in ("heads.png", "accuracy_needle.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    page = capsys.readouterr().out
-    assert "headkv:kv_size=16" in page and "exact match" in page
