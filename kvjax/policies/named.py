@@ -57,10 +57,10 @@ def snapkv(kernel_size: int = 7, **settings: Unpack[Settings]) -> Compress:
 
 
 def spankv(
-    ahead: int = 11, behind: int = 3, falloff: float = 0.01, **settings: Unpack[Settings]
+    ahead: int = 8, behind: int = 1, fade: float = 0.65, **settings: Unpack[Settings]
 ) -> Compress:
-    """SnapKV plus the tokens that follow the attended ones (see `SpanWindow`)."""
-    return _compress(Uniform(), SpanWindow(ahead, behind, falloff), settings)
+    """Equal budgets with headkv's choice of tokens (see `SpanWindow`)."""
+    return _compress(Uniform(), SpanWindow(ahead, behind, fade), settings)
 
 
 def pyramidkv(kernel_size: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
@@ -99,9 +99,9 @@ def expected(future: int = 512, **settings: Unpack[Settings]) -> Compress:
 
 
 def headkv(
-    ahead: int = 11,
-    behind: int = 3,
-    falloff: float = 0.01,
+    ahead: int = 8,
+    behind: int = 1,
+    fade: float = 0.65,
     beta: float = 0.0,
     scores: str = "",
     need: str = "",
@@ -113,7 +113,7 @@ def headkv(
     the tokens.
 
     Args:
-        ahead, behind, falloff: see `SpanWindow`.
+        ahead, behind, fade: see `SpanWindow`.
         beta: 0 for `growing_beta`.
         scores: a score file of any estimator; empty for the model's own.
         need: a file of `NeedCurves`, from which the budgets then come, in place of importance.
@@ -123,7 +123,7 @@ def headkv(
     allocator: Allocator = HeadImportance(beta or None, _file(scores))
     if need:
         allocator = MeasuredNeed(load_need(need))
-    return _compress(allocator, SpanWindow(ahead, behind, falloff), settings)
+    return _compress(allocator, SpanWindow(ahead, behind, fade), settings)
 
 
 def headkv_paper(
@@ -138,9 +138,9 @@ def headkv_paper(
 
 
 def headkv_adaptive(
-    ahead: int = 11,
-    behind: int = 3,
-    falloff: float = 0.01,
+    ahead: int = 8,
+    behind: int = 1,
+    fade: float = 0.65,
     beta: float = 0.0,
     alpha: float = 0.2,
     scores: str = "",
@@ -148,7 +148,7 @@ def headkv_adaptive(
 ) -> Compress:
     """`headkv` whose heads share a layer's budget by their token scores, as in Ada-KV."""
     importance = HeadImportance(beta or None, _file(scores))
-    scorer = SpanWindow(ahead, behind, falloff)
+    scorer = SpanWindow(ahead, behind, fade)
     return _compress(importance, scorer, settings, sharing=Adaptive(alpha))
 
 

@@ -89,6 +89,13 @@ class NeedCurves:
         )
 
 
+def need_path(path: str | Path) -> Path:
+    """The file of curves beside a score file: heads.need.json for heads.json or heads.json.gz."""
+    path = Path(path)
+    stem = path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".need")
+    return path.with_name(f"{stem}.need.json")
+
+
 def load_need(path: str | Path, model_config: ModelConfig | None = None) -> NeedCurves:
     """Reads a file of need curves.
 

@@ -1,0 +1,158 @@
+"""Budgets of heads on a real model: policies compared on the same prompts of six tasks.
+
+    python -m benchmarks.headkv_real run --book FILE --babilong FOLDER [--need FILE]
+    python -m benchmarks.headkv_real prompts --book FILE --babilong FOLDER --prompts-out FILE.jsonl
+    python -m benchmarks.headkv_real report
+
+Each prompt is read once for all policies. An answer counts if each of its tokens is the most likely
+one, fed through the compressed cache. A batch has one prompt of each task, and each finished batch
+is one line of RESULT.jsonl; the same command continues. `report` makes the result file and a table
+with paired differences. The settings of headkv were chosen on prompts of CHOSEN_ON with other
+numbers, texts and seeds; the other tasks took no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+import kvjax
+from benchmarks.environment import environment
+from benchmarks.headkv_prompts import LENGTHS, TASKS, Source, make_prompts, write_prompts
+from kvjax import policies
+from kvjax.paths import local_path
+from kvjax.policies.budgets import HeadImportance
+from kvjax.policies.named import resolve_each
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import LayerView, by_kv_head, window_attention
+from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
+from kvjax.scoring import FULL, compare
+
+CHOSEN_ON = ("number", "quote")
+RATIOS = (0.015, 0.025, 0.05, 0.1, 0.2)
+BASELINE = "snapkv"
+RESULT = Path("benchmarks/results/headkv_real.json")
+
+
+@dataclass(frozen=True)
+class FixedSpan:
+    """The earlier choice of tokens: a span of fixed length around an attended token."""
+
+    ahead: int
+    behind: int = 3
+    falloff: float = 0.01
+
+    def __call__(self, view: LayerView) -> Float[jax.Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
+        scores_BKS = jnp.where(view.candidates, scores_BKS, 0.0)
+        S, best = scores_BKS.shape[2], scores_BKS
+        sides = [(by, by) for by in range(1, self.ahead + 1)]
+        sides += [(-by, self.ahead + by) for by in range(1, self.behind + 1)]
+        for by, distance in sides:
+            padded = jnp.pad(scores_BKS, ((0, 0), (0, 0), (max(by, 0), max(-by, 0))))
+            moved = padded[..., max(-by, 0) :][..., :S]
+            best = jnp.maximum(best, moved * (1 - self.falloff * distance))
+        return best
+
+
+def asked_policies(need: str) -> dict[str, Any]:
+    """Functions from a share of the prompt to a policy, by name.
+
+    Args:
+        need: a file of need curves; "" for none.
+    """
+    found = {
+        "headkv": policies.headkv,
+        "headkv, ahead=3": lambda ratio: fixed(3, ratio),
+        "headkv_paper": policies.headkv_paper,
+        "snapkv": policies.snapkv,
+        "adasnapkv": policies.adasnapkv,
+        "pyramidkv": policies.pyramidkv,
+        "streaming": policies.streaming,
+    }
+    if need:
+        found["headkv, need"] = lambda ratio: policies.headkv(ratio=ratio, need=need)
+    return found
+
+
+def fixed(ahead: int, ratio: float) -> Compress:
+    """headkv with the earlier choice of tokens."""
+    return Compress(HeadImportance(), FixedSpan(ahead), kv_size=0, ratio=ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=("run", "prompts", "report"))
+    parser.add_argument("--model", default="builtin:smollm2")
+    parser.add_argument("--book", type=local_path, help="a text file, also packed")
+    parser.add_argument("--babilong", type=local_path, help="folder of babilong_1k.jsonl.xz …")
+    parser.add_argument("--need", default="", help="need curves for one more policy")
+    parser.add_argument("--count", type=int, default=36, help="prompts of each task")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=local_path, default=RESULT)
+    parser.add_argument("--prompts-out", type=local_path, default=Path("prompts.jsonl"))
+    args = parser.parse_args()
+    if args.job == "report":
+        from benchmarks.headkv_real_report import report
+
+        report(args.out, CHOSEN_ON, BASELINE)
+        return
+    source = Source.read(kvjax.load_tokenizer(args.model), args.book, args.babilong)
+    examples = make_prompts(source, args.count, args.seed)
+    if args.job == "prompts":
+        write_prompts(examples, args.prompts_out)
+    else:
+        run(args, examples)
+
+
+def run(args: argparse.Namespace, examples: Sequence[kvjax.Example]) -> None:
+    """Judges the batches that are not in the file of finished ones."""
+    model, params = kvjax.load(args.model, dtype="float32")
+    asked = asked_policies(args.need)
+    names = [(name, ratio) for ratio in RATIOS for name in asked]
+    resolved = resolve_each([asked[name](ratio=ratio) for name, ratio in names], model.config)
+    every: dict[str, Any] = {
+        f"{name} {ratio}": policy for (name, ratio), policy in zip(names, resolved, strict=True)
+    }
+    settings = {"model": Path(args.model).name, "seed": args.seed, "lengths": list(LENGTHS)}
+    settings |= {"tasks": list(TASKS), "ratios": list(RATIOS), "policies": [FULL, *asked]}
+    path = args.out.with_suffix(".jsonl")
+    finished = batches(path, settings)
+    for start in range(len(finished) * len(TASKS), len(examples), len(TASKS)):
+        begin = time.process_time()
+        batch = examples[start : start + len(TASKS)]
+        found = compare(model, params, batch, every, batch_size=len(batch))
+        right = {name: "".join(map(str, x.astype(int))) for name, x in found.right.items()}
+        line = {"right": right, "lengths": [len(example.prompt) for example in batch]}
+        line |= {"bytes": found.cache_bytes, "cpu_seconds": round(time.process_time() - begin, 1)}
+        append_lines(path, [line | environment("benchmarks.headkv_real")])
+        print(start, right[FULL], line["cpu_seconds"], flush=True)
+
+
+def batches(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The finished batches; the first line of their file has the settings.
+
+    Raises:
+        ValueError: the file belongs to other settings.
+    """
+    cut_torn_line(path)
+    lines = [json.loads(line) for line in whole_lines(path)]
+    if not lines:
+        append_lines(path, [settings])
+        return []
+    held = f"{path} holds a run with other settings"
+    check_same(lines[0], settings, held, "repeat its command, or remove it")
+    return lines[1:]
+
+
+if __name__ == "__main__":
+    main()
