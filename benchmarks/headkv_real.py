@@ -4,11 +4,12 @@
     python -m benchmarks.headkv_real prompts --book FILE --babilong FOLDER --prompts-out FILE.jsonl
     python -m benchmarks.headkv_real report
 
-Each prompt is read once for all policies. An answer counts if each of its tokens is the most likely
-one, fed through the compressed cache. A batch has one prompt of each task, and each finished batch
-is one line of RESULT.jsonl; the same command continues. `report` makes the result file and a table
-with paired differences. The settings of headkv were chosen on prompts of CHOSEN_ON with other
-numbers, texts and seeds; the other tasks took no part.
+Each prompt is read once for all policies (`benchmarks.hidden`). An answer counts if each of its
+tokens is the most likely one where it sees only the tokens that a policy keeps. A batch has one
+prompt of each task, and each finished batch is one line of RESULT.jsonl; the same command
+continues. `report` makes the result file and a table with paired differences. The settings of
+headkv were chosen on prompts of CHOSEN_ON with other numbers, texts and seeds; the other tasks took
+no part.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jaxtyping import Float
 import kvjax
 from benchmarks.environment import environment
 from benchmarks.headkv_prompts import LENGTHS, TASKS, Source, make_prompts, write_prompts
+from benchmarks.hidden import right_answers
 from kvjax import policies
 from kvjax.paths import local_path
 from kvjax.policies.budgets import HeadImportance
@@ -35,10 +37,12 @@ from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import LayerView, by_kv_head, window_attention
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
-from kvjax.scoring import FULL, compare
+from kvjax.scoring import FULL
 
 CHOSEN_ON = ("number", "quote")
 RATIOS = (0.015, 0.025, 0.05, 0.1, 0.2)
+SHORT, LONG = 8, 40
+"""Tokens to which answers are padded."""
 BASELINE = "snapkv"
 RESULT = Path("benchmarks/results/headkv_real.json")
 
@@ -130,12 +134,28 @@ def run(args: argparse.Namespace, examples: Sequence[kvjax.Example]) -> None:
     for start in range(len(finished) * len(TASKS), len(examples), len(TASKS)):
         begin = time.process_time()
         batch = examples[start : start + len(TASKS)]
-        found = compare(model, params, batch, every, batch_size=len(batch))
-        right = {name: "".join(map(str, x.astype(int))) for name, x in found.right.items()}
-        line = {"right": right, "lengths": [len(example.prompt) for example in batch]}
-        line |= {"bytes": found.cache_bytes, "cpu_seconds": round(time.process_time() - begin, 1)}
+        right = judged(model, params, batch, every)
+        line: dict[str, Any] = {"right": right, "lengths": [len(e.prompt) for e in batch]}
+        line["cpu_seconds"] = round(time.process_time() - begin, 1)
         append_lines(path, [line | environment("benchmarks.headkv_real")])
         print(start, right[FULL], line["cpu_seconds"], flush=True)
+
+
+def judged(
+    model: Any, params: Any, batch: Sequence[kvjax.Example], every: dict[str, Compress]
+) -> dict[str, str]:
+    """By policy, which answers were right: "1" and "0" in the order of the batch.
+
+    Long answers are judged apart, so that short ones are not padded to their length.
+    """
+    found = {name: ["0"] * len(batch) for name in (FULL, *every)}
+    for steps, above in ((SHORT, 0), (LONG, SHORT)):
+        places = [i for i, e in enumerate(batch) if above < len(e.answer) <= steps]
+        part = [batch[i] for i in places]
+        for name, right in right_answers(model, params, part, every, steps).items():
+            for place, is_right in zip(places, right, strict=True):
+                found[name][place] = str(int(is_right))
+    return {name: "".join(bits) for name, bits in found.items()}
 
 
 def batches(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

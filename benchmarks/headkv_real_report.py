@@ -49,7 +49,6 @@ def report(path: Path, chosen_on: Sequence[str], baseline: str) -> None:
     facts["made_by"] = environment("benchmarks.headkv_real")["commit"]
     facts["prompts"] = {group: len(lines) * len(tasks) for group, tasks in groups.items()}
     facts["cpu_seconds"] = round(sum(line["cpu_seconds"] for line in lines))
-    facts["bytes"] = lines[0]["bytes"]
     found = {**facts, **settings, "chosen_on": list(chosen_on), "full": full, "rows": rows}
     write_json(path, found)
     write_whole(path.with_suffix(".md"), "\n".join(page(found, baseline)) + "\n")

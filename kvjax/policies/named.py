@@ -57,7 +57,7 @@ def snapkv(kernel_size: int = 7, **settings: Unpack[Settings]) -> Compress:
 
 
 def spankv(
-    ahead: int = 8, behind: int = 1, fade: float = 0.65, **settings: Unpack[Settings]
+    ahead: int = 8, behind: int = 1, fade: float = 0.75, **settings: Unpack[Settings]
 ) -> Compress:
     """Equal budgets with headkv's choice of tokens (see `SpanWindow`)."""
     return _compress(Uniform(), SpanWindow(ahead, behind, fade), settings)
@@ -101,7 +101,7 @@ def expected(future: int = 512, **settings: Unpack[Settings]) -> Compress:
 def headkv(
     ahead: int = 8,
     behind: int = 1,
-    fade: float = 0.65,
+    fade: float = 0.75,
     beta: float = 0.0,
     scores: str = "",
     need: str = "",
@@ -140,7 +140,7 @@ def headkv_paper(
 def headkv_adaptive(
     ahead: int = 8,
     behind: int = 1,
-    fade: float = 0.65,
+    fade: float = 0.75,
     beta: float = 0.0,
     alpha: float = 0.2,
     scores: str = "",

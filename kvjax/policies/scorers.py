@@ -201,7 +201,7 @@ class SpanWindow:
 
     ahead: int = 8
     behind: int = 1
-    fade: float = 0.65
+    fade: float = 0.75
 
     def __post_init__(self):
         check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "fade": SHARE})

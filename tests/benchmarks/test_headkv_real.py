@@ -57,7 +57,7 @@ def test_tasks_that_the_full_cache_fails_do_not_count(tmp_path):
         "policies": ["full", "headkv", "snapkv"],
     }
     facts = {"date": "", "processor": "", "versions": {}, "commit": "abc", "command": "run"}
-    facts |= {"cpu_seconds": 60.0, "bytes": {}}
+    facts |= {"cpu_seconds": 60.0}
     lines = [
         {"right": {"full": "110", "headkv 0.05": bits, "snapkv 0.05": "000"}, **facts}
         for bits in ("110", "010")

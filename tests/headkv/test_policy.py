@@ -133,9 +133,7 @@ def test_parse():
     assert parse_policy("headkv_paper:beta=1.05") == Compress(
         HeadImportance(1.05), ObservationWindow(7)
     )
-    assert parse_policy("headkv:beta=1.2") == Compress(
-        HeadImportance(1.2), SpanWindow()
-    )
+    assert parse_policy("headkv:beta=1.2") == Compress(HeadImportance(1.2), SpanWindow())
     assert parse_policy("headkv") == Compress(HeadImportance(None), SpanWindow())
     assert parse_policy("adasnapkv:kv_size=128,alpha=0.3") == Compress(
         Uniform(), ObservationWindow(7), sharing=Adaptive(0.3)
