@@ -3,10 +3,16 @@
 import json
 
 import numpy as np
+from meshes import GQA, WINDOWED, toy
 from tokenizer_toys import CHAT, byte_level
 
 from benchmarks.headkv_prompts import CUE, QUOTED, TASKS, Source, make_prompts, write_prompts
 from benchmarks.headkv_real_report import compared, report
+from benchmarks.hidden import right_answers
+from kvjax import policies
+from kvjax.example import Example
+from kvjax.generation import generate
+from kvjax.scoring import compare
 
 
 def test_prompts_end_with_their_questions(tmp_path):
@@ -71,3 +77,19 @@ def test_tasks_that_the_full_cache_fails_do_not_count(tmp_path):
     right = {r["group"]: r["right"] for r in found["rows"] if r["policy"] == "headkv"}
     assert right == {"a": 0.5, "b": 1.0, "c": 0.0, "chosen on": 0.5, "judged": 1.0, "all": 0.75}
     assert "| headkv | 75.0 (+75.0 ± 25.0) |" in out.with_suffix(".md").read_text()
+
+
+def test_hidden_tokens_are_those_that_a_compressed_cache_lacks():
+    model, params = toy(GQA, WINDOWED)
+    rng = np.random.default_rng(5)
+    prompts = [tuple(rng.integers(0, 64, n).tolist()) for n in (40, 33, 36, 40, 39, 31)]
+    answers = generate(model, params, prompts, max_new_tokens=1).tokens
+    asked = [Example(p, tuple(a), then_eos=False) for p, a in zip(prompts, answers, strict=True)]
+    makers = (policies.spankv, policies.adasnapkv)
+    every = {f"{make.__name__} {r}": make(ratio=r) for make in makers for r in (0.5, 0.9)}
+    found = right_answers(model, params, asked, every, steps=2)
+    expected = compare(model, params, asked, every, batch_size=6).right
+    assert list(found) == list(expected) and found["full"].all()
+    for name, right in expected.items():
+        np.testing.assert_array_equal(found[name], right, err_msg=name)
+    assert 0 < np.mean(list(expected.values())[1:]) < 1
