@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 import kvjax
@@ -31,16 +32,27 @@ from benchmarks.environment import environment
 from benchmarks.headkv_prompts import LENGTHS, TASKS, Source, make_prompts, write_prompts
 from benchmarks.hidden import right_answers
 from kvjax import policies
+from kvjax.hf.source import BUILTIN_DIRECTORY
 from kvjax.paths import local_path
-from kvjax.policies.budgets import HeadImportance
+from kvjax.policies.budgets import (
+    HeadImportance,
+    Request,
+    group_importance,
+    growing_beta,
+    head_caps,
+    largest_remainder,
+    normalise,
+)
+from kvjax.policies.importance import HeadScores, load_scores
 from kvjax.policies.named import resolve_each
+from kvjax.policies.need import MeasuredNeed, load_need
 from kvjax.policies.policy import Compress
-from kvjax.policies.scorers import LayerView, by_kv_head, window_attention
+from kvjax.policies.scorers import LayerView, SpanWindow, by_kv_head, window_attention
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
 from kvjax.scoring import FULL
 
 CHOSEN_ON = ("number", "quote")
-RATIOS = (0.015, 0.025, 0.05, 0.1, 0.2)
+KV_SIZES = (16, 24, 48, 96, 192)
 SHORT, LONG = 8, 40
 """Tokens to which answers are padded."""
 BASELINE = "snapkv"
@@ -68,15 +80,43 @@ class FixedSpan:
         return best
 
 
+@dataclass(frozen=True)
+class Both:
+    """The mean of budgets from importance and from measured need."""
+
+    importance: HeadImportance
+    need: MeasuredNeed
+
+    def __call__(self, request: Request) -> np.ndarray:
+        caps = (self.importance(request) + self.need(request).astype(np.float64)) / 2
+        return largest_remainder(caps, int(caps.sum()))
+
+
+@dataclass(frozen=True)
+class Softer:
+    """Budgets from a power of the importance, with a floor that grows twice as fast."""
+
+    scores: HeadScores
+    power: float = 0.7
+
+    def __call__(self, request: Request) -> np.ndarray:
+        values = group_importance(self.scores.mean, request.num_kv_heads) ** self.power
+        beta = growing_beta(2 * request.budget)
+        return head_caps(normalise(values), request.budget, beta, request.limits)
+
+
 def asked_policies(need: str) -> dict[str, Any]:
-    """Functions from a share of the prompt to a policy, by name.
+    """Functions from a KV size to a policy, by name.
 
     Args:
         need: a file of need curves; "" for none.
     """
+    scores = load_scores(BUILTIN_DIRECTORY / "smollm2" / "head_scores.json")
+    softer = Softer(scores)
     found = {
         "headkv": policies.headkv,
-        "headkv, ahead=3": lambda ratio: fixed(3, ratio),
+        "headkv, softer": lambda kv_size: Compress(softer, SpanWindow(), kv_size),
+        "headkv, ahead=3": lambda kv_size: fixed(3, kv_size),
         "headkv_paper": policies.headkv_paper,
         "snapkv": policies.snapkv,
         "adasnapkv": policies.adasnapkv,
@@ -84,13 +124,16 @@ def asked_policies(need: str) -> dict[str, Any]:
         "streaming": policies.streaming,
     }
     if need:
-        found["headkv, need"] = lambda ratio: policies.headkv(ratio=ratio, need=need)
+        curves = MeasuredNeed(load_need(need))
+        found["headkv, need"] = lambda kv_size: Compress(curves, SpanWindow(), kv_size)
+        both = Both(HeadImportance(None, scores), curves)
+        found["headkv, both"] = lambda kv_size: Compress(both, SpanWindow(), kv_size)
     return found
 
 
-def fixed(ahead: int, ratio: float) -> Compress:
+def fixed(ahead: int, kv_size: int) -> Compress:
     """headkv with the earlier choice of tokens."""
-    return Compress(HeadImportance(), FixedSpan(ahead), kv_size=0, ratio=ratio)
+    return Compress(HeadImportance(), FixedSpan(ahead), kv_size)
 
 
 def main() -> None:
@@ -122,13 +165,13 @@ def run(args: argparse.Namespace, examples: Sequence[kvjax.Example]) -> None:
     """Judges the batches that are not in the file of finished ones."""
     model, params = kvjax.load(args.model, dtype="float32")
     asked = asked_policies(args.need)
-    names = [(name, ratio) for ratio in RATIOS for name in asked]
-    resolved = resolve_each([asked[name](ratio=ratio) for name, ratio in names], model.config)
+    names = [(name, size) for size in KV_SIZES for name in asked]
+    resolved = resolve_each([asked[name](kv_size=size) for name, size in names], model.config)
     every: dict[str, Any] = {
-        f"{name} {ratio}": policy for (name, ratio), policy in zip(names, resolved, strict=True)
+        f"{name} {size}": policy for (name, size), policy in zip(names, resolved, strict=True)
     }
     settings = {"model": Path(args.model).name, "seed": args.seed, "lengths": list(LENGTHS)}
-    settings |= {"tasks": list(TASKS), "ratios": list(RATIOS), "policies": [FULL, *asked]}
+    settings |= {"tasks": list(TASKS), "kv_sizes": list(KV_SIZES), "policies": [FULL, *asked]}
     path = args.out.with_suffix(".jsonl")
     finished = batches(path, settings)
     for start in range(len(finished) * len(TASKS), len(examples), len(TASKS)):

@@ -35,14 +35,14 @@ def report(path: Path, chosen_on: Sequence[str], baseline: str) -> None:
     groups |= {"judged": [task for task in counted if task not in chosen_on], "all": counted}
     rows = []
     for policy in settings["policies"][1:]:
-        for ratio in settings["ratios"]:
+        for size in settings["kv_sizes"]:
             for group, tasks in groups.items():
                 at = [settings["tasks"].index(task) for task in tasks]
                 own, base, whole = (
                     right[name][:, at].reshape(-1).astype(float)
-                    for name in (f"{policy} {ratio}", f"{baseline} {ratio}", FULL)
+                    for name in (f"{policy} {size}", f"{baseline} {size}", FULL)
                 )
-                rows.append({"policy": policy, "ratio": ratio, "group": group})
+                rows.append({"policy": policy, "kv_size": size, "group": group})
                 rows[-1] |= compared(own, base, whole)
     kept = ("date", "processor", "versions", "commit", "command")
     facts = {name: lines[0][name] for name in kept}
@@ -95,17 +95,17 @@ def page(found: dict[str, Any], baseline: str) -> list[str]:
         "",
     ]
     for group in ("all", "judged", "chosen on", *found["tasks"]):
-        own = {(r["policy"], r["ratio"]): r for r in found["rows"] if r["group"] == group}
+        own = {(r["policy"], r["kv_size"]): r for r in found["rows"] if r["group"] == group}
         lines += [
             f"## {group}: {found['prompts'][group]} prompts",
             "",
             f"Percent of right answers; paired difference to {baseline} ± its standard error.",
             "",
-            "| policy | " + " | ".join(f"{ratio:.1%}" for ratio in found["ratios"]) + " |",
-            "|---|" + "---|" * len(found["ratios"]),
+            "| KV size | " + " | ".join(str(size) for size in found["kv_sizes"]) + " |",
+            "|---|" + "---|" * len(found["kv_sizes"]),
         ]
         for policy in found["policies"][1:]:
-            cells = [cell(own[policy, ratio], policy == baseline) for ratio in found["ratios"]]
+            cells = [cell(own[policy, size], policy == baseline) for size in found["kv_sizes"]]
             lines.append(f"| {policy} | {' | '.join(cells)} |")
         lines.append("")
     return lines

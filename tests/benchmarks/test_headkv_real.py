@@ -59,13 +59,13 @@ def test_differences_are_paired():
 def test_tasks_that_the_full_cache_fails_do_not_count(tmp_path):
     settings = {
         "tasks": ["a", "b", "c"],
-        "ratios": [0.05],
+        "kv_sizes": [48],
         "policies": ["full", "headkv", "snapkv"],
     }
     facts = {"date": "", "processor": "", "versions": {}, "commit": "abc", "command": "run"}
     facts |= {"cpu_seconds": 60.0}
     lines = [
-        {"right": {"full": "110", "headkv 0.05": bits, "snapkv 0.05": "000"}, **facts}
+        {"right": {"full": "110", "headkv 48": bits, "snapkv 48": "000"}, **facts}
         for bits in ("110", "010")
     ]
     out = tmp_path / "result.json"
