@@ -32,7 +32,6 @@ from benchmarks.environment import environment
 from benchmarks.headkv_prompts import LENGTHS, TASKS, Source, make_prompts, write_prompts
 from benchmarks.hidden import right_answers
 from kvjax import policies
-from kvjax.hf.source import BUILTIN_DIRECTORY
 from kvjax.paths import local_path
 from kvjax.policies.budgets import (
     HeadImportance,
@@ -40,10 +39,9 @@ from kvjax.policies.budgets import (
     group_importance,
     growing_beta,
     head_caps,
-    largest_remainder,
     normalise,
 )
-from kvjax.policies.importance import HeadScores, load_scores
+from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import resolve_each
 from kvjax.policies.need import MeasuredNeed, load_need
 from kvjax.policies.policy import Compress
@@ -81,18 +79,6 @@ class FixedSpan:
 
 
 @dataclass(frozen=True)
-class Both:
-    """The mean of budgets from importance and from measured need."""
-
-    importance: HeadImportance
-    need: MeasuredNeed
-
-    def __call__(self, request: Request) -> np.ndarray:
-        caps = (self.importance(request) + self.need(request).astype(np.float64)) / 2
-        return largest_remainder(caps, int(caps.sum()))
-
-
-@dataclass(frozen=True)
 class Softer:
     """Budgets from a power of the importance, with a floor that grows twice as fast."""
 
@@ -105,13 +91,13 @@ class Softer:
         return head_caps(normalise(values), request.budget, beta, request.limits)
 
 
-def asked_policies(need: str) -> dict[str, Any]:
+def asked_policies(need: str, scores: HeadScores) -> dict[str, Any]:
     """Functions from a KV size to a policy, by name.
 
     Args:
         need: a file of need curves; "" for none.
+        scores: the model's head scores.
     """
-    scores = load_scores(BUILTIN_DIRECTORY / "smollm2" / "head_scores.json")
     softer = Softer(scores)
     found = {
         "headkv": policies.headkv,
@@ -126,8 +112,7 @@ def asked_policies(need: str) -> dict[str, Any]:
     if need:
         curves = MeasuredNeed(load_need(need))
         found["headkv, need"] = lambda kv_size: Compress(curves, SpanWindow(), kv_size)
-        both = Both(HeadImportance(None, scores), curves)
-        found["headkv, both"] = lambda kv_size: Compress(both, SpanWindow(), kv_size)
+        found["headkv, both"] = lambda kv_size: policies.headkv(kv_size=kv_size, need=need)
     return found
 
 
@@ -164,7 +149,9 @@ def main() -> None:
 def run(args: argparse.Namespace, examples: Sequence[kvjax.Example]) -> None:
     """Judges the batches that are not in the file of finished ones."""
     model, params = kvjax.load(args.model, dtype="float32")
-    asked = asked_policies(args.need)
+    scores = default_scores(model.config)
+    assert scores is not None, f"{args.model} has no head_scores.json: make one with kvjax score"
+    asked = asked_policies(args.need, scores)
     names = [(name, size) for size in KV_SIZES for name in asked]
     resolved = resolve_each([asked[name](kv_size=size) for name, size in names], model.config)
     every: dict[str, Any] = {

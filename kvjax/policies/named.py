@@ -116,13 +116,11 @@ def headkv(
         ahead, behind, fade: see `SpanWindow`.
         beta: 0 for `growing_beta`.
         scores: a score file of any estimator; empty for the model's own.
-        need: a file of `NeedCurves`, from which the budgets then come, in place of importance.
+        need: a file of `NeedCurves`; budgets are then the mean of those from importance and those
+            from the curves, or from the curves alone for a model without head scores.
     """
-    if scores and need:
-        raise ValueError("headkv got scores and need, expected one of them")
-    allocator: Allocator = HeadImportance(beta or None, _file(scores))
-    if need:
-        allocator = MeasuredNeed(load_need(need))
+    importance = HeadImportance(beta or None, _file(scores))
+    allocator = MeasuredNeed(load_need(need), importance) if need else importance
     return _compress(allocator, SpanWindow(ahead, behind, fade), settings)
 
 
@@ -260,19 +258,33 @@ def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None
         ValueError: an unknown policy, no scores, or scores of a model of another shape.
     """
     policy = parse_policy(policy)
-    if isinstance(policy, Compress) and isinstance(policy.allocator, MeasuredNeed):
-        check_curves(policy.allocator.curves, config)
-    if not isinstance(policy, Compress) or not isinstance(policy.allocator, HeadImportance):
+    allocator = policy.allocator if isinstance(policy, Compress) else None
+    if isinstance(allocator, HeadImportance):
+        allocator = _with_scores(allocator, config, scores)
+    elif isinstance(allocator, MeasuredNeed):
+        check_curves(allocator.curves, config)
+        importance = allocator.importance
+        if importance is not None:
+            lacking = importance.scores is None and scores is None
+            importance = None if lacking else _with_scores(importance, config, scores)
+        allocator = dataclasses.replace(allocator, importance=importance)
+    else:
         return policy
-    chosen = policy.allocator.scores or scores
+    return dataclasses.replace(policy, allocator=allocator)
+
+
+def _with_scores(
+    importance: HeadImportance, config: ModelConfig, scores: HeadScores | None
+) -> HeadImportance:
+    """The allocator with its own scores, or else the model's."""
+    chosen = importance.scores or scores
     if chosen is None:
         raise ValueError(
             "the headkv policy needs head scores and this model has none: make them with "
             "`kvjax score MODEL heads.json`, then pass scores=heads.json"
         )
     check_shape(chosen, config)
-    allocator = dataclasses.replace(policy.allocator, scores=chosen)
-    return dataclasses.replace(policy, allocator=allocator)
+    return dataclasses.replace(importance, scores=chosen)
 
 
 def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
@@ -283,6 +295,7 @@ def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[
     """
     parsed = [parse_policy(policy) for policy in policies]
     allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
+    allocators = [a.importance if isinstance(a, MeasuredNeed) else a for a in allocators]
     # A damaged head_scores.json must not stop policies that never read it.
     lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
     scores = default_scores(config) if lacking else None
