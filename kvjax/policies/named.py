@@ -258,7 +258,9 @@ def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None
         ValueError: an unknown policy, no scores, or scores of a model of another shape.
     """
     policy = parse_policy(policy)
-    allocator = policy.allocator if isinstance(policy, Compress) else None
+    if not isinstance(policy, Compress):
+        return policy
+    allocator = policy.allocator
     if isinstance(allocator, HeadImportance):
         allocator = _with_scores(allocator, config, scores)
     elif isinstance(allocator, MeasuredNeed):
