@@ -11,15 +11,17 @@ from eval.results import score_digests
 from kvjax import policies
 from kvjax.example import Example
 from kvjax.headkv import measure_need
+from kvjax.hf.source import BUILTIN_DIRECTORY
 from kvjax.policies.budgets import HeadImportance, Request
-from kvjax.policies.importance import HeadScores
+from kvjax.policies.importance import HeadScores, load_scores
 from kvjax.policies.named import resolve
-from kvjax.policies.need import MeasuredNeed, NeedCurves, load_need, need_caps
+from kvjax.policies.need import MeasuredNeed, NeedCurves, load_need, need_caps, need_path
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import ObservationWindow, SpanWindow
 from kvjax.scoring import Text, judge_compressed
 
 SIZES, OBSERVED, BASE = (0, 3), 4, 2
+NEED_FILE = "head_scores.need.json"
 
 
 def examples(lengths=(30, 22), answers=(3, 2)):
@@ -188,6 +190,14 @@ def test_budgets_are_the_mean_of_both(tmp_path):
     np.testing.assert_array_equal(without.allocator(request), alone[0])
     digests = score_digests({"both": resolved, "curves": without})
     assert digests["both"].startswith(digests["curves"] + "+")
+
+
+def test_the_files_that_ship_belong_together():
+    folder = BUILTIN_DIRECTORY / "smollm2"
+    heads, found = load_scores(folder / "head_scores.json"), load_need(folder / NEED_FILE)
+    assert need_path(folder / "head_scores.json") == folder / NEED_FILE
+    assert heads.samples.shape[:2] == (30, 9) and found.rises.shape == (30, 3, 5)
+    assert heads.meta["weights"] == found.meta["weights"]
 
 
 def test_a_scorer_of_ones_own_may_watch_all_queries():
