@@ -47,9 +47,11 @@ def report(path: Path, chosen_on: Sequence[str], baseline: str) -> None:
     kept = ("date", "processor", "versions", "commit", "command")
     facts = {name: lines[0][name] for name in kept}
     facts["made_by"] = environment("benchmarks.headkv_real")["commit"]
+    read = [length for line in lines for length in line["lengths"]]
+    facts["lengths"] = [min(read), max(read)]
     facts["prompts"] = {group: len(lines) * len(tasks) for group, tasks in groups.items()}
     facts["cpu_seconds"] = round(sum(line["cpu_seconds"] for line in lines))
-    found = {**facts, **settings, "chosen_on": list(chosen_on), "full": full, "rows": rows}
+    found = {**settings, **facts, "chosen_on": list(chosen_on), "full": full, "rows": rows}
     write_json(path, found)
     write_whole(path.with_suffix(".md"), "\n".join(page(found, baseline)) + "\n")
 

@@ -63,7 +63,7 @@ def test_tasks_that_the_full_cache_fails_do_not_count(tmp_path):
         "policies": ["full", "headkv", "snapkv"],
     }
     facts = {"date": "", "processor": "", "versions": {}, "commit": "abc", "command": "run"}
-    facts |= {"cpu_seconds": 60.0}
+    facts |= {"cpu_seconds": 60.0, "lengths": [1000, 2000, 900]}
     lines = [
         {"right": {"full": "110", "headkv 48": bits, "snapkv 48": "000"}, **facts}
         for bits in ("110", "010")
