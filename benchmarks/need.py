@@ -4,7 +4,8 @@
 
 Curves are measured on 16 needles and 16 two-hop questions of at most 768 tokens (seed 1). They are
 judged on other prompts of both kinds (seed 7): the share of answers with every token right, from
-caches of equal KV sizes. Both forms of headkv choose the tokens of a head with spans.
+caches of equal KV sizes. All forms of headkv choose the tokens of a head with spans; "both" has the
+mean of the two budgets.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import kvjax
 from benchmarks.environment import environment
+from benchmarks.hidden import right_answers
 from kvjax import policies
 from kvjax.headkv.examples import Grid, make_examples
 from kvjax.paths import local_path
 from kvjax.policies.named import resolve_each
-from kvjax.scoring import compare
+from kvjax.policies.need import MeasuredNeed
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import SpanWindow
 
 KINDS = {"needle": "retrieval", "two-hop": "retrieval_reasoning"}
 KV_SIZES = (10, 12, 16, 24, 48)
+BATCH = 8
 
 
 def main() -> None:
@@ -45,7 +52,10 @@ def main() -> None:
     made = {
         "snapkv": lambda size: policies.snapkv(kv_size=size),
         "headkv, importance": lambda size: policies.headkv(kv_size=size, scores=args.scores),
-        "headkv, need": lambda size: policies.headkv(kv_size=size, need=str(file)),
+        "headkv, need": lambda size: Compress(MeasuredNeed(curves), SpanWindow(), size),
+        "headkv, both": lambda size: policies.headkv(
+            kv_size=size, scores=args.scores, need=str(file)
+        ),
     }
     names = [(name, size) for name in made for size in KV_SIZES]
     asked = resolve_each([made[name](size) for name, size in names], model.config)
@@ -54,7 +64,11 @@ def main() -> None:
     }
     for kind, estimator in KINDS.items():
         examples = make_examples(tokenizer, Grid(estimator, args.samples, args.length, 7))
-        right = compare(model, params, examples, every, batch_size=16).right
+        steps, parts = max(len(e.answer) for e in examples) + 1, []
+        for start in range(0, args.samples, BATCH):
+            batch = examples[start : start + BATCH]
+            parts.append(right_answers(model, params, batch, every, steps))
+        right = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         rows += [{"kind": kind, "policy": n, "right": float(r.mean())} for n, r in right.items()]
         print(kind, {name: round(float(found.mean()), 3) for name, found in right.items()})
     result = {"model": Path(args.model).name, "samples": args.samples, "length": args.length}

@@ -256,11 +256,14 @@ def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
     """Digests of the head scores or the curves of need, for each policy that has some."""
     found = {}
     for name, policy in policies.items():
-        allocator = policy.allocator if isinstance(policy, Compress) else None
-        if isinstance(allocator, HeadImportance) and allocator.scores is not None:
-            found[name] = array_digest(allocator.scores.samples)
+        allocator, digests = policy.allocator if isinstance(policy, Compress) else None, []
         if isinstance(allocator, MeasuredNeed):
-            found[name] = array_digest(allocator.curves.rises)
+            digests.append(array_digest(allocator.curves.rises))
+            allocator = allocator.importance
+        if isinstance(allocator, HeadImportance) and allocator.scores is not None:
+            digests.append(array_digest(allocator.scores.samples))
+        if digests:
+            found[name] = "+".join(digests)
     return found
 
 

@@ -134,7 +134,9 @@ def test_a_shallower_model_has_the_measurements_of_its_layers():
     numbers = np.random.default_rng(0).random((4, 4, 3))
     curves = NeedCurves(np.asarray([0, 2, 99]), numbers, numbers)
     heads = HeadScores(np.repeat(numbers, 2, axis=1))
-    for allocator in (HeadImportance(1.2, heads), MeasuredNeed(curves), Uniform()):
+    importance = HeadImportance(1.2, heads)
+    both = MeasuredNeed(curves, importance)
+    for allocator in (importance, MeasuredNeed(curves), both, Uniform()):
         policy = Compress(allocator, ObservationWindow(), 20)
         shallow = shallower(Variant("", model, policy), 2)
         assert shallow.model.config.num_layers == 2

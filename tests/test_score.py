@@ -132,7 +132,8 @@ def test_the_file_says_what_was_measured(whole, tokenizer):
         model, params, tokenizer, "copying", samples=10, length=128, batch_size=2
     )
     np.testing.assert_array_equal(again.samples, scores.samples)
-    assert again.meta == scores.meta
+    # The command also writes which weights it measured.
+    assert again.meta | {"weights": scores.meta["weights"]} == scores.meta
 
 
 def test_copying_finds_the_layers_of_the_questions(tokenizer):
@@ -255,3 +256,21 @@ def test_bad_input(tmp_path, capsys, text):
     assert "latin.txt is not UTF-8 text" in line
     assert "expected no haystack" in fails(capsys, out, f"{ARGUMENTS} --haystack {text}")
     assert not out.exists() and not list(tmp_path.glob("*.partial.jsonl"))
+
+
+def test_curves_of_need_continue_too(tmp_path, monkeypatch):
+    out, asked = tmp_path / "heads.json", "--estimator need --samples 4 --length 96 --batch-size 1"
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            score(out, asked)
+    assert len((tmp_path / "heads.need.partial.jsonl").read_text().splitlines()) == 2
+    score(out, asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.need.json"]
+    again = tmp_path / "again.need.json"
+    score(again, asked)  # a name that has the ending keeps it
+    assert again.read_bytes() == (tmp_path / "heads.need.json").read_bytes()
+    model, _ = kvjax.load(MODEL)
+    meta = kvjax.headkv.load_need(again, model.config).meta
+    assert meta["kinds"] == ["needle", "two_hop"] and meta["examples"] == 4
+    assert meta["model"] == "needle" and len(meta["weights"]) == 12

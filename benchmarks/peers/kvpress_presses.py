@@ -86,7 +86,7 @@ def main() -> None:
 def judge(
     model: Any, prompt: list[int], answer: list[int], sizes: list[int], presses: list[str]
 ) -> dict[str, Any]:
-    """Whether the answer is right: {"full": bool, press: [a bool for each size]}."""
+    """Whether the answer is right: {"full": …, press: {size: …}}."""
     cache, kept = read(model, prompt, sizes, presses)
     cache.crop(len(prompt) - 1)
     steps = torch.tensor([[prompt[-1], *answer[:-1]]])
@@ -110,7 +110,7 @@ def judge(
     for name, by_layer in kept.items():
         # [sizes, heads, tokens]; the last token is fed again, so it is in no cache.
         masks = [(~keep[..., :-1]).nonzero(as_tuple=True) for keep in by_layer]
-        found[name] = right(masks, len(sizes))
+        found[name] = dict(zip(map(str, sizes), right(masks, len(sizes)), strict=True))
     return found
 
 

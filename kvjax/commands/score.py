@@ -1,4 +1,4 @@
-"""`kvjax score`: the head importance of a checkpoint, and how an interrupted run continues.
+"""`kvjax score`: importance or need of a checkpoint's heads, and how an interrupted run continues.
 
 Finished batches are in a file of JSON lines beside the result until the result is written. The
 first line is the request; each further line is one batch. A last line that was not written to its
@@ -7,13 +7,14 @@ end is cut off, and its batch is measured again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,14 +22,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
-from kvjax.headkv.examples import Grid, bucketed, make_examples
+from kvjax.headkv.examples import NEED, Grid, bucketed, make_examples
 from kvjax.headkv.measure import BatchImportance, model_name, score_examples, with_origin
+from kvjax.headkv.need import BatchNeed, measure_need
 from kvjax.hf import default_dtype, load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.policies.importance import split_half
+from kvjax.policies.importance import HeadScores, split_half
+from kvjax.policies.need import NeedCurves, need_path
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
+
+
+class Measurement(NamedTuple):
+    """What a run measures.
+
+    Attributes:
+        batch: type of its batches, a dataclass of indices and arrays.
+        measure: (model, params, examples, grid, batch_size, finished, on_batch) → the result.
+        facts: the facts of a result that the command prints.
+        path: the file of the result, for the file that the command names.
+    """
+
+    batch: type
+    measure: Callable[..., HeadScores | NeedCurves]
+    facts: Callable[[Any], dict[str, Any]]
+    path: Callable[[Path], Path]
 
 
 def score_checkpoint(
@@ -39,63 +58,96 @@ def score_checkpoint(
     dtype: str | None = None,
     mesh: str | None = None,
 ) -> dict[str, Any]:
-    """Measures the head importance of the checkpoint at `path` and writes the score file `out`.
+    """Measures the heads of the checkpoint at `path`: their importance, or their curves of need.
 
-    If a run was interrupted, the same call continues after the last finished batch and writes the
-    same file.
+    Importance goes into the score file `out`, curves go into NAME.need.json beside it. If a run was
+    interrupted, the same call continues after the last finished batch and writes the same file.
 
     Args:
-        grid: the examples.
+        grid: the examples, and what is measured on them.
         batch_size: examples at a time.
         dtype: of weights and activations; None: see `kvjax.hf.default_dtype`.
         mesh: devices to shard over, see `kvjax.mesh.parse_mesh`; None for one device.
 
     Returns:
-        Estimator, examples accepted and asked, the most important head, split-half stability, and
-        seconds.
+        Estimator, examples asked, the head that matters most, and seconds; for importance also
+        examples accepted and split-half stability.
 
     Raises:
-        ValueError: see `score_heads`; or an unfinished run with other settings has the same `out`.
+        ValueError: see `score_heads`, `measure_need`; or an unfinished run with other settings has
+            the same `out`.
     """
     start, dtype = time.monotonic(), dtype or default_dtype()
+    wanted = NEED_CURVES if grid.estimator == NEED else IMPORTANCE
+    out = wanted.path(out)
     # Read the model and the batches that an earlier run finished.
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial_path(out)
-    weights = identity(model.config, params).digest
-    wanted = request(model, grid, examples, batch_size, dtype) | {"weights": weights}
-    finished = finished_batches(unfinished, wanted)
+    weights = {"weights": identity(model.config, params).digest}
+    asked = request(model, grid, examples, batch_size, dtype) | weights
+    finished = finished_batches(unfinished, asked, wanted.batch)
     # Measure the rest; every batch is on disk before the next one starts.
     with progress_bar() as progress:
-        task = progress.add_task("head importance", total=total, completed=len(finished))
+        task = progress.add_task(f"heads: {grid.estimator}", total=total, completed=len(finished))
 
-        def on_batch(batch: BatchImportance) -> None:
+        def on_batch(batch: Any) -> None:
             append_batch(unfinished, batch)
             progress.advance(task)
 
         try:
-            scores = score_examples(
-                model, params, examples, grid.estimator, batch_size, finished, on_batch
-            )
+            rest = grid, batch_size, finished, on_batch
+            result = wanted.measure(model, params, examples, *rest)
         except (ValueError, NotImplementedError):
             # The same command would fail in the same way: there is nothing to continue.
             unfinished.unlink()
             raise
-    scores = with_origin(scores, model, grid)
-    scores.save(out)
+    result.meta.update(weights)
+    result.save(out)
     unfinished.unlink()
-    layer, head = np.unravel_index(int(scores.mean.argmax()), scores.mean.shape)
+    facts = {"estimator": grid.estimator, "asked": grid.samples, **wanted.facts(result)}
+    return facts | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def measure_importance(model, params, examples, grid: Grid, *rest: Any) -> HeadScores:
+    """The importance of every query head, by the grid's estimator."""
+    scores = score_examples(model, params, examples, grid.estimator, *rest)
+    return with_origin(scores, model, grid)
+
+
+def importance_facts(scores: HeadScores) -> dict[str, Any]:
     return {
-        "estimator": grid.estimator,
         "accepted": scores.samples.shape[2],
-        "asked": grid.samples,
-        "best_head": f"layer {layer} head {head}",
-        "best_score": round(float(scores.mean.max()), 4),
+        **_best(scores.mean),
         "split_half": _rounded(split_half(scores)),
-        "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def measure_curves(
+    model, params, examples, grid: Grid, batch_size: int, finished, on_batch
+) -> NeedCurves:
+    """The curve of need of every KV head."""
+    resumed = {"batch_size": batch_size, "finished": finished, "on_batch": on_batch}
+    return with_origin(measure_need(model, params, examples, **resumed), model, grid)
+
+
+def curve_facts(curves: NeedCurves) -> dict[str, Any]:
+    return _best(curves.rises[..., 0])
+
+
+def _best(values: np.ndarray) -> dict[str, Any]:
+    """The head with the largest value."""
+    layer, head = np.unravel_index(int(values.argmax()), values.shape)
+    return {
+        "best_head": f"layer {layer} head {head}",
+        "best_score": round(float(values.max()), 4),
+    }
+
+
+IMPORTANCE = Measurement(BatchImportance, measure_importance, importance_facts, lambda out: out)
+NEED_CURVES = Measurement(BatchNeed, measure_curves, curve_facts, need_path)
 
 
 def request(
@@ -141,11 +193,12 @@ def partial_path(out: Path) -> Path:
     return out.with_name(f"{stem}.partial.jsonl")
 
 
-def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchImportance]:
+def finished_batches(path: Path, request: dict[str, Any], kind: type) -> list[Any]:
     """Reads the finished batches. Creates the file if there is none, so `append_batch` can follow.
 
     Args:
         request: everything that the batches depend on.
+        kind: type of the batches.
 
     Raises:
         ValueError: the file belongs to another request.
@@ -158,26 +211,22 @@ def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchImportanc
         return []
     try:
         header = json.loads(lines[0])
-        batches = [_batch(json.loads(line)) for line in lines[1:]]
+        held = f"{path} holds an unfinished run with other settings"
+        batches = [_batch(json.loads(line), kind) for line in lines[1:]]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{path} is not a file of finished batches; remove it to start over"
         ) from None
-    held = f"{path} holds an unfinished run with other settings"
     check_same(header, request, held, f"{REPEAT}, or remove the file to start over")
     return batches
 
 
-def append_batch(path: Path, batch: BatchImportance) -> None:
+def append_batch(path: Path, batch: Any) -> None:
     """Adds one finished batch."""
-    line = {
-        "indices": batch.indices,
-        "answers": batch.answers.tolist(),
-        "heads": batch.heads.tolist(),
-    }
-    append_lines(path, [line])
+    append_lines(path, [{name: np.asarray(value).tolist() for name, value in vars(batch).items()}])
 
 
-def _batch(line: dict[str, Any]) -> BatchImportance:
-    heads = np.asarray(line["heads"], np.float64)
-    return BatchImportance(tuple(line["indices"]), heads, np.asarray(line["answers"], np.float64))
+def _batch(line: dict[str, Any], kind: type) -> Any:
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "indices"]
+    arrays = {name: np.asarray(line[name], np.float64) for name in names}
+    return kind(indices=tuple(line["indices"]), **arrays)

@@ -30,6 +30,10 @@ BUCKET = 64  # lengths are padded to multiples of BUCKET, so that few programs a
 LENGTHS = 4  # prompt lengths of the grid, evenly spaced up to the longest
 LEAST_HAYSTACK = 16  # tokens of filler in the shortest prompt
 COPIED_LENGTH = 64  # tokens that the copying estimator copies: fewer give a less stable ranking
+NEED = "need"
+"""Curves of need in place of importance, see `kvjax.headkv.need`."""
+NEEDLES, THINGS = (7, 3, 12, 5), (2, 1, 4, 3)
+"""Lengths of the answers of its needles and two-hop questions, in turn: digits or words."""
 DISTRACTORS = 3  # examples have 0, 1 and 2 distractors in turn
 RANGES = {"samples": COUNT, "length": COUNT, "seed": SEED}
 """Allowed values of the numbers of a `Grid`."""
@@ -43,7 +47,7 @@ class Grid:
     or the shortest length that holds the facts. Facts are at evenly spaced depths.
 
     Attributes:
-        estimator: retrieval, retrieval_reasoning, enhanced_retrieval, copying or gradient
+        estimator: retrieval, retrieval_reasoning, enhanced_retrieval, copying, gradient or need
         samples: number of examples
         length: longest prompt, in tokens
         seed: seed of the facts, the filler and the random spans
@@ -69,6 +73,12 @@ def _facts(generate: Callable[..., Example]) -> Question:
     return ask
 
 
+def _mixture(rng, vocab, length, index, depth, filler):
+    generate, lengths = ((needle.generate, NEEDLES), (two_hop.generate, THINGS))[index % 2]
+    size = lengths[index // 2 % len(lengths)]
+    return generate(rng, vocab, length, answer_length=size, depth=depth, filler=filler)
+
+
 def _random_span(rng, vocab, length, index, depth, filler):
     if filler is not None:
         raise ValueError("the copying estimator asks for random tokens, expected no haystack")
@@ -82,6 +92,7 @@ QUESTIONS: dict[str, Question] = {
     "retrieval_reasoning": _facts(two_hop.generate),
     "copying": _random_span,
     "gradient": _facts(two_hop.generate),
+    NEED: _mixture,
 }
 """The questions of each estimator. The first three ask the kinds of questions of the HeadKV paper
 (arXiv 2410.19258, 3.1) with other prompts and answers: docs/headkv.md lists the differences."""

@@ -7,11 +7,12 @@ two names, in `load_scores` and in `kvjax score`, a score is the importance of a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,11 @@ from kvjax.nn.transformer import (
 )
 from kvjax.paths import local_path
 from kvjax.policies.importance import HeadScores
+from kvjax.policies.need import NeedCurves
 from kvjax.policies.scorers import LayerView, query_attention
 from kvjax.text import rouge1_recall, token_f1
+
+Measured = TypeVar("Measured", HeadScores, NeedCurves)
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
 """Maps model, params and batch to the importance of every head [B, L, N] and the most likely token
@@ -125,12 +129,12 @@ def score_heads(
     return with_origin(scores, model, grid)
 
 
-def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScores:
-    """Adds the model and the grid to the metadata."""
+def with_origin(found: Measured, model: Transformer, grid: Grid) -> Measured:
+    """Head scores or need curves with the model and the grid in their metadata."""
     origin: dict[str, Any] = {"model": model_name(model), "seed": grid.seed, "length": grid.length}
     if grid.haystack is not None:
         origin["haystack"] = grid.haystack.name
-    return HeadScores(scores.samples, scores.meta | origin)
+    return dataclasses.replace(found, meta=found.meta | origin)
 
 
 def model_name(model: Transformer) -> str:

@@ -36,9 +36,9 @@ from kvjax.policies.scorers import LayerView, Scorer, SpanWindow, attention_weig
 from kvjax.policies.selection import Ranking, rank_common, rank_heads
 from kvjax.prefill import bucket_length, pad, read_layer
 
-SIZES = (0, 2, 4, 8, 16, 32, 64, 128)
+SIZES = (0, 4, 16, 64)
 """Tokens that a head keeps besides the recent ones; the whole prompt follows."""
-BASES = (2, 8, 32)
+BASES = (8,)
 """Tokens that the other heads keep meanwhile."""
 WHOLE = 2**30
 """A size beyond every prompt."""

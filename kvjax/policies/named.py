@@ -57,10 +57,10 @@ def snapkv(kernel_size: int = 7, **settings: Unpack[Settings]) -> Compress:
 
 
 def spankv(
-    ahead: int = 11, behind: int = 3, falloff: float = 0.01, **settings: Unpack[Settings]
+    ahead: int = 8, behind: int = 1, fade: float = 0.75, **settings: Unpack[Settings]
 ) -> Compress:
-    """SnapKV plus the tokens that follow the attended ones (see `SpanWindow`)."""
-    return _compress(Uniform(), SpanWindow(ahead, behind, falloff), settings)
+    """Equal budgets with headkv's choice of tokens (see `SpanWindow`)."""
+    return _compress(Uniform(), SpanWindow(ahead, behind, fade), settings)
 
 
 def pyramidkv(kernel_size: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
@@ -99,9 +99,9 @@ def expected(future: int = 512, **settings: Unpack[Settings]) -> Compress:
 
 
 def headkv(
-    ahead: int = 11,
-    behind: int = 3,
-    falloff: float = 0.01,
+    ahead: int = 8,
+    behind: int = 1,
+    fade: float = 0.75,
     beta: float = 0.0,
     scores: str = "",
     need: str = "",
@@ -113,17 +113,15 @@ def headkv(
     the tokens.
 
     Args:
-        ahead, behind, falloff: see `SpanWindow`.
+        ahead, behind, fade: see `SpanWindow`.
         beta: 0 for `growing_beta`.
         scores: a score file of any estimator; empty for the model's own.
-        need: a file of `NeedCurves`, from which the budgets then come, in place of importance.
+        need: a file of `NeedCurves`; budgets are then the mean of those from importance and those
+            from the curves, or from the curves alone for a model without head scores.
     """
-    if scores and need:
-        raise ValueError("headkv got scores and need, expected one of them")
-    allocator: Allocator = HeadImportance(beta or None, _file(scores))
-    if need:
-        allocator = MeasuredNeed(load_need(need))
-    return _compress(allocator, SpanWindow(ahead, behind, falloff), settings)
+    importance = HeadImportance(beta or None, _file(scores))
+    allocator = MeasuredNeed(load_need(need), importance) if need else importance
+    return _compress(allocator, SpanWindow(ahead, behind, fade), settings)
 
 
 def headkv_paper(
@@ -138,9 +136,9 @@ def headkv_paper(
 
 
 def headkv_adaptive(
-    ahead: int = 11,
-    behind: int = 3,
-    falloff: float = 0.01,
+    ahead: int = 8,
+    behind: int = 1,
+    fade: float = 0.75,
     beta: float = 0.0,
     alpha: float = 0.2,
     scores: str = "",
@@ -148,7 +146,7 @@ def headkv_adaptive(
 ) -> Compress:
     """`headkv` whose heads share a layer's budget by their token scores, as in Ada-KV."""
     importance = HeadImportance(beta or None, _file(scores))
-    scorer = SpanWindow(ahead, behind, falloff)
+    scorer = SpanWindow(ahead, behind, fade)
     return _compress(importance, scorer, settings, sharing=Adaptive(alpha))
 
 
@@ -260,19 +258,35 @@ def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None
         ValueError: an unknown policy, no scores, or scores of a model of another shape.
     """
     policy = parse_policy(policy)
-    if isinstance(policy, Compress) and isinstance(policy.allocator, MeasuredNeed):
-        check_curves(policy.allocator.curves, config)
-    if not isinstance(policy, Compress) or not isinstance(policy.allocator, HeadImportance):
+    if not isinstance(policy, Compress):
         return policy
-    chosen = policy.allocator.scores or scores
+    allocator = policy.allocator
+    if isinstance(allocator, HeadImportance):
+        allocator = _with_scores(allocator, config, scores)
+    elif isinstance(allocator, MeasuredNeed):
+        check_curves(allocator.curves, config)
+        importance = allocator.importance
+        if importance is not None:
+            lacking = importance.scores is None and scores is None
+            importance = None if lacking else _with_scores(importance, config, scores)
+        allocator = dataclasses.replace(allocator, importance=importance)
+    else:
+        return policy
+    return dataclasses.replace(policy, allocator=allocator)
+
+
+def _with_scores(
+    importance: HeadImportance, config: ModelConfig, scores: HeadScores | None
+) -> HeadImportance:
+    """The allocator with its own scores, or else the model's."""
+    chosen = importance.scores or scores
     if chosen is None:
         raise ValueError(
             "the headkv policy needs head scores and this model has none: make them with "
             "`kvjax score MODEL heads.json`, then pass scores=heads.json"
         )
     check_shape(chosen, config)
-    allocator = dataclasses.replace(policy.allocator, scores=chosen)
-    return dataclasses.replace(policy, allocator=allocator)
+    return dataclasses.replace(importance, scores=chosen)
 
 
 def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[Policy]:
@@ -283,6 +297,7 @@ def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[
     """
     parsed = [parse_policy(policy) for policy in policies]
     allocators = [policy.allocator for policy in parsed if isinstance(policy, Compress)]
+    allocators = [a.importance if isinstance(a, MeasuredNeed) else a for a in allocators]
     # A damaged head_scores.json must not stop policies that never read it.
     lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
     scores = default_scores(config) if lacking else None

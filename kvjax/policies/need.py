@@ -18,7 +18,7 @@ from jaxtyping import Float64, Int, Int32
 from kvjax.config import ModelConfig
 from kvjax.data_files import read_json
 from kvjax.paths import local_path
-from kvjax.policies.budgets import Request, largest_remainder, water_fill
+from kvjax.policies.budgets import HeadImportance, Request, largest_remainder, water_fill
 from kvjax.runs import write_json
 
 FORMAT = 1
@@ -89,6 +89,13 @@ class NeedCurves:
         )
 
 
+def need_path(path: str | Path) -> Path:
+    """The file of curves beside a score file: heads.need.json for heads.json or heads.json.gz."""
+    path = Path(path)
+    stem = path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".need")
+    return path.with_name(f"{stem}.need.json")
+
+
 def load_need(path: str | Path, model_config: ModelConfig | None = None) -> NeedCurves:
     """Reads a file of need curves.
 
@@ -153,14 +160,24 @@ def need_caps(
 
 @dataclass(frozen=True)
 class MeasuredNeed:
-    """Budgets from curves of need, see `need_caps`."""
+    """Budgets from curves of need, see `need_caps`; with importance the mean of both budgets.
+
+    Curves see what a head is needed for on the prompts that were measured. Importance also gives
+    tokens to heads that those prompts could spare, such as the heads that copy longer answers.
+    """
 
     curves: NeedCurves
+    importance: HeadImportance | None = None
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
-        return need_caps(self.curves, request.budget, request.limits)
+        caps = need_caps(self.curves, request.budget, request.limits)
+        if self.importance is None:
+            return caps
+        mean = (caps.astype(np.float64) + self.importance(request)) / 2
+        return largest_remainder(mean, int(caps.sum()))
 
     def of_layers(self, depth: int) -> MeasuredNeed:
         """The same for the first `depth` layers."""
-        c = self.curves
-        return MeasuredNeed(NeedCurves(c.sizes, c.rises[:depth], c.errors[:depth], c.meta))
+        c, importance = self.curves, self.importance
+        curves = NeedCurves(c.sizes, c.rises[:depth], c.errors[:depth], c.meta)
+        return MeasuredNeed(curves, None if importance is None else importance.of_layers(depth))

@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
@@ -183,42 +184,68 @@ class ObservationWindow:
         return max_pool(scores_BKS, view.candidates, self.kernel_size)
 
 
+LEAST_LOG = float(np.log(np.finfo(np.float32).tiny))
+"""The logarithm of the smallest attention that counts."""
+
+
 @dataclass(frozen=True)
 class SpanWindow:
-    """`ObservationWindow` that favours the tokens after an attended token over those before it.
+    """The strongest attention that a token, or one near it, gets from one of the last w queries.
+
+    The query that asks is among the last ones, and attends to one place; a mean over w queries
+    hides it. So a query's attention counts by itself, the last one's in full, and that of each
+    earlier one less by the factor `fade`.
 
     A question attends to the beginning of an answer; the rest of a long answer gets no attention
-    until the model writes it. A token's score is the largest among its own, the scores of the
-    `ahead` tokens before it and of the `behind` tokens after it. Each token of distance takes off
-    the share `falloff`, so a head with a small budget keeps the tokens next to the attended one.
+    until the model writes it. So a token at a distance d after an attended one gets its attention
+    times exp(−h(d / ahead)), and one before it exp(−h(d / behind)), with Huber's function h(x) = x²
+    up to 1 and 2x − 1 beyond. A token's score is the largest of these parts, as a logarithm. No
+    span has a fixed length: it ends where other tokens have more attention. A head that attends to
+    one place keeps a long span there, a head that attends to many places short ones.
     """
 
-    ahead: int = 11
-    behind: int = 3
-    falloff: float = 0.01
+    ahead: int = 8
+    behind: int = 1
+    fade: float = 0.75
 
     def __post_init__(self):
-        check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "falloff": SHARE})
+        check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "fade": SHARE})
 
     def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
-        scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
-        scores_BKS = jnp.where(view.candidates, scores_BKS, 0.0)
-        pooled = scores_BKS
-        # Distances of the `behind` tokens start after `ahead`, so those tokens always rank lower.
-        for distance in range(1, self.ahead + 1):
-            pooled = jnp.maximum(pooled, self._shifted(scores_BKS, distance, distance))
-        for distance in range(1, self.behind + 1):
-            pooled = jnp.maximum(
-                pooled, self._shifted(scores_BKS, -distance, self.ahead + distance)
-            )
-        return pooled
+        attention, K = query_attention(view), view.keys.shape[1]
+        B, N, w, S = attention.shape
+        by_head = by_kv_head(attention.reshape(B, N, w * S), K).reshape(B, K, w, S)
+        weights = self.fade ** jnp.arange(w - 1, -1, -1, dtype=jnp.float32)
+        best = jnp.max(by_head * weights[None, None, :, None], axis=2)
+        # A floor keeps the logarithm finite for the tokens without any attention.
+        logs = jnp.maximum(jnp.log(jnp.where(view.candidates, best, 0.0)), LEAST_LOG)
+        return jnp.maximum(passed_on(logs, self.ahead), passed_on(logs, -self.behind))
 
-    def _shifted(self, scores_BKS: jax.Array, by: int, distance: int) -> jax.Array:
-        """Scores moved `by` slots to the right, reduced by the falloff of `distance`."""
-        sides = ((0, 0), (0, 0), (max(by, 0), max(-by, 0)))
-        padded = jnp.pad(scores_BKS, sides)
-        start = max(-by, 0)
-        return padded[:, :, start : start + scores_BKS.shape[2]] * (1.0 - self.falloff * distance)
+
+def passed_on(logs_BKS: Float[Array, "B K S"], length: int) -> Float[Array, "B K S"]:
+    """The largest score among a token's own and those before it, less h(distance / length).
+
+    h is Huber's function, see `SpanWindow`. A negative length looks at the tokens after it.
+    """
+    if length == 0:
+        return logs_BKS
+    forward, length, S = length > 0, abs(length), logs_BKS.shape[2]
+
+    def moved(x: jax.Array, by: int) -> jax.Array:
+        sides = (by, 0) if forward else (0, by)
+        padded = jnp.pad(x, ((0, 0), (0, 0), sides), constant_values=-jnp.inf)
+        return padded[..., :S] if forward else padded[..., by:]
+
+    best = logs_BKS
+    for d in range(1, length + 1):
+        best = jnp.maximum(best, moved(logs_BKS, d) - (d / length) ** 2)
+    # Beyond `length` h is a line. Distances that double reach every token that still gets something
+    # in float32; one running maximum over slot · slope would round where texts are long.
+    by = 1
+    while by < S and by * 2 / length < -LEAST_LOG:
+        best = jnp.maximum(best, moved(best, by) - by * 2 / length)
+        by *= 2
+    return best
 
 
 @dataclass(frozen=True)

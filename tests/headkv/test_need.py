@@ -11,13 +11,17 @@ from eval.results import score_digests
 from kvjax import policies
 from kvjax.example import Example
 from kvjax.headkv import measure_need
-from kvjax.policies.budgets import Request
-from kvjax.policies.need import MeasuredNeed, NeedCurves, load_need, need_caps
+from kvjax.hf.source import BUILTIN_DIRECTORY
+from kvjax.policies.budgets import HeadImportance, Request
+from kvjax.policies.importance import HeadScores, load_scores
+from kvjax.policies.named import resolve
+from kvjax.policies.need import MeasuredNeed, NeedCurves, load_need, need_caps, need_path
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import ObservationWindow, SpanWindow
 from kvjax.scoring import Text, judge_compressed
 
 SIZES, OBSERVED, BASE = (0, 3), 4, 2
+NEED_FILE = "head_scores.need.json"
 
 
 def examples(lengths=(30, 22), answers=(3, 2)):
@@ -169,9 +173,31 @@ def test_bad_files(tmp_path):
             load_need(path)
 
 
-def test_the_policy_needs_one_of_both():
-    with pytest.raises(ValueError, match="got scores and need, expected one of them"):
-        policies.headkv(kv_size=16, scores="a.json", need="b.json")
+def test_budgets_are_the_mean_of_both(tmp_path):
+    model, _ = toy(GQA, GQA)
+    found = curves(np.random.default_rng(2).random((2, 4, 4)) * [3, 2, 1, 0])
+    found.save(tmp_path / "need.json")
+    heads = HeadScores(np.random.default_rng(3).random((2, 8, 5)))
+    request = Request(2, 4, 20, 8, 64)
+    alone = MeasuredNeed(found)(request), HeadImportance(None, heads)(request)
+    mean = np.mean(alone, axis=0)
+    policy = policies.headkv(kv_size=20, need=str(tmp_path / "need.json"))
+    resolved = resolve(policy, model.config, heads)
+    caps = resolved.allocator(request)
+    assert caps.sum() == 12 * 8 and (np.abs(caps - mean) < 1).all() and (caps != alone[0]).any()
+    # A model without head scores has its curves.
+    without = resolve(policy, model.config, None)
+    np.testing.assert_array_equal(without.allocator(request), alone[0])
+    digests = score_digests({"both": resolved, "curves": without})
+    assert digests["both"].startswith(digests["curves"] + "+")
+
+
+def test_the_files_that_ship_belong_together():
+    folder = BUILTIN_DIRECTORY / "smollm2"
+    heads, found = load_scores(folder / "head_scores.json"), load_need(folder / NEED_FILE)
+    assert need_path(folder / "head_scores.json") == folder / NEED_FILE
+    assert heads.samples.shape[:2] == (30, 9) and found.rises.shape == (30, 3, 5)
+    assert heads.meta["weights"] == found.meta["weights"]
 
 
 def test_a_scorer_of_ones_own_may_watch_all_queries():

@@ -18,6 +18,7 @@ from kvjax.policies.scorers import (
     LayerView,
     SpanWindow,
     max_pool,
+    passed_on,
 )
 
 W, K, G, H, S = 4, 2, 2, 8, 40
@@ -161,17 +162,48 @@ def test_pooling_sees_no_padding_and_no_window():
     np.testing.assert_array_equal(max_pool(scores, candidates, 3)[0, 0, :4], [1.0, 1.0, 0.0, 0.0])
 
 
-def test_span_window_prefers_what_follows_the_nearest_first():
+def test_a_token_gets_the_strongest_part_of_the_attention_near_it():
+    ahead, behind, fade = 5, 2, 0.5
+
     def oracle(row, n, head):
         first = max(n - W, 0)
         heads = range(head * G, head * G + G)
-        raw = sum(weights(row, n, h, i) for h in heads for i in range(first, n)) / G / (n - first)
-        raw[first:] = 0
-        best = np.zeros(n)
-        for i in range(n):
-            near = [(i - j, i - j) for j in range(max(i - 5, 0), i + 1)]
-            near += [(i - j, 5 + j - i) for j in range(i + 1, min(i + 2, n - 1) + 1)]
-            best[i] = max(raw[i - by] * (1 - 0.01 * distance) for by, distance in near)
-        return best
+        of_query = [
+            np.mean([weights(row, n, h, i) for h in heads], axis=0) * fade ** (n - 1 - i)
+            for i in range(first, n)
+        ]
+        best = np.max(of_query, axis=0)
+        best[first:] = 0
+        logs = np.log(np.maximum(best, np.finfo(np.float32).tiny))
+        by = np.arange(n)[:, None] - np.arange(n)[None]
+        share = np.where(by > 0, by / ahead, -by / behind)
+        return np.max(logs[None] - np.where(share < 1, share**2, 2 * share - 1), axis=1)
 
-    check(SpanWindow(ahead=5, behind=2), oracle)
+    check(SpanWindow(ahead, behind, fade), oracle)
+
+
+@pytest.mark.parametrize("by", [0, 3, -3])
+def test_attention_that_is_passed_on_nowhere_or_to_one_side(by):
+    logs = jnp.full((1, 1, 9), -80.0).at[0, 0, 4].set(0.0)
+    found = np.asarray(passed_on(logs, by))[0, 0]
+    side = found[5:] if by >= 0 else found[3::-1]
+    expected = [-1 / 9, -4 / 9, -1, -5 / 3] if by else [-80.0] * 4
+    np.testing.assert_allclose(side, expected, atol=1e-5)
+    other = found[:4] if by >= 0 else found[5:]
+    np.testing.assert_allclose(other, -80.0, atol=1e-5)
+
+
+def test_the_sharper_the_attention_the_longer_the_span():
+    def kept(other):
+        """Of the ten best tokens, those from the first attended place on."""
+        attention = np.full((1, 1, S, 1), 1e-6, np.float32)
+        attention[0, 0, [8, 32], 0] = 1.0, other
+        one = jnp.ones((1, 1, 1, 1))
+        lengths, positions = jnp.asarray([S]), jnp.arange(S)[None, None]
+        keys = jnp.log(attention)  # the softmax of one query gives the attention back
+        entries = keys, keys, one, lengths, lengths[:, None], positions
+        view = LayerView(*entries, None, jnp.asarray([1]), AttentionSpec(1.0))
+        best = np.argsort(-np.asarray(SpanWindow(4, 1)(view))[0, 0])[:10]
+        return np.sum((best >= 8) & (best < 18))
+
+    assert [kept(0.9), kept(0.2), kept(0.03)] == [5, 6, 8]
