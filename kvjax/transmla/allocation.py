@@ -90,23 +90,63 @@ def choose_rope_dim(
     tokens: Int[np.ndarray, "S T"],
     *,
     cache: int,
-    candidates: Sequence[int],
+    candidates: Sequence[int] | None = None,
     recipe: Recipe = BEST,
 ) -> int:
     """The rope_dim with the least loss in a cache of `cache` numbers per token and layer.
 
+    The loss is that of the closed form; the fits move the best rope_dim little.
+
     Args:
         stats, tokens, recipe: as in `allocate_sizes`.
-        candidates: rope_dims to try; the rank is the rest of the cache.
+        candidates: rope_dims to try; the rank is the rest of the cache. None: a sixth, a quarter, a
+            third and a half of the cache, as far as the keys have so many rotating components.
+
+    Raises:
+        ValueError: no candidate, or sizes that `to_decoupled` would refuse.
     """
-    stats = checked_stats(model, stats)
-    bases = gqa_layers(model)
-    choices = [
-        layer_sizes(bases, stats.tokens.size, cache - width, width, None) for width in candidates
-    ]
-    trial = _Trial(model, params, stats, tokens, recipe, choices[0])
-    losses = [trial.measure(dict(enumerate(sizes))) for sizes in choices]
+    stats, bases = checked_stats(model, stats), gqa_layers(model)
+    if candidates is None:
+        turning = max(components(base)[1] for base in bases)
+        candidates = sorted({min(cache // share // 2 * 2, turning) for share in (6, 4, 3, 2)})
+    if not candidates:
+        raise ValueError("got no candidate for rope_dim")
+    tokens = token_ids(tokens, model.config.vocab_size, "tokens")
+    losses = []
+    for width in candidates:
+        sizes = layer_sizes(bases, stats.tokens.size, cache - width, width, None)
+        losses.append(_closed_loss(model, params, stats, tokens, recipe, sizes))
     return candidates[int(np.argmin(losses))]
+
+
+def _closed_loss(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    tokens: Int[np.ndarray, "S T"],
+    recipe: Recipe,
+    sizes: Sequence[Sizes],
+) -> float:
+    """The loss of the model that the closed form gives; inf if it is not finite."""
+    x = embed(model.config, params, tokens)
+    for index, (base, size) in enumerate(zip(gqa_layers(model), sizes, strict=True)):
+        own = params[f"layers_{index}"]
+        args = (base, own["attn"], stats.layers[index], size.rank, size.rope_dim, recipe)
+        config, attn = over_heads(base, own["attn"], close(*args))
+        layer = LayerConfig(config, model.config.layers[index].mlp)
+        x = layer_output(block_kind(model.config, layer), {**own, "attn": attn}, x)
+    return _mean_loss(model, params, x, tokens)
+
+
+def _mean_loss(
+    model: Transformer,
+    params: Mapping[str, Any],
+    hidden: Float[Array, "S T D"],
+    tokens: Int[np.ndarray, "S T"],
+) -> float:
+    losses, _ = judge(model, params, hidden[:, :-1], tokens[:, 1:])
+    loss = float(np.mean(np.asarray(losses)))
+    return loss if np.isfinite(loss) else np.inf  # min() might choose NaN
 
 
 def choose_fold(
@@ -295,6 +335,4 @@ class _Trial:
         return outputs
 
     def _loss(self, hidden: Float[Array, "S T D"]) -> float:
-        losses, _ = judge(self.model, self.params, hidden[:, :-1], self.tokens[:, 1:])
-        loss = float(np.mean(np.asarray(losses)))
-        return loss if np.isfinite(loss) else np.inf  # min() might choose NaN
+        return _mean_loss(self.model, self.params, hidden, self.tokens)
