@@ -50,8 +50,9 @@ from kvjax.transmla.output_equations import (
 )
 from kvjax.transmla.roots import Root
 
-PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+PULLS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 """Weights of the distance to the start, relative to white features."""
+MARGIN = 0.1  # relative difference of held-out errors that does not count
 HELD_OUT = 8  # one of so many sequences judges the weights
 
 
@@ -131,7 +132,11 @@ def _fit(
 
 
 def choose_pull(fitted: Equations, held: Equations, start: Float[np.ndarray, "F D"]) -> float:
-    """The weight of the distance to the start with the least error on held-out rows.
+    """The least weight of the distance to the start that held-out rows allow.
+
+    The error of one layer tells little about the loss of the model, so differences of less than
+    `MARGIN` don't count: then the fit that changes more is taken, which also repairs more of what
+    earlier layers lost.
 
     Args:
         fitted, held: white equations of two parts of the text; `held` may have no rows.
@@ -139,13 +144,10 @@ def choose_pull(fitted: Equations, held: Equations, start: Float[np.ndarray, "F 
     """
     if held.empty:
         return 1.0
-    best, chosen = np.inf, PULLS[-1]
-    for pull in PULLS:
-        error = held.error(fitted.ridge(start, pull))
-        if error >= best:
-            break  # the error has one minimum
-        best, chosen = error, pull
-    return chosen
+    errors = [held.error(fitted.ridge(start, pull)) for pull in PULLS]
+    allowed = (1 + MARGIN) * min(errors)
+    choices = zip(PULLS, errors, strict=True)
+    return next((pull for pull, error in choices if error <= allowed), PULLS[-1])
 
 
 def feature_groups(
