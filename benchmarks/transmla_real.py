@@ -29,6 +29,7 @@ from benchmarks.environment import environment
 from kvjax.paths import local_path
 from kvjax.tasks import perplexity
 from kvjax.transmla import BEST, Stats, calibrate, choose_rope_dim, convert
+from kvjax.transmla.layer import gqa_layers
 
 RECIPES = {"closed form": dataclasses.replace(BEST, refit=False), "default": BEST}
 
@@ -67,7 +68,7 @@ def main() -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     calibration = sequences(ids, 0, args.calibration, 256)
     test = sequences(ids, len(ids) // 2, args.test, 512)
-    base = model.config.layers[0].attention
+    base = gqa_layers(model)[0]
     whole = 2 * base.num_kv_heads * base.head_dim
     rows: list[dict[str, Any]] = []
 
@@ -88,10 +89,7 @@ def main() -> None:
         start = cpu_seconds()
         rope_dim = choose_rope_dim(model, params, part, calibration[cut:][:4], cache=numbers)
         add(cache=cache, row="choice of rope_dim", cpu_seconds=round(cpu_seconds() - start, 1))
-        for name, recipe in {
-            "closed form": dataclasses.replace(BEST, refit=False),
-            "default": BEST,
-        }.items():
+        for name, recipe in RECIPES.items():
             start = cpu_seconds()
             text_of_fits = Stats(stats.layers, stats.tokens[: args.fits])
             new = convert(

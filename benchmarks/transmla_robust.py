@@ -31,6 +31,7 @@ import kvjax
 from benchmarks.environment import environment
 from kvjax.paths import local_path
 from kvjax.transmla import BEST, UNBIASED, calibrate, published, to_decoupled
+from kvjax.transmla.layer import gqa_layers
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {"recipe": BEST},
@@ -88,8 +89,10 @@ def main() -> None:
     # Cases of one dtype and one text share their calibration.
     groups = itertools.groupby(sorted(drawn), key=lambda case: case[:3])
     for (dtype, text, count), group in groups:
+        if time.monotonic() - start > args.seconds:
+            break
         model, params = kvjax.load(args.model, dtype=dtype)
-        base, words = model.config.layers[0].attention, model.config.vocab_size
+        base, words = gqa_layers(model)[0], model.config.vocab_size
         whole = 2 * base.num_kv_heads * base.head_dim
         tokens = token_rows(args.model, args.data, text, words, count, args.length)
         probe = token_rows(args.model, args.data, "prose", words, 2, args.length)[1:]
