@@ -52,6 +52,7 @@ from kvjax.transmla.roots import Root
 
 PULLS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 """Weights of the distance to the start, relative to white features."""
+WEAK = 1e-3  # variance of a feature, relative to the largest, below which it counts less
 MARGIN = 0.1  # relative difference of held-out errors that does not count
 HELD_OUT = 8  # one of so many sequences judges the weights
 
@@ -90,8 +91,10 @@ def refit_outputs(
         feature_groups(*arrays, converted[own], target[own], size[own])
         for own in (slice(cut), slice(cut, None))
     ]
-    # White coordinates: all features of a head have size 1 and don't depend on each other.
-    roots = [Root.of(gram) for gram in head_grams(parts[0] + parts[1], N, L)]
+    # White coordinates: all features of a head have size 1 and don't depend on each other. Weak
+    # ones stay weak: a head that gives almost all attention to one token says nothing of them, and
+    # other text may take them a thousand times further.
+    roots = [Root.of(gram, WEAK, WEAK) for gram in head_grams(parts[0] + parts[1], N, L)]
     inverses = np.stack([root.inverse for root in roots])
     form = Rows if converted.shape[0] * converted.shape[1] <= N * L else Normal
     fitted, held = (form.of(part, inverses, target.shape[-1]) for part in parts)

@@ -29,16 +29,17 @@ class Root:
     inverse: Float[np.ndarray, "n n"]
 
     @classmethod
-    def of(cls, gram: Float[np.ndarray, "n n"], floor: float = FLOOR) -> Root:
+    def of(cls, gram: Float[np.ndarray, "n n"], floor: float = FLOOR, dead: float = DEAD) -> Root:
         """The root of a Gram matrix.
 
         Args:
             gram: symmetric; eigenvalues may be 0, or below 0 by rounding.
             floor: least eigenvalue after the diagonal was scaled to 1. Use 1e-6 for products that
                 were rounded to fp32.
+            dead: least diagonal entry relative to the largest.
         """
         squares = np.diag(gram)
-        size = np.sqrt(np.maximum(squares, DEAD * squares.max(initial=0.0) + 1e-60))
+        size = np.sqrt(np.maximum(squares, dead * squares.max(initial=0.0) + 1e-60))
         values, vectors = np.linalg.eigh(gram / np.outer(size, size))
         scale = np.sqrt(np.maximum(values, floor))
         return cls(scale[:, None] * (vectors.T * size), (vectors / size[:, None]) / scale)
