@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+FOLDERS = re.compile(r"(?<=[ =])/\S*/(?=[^/\s])")
 
 
 def environment(module: str, packages: Sequence[str] = ("jax",)) -> dict[str, Any]:
@@ -31,8 +34,13 @@ def environment(module: str, packages: Sequence[str] = ("jax",)) -> dict[str, An
             **{package: version(package) for package in packages},
         },
         "commit": commit(),
-        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "command": without_folders(" ".join(["python -m", module, *sys.argv[1:]])),
     }
+
+
+def without_folders(command: str) -> str:
+    """The text of a command or a policy, with absolute paths cut to their last part."""
+    return FOLDERS.sub("", command)
 
 
 def commit() -> str:

@@ -146,7 +146,7 @@ def uniform(size: Size, share: float) -> np.ndarray:
 
 
 def skewed(size: Size, share: float) -> np.ndarray:
-    """[L, K] entries held under HeadKV's budgets (β 1.2), the window included."""
+    """[L, K] entries held under HeadKV's budgets (β 1.2), the recent tokens included."""
     scores = np.random.default_rng(0).random((size.layers, size.kv_heads * size.group)) ** 8
     caps = allocate(
         scores,

@@ -39,7 +39,7 @@ def held_pool(
     L, K = held.shape
     budgets = Budgets(
         caps=np.broadcast_to(held, (batch, L, K)).astype(np.int32),
-        window=np.zeros(batch, np.int32),
+        recent=np.zeros(batch, np.int32),
         rooms=np.full((batch, L, K), room, np.int32),
         rings=np.zeros((batch, L, K), bool),
         scorer=None,

@@ -24,7 +24,7 @@ HELP = """usage: python -m eval COMMAND [OPTIONS]
 
 tasks:     {tasks}
            python -m eval TASK --help
-commands:  perplexity  of a text, dense, in a sliding window, or from a compressed prefix
+commands:  perplexity  of a text, dense, in overlapping chunks, or from a compressed prefix
            latency     time and cache bytes against context and batch
            lm-eval     lm-evaluation-harness through the compressed cache
            report      tables and pictures of finished runs

@@ -6,7 +6,6 @@ The measurements (perplexity, latency, lm-eval) share the types of options and t
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from tyro.conf import UseAppendAction, arg
 
 from kvjax.paths import check_local, local_path
 from kvjax.policies.named import parse_policy
+from kvjax.runs import write_json
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Policies = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="policy", metavar="POLICY", help="full, snapkv:kv_size=128, …; repeat for several"),
 ]
-Model = Annotated[str, arg(help="checkpoint directory, hub id, or builtin:<name>")]
+Model = Annotated[str, arg(help="checkpoint directory, .gguf file, hub id, or builtin:<name>")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     arg(help="of weights, activations, cache; None: bfloat16 on accelerators, float32 on CPUs"),
@@ -118,7 +118,7 @@ def run_command(name: str, command: TaskCommand, argv: Sequence[str]) -> None:
     if not processes.is_writer():
         return
     (_print_dry_run if command.dry_run else print_report)(report)
-    write_json(command.json_file, report)
+    write_report(command.json_file, report)
 
 
 def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def task_options(command: TaskCommand, tokenizer: Any) -> Any:
     if command.data_dir is not None and not command.data_dir.is_dir():
         raise ValueError(f"no folder at {command.data_dir}")
     values = {name: getattr(command, name) for name in TASK_FIELDS}
-    return TaskOptions(tokenizer=tokenizer, settings=settings, **values)
+    return TaskOptions(tokenizer=tokenizer, settings=settings, chat=command.chat, **values)
 
 
 def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:
@@ -281,7 +281,7 @@ def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) ->
 
     # The checks of `evaluate`, so that a command that would fail fails here too.
     check_ids(task)
-    check_form(task, settings.chat)
+    check_form(task, settings)
     policies = resolve_all(settings.policies, model)
     prompts = encode(task, tokenizer, model.config, settings.chat, settings.max_length)
     batches = make_batches(prompts, task.items, settings.batch_size, settings.seed)
@@ -339,11 +339,10 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
     Console().print(table)
 
 
-def write_json(path: Path | None, result: Any) -> None:
-    """Writes the result as JSON; None: nothing is written."""
+def write_report(path: Path | None, report: Any) -> None:
+    """Writes the result of a command where --json asks for it."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(path, report)
 
 
 def _print_dry_run(found: dict[str, Any]) -> None:

@@ -14,8 +14,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from eval.likelihood import LogLikelihoods, score_compressed, score_dense
 from eval.run import LoadedModel, progress_bar, until_stop
 from kvjax.generation import generate
-from kvjax.policies.policy import Full, Policy
-from kvjax.scoring import bounds_growth
+from kvjax.policies.policy import Full, Policy, check_growth
 from kvjax.text import added_text, end_ids, prompt_ids
 
 NEW_TOKENS = 256
@@ -47,8 +46,7 @@ class CompressedLM(TemplateLM):
                 below 1.
         """
         super().__init__()
-        if bounds_growth(policy):
-            raise ValueError("log-likelihoods do not fit policies with ring or every")
+        check_growth([policy], "a log-likelihood")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected ≥ 1")
         self.loaded, self.policy, self.dense = loaded, policy, dense

@@ -21,8 +21,9 @@ from eval.command import (
     check_arguments,
     print_rows,
     with_dtype,
-    write_json,
+    write_report,
 )
+from kvjax.runs import write_json
 
 KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": checks.whole(0)}
 
@@ -64,7 +65,7 @@ def run(command: LatencyCommand, argv: Sequence[str]) -> None:
     hidden = ("gqa_cache_bytes", "repeats")
     rows = [{k: _short(v) for k, v in row.items() if k not in hidden} for row in report["rows"]]
     print_rows(rows, f"{command.model}: medians of {command.repeats}")
-    write_json(command.json_file, report)
+    write_report(command.json_file, report)
 
 
 def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]:
@@ -80,7 +81,6 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     """
     import kvjax
     from eval.predictions import RESULTS
-    from eval.predictions import write_json as write_whole
     from eval.results import environment, facts
     from eval.run import progress_bar, resolve_all
     from kvjax.mesh import named_mesh
@@ -124,7 +124,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     }
     if command.out is not None:
         command.out.mkdir(parents=True, exist_ok=True)
-        write_whole(command.out / RESULTS, report)
+        write_json(command.out / RESULTS, report)
     return report
 
 
@@ -171,7 +171,7 @@ def time_one(
         firsts.append(time.perf_counter() - start)
         held = cache_bytes(state.cache)
         start = time.perf_counter()
-        _decode(model, params, state, policy.every, work)
+        _decode(model, params, state, policy.compression_interval, work)
         # The prefill gives the first token, so decode makes new_tokens − 1.
         steps.append((time.perf_counter() - start) / (command.new_tokens - 1))
     shape, dtype = Shape(context, command.new_tokens, batch), params["embedding"].dtype
@@ -208,14 +208,14 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
     return jax.block_until_ready(dataclasses.replace(state, cache=cache))
 
 
-def _decode(model: Any, params: Any, state: Any, every: int, work: Any) -> None:
+def _decode(model: Any, params: Any, state: Any, interval: int, work: Any) -> None:
     """Decodes all further tokens. Fetching them waits until the device has finished."""
     import numpy as np
 
     from kvjax.decoding import Sampling, decode
 
     greedy, never = Sampling.create(0.0, 0, 1.0), np.asarray((), np.int32)
-    for _ in decode(model, params, state, greedy, never, work.new_tokens, every, work.again):
+    for _ in decode(model, params, state, greedy, never, work.new_tokens, interval, work.again):
         pass
 
 

@@ -29,7 +29,6 @@ from kvjax.scoring import (
     Compared,
     Judged,
     Text,
-    bounds_growth,
     compare,
     judge_compressed,
     judge_dense,
@@ -169,8 +168,8 @@ class TeacherForced:
     ) -> TeacherForced:
         """The prompts of a task with their answers.
 
-        An item's meta may hold the answer's ids ("answer") and the number of tokens at the prompt's
-        end that ask ("question_tokens").
+        An item's meta may hold the answer's ids ("answer"), the number of tokens at the prompt's
+        end that ask ("question_tokens"), and whether EOS must follow the answer ("then_eos").
 
         Raises:
             ValueError: an item without exactly one right answer, or policies that cannot be
@@ -218,7 +217,7 @@ def comparable(policies: Mapping[str, Policy]) -> dict[str, Compress]:
     """
     compressing = {}
     for name, policy in policies.items():
-        if isinstance(policy, Compress) and not bounds_growth(policy):
+        if isinstance(policy, Compress) and not policy.bounds_growth:
             compressing[name] = policy
         elif policy != Full():
             raise ValueError(f"policy {name!r} cannot be teacher-forced: use protocol 'generate'")
@@ -234,5 +233,5 @@ def _example(tokenizer: Any, task: Task, prompt: Prompt) -> Example:
             "use protocol 'generate'"
         )
     answer = answer or ids_after(tokenizer, f" {item.references[0]}")
-    asked = item.meta.get("question_tokens", 0)
-    return Example(prompt.ids, tuple(answer), question_length=asked)
+    asked, ends = item.meta.get("question_tokens", 0), item.meta.get("then_eos", True)
+    return Example(prompt.ids, tuple(answer), question_length=asked, then_eos=ends)

@@ -21,7 +21,7 @@ from eval.command import (
     check_arguments,
     print_report,
     with_dtype,
-    write_json,
+    write_report,
 )
 from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
@@ -81,7 +81,7 @@ def run(command: HarnessCommand, argv: Sequence[str]) -> None:
     """Measures, prints a table, and writes the result where it was asked for."""
     report = measure(command, argv)
     print_report(report)
-    write_json(command.json_file, report)
+    write_report(command.json_file, report)
 
 
 def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]:

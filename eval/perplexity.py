@@ -23,7 +23,7 @@ from eval.command import (
     check_arguments,
     print_report,
     with_dtype,
-    write_json,
+    write_report,
 )
 from eval.predictions import check_folder, write_measured
 from eval.rows import hub_rows, read_rows
@@ -79,7 +79,7 @@ def run(command: PerplexityCommand, argv: Sequence[str]) -> None:
     """Measures, prints a table, and writes the result where it was asked for."""
     report = measure(command, argv)
     print_report(report)
-    write_json(command.json_file, report)
+    write_report(command.json_file, report)
 
 
 def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _task(name: str, model: Any, policies: dict[str, Any], command: Any) -> Iter
         whole = min(command.max_length or 10**9, model.config.context_length)
         yield from _caches(model, policies, command.dtype, (whole, 0, command.batch_size))
         return
-    check_form(task, command.chat)
+    check_form(task, checked(name, command)[0])
     prompts = encode(task, tokenizer, model.config, command.chat, command.max_length)
     found = shapes(make_batches(prompts, task.items, command.batch_size, command.seed))
     tokens = sum(len(prompt.ids) for prompt in prompts)

@@ -43,7 +43,7 @@ def encode(
 
     Args:
         chat: put prompts inside the tokenizer's chat template, except for tasks, or items (meta
-            "chat"), that say no. Items that are token ids have their text in meta "text".
+            "chat"), that say no. Items that are token ids are in it already.
         max_length: tokens of prompt and answer, where it is less than the model's context.
 
     Raises:
@@ -63,7 +63,9 @@ def encode(
                 "expected room for a prompt"
             )
         within = bool(chat and task.chat and item.meta.get("chat", True))
-        make = _in_template if within else _raw
+        if not isinstance(item.prompt, str):
+            _check_ids(item, within)
+        make = _in_template if within and isinstance(item.prompt, str) else _raw
         try:
             ids, length = make(item, tokenizer, room, task.truncate)
         except TooLong as error:
@@ -75,6 +77,16 @@ def encode(
             raise ValueError(f"item {item.id} has an empty prompt")
         prompts.append(Prompt(index, tuple(ids), length, within))
     return prompts
+
+
+def _check_ids(item: Item, within: bool) -> None:
+    """Raises ValueError where the ids of a prompt were not made for this form."""
+    made = item.meta.get("chat") is True
+    if made != within:
+        raise ValueError(
+            f"item {item.id} is token ids {'inside' if made else 'outside'} the chat template, "
+            f"expected a task that was loaded with chat={within}"
+        )
 
 
 class TooLong(Exception):
@@ -115,9 +127,7 @@ def _raw(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], i
 
 def _in_template(item: Item, tokenizer: Any, room: int, rule: str) -> tuple[list[int], int]:
     """As `_raw`, for a prompt inside the chat template. Only the text inside it is cut."""
-    text = item.prompt if isinstance(item.prompt, str) else item.meta.get("text")
-    if text is None:
-        raise ValueError(f"item {item.id} is token ids: no text for the chat template")
+    text = str(item.prompt)
     ids = chat_ids(tokenizer, text)
     length = len(ids)
     if length <= room:

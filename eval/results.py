@@ -46,6 +46,7 @@ from kvjax.identity import array_digest, identity
 from kvjax.nn import Transformer
 from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import kept_tokens as tokens_kept
+from kvjax.policies.need import MeasuredNeed
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.prefill import bucket_length, shape_bytes
 
@@ -252,12 +253,14 @@ def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> di
 
 
 def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
-    """Digests of the head scores, for each policy that has some."""
+    """Digests of the head scores or the curves of need, for each policy that has some."""
     found = {}
     for name, policy in policies.items():
         allocator = policy.allocator if isinstance(policy, Compress) else None
         if isinstance(allocator, HeadImportance) and allocator.scores is not None:
             found[name] = array_digest(allocator.scores.samples)
+        if isinstance(allocator, MeasuredNeed):
+            found[name] = array_digest(allocator.curves.rises)
     return found
 
 

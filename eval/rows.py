@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.data_files import PACKED, open_hub, parse_object, read_text
+from kvjax.paths import local_path
 
 KINDS = (".jsonl", ".json", ".txt")
 
@@ -94,9 +95,9 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
         limit: read at most this many rows; later lines are not parsed.
 
     Raises:
-        ValueError: see `read_text`, a line that is not a JSON object, or no rows.
+        ValueError: a URL, see `read_text`, a line that is not a JSON object, or no rows.
     """
-    found = _parsed(read_text(path), str(path), limit)
+    found = _parsed(read_text(local_path(path, "the file")), str(path), limit)
     if not found and limit != 0:
         raise ValueError(f"{path} has no rows, expected at least one")
     return found

@@ -93,7 +93,7 @@ def evaluate(
     start = time.monotonic()
     # Prompts and config.json: a folder of another run is refused before the model answers.
     check_ids(task)
-    check_form(task, settings.chat)
+    check_form(task, settings)
     policies = resolve_all(settings.policies, loaded.model)
     config = loaded.model.config
     prompts = encode(task, loaded.tokenizer, config, settings.chat, settings.max_length)

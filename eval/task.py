@@ -40,8 +40,9 @@ SETTING_KINDS = {
     "seed": checks.whole(0),
 }
 PROTOCOLS = ("generate", "teacher", "after")
-UNJUDGED = ("tokenizer", "settings", "seed")
-"""Fields that `check_options` leaves alone; the seed may be that of sampled answers."""
+UNJUDGED = ("tokenizer", "settings", "seed", "chat")
+"""Fields that `check_options` leaves alone: the seed may be that of sampled answers, and
+`check_form` judges the chat template."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Item:
 
     Attributes:
         id: unique within its task and the same in every run: an interrupted run continues by ids.
-        prompt: text, or token ids that are used unchanged.
+        prompt: text, or token ids that are used unchanged, inside the chat template where
+            `TaskOptions.chat` asked for it.
         references: right answers; each task defines how they are compared.
         max_new_tokens: longest answer.
         group: a subset, length or depth that gets its own score; "" for none.
@@ -111,6 +113,7 @@ class TaskOptions:
         seed: of generated prompts.
         shots: examples in the prompt, where the task has a choice.
         settings: further key=value settings of one task.
+        chat: whether prompts that are made as token ids are inside the chat template.
     """
 
     data_dir: Path | None = None
@@ -122,6 +125,7 @@ class TaskOptions:
     seed: int = 0
     shots: int | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    chat: bool = False
 
     def __post_init__(self):
         checks.check(OPTION_KINDS, limit=self.limit, count=self.count, seed=self.seed)
@@ -183,11 +187,9 @@ class Settings:
             raise ValueError("got no policies, expected at least one")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies are {', '.join(self.policies)}, expected each once")
-        # Feeding the answer needs the raw prompt and no sampling.
-        if self.protocol != "generate" and (self.chat or self.temperature):
+        if self.protocol != "generate" and self.temperature:
             raise ValueError(
-                f"protocol {self.protocol!r} feeds the right answer after the raw prompt, "
-                "expected no chat template and temperature 0"
+                f"protocol {self.protocol!r} feeds the right answer, expected temperature 0"
             )
         # Settings without an effect are errors, here as on the command line.
         if not self.temperature and (self.top_p < 1 or self.top_k):
@@ -197,11 +199,19 @@ class Settings:
             )
 
 
-def check_form(task: Task, chat: bool) -> None:
-    """Raises ValueError where `chat` is asked for and no prompt of the task may be inside it."""
-    if chat and not (task.chat and any(item.meta.get("chat", True) for item in task.items)):
+def check_form(task: Task, settings: Settings) -> None:
+    """Raises ValueError where the settings ask for the chat template and it has no place."""
+    if not settings.chat:
+        return
+    if not (task.chat and any(item.meta.get("chat", True) for item in task.items)):
         why = task.raw or "these prompts are raw text, expected no --chat"
         raise ValueError(f"--chat would change no prompt of task {task.name}: {why}")
+    # Only tasks that make their prompts as ids know how an answer begins inside the template.
+    if settings.protocol != "generate" and any(isinstance(i.prompt, str) for i in task.items):
+        raise ValueError(
+            f"protocol {settings.protocol!r} feeds the right answer after the raw prompt of task "
+            f"{task.name}, expected no chat template"
+        )
 
 
 @dataclass(frozen=True)

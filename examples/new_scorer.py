@@ -12,9 +12,9 @@ from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import LayerView
 
 
-def small_keys(prompt: LayerView) -> jax.Array:
+def small_keys(view: LayerView) -> jax.Array:
     """[B, K, S] scores, higher for tokens to keep; those of padding and window are ignored."""
-    return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
+    return -jnp.linalg.norm(view.keys.astype(jnp.float32), axis=-1)
 
 
 def main() -> kvjax.Generation:

@@ -215,6 +215,11 @@ class StoredTensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
+    @property
+    def stored_as(self) -> str:
+        """The name of the type in which the file has the numbers."""
+        return self.dtype.name
+
     def view(self, file: np.ndarray) -> np.ndarray:
         """The tensor within the bytes of its file, see `map_file`; nothing is read."""
         data = file[self.start : self.start + self.nbytes]

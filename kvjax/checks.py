@@ -140,34 +140,29 @@ LISTS = "a list of lists of token ids"
 PROMPT = "a list of token ids (prompts are a list of such lists)"
 
 
-def token_ids(values: Any, vocab_size: int, name: str) -> Int32[np.ndarray, "*shape"]:
+def token_ids(
+    values: Any, vocab_size: int, name: str, expected: str = "an array of token ids"
+) -> Int32[np.ndarray, "*shape"]:
     """Checked token ids as int32, in the shape of `values`.
 
     Args:
         values: an array, or lists of equal lengths.
         vocab_size: V; ids are 0 to V − 1.
         name: where the ids come from, such as "calibration"; starts the error.
+        expected: what `values` should be; ends the error.
 
     Raises:
-        ValueError: there are no ids, their dtype is not an integer, or an id is outside the
-            vocabulary.
+        ValueError: there are no ids, one is not a whole number, or one is outside the vocabulary.
     """
+    ids = _whole_numbers(values, name, expected)
+    if not ids.size:
+        raise ValueError(f"{name} is empty, expected at least one token")
     # A device clamps an id without an embedding row to the last row and raises nothing, so the ids
     # are checked on the host, before the cast to int32 can wrap them.
-    try:
-        ids = np.asarray(values)
-    except (ValueError, OverflowError):
+    low, high = ids.min(), ids.max()
+    if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{name}: got lists of different lengths, expected an array of token ids"
-        ) from None
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}: got {ids.dtype} {ids.shape}, expected token ids, integers")
-    if ids.size == 0:
-        raise ValueError(f"{name}: got no token ids, shape {ids.shape}, expected at least one")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(
-            f"{name}: got token ids from {ids.min()} to {ids.max()}, expected 0 to "
-            f"{vocab_size - 1}, the model's vocabulary"
+            f"{name} has token {low if low < 0 else high}, expected ids of 0 to {vocab_size - 1}"
         )
     return ids.astype(np.int32)
 
@@ -187,26 +182,17 @@ def check_prompts(
     Raises:
         ValueError: names the first bad prompt, and the fault.
     """
-    try:
-        new = operator.index(max_new_tokens)
-    except TypeError:
-        new = 0
-    if new < 1:
+    new = _integer(max_new_tokens)
+    if new is None or new < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number ≥ 1")
     for index in range(_prompt_count(prompts)):
-        ids = _id_list(prompts[index], f"prompt {index}", PROMPT)
-        if not ids.size:
-            raise ValueError(f"prompt {index} is empty, expected at least one token")
+        name = f"prompt {index}"
+        ids = token_ids(prompts[index], vocab_size, name, PROMPT)
+        _check_flat(ids, name, PROMPT)
         if before + ids.size + new > context_length:
             raise ValueError(
-                f"prompt {index} has {ids.size} tokens and max_new_tokens is {new}, "
+                f"{name} has {ids.size} tokens and max_new_tokens is {new}, "
                 f"expected at most {context_length} in all: the model's context"
-            )
-        low, high = ids.min(), ids.max()
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"prompt {index} has token {low if low < 0 else high}, "
-                f"expected ids of 0 to {vocab_size - 1}"
             )
 
 
@@ -222,7 +208,9 @@ def eos_array(eos_ids: Any, default: Sequence[int]) -> Int32[np.ndarray, " E"]:
         eos_ids = sorted(eos_ids)
     elif isinstance(eos_ids, numbers.Integral) or getattr(eos_ids, "ndim", 1) == 0:
         eos_ids = [eos_ids]
-    ids = _id_list(eos_ids, "eos_ids", "None, () or a list of token ids")
+    expected = "None, () or a list of token ids"
+    ids = _whole_numbers(eos_ids, "eos_ids", expected)
+    _check_flat(ids, "eos_ids", expected)
     if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:
         raise ValueError(f"eos_ids are {eos_ids}, expected token ids of the model")
     return ids.astype(np.int32)
@@ -242,30 +230,34 @@ def _prompt_count(prompts: Any) -> int:
     return count
 
 
-def _id_list(value: Any, name: str, expected: str) -> np.ndarray:
-    """Integers as a one-dimensional array.
+def _whole_numbers(value: Any, name: str, expected: str) -> np.ndarray:
+    """An array of integers, of any width that NumPy has or of Python's; int32 where it is empty.
 
     Raises:
-        ValueError: the value is not a list of integers.
+        ValueError: a single value, a text, lists of different lengths, or other numbers.
     """
     _refuse_text(value, name, expected)
     try:
         ids = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"{name}: got lists of several lengths, expected {expected}") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name}: got lists of different lengths, expected {expected}") from None
     except TypeError:
         raise ValueError(f"{name}: got {_kind(value)}, expected {expected}") from None
     if ids.ndim == 0:
         raise ValueError(f"{name}: got {_kind(value)}, expected {expected}")
-    if ids.ndim > 1:
-        raise ValueError(f"{name}: got ids of shape {ids.shape}, expected {expected}")
     if not ids.size:
-        return np.zeros(0, np.int32)
+        return ids.astype(np.int32)
     # NumPy gives object or float arrays for mixed lists: accept those of exact ints only.
-    if ids.dtype.kind not in "iu" and not all(type(i) is int for i in ids.tolist()):
-        kind = next(_kind(i) for i in ids.tolist() if type(i) is not int)
-        raise ValueError(f"{name}: got {kind} among the token ids, expected {expected}")
+    if ids.dtype.kind not in "iu" and not all(type(i) is int for i in ids.flat):
+        odd = next(i for i in ids.ravel().tolist() if type(i) is not int)
+        raise ValueError(f"{name}: got {_kind(odd)} among the token ids, expected {expected}")
     return ids
+
+
+def _check_flat(ids: np.ndarray, name: str, expected: str) -> None:
+    """Raises ValueError for more than one axis."""
+    if ids.ndim != 1:
+        raise ValueError(f"{name}: got ids of shape {ids.shape}, expected {expected}")
 
 
 def _refuse_text(value: Any, name: str, expected: str) -> None:

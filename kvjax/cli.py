@@ -7,7 +7,6 @@ what belongs to the command line, calls `kvjax.commands` or `kvjax.capacity`, an
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +31,12 @@ from kvjax.commands.score import score_checkpoint
 from kvjax.commands.text import compress_text, continue_text
 from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
+from kvjax.runs import write_json
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Model = Annotated[
-    Positional[str], arg(help="checkpoint directory, hub id, or builtin:<name>", metavar="MODEL")
+    Positional[str],
+    arg(help="checkpoint directory, .gguf file, hub id, or builtin:<name>", metavar="MODEL"),
 ]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
@@ -64,7 +65,7 @@ def info(
     if tensors:
         facts["tensors"] = tensor_statistics(model, tensors)
         _print_rows(facts["tensors"])
-    _write_json(json_file, facts)
+    _write_report(json_file, facts)
 
 
 def convert(
@@ -96,7 +97,7 @@ def convert(
         _refuse_unread("--recipe", decoupled.recipe, {"published": fold})
         report = convert_to_decoupled(model, out, decoupled, dtype, mesh)
     _print_facts(f"{model} → {out}", report)
-    _write_json(json_file, report)
+    _write_report(json_file, report)
 
 
 def export(
@@ -124,7 +125,7 @@ def export(
         model, out, norm, calibration, calibration_tokens, dtype, max_shard_bytes
     )
     _print_facts(f"{model} → {out}", report)
-    _write_json(json_file, report)
+    _write_report(json_file, report)
 
 
 def score(
@@ -142,7 +143,7 @@ def score(
     """
     report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
     _print_rows([report])
-    _write_json(json_file, report)
+    _write_report(json_file, report)
 
 
 def generate(
@@ -198,7 +199,7 @@ def generate(
         f"uncompressed {report['full_cache_bytes']:,}]",
         file=sys.stderr,
     )
-    _write_json(json_file, report)
+    _write_report(json_file, report)
 
 
 def compress(
@@ -212,7 +213,7 @@ def compress(
     """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`."""
     report = compress_text(model, text, out, policy, dtype)
     _print_rows([report])
-    _write_json(json_file, report)
+    _write_report(json_file, report)
 
 
 def demo(
@@ -222,12 +223,12 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Shows accuracy against cache bytes, heads and a conversion, on the embedded model."""
-    _write_json(json_file, run_demo(out, samples=samples, seed=seed))
+    _write_report(json_file, run_demo(out, samples=samples, seed=seed))
 
 
 def plan(
     config: Annotated[
-        Positional[str], arg(help="config.json, checkpoint directory or hub id", metavar="CONFIG")
+        Positional[str], arg(help="config.json, or a checkpoint as elsewhere", metavar="CONFIG")
     ],
     topology: Annotated[str, arg(help="devices, such as v5e:4x4, v5p:2x2x4 or h200:8")],
     batch: Annotated[int | None, arg(help="sequences; default: one per replica")] = None,
@@ -241,8 +242,11 @@ def plan(
         arg(name="policy", metavar="POLICY", help="besides full and 8-bit caches; repeat for more"),
     ] = (),
     latent: Annotated[
-        tuple[int, int], arg(help="latent and rotary key of the converted model; 0 0 for none")
-    ] = (512, 128),
+        tuple[int, int] | None,
+        arg(
+            help="latent and rotary key of the converted model; default: 512 128, or half the cache"
+        ),
+    ] = None,
     check: Annotated[bool, arg(help="also compile a step of all layers and compare")] = False,
     dtype: Annotated[DtypeName, arg(help="dtype of weights, activations and cache")] = "bfloat16",
     compile: Annotated[
@@ -265,7 +269,7 @@ def plan(
         batch,
         mesh,
         policies or Request.policies,  # tyro appends to the default, so the default is empty here
-        latent if any(latent) else None,
+        latent,
         dtype,
         compile,
     )
@@ -278,7 +282,7 @@ def plan(
         _print_facts("decode, all layers", checked)
     for note in notes:
         Console().print(note)
-    _write_json(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
+    _write_report(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
 
 
 def _changed(command: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:
@@ -359,10 +363,10 @@ def _print_facts(title: str, facts: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _write_json(path: Path | None, result: Any) -> None:
+def _write_report(path: Path | None, report: Any) -> None:
+    """Writes the result of a command where --json asks for it."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(path, report)
 
 
 if __name__ == "__main__":

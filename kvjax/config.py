@@ -413,7 +413,7 @@ class ModelConfig:
         eos_ids: token ids that end a generation.
         hf_json: the original Hugging Face config.json, verbatim, which saving writes again.
         source: directory that the model was loaded from, with companion files such as
-            head_scores.json; not part of the model's identity.
+            head_scores.json, or its GGUF file; not part of the model's identity.
     """
 
     model_type: str

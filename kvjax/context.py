@@ -26,13 +26,13 @@ from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import ModelConfig
 from kvjax.feeding import not_finite
 from kvjax.identity import Identity, identity
-from kvjax.mesh import Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
+from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, output_params, run_layer
 from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
-from kvjax.policies.policy import Policy
+from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
 from pallas_kernels import Quantized
 
@@ -94,13 +94,12 @@ def compress(
 
     Raises:
         ValueError: no tokens, more than fit in the model's context, a policy that cannot be
-            resolved or that bounds growth (ring, every), or logits that are not finite.
+            resolved or that bounds growth, or logits that are not finite.
     """
     check_prompts([tokens], 1, model.config.vocab_size, model.config.context_length)
     params = on_automatic_mesh(params)
     resolved = resolve(policy, model.config, default_scores(model.config))
-    if getattr(resolved, "ring", 0) or getattr(resolved, "every", 0):
-        raise ValueError("a context has no growth to bound: policies with ring or every don't fit")
+    check_growth([resolved], "a context")
     # Read the text as a batch of one, and store the live rows only.
     bucket = bucket_length(len(tokens))
     ids, lengths = pad([tokens], bucket)
@@ -154,7 +153,7 @@ def _read(path: Path) -> Context:
 
 def _check_parts(cache: Any) -> None:
     """Raises ValueError or TypeError unless every layer has a cache."""
-    if not isinstance(cache, ModelCache) or cache.layout is not None:
+    if not isinstance(cache, ModelCache) or cache.placement is not None:
         raise ValueError(f"the cache is a {type(cache).__name__}")
     for layer, (own, place) in enumerate(zip(cache.own, cache.places, strict=True)):
         if place is None:
@@ -216,18 +215,18 @@ def extend(
     """
     # Copy the cache for every sequence, with room for prompts and new tokens.
     (B, T), mesh = tokens.shape, mesh_of(params)
-    layout = None if mesh is None else Layout.create(mesh, B)
+    placement = None if mesh is None else Placement.create(mesh, B)
     room, before = room_bucket(T + max_new_tokens), int(cache.lengths[0])
     rope_lengths = np.asarray(before + lengths + max_new_tokens, np.int32)
     device = params["embedding"].sharding
-    rope_lengths = put_rows(rope_lengths, device, layout)
+    rope_lengths = put_rows(rope_lengths, device, placement)
     whole = dataclasses.replace(
-        grown(model.config, cache, B, room, layout), rope_lengths=rope_lengths
+        grown(model.config, cache, B, room, placement), rope_lengths=rope_lengths
     )
     # Positions continue after the context.
     steps = np.arange(T, dtype=np.int32)[None]
     positions = np.where(steps < lengths[:, None], before + steps, -1).astype(np.int32)
-    rows = put_rows((tokens.astype(np.int32), positions, lengths), device, layout)
+    rows = put_rows((tokens.astype(np.int32), positions, lengths), device, placement)
     tokens_BT, positions_BT, lengths_B = rows
     # Run the layers without compression: prompts after a context are kept in full.
     x = embed_chunks(model.config, mesh, params["embedding"], tokens_BT)
@@ -241,7 +240,7 @@ def extend(
 
 
 def grown(
-    config: ModelConfig, cache: ModelCache, batch: int, room: int, layout: Layout | None
+    config: ModelConfig, cache: ModelCache, batch: int, room: int, placement: Placement | None
 ) -> ModelCache:
     """The cache of one sequence as a cache for a batch that continues it, with room for more."""
     windows = config.sliding_windows
@@ -255,14 +254,14 @@ def grown(
         used = int(layer.used[0])
         held = repeated_with_room(layer, batch, bucket_rows(used) - used + room, windows[index])
         attention = config.layers[index].attention
-        own[index] = held if layout is None else spread_layer(attention, held, layout)
+        own[index] = held if placement is None else spread_layer(attention, held, placement)
     pools = tuple(
-        grow_pool(pool, batch, room, tuple(windows[index] for index in layers), layout)
+        grow_pool(pool, batch, room, tuple(windows[index] for index in layers), placement)
         for pool, layers in zip(cache.pools, rows, strict=True)
     )
-    ways = 1 if layout is None else layout.ways
+    ways = 1 if placement is None else placement.ways
     copies = head_copies(cache.pools[0].kept.shape[2], ways) if pools else 1
-    parts = {"own": tuple(own), "pools": pools, "layout": layout, "copies": copies}
+    parts = {"own": tuple(own), "pools": pools, "placement": placement, "copies": copies}
     return dataclasses.replace(cache, **parts)
 
 

@@ -122,9 +122,9 @@ def read_bytes(path: Path) -> bytes:
     """The content of a file, unpacked where its name ends with .gz or .xz.
 
     Raises:
-        ValueError: a URL, no such file, or a file that cannot be unpacked.
+        ValueError: no such file, or a file that cannot be unpacked.
     """
-    if not local_path(path, "the file").is_file():
+    if not path.is_file():
         raise ValueError(f"no file at {path}")
     try:
         return PACKED.get(path.suffix, bytes)(path.read_bytes())

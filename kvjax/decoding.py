@@ -20,12 +20,18 @@ from kvjax.cache import ModelCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.layers import scheduled
 from kvjax.checks import NOT_NEGATIVE, Range, check_ranges
 from kvjax.config import ModelConfig
-from kvjax.mesh import Layout, automatic_axes, on_automatic_mesh, put_rows
+from kvjax.mesh import Placement, automatic_axes, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, embed_tokens, hidden_logits, output_params, run_layer
+from kvjax.nn.transformer import (
+    NO_TOKEN,
+    block_kinds,
+    embed_tokens,
+    finite_rows,
+    hidden_logits,
+    output_params,
+    run_layer,
+)
 
-NO_TOKEN = -1
-"""The token for logits that are not finite: argmax would return token 0 for ever."""
 RANGES = {
     "temperature": NOT_NEGATIVE,
     "top_k": Range(least=0, whole=True),
@@ -88,8 +94,8 @@ def step_layers(
         cache = with_layer(cache, index, entry)
     # Only now do pools count the token: until here each layer needed the old lengths.
     top = {name: params[name] for name in output_params(config)}
-    layout = cache.layout if isinstance(cache, ModelCache) else None
-    return step_logits(config, layout, top, x), advance(cache, lengths)
+    placement = cache.placement if isinstance(cache, ModelCache) else None
+    return step_logits(config, placement, top, x), advance(cache, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,17 +114,17 @@ def embed_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def step_logits(
-    config: ModelConfig, layout: Layout | None, params: Any, x: Float[Array, "B 1 D"]
+    config: ModelConfig, placement: Placement | None, params: Any, x: Float[Array, "B 1 D"]
 ) -> Float[Array, "B V"]:
     """The step's logits; on a mesh sharded over the sequences."""
     logits = hidden_logits(config, params, x)[:, 0]
-    if layout is None:
+    if placement is None:
         return logits
-    if config.vocab_size % layout.ways == 0:
+    if config.vocab_size % placement.ways == 0:
         # Each device computes its share of the vocabulary first. Without this constraint XLA
         # gathers the weight matrix instead of the logits.
-        logits = layout.place(logits, "batch", "tensor")
-    return layout.place(logits, "batch")
+        logits = placement.place(logits, "batch", "tensor")
+    return placement.place(logits, "batch")
 
 
 @flax.struct.dataclass
@@ -131,7 +137,7 @@ class DecodeState:
         finished: [B] whether the sequence produced an EOS or NO_TOKEN.
         step: [] tokens produced so far.
         keys: [B] random keys, one per sequence.
-        layout: layout of the batch on a mesh; None for one device.
+        placement: placement of the batch on a mesh; None for one device.
     """
 
     cache: Any
@@ -139,7 +145,7 @@ class DecodeState:
     finished: Any
     step: Any
     keys: Any
-    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
+    placement: Placement | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def prompt_words(prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B 2"]:
@@ -177,17 +183,17 @@ def first_token(
         mesh: the mesh of the parameters; None for one device.
     """
     B = logits.shape[0]
-    layout = None if mesh is None else Layout.create(mesh, B)
+    placement = None if mesh is None else Placement.create(mesh, B)
     start = DecodeState(
         cache=None,
         token=np.zeros(B, np.int32),
         finished=np.zeros(B, bool),
         step=np.int32(0),
         keys=keys,
-        layout=layout,
+        placement=placement,
     )
     # Use the sharding that later tokens have, so that one program samples all tokens.
-    logits, state = put_rows((logits, start), logits.sharding, layout)
+    logits, state = put_rows((logits, start), logits.sharding, placement)
     return push_token(state, logits, sampling, jnp.asarray(eos))
 
 
@@ -199,8 +205,8 @@ def push_token(
     # Random numbers depend on the sequence's key and the step, not on the rest of the batch.
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     token = sample(logits, keys, sampling)
-    if state.layout is not None:
-        token = state.layout.place(token, "batch")
+    if state.placement is not None:
+        token = state.placement.place(token, "batch")
     finished = state.finished | has_ended(token, eos)
     return replace(state, token=token, finished=finished, step=state.step + 1)
 
@@ -262,7 +268,7 @@ def decode(
     sampling: Sampling,
     eos: Int[np.ndarray, " E"],
     max_new_tokens: int,
-    every: int = 0,
+    interval: int = 0,
     again: Callable[[Any], Any] | None = None,
     compile: str | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
@@ -273,15 +279,15 @@ def decode(
 
     Args:
         state: from `first_token`, with a cache. Do not use it again.
-        every, again: `again` compresses the cache each time it has gained `every` tokens. The
-            newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
+        interval, again: `again` compresses the cache each time it has gained `interval` tokens.
+            The newest token is not in the cache yet: after n tokens the cache holds n − 1 of them.
         compile: see `step_function`.
     """
     step, eos_ids = step_function(compile, max_new_tokens), jnp.asarray(eos)
     pending, ended = deque([state.token]), np.zeros(state.token.shape[0], bool)
     state.token.copy_to_host_async()
     for count in range(1, max_new_tokens):
-        if every and count > 1 and (count - 1) % every == 0:
+        if interval and count > 1 and (count - 1) % interval == 0:
             assert again is not None
             state = replace(state, cache=again(state.cache))
         state = step(model, params, state, sampling, eos_ids)
@@ -360,17 +366,6 @@ def sample(
         lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
     )
     return jnp.where(finite_rows(logits_BV), token_B, jnp.int32(NO_TOKEN))
-
-
-def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
-
-
-def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
-    """Whether all numbers of each row are finite."""
-    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _sample_row(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

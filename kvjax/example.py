@@ -14,7 +14,10 @@ class Example:
             empty if unknown.
         depth: place of that sentence, 0 (start) to 1 (end).
         name: the kind of question.
-        question_length: tokens of the question at the end of the prompt; 0 if unknown.
+        question_length: tokens of the question at the end of the prompt, with the beginning of the
+            answer; 0 if unknown.
+        answers: the answer as texts, several where the question asks for several; () if unknown.
+        then_eos: whether the end-of-sequence token must follow the answer where it is judged.
     """
 
     prompt: tuple[int, ...]
@@ -23,3 +26,5 @@ class Example:
     depth: float = 0.0
     name: str = "needle"
     question_length: int = 0
+    answers: tuple[str, ...] = ()
+    then_eos: bool = True

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.checks import first_not_finite
 from kvjax.config import ModelConfig
-from kvjax.decoding import most_likely
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
@@ -29,6 +28,7 @@ from kvjax.nn.transformer import (
     embed_tokens,
     hidden_logits,
     layer_output,
+    most_likely,
     output_params,
     run_layer,
 )

@@ -21,7 +21,6 @@ from kvjax.checks import COUNT, Range, check_prompts, check_ranges, eos_array, o
 from kvjax.config import ModelConfig
 from kvjax.context import Context, check_model, extend, on_devices_of
 from kvjax.decoding import (
-    NO_TOKEN,
     Sampling,
     decode,
     first_token,
@@ -33,6 +32,7 @@ from kvjax.decoding import (
 from kvjax.feeding import not_finite
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import parse_policy, resolve_each
 from kvjax.policies.policy import Full, Policy
@@ -245,7 +245,7 @@ def continue_prompts(
                 logits = start.logits
                 first = first_token(logits, keys, asked.sampling, asked.eos, mesh)
             settings = asked.sampling, asked.eos, asked.max_new_tokens
-            again = start.every, start.again
+            again = start.interval, start.again
             state = replace(first, cache=start.cache)
             steps = decode(model, params, state, *settings, *again, asked.compile)
             # Collect tokens until every row has ended; a token that stands for NaN is an error.
@@ -311,12 +311,12 @@ class Start(NamedTuple):
     Attributes:
         logits: [B, V] logits after each prompt.
         cache: the cache, with room for the new tokens.
-        every, again: see `kvjax.decoding.decode`.
+        interval, again: see `kvjax.decoding.decode`.
     """
 
     logits: jax.Array
     cache: Any
-    every: int = 0
+    interval: int = 0
     again: Callable[[Any], Any] | None = None
 
 
@@ -359,7 +359,8 @@ def from_start(
             logits, caches = prefill_in_groups(model, params, tokens, group, prefill_size)
             for work in group:
                 # pop(), so that the caller can free each cache after decoding.
-                yield Start(logits, caches.pop(0), next(rest).every, work.again)
+                interval = next(rest).compression_interval
+                yield Start(logits, caches.pop(0), interval, work.again)
 
     return Reader(read, len(resolved))
 

@@ -162,7 +162,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """How a batch of sequences and its caches are sharded over a mesh; hashable.
 
     Attributes:
@@ -177,15 +177,15 @@ class Layout:
     tensor: str | None
 
     @classmethod
-    def create(cls, mesh: AnyMesh, batch_size: int) -> Layout:
-        """The layout of a batch of `batch_size` sequences."""
+    def create(cls, mesh: AnyMesh, batch_size: int) -> Placement:
+        """The placement of a batch of `batch_size` sequences."""
         axes = batch_axes(mesh)
         fits = batch_size % math.prod(mesh.shape[axis] for axis in axes) == 0
         tensor = own_names(mesh).get("tensor")
-        split = tensor is not None and mesh.shape[tensor] > 1
-        return cls(automatic(mesh), axes if fits else (), tensor if split else None)
+        sharded = tensor is not None and mesh.shape[tensor] > 1
+        return cls(automatic(mesh), axes if fits else (), tensor if sharded else None)
 
-    def of_batch(self) -> Layout:
+    def of_batch(self) -> Placement:
         """The same batch, with nothing sharded over the tensor axis."""
         return dataclasses.replace(self, tensor=None)
 
@@ -230,23 +230,23 @@ class Layout:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def place_rows(arrays: Any, layout: Layout) -> Any:
+def place_rows(arrays: Any, placement: Placement) -> Any:
     """Shards arrays whose first axis is the batch; single numbers are replicated.
 
     A program is compiled for the shardings of its arguments, so all calls must use the same.
     """
-    return jax.tree.map(lambda x: layout.place(x, *["batch"] * min(x.ndim, 1)), arrays)
+    return jax.tree.map(lambda x: placement.place(x, *["batch"] * min(x.ndim, 1)), arrays)
 
 
-def put_rows(arrays: Any, device: Any, layout: Layout | None) -> Any:
+def put_rows(arrays: Any, device: Any, placement: Placement | None) -> Any:
     """Moves host arrays whose first axis is the batch to the devices.
 
     Args:
         device: the sharding to use without a mesh.
-        layout: layout of the batch on a mesh; None for one device.
+        placement: placement of the batch on a mesh; None for one device.
     """
-    if layout is not None:
-        return place_rows(arrays, layout)
+    if placement is not None:
+        return place_rows(arrays, placement)
     if isinstance(device, NamedSharding):  # a mesh of one device
         device = NamedSharding(device.mesh, PartitionSpec())
     return jax.device_put(arrays, device)

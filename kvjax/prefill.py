@@ -21,7 +21,7 @@ from kvjax.cache import ModelCache, PrefillCache
 from kvjax.cache.dense import start_prefill
 from kvjax.cache.sharded import spread_prefill
 from kvjax.config import AttentionConfig
-from kvjax.mesh import AnyMesh, Layout, automatic_axes, mesh_of, on_automatic_mesh, put_rows
+from kvjax.mesh import AnyMesh, Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
     Block,
@@ -94,13 +94,13 @@ def read_prompts(
     works: Sequence[Compression],
 ) -> tuple[Float[Array, "B V"], list[ModelCache]]:
     """`prefill` for compressions of this batch; always returns a list of caches."""
-    mesh, layout = mesh_of(params), works[0].layout
+    mesh, placement = mesh_of(params), works[0].placement
     # Pad to the bucket's length and move the arrays to the devices.
     missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
     pad = jnp.pad if isinstance(tokens, Tracer) else np.pad  # jnp.pad compiles for every length
     padded = pad(tokens, ((0, 0), (0, missing))).astype(np.int32)
     device = device_of(params, mesh)
-    ids, lengths = put_rows((padded, works[0].lengths), device, layout)
+    ids, lengths = put_rows((padded, works[0].lengths), device, placement)
     # Read layer by layer. Each layer's prompt goes to all policies, and is then dropped.
     caches = [work.start(device) for work in works]
     observed = observed_queries(works)
@@ -167,8 +167,10 @@ def compressions(
 ) -> list[Compression]:
     """The policies applied to prompts of these lengths."""
     mesh, dtype = mesh_of(params), params["embedding"].dtype
-    layout = None if mesh is None else Layout.create(mesh, len(lengths))
-    return [p.compression(model.config, lengths, max_new_tokens, dtype, layout) for p in policies]
+    placement = None if mesh is None else Placement.create(mesh, len(lengths))
+    return [
+        p.compression(model.config, lengths, max_new_tokens, dtype, placement) for p in policies
+    ]
 
 
 def shape_bytes(work: Compression, slots: int) -> int:
@@ -180,7 +182,7 @@ def shape_bytes(work: Compression, slots: int) -> int:
 def cache_shapes(work: Compression, slots: int) -> ModelCache:
     """Shapes of the caches after prefill of prompts padded to `slots`."""
     shape = len(work.lengths), slots, observed_queries([work])
-    mesh = None if work.layout is None else work.layout.mesh
+    mesh = None if work.placement is None else work.placement.mesh
 
     def make() -> ModelCache:
         caches = work.start()
@@ -295,7 +297,9 @@ def empty_prompt(
 ) -> PrefillCache:
     """`start_prefill`, sharded over a mesh if there is one."""
     cache = start_prefill(attention, batch, prompt_len, queries, dtype, observers)
-    return cache if mesh is None else spread_prefill(attention, cache, Layout.create(mesh, batch))
+    return (
+        cache if mesh is None else spread_prefill(attention, cache, Placement.create(mesh, batch))
+    )
 
 
 def chunk_tokens(batch: int, mesh: Mesh | None) -> int:
@@ -309,9 +313,9 @@ def stream_place(mesh: Mesh | None, batch: int, width: int) -> Any:
     holds the whole stream of a long prompt. A layer gathers one chunk at a time."""
     if mesh is None:
         return lambda x: x
-    layout = Layout.create(mesh, batch)
-    sharded = width % layout.ways == 0
-    return lambda x: layout.place(x, "batch", None, "tensor" if sharded else None)
+    placement = Placement.create(mesh, batch)
+    sharded = width % placement.ways == 0
+    return lambda x: placement.place(x, "batch", None, "tensor" if sharded else None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
@@ -385,7 +389,7 @@ def prefill_in_groups(
 
 def batch_ways(mesh: Mesh | None, batch: int) -> int:
     """Number of devices that a batch is sharded over."""
-    return 1 if mesh is None else Layout.create(mesh, batch).batch_ways
+    return 1 if mesh is None else Placement.create(mesh, batch).batch_ways
 
 
 def group_rows(batch: int, size: int | None, ways: int) -> Int[np.ndarray, "groups size"]:

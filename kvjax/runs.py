@@ -10,13 +10,19 @@ Three rules hold for every resumable job:
 
 from __future__ import annotations
 
+import functools
+import gzip
 import json
+import lzma
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kvjax.data_files import read_json
+
+PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
+"""How to pack a file, by the end of its name; `kvjax.data_files.read_bytes` unpacks it."""
 
 
 def claim(
@@ -92,11 +98,18 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file atomically; makes its folder."""
+    """Writes a text file atomically, packed where the name ends with .gz or .xz; makes its folder.
+
+    What is not a file, such as /dev/stdout, gets the text directly.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = PACK.get(path.suffix, bytes)(text.encode())
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     # A rename replaces the file in one step; a kill before leaves the old file.
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     os.replace(part, path)
 
 

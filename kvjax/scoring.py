@@ -25,13 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache import cache_bytes, without_last
 from kvjax.checks import COUNT, check_ranges, token_ids
 from kvjax.config import ModelConfig
-from kvjax.decoding import NO_TOKEN
 from kvjax.example import Example
 from kvjax.feeding import hidden_states, judge, not_finite
 from kvjax.generation import Reader, from_start
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
-from kvjax.policies.policy import Compress, Full, Policy
+from kvjax.nn.transformer import NO_TOKEN
+from kvjax.policies.policy import Compress, Full, Policy, check_growth
 from kvjax.prefill import bucket_length, pad, shape_bytes
 
 PIECE = 128
@@ -110,11 +110,10 @@ def judge_compressed(
         with room for what follows.
 
     Raises:
-        ValueError: a batch size below 1, a policy that bounds the growth (see `bounds_growth`), or
-            results that are not finite.
+        ValueError: a batch size below 1, a policy that bounds the growth of the cache (see
+            `Policy.bounds_growth`), or results that are not finite.
     """
-    if any(map(bounds_growth, policies.values())):
-        raise ValueError("known text cannot be fed under policies with ring or every")
+    check_growth(policies.values(), "known text")
     params = on_automatic_mesh(params)
     reader = from_start(model, params, list(policies.values()))
     for start, batch in _batches(texts, batch_size):
@@ -136,14 +135,6 @@ def _judge_batch(
         judged = _feed(model, params, texts, cache, f" under policy {key!r}")
         found.append((key, judged, held))
     return found
-
-
-def bounds_growth(policy: Policy) -> bool:
-    """Whether entries leave the policy's cache while tokens come in.
-
-    Text that is fed in pieces does not show the effect of such a policy.
-    """
-    return bool(getattr(policy, "ring", 0) or getattr(policy, "every", 0))
 
 
 def _batches(texts: Sequence[Text], size: int) -> Iterator[tuple[int, list[Text]]]:
@@ -283,9 +274,10 @@ def compare(
 ) -> Compared:
     """Judges every answer under every policy, and with the full cache (the policy "full").
 
-    An answer counts as right if each of its tokens, and the EOS after it, is the most likely one:
-    greedy decoding would write this answer, if its first token too came from the compressed cache.
-    In `kvjax.generate` the prefill predicts the first token, before the cache is compressed.
+    An answer counts as right if each of its tokens is the most likely one, and the EOS after it
+    where the example says so: greedy decoding would write this answer, if its first token too came
+    from the compressed cache. In `kvjax.generate` the prefill predicts the first token, before the
+    cache is compressed.
 
     Args:
         policies: by name, with their head scores; see `kvjax.policies.named.resolve`.
@@ -305,7 +297,7 @@ def compare(
     reads = [len(example.prompt) - n for example, n in zip(examples, asked, strict=True)]
     texts = []
     for index, (example, read) in enumerate(zip(examples, reads, strict=True)):
-        ids = [*example.prompt, *example.answer, config.eos_ids[0]]
+        ids = [*example.prompt, *example.answer, *config.eos_ids[: example.then_eos]]
         texts.append(Text(ids, len(example.prompt), read, f"the logits of example {index}"))
     right: dict[str, list[bool]] = {name: [] for name in every}
     for name, judged, _ in judge_compressed(model, params, texts, every, batch_size):
@@ -324,7 +316,7 @@ def compare(
 def _check_examples(config: ModelConfig, examples: Sequence[Example], protocol: str) -> None:
     if not examples:
         raise ValueError("got no examples, expected at least one")
-    if not config.eos_ids:
+    if not config.eos_ids and any(example.then_eos for example in examples):
         raise ValueError("the model has no EOS id, expected one: an answer ends with it")
     for index, example in enumerate(examples):
         token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")

@@ -15,7 +15,8 @@ from kvjax.config import ModelConfig
 ANCHORS = ("\n", "a", ".", "☺")
 """Texts to encode before another text; a tokenizer rarely merges all of them with that text."""
 
-MARK = "@answer@"
+MARK = "@here@"
+"""Stands in a chat template for a text whose place is asked for."""
 
 TEMPLATE = {"enable_thinking": False}
 """Variables of the chat template: answers are short, so models that can think aloud do not."""
@@ -40,7 +41,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def chat_ids(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
-    """Ids of a user's message in the chat template, and of the beginning of the answer.
+    """Ids of a user's message in the chat template, up to the place where the answer begins.
 
     Models that can think aloud are asked not to.
 
@@ -52,16 +53,48 @@ def chat_ids(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
     Raises:
         ValueError: the template refuses the messages, as some do with a system's.
     """
+    return _encode(tokenizer, _in_template(tokenizer, text, system))
+
+
+def ids_around(
+    tokenizer: Any, before: str, after: str, answer_prefix: str = "", chat: bool = False
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt before and after a long text that is put together as ids.
+
+    The prompt is `before`, the long text, `after`, and the beginning of the answer. Raw, a space
+    separates the beginning of the answer from `after`. In the chat template the three texts are a
+    user's message, and the answer's beginning stands in the assistant's turn.
+
+    Args:
+        tokenizer: of transformers.
+        after: usually the question, with the line end before it.
+        answer_prefix: the beginning of the answer, without space at its ends; "" for none.
+
+    Raises:
+        ValueError: `chat` without a chat template, or one that refuses or changes the message.
+    """
+    if not chat:
+        asked = " ".join(filter(None, (after, answer_prefix)))
+        return prompt_ids(tokenizer, before), ids_after(tokenizer, asked)
+    if not has_chat_template(tokenizer):
+        raise ValueError("this model's tokenizer has no chat template, expected a raw prompt")
+    head, mark, tail = _in_template(tokenizer, f"{before}{MARK}{after}").rpartition(MARK)
+    if not mark:
+        raise ValueError("the chat template does not contain the user's message unchanged")
+    return _encode(tokenizer, head), ids_after(tokenizer, tail + answer_prefix)
+
+
+def _in_template(tokenizer: Any, text: str, system: str | None = None) -> str:
+    """The chat template with a user's message, see `chat_ids`."""
     from jinja2 import TemplateError
 
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": text})
     settings = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE}
     try:
-        written = tokenizer.apply_chat_template(turns, **settings)
+        return tokenizer.apply_chat_template(turns, **settings)
     except (TemplateError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from None
-    return _encode(tokenizer, written)
 
 
 def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:

@@ -127,8 +127,8 @@ class Operands(NamedTuple):
             live: the pair (positions, than); None: every row is visible.
         """
         positions, than = (None, None) if live is None else live
-        parts = [_split(x) for x in keys]
-        own_values, own_value_scale = _split(values)
+        parts = [_numbers_and_scales(x) for x in keys]
+        own_values, own_value_scale = _numbers_and_scales(values)
         key_arrays, key_scales = (tuple(part[i] for part in parts) for i in (0, 1))
         scales = key_scales, own_value_scale
         return cls(queries, key_arrays, own_values, *scales, positions, than)
@@ -155,7 +155,7 @@ class Operands(NamedTuple):
         return [row for row in rows if row is not None]
 
 
-def _split(entries: Any) -> tuple[Any, Any]:
+def _numbers_and_scales(entries: Any) -> tuple[Any, Any]:
     """The entries' numbers and their scales."""
     if isinstance(entries, Quantized):
         return entries.values, entries.scale

@@ -70,7 +70,7 @@ def clean_if_needed(
     )
 
 
-def scores(q_BKGH: jax.Array, k_BKSH: Entries) -> jax.Array:
+def attention_logits(q_BKGH: jax.Array, k_BKSH: Entries) -> jax.Array:
     """Products of queries and keys, [B, K, G, S] fp32."""
     keys = plain(k_BKSH, q_BKGH.dtype)
     logits = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, keys, preferred_element_type=jnp.float32)
@@ -90,7 +90,7 @@ def gqa_decode(
     B, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
     live = jnp.broadcast_to(live_slots(lengths, S, window)[:, None], (B, K, S))
-    logits = soft_cap(scores(q.reshape(B, K, N // K, H), k) * scale, softcap)
+    logits = soft_cap(attention_logits(q.reshape(B, K, N // K, H), k) * scale, softcap)
     out, lse = softmax_attend(logits, v, live, q.dtype)
     return out.reshape(B, N, v.shape[-1]), lse.reshape(B, N)
 
@@ -126,7 +126,7 @@ def ragged_gqa_decode(
     if live_pool is not None:
         live &= live_pool[batch, rows]
     k, v = jax.tree.map(lambda leaf: leaf[batch, rows], (k_pool, v_pool))
-    logits = soft_cap(scores(q.reshape(B, K, N // K, H), k) * scale, softcap)
+    logits = soft_cap(attention_logits(q.reshape(B, K, N // K, H), k) * scale, softcap)
     out, lse = softmax_attend(logits, v, live, q.dtype)
     return out.reshape(B, N, v.shape[-1]), lse.reshape(B, N)
 
@@ -145,7 +145,7 @@ def mla_decode(
     live = live_slots(lengths, latent.shape[1], window)[:, None]
     # A latent cache has one KV head, whose latents are keys and values of all query heads.
     latent, k_rope = jax.tree.map(lambda x: x[:, None], (latent, k_rope))
-    logits = scores(q_latent[:, None], latent) + scores(q_rope[:, None], k_rope)
+    logits = attention_logits(q_latent[:, None], latent) + attention_logits(q_rope[:, None], k_rope)
     logits = soft_cap(logits * scale, softcap)
     out, lse = softmax_attend(logits, latent, live, q_latent.dtype)
     return out[:, 0], lse[:, 0]

@@ -1,7 +1,7 @@
 """Attention over the segments of a pool in plain jnp: the implementation for CPUs.
 
-The live rows of each segment are cut into windows of equal size. A loop computes C windows a turn,
-and the number of turns is data, so that time follows the live rows. A turn slices its windows out
+The live rows of each segment are cut into tiles of equal size. A loop computes C tiles a turn,
+and the number of turns is data, so that time follows the live rows. A turn slices its tiles out
 of the pool and reads no other row: a pool may hold the rows of all layers of a model.
 """
 
@@ -16,17 +16,17 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.entries import NEG_INF, Entries, Newer, Quantized, Segments, plain, soft_cap
 
 ROWS = 128
-"""Rows of a window (measured): more need fewer turns, fewer have fewer dead rows."""
+"""Rows of a tile (measured): more need fewer turns, fewer have fewer dead rows."""
 
 
 class Turn(NamedTuple):
-    """The C windows of one turn of the loop, which belong to at most C consecutive segments.
+    """The C tiles of one turn of the loop, which belong to at most C consecutive segments.
 
     Attributes:
         first: the first of these segments.
-        owner: [C] the segment of each window, counted from `first`.
-        sequence, row: [C] where each window starts in the pool.
-        live: [C, R] which rows of a window are live and not part of an earlier window.
+        owner: [C] the segment of each tile, counted from `first`.
+        sequence, row: [C] where each tile starts in the pool.
+        live: [C, R] which rows of a tile are live and not part of an earlier tile.
         following: the first segment of the next turn.
     """
 
@@ -74,33 +74,33 @@ def attend(
     """
     (B, T, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     U, G, R = B * K, N // K, min(ROWS, P)
-    C = 4 if U <= 8 else 8  # more windows a turn pay off with many segments (measured)
+    C = 4 if U <= 8 else 8  # more tiles a turn pay off with many segments (measured)
 
     # The T · G queries of a KV head read the same rows: [U, T · G, H]. The C empty segments behind
     # the last one let a turn always slice C segments.
-    windows = _windows(segments, jnp.clip(lengths, 0, segments.room(P)), (C, R))
+    tiles = _tiles(segments, jnp.clip(lengths, 0, segments.room(P)), (C, R))
     queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 2).reshape(U, T * G, H)
     queries = jnp.pad(queries, ((0, C), (0, 0), (0, 0)))
 
     def step(number: jax.Array, state: tuple[Turn, Softmax]) -> tuple[Turn, Softmax]:
         turn, softmax = state
-        # Masked logits of the turn's windows, [C, T · G, R].
+        # Masked logits of the turn's tiles, [C, T · G, R].
         logits = _logits(_consecutive(queries, turn.first, C)[turn.owner], _cut(k_pool, turn))
         seen = turn.live[:, None]
         if live is not None:
             seen = seen & _shown(live, turn, T * G)
         logits = jnp.where(seen, soft_cap(logits * scale, softcap), NEG_INF)
-        # The softmax of the C segments that these windows can belong to, and back into the state.
+        # The softmax of the C segments that these tiles can belong to, and back into the state.
         part = _consecutive(softmax, turn.first, C)
         part = _update(part, turn, logits, _cut_live(v_pool, turn), q.dtype)
-        # Each turn computes where the next turn's windows start. Computed in the same turn, XLA:CPU
-        # would fuse that into the copy of a window, and repeat it for every number that it copies.
-        following = _turn(windows, turn.following, (number + 1) * C, (C, R), P)
+        # Each turn computes where the next turn's tiles start. Computed in the same turn, XLA:CPU
+        # would fuse that into the copy of a tile, and repeat it for every number that it copies.
+        following = _turn(tiles, turn.following, (number + 1) * C, (C, R), P)
         return following, _replace(softmax, part, turn.first)
 
     zero = jnp.zeros((), jnp.int32)
-    state = _turn(windows, zero, zero, (C, R), P), _nothing(U + C, T * G, v_pool.shape[2])
-    _, softmax = jax.lax.fori_loop(0, -(-windows[U - 1, 1] // C), step, state)
+    state = _turn(tiles, zero, zero, (C, R), P), _nothing(U + C, T * G, v_pool.shape[2])
+    _, softmax = jax.lax.fori_loop(0, -(-tiles[U - 1, 1] // C), step, state)
 
     # Divide, and undo the grouping by KV head. Segments without live rows have total 0: out is 0.
     top, total, out = (x[:U] for x in softmax)
@@ -115,19 +115,19 @@ def attend(
     return by_query(out / divisor[..., None]), by_query(lse)
 
 
-def _windows(
+def _tiles(
     segments: Segments, lengths: Int[Array, "B K"], size: tuple[int, int]
 ) -> Int[Array, "V 5"]:
-    """A table of the windows of U = B · K segments, and of C empty segments after them.
+    """A table of the tiles of U = B · K segments, and of C empty segments after them.
 
-    Every segment gets at least one window. The C windows of a turn therefore belong to at most C
+    Every segment gets at least one tile. The C tiles of a turn therefore belong to at most C
     consecutive segments.
 
     Args:
-        size: C and R, windows of a turn and rows of a window.
+        size: C and R, tiles of a turn and rows of a tile.
 
     Returns:
-        For each segment: the numbers of its first window and of the window after its last, its
+        For each segment: the numbers of its first tile and of the tile after its last, its
         sequence, its first row, and its live rows.
     """
     C, R = size
@@ -137,28 +137,28 @@ def _windows(
     sequences = jnp.broadcast_to(sequences, lengths.shape)
     rest = (x.reshape(-1) for x in (sequences, segments.starts, lengths))
     last, never = ends[-1], jnp.iinfo(jnp.int32).max
-    # Empty segments end at the largest number: no window is counted after them (see `_turn`).
+    # Empty segments end at the largest number: no tile is counted after them (see `_turn`).
     empty = jnp.stack([last, *(jnp.asarray(x, jnp.int32) for x in (never, 0, 0, 0))])
     table = jnp.stack([ends - count, ends, *rest], axis=1)
     return jnp.concatenate([table, jnp.broadcast_to(empty, (C, 5))])
 
 
 def _turn(
-    windows: jax.Array, first: jax.Array, number: jax.Array, size: tuple[int, int], pool_rows: int
+    tiles: jax.Array, first: jax.Array, number: jax.Array, size: tuple[int, int], pool_rows: int
 ) -> Turn:
-    """The C windows of R rows from `number` on; the first one belongs to segment `first`.
+    """The C tiles of R rows from `number` on; the first one belongs to segment `first`.
 
     Args:
         size: C and R.
     """
-    # The owner of a window: how many of the next C segments end at or before it.
-    (C, R), near = size, _consecutive(windows, first, size[0])
+    # The owner of a tile: how many of the next C segments end at or before it.
+    (C, R), near = size, _consecutive(tiles, first, size[0])
     numbers = number + jnp.arange(C + 1, dtype=jnp.int32)
     owner = jnp.sum(near[None, :, 1] <= numbers[:, None], axis=1, dtype=jnp.int32)
     following, owner = first + owner[C], owner[:C]
     number, _, sequence, start, length = near[owner].T
     begin = start + (numbers[:C] - number) * R
-    # A window that would pass the pool's end starts earlier. Its first rows belong to the window
+    # A tile that would pass the pool's end starts earlier. Its first rows belong to the tile
     # before it and are not live here.
     row = jnp.clip(begin, 0, pool_rows - R)
     each = row[:, None] + jnp.arange(R, dtype=jnp.int32)[None]
@@ -167,9 +167,9 @@ def _turn(
 
 
 def _update(old: Softmax, turn: Turn, logits: jax.Array, v: Entries, dtype) -> Softmax:
-    """Adds the C windows of a turn, with logits [C, Q, R] and values, to the softmax of C segments.
+    """Adds the C tiles of a turn, with logits [C, Q, R] and values, to the softmax of C segments.
 
-    Several windows can belong to one segment: `owned` [segments, windows] adds them up.
+    Several tiles can belong to one segment: `owned` [segments, tiles] adds them up.
     """
     C, Q, _ = logits.shape
     owned = jnp.arange(C, dtype=jnp.int32)[:, None] == turn.owner[None]
@@ -191,7 +191,7 @@ def _update(old: Softmax, turn: Turn, logits: jax.Array, v: Entries, dtype) -> S
 
 
 def _logits(queries: Float[Array, "C Q H"], keys: Entries) -> Float[Array, "C Q R"]:
-    """Products of the queries and keys of each window, fp32.
+    """Products of the queries and keys of each tile, fp32.
 
     The order of the operands matters to XLA:CPU, up to a factor of two, and depends on the dtype.
     """
@@ -207,18 +207,18 @@ def _logits(queries: Float[Array, "C Q H"], keys: Entries) -> Float[Array, "C Q 
 
 
 def _cut(tree, turn: Turn):
-    """[C, R, …] a turn's windows of the arrays [B, P, …] in a tree."""
+    """[C, R, …] a turn's tiles of the arrays [B, P, …] in a tree."""
     rows = turn.live.shape[1]
 
     def cut(x: jax.Array) -> jax.Array:
-        # With rows and their entries as one axis XLA:CPU copies a window in one piece.
+        # With rows and their entries as one axis XLA:CPU copies a tile in one piece.
         width = math.prod(x.shape[2:])
         flat = x.reshape(x.shape[0], -1)
-        windows = [
+        tiles = [
             jax.lax.dynamic_slice(flat, at, (1, rows * width), allow_negative_indices=False)
             for at in zip(turn.sequence, turn.row * width, strict=True)
         ]
-        return jnp.concatenate(windows).reshape(-1, rows, *x.shape[2:])
+        return jnp.concatenate(tiles).reshape(-1, rows, *x.shape[2:])
 
     return jax.tree.map(cut, tree)
 
@@ -234,7 +234,7 @@ def _cut_live(tree, turn: Turn):
 
 
 def _shown(live: Bool[Array, "B T P"] | Newer, turn: Turn, queries: int) -> Bool[Array, "C Q R"]:
-    """Which rows of a turn's windows the Q = T · G queries of each window may see."""
+    """Which rows of a turn's tiles the Q = T · G queries of each tile may see."""
     if isinstance(live, Newer):
         than = live.than[turn.sequence]
         shown = _cut(live.positions, turn)[:, None] > than[:, :, None]
@@ -243,15 +243,15 @@ def _shown(live: Bool[Array, "B T P"] | Newer, turn: Turn, queries: int) -> Bool
 
 
 def _slices(x: jax.Array, turn: Turn, axis: int) -> jax.Array:
-    """[C, …] a turn's windows of an array [B, …]; `axis` is the axis of the pool's rows."""
+    """[C, …] a turn's tiles of an array [B, …]; `axis` is the axis of the pool's rows."""
     zero, size = jnp.zeros((), jnp.int32), [1, *x.shape[1:]]
     size[axis] = turn.live.shape[1]
-    windows = []
+    tiles = []
     for sequence, row in zip(turn.sequence, turn.row, strict=True):
         start = [sequence, *[zero] * (x.ndim - 1)]
         start[axis] = row
-        windows.append(jax.lax.dynamic_slice(x, start, size, allow_negative_indices=False))
-    return jnp.concatenate(windows)
+        tiles.append(jax.lax.dynamic_slice(x, start, size, allow_negative_indices=False))
+    return jnp.concatenate(tiles)
 
 
 def _nothing(segments: int, queries: int, width: int) -> Softmax:

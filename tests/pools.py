@@ -19,7 +19,7 @@ def budgets(caps, batch, window=8, room=50, rings=False, scorer=None, **settings
     shape = (batch, 1, len(caps))
     return Budgets(
         caps=np.broadcast_to(np.asarray(caps, np.int32), shape),
-        window=np.full(batch, window, np.int32),
+        recent=np.full(batch, window, np.int32),
         rooms=np.full(shape, room, np.int32),
         rings=np.broadcast_to(rings, shape),
         scorer=scorer or ObservationWindow(),

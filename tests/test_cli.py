@@ -92,7 +92,7 @@ def test_info_names_tensors_that_are_not_finite(checkpoint, tmp_path, capsys):
     assert "no tensor is called lm_tail" in fails(capsys, "info", broken, "--tensors", "lm_tail")
 
 
-@pytest.mark.parametrize("policy", ["full", "headkv:kv_size=12", "snapkv:kv_size=12,window=4"])
+@pytest.mark.parametrize("policy", ["full", "headkv:kv_size=12", "snapkv:kv_size=12,observed=4"])
 def test_generate(checkpoint, tmp_path, capsys, policy):
     out = tmp_path / "out.json"
     text = "the question is what mary 's favorite thing is ? " * 5
@@ -214,8 +214,8 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     assert "no builtin model 'nope'" in fails(capsys, "info", "builtin:nope")
     long = fails(capsys, *generate, "mary " * 250, "--max-new-tokens", 20)
     assert "251 tokens and max_new_tokens is 20, expected at most 256" in long
-    small = fails(capsys, *generate, "mary", "--policy", "snapkv:kv_size=8,window=8")
-    assert "kv_size" in small and "window" in small and "8" in small
+    small = fails(capsys, *generate, "mary", "--policy", "snapkv:kv_size=8,observed=8")
+    assert "kv_size" in small and "observed" in small and "8" in small
     assert "'quantkv' is not one of" in fails(capsys, *generate, "mary", "--policy", "quantkv")
     other = tmp_path / "other.json"
     HeadScores(np.ones((3, 5, 1))).save(other)

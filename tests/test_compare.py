@@ -17,7 +17,7 @@ from kvjax.scoring import compare
 
 NAMES = (
     "snapkv:kv_size=16",
-    "headkv:kv_size=24,window=4",
+    "headkv:kv_size=24,observed=4",
     "h2o:kv_size=40",
     "adasnapkv:kv_size=24",
 )
@@ -96,7 +96,7 @@ def test_the_first_token_sees_the_compressed_cache(loaded):
     """A policy that looks at no query keeps of a prompt what it keeps without the last token, and
     the last token."""
     model, params = loaded
-    names = ("streaming:kv_size=16,window=6", "streaming:kv_size=15,window=5")
+    names = ("streaming:kv_size=16,observed=6", "streaming:kv_size=15,observed=5")
     whole, cut = (resolve(name, model.config, SCORES) for name in names)
     rng, found, firsts = np.random.default_rng(2), [], []
     for length in range(100, 124):
@@ -120,10 +120,27 @@ def test_the_first_token_is_the_uncompressed_model_s(loaded):
     settings = {**SETTINGS, "eos_ids": ()}
     full, small = (
         kvjax.generate(model, params, prompts, policy=policy, **settings).tokens
-        for policy in ("full", "snapkv:kv_size=10,window=4")
+        for policy in ("full", "snapkv:kv_size=10,observed=4")
     )
     assert [tokens[0] for tokens in small] == [tokens[0] for tokens in full]
     assert small != full
+
+
+def test_an_answer_may_go_on(loaded, examples):
+    """Where an example says so, nothing but the answer's own tokens counts."""
+    model, params = loaded
+    first = [example for example in examples[: ITEMS // 2] if len(example.answer) > 1]
+    begun = [
+        dataclasses.replace(example, answer=example.answer[:-1], then_eos=then_eos)
+        for then_eos in (False, True)
+        for example in first
+    ]
+    got = compare(model, params, begun, {}).right["full"]
+    assert got.tolist() == [True] * len(first) + [False] * len(first) and first
+    endless = Transformer(dataclasses.replace(model.config, eos_ids=()))
+    assert compare(endless, params, begun[:1], {}).right["full"].all()
+    with pytest.raises(ValueError, match="no EOS id, expected one"):
+        compare(endless, params, begun[-1:], {})
 
 
 def test_the_question_after(loaded, examples):

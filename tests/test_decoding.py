@@ -17,7 +17,12 @@ from kvjax.policies.named import resolve
 LENGTHS = np.asarray([31, 24, 9], np.int32)  # of one bucket, so that they are one batch
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 48)).astype(np.int32)
 PROMPTS = TOKENS[:, :32]
-POLICIES = ["full", "adasnapkv:kv_size=16", "headkv:kv_size=16,every=5", "h2o:kv_size=16"]
+POLICIES = [
+    "full",
+    "adasnapkv:kv_size=16",
+    "headkv:kv_size=16,compression_interval=5",
+    "h2o:kv_size=16",
+]
 fused = jax.jit(kvjax.decode_step, static_argnums=0, donate_argnums=2)
 
 

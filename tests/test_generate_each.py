@@ -16,9 +16,9 @@ from kvjax.prefill import compressions, shape_bytes
 LAYERS, VOCAB = 2, 89
 POLICIES = (
     "full",
-    "snapkv:kv_size=12,window=4",
+    "snapkv:kv_size=12,observed=4",
     "h2o:kv_size=16",
-    "tova:kv_size=12,window=1,every=4",
+    "tova:kv_size=12,observed=1,compression_interval=4",
     "full:entries=int8",
 )
 SETTINGS = {"max_new_tokens": 9, "eos_ids": (), "batch_size": 3}

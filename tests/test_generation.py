@@ -64,7 +64,7 @@ def test_greedy_equals_repeated_full_forward(attention):
 
 
 @pytest.mark.parametrize(
-    "policy", ["full", "snapkv:kv_size=12,window=4", "streaming:kv_size=12,window=4"]
+    "policy", ["full", "snapkv:kv_size=12,observed=4", "streaming:kv_size=12,observed=4"]
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(policy, temperature):

@@ -20,8 +20,10 @@ from train.finetune.step import TuneStep, adamw, flatten
 VOCAB, T = 53, 24
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 TEXT = np.random.default_rng(0).integers(0, VOCAB, (16, T)).astype(np.int32)
-LAYERS = ("_moments", "_solve_scores", "_step", "apply_block", "attention_output")
-LAYERS = {f"jit({name})" for name in (*LAYERS, "_group_equations", "packed_block", "score_layer")}
+LAYERS = ("_moments", "_solve_queries", "_step", "apply_block", "attention_output")
+LAYERS = {
+    f"jit({name})" for name in (*LAYERS, "_group_equations", "packed_block", "layer_importance")
+}
 """The programs that a layer goes through."""
 
 

@@ -138,7 +138,7 @@ def test_a_streamed_conversion(gqa, tmp_path):
 def test_prompts_in_groups(gqa):
     model, params = gqa
     prompts = [np.random.default_rng(n).integers(0, 64, 20 + n).tolist() for n in range(8)]
-    policy = "snapkv:kv_size=14,window=4"
+    policy = "snapkv:kv_size=14,observed=4"
     want = kvjax.generate(model, params, prompts, 4, policy=policy, eos_ids=())
     for where in (params, spread(model, params, "data=2,tensor=4")):
         got = kvjax.generate(model, where, prompts, 4, policy=policy, eos_ids=(), prefill_size=4)

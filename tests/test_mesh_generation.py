@@ -30,7 +30,7 @@ NEW = 6
 LENGTHS = 29, 21, 32, 17, 30, 25, 9, 31
 """Of prompts that share a bucket, so that all eight are one batch; one is shorter than a budget."""
 PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in LENGTHS]
-COMPRESSED = "kv_size=14,window=4"
+COMPRESSED = "kv_size=14,observed=4"
 KINDS = {
     "gqa": (GQA,) * 3,
     "windowed": (WINDOWED, GQA, WINDOWED),
@@ -52,7 +52,7 @@ def uneven(num_layers=3, **settings):
     scores = own + np.repeat([3.0, 1.0, 0.3, 0.1], 2)[None, :, None]
     allocator = HeadImportance(1.2, HeadScores(scores))
     return dataclasses.replace(
-        snapkv(pool=3), allocator=allocator, kv_size=14, window=4, **settings
+        snapkv(kernel_size=3), allocator=allocator, kv_size=14, observed=4, **settings
     )
 
 
@@ -79,7 +79,7 @@ def rows_of_heads(cache, order):
         inner = getattr(layer, "inner", layer)
         pool, starts = np.asarray(inner.pool.k), np.array(inner.table("starts"))
         live = np.asarray(inner.live(inner.given()))
-        devices = 1 if cache.layout is None else cache.layout.ways
+        devices = 1 if cache.placement is None else cache.placement.ways
         own = np.repeat(np.arange(devices), starts.shape[1] // devices)
         starts = starts + own * (pool.shape[1] // devices)
         copies = starts.shape[1] // len(heads)
@@ -112,7 +112,7 @@ def test_the_same_tokens(kind, policy, shape):
         ("gqa", f"headkv_adaptive:{COMPRESSED}"),
         ("gqa", f"tova:{COMPRESSED}"),
         ("gqa", f"h2o:{COMPRESSED}"),
-        ("gqa", f"snapkv:{COMPRESSED},every=3"),
+        ("gqa", f"snapkv:{COMPRESSED},compression_interval=3"),
         ("gqa", f"pyramidkv:{COMPRESSED},ring=2,entries=int8"),
         ("windowed", "full"),
         ("windowed", f"snapkv:{COMPRESSED}"),
@@ -160,7 +160,7 @@ def test_layers_of_two_shapes_have_a_pool_each(shape):
     want = kvjax.generate(model, params, PROMPTS, NEW, eos_ids=()).tokens
     many = params if shape is None else spread(model, params, shape)
     assert len(read(model, many, "snapkv:kv_size=200")[1].pools) == 2
-    for policy in ("snapkv:kv_size=200", "snapkv:kv_size=200,every=3"):
+    for policy in ("snapkv:kv_size=200", "snapkv:kv_size=200,compression_interval=3"):
         got = kvjax.generate(model, many, PROMPTS, NEW, policy, eos_ids=())
         assert got.tokens == want
 

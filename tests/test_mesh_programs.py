@@ -21,12 +21,12 @@ def test_layers_steps_and_policies_share_programs():
     jax.clear_caches()
     first, second = prompts_of(40, 33, 47, 35, 48, 40, 39, 41), prompts_of(*range(34, 42))
     with counted() as programs:
-        kvjax.generate(model, params, first, 5, "snapkv:kv_size=14,window=4", eos_ids=())
+        kvjax.generate(model, params, first, 5, "snapkv:kv_size=14,observed=4", eos_ids=())
     prefill = ("read_layer", "rank_heads", "compress_heads", "last_logits")
     for name in (*prefill, "apply_block", "push_token"):
         assert programs.compiled.count(f"jit({name})") == 1, name
     with counted() as programs:
-        for policy in ("pyramidkv:kv_size=14,window=4", "snapkv:kv_size=14,window=4"):
+        for policy in ("pyramidkv:kv_size=14,observed=4", "snapkv:kv_size=14,observed=4"):
             kvjax.generate(model, params, second, 9, policy, temperature=1.0, eos_ids=())
     assert programs.compiled == []
 

@@ -12,10 +12,11 @@ from toys import cast
 import kvjax
 from eval import likelihood
 from kvjax import scoring
-from kvjax.decoding import NO_TOKEN, Sampling, most_likely, sample
+from kvjax.decoding import Sampling, sample
 from kvjax.example import Example
 from kvjax.headkv.measure import score_examples
 from kvjax.nn import Transformer
+from kvjax.nn.transformer import NO_TOKEN, most_likely
 from kvjax.policies.named import parse_policy
 from kvjax.scoring import compare, perplexity
 
@@ -47,13 +48,13 @@ def model_of(*attention, dtype="float16"):
 
 MODEL, PARAMS = model_of(GQA, GQA)
 EXAMPLE = Example(tuple(LOUD_PROMPT), (7, 8), (2, 4), question_length=2)
-HALF = parse_policy("snapkv:kv_size=6,window=4")
+HALF = parse_policy("snapkv:kv_size=6,observed=4")
 TEXT = np.asarray([[*PROMPT, *PROMPT], [*LOUD_PROMPT, *PROMPT[1:]]], np.int32)
 
 WAYS = {
     "logits of prompt 1": lambda m, p: kvjax.generate(m, p, [PROMPT, LOUD_PROMPT], 3, HALF),
     "logits after the text": lambda m, p: kvjax.compress(m, p, LOUD_PROMPT, HALF),
-    "scores of example 0": lambda m, p: score_examples(m, p, [EXAMPLE], "copying"),
+    "measurements of example 0": lambda m, p: score_examples(m, p, [EXAMPLE], "copying"),
     "logits of example 0 under policy 'full'": lambda m, p: compare(m, p, [EXAMPLE], {}),
     "logits of example 0": lambda m, p: scoring.predictions(m, p, [EXAMPLE], 2),
     "losses of the text": lambda m, p: perplexity(m, p, [TEXT]),

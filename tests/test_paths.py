@@ -167,7 +167,7 @@ def test_what_is_read(model, kind):
 @pytest.mark.parametrize("kind", [str, Path])
 def test_what_is_written(model, kind):
     moments = kvjax.transmla.calibrate(*model, [np.ones((1, 8), np.int32)])
-    context = kvjax.compress(*model, list(range(1, 9)), "snapkv:kv_size=4,window=2")
+    context = kvjax.compress(*model, list(range(1, 9)), "snapkv:kv_size=4,observed=2")
     writes = [
         HeadScores(np.ones((1, 2, 1))).save,
         moments.save,

@@ -14,7 +14,7 @@ from meshes import GQA, MLA, mesh_of_eight, toy
 
 import kvjax
 from kvjax.capacity.devices import Topology, device_bytes
-from kvjax.capacity.plan import LONGEST, Footprint, extrapolate
+from kvjax.capacity.plan import LONGEST, Footprint, Request, extrapolate, plan_capacity
 from kvjax.capacity.programs import (
     Compiler,
     Program,
@@ -28,7 +28,12 @@ from kvjax.capacity.variants import Served, Variant, Workload, default_mesh, sha
 from kvjax.cli import main
 from kvjax.hf import read_shape
 from kvjax.nn.transformer import block_kinds
+from kvjax.policies.budgets import HeadImportance, Uniform
+from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import parse_policy
+from kvjax.policies.need import MeasuredNeed, NeedCurves
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import ObservationWindow
 from kvjax.prefill import OBSERVED, embed_chunks, read_layer
 from kvjax.sharding import place_params
 
@@ -121,6 +126,21 @@ def test_a_layer_has_two_all_reduces():
     step = block_step(served, Compiler())
     assert step.layer == Counter({"all-reduce": 2})
     assert step.outside.total() <= 3
+
+
+def test_a_shallower_model_has_the_measurements_of_its_layers():
+    """Budgets from importance, from need, and without measurements."""
+    model, _ = toy(*[GQA] * 4)
+    numbers = np.random.default_rng(0).random((4, 4, 3))
+    curves = NeedCurves(np.asarray([0, 2, 99]), numbers, numbers)
+    heads = HeadScores(np.repeat(numbers, 2, axis=1))
+    for allocator in (HeadImportance(1.2, heads), MeasuredNeed(curves), Uniform()):
+        policy = Compress(allocator, ObservationWindow(), 20)
+        shallow = shallower(Variant("", model, policy), 2)
+        assert shallow.model.config.num_layers == 2
+        assert shallow.policy.kept(shallow.model.config, 64).shape == (2, 4)
+    kept = shallower(Variant("", model, Compress(MeasuredNeed(curves), ObservationWindow(), 20)), 2)
+    np.testing.assert_array_equal(kept.policy.allocator.curves.rises, numbers[:2])
 
 
 def test_layers_of_a_kind_are_compiled_once():
@@ -239,6 +259,19 @@ def test_more_devices_than_heads(tmp_path):
     assert any("2 devices hold each" in note for note in report["notes"])
     assert report["rows"][0]["cache"] == 2 * ((8192 + 128) * 512 + 4) + 4
     assert math.isclose(report["usable_bytes"], 0.97 * 81_559 * 2**20)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("shape, latent", [("qwen2.5-7b", (512, 128)), ("small", (144, 48))])
+def test_default_latents(shape, latent, tmp_path):
+    """512 + 128 numbers a token, or half of the cache where keys and values have no more."""
+    path = Path(shallow_shape(tmp_path, "qwen2.5-7b", 2))
+    if shape == "small":  # 3 KV heads of 64 have 384 numbers
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+        path.write_text(json.dumps(json.loads(path.read_text()) | heads))
+    report = plan_capacity(Request(str(path), "h200:1", 512, 32))
+    rank, rope = latent
+    assert report["rows"][-1]["variant"] == f"MLA {rank} + {rope}"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import kvjax
 from kvjax.headkv import HeadScores
 from kvjax.policies.named import resolve
 
-SIZE = "kv_size=16,window=4"
+SIZE = "kv_size=16,observed=4"
 POLICIES = (
     "full",
     f"snapkv:{SIZE}",
@@ -18,7 +18,7 @@ POLICIES = (
     "headkv_adaptive:ratio=0.4,entries=int8",
     f"h2o:{SIZE}",
     f"expected:{SIZE}",
-    "snapkv:kv_size=44,window=40",  # looks at more queries than the others
+    "snapkv:kv_size=44,observed=40",  # looks at more queries than the others
 )
 KINDS = {
     "gqa": ((GQA, GQA), POLICIES),

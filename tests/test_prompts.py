@@ -70,7 +70,7 @@ def test_whole_numbers_are_prompts(prompts):
         ([jnp.ones(2, jnp.bfloat16)], "prompt 0: got 1.0"),
         ([[True, False]], "prompt 0: got True"),
         ([[[1, 5]]], r"prompt 0: got ids of shape \(1, 2\)"),
-        ([[[1], [5, 6]]], "prompt 0: got lists of several lengths"),
+        ([[[1], [5, 6]]], "prompt 0: got lists of different lengths"),
         (np.ones((1, 1, 3), int), r"prompt 0: got ids of shape \(1, 3\)"),
         ([[2**70]], f"prompt 0 has token {2**70}, expected ids of 0 to"),
         ([[5, -(2**70)]], f"prompt 0 has token -{2**70}"),

@@ -20,7 +20,7 @@ SCORES = HeadScores(np.random.default_rng(0).random((2, 4, 5)) ** 4)
 RANDOM = np.random.default_rng(2)
 PROMPTS = [RANDOM.integers(0, 61, n).tolist() for n in (31, 20, 5, 32, 23)]
 ALONE, LONGEST = (1, 2, 4), 3
-SIZE = "kv_size=12,window=4"
+SIZE = "kv_size=12,observed=4"
 
 
 @functools.cache
@@ -37,12 +37,12 @@ CASES = [
     ("sliding", f"h2o:{SIZE}"),
     ("sliding", f"expected:{SIZE}"),
     ("sliding", f"adasnapkv:{SIZE}"),
-    ("sliding", f"adasnapkv:{SIZE},every=6"),
+    ("sliding", f"adasnapkv:{SIZE},compression_interval=6"),
     ("sliding", f"headkv:{SIZE},ring=5"),
-    ("sliding", f"headkv:{SIZE},every=6,entries=int8"),
-    ("sliding", "headkv_adaptive:ratio=0.5,window=4,ring=5"),
+    ("sliding", f"headkv:{SIZE},compression_interval=6,entries=int8"),
+    ("sliding", "headkv_adaptive:ratio=0.5,observed=4,ring=5"),
     ("mla", f"snapkv:{SIZE}"),
-    ("mla", "h2o:ratio=0.5,window=4,entries=int8"),
+    ("mla", "h2o:ratio=0.5,observed=4,entries=int8"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Files of a run: another run's are refused, results are whole, torn lines are cut off."""
 
 import json
+import os
 
 import pytest
 
@@ -78,3 +79,15 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed"):
         runs.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_pipe_gets_the_text_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"  # like /dev/stdout, which must not become a file
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        runs.write_json(pipe, {"a": 1})
+        assert json.loads(os.read(reader, 1000)) == {"a": 1}
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()

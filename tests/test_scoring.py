@@ -46,7 +46,7 @@ def test_explicit_axes():
     mesh_of_eight("data=8")  # skips where there are fewer devices
     made = jax.make_mesh((2, 4), ("data", "tensor"))
     texts = [Text(ids, 30, 30) for ids in IDS]
-    policies = {"snapkv": parse_policy("snapkv:kv_size=12,window=4")}
+    policies = {"snapkv": parse_policy("snapkv:kv_size=12,observed=4")}
     ((_, one, _),) = judge_compressed(model, params, texts, policies, 4)
     with jax.set_mesh(made):
         placed = place_params(model, params, made)

@@ -128,7 +128,7 @@ def test_a_mesh_as_jax_makes_it(tmp_path, names):
     placed = jax.device_put(params, shardings)  # as a user does it who knows nothing of kvjax
     assert AxisType.Explicit in jax.tree.leaves(placed)[0].sharding.mesh.axis_types
     assert kvjax.generate(model, placed, prompts, **settings).tokens == want
-    policy = "snapkv:kv_size=4,window=2"
+    policy = "snapkv:kv_size=4,observed=2"
     context = kvjax.compress(model, placed, prompts[0], policy)
     alone = kvjax.compress(model, params, prompts[0], policy)
     assert context.model == alone.model

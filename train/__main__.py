@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import tyro
 
 from kvjax import compilation_cache, processes
 from kvjax.paths import check_local, local_arguments
+from kvjax.runs import write_json
 from train.compare.command import compare
 from train.compare.runs import write_rows
 from train.finetune.config import TuneConfig, read_config
@@ -161,8 +161,7 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     if not processes.is_writer():
         return
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report)
     print_report(report)
 
 

@@ -290,7 +290,7 @@ def importance(
         kind = "query_head" if heads is None else "kv_head"
         caps = allocate(scores, kv_size=kv_size, num_kv_heads=heads or count, granularity=kind)
         label = kind.replace("_", " ").replace("kv", "KV")
-        title = f"{name}: tokens besides the window, KV size {kv_size}, β 1.2"
+        title = f"{name}: tokens besides the recent ones, KV size {kv_size}, β 1.2"
         file = pictures.heat(f"budgets {name}", caps, title, axis, (label, range(caps.shape[1])))
         alt = f"Budgets of the heads, {caps.min()} to {caps.max()} tokens at a mean of {kv_size}"
         parts.append(page.figure(file, alt))
@@ -336,12 +336,13 @@ def _models(runs: Sequence[Run]) -> list[tuple[str, Path, int | None]]:
 
     found = []
     for name in dict.fromkeys(str(run.results.get("model", "")) for run in runs):
-        if not name or not (name.startswith(BUILTIN) or Path(name).is_dir()):
+        if not name or not (name.startswith(BUILTIN) or Path(name).exists()):
             continue
         try:
-            path = resolve(name) / SCORES
+            place = resolve(name)
         except ValueError:
             continue
+        path = (place if place.is_dir() else place.parent) / SCORES
         if path.is_file():
             layer = read_model(name).config.layers[0]
             found.append((name, path, layer.attention.cached_heads))

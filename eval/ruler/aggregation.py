@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from eval.ruler.text import POOL, Prompt, encode, words_of
+from eval.ruler.text import Prompt
+from kvjax.tasks.english import POOL, words_of
 from kvjax.tasks.words import TokenizerVocabulary
+from kvjax.text import ids_after
 
 COMMON = 10
 TIMES = (30, 3)  # of common and other words
@@ -38,13 +40,14 @@ def common_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: i
     # One seed for every count that the bisection tries, so texts differ in length only.
     seed = int(rng.integers(2**31))
     first = _shuffled([*example[:shown] * times, *example[shown:]], seed)
-    before = f"{_list_task(first)} {' '.join(example[:shown])}.\n\n"
+    solved = f"{INTRO}{_numbered(first)}{QUESTION} {ANSWER} {' '.join(example[:shown])}.\n\n"
 
     def text(count: int) -> str:
-        return before + _list_task(_shuffled([*common * often, *other[:count]], seed))
+        return _numbered(_shuffled([*common * often, *other[:count]], seed))
 
-    count = _count_of(vocab, text, len(other), length)
-    return Prompt(_exactly(vocab, text(count), length), tuple(common))
+    frame = f"{solved}{INTRO}", QUESTION, ANSWER
+    count = _count_of(vocab, text, len(other), length, frame)
+    return _exactly(vocab, length, frame, text(count), tuple(common))
 
 
 def frequent_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length: int) -> Prompt:
@@ -63,32 +66,35 @@ def frequent_words(rng: np.random.Generator, vocab: TokenizerVocabulary, length:
     def text(count: int) -> str:
         shares = zip(words, _shares(count, len(words)), strict=True)
         said = [word for word, times in shares for _ in range(times)]
-        return (
-            "Below is a coded text, in which dots are blanks. Remember the coded words that occur "
-            f"most often.\n\n{' '.join(_shuffled(said, seed))}\n\n"
-            f"Question: Which {ASKED} coded words occur most often in the text above?\n"
-            f"Answer: The {ASKED} coded words that occur most often are"
-        )
+        return " ".join(_shuffled(said, seed))
 
-    count = _count_of(vocab, text, length, length)
+    frame = (
+        "Below is a coded text, in which dots are blanks. Remember the coded words that occur most "
+        "often.\n\n",
+        f"\n\nQuestion: Which {ASKED} coded words occur most often in the text above?",
+        f"Answer: The {ASKED} coded words that occur most often are",
+    )
     # The asked words must differ in number from each other and from the next word.
+    count = _count_of(vocab, text, length, length, frame)
     found = _shares(count, len(words))[1 : ASKED + 2]
     if len(set(found)) <= ASKED:
         raise ValueError(
             f"got length {length}, too short for words of different numbers: {found}, "
             f"expected {ASKED + 1} different ones"
         )
-    return Prompt(_exactly(vocab, text(count), length), tuple(words[1 : ASKED + 1]))
+    return _exactly(vocab, length, frame, text(count), tuple(words[1 : ASKED + 1]))
 
 
-def _list_task(entries: Sequence[str]) -> str:
-    numbered = " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
-    return (
-        "Below is a numbered list of words, some of which occur more often than the others. "
-        f"Remember those.\n\n{numbered}\n\n"
-        f"Question: Which {COMMON} words occur most often in the list above?\n"
-        f"Answer: The {COMMON} words that occur most often are"
-    )
+INTRO = (
+    "Below is a numbered list of words, some of which occur more often than the others. Remember "
+    "those.\n\n"
+)
+QUESTION = f"\n\nQuestion: Which {COMMON} words occur most often in the list above?"
+ANSWER = f"Answer: The {COMMON} words that occur most often are"
+
+
+def _numbered(entries: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
 
 
 def _shares(count: int, ranks: int) -> list[int]:
@@ -101,30 +107,43 @@ def _shuffled(words: Sequence[str], seed: int) -> list[str]:
 
 
 def _count_of(
-    vocab: TokenizerVocabulary, text: Callable[[int], str], most: int, length: int
+    vocab: TokenizerVocabulary,
+    text: Callable[[int], str],
+    most: int,
+    length: int,
+    frame: tuple[str, str, str],
 ) -> int:
     """Largest count whose text fits into `length` tokens, by bisection."""
-    room = length - (vocab.bos_id is not None)
+    room = length - sum(map(len, vocab.around(*frame)))
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if len(encode(vocab, text(middle))) <= room:
+        if len(vocab.encode(text(middle))) <= room:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _exactly(vocab: TokenizerVocabulary, text: str, length: int) -> tuple[int, ...]:
-    """Exactly `length` ids: the text, with line ends before it that fill the length.
+def _exactly(
+    vocab: TokenizerVocabulary,
+    length: int,
+    frame: tuple[str, str, str],
+    text: str,
+    answers: tuple[str, ...],
+) -> Prompt:
+    """Exactly `length` ids: the text in its frame, after line ends that fill the length.
+
+    Args:
+        frame: the instruction, the question, and the beginning of the answer.
 
     Raises:
-        ValueError: the text has more than `length` tokens.
+        ValueError: the text and its frame have more than `length` tokens.
     """
-    start = [] if vocab.bos_id is None else [vocab.bos_id]
-    ids = encode(vocab, text)
-    left = length - len(start) - len(ids)
+    before, after = vocab.around(*frame)
+    ids = vocab.encode(text)
+    left = length - len(before) - len(ids) - len(after)
     if left < 0:
         raise ValueError(f"got length {length}, expected ≥ {length - left} for the words alone")
-    pad = (encode(vocab, "\n") or encode(vocab, "."))[-1]
-    return (*start, *[pad] * left, *ids)
+    pad = (ids_after(vocab.tokenizer, "\n") or vocab.encode("."))[-1]
+    return Prompt((*before, *[pad] * left, *ids, *after), answers, len(after))

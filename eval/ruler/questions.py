@@ -90,16 +90,13 @@ def question_prompt(
         order = [paragraphs[int(i)] for i in rng.permutation(len(paragraphs))]
         return cut((vocab.encode(_document(p)) for p in order if p not in told), room)
 
-    ids = compose(
-        rng,
-        vocab,
-        length,
+    frame = (
         "Answer the question that follows these documents, from them and with few words.\n\n",
-        [_document(paragraph) for paragraph in question.paragraphs],
-        f"\n\nQuestion: {question.text}\nAnswer:",
-        fill,
+        f"\n\nQuestion: {question.text}",
+        "Answer:",
     )
-    return Prompt(ids, question.answers)
+    facts = [_document(paragraph) for paragraph in question.paragraphs]
+    return compose(rng, vocab, length, frame, facts, question.answers, fill)
 
 
 def _document(paragraph: str) -> str:

@@ -1,12 +1,13 @@
 """RULER: retrieval, tracking, aggregation and questions at any length (arXiv 2404.06654).
 
 The kinds of questions, their numbers of keys, values, hops and words, and the scores are the
-paper's. Sentences and instructions are this project's, so results compare policies and models here,
-but are not the paper's numbers.
+paper's. So are the texts of the eight retrieval tasks (`kvjax.tasks.english`). The sentences of the
+other tasks and of generated haystacks are this project's, so results compare policies and models
+here, but are not the paper's numbers.
 
 With `lengths` the prompts are generated, `count` of each task and length. A prompt has exactly that
 many tokens, without the answer; groups are "niah_single_1/4096". Prompts are token ids and end with
-the beginning of the answer, so no chat template is used. Settings:
+the beginning of the answer; with --chat the assistant's turn begins with it. Settings:
 
 - haystack=FILE: a text (plain, .gz, .xz) for tasks whose haystack is an essay; by default
   sentences are generated.
@@ -30,13 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from eval import rows
-from eval.ruler import (
-    aggregation,
-    questions,
-    retrieval,
-    text,
-)
+from eval.ruler import aggregation, questions, retrieval
+from eval.ruler.text import Prompt
 from eval.task import Item, Reads, Task, TaskOptions, check_options
+from kvjax.tasks.prompt import read_haystack
 from kvjax.tasks.words import TokenizerVocabulary
 
 QUESTIONS = {"qa_1": ("squad", questions.squad), "qa_2": ("hotpotqa", questions.hotpotqa)}
@@ -50,7 +48,7 @@ MAX_NEW_TOKENS = {
 }
 """The longest answer of each task, from the benchmark's script, in the paper's order."""
 
-Make = Callable[[np.random.Generator, int, int], text.Prompt]
+Make = Callable[[np.random.Generator, int, int], Prompt]
 """(rng, length, index of the prompt) → the prompt."""
 
 
@@ -84,8 +82,8 @@ def load(options: TaskOptions) -> Task:
         score=score,
         metric="string_match",
         truncate="refuse",
-        chat=False,
-        raw="they end with the beginning of the answer, expected no --chat",
+        chat=bool(options.lengths),
+        raw="ready prompts end with the beginning of the answer, expected no --chat",
         summary=summary,
     )
 
@@ -123,14 +121,16 @@ def _ready(options: TaskOptions, folder: Path | None) -> list[Item]:
             if "answer_prefix" in row.values:
                 prompt += row.text("answer_prefix")
             answers = tuple(row.texts("outputs"))
-            items.append(_item(f"{name}-{index}", name, prompt, answers, name))
+            meta = {"task": name}
+            items.append(Item(f"{name}-{index}", prompt, answers, MAX_NEW_TOKENS[name], name, meta))
     return items
 
 
 def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
     if options.tokenizer is None:
         raise ValueError("RULER's prompts are generated in tokens: a tokenizer is needed")
-    makers = _makers(options, folder, TokenizerVocabulary(options.tokenizer))
+    vocab = TokenizerVocabulary(options.tokenizer, options.chat)
+    makers = _makers(options, folder, vocab)
     items: list[Item] = []
     for name, make in makers.items():
         for length in options.lengths:
@@ -142,8 +142,12 @@ def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
                     prompt = make(rng, length, index)
                 except ValueError as error:
                     raise ValueError(f"RULER's {name} at {length} tokens: {error}") from error
-                id, group = f"{name}-{length}-{index}", f"{name}/{length}"
-                items.append(_item(id, name, prompt.ids, prompt.answers, group))
+                meta = {"task": name, "question_tokens": prompt.question_length}
+                meta |= {"chat": True} if options.chat else {}
+                most, group = MAX_NEW_TOKENS[name], f"{name}/{length}"
+                items.append(
+                    Item(f"{name}-{length}-{index}", prompt.ids, prompt.answers, most, group, meta)
+                )
     return items
 
 
@@ -152,7 +156,7 @@ def _makers(
 ) -> dict[str, Make]:
     """A function that makes a prompt, for each of the wanted tasks."""
     file = options.settings.get("haystack")
-    essay = text.essay(file, vocab) if file else None
+    essay = read_haystack(file, vocab) if file else None
     found: dict[str, Make] = {}
     for name in options.subsets or MAX_NEW_TOKENS:
         if name in QUESTIONS:
@@ -170,7 +174,7 @@ def _makers(
     return found
 
 
-def _make(name, vocab, essay, rng: np.random.Generator, length: int, index: int) -> text.Prompt:
+def _make(name, vocab, essay, rng: np.random.Generator, length: int, index: int) -> Prompt:
     if name in retrieval.RETRIEVAL_TASKS:
         return retrieval.retrieval(rng, vocab, length, retrieval.RETRIEVAL_TASKS[name], essay)
     others = {
@@ -193,14 +197,8 @@ def _question_maker(name: str, path: Path, vocab: TokenizerVocabulary, seed: int
     # Different questions in a random order, and again from the first where they run out.
     order = np.random.default_rng([seed, len(corpus.questions)]).permutation(len(corpus.questions))
 
-    def make(rng: np.random.Generator, length: int, index: int) -> text.Prompt:
+    def make(rng: np.random.Generator, length: int, index: int) -> Prompt:
         question = corpus.questions[order[index % len(order)]]
         return questions.question_prompt(rng, vocab, length, question, corpus.paragraphs)
 
     return make
-
-
-def _item(
-    id: str, task: str, prompt: str | tuple[int, ...], answers: tuple[str, ...], group: str
-) -> Item:
-    return Item(id, prompt, answers, MAX_NEW_TOKENS[task], group, {"task": task})

@@ -1,12 +1,12 @@
 """KV caches: pytrees that store new entries and attend over the stored ones."""
 
+from kvjax.cache.attention import NoCache
 from kvjax.cache.dense import DenseCache, LatentCache, PrefillCache
 from kvjax.cache.layers import (
     AbsorbedCache,
     AttentionSpec,
     Cache,
     ModelCache,
-    NoCache,
     advance,
     cache_bytes,
     rope_lengths_of,

@@ -1,7 +1,10 @@
-"""Causal attention of many queries, masked by position; prefill and training run it."""
+"""Causal attention of many queries, masked by position; prefill and training run it. `NoCache` is
+the attention of a text that nothing continues."""
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -11,7 +14,7 @@ from pallas_kernels.api import target
 from pallas_kernels.entries import NEG_INF, Entries, dequantize, soft_cap
 
 TILE = 256, 512
-"""Queries and keys of one tile. Only one tile of the score matrix exists at a time."""
+"""Queries and keys of one tile. Only one tile of the matrix of logits exists at a time."""
 CPU_TILE = 256, 128
 """The same on CPUs. A tile of all heads must fit the processor's cache; a tile that does not fit
 costs up to four times as much."""
@@ -38,38 +41,64 @@ def causal_attention(
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     spec: AttentionSpec,
-    segments: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Softmax attention of every query over the keys at or before its position.
 
-    Long query blocks are processed one tile of queries at a time. Memory then holds the scores of
+    Long query blocks are processed one tile of queries at a time. Memory then holds the logits of
     one tile instead of [T, S].
 
     Args:
-        segments: the document of each token, for keys and values that belong to the same tokens as
-            the queries (S = T). A query sees only keys of its own document, so documents packed
+        segment_ids: the document of each token, for keys and values that belong to the same tokens
+            as the queries (S = T). A query sees only keys of its own document, so documents packed
             into a row stay apart. Positions restart in each document.
     """
     T, size = q_BTNH.shape[1], tile_sizes()[0]
 
     def attend(q, positions, own):
         mask = visible(positions, k_positions, spec.window)
-        if segments is not None:
-            mask &= own[:, :, None] == segments[:, None, :]
+        if segment_ids is not None:
+            mask &= own[:, :, None] == segment_ids[:, None, :]
         return _attend_block(q, k_BSKH, v_BSKH, mask, spec)
 
     if size >= T:
-        return attend(q_BTNH, q_positions, segments)
+        return attend(q_BTNH, q_positions, segment_ids)
     # Pad to whole tiles: position −1 sees no key, and the last line cuts the padding off.
     tiles = -(-T // size)
     pad = tiles * size - T
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
     positions = jnp.pad(q_positions, ((0, 0), (0, pad)), constant_values=-1)
-    own = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
-    inputs = jax.tree.map(lambda x: _split(x, tiles), (q, positions, own))
+    own = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    inputs = jax.tree.map(lambda x: _tiled(x, tiles), (q, positions, own))
     out = jax.lax.map(lambda tile: attend(*tile), inputs)
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], tiles * size, *out.shape[3:])[:, :T]
+
+
+@flax.struct.dataclass
+class NoCache:
+    """Attends over the new entries alone and stores nothing: the full causal forward.
+
+    Attributes:
+        segment_ids: [B, T] int32, the document of each token, where a row packs several. A token
+            attends only within its document. None: one document per row.
+    """
+
+    segment_ids: Any = None
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K X"],
+        v: Float[Array, "B T M Hv"],
+        positions: Int[Array, "B T"],
+        spec: AttentionSpec,
+        expand: Expand | None = None,
+    ) -> tuple[Float[Array, "B T N Hv"], None]:
+        """See `kvjax.cache.Cache.attend`."""
+        if expand is not None:
+            k = expand(k, positions)
+        return causal_attention(q, k, v, positions, positions, spec, self.segment_ids), None
 
 
 def _attend_block(q_BTNH, k_BSKH, v_BSKH, mask_BTS, spec):
@@ -129,8 +158,8 @@ def cached_attention(
     # join.
     tiles = -(-T // size)
     pad = ((0, 0), (0, tiles * size - T))
-    q = _split(jnp.pad(q_BTNH, (*pad, (0, 0), (0, 0))), tiles)
-    positions = _split(jnp.pad(q_positions, pad, constant_values=-1), tiles)
+    q = _tiled(jnp.pad(q_BTNH, (*pad, (0, 0), (0, 0))), tiles)
+    positions = _tiled(jnp.pad(q_positions, pad, constant_values=-1), tiles)
     out, lse = jax.lax.map(lambda tile: attend(*tile), (q, positions))
 
     def join(x):
@@ -162,7 +191,7 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
         # The last tile may reach back into the tile before it. Mask the keys seen there already.
         fresh = start + jnp.arange(size, dtype=jnp.int32) >= tile * size
         positions = jnp.where(fresh[None], cut(k_positions, 1), -1)
-        # One mask decides twice: whether the tile is read at all, and which scores count.
+        # One mask decides twice: whether the tile is read at all, and which logits count.
         mask = visible(q_positions, positions, spec.window)[:, None]
 
         def attend(state):
@@ -203,10 +232,10 @@ def _attend_tiles(q_BTNH, k, v, q_positions, k_positions, spec, expand):
 
 
 def _by_head(x_BTNH: jax.Array) -> jax.Array:
-    """[B, N, T, H]. Moving the queries once saves moving the much larger score matrix."""
+    """[B, N, T, H]. Moving the queries once saves moving the much larger matrix of logits."""
     return jnp.swapaxes(x_BTNH, 1, 2)
 
 
-def _split(x: jax.Array, tiles: int) -> jax.Array:
+def _tiled(x: jax.Array, tiles: int) -> jax.Array:
     """[B, tiles · size, …] → [tiles, B, size, …]."""
     return jnp.moveaxis(x.reshape(x.shape[0], tiles, -1, *x.shape[2:]), 1, 0)

@@ -327,15 +327,15 @@ class PrefillCache:
     def create(
         cls,
         base: DenseCache | LatentCache,
-        window: int,
+        observed: int,
         num_heads: int,
         head_dim: int,
         dtype: Any,
         expanded: DenseCache | None = None,
         observers: tuple[Observer, ...] = (),
     ) -> PrefillCache:
-        """An empty cache that keeps the last `window` queries of `num_heads` × `head_dim`."""
-        queries = jnp.zeros((base.lengths.shape[0], window, num_heads, head_dim), dtype)
+        """An empty cache that keeps the last `observed` queries of `num_heads` × `head_dim`."""
+        queries = jnp.zeros((base.lengths.shape[0], observed, num_heads, head_dim), dtype)
         cache = cls(base, queries, expanded, observers=observers)
         return dataclasses.replace(
             cache, seen=tuple(o.start(queries, cache.keys) for o in observers)

@@ -13,12 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from kvjax.cache.attention import AttentionSpec, Expand, causal_attention
+from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.sharded import ShardedHeads, device_spec, place, specs
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
 from pallas_kernels import schedule
 
 
@@ -96,32 +96,6 @@ class AbsorbedCache(Protocol):
         ...
 
 
-@flax.struct.dataclass
-class NoCache:
-    """Attends over the new entries alone and stores nothing: the full causal forward.
-
-    Attributes:
-        segments: [B, T] int32, the document of each token, where a row packs several. A token
-            attends only within its document. None: one document per row.
-    """
-
-    segments: Any = None
-
-    def attend(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K X"],
-        v: Float[Array, "B T M Hv"],
-        positions: Int[Array, "B T"],
-        spec: AttentionSpec,
-        expand: Expand | None = None,
-    ) -> tuple[Float[Array, "B T N Hv"], None]:
-        """See `Cache.attend`."""
-        if expand is not None:
-            k = expand(k, positions)
-        return causal_attention(q, k, v, positions, positions, spec, self.segments), None
-
-
 def cache_bytes(cache: Any) -> int:
     """Bytes of all arrays of a cache, or of a list of caches."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
@@ -138,7 +112,7 @@ class ModelCache:
             depend on the length read it.
         places: for each layer the number of its pool and its row in the pool's tables; None for a
             layer whose cache is in `own`.
-        layout: how the pools are sharded over a mesh; None for one device.
+        placement: how the pools are sharded over a mesh; None for one device.
         copies: see `ShardedHeads`.
     """
 
@@ -146,7 +120,7 @@ class ModelCache:
     pools: tuple[Pool, ...]
     rope_lengths: Any
     places: tuple[tuple[int, int] | None, ...] = flax.struct.field(pytree_node=False)
-    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
+    placement: Placement | None = flax.struct.field(pytree_node=False, default=None)
     copies: int = flax.struct.field(pytree_node=False, default=1)
 
     def __len__(self) -> int:
@@ -157,7 +131,7 @@ class ModelCache:
         if place is None:
             return self.own[index]
         layer = self.pools[place[0]].layer(place[1])
-        return layer if self.layout is None else ShardedHeads(layer, self.layout, self.copies)
+        return layer if self.placement is None else ShardedHeads(layer, self.placement, self.copies)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -179,7 +153,7 @@ class ModelCache:
         if place is None:
             own = (*self.own[:index], cache, *self.own[index + 1 :])
             return dataclasses.replace(self, own=own)
-        return self.with_pool_layer(place, cache if self.layout is None else cache.inner)
+        return self.with_pool_layer(place, cache if self.placement is None else cache.inner)
 
     def with_pool_layer(self, place: tuple[int, int], layer: PoolLayer) -> ModelCache:
         """The caches with one layer of a pool replaced.
@@ -213,13 +187,13 @@ def new_pool(
     positions: bool,
     align: int,
     span: int | None,
-    layout: Layout | None,
+    placement: Placement | None,
     lengths: Int[Array, " B"],
 ) -> Pool:
-    """`Pool.empty`, sharded over the mesh of `layout`."""
-    platform = None if layout is None else layout.platform
+    """`Pool.empty`, sharded over the mesh of `placement`."""
+    platform = None if placement is None else placement.platform
     pool = Pool.empty(shape, rows, widths, dtype, lengths, positions, align, span, platform)
-    return pool if layout is None else place(pool, layout)
+    return pool if placement is None else place(pool, placement)
 
 
 def min_capacity(caches: list[Any]) -> jax.Array:
@@ -278,9 +252,9 @@ def rope_lengths_of(caches: Any) -> jax.Array:
     return jnp.full(first.lengths.shape, first.capacity, jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "layout"))
+@functools.partial(jax.jit, static_argnames=("group", "placement"))
 def work_lists(
-    pool: Pool, positions: Int[Array, "B 1"], *, group: int, layout: Layout | None
+    pool: Pool, positions: Int[Array, "B 1"], *, group: int, placement: Placement | None
 ) -> Any:
     """The rows that the kernels of all layers read in one step; each device lists its own heads.
 
@@ -306,9 +280,11 @@ def work_lists(
             span=pool.span,
         )
 
-    if layout is None:
+    if placement is None:
         return make(pool, positions)
-    call = layout.run(make, (specs(pool, layout), layout.spec("batch")), device_spec(layout))
+    call = placement.run(
+        make, (specs(pool, placement), placement.spec("batch")), device_spec(placement)
+    )
     return call(pool, positions)
 
 
@@ -332,7 +308,7 @@ def scheduled(
         # query heads would need a list each, so the kernels of such a pool build them.
         if pool.align > 1 and len(counts) == 1:
             group = counts.pop() // pool.starts.shape[2]
-            lists = run(pool, positions, group=group, layout=caches.layout)
+            lists = run(pool, positions, group=group, placement=caches.placement)
             pool = dataclasses.replace(pool, schedule=lists)
         pools.append(pool)
     return dataclasses.replace(caches, pools=tuple(pools))

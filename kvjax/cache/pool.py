@@ -267,7 +267,7 @@ class PoolLayer:
     ) -> Float[Array, "B T N Y"]:
         """Attention of several new tokens: to the pool, and causally among themselves."""
         B, T = positions.shape
-        # Queries in tiles: the scores of all queries with all rows of the pool would not fit.
+        # Queries in tiles: the logits of all queries with all rows of the pool would not fit.
         tile = min(QUERY_TILE, T)
         tiles = -(-T // tile)
         pad = ((0, 0), (0, tiles * tile - T))
@@ -419,11 +419,15 @@ def bucket_rows(count: int) -> int:
     Rounding leaves few sizes, and so few programs to compile: 9 … 17 times a power of two, from
     `LARGE` on 34 … 67 times a power of two.
     """
-    least = 9 if count < LARGE else 34
-    step = 1
+    least, step = least_steps(count), 1
     while count > 2 * least * step:
         step *= 2
     return -(-count // step) * step
+
+
+def least_steps(count: int) -> int:
+    """The fewest steps that `bucket_rows` makes of a count: it adds less than one step."""
+    return 9 if count < LARGE else 34
 
 
 def pool_rows(

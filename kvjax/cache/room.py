@@ -1,5 +1,5 @@
 """Changes of a cache's size: room for more tokens, copies for more sequences, and the form without
-room that a file stores."""
+room that a file stores. `keep_all` turns a prompt's cache into the uncompressed one of decoding."""
 
 from __future__ import annotations
 
@@ -22,9 +22,37 @@ from kvjax.cache.pool import (
     pool_alignment,
     pool_rows,
 )
-from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, specs
-from kvjax.cache.storage import as_pool, from_bits_everywhere, whole_slots
-from kvjax.mesh import Layout
+from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, place, specs
+from kvjax.cache.storage import as_pool, cast, from_bits_everywhere, whole_slots
+from kvjax.mesh import Placement
+
+
+@functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
+def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
+    """A prompt's whole cache with room for new tokens, its entries in `dtype`.
+
+    Args:
+        base: the cache, sharded or not; the result is sharded the same way.
+        window: the layer's sliding window.
+    """
+    whole = with_room(whole_of(base), room, None)
+    names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
+    stored = {name: cast(getattr(whole, name), dtype) for name in names}
+    return spread_like(base, dataclasses.replace(whole, **stored), window)
+
+
+def whole_of(base: Any) -> Any:
+    """The cache of all heads and slots inside a sharded cache; another cache is returned as is."""
+    return getattr(base, "inner", base)
+
+
+def spread_like(base: Any, cache: Any, window: int | None) -> Any:
+    """Shards a cache made from `whole_of(base)` the way `base` is sharded."""
+    if isinstance(base, ShardedHeads):
+        return ShardedHeads(place(cache, base.placement), base.placement, base.copies)
+    if isinstance(base, ShardedSlots):
+        return ShardedSlots.create(cache, base.placement, window)
+    return cache
 
 
 @functools.partial(jax.jit, static_argnames=("count", "room", "window"))
@@ -84,16 +112,16 @@ def _pad(entries: Any, room: int, axis: int) -> Any:
 
 
 def grow_pool(
-    pool: Pool, batch: int, room: int, windows: tuple[int | None, ...], layout: Layout | None
+    pool: Pool, batch: int, room: int, windows: tuple[int | None, ...], placement: Placement | None
 ) -> Pool:
     """The pool of one sequence as a pool for a batch that continues it, with room for more tokens.
 
     Args:
         pool: pool of one device, from `trimmed`.
         windows: the sliding window of each layer in the pool, None for none.
-        layout: layout of the batch on a mesh; None for one device.
+        placement: placement of the batch on a mesh; None for one device.
     """
-    ways, platform = (1, None) if layout is None else (layout.ways, layout.platform)
+    ways, platform = (1, None) if placement is None else (placement.ways, placement.platform)
     copies = head_copies(pool.kept.shape[2], ways)
     # Size the pool on the host: each head keeps its rows, on a mesh once for every copy.
     kept = np.repeat(np.asarray(pool.kept), copies, axis=2).astype(np.int64)
@@ -108,14 +136,14 @@ def grow_pool(
         pool.positions is not None,
         align,
         None if align == 1 else size.span,
-        layout,
+        placement,
         repeat(pool.lengths, batch),
     )
     # Fill the pool layer by layer.
     pool = _with_spare_rows(pool)
     for row, window in enumerate(windows):
         first = np.repeat(size.first[:, row], batch, axis=0)
-        settings = {"window": window, "layout": layout, "copies": copies}
+        settings = {"window": window, "placement": placement, "copies": copies}
         moved = _move_layer(new.layer(row), pool.layer(row), first, np.int32(room), **settings)
         new = new.with_layer(row, moved)
     return new
@@ -129,14 +157,16 @@ def _with_spare_rows(pool: Pool) -> Pool:
     return dataclasses.replace(pool, k=k, v=v, positions=_pad_positions(pool.positions, spare))
 
 
-@functools.partial(jax.jit, static_argnames=("window", "layout", "copies"), donate_argnames="layer")
+@functools.partial(
+    jax.jit, static_argnames=("window", "placement", "copies"), donate_argnames="layer"
+)
 def _move_layer(
     layer: PoolLayer,
     old: PoolLayer,
     first_BD: jax.Array,
     room: jax.Array,
     window: int | None,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """A layer of a pool, with the entries of one old sequence copied to all its sequences."""
@@ -163,20 +193,20 @@ def _move_layer(
     names = [name for name in ("k", "v", "positions") if getattr(old.pool, name) is not None]
     entries = {name: as_pool(getattr(old.pool, name)) for name in names}
     arrays = (layer, entries, starts, kept, first_BD, room)
-    if layout is None:
+    if placement is None:
         return run(*arrays)
-    parts, heads, all_of = specs(layer, layout), layout.spec(None, "tensor"), layout.spec()
-    places = (parts, all_of, heads, heads, layout.spec("batch", "tensor"), all_of)
-    return layout.run(run, places, parts)(*arrays)
+    parts, heads, all_of = specs(layer, placement), placement.spec(None, "tensor"), placement.spec()
+    places = (parts, all_of, heads, heads, placement.spec("batch", "tensor"), all_of)
+    return placement.run(run, places, parts)(*arrays)
 
 
 def trimmed(caches: ModelCache) -> ModelCache:
     """The entries of one sequence as one device without a mesh stores them: only live rows, each
     head once, and floats in place of bit patterns."""
-    ways = 1 if caches.layout is None else caches.layout.ways
+    ways = 1 if caches.placement is None else caches.placement.ways
     own = tuple(None if cache is None else without_room(cache) for cache in caches.own)
     pools = tuple(trimmed_pool(pool, ways, caches.copies) for pool in caches.pools)
-    bare = dataclasses.replace(caches, own=own, pools=pools, layout=None, copies=1)
+    bare = dataclasses.replace(caches, own=own, pools=pools, placement=None, copies=1)
     return from_bits_everywhere(bare)
 
 

@@ -23,46 +23,46 @@ from kvjax.cache.dense import DenseCache, LatentCache, PrefillCache, stored_widt
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.storage import slot_tile
 from kvjax.config import AttentionConfig
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
 from pallas_kernels.plan import exchange
 
 
 @functools.singledispatch
-def specs(cache: Any, layout: Layout) -> Any:
+def specs(cache: Any, placement: Placement) -> Any:
     """How a cache's arrays are sharded: the cache with a `PartitionSpec` in place of each array."""
     raise TypeError(f"a {type(cache).__name__} cannot be sharded")
 
 
 @specs.register
-def _(cache: DenseCache, layout: Layout) -> DenseCache:
-    heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+def _(cache: DenseCache, placement: Placement) -> DenseCache:
+    heads, rows = placement.spec("batch", "tensor"), placement.spec("batch")
     return _with_specs(cache, {"k": heads, "v": heads}, rows)
 
 
 @specs.register
-def _(cache: LatentCache, layout: Layout) -> LatentCache:
-    slots, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+def _(cache: LatentCache, placement: Placement) -> LatentCache:
+    slots, rows = placement.spec("batch", "tensor"), placement.spec("batch")
     return _with_specs(cache, dict.fromkeys(("latent", "k_rope", "positions"), slots), rows)
 
 
 @specs.register
-def _(cache: Pool, layout: Layout) -> Pool:
-    rows, heads = layout.spec("batch", "tensor"), layout.spec("batch", None, "tensor")
-    own: dict[str, PartitionSpec] = {"schedule": device_spec(layout)}
+def _(cache: Pool, placement: Placement) -> Pool:
+    rows, heads = placement.spec("batch", "tensor"), placement.spec("batch", None, "tensor")
+    own: dict[str, PartitionSpec] = {"schedule": device_spec(placement)}
     own |= dict.fromkeys(("starts", "capacities", "kept", "rings", "queries"), heads)
-    own |= dict.fromkeys(("lengths", "read"), layout.spec("batch"))
+    own |= dict.fromkeys(("lengths", "read"), placement.spec("batch"))
     return _with_specs(cache, own, rows)
 
 
 @specs.register
-def _(cache: PoolLayer, layout: Layout) -> PoolLayer:
-    queries = None if cache.queries is None else layout.spec("batch", None, "tensor")
-    return PoolLayer(specs(cache.pool, layout), layout.spec(), queries)
+def _(cache: PoolLayer, placement: Placement) -> PoolLayer:
+    queries = None if cache.queries is None else placement.spec("batch", None, "tensor")
+    return PoolLayer(specs(cache.pool, placement), placement.spec(), queries)
 
 
-def device_spec(layout: Layout) -> PartitionSpec:
+def device_spec(placement: Placement) -> PartitionSpec:
     """The spec of arrays [L, …] that differ between all devices."""
-    axes = (*layout.batch, *([] if layout.tensor is None else [layout.tensor]))
+    axes = (*placement.batch, *([] if placement.tensor is None else [placement.tensor]))
     return PartitionSpec(None, axes or None)
 
 
@@ -74,10 +74,10 @@ def _with_specs(cache: Any, own: dict[str, PartitionSpec], rest: PartitionSpec) 
     return dataclasses.replace(cache, **{name: own.get(name, rest) for name in present})
 
 
-def place(cache: Any, layout: Layout) -> Any:
+def place(cache: Any, placement: Placement) -> Any:
     """The cache with its arrays constrained to their shardings."""
     return with_shardings(
-        jax.lax.with_sharding_constraint, specs(cache, layout), cache, layout.mesh
+        jax.lax.with_sharding_constraint, specs(cache, placement), cache, placement.mesh
     )
 
 
@@ -102,23 +102,23 @@ class ShardedHeads:
     Attributes:
         inner: the cache of all heads, each repeated `copies` times. A pool has the rows of the
             first device, then the rows of the second, and so on.
-        layout: the mesh axes of sequences and heads.
+        placement: the mesh axes of sequences and heads.
         copies: number of devices that hold the same KV head, for more devices than heads.
     """
 
     inner: Any
-    layout: Layout = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
     copies: int = flax.struct.field(pytree_node=False, default=1)
 
     @classmethod
-    def create(cls, cache: DenseCache, layout: Layout) -> ShardedHeads:
+    def create(cls, cache: DenseCache, placement: Placement) -> ShardedHeads:
         """Shards an empty cache.
 
         Raises:
             ValueError: neither of the numbers of heads and devices divides the other.
         """
-        copies = head_copies(cache.k.shape[1], layout.ways)
-        more = -cache.k.shape[2] % slot_tile(layout.platform)
+        copies = head_copies(cache.k.shape[1], placement.ways)
+        more = -cache.k.shape[2] % slot_tile(placement.platform)
 
         def spread(leaf: jax.Array) -> jax.Array:
             leaf = jnp.pad(leaf, ((0, 0), (0, 0), (0, more), *((0, 0),) * (leaf.ndim - 3)))
@@ -127,7 +127,7 @@ class ShardedHeads:
         if copies > 1 or more:
             k, v = jax.tree.map(spread, (cache.k, cache.v))
             cache = dataclasses.replace(cache, k=k, v=v)
-        return cls(place(cache, layout), layout, copies)
+        return cls(place(cache, placement), placement, copies)
 
     @property
     def lengths(self) -> jax.Array:
@@ -154,19 +154,19 @@ class ShardedHeads:
         """
         if expand is not None:
             raise NotImplementedError("keys of latents are rebuilt on all devices, not by heads")
-        check_query_heads(q.shape[2], self.layout)
+        check_query_heads(q.shape[2], self.placement)
         # A device with a copy of a head stores that head's entries too.
         if self.copies > 1:
             k, v = (jnp.repeat(x, self.copies, axis=2) for x in (k, v))
 
-        layout = self.layout
+        placement = self.placement
 
         def run(cache, q, k, v, positions):
             return cache.attend(q, k, v, positions, spec)
 
-        heads, rows = layout.spec("batch", None, "tensor"), layout.spec("batch")
-        parts = specs(self.inner, layout)
-        call = layout.run(run, (parts, heads, heads, heads, rows), (heads, parts))
+        heads, rows = placement.spec("batch", None, "tensor"), placement.spec("batch")
+        parts = specs(self.inner, placement)
+        call = placement.run(run, (parts, heads, heads, heads, rows), (heads, parts))
         out, inner = call(self.inner, q, k, v, positions)
         return out, dataclasses.replace(self, inner=inner)
 
@@ -182,22 +182,22 @@ class ShardedSlots:
 
     Attributes:
         inner: the cache of all slots. Each device holds the same number of whole tiles.
-        layout: the mesh axes of sequences and slots.
+        placement: the mesh axes of sequences and slots.
     """
 
     inner: LatentCache
-    layout: Layout = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
+    def create(cls, cache: LatentCache, placement: Placement, window: int | None) -> ShardedSlots:
         """Shards a cache; `window` is the layer's sliding window."""
         B, S = cache.latent.shape[:2]
-        if window is not None and cache.positions is None and layout.ways > 1:
+        if window is not None and cache.positions is None and placement.ways > 1:
             # A window may begin on another device, so slots need their positions.
             cache = dataclasses.replace(cache, positions=jnp.full((B, S), -1, jnp.int32))
 
         # Pad so that every device gets whole tiles of slots.
-        whole = layout.ways * slot_tile(layout.platform)
+        whole = placement.ways * slot_tile(placement.platform)
 
         def pad(leaf: jax.Array, value: int = 0) -> jax.Array:
             rooms = ((0, 0), (0, -S % whole), *((0, 0),) * (leaf.ndim - 2))
@@ -205,7 +205,7 @@ class ShardedSlots:
 
         def lanes(leaf: jax.Array) -> jax.Array:
             wide = leaf.ndim == 3  # scales of 8-bit entries are one number per slot
-            return widened(leaf, stored_width(leaf.shape[-1], layout.platform)) if wide else leaf
+            return widened(leaf, stored_width(leaf.shape[-1], placement.platform)) if wide else leaf
 
         latent, k_rope = (
             jax.tree.map(lambda leaf: pad(lanes(leaf)), part)
@@ -213,7 +213,7 @@ class ShardedSlots:
         )
         positions = None if cache.positions is None else pad(cache.positions, -1)
         cache = dataclasses.replace(cache, latent=latent, k_rope=k_rope, positions=positions)
-        return cls(place(cache, layout), layout)
+        return cls(place(cache, placement), placement)
 
     @property
     def lengths(self) -> jax.Array:
@@ -237,27 +237,27 @@ class ShardedSlots:
         Raises:
             ValueError: the devices do not divide the query heads.
         """
-        layout = self.layout
-        check_query_heads(q_latent.shape[2], layout)
+        placement = self.placement
+        check_query_heads(q_latent.shape[2], placement)
 
         def run(cache, q_latent, q_rope, latent, k_rope, positions):
             # Count slots from this device's first one: tokens for other devices then fall outside.
-            first = layout.device() * cache.latent.shape[1]
+            first = placement.device() * cache.latent.shape[1]
             part = dataclasses.replace(cache, lengths=cache.lengths - first)
             before, part = part.used, part.append(latent, k_rope, positions)
             # Every device needs all query heads for its slots; `exchange` returns each device's
             # heads.
-            q_latent, q_rope = gather_heads(q_latent, q_rope, layout)
+            q_latent, q_rope = gather_heads(q_latent, q_rope, placement)
             out, lse = part.attend_held(q_latent, q_rope, positions, before, spec)
-            if layout.tensor is not None:
-                out = exchange(out, lse, layout.tensor, axis=2)
+            if placement.tensor is not None:
+                out = exchange(out, lse, placement.tensor, axis=2)
             return out.astype(q_latent.dtype), dataclasses.replace(
                 part, lengths=part.lengths + first
             )
 
-        heads, rows = layout.spec("batch", None, "tensor"), layout.spec("batch")
-        parts = specs(self.inner, layout)
-        call = layout.run(run, (parts, heads, heads, rows, rows, rows), (heads, parts))
+        heads, rows = placement.spec("batch", None, "tensor"), placement.spec("batch")
+        parts = specs(self.inner, placement)
+        call = placement.run(run, (parts, heads, heads, rows, rows, rows), (heads, parts))
         out, inner = call(self.inner, q_latent, q_rope, latent, k_rope, positions)
         return out, dataclasses.replace(self, inner=inner)
 
@@ -286,26 +286,28 @@ def head_copies(heads: int, devices: int) -> int:
     return max(devices // heads, 1)
 
 
-def check_query_heads(heads: int, layout: Layout) -> None:
+def check_query_heads(heads: int, placement: Placement) -> None:
     """Raises ValueError unless the devices divide the query heads."""
-    if heads % layout.ways:
-        raise ValueError(f"got {heads} query heads over {layout.ways} devices, expected a multiple")
+    if heads % placement.ways:
+        raise ValueError(
+            f"got {heads} query heads over {placement.ways} devices, expected a multiple"
+        )
 
 
 def gather_heads(
-    q_latent: Float[Array, "B T n L"], q_rope: Float[Array, "B T n R"], layout: Layout
+    q_latent: Float[Array, "B T n L"], q_rope: Float[Array, "B T n R"], placement: Placement
 ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N R"]]:
     """The query heads of all devices."""
-    if layout.tensor is None:
+    if placement.tensor is None:
         return q_latent, q_rope
     both = jnp.concatenate([q_latent, q_rope], axis=-1)
-    every = jax.lax.all_gather(both, layout.tensor, axis=2, tiled=True)
+    every = jax.lax.all_gather(both, placement.tensor, axis=2, tiled=True)
     return every[..., : q_latent.shape[-1]], every[..., q_latent.shape[-1] :]
 
 
 @functools.singledispatch
-def places(cache: Any) -> tuple[Any, Layout]:
-    """The specs of a sharded cache, and its layout.
+def places(cache: Any) -> tuple[Any, Placement]:
+    """The specs of a sharded cache, and its placement.
 
     Raises:
         TypeError: the cache is not sharded.
@@ -314,17 +316,17 @@ def places(cache: Any) -> tuple[Any, Layout]:
 
 
 @places.register
-def _(cache: ShardedHeads) -> tuple[Any, Layout]:
-    return dataclasses.replace(cache, inner=specs(cache.inner, cache.layout)), cache.layout
+def _(cache: ShardedHeads) -> tuple[Any, Placement]:
+    return dataclasses.replace(cache, inner=specs(cache.inner, cache.placement)), cache.placement
 
 
 @places.register
-def _(cache: ShardedSlots) -> tuple[Any, Layout]:
-    return dataclasses.replace(cache, inner=specs(cache.inner, cache.layout)), cache.layout
+def _(cache: ShardedSlots) -> tuple[Any, Placement]:
+    return dataclasses.replace(cache, inner=specs(cache.inner, cache.placement)), cache.placement
 
 
 @functools.singledispatch
-def spread(cache: Any, layout: Layout, window: int | None) -> Any:
+def spread(cache: Any, placement: Placement, window: int | None) -> Any:
     """Shards an empty cache over a mesh.
 
     Raises:
@@ -335,23 +337,23 @@ def spread(cache: Any, layout: Layout, window: int | None) -> Any:
 
 
 @spread.register
-def _(cache: DenseCache, layout: Layout, window: int | None) -> ShardedHeads:
-    return ShardedHeads.create(cache, layout)
+def _(cache: DenseCache, placement: Placement, window: int | None) -> ShardedHeads:
+    return ShardedHeads.create(cache, placement)
 
 
 @spread.register
-def _(cache: LatentCache, layout: Layout, window: int | None) -> ShardedSlots:
-    return ShardedSlots.create(cache, layout, window)
+def _(cache: LatentCache, placement: Placement, window: int | None) -> ShardedSlots:
+    return ShardedSlots.create(cache, placement, window)
 
 
 @spread.register
-def _(cache: PrefillCache, layout: Layout, window: int | None) -> PrefillCache:
-    base = spread(cache.base, layout, window)
+def _(cache: PrefillCache, placement: Placement, window: int | None) -> PrefillCache:
+    base = spread(cache.base, placement, window)
     if cache.observers and getattr(base, "copies", 1) > 1:
         raise NotImplementedError(
             f"{type(cache.observers[0]).__name__} watches the queries of whole groups, which "
-            f"{layout.ways} devices along the tensor axis share: expected at most as many devices "
-            "as KV heads"
+            f"{placement.ways} devices along the tensor axis share: expected at most as many "
+            "devices as KV heads"
         )
     if isinstance(base, ShardedSlots):
         width = base.inner.latent.shape[-1] + base.inner.k_rope.shape[-1]
@@ -359,26 +361,28 @@ def _(cache: PrefillCache, layout: Layout, window: int | None) -> PrefillCache:
     return dataclasses.replace(cache, base=base)
 
 
-def spread_layer(attention: AttentionConfig, cache: Any, layout: Layout) -> Any:
+def spread_layer(attention: AttentionConfig, cache: Any, placement: Placement) -> Any:
     """Shards one layer's cache, with or without entries, over a mesh.
 
     Keys that are rebuilt from latents in every step have neither heads nor slots to shard: every
     device along the tensor axis holds all of them.
     """
     if attention.rebuilds_keys:
-        return place(cache, layout.of_batch())
-    return spread(cache, layout, attention.spec.window)
+        return place(cache, placement.of_batch())
+    return spread(cache, placement, attention.spec.window)
 
 
-def spread_prefill(attention: AttentionConfig, cache: PrefillCache, layout: Layout) -> PrefillCache:
+def spread_prefill(
+    attention: AttentionConfig, cache: PrefillCache, placement: Placement
+) -> PrefillCache:
     """Shards the empty cache of a prompt over a mesh.
 
     Raises:
         ValueError, NotImplementedError: see `spread`.
     """
     if not attention.rebuilds_keys:
-        return spread(cache, layout, attention.spec.window)
+        return spread(cache, placement, attention.spec.window)
     # Rebuilt keys have neither heads nor slots to shard: each device of the tensor axis has all.
-    whole = layout.of_batch()
+    whole = placement.of_batch()
     base, expanded = place(cache.base, whole), place(cache.expanded, whole)
     return dataclasses.replace(cache, base=base, expanded=expanded)

@@ -51,6 +51,13 @@ def as_pool(entries: Entries, platform: str | None = None) -> Entries:
     return to_bits(entries) if entries.dtype in (jnp.bfloat16, jnp.float16) else entries
 
 
+def cast(entries: Entries, dtype: str | None) -> Entries:
+    """Entries in the given dtype; unchanged for None, and if they are quantized or bit patterns."""
+    if dtype is None or isinstance(entries, Quantized | Bits):
+        return entries
+    return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
+
+
 def encode(new: Entries, like: Entries) -> Entries:
     """New entries in the format of `like`; entries that are encoded already are returned as is."""
     if isinstance(new, Quantized | Bits):

@@ -59,15 +59,15 @@ class Request:
     """The question that `kvjax plan` answers.
 
     Attributes:
-        config: config.json, checkpoint directory or hub id.
+        config: config.json, or a checkpoint as `kvjax.load` takes it.
         topology: such as "v5e:4x4" or "h200:8".
         context: prompt tokens per sequence.
         new_tokens: per sequence.
         batch: sequences; None for one per replica of the model.
         mesh: None for `default_mesh`.
         policies: to compare with "full" and with "full" in 8-bit entries.
-        latent: widths of the latent and of the rotary key of the converted model; None for no
-            converted model.
+        latent: widths of the latent and of the rotary key of the converted model; None for
+            `default_latent`, (0, 0) for no converted model.
         dtype: of weights and caches.
         compile: "block" or "step", as in `kvjax.generate`; None for what `kvjax.generate` chooses
             on accelerators.
@@ -83,13 +83,13 @@ class Request:
     batch: int | None = None
     mesh: str | None = None
     policies: tuple[str, ...] = ("headkv:kv_size=512",)
-    latent: tuple[int, int] | None = (512, 128)
+    latent: tuple[int, int] | None = None
     dtype: str = "bfloat16"
     compile: str | None = None
 
     def __post_init__(self) -> None:
         given = {"context": self.context, "new_tokens": self.new_tokens, "batch": self.batch}
-        rank, rope_dim = self.latent or (1, 0)
+        rank, rope_dim = self.latent if self.latent and any(self.latent) else (1, 0)
         check_ranges(given | {"latent[0]": rank, "latent[1]": rope_dim}, RANGES)
         step_function(self.compiled, self.new_tokens)
 

@@ -20,9 +20,9 @@ import jax
 from kvjax.cache.layers import scheduled, work_lists
 from kvjax.capacity.devices import device_bytes
 from kvjax.capacity.variants import Served, located
-from kvjax.decoding import decode_step, embed_step, most_likely, step_logits
+from kvjax.decoding import decode_step, embed_step, step_logits
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import block_kinds, block_program, output_params
+from kvjax.nn.transformer import block_kinds, block_program, most_likely, output_params
 from kvjax.prefill import Watching, embed_chunks, last_logits, observed_queries, read_layer
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
@@ -76,7 +76,7 @@ def block_step(served: Served, compile: Compiler) -> Step:
         x, layer = block.out[0], block.program.collectives
     # Choose the next token.
     top = {name: params[name] for name in output_params(config)}
-    ranked = compile(step_logits, config, served.layout, top, x)
+    ranked = compile(step_logits, config, served.placement, top, x)
     chosen = compile(jitted_most_likely, ranked.out).program
     most += [stream + taken(ranked.program), device_bytes(ranked.out) + taken(chosen)]
     outside = (embedded.program, ranked.program, chosen)

@@ -19,16 +19,20 @@ from jax.sharding import NamedSharding
 from kvjax.cache import ModelCache
 from kvjax.cache.sharded import places, specs, with_shardings
 from kvjax.capacity.devices import Topology, device_bytes
-from kvjax.mesh import AnyMesh, Layout
+from kvjax.mesh import AnyMesh, Placement
 from kvjax.nn import Transformer, param_shapes
 from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
+from kvjax.policies.need import MeasuredNeed
 from kvjax.policies.policy import Compress, Policy
 from kvjax.prefill import bucket_length, cache_shapes
 from kvjax.sharding import param_shardings
-from kvjax.transmla.sizes import decoupled_shape
+from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla.sizes import components, decoupled_shape
+
+LATENT = 512, 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def variants(
     """The full cache, 8-bit entries, each of the policies, and the converted model.
 
     Args:
-        latent: widths of the converted model's latent and rotary key; None for no such variant.
+        latent: widths of the converted model's latent and rotary key; None for `default_latent`,
+            (0, 0) for no such variant.
         notes: remarks for the user are appended to this list.
     """
     found = [
@@ -84,11 +89,29 @@ def variants(
             scores = HeadScores(np.ones((model.config.num_layers, heads, 1)))
             notes.append(f"{text}: no head scores, so all heads have the same budget.")
         found.append(Variant(text, model, resolve(policy, model.config, scores)))
-    if latent is not None:
+    if latent is None:
+        latent = default_latent(model, notes)
+    if any(latent):
         rank, rope = latent
         converted = decoupled_shape(model, rank, rope)
         found.append(Variant(f"MLA {rank} + {rope}", converted, parse_policy("full")))
     return found
+
+
+def default_latent(model: Transformer, notes: list[str]) -> tuple[int, int]:
+    """512 + 128 numbers a token, as large models have after conversion (arXiv 2502.07864).
+
+    Half of what keys and values have, where these have no more; (0, 0) for other than GQA layers.
+    """
+    try:
+        width = min(components(base)[0] for base in gqa_layers(model))
+    except ValueError as error:
+        notes.append(f"No converted model is planned: {error}.")
+        return 0, 0
+    if width > sum(LATENT):
+        return LATENT
+    rope = width // 16 * 2
+    return width // 2 - rope, rope
 
 
 def lacks_scores(policy: Policy) -> bool:
@@ -98,14 +121,11 @@ def lacks_scores(policy: Policy) -> bool:
 
 
 def shallower(variant: Variant, depth: int) -> Variant:
-    """The variant with its first `depth` layers only, head scores included."""
+    """The variant with its first `depth` layers only, measurements of heads included."""
     config, policy = variant.model.config, variant.policy
     model = Transformer(dataclasses.replace(config, layers=config.layers[:depth]))
-    if isinstance(policy, Compress) and isinstance(policy.allocator, HeadImportance):
-        assert policy.allocator.scores is not None
-        scores = HeadScores(policy.allocator.scores.samples[:depth])
-        allocator = dataclasses.replace(policy.allocator, scores=scores)
-        policy = dataclasses.replace(policy, allocator=allocator)
+    if isinstance(policy, Compress) and isinstance(policy.allocator, HeadImportance | MeasuredNeed):
+        policy = dataclasses.replace(policy, allocator=policy.allocator.of_layers(depth))
     return Variant(variant.name, model, policy)
 
 
@@ -132,16 +152,19 @@ class Served:
         cls, model: Transformer, policy: Policy, workload: Workload, mesh: AnyMesh, dtype: str
     ) -> Served:
         """A batch of prompts that all have `workload.context` tokens."""
-        lengths, layout = [workload.context] * workload.batch, Layout.create(mesh, workload.batch)
-        args = (model.config, lengths, workload.new_tokens, jnp.dtype(dtype), layout)
+        lengths, placement = (
+            [workload.context] * workload.batch,
+            Placement.create(mesh, workload.batch),
+        )
+        args = (model.config, lengths, workload.new_tokens, jnp.dtype(dtype), placement)
         work = policy.compression(*args)
         return cls(model, abstract_params(model, mesh, dtype), work, mesh, dtype)
 
     @property
-    def layout(self) -> Layout:
+    def placement(self) -> Placement:
         """How the batch is sharded over the mesh."""
-        assert self.work.layout is not None
-        return self.work.layout
+        assert self.work.placement is not None
+        return self.work.placement
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
@@ -151,7 +174,7 @@ class Served:
     @functools.cached_property
     def cache(self) -> ModelCache:
         """Shapes of the caches after prefill, with shardings."""
-        return located_cache(cache_shapes(self.work, self.prompt_shape[1]), self.layout)
+        return located_cache(cache_shapes(self.work, self.prompt_shape[1]), self.placement)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -160,7 +183,7 @@ class Served:
 
     def rows(self, *axes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         """The shape [B, *axes] of an array with one row per sequence, sharded like the batch."""
-        place = NamedSharding(self.layout.mesh, self.layout.spec("batch"))
+        place = NamedSharding(self.placement.mesh, self.placement.spec("batch"))
         return jax.ShapeDtypeStruct((self.prompt_shape[0], *axes), np.dtype(dtype), sharding=place)
 
 
@@ -169,20 +192,20 @@ def located(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def located_cache(cache: ModelCache, layout: Layout) -> ModelCache:
+def located_cache(cache: ModelCache, placement: Placement) -> ModelCache:
     """The shapes of caches with the shardings that prefill gives to real caches."""
 
     def pool(shapes: Any) -> Any:
-        return with_shardings(located, specs(shapes, layout), shapes, layout.mesh)
+        return with_shardings(located, specs(shapes, placement), shapes, placement.mesh)
 
     def own(shapes: Any) -> Any:
         if shapes is None:
             return None
         # These caches name their shardings themselves: a dense cache may be sharded by slots.
-        parts, layout = places(shapes)
-        return with_shardings(located, parts, shapes, layout.mesh)
+        parts, placement = places(shapes)
+        return with_shardings(located, parts, shapes, placement.mesh)
 
-    rows = NamedSharding(layout.mesh, layout.spec("batch"))
+    rows = NamedSharding(placement.mesh, placement.spec("batch"))
     return dataclasses.replace(
         cache,
         own=tuple(map(own, cache.own)),

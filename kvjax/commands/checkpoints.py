@@ -30,7 +30,7 @@ from kvjax.hf import (
     save,
     stored_tensors,
 )
-from kvjax.hf.source import missing_weights, on_hub, resolve
+from kvjax.hf.source import gguf_file, missing_weights, on_hub, resolve
 from kvjax.nn import Transformer, param_shapes
 
 SEQUENCE, BATCH = 256, 8
@@ -51,7 +51,7 @@ def describe(path: str) -> dict[str, Any]:
     directory = resolve(path)
     model, layout = read_model(directory), layout_of(directory)
     config = model.config
-    dtypes = _dtypes(model, directory, on_hub(path)) if layout == "hf" else []
+    dtypes = [] if layout == "native" else _dtypes(model, directory, on_hub(path))
     per_token = bytes_per_token(model, "bfloat16")
     return {
         "family": config.model_type,
@@ -69,8 +69,8 @@ def describe(path: str) -> dict[str, Any]:
 
 def _dtypes(model: Transformer, directory: Path, on_hub: bool) -> list[str]:
     """The weights' dtypes: from the file headers, or from the config if only the hub has files."""
-    if not on_hub or not missing_weights(directory):
-        return sorted({tensor.dtype.name for tensor in stored_tensors(directory).values()})
+    if not on_hub or gguf_file(directory) or not missing_weights(directory):
+        return sorted({tensor.stored_as for tensor in stored_tensors(directory).values()})
     raw = json.loads(model.config.hf_json)
     said = raw.get("dtype") or raw.get("torch_dtype")
     return [f"{said} by its config, weights not downloaded" if said else "weights not downloaded"]
@@ -112,7 +112,7 @@ def tensor_statistics(path: str, patterns: Sequence[str]) -> list[dict[str, Any]
             {
                 "tensor": name,
                 "shape": "×".join(map(str, values.shape)),
-                "dtype": stored[name].dtype.name,
+                "dtype": stored[name].stored_as,
                 "mean": f"{values.mean():.3g}",
                 "std": f"{values.std():.3g}",
                 "max |x|": f"{np.abs(values).max(initial=0.0):.3g}",

@@ -7,7 +7,6 @@ equal cache, and writes report.json and pictures.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +26,11 @@ from kvjax.hf import load, load_tokenizer
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
+from kvjax.runs import write_json
 from kvjax.scoring import Compared, compare
 from kvjax.tasks import make_examples
 from kvjax.tasks.words import TokenizerVocabulary
+from kvjax.text import has_chat_template
 from kvjax.transmla import convert
 
 MODEL = "builtin:needle"
@@ -60,7 +61,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     model, params = load(MODEL, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
-    vocab = TokenizerVocabulary(tokenizer)
+    vocab = TokenizerVocabulary(tokenizer, has_chat_template(tokenizer))
     examples = [
         example
         for task in TASKS
@@ -92,7 +93,7 @@ def run_demo(out: Path, samples: int, seed: int) -> dict[str, Any]:
         "equal_cache": conversions,
         "seconds": round(time.monotonic() - start, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report)
     draw(outcomes, scores, out)
     print_page(outcomes, report, out)
     return report

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
 from kvjax.headkv.examples import Grid, bucketed, make_examples
-from kvjax.headkv.measure import BatchScores, model_name, score_examples, with_origin
+from kvjax.headkv.measure import BatchImportance, model_name, score_examples, with_origin
 from kvjax.hf import default_dtype, load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
@@ -39,7 +39,7 @@ def score_checkpoint(
     dtype: str | None = None,
     mesh: str | None = None,
 ) -> dict[str, Any]:
-    """Scores the checkpoint at `path` and writes the score file `out`.
+    """Measures the head importance of the checkpoint at `path` and writes the score file `out`.
 
     If a run was interrupted, the same call continues after the last finished batch and writes the
     same file.
@@ -71,7 +71,7 @@ def score_checkpoint(
     with progress_bar() as progress:
         task = progress.add_task("head importance", total=total, completed=len(finished))
 
-        def on_batch(batch: BatchScores) -> None:
+        def on_batch(batch: BatchImportance) -> None:
             append_batch(unfinished, batch)
             progress.advance(task)
 
@@ -141,7 +141,7 @@ def partial_path(out: Path) -> Path:
     return out.with_name(f"{stem}.partial.jsonl")
 
 
-def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
+def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchImportance]:
     """Reads the finished batches. Creates the file if there is none, so `append_batch` can follow.
 
     Args:
@@ -168,7 +168,7 @@ def finished_batches(path: Path, request: dict[str, Any]) -> list[BatchScores]:
     return batches
 
 
-def append_batch(path: Path, batch: BatchScores) -> None:
+def append_batch(path: Path, batch: BatchImportance) -> None:
     """Adds one finished batch."""
     line = {
         "indices": batch.indices,
@@ -178,6 +178,6 @@ def append_batch(path: Path, batch: BatchScores) -> None:
     append_lines(path, [line])
 
 
-def _batch(line: dict[str, Any]) -> BatchScores:
+def _batch(line: dict[str, Any]) -> BatchImportance:
     heads = np.asarray(line["heads"], np.float64)
-    return BatchScores(tuple(line["indices"]), heads, np.asarray(line["answers"], np.float64))
+    return BatchImportance(tuple(line["indices"]), heads, np.asarray(line["answers"], np.float64))

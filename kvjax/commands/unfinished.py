@@ -110,7 +110,7 @@ class ConversionFolder:
 
         Args:
             model: the original model.
-            source: directory with its tokenizer, licence and other companion files.
+            source: its directory or GGUF file, which companion files are copied from.
         """
         new = Transformer(model.config.with_attention(self.finished.attention))
         copy_companions(Path(source), self.out)

@@ -2,14 +2,19 @@
 
 from kvjax.headkv.balance import balance
 from kvjax.headkv.measure import score_examples, score_heads
+from kvjax.headkv.need import measure_need
 from kvjax.policies.budgets import allocate
 from kvjax.policies.importance import HeadScores, load_scores
+from kvjax.policies.need import NeedCurves, load_need
 
 __all__ = [
     "HeadScores",
+    "NeedCurves",
     "allocate",
     "balance",
+    "load_need",
     "load_scores",
+    "measure_need",
     "score_examples",
     "score_heads",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvjax.cache.sharded import head_copies
 from kvjax.config import GQAConfig, of_kind
-from kvjax.mesh import Layout, mesh_of
+from kvjax.mesh import Placement, mesh_of
 from kvjax.nn import Transformer
 from kvjax.nn.params import layer_params
 from kvjax.policies.budgets import Allocator, Request
@@ -61,13 +61,13 @@ def balance(
     mesh = mesh_of(params)
     if mesh is None or not isinstance(policy, Compress):
         return params, policy
-    ways = Layout.create(mesh, 1).ways
+    ways = Placement.create(mesh, 1).ways
     if ways == 1 or any(layer.attention.no_head_budget for layer in model.config.layers):
         return params, policy
     # Devices that hold copies of one head need the same heads: they form one group.
     groups = ways // head_copies(model.config.budget_heads, ways)
-    caps, window = policy.caps(model.config, prompt_len, params["embedding"].dtype)
-    orders = assign_heads(caps + window, groups)
+    caps, recent = policy.caps(model.config, prompt_len, params["embedding"].dtype)
+    orders = assign_heads(caps + recent, groups)
     if (np.diff(caps, axis=1) == 0).all():
         return params, policy
     nested = tuple(tuple(int(head) for head in order) for order in orders)

@@ -2,7 +2,7 @@
 
 A `Grid` describes the examples, and `make_examples` generates them in a tokenizer's tokens.
 `make_batch` makes arrays of examples of one length. The formulas turn the attention of an answer's
-steps into head scores.
+steps into the importance of each head.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kvjax.example import Example
 from kvjax.tasks import needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler, read_haystack
 from kvjax.tasks.words import TokenizerVocabulary
+from kvjax.text import has_chat_template
 
 BUCKET = 64  # lengths are padded to multiples of BUCKET, so that few programs are compiled
 LENGTHS = 4  # prompt lengths of the grid, evenly spaced up to the longest
@@ -87,7 +88,7 @@ QUESTIONS: dict[str, Question] = {
 
 
 def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
-    """The examples of a grid, in the tokens of a tokenizer.
+    """The examples of a grid, in the tokens of a tokenizer and its chat template, if it has one.
 
     Raises:
         ValueError: an unknown estimator, or numbers or a haystack that `score_heads` refuses.
@@ -95,7 +96,7 @@ def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
     if grid.estimator not in QUESTIONS:
         raise ValueError(f"estimator is {grid.estimator!r}, expected one of {', '.join(QUESTIONS)}")
     check_ranges(vars(grid), RANGES)
-    vocab = TokenizerVocabulary(tokenizer)
+    vocab = TokenizerVocabulary(tokenizer, has_chat_template(tokenizer))
     filler = None if grid.haystack is None else read_haystack(grid.haystack, vocab)
     rng = np.random.default_rng(grid.seed)
     depths = np.linspace(0.0, 1.0, grid.samples).tolist()
@@ -205,7 +206,7 @@ def bucketed(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 Reduce = Callable[[jax.Array, Batch], jax.Array]
-"""Maps the attention of the steps [B, N, M, S] fp32 to one score per head [B, N]."""
+"""Maps the attention of the steps [B, N, M, S] fp32 to the importance of each head [B, N]."""
 
 
 def copied(attention_BNMS: Float[Array, "B N M S"], batch: Batch) -> Float[Array, "B N"]:

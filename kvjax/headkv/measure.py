@@ -1,7 +1,8 @@
 """Measures the importance of each head on examples: by its attention, or by the gradient of the
 answer's loss.
 
-`score_heads` makes the examples with a tokenizer; `score_examples` takes examples.
+`score_heads` makes the examples with a tokenizer; `score_examples` takes examples. In these
+two names, in `load_scores` and in `kvjax score`, a score is the importance of a head.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from kvjax.cache import NoCache
 from kvjax.cache.dense import start_prefill
 from kvjax.checks import token_ids
 from kvjax.config import ModelConfig
-from kvjax.decoding import NO_TOKEN, most_likely
 from kvjax.example import Example
 from kvjax.feeding import not_finite
 from kvjax.headkv.examples import (
@@ -40,11 +40,13 @@ from kvjax.headkv.examples import (
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import (
+    NO_TOKEN,
     Block,
     apply_block,
     block_kinds,
     embed,
     hidden_logits,
+    most_likely,
     output_params,
     run_layer,
 )
@@ -54,12 +56,12 @@ from kvjax.policies.scorers import LayerView, query_attention
 from kvjax.text import rouge1_recall, token_f1
 
 Measure = Callable[[Transformer, Any, Batch], tuple[jax.Array, jax.Array]]
-"""Maps model, params and batch to scores of every head [B, L, N] and the most likely token at each
-step [B, M], −1 where the logits are not finite."""
+"""Maps model, params and batch to the importance of every head [B, L, N] and the most likely token
+at each step [B, M], −1 where the logits are not finite."""
 
 
 class Estimator(NamedTuple):
-    """How heads are scored on an example, and which examples count.
+    """How importance is measured on an example, and which examples count.
 
     Attributes:
         measure: see `Measure`.
@@ -75,12 +77,12 @@ class Estimator(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class BatchScores:
+class BatchImportance:
     """Measurements on one batch of examples.
 
     Attributes:
         indices: the examples, as indices into the caller's list.
-        heads: [n, L, N] scores of the heads.
+        heads: [n, L, N] importance of the heads.
         answers: [n] quality of each answer.
     """
 
@@ -124,7 +126,7 @@ def score_heads(
 
 
 def with_origin(scores: HeadScores, model: Transformer, grid: Grid) -> HeadScores:
-    """Adds the model and the grid to the metadata of the scores."""
+    """Adds the model and the grid to the metadata."""
     origin: dict[str, Any] = {"model": model_name(model), "seed": grid.seed, "length": grid.length}
     if grid.haystack is not None:
         origin["haystack"] = grid.haystack.name
@@ -143,10 +145,10 @@ def score_examples(
     examples: Sequence[Example],
     estimator: str | Estimator = "retrieval_reasoning",
     batch_size: int = 8,
-    finished: Iterable[BatchScores] = (),
-    on_batch: Callable[[BatchScores], None] | None = None,
+    finished: Iterable[BatchImportance] = (),
+    on_batch: Callable[[BatchImportance], None] | None = None,
 ) -> HeadScores:
-    """Importance of every query head, one score for each example that counts.
+    """Importance of every query head, one number for each example that counts.
 
     Args:
         examples: prompts with their answers and the answers' places in the prompts.
@@ -157,35 +159,35 @@ def score_examples(
         on_batch: called with each new batch.
 
     Returns:
-        Scores whose meta lists every sample: name, length, depth, answer score, accepted.
+        Importance, whose meta lists every sample: name, length, depth, answer score, accepted.
 
     Raises:
         ValueError: an unknown estimator, no example, a span outside its prompt, a token outside the
-            vocabulary, scores or logits that are not finite, or no example that counts.
+            vocabulary, importance or logits that are not finite, or no example that counts.
     """
     name, chosen = _estimator(estimator)
     check_examples(examples, chosen.needs_span, model.config)
     params = on_automatic_mesh(params)
     # Measure the batches that an earlier call did not finish.
     done = {batch.indices: batch for batch in finished}
-    plan = [tuple(indices) for indices in bucketed(examples, batch_size)]
-    todo = [indices for indices in plan if indices not in done]
+    batches = [tuple(indices) for indices in bucketed(examples, batch_size)]
+    todo = [indices for indices in batches if indices not in done]
     for batch in measure_batches(model, params, examples, chosen, todo, batch_size):
         done[batch.indices] = batch
         if on_batch is not None:
             on_batch(batch)
-    # Collect the scores in the order of the examples, and keep the examples that count.
+    # Collect the importance in the order of the examples, and keep the examples that count.
     config = model.config
     heads = np.zeros((len(examples), config.num_layers, config.query_heads))
     answers = np.zeros(len(examples))
-    for indices in plan:
+    for indices in batches:
         heads[list(indices)] = done[indices].heads
         answers[list(indices)] = done[indices].answers
     accepted = answers > chosen.accept_above
     if not accepted.any():
         raise ValueError(
             f"the model answers none of {len(examples)} examples (best score {answers.max():.2f}, "
-            f"expected > {chosen.accept_above}), so that no head can be scored; "
+            f"expected > {chosen.accept_above}), so that no head has an importance; "
             "the estimators copying and gradient need no right answers"
         )
     meta = {
@@ -207,7 +209,7 @@ def measure_batches(
     estimator: Estimator,
     batches: Sequence[tuple[int, ...]],
     batch_size: int,
-) -> Iterator[BatchScores]:
+) -> Iterator[BatchImportance]:
     """Measures batches of examples, which are given by their indices."""
     steps = max(len(example.answer) for example in examples)
     for indices in batches:
@@ -219,33 +221,33 @@ def measure_batches(
             row[steps - len(example.answer) :].tolist()
             for example, row in zip(chunk, np.asarray(predicted), strict=False)
         ]
-        for index, answer, scores in zip(indices, said, heads, strict=True):
-            if NO_TOKEN in answer or not np.isfinite(scores).all():
-                what = f"the scores of example {index}"
+        for index, answer, importance in zip(indices, said, heads, strict=True):
+            if NO_TOKEN in answer or not np.isfinite(importance).all():
+                what = f"the measurements of example {index}"
                 raise not_finite(what, model, params, examples[index].prompt)
         answers = [
             estimator.answer_score(answer, example.answer)
             for answer, example in zip(said, chunk, strict=True)
         ]
-        yield BatchScores(indices, heads, np.asarray(answers, np.float64))
+        yield BatchImportance(indices, heads, np.asarray(answers, np.float64))
 
 
-def score_batch(
+def batch_importance(
     model: Transformer, params: Any, batch: Batch, reduce: Reduce
 ) -> tuple[Float[Array, "B L N"], Int[Array, "B M"]]:
-    """Scores of every head, and the most likely token at each step."""
+    """Importance of every head, and the most likely token at each step."""
     x = embed(model.config, params, batch.tokens)
-    scores = []
+    importance = []
     for index, kind in enumerate(block_kinds(model.config)):
         own = params[f"layers_{index}"]
-        x, of_heads = score_layer(kind.block, reduce, own, kind.pairs, x, batch)
-        scores.append(of_heads)
+        x, of_heads = layer_importance(kind.block, reduce, own, kind.pairs, x, batch)
+        importance.append(of_heads)
     top = {name: params[name] for name in output_params(model.config)}
-    return jnp.stack(scores, axis=1), expected_tokens(model.config, top, x, batch)
+    return jnp.stack(importance, axis=1), expected_tokens(model.config, top, x, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "reduce"), donate_argnames="x")
-def score_layer(
+def layer_importance(
     block: Block,
     reduce: Reduce,
     params: Any,
@@ -253,7 +255,7 @@ def score_layer(
     x: Float[Array, "B S D"],
     batch: Batch,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B N"]]:
-    """One layer's output and the scores of its heads; all layers of a kind share this program.
+    """One layer's output and the importance of its heads; all layers of a kind share this program.
 
     Args:
         block, params, pairs: see `apply_block`.
@@ -277,7 +279,7 @@ def expected_tokens(
 
 def attention_estimator(reduce: Reduce, **rest: Any) -> Estimator:
     """An estimator that reduces the attention of the answer's steps; see `Estimator`."""
-    return Estimator(functools.partial(score_batch, reduce=reduce), **rest)
+    return Estimator(functools.partial(batch_importance, reduce=reduce), **rest)
 
 
 def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, Any]:
@@ -292,7 +294,7 @@ def provenance(example: Example, score: float, accepted: np.bool_) -> dict[str, 
 
 
 def check_examples(examples: Sequence[Example], with_span: bool, config: ModelConfig) -> None:
-    """Raises ValueError for examples that cannot be scored with this model."""
+    """Raises ValueError for examples that this model cannot be measured on."""
     if not examples:
         raise ValueError("got no examples, expected at least one")
     for index, example in enumerate(examples):

@@ -183,8 +183,15 @@ FUSED_EXPERTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The rules of a family's parts. A rule applies if the model has the parameters of the rule."""
+    """The rules of a family's parts. A rule applies if the model has the parameters of the rule.
 
+    Attributes:
+        prefix: of the names in a layer; "{i}" stands for the layer's number.
+        top: the rules outside of the layers.
+    """
+
+    prefix: str = "model.layers.{i}."
+    top: tuple[Rule, ...] = TOP
     norms: tuple[Rule, ...] = PRE_NORMS
     attention: tuple[Rule, ...] = SEPARATE_QKV
     mlp: tuple[Rule, ...] = SEPARATE_MLP
@@ -249,10 +256,10 @@ def tensors(config: ModelConfig, shapes: Mapping[ParamPath, Shape], layout: Layo
     Raises:
         ValueError: the layout has no tensor for some parameters.
     """
-    found = list(_bind(TOP, shapes, "", ()))
+    found = list(_bind(layout.top, shapes, "", ()))
     for i, layer in enumerate(config.layers):
         rules = _layer_rules(layer, layout)
-        found += _bind(rules, shapes, f"model.layers.{i}.", (f"layers_{i}",))
+        found += _bind(rules, shapes, layout.prefix.format(i=i), (f"layers_{i}",))
     homeless = set(shapes) - {path for tensor in found for path in tensor.params}
     if homeless:
         names = ", ".join(sorted("/".join(path) for path in homeless))

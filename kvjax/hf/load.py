@@ -1,4 +1,4 @@
-"""Models and tokenizers from directories, the hub, or the package."""
+"""Models and tokenizers from directories, GGUF files, the hub, or the package."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,9 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kvjax.checkpoint_files import StoredTensor, read_json, refuse_pointers, scan
-from kvjax.hf import native, weights
+from kvjax.hf import gguf, native, weights
 from kvjax.hf.config import as_stored, config_from_hf, read_config
-from kvjax.hf.source import is_native, on_hub, resolve, with_weights
+from kvjax.hf.source import (
+    gguf_file,
+    is_native,
+    on_hub,
+    resolve,
+    tokenizer_file,
+    with_weights,
+)
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shardings
 
@@ -30,8 +37,8 @@ def load(
     """A model and its parameters.
 
     Args:
-        path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, or
-            "builtin:<name>"; no URL.
+        path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, a GGUF
+            file, a directory with one, or "builtin:<name>"; no URL.
         dtype: of the parameters, which are cast once, on their way to the devices. None: see
             `default_dtype`.
         mesh: shards the parameters, see `kvjax.sharding`; None: the default device.
@@ -47,7 +54,10 @@ def load(
     """
     target = _float_dtype(dtype)
     model, directory = _with_weights(path)
-    return model, dict(_open(model, directory, target, mesh))
+    parts = _open(model, directory, target, mesh)
+    # The largest matrices first: what their reading needs for a moment does not come on top of all.
+    order = sorted(parts, key=lambda name: name.startswith("layers_"))
+    return model, {name: parts[name] for name in order}
 
 
 def default_dtype(platform: str | None = None) -> str:
@@ -87,19 +97,21 @@ def read_model(path: str | Path) -> Transformer:
     directory = resolve(path)
     if is_native(directory):
         config = native.read_config(directory)
+    elif file := gguf_file(directory):
+        config = gguf.read_config(file)
     else:
         config = as_stored(read_config(directory), directory)
     return Transformer(dataclasses.replace(config, source=str(directory)))
 
 
 def read_shape(source: str) -> Transformer:
-    """The model of a config.json file, or at a path or hub id. Weights are not needed.
+    """The model of a config.json file, or at a path or hub id. Weights are not read.
 
     Raises:
         ValueError: no such model, or an unsupported one.
     """
     path = Path(source)
-    if not path.is_file():
+    if not path.is_file() or gguf_file(path):
         return read_model(source)
     raw = read_json(path)[1]
     try:
@@ -109,12 +121,13 @@ def read_shape(source: str) -> Transformer:
 
 
 def layout_of(path: str | Path) -> str:
-    """ "native" or "hf", the layout that `save` was asked for."""
-    return "native" if is_native(resolve(path)) else "hf"
+    """ "native" or "hf", the layout that `save` was asked for, or "gguf"."""
+    place = resolve(path)
+    return "native" if is_native(place) else "gguf" if gguf_file(place) else "hf"
 
 
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face checkpoint by name; `open` reads a tensor.
+    """The tensors of a Hugging Face checkpoint or a GGUF file by name; `open` reads a tensor.
 
     Raises:
         ValueError: the model does not exist, its files are damaged, or its layout is native, which
@@ -124,6 +137,8 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     if is_native(directory):
         raise ValueError(f"{directory} is in the native layout, expected safetensors")
     directory = with_weights(path, directory)
+    if file := gguf_file(directory):
+        return gguf.stored_tensors(file)
     found = scan(directory)
     if found.problems:
         raise ValueError(f"cannot read {directory}: {'; '.join(found.problems)}")
@@ -131,14 +146,16 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer (transformers' AutoTokenizer) of a directory, hub id or builtin model.
+    """The fast tokenizer of a directory, GGUF file, hub id or builtin model.
 
     Raises:
         ValueError: no such model, or files that are missing or damaged.
     """
+    directory = resolve(path)
+    if file := tokenizer_file(directory):
+        return gguf.load_tokenizer(file)
     from transformers import AutoTokenizer
 
-    directory = resolve(path)
     files = sorted(path for pattern in TOKENIZER_FILES for path in directory.glob(pattern))
     refuse_pointers(files)
     try:
@@ -153,7 +170,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def _with_weights(path: str | Path) -> tuple[Transformer, Path]:
-    """The model at `path`, and its directory with the weights.
+    """The model at `path`, and the directory or the GGUF file with its weights.
 
     The configuration is read first, so that an unsupported model is not downloaded.
     """
@@ -170,6 +187,8 @@ def _open(
     model: Transformer, directory: Path, dtype: np.dtype, mesh: Mesh | None
 ) -> Mapping[str, Any]:
     shardings = None if mesh is None else param_shardings(model, mesh)
+    if file := gguf_file(directory):
+        return gguf.open_params(model, file, dtype, shardings)
     read = native.open_params if is_native(directory) else weights.open_params
     return read(model, directory, dtype, shardings)
 

@@ -48,7 +48,7 @@ def save(
     """Writes a model to a directory that `load` reads.
 
     Layout "deepseek_v3" is for serving engines, which need one directory with everything: it also
-    gets generation_config.json, and if `model.config.source` is a directory, the tokenizer, licence
+    gets generation_config.json, and if `model.config.source` exists, the tokenizer, licence
     and other companion files from there. The other layouts write no tokenizer.
 
     With several processes (`kvjax.processes`), all call `save` with arrays on a mesh of all
@@ -144,12 +144,12 @@ def write_serving_files(source: ModelConfig, raw: Mapping[str, Any], directory: 
     """Writes the files of an exported directory other than config.json and weights.
 
     Args:
-        source: of the model that was exported. If source.source is a directory, the tokenizer and
-            other companion files are copied from there.
+        source: of the model that was exported. If source.source exists, the tokenizer and other
+            companion files are copied from there.
         raw: the exported config.json.
     """
     # Without a source, Path("") would copy files from the working directory.
-    if source.source and Path(source.source).is_dir():
+    if source.source and Path(source.source).exists():
         copy_companions(Path(source.source), directory)
     path = directory / GENERATION
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

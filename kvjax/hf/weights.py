@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from kvjax.checkpoint_files import (
 from kvjax.hf.layout import (
     EMBEDDING,
     HEAD,
+    Layout,
     ParamPath,
     Shape,
     Tensor,
@@ -69,14 +70,35 @@ def open_params(
     model: Transformer, directory: Path, dtype: np.dtype, shardings: Any = None
 ) -> LazyParams:
     """Like `read_params`, but each access reads one part from disk again; nothing is cached."""
+    forms = layouts(model.config)
+    return open_checkpoint(model, scan(directory), forms, directory, dtype, shardings)
+
+
+def open_checkpoint(
+    model: Transformer,
+    checkpoint: Checkpoint,
+    forms: Sequence[Layout],
+    place: Path,
+    dtype: np.dtype,
+    shardings: Any = None,
+) -> LazyParams:
+    """The parameters in the tensors of a checkpoint, each part read when it is accessed.
+
+    Args:
+        forms: the layouts in which the family's checkpoints are written.
+        place: names the checkpoint in errors.
+        dtype, shardings: see `read_params`.
+
+    Raises:
+        ValueError: see `read_params`.
+    """
     # Report every fault before the first byte of a tensor is read.
     shapes = _flat_shapes(model)
-    checkpoint = scan(directory)
-    expected, checkpoint = _expected(model, shapes, checkpoint)
+    expected, checkpoint = _expected(model, shapes, checkpoint, forms)
     problems = [*checkpoint.problems, *_compare(model, expected, checkpoint)]
     if problems:
-        raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
-    views = _views(expected, checkpoint)
+        raise ValueError(f"cannot load {place}: {'; '.join(problems)}")
+    groups = _groups(expected)
     if shardings is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         targets = dict.fromkeys(shapes, here)
@@ -84,12 +106,15 @@ def open_params(
         targets = _flatten(shardings)
 
     def read(name: str) -> Any:
-        part = {
-            path: _place(views[path], shape, dtype, targets[path], checkpoint.release)
-            for path, shape in shapes.items()
-            if path[0] == name
-        }
-        checkpoint.release()
+        part = {}
+        for paths, group in groups[name].items():
+            # Opening a quantized tensor makes its numbers: only those of one group are in memory.
+            views = _views(group, checkpoint)
+            for path in paths:
+                to = dtype, targets[path]
+                part[path] = _place(views[path], shapes[path], *to, checkpoint.release)
+            del views
+            checkpoint.release()
         return unflatten_dict(part)[name]
 
     return LazyParams(dict.fromkeys(path[0] for path in shapes), read)
@@ -142,14 +167,17 @@ def _flat_shapes(model: Transformer) -> dict[ParamPath, Shape]:
 
 
 def _expected(
-    model: Transformer, shapes: dict[ParamPath, Shape], checkpoint: Checkpoint
+    model: Transformer,
+    shapes: dict[ParamPath, Shape],
+    checkpoint: Checkpoint,
+    forms: Sequence[Layout],
 ) -> tuple[list[Tensor], Checkpoint]:
     """The tensors of the family's layout that fits the checkpoint best.
 
     Also returns the checkpoint with the layout's names, see `kvjax.hf.layout.canonical`.
     """
     found = []  # (number of tensors that are present, the layout's tensors, renamed checkpoint)
-    for layout in layouts(model.config):
+    for layout in forms:
         expected = tensors(model.config, shapes, layout)
         known = {tensor.name for tensor in expected} | {HEAD}
         renamed = checkpoint.renamed(functools.partial(canonical, expected=known))
@@ -192,6 +220,15 @@ def _unfit(tensor: Tensor, stored: StoredTensor) -> Iterator[tuple[str, str, str
     if stored.dtype not in WEIGHT_DTYPES:
         names = ", ".join(dtype.name for dtype in WEIGHT_DTYPES)
         yield "", tensor.name, f" holds {stored.dtype.name}, expected one of {names}"
+
+
+def _groups(expected: list[Tensor]) -> dict[str, dict[tuple[ParamPath, ...], list[Tensor]]]:
+    """The tensors of each top-level part, those together that hold the same parameters."""
+    groups: dict[str, dict[tuple[ParamPath, ...], list[Tensor]]] = {}
+    for tensor in expected:
+        part = groups.setdefault(tensor.params[0][0], {})
+        part.setdefault(tensor.params, []).append(tensor)
+    return groups
 
 
 def _views(expected: list[Tensor], checkpoint: Checkpoint) -> dict[ParamPath, list[np.ndarray]]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.dense import new_cache
@@ -36,6 +36,9 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.attention import decoupled, equal_cache, gqa, mla
 from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm, with_pairs, without_pairs
 from kvjax.nn.params import Declared, declare, layer_params, outside_layers
+
+NO_TOKEN = -1
+"""The token for logits that are not finite: argmax would return token 0 for ever."""
 
 ATTENTION: dict[type, Callable[..., tuple[jax.Array, Any]]] = {
     GQAConfig: gqa,
@@ -225,7 +228,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         *,
         rope_lengths: Int[Array, " B"] | Int[np.ndarray, " B"] | None = None,
-        segments: Int[Array, "B T"] | Int[np.ndarray, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | Int[np.ndarray, "B T"] | None = None,
         logits_at: str = "all",
     ) -> tuple[Float[Array, "B O V"], Any]:
         """Next-token logits.
@@ -239,7 +242,7 @@ class Transformer(nn.Module):
             rope_lengths: [B] total lengths, for RoPE rules that depend on the length. None: the
                 last position + 1 without a cache; with a cache the lengths that `prefill` stored,
                 or the capacity of a cache from `init_cache`.
-            segments: [B, T] int32, the document of each token, where a row packs several; only
+            segment_ids: [B, T] int32, the document of each token, where a row packs several; only
                 without a cache. Tokens attend within their document; positions (and so RoPE)
                 should restart in each document.
             logits_at: "all", or "last" for only the last token before the padding.
@@ -250,16 +253,16 @@ class Transformer(nn.Module):
 
             Raises:
                 ValueError: outside jit, more tokens than the cache has room for. (Inside jit the
-                    surplus is dropped, and the cache's lengths exceed its capacity.) Segments
+                    surplus is dropped, and the cache's lengths exceed its capacity.) Segment ids
                     together with a cache. Tokens that are not an integer array of two dimensions.
         """
         # Check the arguments, and fill in positions and lengths.
         if logits_at not in ("all", "last"):
             raise ValueError(f"logits_at is {logits_at!r}, expected 'all' or 'last'")
-        if segments is not None and cache is not None:
-            raise ValueError("got segments and a cache, expected packed documents without a cache")
+        if segment_ids is not None and cache is not None:
+            raise ValueError("got segment_ids and a cache, expected packed documents without one")
         check_tokens(tokens)
-        given = tokens, positions, rope_lengths, segments  # NumPy arrays become jax arrays
+        given = tokens, positions, rope_lengths, segment_ids  # NumPy arrays become jax arrays
         arrays: Any = jax.tree.map(jnp.asarray, given)
         ids, places, lengths, documents = arrays
         at = self._positions(ids, places, cache)
@@ -388,6 +391,17 @@ def _logits(
     weight = matrix.T if tied else matrix
     logits = matmul(rms_norm(x, final_norm, norm), weight, jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def most_likely(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """The id with the largest logit, int32; NO_TOKEN if a logit is not finite."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(finite_rows(logits), best, jnp.int32(NO_TOKEN))
+
+
+def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
+    """Whether all numbers of each row are finite."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def output_params(config: ModelConfig) -> tuple[str, str]:

@@ -3,8 +3,8 @@
 `allocate` makes budgets from the heads' importance (HeadKV, arXiv 2410.19258, section 3.3).
 Allocators divide a KV size among layers and heads for a policy. A `Sharing` lets the heads of a
 layer share their budgets by the token scores of a prompt. Budgets are made on the host, once, in
-float64; only a `Sharing` runs inside jit. C is the KV size (tokens per head, the window included),
-w the window, b = C − w.
+float64; only a `Sharing` runs inside jit. C is the KV size (tokens per head, the recent ones
+included), w the number of recent tokens, which are always kept, b = C − w.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ def allocate(
     granularity: str = "kv_head",
     compat: str | None = None,
 ) -> Int32[np.ndarray, "L heads"]:
-    """Tokens of the prompt that each head keeps besides the window.
+    """Tokens of the prompt that each head keeps besides the recent ones.
 
-    A head gets a floor m = b − q and a share S of the pool q·L·heads, with q = ⌊b/β⌋. S is its
-    importance divided by the sum of all: a smaller β shares more (arXiv 2410.19258, eq. 5).
+    A head gets a floor m = b − q and a share S of the common part q·L·heads, with q = ⌊b/β⌋. S is
+    its importance divided by the sum of all: a smaller β shares more (arXiv 2410.19258, eq. 5).
 
     Args:
-        scores: importance of each query head, [L, N].
-        kv_size: C, mean tokens per head, the window included.
-        window: w, the last tokens, which every head keeps besides its budget.
+        scores: importance of each query head, [L, N]; or what `score_heads` returns.
+        kv_size: C, mean tokens per head, the recent ones included.
+        window: w, the recent tokens, which every head keeps besides its budget. Policies call this
+            number `observed`; a sliding window is something else.
         beta: at least 1.
         num_kv_heads: K; the query heads of a group share their KV head's budget.
         prompt_len: n; no head keeps more than n − w, and the other heads get what a full head
@@ -74,7 +75,7 @@ def allocate(
     given = {"kv_size": kv_size, "window": window, "beta": beta}
     check_ranges(given | {"num_kv_heads": num_kv_heads, "prompt_len": prompt_len}, RANGES)
     values = checked(scores.mean if isinstance(scores, HeadScores) else scores)
-    budget = token_budget(kv_size, window)
+    budget = token_budget(kv_size, window, "window")
     limit = None if prompt_len is None else max(prompt_len - window, 0)
     if compat not in (None, "reference"):
         raise ValueError(f"compat is {compat!r}, expected None or 'reference'")
@@ -83,47 +84,47 @@ def allocate(
     if compat == "reference":
         return reference_caps(normalise(values), budget, beta, limit)
     if granularity == "kv_head":
-        values = group_scores(values, num_kv_heads)
+        values = group_importance(values, num_kv_heads)
     limits = None if limit is None else np.full((len(values), 1), limit)
     return head_caps(normalise(values), budget, beta, limits)
 
 
-def token_budget(kv_size: int, window: int) -> int:
-    """b = C − w; raises ValueError unless it is positive."""
-    if kv_size <= window:
-        raise ValueError(f"kv_size is {kv_size} and window is {window}, expected kv_size > window")
-    return kv_size - window
+def token_budget(kv_size: int, recent: int, name: str = "observed") -> int:
+    """b = C − w; raises ValueError unless it is positive. `name` is the setting that gave w."""
+    if kv_size <= recent:
+        raise ValueError(f"kv_size is {kv_size} and {name} is {recent}, expected kv_size > {name}")
+    return kv_size - recent
 
 
-def group_scores(
-    scores: Float64[np.ndarray, "L N"],
+def group_importance(
+    importance: Float64[np.ndarray, "L N"],
     num_kv_heads: int,
     reduce: Callable[..., np.ndarray] = np.sum,
 ) -> Float64[np.ndarray, "L K"]:
-    """Scores of KV heads from the scores of their query heads; `reduce` may also be `np.max`."""
-    layers, heads = scores.shape
+    """Importance of KV heads from that of their query heads; `reduce` may also be `np.max`."""
+    layers, heads = importance.shape
     if heads % num_kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of num_kv_heads = {num_kv_heads}")
-    return reduce(scores.reshape(layers, num_kv_heads, -1), axis=2)
+    return reduce(importance.reshape(layers, num_kv_heads, -1), axis=2)
 
 
-def checked(scores: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
-    """The scores; raises ValueError if one is negative, or one or their sum is not finite."""
+def checked(importance: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
+    """The importance; raises ValueError if a number is negative, or one or the sum not finite."""
     with np.errstate(over="ignore"):
-        total = scores.sum()
-    if not np.isfinite(total) or (scores < 0).any():
+        total = importance.sum()
+    if not np.isfinite(total) or (importance < 0).any():
         raise ValueError("head scores hold negative or non-finite values, expected finite >= 0")
-    return scores
+    return importance
 
 
-def normalise(scores: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L heads"]:
-    """Scores divided by their sum; equal shares if all are zero."""
-    total = scores.sum()
-    return scores / total if total > 0 else np.full_like(scores, 1 / scores.size)
+def normalise(importance: Float64[np.ndarray, "L heads"]) -> Float64[np.ndarray, "L heads"]:
+    """Importance divided by its sum; equal shares if all are zero."""
+    total = importance.sum()
+    return importance / total if total > 0 else np.full_like(importance, 1 / importance.size)
 
 
-def split_budget(budget: int, beta: float) -> tuple[float, float]:
-    """(q, m): tokens that a head gives to the shared pool and tokens that it keeps; q + m = b."""
+def pooled_and_kept(budget: int, beta: float) -> tuple[float, float]:
+    """(q, m): tokens that a head gives to the common part and tokens that it keeps; q + m = b."""
     check_ranges({"beta": beta}, {"beta": BETA})
     pooled = budget // beta
     return pooled, budget - pooled
@@ -133,7 +134,7 @@ def real_caps(
     shares: Float64[np.ndarray, "L heads"], budget: int, beta: float
 ) -> Float64[np.ndarray, "L heads"]:
     """S·q·L·heads + m, before rounding."""
-    pooled, kept = split_budget(budget, beta)
+    pooled, kept = pooled_and_kept(budget, beta)
     return shares * (pooled * shares.size) + kept
 
 
@@ -212,8 +213,8 @@ class Request:
 
     Attributes:
         num_layers, num_kv_heads: L and K.
-        kv_size: C, mean tokens per KV head, the window included.
-        window: w, the last tokens, which every head keeps besides its budget.
+        kv_size: C, mean tokens per KV head, the recent ones included.
+        recent: w, number of last tokens, which every head keeps besides its budget.
         prompt_len: n; a head cannot use a budget above n − w.
         sliding: [L] the sliding window of each layer, None for none; () if no layer has one.
     """
@@ -221,26 +222,26 @@ class Request:
     num_layers: int
     num_kv_heads: int
     kv_size: int
-    window: int
+    recent: int
     prompt_len: int
     sliding: tuple[int | None, ...] = ()
 
     @property
     def budget(self) -> int:
-        """b = C − w, mean tokens per head besides the window."""
-        return token_budget(self.kv_size, self.window)
+        """b = C − w, mean tokens per head besides the recent ones."""
+        return token_budget(self.kv_size, self.recent)
 
     @property
     def limit(self) -> int:
-        """n − w, the largest number of tokens that a head can keep besides the window."""
-        return max(self.prompt_len - self.window, 0)
+        """n − w, the largest number of tokens that a head can keep besides the recent ones."""
+        return max(self.prompt_len - self.recent, 0)
 
     @property
     def limits(self) -> Int[np.ndarray, "L 1"]:
         """Largest useful budget of each layer: tokens before a sliding window are never seen."""
         seen = [min(self.prompt_len, window or self.prompt_len) for window in self.sliding]
         seen = seen or [self.prompt_len] * self.num_layers
-        return np.maximum(np.asarray(seen) - self.window, 0)[:, None]
+        return np.maximum(np.asarray(seen) - self.recent, 0)[:, None]
 
 
 HALF_SHARED = 200  # at this budget per head, importance decides about half; see `growing_beta`
@@ -299,9 +300,14 @@ class HeadImportance:
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         if self.scores is None:
             raise ValueError("head importance has no scores; resolve() fills in the model's own")
-        values = group_scores(checked(self.scores.mean), request.num_kv_heads)
+        values = group_importance(checked(self.scores.mean), request.num_kv_heads)
         beta = growing_beta(request.budget) if self.beta is None else self.beta
         return head_caps(normalise(values), request.budget, beta, request.limits)
+
+    def of_layers(self, depth: int) -> HeadImportance:
+        """The same for the first `depth` layers."""
+        scores = None if self.scores is None else HeadScores(self.scores.samples[:depth])
+        return HeadImportance(self.beta, scores)
 
 
 def growing_beta(budget: int) -> float:

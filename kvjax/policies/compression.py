@@ -19,11 +19,12 @@ from jaxtyping import Bool, Int
 
 from kvjax.cache import AttentionSpec, ModelCache, Pool, PrefillCache
 from kvjax.cache.layers import new_pool
-from kvjax.cache.pool import PoolRows, bucket_rows, pool_alignment, pool_rows
+from kvjax.cache.pool import PoolRows, bucket_rows, least_steps, pool_alignment, pool_rows
+from kvjax.cache.room import keep_all
 from kvjax.cache.sharded import head_copies
 from kvjax.cache.storage import room_bucket
 from kvjax.config import ModelConfig
-from kvjax.mesh import Layout, put_rows
+from kvjax.mesh import Placement, put_rows
 from kvjax.policies.budgets import Adaptive, Sharing
 from kvjax.policies.scorers import Scorer, SinksAndRecent
 from kvjax.policies.selection import (
@@ -32,7 +33,6 @@ from kvjax.policies.selection import (
     compress_again,
     compress_heads,
     compress_tokens,
-    keep_all,
     rank_common,
     rank_heads,
 )
@@ -43,8 +43,8 @@ class Budgets:
     """The tokens that a policy keeps of one batch of prompts; on the host.
 
     Attributes:
-        caps: [B, L, K] int32, tokens that each head keeps besides the window.
-        window: [B] int32, number of last tokens, which are always kept.
+        caps: [B, L, K] int32, tokens that each head keeps besides the recent ones.
+        recent: [B] int32, number of last tokens, which are always kept.
         rooms: [B, L, K] int32, rows of each head for new tokens.
         rings: [B, L, K] bool, heads that overwrite older tokens when their room is used up.
         scorer: rates the tokens; None if all tokens are kept.
@@ -55,7 +55,7 @@ class Budgets:
     """
 
     caps: Int[np.ndarray, "B L K"]
-    window: Int[np.ndarray, " B"]
+    recent: Int[np.ndarray, " B"]
     rooms: Int[np.ndarray, "B L K"]
     rings: Bool[np.ndarray, "B L K"]
     scorer: Scorer | None
@@ -90,8 +90,9 @@ class Compression:
         lengths: [B] lengths of the prompts.
         new_tokens: number of new tokens that the caches must have room for.
         dtype: dtype of the activations.
-        layout: layout of the batch on a mesh; None for one device.
+        placement: placement of the batch on a mesh; None for one device.
         groups, rows: for each pool its layers and its rows.
+        slots: slots of each layer whose heads all keep the same tokens, see `layer_slots`.
     """
 
     config: ModelConfig
@@ -99,16 +100,17 @@ class Compression:
     lengths: Int[np.ndarray, " B"]
     new_tokens: int
     dtype: Any
-    layout: Layout | None
+    placement: Placement | None
     groups: tuple[LayerGroup, ...]
     rows: tuple[PoolRows, ...]
+    slots: dict[int, int]
 
     @property
     def copies(self) -> int:
         """See `ShardedHeads`."""
-        if self.layout is None or not self.groups:
+        if self.placement is None or not self.groups:
             return 1
-        return head_copies(self.budgets.caps.shape[2], self.layout.ways)
+        return head_copies(self.budgets.caps.shape[2], self.placement.ways)
 
     def observer(self, layer: int) -> Any:
         """The scorer's `Observer` of a layer, which sees all queries of a prompt; None for none."""
@@ -128,13 +130,15 @@ class Compression:
     def take(self, rows: Int[np.ndarray, " b"]) -> Compression:
         """The same for some of the sequences, in caches of the same size."""
         b = self.budgets
-        each = {name: getattr(b, name)[rows] for name in ("caps", "window", "rooms", "rings")}
+        each = {name: getattr(b, name)[rows] for name in ("caps", "recent", "rooms", "rings")}
         budgets = dataclasses.replace(b, **each)
         # Keep the row count of the whole batch: the groups' caches are joined and share programs.
         firsts = tuple(part._replace(first=part.first[rows]) for part in self.rows)
-        layout = None if self.layout is None else Layout.create(self.layout.mesh, len(rows))
+        placement = (
+            None if self.placement is None else Placement.create(self.placement.mesh, len(rows))
+        )
         own = {"budgets": budgets, "lengths": self.lengths[rows], "rows": firsts}
-        return dataclasses.replace(self, **own, layout=layout)
+        return dataclasses.replace(self, **own, placement=placement)
 
     def start(self, device: Any = None) -> ModelCache:
         """Caches without entries.
@@ -144,7 +148,7 @@ class Compression:
                 for arrays that are not bound to a device, so these arrays are bound as well.
         """
         both = (self.lengths, self.rope_lengths)
-        lengths, rope_lengths = put_rows(both, device, self.layout)
+        lengths, rope_lengths = put_rows(both, device, self.placement)
         places: list[tuple[int, int] | None] = [None] * self.config.num_layers
         pools = []
         # One pool for each group of layers; `places` says where to find a layer.
@@ -153,12 +157,14 @@ class Compression:
                 places[layer] = number, row
             pools.append(self._empty_pool(group, rows, lengths))
         own = (None,) * self.config.num_layers
-        return ModelCache(own, tuple(pools), rope_lengths, tuple(places), self.layout, self.copies)
+        return ModelCache(
+            own, tuple(pools), rope_lengths, tuple(places), self.placement, self.copies
+        )
 
     def _empty_pool(self, group: LayerGroup, rows: PoolRows, lengths: jax.Array) -> Pool:
-        b, ways = self.budgets, 1 if self.layout is None else self.layout.ways
+        b, ways = self.budgets, 1 if self.placement is None else self.placement.ways
         heads = b.caps.shape[2] * self.copies
-        align = alignment(b.dtype or self.dtype, self.layout)
+        align = alignment(b.dtype or self.dtype, self.placement)
         make = functools.partial(
             new_pool,
             (len(self.lengths), len(group.layers), heads),
@@ -168,7 +174,7 @@ class Compression:
             any(window is not None for window in group.windows),
             align,
             None if align == 1 else rows.span,
-            self.layout,
+            self.placement,
         )
         pool = make(lengths)
         return dataclasses.replace(pool, queries=(None,) * len(group.layers)) if b.again else pool
@@ -177,7 +183,7 @@ class Compression:
         self,
         caches: ModelCache,
         layer: int,
-        prompt: PrefillCache,
+        prefilled: PrefillCache,
         rankings: dict[Any, Ranking] | None = None,
     ) -> ModelCache:
         """The caches with the kept tokens of one layer's prompt added.
@@ -185,37 +191,37 @@ class Compression:
         Args:
             rankings: rankings of this prompt that earlier policies have made; a new one is added.
         """
-        call, ranking = self.ranking(caches, layer, prompt), None
+        call, ranking = self.ranking(caches, layer, prefilled), None
         if call is not None:
             rankings = {} if rankings is None else rankings
             key = (call.func, call.args[1].tobytes(), *call.keywords.values())
             if key not in rankings:
                 rankings[key] = call()
             ranking = rankings[key]
-        packed, place = self.packing(caches, layer, prompt, ranking)(), caches.places[layer]
+        packed, place = self.packing(caches, layer, prefilled, ranking)(), caches.places[layer]
         if place is None:
             return caches.with_layer(layer, packed)
         return caches.with_pool_layer(place, packed)
 
     def ranking(
-        self, caches: ModelCache, layer: int, prompt: PrefillCache
+        self, caches: ModelCache, layer: int, prefilled: PrefillCache
     ) -> functools.partial[Ranking] | None:
         """The call that ranks one layer's tokens: a program and its arguments, not yet run.
 
-        None where all tokens stay. Of the budgets a ranking depends on the window alone.
+        None where all tokens stay. Of the budgets a ranking depends on `recent` alone.
         """
         b, spec = self.budgets, self.config.layers[layer].attention.spec
         common = caches.places[layer] is None
         if common and b.scorer is None:
             return None
         settings = {"scorer": b.scorer or SinksAndRecent(), "spec": spec, "observed": b.observed}
-        arrays = prompt, self.layer_window(layer)
+        arrays = prefilled, self.layer_recent(layer)
         if common:
             return functools.partial(rank_common, *arrays, **settings)
-        return functools.partial(rank_heads, *arrays, **settings, layout=self.layout)
+        return functools.partial(rank_heads, *arrays, **settings, placement=self.placement)
 
     def packing(
-        self, caches: ModelCache, layer: int, prompt: PrefillCache, ranking: Ranking | None
+        self, caches: ModelCache, layer: int, prefilled: PrefillCache, ranking: Ranking | None
     ) -> functools.partial[Any]:
         """The call that compresses one layer's prompt: a program and its arguments, not yet run.
 
@@ -225,16 +231,16 @@ class Compression:
         place, spec = caches.places[layer], self.config.layers[layer].attention.spec
         # Without an observer's state, and without queries that no later compression reads, policies
         # that observe differently share this program.
-        prompt = prompt.seen_by(None)
+        prefilled = prefilled.seen_by(None)
         if not self.budgets.again:
-            prompt = without_queries(prompt)
+            prefilled = without_queries(prefilled)
         if place is None:
-            return self._whole_layer(layer, prompt, ranking, spec)
+            return self._whole_layer(layer, prefilled, ranking, spec)
         number, row = place
         b = self.budgets
         return functools.partial(
             compress_heads,
-            prompt,
+            prefilled,
             ranking,
             caches.pools[number].layer(row),
             self.layer_budget(layer, number, row),
@@ -242,28 +248,25 @@ class Compression:
             sharing=b.sharing or Adaptive(),
             spec=spec,
             remembered=b.observed if b.again else 0,
-            layout=self.layout,
+            placement=self.placement,
             copies=self.copies,
         )
 
     def _whole_layer(
-        self, layer: int, prompt: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
+        self, layer: int, prefilled: PrefillCache, ranking: Ranking | None, spec: AttentionSpec
     ) -> functools.partial[Any]:
         """`packing` for a layer whose heads keep the same tokens: the whole prompt, or as many as
         the mean of the heads' budgets."""
         b = self.budgets
         if ranking is None:
-            return functools.partial(keep_all, prompt.base, self.room, b.dtype, spec.window)
-        caps = np.rint(b.caps[:, layer].mean(axis=1)).astype(np.int32)
-        window = self.layer_window(layer)
-        kept = np.minimum(caps, np.maximum(self.lengths - window, 0)) + window
+            return functools.partial(keep_all, prefilled.base, self.room, b.dtype, spec.window)
         return functools.partial(
             compress_tokens,
-            prompt,
+            prefilled,
             ranking,
-            caps,
-            window,
-            slots=bucket_rows(int(kept.max())) + self.room,
+            common_caps(b, layer),
+            self.layer_recent(layer),
+            slots=self.slots[layer],
             spec=spec,
             dtype=b.dtype,
         )
@@ -281,7 +284,7 @@ class Compression:
                 sharing=b.sharing or Adaptive(),
                 spec=self.config.layers[layer].attention.spec,
                 size=min(longest_segment(b), self.rows[number].rows),
-                layout=self.layout,
+                placement=self.placement,
                 copies=self.copies,
             )
             caches = caches.with_pool_layer(place, packed)
@@ -295,18 +298,16 @@ class Compression:
         b, sliding = self.budgets, self.config.layers[layer].attention.spec.window
         return LayerBudget(
             caps=b.caps[:, layer],
-            window=self.layer_window(layer),
+            recent=self.layer_recent(layer),
             rooms=np.repeat(b.rooms[:, layer], self.copies, axis=1).astype(np.int32),
             rings=np.repeat(b.rings[:, layer] | (sliding is not None), self.copies, axis=1),
             shared=np.bool_(b.sharing is not None),
             first=self.rows[number].first[:, row],
         )
 
-    def layer_window(self, layer: int) -> Int[np.ndarray, " B"]:
+    def layer_recent(self, layer: int) -> Int[np.ndarray, " B"]:
         """The last tokens that stay in one layer: at most its sliding window."""
-        sliding = self.config.layers[layer].attention.spec.window
-        window = self.budgets.window
-        return window if sliding is None else np.minimum(window, np.int32(sliding))
+        return recent_tokens(self.config, self.budgets, layer)
 
 
 def compression(
@@ -315,7 +316,7 @@ def compression(
     lengths: Sequence[int] | Int[np.ndarray, " B"],
     new_tokens: int,
     dtype: Any,
-    layout: Layout | None,
+    placement: Placement | None,
     layers: Sequence[int],
 ) -> Compression:
     """A policy applied to prompts of these lengths.
@@ -326,19 +327,64 @@ def compression(
     """
     lengths = np.asarray(lengths, np.int32)
     groups = layer_groups(config, layers)
-    ways = 1 if layout is None else layout.ways
-    align = alignment(budgets.dtype or dtype, layout)
-    heads = budgets.caps.shape[2]
-    copies = head_copies(heads, ways) if groups and layout is not None else 1
-    rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
-    return Compression(config, budgets, lengths, new_tokens, dtype, layout, groups, rows)
+    rows: tuple[PoolRows, ...] = ()
+    if groups:
+        align = alignment(budgets.dtype or dtype, placement)
+        ways = 1 if placement is None else placement.ways
+        copies = 1 if placement is None else head_copies(budgets.caps.shape[2], ways)
+        rows = tuple(group_rows(config, budgets, lengths, g, align, ways, copies) for g in groups)
+    # Without a scorer a layer keeps the whole prompt, and needs no number of slots.
+    alike = [] if budgets.scorer is None else sorted({*range(config.num_layers)} - {*layers})
+    slots = layer_slots(config, budgets, lengths, new_tokens, alike) if alike else {}
+    return Compression(config, budgets, lengths, new_tokens, dtype, placement, groups, rows, slots)
 
 
-def without_queries(prompt: PrefillCache) -> PrefillCache:
+def layer_slots(
+    config: ModelConfig,
+    budgets: Budgets,
+    lengths: Int[np.ndarray, " B"],
+    new_tokens: int,
+    layers: Sequence[int],
+) -> dict[int, int]:
+    """Slots of each layer whose heads all keep the same tokens, new tokens included.
+
+    Two programs are compiled for each number of slots. So layers share a number, as long as all
+    layers together have at most the slots that `bucket_rows` may add to each of them.
+    """
+    room, kept = room_bucket(new_tokens), {}
+    for layer in layers:
+        recent = recent_tokens(config, budgets, layer)
+        caps = np.minimum(common_caps(budgets, layer), np.maximum(lengths - recent, 0))
+        kept[layer] = int((caps + recent).max())
+    counts = [kept[layer] + room for layer in layers]
+    most = sum(count + count // least_steps(count) for count in counts)
+    slots = np.asarray([bucket_rows(kept[layer]) + room for layer in layers], np.int64)
+    while True:
+        sizes, members = np.unique(slots, return_counts=True)
+        # Layers of one size take the next larger size, where that adds the fewest slots.
+        added = members[:-1] * np.diff(sizes)
+        if not added.size or slots.sum() + added.min() > most:
+            return dict(zip(layers, slots.tolist(), strict=True))
+        at = int(added.argmin())
+        slots[slots == sizes[at]] = sizes[at + 1]
+
+
+def common_caps(budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
+    """The mean of the caps of a layer whose heads keep the same tokens."""
+    return np.rint(budgets.caps[:, layer].mean(axis=1)).astype(np.int32)
+
+
+def recent_tokens(config: ModelConfig, budgets: Budgets, layer: int) -> Int[np.ndarray, " B"]:
+    """The last tokens that always stay in one layer: at most its sliding window."""
+    sliding = config.layers[layer].attention.spec.window
+    return budgets.recent if sliding is None else np.minimum(budgets.recent, np.int32(sliding))
+
+
+def without_queries(prefilled: PrefillCache) -> PrefillCache:
     """The prompt with none of its last queries; their dtype stays."""
-    batch, _, heads, width = prompt.queries.shape
+    batch, _, heads, width = prefilled.queries.shape
     return dataclasses.replace(
-        prompt, queries=np.zeros((batch, 0, heads, width), prompt.queries.dtype)
+        prefilled, queries=np.zeros((batch, 0, heads, width), prefilled.queries.dtype)
     )
 
 
@@ -367,14 +413,14 @@ def group_rows(
     own = list(group.layers)
     kept, rooms = kept_tokens(config, budgets, lengths)[:, own], budgets.rooms[:, own]
     if budgets.again:  # later tokens fill budgets that the prompt does not fill
-        kept = np.maximum(kept, budgets.caps[:, own] + budgets.window[:, None, None])
+        kept = np.maximum(kept, budgets.caps[:, own] + budgets.recent[:, None, None])
     # A sliding window bounds a layer's segments; other layers have no limit.
     unlimited = np.iinfo(np.int32).max
     limits = np.asarray([window or unlimited for window in group.windows], np.int64)
     heads, spare = kept.shape[2] * copies, 0
     if budgets.sharing is not None:
         # No segment is longer than a sliding window, so even shares of a budget need the most rows.
-        whole = budgets.caps[:, own] + budgets.window[:, None, None]
+        whole = budgets.caps[:, own] + budgets.recent[:, None, None]
         sliding = (limits < unlimited)[:, None]
         kept, rooms = (
             np.where(sliding, evenly(whole), kept),
@@ -398,27 +444,27 @@ def evenly(rows: Int[np.ndarray, "*B K"]) -> Int[np.ndarray, "*B K"]:
 def kept_tokens(
     config: ModelConfig, budgets: Budgets, lengths: Int[np.ndarray, " B"]
 ) -> Int[np.ndarray, "B L K"]:
-    """Tokens that each head keeps of a prompt, the window included. For heads that share their
+    """Tokens that each head keeps of a prompt, the recent ones included. For heads that share their
     budgets these are the numbers before sharing."""
     sliding = [layer.attention.spec.window for layer in config.layers]
     reach = np.asarray([window or np.iinfo(np.int32).max for window in sliding], np.int64)
-    window = np.minimum(budgets.window[:, None], reach[None])
+    recent = np.minimum(budgets.recent[:, None], reach[None])
     lengths = np.asarray(lengths, np.int64)[:, None]
     # The next query sees `sliding` − 1 tokens before its own.
-    available = np.maximum(np.minimum(lengths, reach[None] - 1) - window, 0)
-    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, window)[..., None]
+    available = np.maximum(np.minimum(lengths, reach[None] - 1) - recent, 0)
+    kept = np.minimum(budgets.caps, available[..., None]) + np.minimum(lengths, recent)[..., None]
     return kept.astype(np.int32)
 
 
 def longest_segment(budgets: Budgets) -> int:
     """Upper bound on a head's rows between two compressions, rounded up."""
     most = budgets.caps.sum(axis=2).max() if budgets.sharing else budgets.caps.max()
-    return bucket_rows(int(most) + int(budgets.window.max()) + int(budgets.rooms.max()))
+    return bucket_rows(int(most) + int(budgets.recent.max()) + int(budgets.rooms.max()))
 
 
-def alignment(dtype: Any, layout: Layout | None) -> int:
-    """`pool_alignment` on the platform of the layout."""
-    return pool_alignment(dtype, None if layout is None else layout.platform)
+def alignment(dtype: Any, placement: Placement | None) -> int:
+    """`pool_alignment` on the platform of the placement."""
+    return pool_alignment(dtype, None if placement is None else placement.platform)
 
 
 def budgeted_layers(config: ModelConfig) -> list[int]:

@@ -16,6 +16,7 @@ from jaxtyping import Float64
 
 from kvjax.config import ModelConfig
 from kvjax.paths import local_path
+from kvjax.runs import write_whole
 
 MOST_NAMED = 3
 """Number of heads that an error about a score file names."""
@@ -23,11 +24,14 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """How much each query head contributes to the answers of a set of samples.
+    """The importance of each query head: how much it contributes to the answers of samples.
+
+    In this name, in `load_scores` and in the names of files, a score is the importance of a head on
+    one sample. Token scores (kvjax/policies/scorers.py) are something else.
 
     Attributes:
-        samples: [L, N, samples] float64, one score per head and accepted sample.
-        meta: origin of the scores: model, L, N, K, estimator, seed, provenance of each sample.
+        samples: [L, N, samples] float64, one number per head and accepted sample.
+        meta: origin of the numbers: model, L, N, K, estimator, seed, provenance of each sample.
     """
 
     samples: Float64[np.ndarray, "L N samples"]
@@ -54,7 +58,7 @@ class HeadScores:
         return self.samples.mean(axis=2)
 
     def save(self, path: str | Path) -> None:
-        """Writes the score file (gzipped if the name ends in .gz) and its meta file.
+        """Writes the score file (packed if the name ends in .gz) and its meta file, atomically.
 
         Raises:
             ValueError: the path is a URL.
@@ -66,9 +70,9 @@ class HeadScores:
             for layer in range(layers)
             for head in range(heads)
         }
-        _write_json(path, table)
+        write_whole(path, json.dumps(table))
         meta = self.meta | {"num_layers": layers, "num_heads": heads}
-        _write_json(meta_path(path), meta)
+        write_whole(meta_path(path), json.dumps(meta))
 
 
 def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> HeadScores:
@@ -88,8 +92,12 @@ def load_scores(path: str | Path, model_config: ModelConfig | None = None) -> He
 
 
 def default_scores(config: ModelConfig) -> HeadScores | None:
-    """The head scores in the directory of the model's weights; None if there are none."""
-    path = Path(config.source) / "head_scores.json"
+    """The head scores in the directory of the model's weights; None if there are none.
+
+    For a model that was loaded by the path of a GGUF file, it is the directory of the file.
+    """
+    source = Path(config.source)
+    path = (source.parent if source.is_file() else source) / "head_scores.json"
     return _read_scores(path, config) if config.source and path.is_file() else None
 
 
@@ -171,18 +179,13 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
+    # Not `kvjax.data_files.read_json`: whoever follows a token opens no file about rows of data.
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return json.load(file)
     except (ValueError, RecursionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        json.dump(value, file)
 
 
 def split_half(scores: HeadScores, splits: int = 20) -> float:

@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 from kvjax.config import ModelConfig
 from kvjax.policies.budgets import Adaptive, Allocator, HeadImportance, Pyramid, Uniform
 from kvjax.policies.importance import HeadScores, check_shape, default_scores, load_scores
+from kvjax.policies.need import MeasuredNeed, check_curves, load_need
 from kvjax.policies.observers import ColumnSums, ExpectedAttention
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.policies.scorers import (
@@ -34,10 +35,10 @@ class Settings(TypedDict, total=False):
     kv_size: int
     ratio: float
     nbytes: int
-    window: int
+    observed: int
     entries: str
     ring: int
-    every: int
+    compression_interval: int
 
 
 def full(entries: str = "") -> Full:
@@ -45,14 +46,14 @@ def full(entries: str = "") -> Full:
     return Full(entries)
 
 
-def streaming(sinks: int = 4, **settings: Unpack[Settings]) -> Compress:
+def streaming(n_sink: int = 4, **settings: Unpack[Settings]) -> Compress:
     """StreamingLLM (arXiv 2309.17453): keeps the first and the last tokens, in every head."""
-    return _compress(Uniform(), SinksAndRecent(sinks), settings)
+    return _compress(Uniform(), SinksAndRecent(n_sink), settings)
 
 
-def snapkv(pool: int = 7, **settings: Unpack[Settings]) -> Compress:
+def snapkv(kernel_size: int = 7, **settings: Unpack[Settings]) -> Compress:
     """SnapKV (arXiv 2404.14469): keeps what the last queries attend to, equally many per head."""
-    return _compress(Uniform(), ObservationWindow(pool), settings)
+    return _compress(Uniform(), ObservationWindow(kernel_size), settings)
 
 
 def spankv(
@@ -62,19 +63,19 @@ def spankv(
     return _compress(Uniform(), SpanWindow(ahead, behind, falloff), settings)
 
 
-def pyramidkv(pool: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
+def pyramidkv(kernel_size: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
     """PyramidKV (arXiv 2406.02069): SnapKV with more tokens in the lower layers."""
-    return _compress(Pyramid(beta), ObservationWindow(pool), settings)
+    return _compress(Pyramid(beta), ObservationWindow(kernel_size), settings)
 
 
-def adasnapkv(pool: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -> Compress:
+def adasnapkv(kernel_size: int = 7, alpha: float = 0.2, **settings: Unpack[Settings]) -> Compress:
     """Ada-SnapKV (arXiv 2407.11550): the heads of a layer share its budget by their scores."""
-    return _compress(Uniform(), ObservationWindow(pool), settings, sharing=Adaptive(alpha))
+    return _compress(Uniform(), ObservationWindow(kernel_size), settings, sharing=Adaptive(alpha))
 
 
-def h2o(recent: float = 0.5, **settings: Unpack[Settings]) -> Compress:
+def h2o(recent_share: float = 0.5, **settings: Unpack[Settings]) -> Compress:
     """H2O (arXiv 2306.14048): tokens that all queries attend to, and equally many recent ones."""
-    return _compress(Uniform(), ColumnSums(), settings, recent=recent)
+    return _compress(Uniform(), ColumnSums(), settings, recent_share=recent_share)
 
 
 def tova(**settings: Unpack[Settings]) -> Compress:
@@ -103,6 +104,7 @@ def headkv(
     falloff: float = 0.01,
     beta: float = 0.0,
     scores: str = "",
+    need: str = "",
     **settings: Unpack[Settings],
 ) -> Compress:
     """HeadKV (arXiv 2410.19258), with the variants that measured better than the paper's rules.
@@ -114,20 +116,25 @@ def headkv(
         ahead, behind, falloff: see `SpanWindow`.
         beta: 0 for `growing_beta`.
         scores: a score file of any estimator; empty for the model's own.
+        need: a file of `NeedCurves`, from which the budgets then come, in place of importance.
     """
-    importance = HeadImportance(beta or None, _file(scores))
-    return _compress(importance, SpanWindow(ahead, behind, falloff), settings)
+    if scores and need:
+        raise ValueError("headkv got scores and need, expected one of them")
+    allocator: Allocator = HeadImportance(beta or None, _file(scores))
+    if need:
+        allocator = MeasuredNeed(load_need(need))
+    return _compress(allocator, SpanWindow(ahead, behind, falloff), settings)
 
 
 def headkv_paper(
-    pool: int = 7, beta: float = 1.2, scores: str = "", **settings: Unpack[Settings]
+    kernel_size: int = 7, beta: float = 1.2, scores: str = "", **settings: Unpack[Settings]
 ) -> Compress:
     """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens.
 
     With scores of the estimator "retrieval" this is HeadKV-R, with "retrieval_reasoning" HeadKV-R2.
     Budgets and tokens are chosen per KV head; the published code chooses them per query head.
     """
-    return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(pool), settings)
+    return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(kernel_size), settings)
 
 
 def headkv_adaptive(
@@ -181,6 +188,15 @@ MAKERS: dict[str, Callable[..., Policy]] = {
 PARAMETERS = {"bytes": "nbytes"}
 """Setting names in a policy string whose maker parameter has a different name."""
 
+RENAMED = {
+    "window": "observed",
+    "pool": "kernel_size",
+    "sinks": "n_sink",
+    "recent": "recent_share",
+    "every": "compression_interval",
+}
+"""Setting names of earlier releases, which policy strings may still use."""
+
 
 def parse_policy(policy: str | Policy) -> Policy:
     """Parses a policy string such as "headkv:kv_size=128,beta=1.2,scores=heads.json".
@@ -208,8 +224,8 @@ def _kinds(maker: Callable[..., Policy]) -> dict[str, type]:
     for parameter in inspect.signature(maker).parameters.values():
         # `**settings` stands for the common settings; the maker's own settings take precedence.
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            every = typing.get_type_hints(Settings)
-            kinds = {names.get(key, key): kind for key, kind in every.items()} | kinds
+            common = typing.get_type_hints(Settings)
+            kinds = {names.get(key, key): kind for key, kind in common.items()} | kinds
         else:
             kinds[parameter.name] = own[parameter.name]
     return kinds
@@ -220,6 +236,7 @@ def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, Any]:
     values = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
+        key = RENAMED.get(key, key)
         if key not in kinds or not equals:
             expected = ", ".join(f"{k}=…" for k in kinds)
             raise ValueError(f"policy {name!r}: {setting!r} is not understood, expected {expected}")
@@ -243,6 +260,8 @@ def resolve(policy: str | Policy, config: ModelConfig, scores: HeadScores | None
         ValueError: an unknown policy, no scores, or scores of a model of another shape.
     """
     policy = parse_policy(policy)
+    if isinstance(policy, Compress) and isinstance(policy.allocator, MeasuredNeed):
+        check_curves(policy.allocator.curves, config)
     if not isinstance(policy, Compress) or not isinstance(policy.allocator, HeadImportance):
         return policy
     chosen = policy.allocator.scores or scores

@@ -33,8 +33,8 @@ class ColumnSums:
         """See `kvjax.policies.scorers.Scorer`."""
         return SumAttention()
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        return prompt.seen
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        return view.seen
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,20 @@ class ExpectedAttention:
             raise NotImplementedError("expected attention needs RoPE of fixed frequencies")
         return QueryMoments(pure_rotation(config.rope), self.future)
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        moments: Moments = prompt.seen
-        B, K, _, X = prompt.keys.shape
-        mean, covariance = moments.rotated(prompt.lengths)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        moments: Moments = view.seen
+        B, K, _, X = view.keys.shape
+        mean, covariance = moments.rotated(view.lengths)
         N = mean.shape[1]
-        keys, scale = prompt.keys.astype(jnp.float32), prompt.spec.scale
+        keys, scale = view.keys.astype(jnp.float32), view.spec.scale
         mean = mean.reshape(B, K, N // K, X)
         covariance = covariance.reshape(B, K, N // K, X, X)
         # For normal q, log E[exp(q·k)] is the mean plus half the variance of q·k.
         logits = jnp.einsum("bksx,bkgx->bkgs", keys, mean) * scale
         logits += jnp.einsum("bksx,bkgxy,bksy->bkgs", keys, covariance, keys) * (scale**2 / 2)
-        logits = jnp.where((prompt.positions >= 0)[:, :, None], logits, -jnp.inf)
+        logits = jnp.where((view.positions >= 0)[:, :, None], logits, -jnp.inf)
         weights = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=2)
-        return weights * jnp.linalg.norm(prompt.values.astype(jnp.float32), axis=-1)
+        return weights * jnp.linalg.norm(view.values.astype(jnp.float32), axis=-1)
 
 
 @flax.struct.dataclass

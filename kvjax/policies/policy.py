@@ -4,7 +4,7 @@ scorer."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from jaxtyping import Int
 from kvjax.cache.storage import room_bucket
 from kvjax.checks import COUNT, SIZE, Range, check_ranges
 from kvjax.config import ModelConfig
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
 from kvjax.policies.budgets import (
     Allocator,
     Request,
     Sharing,
     Uniform,
     bytes_to_tokens,
+    token_budget,
 )
 from kvjax.policies.compression import (
     Budgets,
@@ -34,11 +35,11 @@ from kvjax.policies.scorers import Scorer
 from pallas_kernels.entries import DTYPES
 
 RANGES = {
-    **dict.fromkeys(("kv_size", "ring", "every"), SIZE),
-    "window": COUNT,
+    **dict.fromkeys(("kv_size", "ring", "compression_interval"), SIZE),
+    "observed": COUNT,
     "ratio": Range(above=0, most=1, optional=True),
     "nbytes": Range(least=1, whole=True, optional=True),
-    "recent": Range(least=0, below=1),
+    "recent_share": Range(least=0, below=1),
 }
 """Allowed values of the numbers of a `Compress` policy."""
 
@@ -50,11 +51,19 @@ Lengths = Sequence[int] | Int[np.ndarray, " B"]
 class Policy(ABC):
     """Decides which tokens of a prompt the cache keeps, for any model and prompt length."""
 
-    every: int = 0
+    compression_interval: int = 0
     """The cache is compressed again after this many new tokens; 0 for never."""
 
     observed: int = 0
     """Number of last queries of a prompt that decide which tokens are kept."""
+
+    @property
+    def bounds_growth(self) -> bool:
+        """Whether entries leave the cache while new tokens come in.
+
+        Text that is fed in pieces does not show the effect of such a policy.
+        """
+        return self.compression_interval > 0
 
     @abstractmethod
     def budgets(
@@ -80,24 +89,24 @@ class Policy(ABC):
         lengths: Lengths,
         new_tokens: int,
         dtype: Any = "bfloat16",
-        layout: Layout | None = None,
+        placement: Placement | None = None,
     ) -> Compression:
         """Applies the policy to one batch of prompts.
 
         Args:
             lengths, new_tokens, dtype: see `budgets`.
-            layout: layout of the batch on a mesh; None for one device.
+            placement: placement of the batch on a mesh; None for one device.
 
         Raises:
             NotImplementedError: see `budgets`.
         """
         budgets, layers = self.budgets(config, lengths, new_tokens, dtype)
-        return compression(config, budgets, lengths, new_tokens, dtype, layout, layers)
+        return compression(config, budgets, lengths, new_tokens, dtype, placement, layers)
 
     def kept(
         self, config: ModelConfig, prompt_len: int, dtype: Any = "bfloat16"
     ) -> Int[np.ndarray, "L K"]:
-        """Tokens that each head keeps of a prompt, the window included; the numbers before
+        """Tokens that each head keeps of a prompt, the recent ones included; the numbers before
         sharing if heads share a layer's budget."""
         work = self.compression(config, [prompt_len], 0, dtype)
         return kept_tokens(config, work.budgets, work.lengths)[0]
@@ -130,7 +139,7 @@ class Full(Policy):
         shape = (config.num_layers, heads)
         budgets = Budgets(
             caps=np.zeros((len(lengths), *shape), np.int32),
-            window=np.full(
+            recent=np.full(
                 len(lengths), max([windows[i] or 0 for i in small], default=0), np.int32
             ),
             rooms=np.full((len(lengths), *shape), room, np.int32),
@@ -150,36 +159,36 @@ class Full(Policy):
 
 @dataclass(frozen=True)
 class Compress(Policy):
-    """Each KV head keeps the last `window` tokens, and the best others within its budget.
+    """Each KV head keeps the last `observed` tokens, and the best others within its budget.
 
     The size is given in one of three ways: `kv_size` tokens, a `ratio` of the prompt, or `nbytes`.
 
     Attributes:
         allocator: divides the KV size among the heads, on the host. Must be hashable.
         scorer: rates the tokens of a prompt, inside jit. Must be hashable.
-        kv_size: C, mean tokens per KV head, the window included; 0 with `ratio` or `nbytes`.
-        window: w, number of last tokens that are always kept; scorers see their queries.
+        kv_size: C, mean tokens per KV head, the last ones included; 0 with `ratio` or `nbytes`.
+        observed: w, number of last tokens that are always kept; scorers see their queries.
         sharing: moves budgets between the heads of a layer by the token scores of each prompt.
         ratio: KV size as a share of each prompt, 0 < ratio ≤ 1.
         nbytes: bytes of one sequence's entries in all layers, after prefill.
-        recent: share of the budget that goes to the most recent tokens.
+        recent_share: share of the budget that goes to the most recent tokens.
         entries: "int8" or "fp8" for 8-bit entries; "" for the model's dtype.
         ring: bounds the growth: heads with a budget below the mean keep only this many of the new
             tokens, the most recent; 0 for no bound.
-        every: compress again after this many new tokens; 0 for never.
+        compression_interval: compress again after this many new tokens; 0 for never.
     """
 
     allocator: Allocator
     scorer: Scorer
     kv_size: int = 128
-    window: int = 8
+    observed: int = 8
     sharing: Sharing | None = None
     ratio: float | None = None
     nbytes: int | None = None
-    recent: float = 0.0
+    recent_share: float = 0.0
     entries: str = ""
     ring: int = 0
-    every: int = 0
+    compression_interval: int = 0
 
     def __post_init__(self):
         check_ranges(vars(self), RANGES)
@@ -189,44 +198,49 @@ class Compress(Policy):
                 f"kv_size is {self.kv_size}, ratio {self.ratio} and bytes {self.nbytes}, expected "
                 "one of them"
             )
-        if self.ring and self.every:
-            raise ValueError("ring and every both bound the growth, expected one of them")
+        if self.ring and self.compression_interval:
+            raise ValueError(
+                "ring and compression_interval both bound the growth, expected one of them"
+            )
         if self.ring and isinstance(self.allocator, Uniform):
             raise ValueError(
                 f"ring is {self.ring}, which bounds heads whose budget is below the mean: uniform "
-                "budgets have none; expected every=, or a policy with budgets for each head"
+                "budgets have none; expected compression_interval=, or a policy with budgets for "
+                "each head"
             )
         if self.kv_size:
-            check_size(self.kv_size, self.window)
+            token_budget(self.kv_size, self.observed)
         entry_dtype(self.entries)
 
     @property
-    def observed(self) -> int:  # type: ignore[override]
-        """See `Policy.observed`."""
-        return self.window
+    def bounds_growth(self) -> bool:
+        """See `Policy.bounds_growth`."""
+        return self.compression_interval > 0 or self.ring > 0
 
     def budgets(
         self, config: ModelConfig, lengths: Lengths, new_tokens: int, dtype: Any
     ) -> tuple[Budgets, list[int]]:
         """See `Policy.budgets`."""
-        if self.every:
+        if self.compression_interval:
             check_again(config, self.scorer)
         entries = entry_dtype(self.entries)
         # Budgets depend on a prompt's length alone: make them once for each length.
         each = {n: self.caps(config, n, entries or dtype) for n in {int(n) for n in lengths}}
         caps = np.stack([each[int(n)][0] for n in lengths])
-        room = room_bucket(min(new_tokens, self.every) if self.every else new_tokens)
+        room = room_bucket(
+            min(new_tokens, self.compression_interval) if self.compression_interval else new_tokens
+        )
         # With `ring`, heads with a budget below the mean overwrite their older new tokens.
         small = (caps < caps.mean(axis=(1, 2), keepdims=True)) & (self.ring > 0)
         budgets = Budgets(
             caps=caps,
-            window=np.asarray([each[int(n)][1] for n in lengths], np.int32),
+            recent=np.asarray([each[int(n)][1] for n in lengths], np.int32),
             rooms=np.where(small, min(room, self.ring or room), room).astype(np.int32),
             rings=small,
             scorer=self.scorer,
             sharing=self.sharing,
-            observed=self.window,
-            again=bool(self.every),
+            observed=self.observed,
+            again=bool(self.compression_interval),
             dtype=entries,
         )
         return budgets, budgeted_layers(config)
@@ -234,42 +248,51 @@ class Compress(Policy):
     def caps(
         self, config: ModelConfig, prompt_len: int, dtype: Any
     ) -> tuple[Int[np.ndarray, "L K"], int]:
-        """[L, K] tokens that each head keeps besides the window, and the window in tokens."""
+        """[L, K] tokens that each head keeps besides the recent ones, and the number of those."""
         size = self.size(config, prompt_len, dtype)
-        check_size(size, self.window)
-        window = self.window + int(self.recent * (size - self.window))
+        budget = token_budget(size, self.observed)
+        recent = self.observed + int(self.recent_share * budget)
         # A text that is compressed while it grows may later fill budgets that its prompt does not.
-        reach = config.context_length if self.every else prompt_len
+        reach = config.context_length if self.compression_interval else prompt_len
         shape = config.num_layers, config.budget_heads
-        request = Request(*shape, size, window, reach, config.sliding_windows)
+        request = Request(*shape, size, recent, reach, config.sliding_windows)
         caps = np.asarray(self.allocator(request))
         check_caps(caps, request)
-        return np.minimum(caps, request.limits).astype(np.int32), window
+        return np.minimum(caps, request.limits).astype(np.int32), recent
 
     def size(self, config: ModelConfig, prompt_len: int, dtype: Any) -> int:
         """C, mean tokens per KV head, for a prompt of `prompt_len` tokens."""
         if self.nbytes is not None:
             return bytes_to_tokens(self.nbytes, config, dtype)
         if self.ratio is not None:
-            return max(round(self.ratio * prompt_len), self.window + 1)
+            return max(round(self.ratio * prompt_len), self.observed + 1)
         return self.kv_size
+
+
+def check_growth(policies: Iterable[Policy], purpose: str) -> None:
+    """Raises ValueError if a policy bounds the growth of the cache, which `purpose` does not allow.
+
+    Args:
+        purpose: what the policies are for, such as "a context"; starts the error.
+    """
+    if any(policy.bounds_growth for policy in policies):
+        raise ValueError(
+            f"{purpose} needs a policy that keeps all new tokens, expected one without ring and "
+            "compression_interval"
+        )
 
 
 def check_again(config: ModelConfig, scorer: Scorer) -> None:
     """Raises NotImplementedError if a cache cannot be compressed while decoding."""
     if hasattr(scorer, "observer"):
         name = type(scorer).__name__
-        raise NotImplementedError(f"every needs another scorer: {name} watches the prompt only")
+        raise NotImplementedError(
+            f"compression_interval needs another scorer: {name} watches the prompt only"
+        )
     for index, layer in enumerate(config.layers):
         reason = layer.attention.no_head_budget
         if reason is not None:
             raise NotImplementedError(f"layer {index} cannot be compressed again: {reason}")
-
-
-def check_size(size: int, window: int) -> None:
-    """Raises ValueError unless tokens are left besides the window."""
-    if size <= window:
-        raise ValueError(f"kv_size is {size} and window is {window}, expected kv_size > window")
 
 
 def entry_dtype(name: str) -> str | None:

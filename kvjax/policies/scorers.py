@@ -34,7 +34,7 @@ class LayerView:
             that end at the newest token.
         seen: state of the scorer's observer, if the scorer has one.
         spec: the layer's scale, soft-cap and sliding window.
-        window: [B] int32, number of last tokens, which are always kept.
+        recent: [B] int32, number of last tokens, which are always kept.
     """
 
     keys: Float[Array, "B K S X"]
@@ -44,7 +44,7 @@ class LayerView:
     held: Int[Array, "B Z"]
     positions: Int[Array, "B Z S"]
     seen: Any
-    window: Any
+    recent: Any
     spec: AttentionSpec = flax.struct.field(pytree_node=False)
 
     @classmethod
@@ -52,38 +52,38 @@ class LayerView:
         cls,
         cache: PrefillCache,
         spec: AttentionSpec,
-        window: Any = None,
+        recent: Any = None,
         observed: int | None = None,
     ) -> LayerView:
         """The prompt that a cache has read: all tokens of every head.
 
         Args:
-            window: see the attribute; None for the number of observed queries.
+            recent: see the attribute; None for the number of observed queries.
             observed: number of last queries that scorers see; None for all that the cache keeps.
         """
         queries, lengths = cache.queries, cache.lengths
         if observed is not None:
             queries = queries[:, queries.shape[1] - observed :]
-        if window is None:
-            window = jnp.full_like(lengths, queries.shape[1])
+        if recent is None:
+            recent = jnp.full_like(lengths, queries.shape[1])
         slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, None]
         held = lengths[:, None]
         positions = jnp.where(slots < held[..., None], slots, -1)  # a token's slot is its position
         entries = cache.keys, cache.values
-        return cls(*entries, queries, lengths, held, positions, cache.seen, window, spec)
+        return cls(*entries, queries, lengths, held, positions, cache.seen, recent, spec)
 
     @classmethod
-    def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, window: Any, size: int) -> LayerView:
+    def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, recent: Any, size: int) -> LayerView:
         """The entries of one layer of a pool, at most `size` rows per head."""
         keys, values, held, positions = pool_entries(cache, size)
         arrays = (keys, values, cache.queries, cache.lengths, held, positions)
-        return cls(*arrays, None, window, spec)
+        return cls(*arrays, None, recent, spec)
 
     @property
     def candidates(self) -> Bool[Array, "B Z S"]:
-        """Slots that a head may keep or drop: before the window, and visible to the next query."""
+        """Slots that a head may keep or drop: not recent, and visible to the next query."""
         end = self.lengths[:, None, None]
-        found = (self.positions >= 0) & (self.positions < end - self.window[:, None, None])
+        found = (self.positions >= 0) & (self.positions < end - self.recent[:, None, None])
         if self.spec.window is not None:
             found &= self.positions > end - self.spec.window
         return found
@@ -117,22 +117,23 @@ def pool_entries(
 
 
 Scorer = Callable[[LayerView], jax.Array]
-"""Maps a prompt to scores [B, K, S] fp32, higher for tokens to keep. Only candidates count.
+"""Maps a layer view to token scores [B, K, S] fp32, higher for tokens to keep; only candidates
+count.
 
 A scorer that must see more queries than the last w also has a method `observer(attention)`. It
-returns a `kvjax.cache.Observer` for a layer, whose state arrives as `prompt.seen`.
+returns a `kvjax.cache.Observer` for a layer, whose state arrives as `view.seen`.
 """
 
 
-def query_attention(prompt: LayerView) -> Float[Array, "B N w S"]:
+def query_attention(view: LayerView) -> Float[Array, "B N w S"]:
     """Attention of each of the last queries over all keys, fp32; zeros for rows without a query.
 
-    The softmax is over all keys in the cache, causal inside the window, with the layer's scale,
-    soft-cap and sliding window.
+    The softmax is over all keys in the cache, causal among the last queries, with the layer's
+    scale, soft-cap and sliding window.
     """
-    w = prompt.queries.shape[1]
-    at = prompt.lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
-    return attention_weights(prompt.queries, at, prompt.keys, prompt.positions, prompt.spec)
+    w = view.queries.shape[1]
+    at = view.lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
+    return attention_weights(view.queries, at, view.keys, view.positions, view.spec)
 
 
 def attention_weights(
@@ -172,14 +173,14 @@ class ObservationWindow:
     neighbouring tokens: a kept token then keeps its neighbours.
     """
 
-    pool: int = 7
+    kernel_size: int = 7
 
     def __post_init__(self):
-        check_ranges(vars(self), {"pool": COUNT})
+        check_ranges(vars(self), {"kernel_size": COUNT})
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
-        return max_pool(scores_BKS, prompt.candidates, self.pool)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
+        return max_pool(scores_BKS, view.candidates, self.kernel_size)
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ class SpanWindow:
     def __post_init__(self):
         check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "falloff": SHARE})
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        scores_BKS = by_kv_head(window_attention(prompt), prompt.keys.shape[1])
-        scores_BKS = jnp.where(prompt.candidates, scores_BKS, 0.0)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
+        scores_BKS = jnp.where(view.candidates, scores_BKS, 0.0)
         pooled = scores_BKS
         # Distances of the `behind` tokens start after `ahead`, so those tokens always rank lower.
         for distance in range(1, self.ahead + 1):
@@ -224,16 +225,16 @@ class SpanWindow:
 class SinksAndRecent:
     """StreamingLLM (arXiv 2309.17453): the first tokens, then the most recent ones."""
 
-    sinks: int = 4
+    n_sink: int = 4
 
     def __post_init__(self):
-        check_ranges(vars(self), {"sinks": SIZE})
+        check_ranges(vars(self), {"n_sink": SIZE})
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
         # The slot number as score ranks recent tokens first; S is above every slot number.
-        B, K, S, _ = prompt.keys.shape
+        B, K, S, _ = view.keys.shape
         slot = jnp.arange(S, dtype=jnp.int32)
-        score = jnp.where(slot < self.sinks, S, slot).astype(jnp.float32)
+        score = jnp.where(slot < self.n_sink, S, slot).astype(jnp.float32)
         return jnp.broadcast_to(score[None, None], (B, K, S))
 
 
@@ -244,9 +245,9 @@ class LastQuery:
     All heads of a layer get the same scores.
     """
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        B, K, S, _ = prompt.keys.shape
-        last = query_attention(prompt)[:, :, -1]
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        B, K, S, _ = view.keys.shape
+        last = query_attention(view)[:, :, -1]
         mean = jnp.mean(last, axis=1, keepdims=True)
         return jnp.broadcast_to(mean, (B, K, S))
 
@@ -255,16 +256,16 @@ class LastQuery:
 class KeyNorm:
     """KNorm (arXiv 2406.11430): −‖k‖₂, because keys of small norm draw much attention."""
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        return -jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        return -jnp.linalg.norm(view.keys.astype(jnp.float32), axis=-1)
 
 
 @dataclass(frozen=True)
 class KeyDifference:
     """KeyDiff (arXiv 2504.15364): −cos(k, mean of the normalised keys); unlike keys rank high."""
 
-    def __call__(self, prompt: LayerView) -> Float[Array, "B K S"]:
-        keys = prompt.keys.astype(jnp.float32)
+    def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
+        keys = view.keys.astype(jnp.float32)
         norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
         unit = keys / norm  # empty slots are zeros and add nothing to the mean
         anchor = jnp.sum(unit, axis=2, keepdims=True)
@@ -272,10 +273,10 @@ class KeyDifference:
         return -jnp.sum(unit * anchor, axis=-1)
 
 
-def window_attention(prompt: LayerView) -> Float[Array, "B N S"]:
+def window_attention(view: LayerView) -> Float[Array, "B N S"]:
     """Attention of the last queries over all keys, averaged over the queries, fp32."""
-    total = jnp.sum(query_attention(prompt), axis=2)
-    queries = jnp.minimum(prompt.lengths, prompt.queries.shape[1]).astype(jnp.float32)
+    total = jnp.sum(query_attention(view), axis=2)
+    queries = jnp.minimum(view.lengths, view.queries.shape[1]).astype(jnp.float32)
     return total / queries[:, None, None]
 
 

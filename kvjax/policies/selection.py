@@ -1,7 +1,7 @@
 """Compression of one layer's prompt: tokens are chosen and packed into the cache of decoding.
 
-A scorer rates every token for every head. Each head keeps the `cap` best tokens besides the window,
-the last w tokens. On ties the later position wins. Kept tokens stay in the order of the text.
+A scorer rates every token for every head. Each head keeps the `cap` best tokens and the last w
+tokens, the recent ones. On ties the later position wins. Kept tokens stay in the order of the text.
 
 `rank_heads` scores and sorts; it knows no budget. Policies that differ only in their budgets share
 its result. `compress_heads` selects and packs for each policy; it knows no scorer.
@@ -26,16 +26,14 @@ from kvjax.cache import (
     PoolLayer,
     PrefillCache,
     ShardedHeads,
-    ShardedSlots,
 )
 from kvjax.cache.pool import copy_rows, lay_segments
-from kvjax.cache.room import with_room
-from kvjax.cache.sharded import place, specs
-from kvjax.cache.storage import take_rows, whole_slots
-from kvjax.mesh import Layout
+from kvjax.cache.room import spread_like, whole_of
+from kvjax.cache.sharded import specs
+from kvjax.cache.storage import cast, take_rows, whole_slots
+from kvjax.mesh import Placement
 from kvjax.policies.budgets import Sharing
 from kvjax.policies.scorers import LayerView, Scorer, pool_entries
-from pallas_kernels.entries import Bits, Entries, Quantized, is_quantized, quantize
 
 
 @flax.struct.dataclass
@@ -43,8 +41,8 @@ class LayerBudget:
     """The budgets of the heads of one layer. All fields are data: no program depends on a value.
 
     Attributes:
-        caps: [B, K] int32, tokens that a head keeps besides the window.
-        window: [B] int32, number of last tokens, which are always kept.
+        caps: [B, K] int32, tokens that a head keeps besides the recent ones.
+        recent: [B] int32, number of last tokens, which are always kept.
         rooms: [B, K] int32, rows for new tokens.
         rings: [B, K] bool, whether new tokens overwrite older ones when a head's room is used up.
         shared: [] bool, whether the heads share the sum of the caps by the token scores.
@@ -52,7 +50,7 @@ class LayerBudget:
     """
 
     caps: Any
-    window: Any
+    recent: Any
     rooms: Any
     rings: Any
     shared: Any
@@ -83,36 +81,38 @@ class Ranking:
         return select(sort_keys(self.scores, candidates), self.rising, counts)
 
 
-@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "layout"))
+@functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed", "placement"))
 def rank_heads(
-    prompt: PrefillCache,
-    window: Int[Array | np.ndarray, " B"],
+    prefilled: PrefillCache,
+    recent: Int[Array | np.ndarray, " B"],
     *,
     scorer: Scorer,
     spec: AttentionSpec,
     observed: int,
-    layout: Layout | None,
+    placement: Placement | None,
 ) -> Ranking:
     """Ranks the tokens of a prompt for each head of the layer.
 
     Args:
-        window: number of last tokens, which are not candidates.
+        recent: number of last tokens, which are not candidates.
         observed: number of last queries that the scorer sees.
     """
-    view = LayerView.create(prompt, spec, window, observed)
+    view = LayerView.create(prefilled, spec, recent, observed)
     with jax.named_scope("rank"):
-        ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
-    if layout is None:
+        ranking = Ranking.of(token_scores(view, scorer), view.candidates)
+    if placement is None:
         return ranking
     # `compress_heads` is compiled for the shardings of its arguments: no scorer may change them.
-    sharded = ranking.rising.shape[1] % layout.ways == 0
-    return jax.tree.map(lambda x: layout.place(x, "batch", "tensor" if sharded else None), ranking)
+    sharded = ranking.rising.shape[1] % placement.ways == 0
+    return jax.tree.map(
+        lambda x: placement.place(x, "batch", "tensor" if sharded else None), ranking
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("scorer", "spec", "observed"))
 def rank_common(
-    prompt: PrefillCache,
-    window: Int[Array | np.ndarray, " B"],
+    prefilled: PrefillCache,
+    recent: Int[Array | np.ndarray, " B"],
     *,
     scorer: Scorer,
     spec: AttentionSpec,
@@ -120,15 +120,15 @@ def rank_common(
 ) -> Ranking:
     """`rank_heads` for a layer whose heads all keep the same tokens: scores are averaged over the
     streams that a scorer rates."""
-    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = LayerView.create(whole, spec, window, observed)
+    whole = dataclasses.replace(prefilled, base=whole_of(prefilled.base))
+    view = LayerView.create(whole, spec, recent, observed)
     with jax.named_scope("rank"):
-        scores = jnp.mean(prompt_scores(view, scorer), axis=1, keepdims=True)
+        scores = jnp.mean(token_scores(view, scorer), axis=1, keepdims=True)
         return Ranking.of(scores, view.candidates)
 
 
 def choose(
-    prompt: LayerView, ranking: Ranking, sharing: Sharing, budget: LayerBudget
+    view: LayerView, ranking: Ranking, sharing: Sharing, budget: LayerBudget
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
     """The slots that every head keeps, in the order of the text, and their number.
 
@@ -138,15 +138,15 @@ def choose(
     K = ranking.scores.shape[1]
     counts = jax.lax.cond(
         budget.shared,
-        lambda: sharing(ranking.scores, prompt.candidates, budget.caps),
-        lambda: jnp.minimum(budget.caps, available_tokens(prompt.candidates, K)),
+        lambda: sharing(ranking.scores, view.candidates, budget.caps),
+        lambda: jnp.minimum(budget.caps, available_tokens(view.candidates, K)),
     )
-    return with_window(prompt, ranking.select(prompt.candidates, counts), counts)
+    return with_recent(view, ranking.select(view.candidates, counts), counts)
 
 
-def prompt_scores(prompt: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
+def token_scores(view: LayerView, scorer: Scorer) -> Float[Array, "B K S"]:
     """The scorer's numbers, with −inf in place of NaN, so that NaN displaces no other token."""
-    scores = scorer(prompt).astype(jnp.float32)
+    scores = scorer(view).astype(jnp.float32)
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
@@ -194,25 +194,25 @@ def select(
     return jnp.sort(jnp.where(kept, slots, S), axis=-1)
 
 
-def with_window(
-    prompt: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
+def with_recent(
+    view: LayerView, kept_BKS: Int[Array, "B K S"], counts_BK: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K S"], Int[Array, "B K"]]:
-    """The kept slots followed by the window's, and their total number."""
-    held = jnp.broadcast_to(prompt.held, counts_BK.shape)
-    window = jnp.minimum(held, prompt.window[:, None])
+    """The kept slots followed by those of the recent tokens, and their total number."""
+    held = jnp.broadcast_to(view.held, counts_BK.shape)
+    recent = jnp.minimum(held, view.recent[:, None])
     rank = jnp.arange(kept_BKS.shape[2], dtype=jnp.int32)[None, None]
     count = counts_BK[:, :, None]
-    slots = jnp.where(rank < count, kept_BKS, (held - window)[:, :, None] + rank - count)
-    return jnp.clip(slots, 0, kept_BKS.shape[2] - 1), counts_BK + window
+    slots = jnp.where(rank < count, kept_BKS, (held - recent)[:, :, None] + rank - count)
+    return jnp.clip(slots, 0, kept_BKS.shape[2] - 1), counts_BK + recent
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("sharing", "spec", "remembered", "layout", "copies"),
+    static_argnames=("sharing", "spec", "remembered", "placement", "copies"),
     donate_argnames="layer",
 )
 def compress_heads(
-    prompt: PrefillCache,
+    prefilled: PrefillCache,
     ranking: Ranking,
     layer: PoolLayer,
     budget: LayerBudget,
@@ -220,29 +220,29 @@ def compress_heads(
     sharing: Sharing,
     spec: AttentionSpec,
     remembered: int,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """Compresses one layer's prompt into the pool.
 
     Args:
-        ranking: from `rank_heads`, with the budget's window.
+        ranking: from `rank_heads`, with the same number of recent tokens.
         remembered: number of last queries that the layer keeps, for compression while decoding.
         copies: see `ShardedHeads`; `layer` has each head this many times.
     """
-    view = LayerView.create(prompt, spec, budget.window, remembered)
+    view = LayerView.create(prefilled, spec, budget.recent, remembered)
     with jax.named_scope("select"):
         source, held = choose(view, ranking, sharing, budget)
     entries = view.keys, view.values
-    if isinstance(prompt.base, ShardedHeads):  # as stored: each head `copies` times
-        entries = prompt.base.inner.keys_and_values(view.keys.dtype)
-    layer = pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
+    if isinstance(prefilled.base, ShardedHeads):  # as stored: each head `copies` times
+        entries = prefilled.base.inner.keys_and_values(view.keys.dtype)
+    layer = pack(layer, view.positions, entries, source, held, budget, spec, placement, copies)
     return dataclasses.replace(layer, queries=view.queries) if remembered else layer
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scorer", "sharing", "spec", "size", "layout", "copies"),
+    static_argnames=("scorer", "sharing", "spec", "size", "placement", "copies"),
     donate_argnames="layer",
 )
 def compress_again(
@@ -253,7 +253,7 @@ def compress_again(
     sharing: Sharing,
     spec: AttentionSpec,
     size: int,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """Cuts a layer's segments down to their budgets again.
@@ -262,22 +262,22 @@ def compress_again(
         size: upper bound on the rows of a segment.
     """
 
-    if layout is None:
-        view = LayerView.of_pool(layer, spec, budget.window, size)
+    if placement is None:
+        view = LayerView.of_pool(layer, spec, budget.recent, size)
         entries = view.keys, view.values
     else:
         # Each device reads its own rows; the choice needs every head once.
-        heads = layout.spec("batch", "tensor")
+        heads = placement.spec("batch", "tensor")
         read = functools.partial(pool_entries, size=size)
-        found = layout.run(read, (specs(layer, layout),), (heads,) * 4)(layer)
+        found = placement.run(read, (specs(layer, placement),), (heads,) * 4)(layer)
         entries, lengths = found[:2], layer.lengths
         keys, values, held, positions = (part[:, ::copies] for part in found)
         arrays = (keys, values, layer.queries, lengths, held, positions)
-        view = LayerView(*arrays, None, budget.window, spec)
+        view = LayerView(*arrays, None, budget.recent, spec)
     with jax.named_scope("select"):
-        ranking = Ranking.of(prompt_scores(view, scorer), view.candidates)
+        ranking = Ranking.of(token_scores(view, scorer), view.candidates)
         source, held = choose(view, ranking, sharing, budget)
-    return pack(layer, view.positions, entries, source, held, budget, spec, layout, copies)
+    return pack(layer, view.positions, entries, source, held, budget, spec, placement, copies)
 
 
 def pack(
@@ -288,7 +288,7 @@ def pack(
     held_BK: Int[Array, "B K"],
     budget: LayerBudget,
     spec: AttentionSpec,
-    layout: Layout | None,
+    placement: Placement | None,
     copies: int,
 ) -> PoolLayer:
     """Copies the chosen slots of every head into its segment.
@@ -320,21 +320,21 @@ def pack(
 
     arrays = (*entries, positions_BZS, source_BKS, held_BK)
     with jax.named_scope("pack"):
-        if layout is None:
+        if placement is None:
             return run(layer, *arrays, budget.rooms, budget.rings, budget.first)
-        heads, rows = layout.spec("batch", "tensor"), layout.spec("batch")
+        heads, rows = placement.spec("batch", "tensor"), placement.spec("batch")
         placed = (heads, heads, rows if shared else heads, heads, heads, heads, heads, heads)
-        parts = specs(layer, layout)
-        call = layout.run(run, (parts, *placed), parts)
+        parts = specs(layer, placement)
+        call = placement.run(run, (parts, *placed), parts)
         return call(layer, *arrays, budget.rooms, budget.rings, budget.first)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "spec", "dtype"))
 def compress_tokens(
-    prompt: PrefillCache,
+    prefilled: PrefillCache,
     ranking: Ranking,
     caps: Int[Array, " B"],
-    window: Int[Array, " B"],
+    recent: Int[Array, " B"],
     *,
     slots: int,
     spec: AttentionSpec,
@@ -343,15 +343,15 @@ def compress_tokens(
     """Compresses a prompt to one set of tokens for all heads of the layer.
 
     Args:
-        ranking: from `rank_common`, with the same window.
+        ranking: from `rank_common`, with the same number of recent tokens.
         slots: number of slots of the smaller cache, room for new tokens included.
     """
     # The choice needs all heads and slots of a sharded cache at once.
-    whole = dataclasses.replace(prompt, base=whole_of(prompt.base))
-    view = LayerView.create(whole, spec, window)
+    whole = dataclasses.replace(prefilled, base=whole_of(prefilled.base))
+    view = LayerView.create(whole, spec, recent)
     with jax.named_scope("select"):
         counts = jnp.minimum(caps[:, None], available_tokens(view.candidates, 1))
-        source, held = with_window(view, ranking.select(view.candidates, counts), counts)
+        source, held = with_recent(view, ranking.select(view.candidates, counts), counts)
     slots = whole_slots(slots)
     with jax.named_scope("pack"):
         # One row of slots for all heads, padded or cut to the size of the new cache.
@@ -361,41 +361,14 @@ def compress_tokens(
         positions, base = jnp.where(live, source, -1), whole.base
         if isinstance(base, LatentCache):
             parts = (base.latent, base.k_rope)
-            packed = (store(take_rows(part, source, live), dtype) for part in parts)
+            packed = (cast(take_rows(part, source, live), dtype) for part in parts)
             # A sliding window needs positions here: slots differ from them once tokens are gone.
             kept = None if spec.window is None else positions
-            return spread_like(prompt.base, LatentCache(*packed, **common, positions=kept), spec)
+            return spread_like(
+                prefilled.base, LatentCache(*packed, **common, positions=kept), spec.window
+            )
         take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
-        packed = (store(take(part, source, live), dtype) for part in (base.k, base.v))
-        return spread_like(prompt.base, DenseCache(*packed, **common, positions=positions), spec)
-
-
-@functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
-def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
-    """Keeps the whole prompt: the cache with room for new tokens, its entries in `dtype`."""
-    whole = with_room(whole_of(base), room, None)
-    names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
-    stored = {name: store(getattr(whole, name), dtype) for name in names}
-    spec = AttentionSpec(1.0, window)
-    return spread_like(base, dataclasses.replace(whole, **stored), spec)
-
-
-def whole_of(base: Any) -> Any:
-    """The cache of all heads and slots inside a sharded cache; another cache is returned as is."""
-    return getattr(base, "inner", base)
-
-
-def spread_like(base: Any, cache: Any, spec: AttentionSpec) -> Any:
-    """Shards a cache made from `whole_of(base)` the way `base` is sharded."""
-    if isinstance(base, ShardedHeads):
-        return ShardedHeads(place(cache, base.layout), base.layout, base.copies)
-    if isinstance(base, ShardedSlots):
-        return ShardedSlots.create(cache, base.layout, spec.window)
-    return cache
-
-
-def store(entries: Entries, dtype: str | None) -> Entries:
-    """Entries in the given dtype; unchanged for None, and if they are quantized or bit patterns."""
-    if dtype is None or isinstance(entries, Quantized | Bits):
-        return entries
-    return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
+        packed = (cast(take(part, source, live), dtype) for part in (base.k, base.v))
+        return spread_like(
+            prefilled.base, DenseCache(*packed, **common, positions=positions), spec.window
+        )

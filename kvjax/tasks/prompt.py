@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvjax.data_files import read_text
 from kvjax.paths import local_path
 from kvjax.tasks import words
 from kvjax.tasks.words import Vocabulary, WordVocabulary
@@ -55,46 +56,45 @@ class Context:
 
 def strew(
     rng: np.random.Generator,
-    vocab: Vocabulary,
     facts: Sequence[Sequence[int]],
     length: int | None,
-    question: Sequence[int] = (),
-    depths: Sequence[float] | None = None,
-    filler: Filler | None = None,
+    before: Sequence[int],
+    after: Sequence[int],
+    depths: Sequence[float] | None,
+    filler: Filler,
 ) -> Context:
-    """Places facts between the sentences of a filler text, and the question at the end.
+    """Places facts between the sentences of a filler text.
 
     Args:
         facts: token ids of each fact.
-        length: tokens of the prompt, with the beginning-of-sequence token and the question;
-            None for a prompt without filler.
-        question: token ids.
+        length: tokens of the whole prompt; None for a prompt without filler.
+        before: token ids that begin the prompt: <bos>, the chat template, an instruction.
+        after: token ids that end it: the question and the beginning of the answer.
         depths: the place of each fact, 0 (start) to 1 (end), moved to the nearest end of a filler
             sentence; None for random places.
-        filler: makes the text around the facts; None for the grammar.
+        filler: makes the text around the facts.
 
     Raises:
-        ValueError: `length` cannot hold the facts and the question.
+        ValueError: `length` cannot hold the facts and what stands before and after.
     """
-    start = [] if vocab.bos_id is None else [vocab.bos_id]
-    shortest = len(start) + len(question) + sum(map(len, facts))
+    shortest = len(before) + len(after) + sum(map(len, facts))
     room = 0 if length is None else length - shortest
     if room < 0:
         raise ValueError(f"got length {length}, expected ≥ {shortest} for facts and question")
-    pieces = sentences(rng, vocab, room) if filler is None else filler(rng, room)
+    pieces = filler(rng, room)
     places = rng.random(len(facts)).tolist() if depths is None else depths
     # Facts go between filler sentences: the gap that is nearest to each depth.
     ends = np.cumsum([0, *map(len, pieces)])
     gaps = [int(np.abs(ends - depth * room).argmin()) for depth in places]
-    ids, spans = start, [(0, 0)] * len(facts)
+    ids, spans = list(before), [(0, 0)] * len(facts)
     # Facts with the same gap keep their order.
     for gap in range(len(pieces) + 1):
         for index in (i for i, g in enumerate(gaps) if g == gap):
             spans[index] = (len(ids), len(ids) + len(facts[index]))
-            ids = ids + list(facts[index])
+            ids += facts[index]
         if gap < len(pieces):
-            ids = ids + pieces[gap]
-    return Context((*ids, *question), tuple(spans))
+            ids += pieces[gap]
+    return Context((*ids, *after), tuple(spans))
 
 
 def sentence(rng: np.random.Generator) -> str:
@@ -109,11 +109,20 @@ def _fill(part: str, draw: float) -> str:
     return part if choices is None else choices[int(draw * len(choices))]
 
 
-def sentences(rng: np.random.Generator, vocab: Vocabulary, length: int) -> list[list[int]]:
-    """Random sentences, `length` tokens in total; the last sentence is cut."""
+def sentences(
+    rng: np.random.Generator,
+    length: int,
+    vocab: Vocabulary,
+    say: Callable[[np.random.Generator], str] = sentence,
+) -> list[list[int]]:
+    """Random sentences, `length` tokens in total; the last sentence is cut.
+
+    Args:
+        say: makes a sentence.
+    """
     pieces = []
     while length > 0:
-        piece = vocab.encode(sentence(rng))[:length]
+        piece = vocab.encode(say(rng))[:length]
         pieces.append(piece)
         length -= len(piece)
     return pieces
@@ -158,21 +167,16 @@ class Haystack:
 
 
 def read_haystack(path: str | Path, vocab: Vocabulary) -> Haystack:
-    """Reads a haystack from a UTF-8 text file.
+    """Reads a haystack from a UTF-8 text file, plain or packed (.gz, .xz).
 
     Raises:
-        ValueError: a missing file, a URL, or a text that is not UTF-8.
+        ValueError: a missing or damaged file, a URL, or a text that is not UTF-8.
     """
     path = local_path(path, "the haystack")
     if not path.is_file():
         raise ValueError(f"no haystack file at {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the haystack {path} is not UTF-8 text: {error}") from None
-    sentences = SENTENCE_END.split(" ".join(text.split()))
-    pieces = tuple(tuple(vocab.encode(sentence)) for sentence in sentences if sentence)
-    return Haystack(path.name, tuple(piece for piece in pieces if piece))
+    found = [text for text in SENTENCE_END.split(" ".join(read_text(path).split())) if text]
+    return Haystack(path.name, tuple(tuple(ids) for ids in vocab.encode_each(found) if ids))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ tokenizer of the embedded model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
-from kvjax.text import ids_after
+from kvjax.text import ids_after, ids_around, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -121,6 +121,20 @@ class Vocabulary(Protocol):
         """Token ids of a text."""
         ...
 
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, faster than one by one."""
+        ...
+
+    def writes(self, text: str) -> bool:
+        """Whether the ids of a text stand for it, with other spaces and capitals at most."""
+        ...
+
+    def around(
+        self, before: str, after: str, answer_prefix: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a prompt before and after a long text, see `kvjax.text.ids_around`."""
+        ...
+
 
 @dataclass(frozen=True)
 class WordVocabulary:
@@ -159,6 +173,20 @@ class WordVocabulary:
         """Ids of the space-separated words of `text`; unknown words get `unknown_id`."""
         return [self._ids.get(word, self.unknown_id) for word in text.split()]
 
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return list(map(self.encode, texts))
+
+    def writes(self, text: str) -> bool:
+        """Whether every word of `text` has a token."""
+        return self.unknown_id not in self.encode(text)
+
+    def around(
+        self, before: str, after: str, answer_prefix: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """<bos> and the words before a long text, and the words after it."""
+        return [self.bos_id, *self.encode(before)], self.encode(f"{after} {answer_prefix}")
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The words, joined by spaces."""
         return " ".join(self.tokens[index] for index in ids)
@@ -166,14 +194,20 @@ class WordVocabulary:
 
 @dataclass(frozen=True)
 class TokenizerVocabulary:
-    """Adapts a tokenizer of transformers to `Vocabulary`."""
+    """Adapts a tokenizer of transformers to `Vocabulary`.
+
+    Attributes:
+        chat: prompts are inside the chat template.
+    """
 
     tokenizer: Any
+    chat: bool = False
 
     @property
     def bos_id(self) -> int | None:
-        """The token that starts a prompt, if the tokenizer has one."""
-        return self.tokenizer.bos_token_id
+        """The token that starts a prompt, if the tokenizer has one and puts it before a text."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos in prompt_ids(self.tokenizer, "") else None
 
     @property
     def size(self) -> int:
@@ -184,11 +218,39 @@ class TokenizerVocabulary:
         """Ids of a piece of text as it stands within a sentence: after a space."""
         return ids_after(self.tokenizer, f" {text}")
 
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, for many texts."""
+        if not texts:
+            return []
+        # Some tokenizers put a space before any text: `encode` then gives the ids without ours.
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        space = "" if plain == self.encode("a") else " "
+        given = [space + text for text in texts]
+        return self.tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def writes(self, text: str) -> bool:
+        """Whether the ids of a text stand for it, with other spaces and capitals at most."""
+        ids = self.encode(text)
+        if getattr(self.tokenizer, "unk_token_id", None) in ids:
+            return False
+        written = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return _bare(written) == _bare(text)
+
+    def around(
+        self, before: str, after: str, answer_prefix: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a prompt before and after a long text, see `kvjax.text.ids_around`."""
+        return ids_around(self.tokenizer, before, after, answer_prefix, self.chat)
+
     @functools.cached_property
     def ordinary_ids(self) -> list[int]:
         """All ids except those of special and added tokens."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return [index for index in range(self.size) if index not in special]
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split()).casefold()
 
 
 def to_transformers(vocab: WordVocabulary, max_length: int) -> PreTrainedTokenizerFast:

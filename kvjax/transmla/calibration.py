@@ -26,7 +26,7 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, attention_input, block_kinds, embed, layer_output
 from kvjax.paths import local_path
-from kvjax.transmla.layer import Heads, attention_weights, gqa_layers, gqa_of, scores
+from kvjax.transmla.layer import Heads, attention_logits, attention_weights, gqa_layers, gqa_of
 
 QUERY_ROWS = 128  # queries whose attention over all keys is in memory at a time
 FORMAT = 3  # files of format 1 do not name the model; those of format 2 have no attended moments
@@ -305,7 +305,7 @@ def _attention(heads: Heads, base: GQAConfig) -> tuple[Float[Array, " T"], Float
         start = jnp.minimum(tile * rows, T - rows)
         at = start + jnp.arange(rows, dtype=jnp.int32)
         q = jax.lax.dynamic_slice_in_dim(heads.q, start, rows, 1)
-        weights = attention_weights(scores(q, heads.k, base.scale), at, base)
+        weights = attention_weights(attention_logits(q, heads.k, base.scale), at, base)
         # The last tile overlaps the one before it; queries that were counted count as 0.
         fresh = (at >= tile * rows)[:, None].astype(jnp.float32)
         mass = jnp.sum(weights, axis=1) * fresh[None]

@@ -66,7 +66,7 @@ class JointMoments:
         covariance: E[xᵀx] [W, W], centred in the components that `mean` has.
         mean: [W], zeros for components that are not centred.
         key_metric: [n, n] Σ over heads of E[q_nopeᵀ q_nope]: how an error in k_nope changes the
-            scores.
+            logits.
         value_metric: [K·H, K·H] Σ over heads of W_O W_Oᵀ: how an error in v changes the output.
     """
 
@@ -81,9 +81,9 @@ Metric = Callable[[JointMoments], Float[np.ndarray, "W W"]]
 
 
 def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
-    """Measures errors of keys by the scores, and errors of values by the output.
+    """Measures errors of keys by the attention logits, and errors of values by the output.
 
-    Scores and outputs have different units, so each metric is divided by its trace.
+    Attention logits and outputs have different units, so each metric is divided by its trace.
     """
     return _diagonal(_root(moments.key_metric), _root(moments.value_metric))
 
@@ -113,10 +113,10 @@ class Recipe:
         weighting: how much each token counts in the joint PCA.
         metric: the metric in which the joint PCA measures errors.
         centred: subtract the means of k_nope and v before the PCA. This is exact: a constant in
-            k_nope shifts all scores of a query alike, and a constant in v becomes a bias of the
-            output. Means of keys are kept where scores are soft-capped.
-        refit: fit scores and outputs to those of the original layer by least squares, layer after
-            layer (kvjax.transmla.refit_scores, refit_outputs).
+            k_nope shifts all attention logits of a query alike, and a constant in v becomes a bias
+            of the output. Means of keys are kept where these logits are soft-capped.
+        refit: fit attention logits and outputs to those of the original layer by least squares,
+            layer after layer (kvjax.transmla.refit_queries, refit_outputs).
         biased: fit a bias of the output too.
         recalibrate: measure the moments of the joint PCA in the model with partial RoPE, as the
             published code does.
@@ -248,13 +248,13 @@ def joint_moments(
     Args:
         base, attn: the attention of the layer and its parameters.
         recipe: `weighting`, and whether means are subtracted; those of keys are subtracted only
-            where scores have no soft-cap.
+            where attention logits have no soft-cap.
     """
     K, H, joint = base.num_kv_heads, base.head_dim, partial.joint
     W = K * H
     average, second = recipe.weighting(stats)
     mean = average.copy() if recipe.centred else np.zeros_like(average)
-    if base.softcap is not None:  # a shift of all scores would change the output
+    if base.softcap is not None:  # a shift of all attention logits would change the output
         mean[:W] = 0.0
     # E[(x − m)ᵀ(x − m)], where the means m may be of some components only.
     covariance = second - np.outer(mean, average) - np.outer(average, mean)

@@ -31,7 +31,7 @@ from kvjax.transmla.calibration import LayerStats, Stats, check_moments, merge, 
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
 from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
-from kvjax.transmla.refit_scores import refit_scores
+from kvjax.transmla.refit_queries import refit_queries
 from kvjax.transmla.sizes import (
     Sizes,
     check_query_rank,
@@ -245,7 +245,7 @@ def _decouple_layer(
     low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
     # Least squares against the original layer, on the text as the converted layers give it.
     if recipe.refit:
-        final = refit_scores(block, own, low, original, converted)
+        final = refit_queries(block, own, low, original, converted)
         target = output_target(config, layer, own, original, converted)
         divisor = error_size(config, original, target)
         final = refit_outputs(

@@ -1,9 +1,9 @@
 """One layer: the original one, and the converted one in its two forms and in the absorbed form.
 
-Calibration and the least-squares refits run the original layer with `Heads`, `scores` and
+Calibration and the least-squares refits run the original layer with `Heads`, `attention_logits` and
 `attention_weights`. The converted layer is a `LatentLayer` in fp64. Its parameters have one of two
 forms: `over_heads` ("post") keeps the projections of GQA, `folded` ("fold") multiplies the maps
-into them. For the absorbed form, `cache_entries` computes what is cached, and `latent_scores` the
+into them. For the absorbed form, `cache_entries` computes what is cached, and `latent_logits` the
 logits of queries against the cached entries.
 """
 
@@ -112,7 +112,7 @@ def gqa_of(block: Block) -> GQAConfig:
     return of_kind(block.layer.attention, GQAConfig)
 
 
-def scores(
+def attention_logits(
     q_BQNH: Float[Array, "B Q N H"], k_BSKH: Float[Array, "B S K H"], scale: float
 ) -> Float[Array, "B N Q S"]:
     """Scaled products of rotated queries and keys, before any soft-cap; fp32."""
@@ -125,7 +125,7 @@ def scores(
 def attention_weights(
     s_BNQS: Float[Array, "B N Q S"], at: jax.Array, base: GQAConfig
 ) -> Float[Array, "B N Q S"]:
-    """Softmax of the scores over the keys that each query sees; fp32.
+    """Softmax of the attention logits over the keys that each query sees; fp32.
 
     Args:
         at: [Q] positions of the queries; the keys have positions 0 … S − 1.
@@ -357,7 +357,7 @@ def cache_entries(
     return jnp.einsum("btx,xl->btl", kv, maps.down, precision=HIGHEST), key
 
 
-def latent_scores(
+def latent_logits(
     maps: QueryMaps,
     q: Float[Array, "Q N H"],
     c: Float[Array, "T L"],
@@ -366,7 +366,7 @@ def latent_scores(
     scale: float,
     turn: RopeConfig | None,
 ) -> Float[Array, "N Q T"]:
-    """The scores of queries of one sequence against its cache entries, in the absorbed form.
+    """Attention logits of queries of one sequence and its cache entries, in the absorbed form.
 
     Args:
         q: queries before RoPE.

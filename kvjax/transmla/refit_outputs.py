@@ -35,7 +35,7 @@ from kvjax.transmla.layer import (
     cache_entries,
     gqa_of,
     grouped,
-    latent_scores,
+    latent_logits,
     rows,
 )
 from kvjax.transmla.output_equations import (
@@ -214,7 +214,7 @@ def _features(
     at = jnp.arange(T, dtype=jnp.int32)
     base, rope, heads = gqa_of(block), turn.rope, Heads.of(block, params, x[None])
     c, k_rope = cache_entries(heads, cached, rope)
-    s = latent_scores(maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, rope)
+    s = latent_logits(maps, heads.q[0].astype(jnp.float32), c[0], k_rope[0], at, base.scale, rope)
     weights = attention_weights(s[None], at, base)[0]
     latents = jnp.einsum("nqt,tl->qnl", weights, c[0]).reshape(T, -1)
     return jnp.concatenate([latents, jnp.ones((T, 1), jnp.float32)], axis=1)

@@ -2,9 +2,9 @@
 
 RoPE multiplies κ[t, i, j] = k[t, j, i] + i·k[t, j, i + R/2], frequency i of KV head j, by
 e^(i·t·θ_i), the same for every head. So the keys of all heads are one key of f·K complex
-components. An invertible map within one frequency leaves the scores unchanged if the queries get
-its inverse. A basis that gathers the energy in few components lets the others lose RoPE at a small
-error.
+components. An invertible map within one frequency leaves the attention logits unchanged if the
+queries get its inverse. A basis that gathers the energy in few components lets the others lose RoPE
+at a small error.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.entries import NEG_INF, soft_cap
 from pallas_kernels.plan import Operands, WorkList, combine
-from pallas_kernels.tpu.limits import LANES, padded_rows, row_window
+from pallas_kernels.tpu.limits import LANES, padded_rows, row_span
 
 
 class Piece(NamedTuple):
@@ -132,7 +132,7 @@ class PoolBlocks(Blocks):
         return pl.BlockSpec(shape, index)
 
     def row_spec(self) -> pl.BlockSpec:
-        """A window of [B, 1, rows] that holds the numbers of a piece's rows, and 128 more.
+        """A block of [B, 1, rows] that holds the numbers of a piece's rows, and 128 more.
 
         Rows are lanes here. A DMA of lanes starts at a multiple of 128, but a segment need not.
         """
@@ -143,21 +143,21 @@ class PoolBlocks(Blocks):
             begin = 0 if whole else pl.multiple_of(self._first_lane(piece), LANES)
             return self.array(piece.owner), 0, begin
 
-        shape = 1, 1, row_window(self.pool_rows, self.size)
+        shape = 1, 1, row_span(self.pool_rows, self.size)
         return pl.BlockSpec(shape if whole else tuple(map(pl.Element, shape)), index)
 
     def read_rows(self, ref: Any, piece: Piece) -> jax.Array:
         rows = ref[0]
         if self.size == self.pool_rows:
             return rows
-        # The wanted rows start `shift` lanes into the window: rotate them to the front.
+        # The wanted rows start `shift` lanes into the block: rotate them to the front.
         wide = rows.shape[1]
         shift = piece.row - self._first_lane(piece)
         return pltpu.roll(rows, (wide - shift) % wide, axis=1)[:, : self.size]
 
     def _first_lane(self, piece: Piece) -> jax.Array:
-        """Where the window of `row_spec` begins."""
-        last = self.padded_rows() - row_window(self.pool_rows, self.size)
+        """Where the block of `row_spec` begins."""
+        last = self.padded_rows() - row_span(self.pool_rows, self.size)
         return jnp.minimum(piece.row // LANES * LANES, last)
 
     def padded_rows(self) -> int:

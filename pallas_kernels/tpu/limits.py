@@ -55,7 +55,7 @@ def ragged_gqa_decode(
     """Why `ragged_gqa_decode` cannot serve."""
     (B, N, H), P, K = q.shape, k_pool.shape[1], segments.num_heads
     size = block_size(P, sizes["block"])
-    rows = row_window(P, size)
+    rows = row_span(P, size)
     live = None if live is None else (_shape((1, rows), jnp.int32), _shape((B,), jnp.int32))
     blocks = (_block(pool, 1, size, rows) for pool in (k_pool, v_pool))
     x = Operands.of((_shape((1, N // K, H), q.dtype),), (next(blocks),), next(blocks), live)
@@ -191,19 +191,19 @@ def block_size(pool_rows: int, block: int) -> int:
     return fits if fits else pool_rows
 
 
-def row_window(pool_rows: int, size: int) -> int:
+def row_span(pool_rows: int, size: int) -> int:
     """Numbers of rows that a piece of a pool reads: up to 128 more than it has rows.
 
-    The window starts at a multiple of 128, at or before the piece's first row.
+    The first one is a multiple of 128, at or before the piece's first row.
     """
     return pool_rows if size == pool_rows else size + LANES
 
 
 def padded_rows(pool_rows: int, size: int) -> int:
-    """Width that arrays [B, 1, P] of numbers of rows must have: whole lanes, at least a window."""
+    """Width that arrays [B, 1, P] of row numbers must have: whole lanes, at least `row_span`."""
     if size == pool_rows:
         return pool_rows
-    return max(-(-pool_rows // LANES) * LANES, row_window(pool_rows, size))
+    return max(-(-pool_rows // LANES) * LANES, row_span(pool_rows, size))
 
 
 def heads_of_piece(num_heads: int, bytes_per_head: int, piece_bytes: int) -> int:

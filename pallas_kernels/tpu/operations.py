@@ -38,15 +38,15 @@ def gqa_decode(
     size, heads = dense_tiles(k, v, block, piece_bytes)
     blocks = Blocks(size, heads)
 
-    def split(x: jax.Array) -> jax.Array:
+    def grouped(x: jax.Array) -> jax.Array:
         """[B, K, …] to [U, heads, …]."""
         return x.reshape(B * K // heads, heads, *x.shape[2:])
 
-    k, v = jax.tree.map(split, (k, v))
+    k, v = jax.tree.map(grouped, (k, v))
     lengths = jnp.repeat(lengths, K // heads)
     most = lengths.shape[0] * -(-S // size)
     work = flatten(jnp.zeros_like(lengths), lengths, size, most, window, shares)
-    x = Operands.of((split(q.reshape(B, K, N // K, H)),), (k,), v)
+    x = Operands.of((grouped(q.reshape(B, K, N // K, H)),), (k,), v)
     out, lse = attend(x, work, blocks, scale, softcap, shares)
     return out.reshape(B, N, -1), lse.reshape(B, N)
 

@@ -29,8 +29,8 @@ def dense(model, dtype):
 
 def head_budget(model, dtype):
     caps = np.broadcast_to(np.asarray(CAPS, np.int32), (B, LAYERS, K))
-    window, rooms = np.zeros(B, np.int32), np.zeros_like(caps)
-    budgets = Budgets(caps, window, rooms, rooms < 0, SinksAndRecent())
+    recent, rooms = np.zeros(B, np.int32), np.zeros_like(caps)
+    budgets = Budgets(caps, recent, rooms, rooms < 0, SinksAndRecent())
     lengths = np.full(B, 2048, np.int32)
     return compression(model.config, budgets, lengths, 0, dtype, None, range(LAYERS)).start()
 

@@ -8,7 +8,7 @@ import kvjax
 from kvjax.cache import dense, sharded
 
 SHAPES = (None, "data=2,tensor=4")
-POLICIES = ("full", "full:entries=int8", "snapkv:kv_size=14,window=4")
+POLICIES = ("full", "full:entries=int8", "snapkv:kv_size=14,observed=4")
 
 
 def wide(width, platform=None):

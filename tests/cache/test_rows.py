@@ -39,17 +39,17 @@ def test_rooms_are_few():
 def budgets_of(rng, kind):
     """Budgets of a batch of ragged prompts."""
     lengths = rng.integers(1, 3000, B).astype(np.int32)
-    window = rng.integers(1, 33, B).astype(np.int32)
+    recent = rng.integers(1, 33, B).astype(np.int32)
     spread = rng.choice([0, 1, 4])  # all heads alike, or some with much more than others
     caps = rng.random((B, L, K)) ** spread * rng.choice([5, 60, 900])
-    reach = np.minimum(lengths[:, None], np.minimum(LIMITS, 3000)) - window[:, None]
+    reach = np.minimum(lengths[:, None], np.minimum(LIMITS, 3000)) - recent[:, None]
     caps = np.minimum(caps.astype(np.int32), np.maximum(reach, 0)[..., None]).astype(np.int32)
     rooms = np.full((B, L, K), room_bucket(int(rng.integers(1, 300))), np.int32)
     rings = rng.random((B, L, K)) < (0.5 if "rings" in kind else 0)
     rooms = np.where(rings, 8, rooms).astype(np.int32)
     sharing = Adaptive() if "sharing" in kind else None
     again = "every" in kind
-    return lengths, Budgets(caps, window, rooms, rings, SinksAndRecent(), sharing, 0, again)
+    return lengths, Budgets(caps, recent, rooms, rings, SinksAndRecent(), sharing, 0, again)
 
 
 def held_rows(rng, lengths, budgets):
@@ -61,8 +61,8 @@ def held_rows(rng, lengths, budgets):
         return kept
     grown = lengths + 10_000 * budgets.again
     reach = np.minimum(grown[:, None], LIMITS - 1)
-    window = np.minimum(budgets.window[:, None], LIMITS)
-    available = np.maximum(reach - window, 0)
+    recent = np.minimum(budgets.recent[:, None], LIMITS)
+    available = np.maximum(reach - recent, 0)
     held = np.empty((B, L, K), np.int64)
     for b, layer in np.ndindex(B, L):
         most = int(available[b, layer])
@@ -72,7 +72,7 @@ def held_rows(rng, lengths, budgets):
         for turn, head in enumerate(order):
             counts[head] = min(most, -(-left // (K - turn)) if even else left)
             left -= counts[head]
-        held[b, layer] = counts + min(int(grown[b]), int(window[b, layer]))
+        held[b, layer] = counts + min(int(grown[b]), int(recent[b, layer]))
     return held
 
 

@@ -19,14 +19,17 @@ from kvjax.cache import (
     sharded,
     storage,
 )
-from kvjax.cache.pool import bucket_rows
+from kvjax.cache.pool import bucket_rows, least_steps
 from kvjax.cache.room import with_room
 from kvjax.cache.storage import room_bucket, whole_slots
 from kvjax.capacity.devices import Topology
+from kvjax.config import LayerConfig, MLPConfig, ModelConfig
 from kvjax.generation import full_cache_bytes
-from kvjax.mesh import Layout
+from kvjax.mesh import Placement
+from kvjax.policies.compression import Budgets, layer_slots
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
+from kvjax.policies.scorers import SinksAndRecent
 from kvjax.prefill import compressions, read_prompts
 
 BUCKET = 48
@@ -74,11 +77,33 @@ def test_caches_of_which_all_heads_share_the_tokens(new):
     """snapkv keeps 14 of each prompt."""
     model, params = toy(MLA)
     with on_h200():
-        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+        (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,observed=4")
     count = bucket_rows(14) + room_bucket(new)
     assert slots_of(cache) == -(-count // 8) * 8 > count
-    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,window=4")
+    (cache,) = prefilled(model, params, new, "snapkv:kv_size=14,observed=4")
     assert slots_of(cache) == count
+
+
+@pytest.mark.parametrize("lengths", [[1000, 700], [40_000]])
+def test_layers_share_few_sizes(lengths):
+    """Budgets as uneven as HeadKV's: half of the sizes serve, within the bound of a pool."""
+    layers, new = 30, 32
+    model = ModelConfig("llama", 53, 32, (LayerConfig(MLA, MLPConfig(32)),) * layers)
+    kept = np.random.default_rng(0).integers(40, 200, layers) * max(lengths) // 1000
+    shape = len(lengths), layers, 1
+    budgets = Budgets(
+        caps=np.broadcast_to(kept.astype(np.int32)[None, :, None] - 8, shape),
+        recent=np.full(len(lengths), 8, np.int32),
+        rooms=np.full(shape, room_bucket(new), np.int32),
+        rings=np.zeros(shape, bool),
+        scorer=SinksAndRecent(),
+    )
+    slots = layer_slots(model, budgets, np.asarray(lengths, np.int32), new, range(layers))
+    need, held = kept + room_bucket(new), np.asarray([slots[layer] for layer in range(layers)])
+    assert (held >= need).all()
+    assert held.sum() <= sum(count + count // least_steps(count) for count in need.tolist())
+    alone = {bucket_rows(int(count)) + room_bucket(new) for count in kept}
+    assert len(set(held)) <= len(alone) // 2
 
 
 def test_decode_takes_the_kernel():
@@ -110,15 +135,15 @@ def test_more_room():
 def test_slots_on_a_mesh():
     """Whole tiles on every one of four devices."""
     mesh = Topology.parse("h200:4").abstract_mesh({"tensor": 4})
-    layout = Layout.create(mesh, 2)
-    dense = lambda: ShardedHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), layout)  # noqa: E731
-    latent = lambda: ShardedSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), layout, 9)  # noqa: E731
+    placement = Placement.create(mesh, 2)
+    dense = lambda: ShardedHeads.create(DenseCache.create(2, 4, 50, 8, 8, "int8"), placement)  # noqa: E731
+    latent = lambda: ShardedSlots.create(LatentCache.create(2, 50, 8, 8, "int8"), placement, 9)  # noqa: E731
     assert slots_of(jax.eval_shape(dense).inner) == 56
     found = jax.eval_shape(latent).inner
     assert slots_of(found) == found.positions.shape[1] == found.latent.scale.shape[1] == 64
 
 
-CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,window=4", None)]
+CASES = [("full", None), ("full", "data=2,tensor=4"), ("snapkv:kv_size=14,observed=4", None)]
 
 
 @pytest.fixture(scope="module")

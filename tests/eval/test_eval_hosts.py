@@ -9,7 +9,7 @@ import several
 from eval.__main__ import main
 from eval.predictions import PREDICTIONS, RESULTS
 
-POLICIES = ("full", "snapkv:kv_size=16,window=4")
+POLICIES = ("full", "snapkv:kv_size=16,observed=4")
 TIMED = ("seconds", "computed", "date", "commit", "command", "device")
 
 

@@ -162,7 +162,9 @@ def test_answers_end_at_stops(checkpoint):
 
     tokenizer = kvjax.load_tokenizer(checkpoint)
     loaded = LoadedModel("toy", *kvjax.load(checkpoint, dtype="float32"), tokenizer)
-    policies = resolve_all(["snapkv:kv_size=12", "snapkv:kv_size=12,every=4"], loaded.model)
+    policies = resolve_all(
+        ["snapkv:kv_size=12", "snapkv:kv_size=12,compression_interval=4"], loaded.model
+    )
     small, bounded = policies.values()
     model = CompressedLM(loaded, small, batch_size=2)
     prompts = [eval_toys.VOCAB.decode(range(4, 4 + n)) for n in (20, 40, 9)]
@@ -174,7 +176,7 @@ def test_answers_end_at_stops(checkpoint):
     assert cut == [free[0], free[1].split(stop)[0], free[2]]
     with pytest.raises(ValueError, match="beams"):
         model.generate_until([_Request((prompts[0], {"beams": 2}))])
-    with pytest.raises(ValueError, match="every"):
+    with pytest.raises(ValueError, match="compression_interval"):
         CompressedLM(loaded, bounded)
 
 

@@ -1,5 +1,6 @@
 """Long-context tasks: small files of the tests' own, and the real ones where they are."""
 
+import copy
 import gzip
 import json
 import lzma
@@ -10,10 +11,10 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eval import metrics
-from eval.ruler import text as ruler_text
 from eval.task import Item, TaskOptions
 from eval.tasks import babilong, longbench, longchat, loogle, ruler
 from kvjax import data_files
+from kvjax.tasks import english
 
 GENERATED = [name for name in ruler.MAX_NEW_TOKENS if name not in ruler.QUESTIONS]
 
@@ -26,6 +27,9 @@ def byte_tokenizer(vocabulary=None, merges=()):
     fast = tokenizers.Tokenizer(bpe)
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = tokenizers.decoders.ByteLevel()
+    if not vocabulary:
+        start = {"single": "<bos> $A", "special_tokens": [("<bos>", 0)]}
+        fast.post_processor = tokenizers.processors.TemplateProcessing(**start)
     bos = None if vocabulary else "<bos>"
     return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=bos)
 
@@ -354,12 +358,32 @@ class TestRULER:
         with pytest.raises(ValueError, match=r"give squad=FILE"):
             ruler.load(options(tokenizer=tokenizer, lengths=(500,), subsets=("qa_1",)))
         missing = {"haystack": str(tmp_path / "none.txt")}
-        with pytest.raises(ValueError, match=r"no file at .*none\.txt"):
+        with pytest.raises(ValueError, match=r"no haystack file at .*none\.txt"):
             ruler.load(options(tokenizer=tokenizer, lengths=(500,), settings=missing))
 
     def test_more_words_than_there_are(self):
         with pytest.raises(ValueError, match="expected ≤"):
-            ruler_text.words_of(np.random.default_rng(0), ruler_text.POOL + 1)
+            english.words_of(np.random.default_rng(0), english.POOL + 1)
+
+    def test_the_beginning_of_the_answer_begins_the_turn(self, tokenizer):
+        chats = copy.deepcopy(tokenizer)
+        chats.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}Answer> "
+        found = options(tokenizer=chats, lengths=(4000,), count=1, chat=True)
+        for item in ruler.load(found).items:
+            text = tokenizer.decode(item.prompt)
+            assert len(item.prompt) == 4000 and text.startswith("[")
+            question, turn, begun = text.rpartition("?]Answer> ")
+            assert turn and question.count("[") == 1 and begun.endswith(("is", "are"))
+            asked = tokenizer.decode(item.prompt[-item.meta["question_tokens"] :])
+            assert asked.startswith("\n") and asked.endswith(begun)
+
+    def test_keys_of_the_haystack_are_not_asked_for(self, tokenizer):
+        found = options(tokenizer=tokenizer, lengths=(3000,), count=1, subsets=("niah_multikey_2",))
+        (item,) = ruler.load(found).items
+        text = tokenizer.decode(item.prompt)
+        key = text.partition("What is the special magic number for ")[2].partition(" mention")[0]
+        assert text.count(f"One of the special magic numbers for {key} is: ") == 1
+        assert text.count("One of the special magic numbers for ") > 30
 
 
 @pytest.mark.data

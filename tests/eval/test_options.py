@@ -107,6 +107,7 @@ def test_what_a_task_reads_is_taken(name, options):
     assert set(options) & {f.name for f in dataclasses.fields(TaskOptions)} - {
         "settings",
         "seed",
+        "chat",
     } <= set(read)
 
 
@@ -153,7 +154,7 @@ def test_a_chat_template_around_nothing(folder, tmp_path, name, options, message
     with pytest.raises(ValueError, match=message):
         dry_run(loaded.model, loaded.tokenizer, task, Settings(chat=True), "float32")
     assert not (tmp_path / "out").exists()
-    check_form(task, False)
+    check_form(task, Settings())
 
 
 def test_results_say_which_prompts_stay_raw(folder):
@@ -161,7 +162,7 @@ def test_results_say_which_prompts_stay_raw(folder):
 
     loaded, short = toys.loaded(chat=True), {"prompt": "ask", "max_new_tokens": "9"}
     task = load_task("longbench", TaskOptions(data_dir=folder))
-    check_form(task, True)
+    check_form(task, Settings(chat=True))
     for chat, said in ((False, "raw"), (True, "chat, but raw: trec")):
         assert form(encode(task, loaded.tokenizer, loaded.model.config, chat), task) == said
     asked = load_task("gsm8k", TaskOptions(data_dir=folder, settings=short))

@@ -65,7 +65,7 @@ def test_a_full_prefix_gives_what_no_prefix_gives(monkeypatch):
     monkeypatch.setattr(scoring, "PIECE", 16)  # several pieces, the last one not full
     loaded, rows = toys.loaded(), chunks(IDS, LENGTH, LENGTH)
 
-    names = ("full", "snapkv:kv_size=10,window=4")
+    names = ("full", "snapkv:kv_size=10,observed=4")
     policies = [resolve(name, loaded.model.config, None) for name in names]
     full, small = [], []
     for number, part in losses_after_prefix(loaded.model, loaded.params, rows, PREFIX, policies, 3):
@@ -152,7 +152,7 @@ def test_bad_input_is_one_line(folder, capsys):
         (("--prefix", 9, "--stride", 5), "expected one of them"),
         (("--stride", 61), "stride is 61, expected 1 to 60"),
         (("--length", 500), "length is 500, expected 2 to 131"),
-        (("--prefix", 30, "--policy", "pyramidkv:kv_size=9,ring=4"), "ring or every"),
+        (("--prefix", 30, "--policy", "pyramidkv:kv_size=9,ring=4"), "known text needs"),
     ):
         with pytest.raises(SystemExit) as stopped:
             command(folder, *rest)

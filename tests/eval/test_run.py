@@ -29,7 +29,7 @@ from kvjax.policies.importance import HeadScores
 from kvjax.prefill import bucket_length
 from kvjax.text import added_text
 
-POLICIES = ("full", "snapkv:kv_size=12,window=4")
+POLICIES = ("full", "snapkv:kv_size=12,observed=4")
 SETTINGS = Settings(policies=POLICIES, batch_size=3)
 TIMED = ("seconds", "computed", "date", "commit", "command")
 
@@ -173,7 +173,7 @@ def test_other_head_scores_are_another_run(tmp_path):
     toys.SCORES.save(own)
     config = dataclasses.replace(toys.loaded().model.config, source=str(own.parent))
     loaded = dataclasses.replace(toys.loaded(), model=Transformer(config))
-    names = (f"headkv:kv_size=12,window=4,scores={heads}", "headkv:kv_size=12,window=4")
+    names = (f"headkv:kv_size=12,observed=4,scores={heads}", "headkv:kv_size=12,observed=4")
     settings, task = dataclasses.replace(SETTINGS, policies=names), toys.task(2)
     evaluate(loaded, task, settings, tmp_path / "run", quiet=True)
     other = HeadScores(toys.SCORES.samples[::-1])
@@ -305,10 +305,12 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
         ({"policies": ()}, "at least one"),
         ({"batch_size": 0}, "expected ≥ 1"),
         ({"protocol": "guess"}, "expected one of generate"),
-        ({"protocol": "teacher", "chat": True}, "no chat template"),
+        ({"protocol": "teacher", "temperature": 0.5}, "expected temperature 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Settings(**wrong)
+    with pytest.raises(ValueError, match="after the raw prompt of task toy, expected no chat"):
+        run(task, tmp_path, Settings(protocol="teacher", chat=True))
     with pytest.raises(ValueError, match="is not one of full"):
         run(task, tmp_path, Settings(policies=("best",)))
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ def broken(params):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_importance_of_nan_attention_is_refused(loaded, estimator):
     model, params = loaded
-    message = "the scores of example 0 are not finite: layers_1/attn/k has NaN"
+    message = "the measurements of example 0 are not finite: layers_1/attn/k has NaN"
     with pytest.raises(ValueError, match=message):
         score_examples(model, broken(params), EXAMPLES, estimator)
 
@@ -51,9 +51,9 @@ def test_examples_with_tokens_that_the_model_does_not_have(loaded, token, part):
     ids = (*getattr(EXAMPLES[0], part)[:-1], token)
     examples = [EXAMPLES[0], dataclasses.replace(EXAMPLES[0], **{part: ids})]
     policies = {"snapkv": parse_policy("snapkv:kv_size=10")}
-    with pytest.raises(ValueError, match=f"example 1: got token ids .*expected 0 to {VOCAB - 1}"):
+    with pytest.raises(ValueError, match=f"example 1 has token .*expected ids of 0 to {VOCAB - 1}"):
         score_examples(model, params, examples, "copying")
-    with pytest.raises(ValueError, match=f"example 1: got token ids .*expected 0 to {VOCAB - 1}"):
+    with pytest.raises(ValueError, match=f"example 1 has token .*expected ids of 0 to {VOCAB - 1}"):
         compare(model, params, examples, policies)
 
 

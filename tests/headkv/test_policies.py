@@ -155,15 +155,15 @@ def test_eight_bit_entries_under_any_policy(kind, entries):
 @pytest.mark.parametrize("name", ["headkv", "adasnapkv"])
 def test_compression_while_decoding(name):
     """Without anything to evict it changes nothing; with a budget the cache stops growing."""
-    assert run("gqa", f"{name}:kv_size=200,every=7").tokens == dense("gqa")
-    small = run("gqa", f"{name}:kv_size=16,every=8", new=60)
-    longer = run("gqa", f"{name}:kv_size=16,every=8", new=90)
+    assert run("gqa", f"{name}:kv_size=200,compression_interval=7").tokens == dense("gqa")
+    small = run("gqa", f"{name}:kv_size=16,compression_interval=8", new=60)
+    longer = run("gqa", f"{name}:kv_size=16,compression_interval=8", new=90)
     assert longer.cache_bytes == small.cache_bytes
     assert [row[:60] for row in longer.tokens] == small.tokens
     with pytest.raises(NotImplementedError, match="compressed again"):
-        run("mla", "snapkv:kv_size=16,every=8")
+        run("mla", "snapkv:kv_size=16,compression_interval=8")
     with pytest.raises(NotImplementedError, match="watches the prompt"):
-        run("gqa", "h2o:kv_size=16,every=8")
+        run("gqa", "h2o:kv_size=16,compression_interval=8")
 
 
 def test_a_ring_bounds_the_growth_of_low_budget_heads():
@@ -180,7 +180,7 @@ def test_sizes_in_tokens_ratio_and_bytes():
         caps, window = policy.caps(model.config, 64, "float32")
         np.testing.assert_array_equal(caps, [[8, 8], [8, 8]])
         assert window == 8
-    with pytest.raises(ValueError, match="kv_size is 3 and window is 8"):
+    with pytest.raises(ValueError, match="kv_size is 3 and observed is 8"):
         resolve("snapkv:bytes=1000", model.config, None).caps(model.config, 64, "float32")
 
 
@@ -189,7 +189,7 @@ def test_sizes_in_tokens_ratio_and_bytes():
 def test_a_ratio_is_a_share_of_the_prompt_and_not_of_its_bucket(name, kind):
     """Buckets hold 48 and 96 tokens."""
     model, params = build(kind)
-    policy = resolve(f"{name}:ratio=0.5,window=4", model.config, SCORES)
+    policy = resolve(f"{name}:ratio=0.5,observed=4", model.config, SCORES)
     for each in ((33, 40, 48), (65, 80, 96)):
         texts = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in each]
         tokens, lengths = pad(texts, each[-1])
@@ -206,11 +206,11 @@ def test_a_ratio_keeps_what_so_many_tokens_would():
     text = [np.random.default_rng(3).integers(0, 61, 34).tolist()]
     settings = {"max_new_tokens": 24, "eos_ids": ()}
     got, want = (
-        generate(model, params, text, policy=f"snapkv:{size},window=4", **settings).tokens
+        generate(model, params, text, policy=f"snapkv:{size},observed=4", **settings).tokens
         for size in ("ratio=0.5", "kv_size=17")
     )
     assert got == want
-    bucket = generate(model, params, text, policy="snapkv:kv_size=24,window=4", **settings).tokens
+    bucket = generate(model, params, text, policy="snapkv:kv_size=24,observed=4", **settings).tokens
     assert got != bucket
 
 

@@ -106,11 +106,11 @@ def test_lengths_and_room(run):
     caches, _ = run("headkv:kv_size=12")
     policy = resolve("headkv:kv_size=12", SHAPE, SCORES)
     for row, n in enumerate(LENGTHS):
-        caps, window = policy.caps(SHAPE, n, "float32")
+        caps, recent = policy.caps(SHAPE, n, "float32")
         assert caps.sum() == min(12 - 8, max(n - 8, 0)) * 3 * 2
         for index in (0, 2):
             layer = caches[index]
-            expected = np.minimum(caps[index], max(n - window, 0)) + min(n, window)
+            expected = np.minimum(caps[index], max(n - recent, 0)) + min(n, recent)
             np.testing.assert_array_equal(layer.live(layer.given())[row], expected)
             np.testing.assert_array_equal(policy.kept(SHAPE, n)[index], expected)
             np.testing.assert_array_equal(layer.lengths, LENGTHS)
@@ -125,8 +125,8 @@ def test_too_many_tokens_are_refused(run, model, params):
 
 def test_parse():
     assert parse_policy("full") == Full()
-    assert parse_policy("streaming:sinks=2") == Compress(Uniform(), SinksAndRecent(2))
-    assert parse_policy("snapkv:kv_size=64,window=16") == Compress(
+    assert parse_policy("streaming:n_sink=2") == Compress(Uniform(), SinksAndRecent(2))
+    assert parse_policy("snapkv:kv_size=64,observed=16") == Compress(
         Uniform(), ObservationWindow(7), 64, 16
     )
     assert parse_policy("pyramidkv") == Compress(Pyramid(20.0), ObservationWindow(7))
@@ -139,9 +139,23 @@ def test_parse():
         Uniform(), ObservationWindow(7), sharing=Adaptive(0.3)
     )
     assert parse_policy("full:entries=int8") == Full("int8")
-    assert parse_policy("knorm:bytes=4096,every=16") == Compress(
-        Uniform(), KeyNorm(), 0, nbytes=4096, every=16
+    assert parse_policy("knorm:bytes=4096,compression_interval=16") == Compress(
+        Uniform(), KeyNorm(), 0, nbytes=4096, compression_interval=16
     )
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("snapkv:window=16,pool=5", "snapkv:observed=16,kernel_size=5"),
+        ("streaming:sinks=2,every=9", "streaming:n_sink=2,compression_interval=9"),
+        ("h2o:recent=0.25", "h2o:recent_share=0.25"),
+    ],
+)
+def test_parse_accepts_earlier_names(old, new):
+    assert parse_policy(old) == parse_policy(new)
+    with pytest.raises(ValueError, match="observed is given twice"):
+        parse_policy("snapkv:window=16,observed=16")
 
 
 def test_parse_reads_scores(tmp_path):
@@ -172,12 +186,15 @@ def test_parse_reads_scores(tmp_path):
             "ring is 8, which bounds heads whose budget is below the mean",
         ),
         ("adasnapkv:kv_size=64,ring=8", "ring is 8, which bounds heads whose budget is below"),
-        ("snapkv:ring=8,every=8", "ring and every both bound the growth"),
+        (
+            "snapkv:ring=8,compression_interval=8",
+            "ring and compression_interval both bound the growth",
+        ),
         ("snapkv:kv_size", "'kv_size' is not understood"),
         ("snapkv:kv_size=1.5", "kv_size is '1.5', expected int"),
         ("headkv:beta=big", "beta is 'big', expected float"),
-        ("snapkv:kv_size=8", "kv_size is 8 and window is 8"),
-        ("snapkv:window=0", "window is 0"),
+        ("snapkv:kv_size=8", "kv_size is 8 and observed is 8"),
+        ("snapkv:observed=0", "observed is 0"),
         ("headkv:scores=nowhere.json", "no head score file at nowhere.json"),
     ],
 )
@@ -236,7 +253,7 @@ class LastTokens(Policy):
         shape = len(lengths), config.num_layers, config.budget_heads
         kept = Budgets(
             caps=np.zeros(shape, np.int32),
-            window=np.full(len(lengths), 12, np.int32),
+            recent=np.full(len(lengths), 12, np.int32),
             rooms=np.full(shape, room_bucket(new_tokens), np.int32),
             rings=np.zeros(shape, bool),
             scorer=SinksAndRecent(),

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from kvjax import runs
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.headkv import HeadScores, load_scores
 
@@ -85,7 +86,7 @@ def test_scores_of_another_model_name_both_shapes(tmp_path, scores):
         ('{"0-0": [], "0-1": [], "0-2": [], "0-3": [], "0-4": []}', "; and 2 heads more; expec"),
         ('{"0-0": [1.0], "0-00": [2.0]}', "2 heads, expected 1 layers x 1 heads = 1"),
         ('{"0--1": [1.0]}', "key '0--1', expected 'layer-head'"),
-        ('{"0-0": [0.1', "not readable as JSON"),
+        ('{"0-0": [0.1', r"heads\.json: not readable as JSON"),
         ('{"0-0": ' + "[" * 100_000, r"heads\.json: not readable as JSON"),
         ('{"0-0": [1%s]}' % ("0" * 5000), r"heads\.json: not readable as JSON"),
     ],
@@ -106,6 +107,16 @@ def test_missing_and_broken_gzip(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"heads\.json\.gz: not readable"):
             load_scores(path)
+
+
+@pytest.mark.parametrize("name", ["heads.json", "heads.json.gz"])
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, scores, monkeypatch, name):
+    path = tmp_path / name
+    scores.save(path)
+    monkeypatch.setattr(runs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        HeadScores(scores.samples * 2).save(path)
+    np.testing.assert_array_equal(load_scores(path).samples, scores.samples)
 
 
 def test_a_meta_companion_that_is_no_object(tmp_path, scores):

@@ -255,7 +255,7 @@ def test_a_broken_index(fake, repository, text, message):
     [
         (["pytorch_model.bin"], "; it has pytorch_model.bin, which kvjax does not read$"),
         (["model.fp16.safetensors"], "; it has model.fp16.safetensors, which kvjax does not"),
-        (["a-Q4.gguf", "b.gguf", "c.gguf", "d.gguf"], "has a-Q4.gguf, b.gguf, c.gguf and 1 more,"),
+        (["a.bin", "b.pth", "c.h5", "d.onnx"], "has a.bin, b.pth, c.h5 and 1 more,"),
         ([], "in the local hub cache$"),
     ],
 )

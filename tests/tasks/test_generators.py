@@ -1,9 +1,11 @@
 """Examples hold what they say: exact lengths, spans on the answer, one right answer."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from kvjax.tasks import WordVocabulary, needle, recall, repeated_spans, two_hop
+from kvjax.tasks import WordVocabulary, make_examples, needle, people, repeated_spans, two_hop
 
 VOCAB = WordVocabulary()
 GENERATORS = [needle.generate, two_hop.generate, repeated_spans.generate]
@@ -30,6 +32,24 @@ def test_length_is_exact_and_the_span_holds_the_answer(generate, length, answer_
         assert contains(example.prompt[start:end], example.answer)
         assert all(0 <= token < VOCAB.size for token in (*example.prompt, *example.answer))
         assert VOCAB.unknown_id not in example.prompt
+
+
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        ("needle", "290b9249e54a"),
+        ("multi_key", "be3eabaeaf52"),
+        ("two_hop", "3e868a4e764b"),
+        ("two_hop_crowded", "0463b2242baf"),
+        ("repeated_spans", "f000a22b59ba"),
+    ],
+)
+def test_prompts_of_the_embedded_model_stay_the_same(task, digest):
+    """Its published figures belong to these prompts."""
+    examples = make_examples(task, VOCAB, 4, 300, seed=2)
+    text = repr([(e.prompt, e.answer, e.span) for e in examples])
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
+    assert all(example.then_eos for example in examples)
 
 
 @pytest.mark.parametrize("generate", GENERATORS)
@@ -90,7 +110,7 @@ def test_distractors_bring_their_own_age():
 
 
 def test_words_of_things_do_not_repeat_in_a_prompt():
-    cast = recall.draw_people(rng(), [12] * 12)
+    cast = people.draw_people(rng(), [12] * 12)
     words = [word for person in cast for word in person.thing.split()]
     assert len(set(words)) == len(words) == 144
     assert len({person.name for person in cast}) == len({person.age for person in cast}) == 12
@@ -98,7 +118,7 @@ def test_words_of_things_do_not_repeat_in_a_prompt():
 
 def test_too_many_people():
     with pytest.raises(ValueError, match="got 49 people, expected ≤ 48"):
-        recall.draw_people(rng(), [1] * 49)
+        people.draw_people(rng(), [1] * 49)
 
 
 def test_repeated_span_ends_with_its_cue_at_random_distances():

@@ -78,7 +78,7 @@ def test_divergence_from_itself_is_zero_and_from_another_is_not():
     apart = sums(model, params, batch, teacher=(model, other, x))
     assert abs(float(same.divergence)) < 1e-5
     inputs, segments = (batch["tokens"], batch["positions"]), batch["segment_ids"]
-    logits = [model.apply({"params": w}, *inputs, segments=segments)[0] for w in (other, params)]
+    logits = [model.apply({"params": w}, *inputs, segment_ids=segments)[0] for w in (other, params)]
     p, q = (np.asarray(jax.nn.log_softmax(leaf), np.float64) for leaf in logits)
     by_hand = ((np.exp(p) * (p - q)).sum(-1) * np.asarray(batch["weights"])).sum()
     np.testing.assert_allclose(float(apart.divergence), by_hand, rtol=1e-4)

@@ -141,7 +141,7 @@ def test_what_cannot_be_calibrated_on(toy, tmp_path):
         ([], "got no batch"),
         ([batches[0], batches[1][:, :5]], "got sequences of 5 tokens after some of 16"),
         ([np.array([1, 2])], r"got a batch of shape \(2,\), expected \[B, T\]"),
-        ([np.array([[1, V]])], "got token ids from 1 to 61, expected 0 to 60"),
+        ([np.array([[1, V]])], "calibration has token 61, expected ids of 0 to 60"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, params, bad)

@@ -42,7 +42,7 @@ def test_half_the_cache_decodes_what_the_forward_says(name):
     H = model.config.layers[0].attention.head_dim
     rope_dim = 4
     sizes = {"kv_rank": K * H - rope_dim, "rope_dim": rope_dim}
-    # Least squares take long to compile: once with every shape of output and of scores.
+    # Least squares take long to compile: once with every shape of output and of logits.
     recipe = BEST if name in ("llama_biases", "gemma2", "qwen3") else CLOSED
     new, weights = convert(model, params, method="decoupled", stats=stats, recipe=recipe, **sizes)
     variables = {"params": weights}
@@ -162,7 +162,12 @@ def test_policies_run_on_what_was_converted():
     prompts = [tokens[0].tolist(), tokens[1, :17].tolist()]
     full = kvjax.generate(new, weights, prompts, max_new_tokens=6, eos_ids=())
     same = kvjax.generate(
-        new, weights, prompts, max_new_tokens=6, eos_ids=(), policy="streaming:kv_size=16,window=8"
+        new,
+        weights,
+        prompts,
+        max_new_tokens=6,
+        eos_ids=(),
+        policy="streaming:kv_size=16,observed=8",
     )
     # 16 tokens hold all that a window of 7 sees: what was dropped, no query would have seen.
     assert same.tokens == full.tokens

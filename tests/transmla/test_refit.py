@@ -12,7 +12,7 @@ from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeCon
 from kvjax.nn import Transformer
 from kvjax.nn.layers import Turn
 from kvjax.nn.transformer import attention_output, block_kind
-from kvjax.transmla import BEST, calibrate, refit_outputs, refit_scores
+from kvjax.transmla import BEST, calibrate, refit_outputs, refit_queries
 from kvjax.transmla.closed_form import close
 from kvjax.transmla.layer import CacheMaps, QueryMaps
 from kvjax.transmla.output_equations import HeadMaps, Normal, Rows
@@ -45,11 +45,11 @@ def problem():
 
 def score_problem(block, own, latent, original, converted):
     """Weighted, centred features and targets of head 0: rows √w·(z ⊗ q) and √w·s."""
-    at = refit_scores.query_positions(T, T)
+    at = refit_queries.query_positions(T, T)
     arrays = own, Turn.of(latent.rope), CacheMaps.of(latent), jnp.asarray(at)
 
     def one(a, b):
-        return refit_scores.score_data(block, *arrays, a, b)
+        return refit_queries.logit_data(block, *arrays, a, b)
 
     data = jax.jit(jax.vmap(one))(original, converted)
     rows, targets = [], []
@@ -71,11 +71,11 @@ def score_problem(block, own, latent, original, converted):
 
 
 def test_scores_are_the_weighted_least_squares(problem, monkeypatch):
-    monkeypatch.setattr(refit_scores, "RIDGE", 0.0)
-    monkeypatch.setattr(refit_scores, "ITERATIONS", 300)
+    monkeypatch.setattr(refit_queries, "RIDGE", 0.0)
+    monkeypatch.setattr(refit_queries, "ITERATIONS", 300)
     features, target = score_problem(*problem)
     block, own, latent, original, converted = problem
-    fitted = refit_scores.refit_scores(block, own, latent, original, converted)
+    fitted = refit_queries.refit_queries(block, own, latent, original, converted)
 
     def error(layer):
         k_up = layer.k_up[:, 0]  # [L, H]
@@ -168,9 +168,9 @@ def test_outputs_of_inputs_that_hardly_differ(problem, difference):
 
 
 def test_query_positions_end_positionsthe_last():
-    np.testing.assert_array_equal(refit_scores.query_positions(10, 3), [3, 6, 9])
-    np.testing.assert_array_equal(refit_scores.query_positions(4, 100), np.arange(4))
-    assert refit_scores.query_positions(4, 100).dtype == np.int32
+    np.testing.assert_array_equal(refit_queries.query_positions(10, 3), [3, 6, 9])
+    np.testing.assert_array_equal(refit_queries.query_positions(4, 100), np.arange(4))
+    assert refit_queries.query_positions(4, 100).dtype == np.int32
 
 
 def test_a_layer_without_rope_or_softcap_refits_too(problem):
@@ -180,7 +180,7 @@ def test_a_layer_without_rope_or_softcap_refits_too(problem):
     bare = dataclasses.replace(
         latent, key_rope=latent.key_rope[:, :0], query_rope=latent.query_rope[..., :0], rope=None
     )
-    fitted = refit_scores.refit_scores(block, own, bare, original, converted)
+    fitted = refit_queries.refit_queries(block, own, bare, original, converted)
     assert fitted.query_rope.shape == (2, 8, 0) and np.isfinite(fitted.k_up).all()
 
 

@@ -67,8 +67,8 @@ def draw(seed=0, count=50):
     return keys, rng.standard_normal((count, N, H))
 
 
-def scores(base, split, q, k, at_q, at_k):
-    """[N] scores of one query and one key through a split."""
+def logits(base, split, q, k, at_q, at_k):
+    """[N] logits of one query and one key through a split."""
     k = k.reshape(-1)
     k_rope, k_nope = k @ split.key_rope, k @ split.key_nope
     q_rope = np.einsum("nh,nhr->nr", q, split.query_rope)
@@ -80,7 +80,7 @@ def scores(base, split, q, k, at_q, at_k):
     return out + turn(q_rope, at_q * angles) @ turn(k_rope, at_k * angles)
 
 
-def gqa_scores(base, q, k, at_q, at_k):
+def gqa_logits(base, q, k, at_q, at_k):
     q, k = turn_head(base, q, at_q), np.repeat(turn_head(base, k, at_k), N // K, axis=0)
     return np.einsum("nh,nh->n", q, k)
 
@@ -96,8 +96,8 @@ def test_scores_stay_where_everything_rotates(rotation, name):
     assert split.key_rope.shape[1] + split.key_nope.shape[1] == K * H
     for t in range(3):
         args = (queries[t], keys[t + 1], 41, 7 * t)
-        want = gqa_scores(base, *args)
-        np.testing.assert_allclose(scores(base, split, *args), want, rtol=1e-11, atol=1e-10)
+        want = gqa_logits(base, *args)
+        np.testing.assert_allclose(logits(base, split, *args), want, rtol=1e-11, atol=1e-10)
 
 
 def test_any_invertible_map_within_a_frequency_is_exact():
@@ -111,7 +111,7 @@ def test_any_invertible_map_within_a_frequency_is_exact():
     split = rotary.partial_rope(base, rotary.by_energy(stats, odd, len(stats.keys)), stats.turning)
     args = (queries[0], keys[1], 30, 11)
     np.testing.assert_allclose(
-        scores(base, split, *args), gqa_scores(base, *args), rtol=1e-9, atol=1e-9
+        logits(base, split, *args), gqa_logits(base, *args), rtol=1e-9, atol=1e-9
     )
 
 
@@ -128,7 +128,7 @@ def test_what_does_not_rotate_gets_the_constant():
     q, k = queries[0], keys[0]
     chi, kappa = (x[..., :4] + 1j * x[..., 4:] for x in (q, np.repeat(k, N // K, axis=0)))
     want = ((chi * constants).conj() * kappa).real.sum(-1)
-    np.testing.assert_allclose(scores(base, split, q, k, 9, 2), want, rtol=1e-11)
+    np.testing.assert_allclose(logits(base, split, q, k, 9, 2), want, rtol=1e-11)
 
 
 def test_complex_unitaries_gather_at_least_as_much_energy():

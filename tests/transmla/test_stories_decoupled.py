@@ -11,7 +11,7 @@ import pytest
 
 import kvjax
 from kvjax.tasks import perplexity
-from kvjax.transmla import BEST, calibrate, convert, published, refit_scores
+from kvjax.transmla import BEST, calibrate, convert, published, refit_queries
 
 pytestmark = pytest.mark.data
 
@@ -49,8 +49,8 @@ def test_three_quarters_in_closed_form(stories):
 
 @pytest.mark.parametrize(("rank", "bound"), [(24, 7.2), (10, 13.0)])
 def test_half_and_a_quarter(stories, rank, bound, monkeypatch):
-    monkeypatch.setattr(refit_scores, "QUERIES", 1024)  # fewer than the default, for time
-    monkeypatch.setattr(refit_scores, "ITERATIONS", 8)
+    monkeypatch.setattr(refit_queries, "QUERIES", 1024)  # fewer than the default, for time
+    monkeypatch.setattr(refit_queries, "ITERATIONS", 8)
     model, params, stats, held = stories
     part = dataclasses.replace(stats, tokens=stats.tokens[:32])  # a quarter of the text, for time
     assert converted_perplexity((model, params, part, held), 8, rank, BEST) <= bound

@@ -20,10 +20,10 @@ if not os.environ.get("KVJAX_TEST_X64"):
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [2, 7, 1, 8]]
 SCORES = HeadScores(np.random.default_rng(0).random((1, 8, 3)))
-SIZE = "kv_size=8,window=4"
+SIZE = "kv_size=8,observed=4"
 CASES = [
-    ((GQA,), f"headkv_adaptive:{SIZE},every=2"),
-    ((WINDOWED,), "expected:ratio=0.5,window=4,entries=int8"),
+    ((GQA,), f"headkv_adaptive:{SIZE},compression_interval=2"),
+    ((WINDOWED,), "expected:ratio=0.5,observed=4,entries=int8"),
     ((HEAD_LATENTS,), f"pyramidkv:{SIZE}"),
     ((MLA,), "full"),
 ]

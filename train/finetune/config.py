@@ -49,7 +49,7 @@ class TuneConfig:
     the authors' released scripts use 128 sequences a step and one epoch (see docs/finetuning.md).
 
     Attributes:
-        model: checkpoint directory, hub id, or builtin:<name>; converted or not.
+        model: checkpoint directory, .gguf file, hub id, or builtin:<name>; converted or not.
         data: sources as FORMAT:PATH or FORMAT:PATH@WEIGHT, e.g. metamath:meta.jsonl@0.5.
         tokenizer: directory or hub id of the tokenizer; None: that of the model.
         train: parameters to train: kv_only, attention, all, or patterns like "layers_*/attn/q".

@@ -321,6 +321,7 @@ def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path
     dtype = tuning.step.dtype
     params = merged(state, tuning.frozen, dtype)
     check_finite(params, reason=f" in {dtype}; no model is written")
-    kvjax.save(model, params, out, layout=layout_of(config.model))
+    layout = "native" if layout_of(config.model) == "native" else "hf"
+    kvjax.save(model, params, out, layout=layout)
     processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
     return out

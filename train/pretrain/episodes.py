@@ -5,12 +5,13 @@ Sequences are drawn at random from facts about people (`kvjax.tasks`); one kind 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvjax.tasks import prompt, recall, words
+from kvjax.tasks import people, prompt, words
 from kvjax.tasks.words import WordVocabulary
 
 KINDS = ("thing", "age", "older", "two_hop", "copy")
@@ -103,10 +104,10 @@ def _fill_facts(rng, vocab, config, batch, row):
     # People, and the facts about them.
     count = int(rng.integers(config.people[0], config.people[1] + 1))
     low, high = config.answer_length
-    cast = recall.draw_people(rng, rng.integers(low, high + 1, count).tolist())
-    facts = [person.likes() for person in cast]
+    cast = people.draw_people(rng, rng.integers(low, high + 1, count).tolist())
+    facts = [people.likes(person) for person in cast]
     if set(config.kinds) != {"thing"}:
-        facts += [person.is_old() for person in cast]
+        facts += [people.is_old(person) for person in cast]
     facts = [vocab.encode(thin(rng, fact, config.wording)) for fact in facts]
     # Questions, as long as they fit beside the facts.
     room = config.length + 1 - sum(map(len, facts)) - 1
@@ -120,7 +121,9 @@ def _fill_facts(rng, vocab, config, batch, row):
         asked.append((kind, question, answer))
     # The questions stand at the end; facts and filler take all tokens before them.
     at = config.length + 1 - sum(len(q) + len(a) + 1 for _, q, a in asked)
-    batch.tokens[row, :at] = prompt.strew(rng, vocab, facts, at).ids
+    filler = functools.partial(prompt.sentences, vocab=vocab)
+    context = prompt.strew(rng, facts, at, [vocab.bos_id], (), None, filler)
+    batch.tokens[row, :at] = context.ids
     for index, (kind, question, answer) in enumerate(asked):
         text = [*question, *answer, vocab.eos_id]
         batch.tokens[row, at : at + len(text)] = text
@@ -148,14 +151,14 @@ def _draw_kinds(rng, config) -> list[str]:
     return [names[i] for i in chosen]
 
 
-def _ask(rng, kind: str, cast: list[recall.Person]) -> tuple[str, str]:
+def _ask(rng, kind: str, cast: list[people.Person]) -> tuple[str, str]:
     """A question of this kind about random people, and its answer."""
     order = rng.permutation(len(cast))
     a, b = cast[order[0]], cast[order[-1]]
-    right = recall.older(a, b)
+    right = people.older(a, b)
     return {
-        "thing": (recall.ask_thing(a), a.thing),
-        "age": (recall.ask_age(a), str(a.age)),
-        "older": (recall.ask_older(a, b), right.name),
-        "two_hop": (recall.ask_thing_of_older(a, b), right.thing),
+        "thing": (people.ask_thing(a), a.thing),
+        "age": (people.ask_age(a), str(a.age)),
+        "older": (people.ask_older(a, b), right.name),
+        "two_hop": (people.ask_thing_of_older(a, b), right.thing),
     }[kind]

@@ -14,6 +14,7 @@ import kvjax
 import kvjax.hf
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
 from kvjax.extras import pyplot
+from kvjax.runs import write_json
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.recall import TASKS
 from kvjax.tasks.words import to_transformers
@@ -110,10 +111,9 @@ def evaluate(
             rows.append(row)
             print(json.dumps(row), flush=True)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", "-m", "train", *sys.argv[1:]])
         result = {"model": model, "seed": seed, "command": command, "rows": rows}
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(out, result)
     return rows
 
 

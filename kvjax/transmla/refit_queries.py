@@ -1,6 +1,6 @@
-"""Fits the query maps to the original scores: the first least squares after the closed form.
+"""Fits the query maps to the original attention logits: the first fit after the closed form.
 
-With the cached latents and rotary keys fixed, scores are linear in the maps of the queries. The
+With the cached latents and rotary keys fixed, attention logits are linear in the query maps. The
 inputs of the fit are those that the converted layers in front of this one give.
 """
 
@@ -23,27 +23,27 @@ from kvjax.transmla.layer import (
     Heads,
     LatentLayer,
     QueryMaps,
+    attention_logits,
     attention_weights,
     cache_entries,
     gqa_of,
     grouped,
-    latent_scores,
+    latent_logits,
     rows,
-    scores,
 )
 from kvjax.transmla.roots import Root
 
-QUERIES = 8192  # queries whose scores are fitted, spread over all sequences
+QUERIES = 8192  # queries whose attention logits are fitted, spread over all sequences
 ITERATIONS = 8  # steps of the conjugate gradients
 RIDGE = 1e-3  # weight of the distance to the closed form, relative to the curvature
 FLOOR = 1e-5  # least eigenvalue of a moment with unit diagonal; above the rounding of fp32 sums
 
 
-class ScoreData(NamedTuple):
+class LogitData(NamedTuple):
     """The data of one sequence, for Q of its queries.
 
     Attributes:
-        target, weights: [N, Q, T] original scores, and their softmax.
+        target, weights: [N, Q, T] original logits, and their softmax.
         q: [Q, N, H] queries of the converted prefix, before RoPE.
         c, k_rope: [T, L] latents and [T, R] rotated keys of the converted prefix.
     """
@@ -55,16 +55,16 @@ class ScoreData(NamedTuple):
     k_rope: jax.Array
 
 
-def refit_scores(
+def refit_queries(
     block: Block,
     params: dict[str, Any],
     layer: LatentLayer,
     original: Float[Array, "S T D"],
     converted: Float[Array, "S T D"],
 ) -> LatentLayer:
-    """Fits query maps to the original scores, each score weighted by its attention.
+    """Fits query maps to the original attention logits, each weighted by its attention.
 
-    A constant added to all scores of a query costs nothing, because the softmax ignores it. The
+    A constant added to all logits of a query costs nothing, because the softmax ignores it. The
     normal equations are solved by preconditioned conjugate gradients.
 
     Args:
@@ -120,11 +120,11 @@ def _observe(
     at: Int[Array, " Q"],
     original: Float[Array, "S T D"],
     converted: Float[Array, "S T D"],
-) -> tuple[ScoreData, _Moments]:
+) -> tuple[LogitData, _Moments]:
     """The data of all sequences, with axes [groups, g] in front, and their moments."""
 
     def observe(x_pair):
-        return score_data(block, params, turn, cached, at, *x_pair)
+        return logit_data(block, params, turn, cached, at, *x_pair)
 
     data = jax.lax.map(jax.vmap(observe), (grouped(original), grouped(converted)))
     q, c, k_rope = (rows(x, n) for x, n in ((data.q, 2), (data.c, 1), (data.k_rope, 1)))
@@ -166,7 +166,7 @@ class _White(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _solve(
     scale: float,
-    data: ScoreData,
+    data: LogitData,
     white: _White,
     start: QueryMaps,
     turn: Turn,
@@ -174,9 +174,9 @@ def _solve(
 ) -> QueryMaps:
     """The change of the query maps, in white coordinates."""
 
-    def missing(group: ScoreData) -> ScoreData:
+    def missing(group: LogitData) -> LogitData:
         """White data, with the targets that are left after the start."""
-        each = jax.vmap(lambda d: latent_scores(start, d.q, d.c, d.k_rope, at, scale, turn.rope))
+        each = jax.vmap(lambda d: latent_logits(start, d.q, d.c, d.k_rope, at, scale, turn.rope))
         return group._replace(
             target=group.target - each(group),
             q=jnp.einsum("sqnh,nhg->sqng", group.q, white.q),
@@ -192,7 +192,7 @@ def _solve(
         """The gradient of ½ Σ w·(s − target)²: affine in the maps, linear without the target."""
 
         def error(maps, group):
-            each = jax.vmap(_score_error, in_axes=(None, 0, None, None, None, None))
+            each = jax.vmap(_logit_error, in_axes=(None, 0, None, None, None, None))
             return jnp.sum(each(maps, group, with_target, at, scale, turn.rope))
 
         def add(total, group):
@@ -210,7 +210,7 @@ def _solve(
     return jax.scipy.sparse.linalg.cg(normal, step, maxiter=ITERATIONS)[0]
 
 
-def score_data(
+def logit_data(
     block: Block,
     params: dict[str, Any],
     turn: Turn,
@@ -218,7 +218,7 @@ def score_data(
     at: Int[Array, " Q"],
     original: Float[Array, "T D"],
     converted: Float[Array, "T D"],
-) -> ScoreData:
+) -> LogitData:
     """The data of one sequence: targets from the original stream, the rest from the converted one.
 
     Args:
@@ -228,15 +228,15 @@ def score_data(
     """
     base = gqa_of(block)
     want = Heads.of(block, params, original[None]).rotated(base)
-    target = scores(want.q[:, at], want.k, base.scale)
+    target = attention_logits(want.q[:, at], want.k, base.scale)
     have = Heads.of(block, params, converted[None])
     c, k_rope = cache_entries(have, cached, turn.rope)
     weights = attention_weights(target, at, base)
-    return ScoreData(target[0], weights[0], have.q[0, at].astype(jnp.float32), c[0], k_rope[0])
+    return LogitData(target[0], weights[0], have.q[0, at].astype(jnp.float32), c[0], k_rope[0])
 
 
-def _score_error(maps: QueryMaps, data: ScoreData, with_target, at, scale, turn) -> jax.Array:
-    s = latent_scores(maps, data.q, data.c, data.k_rope, at, scale, turn)
+def _logit_error(maps: QueryMaps, data: LogitData, with_target, at, scale, turn) -> jax.Array:
+    s = latent_logits(maps, data.q, data.c, data.k_rope, at, scale, turn)
     error = s - with_target * data.target
     # The best constant for each query.
     error -= jnp.sum(data.weights * error, axis=-1, keepdims=True)

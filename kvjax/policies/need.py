@@ -1,0 +1,166 @@
+"""Budgets from measured need: how much the answer suffers when one head keeps few tokens.
+
+Importance says where an answer's attention falls. It does not say how many tokens a head needs, nor
+does it see the heads that only prepare a retrieval. A curve of need measures both:
+`kvjax.headkv.measure_need` makes the curves, once per model, and `need_caps` divides a budget.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int, Int32
+
+from kvjax.config import ModelConfig
+from kvjax.data_files import read_json
+from kvjax.paths import local_path
+from kvjax.policies.budgets import Request, largest_remainder, water_fill
+from kvjax.runs import write_json
+
+FORMAT = 1
+COMMON = 0.1
+"""Weight of the mean over all heads in each head's curve: other prompts may need other heads. So
+every head gets some tokens before the last doubtful ones go to the heads with measured need."""
+
+
+@dataclass(frozen=True, eq=False)
+class NeedCurves:
+    """For each KV head, the loss of an answer against the number of tokens that the head keeps.
+
+    Attributes:
+        sizes: [P] tokens that the head keeps besides the recent ones; rising from 0. The last one
+            stands for the whole prompt.
+        rises: [L, K, P] mean rise of an answer's negative log-likelihood, nats per answer, over the
+            loss when this head keeps the whole prompt.
+        errors: [L, K, P] standard errors of the rises.
+        meta: origin of the numbers: model, scorer, number and kinds of the prompts.
+    """
+
+    sizes: Int[np.ndarray, " P"]
+    rises: Float64[np.ndarray, ...]
+    errors: Float64[np.ndarray, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        sizes, rises, errors = self.sizes, self.rises, self.errors
+        if sizes.ndim != 1 or len(sizes) < 2 or sizes[0] != 0 or (np.diff(sizes) <= 0).any():
+            raise ValueError(f"sizes are {sizes.tolist()}, expected rising sizes from 0")
+        if rises.ndim != 3 or rises.shape[2] != len(sizes) or errors.shape != rises.shape:
+            raise ValueError(
+                f"rises are {rises.shape} and errors {errors.shape}, expected [layers, heads, "
+                f"{len(sizes)}] both"
+            )
+        if not np.isfinite(rises).all() or not np.isfinite(errors).all() or (errors < 0).any():
+            raise ValueError("rises or errors are not finite, expected finite numbers, errors >= 0")
+
+    @functools.cached_property
+    def falls(self) -> Float64[np.ndarray, "L K steps"]:
+        """Fall of the loss per token between two sizes; never negative, and never rising.
+
+        The falls are those of the lower convex hull: the first tokens of a head that needs eight at
+        once are worth an eighth of what the eight are worth.
+        """
+        values = np.minimum.accumulate(np.maximum(self.rises, 0.0), axis=2)
+        values = (1 - COMMON) * values + COMMON * values.mean(axis=(0, 1))
+        hull = values.copy()
+        for i in range(len(self.sizes)):
+            for k in range(i + 2, len(self.sizes)):
+                inner = self.sizes[i + 1 : k]
+                part = (inner - self.sizes[i]) / (self.sizes[k] - self.sizes[i])
+                chord = values[..., i, None] * (1 - part) + values[..., k, None] * part
+                hull[..., i + 1 : k] = np.minimum(hull[..., i + 1 : k], chord)
+        return -np.diff(hull, axis=2) / np.diff(self.sizes)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the curves as one JSON file, atomically."""
+        write_json(
+            local_path(path, "the file of need curves"),
+            {
+                "format": FORMAT,
+                "sizes": self.sizes.tolist(),
+                "rises": self.rises.tolist(),
+                "errors": self.errors.tolist(),
+                "meta": self.meta,
+            },
+        )
+
+
+def load_need(path: str | Path, model_config: ModelConfig | None = None) -> NeedCurves:
+    """Reads a file of need curves.
+
+    Args:
+        model_config: configuration of the model that the curves are for; its shape is checked.
+
+    Raises:
+        ValueError: the file does not exist or has another format, or the shapes differ.
+    """
+    path = local_path(path, "the file of need curves")
+    if not path.is_file():
+        raise ValueError(f"no file of need curves at {path}")
+    held = read_json(path)
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        found = held.get("format") if isinstance(held, dict) else type(held).__name__
+        raise ValueError(f"{path}: format {found!r}, expected need curves of format {FORMAT}")
+    try:
+        sizes = np.asarray(held["sizes"], np.int64)
+        rises, errors = (np.asarray(held[name], np.float64) for name in ("rises", "errors"))
+        curves = NeedCurves(sizes, rises, errors, held.get("meta", {}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if model_config is not None:
+        check_curves(curves, model_config, str(path))
+    return curves
+
+
+def check_curves(curves: NeedCurves, config: ModelConfig, name: str = "need curves") -> None:
+    """Raises ValueError unless the curves have the model's number of layers and KV heads."""
+    got, expected = curves.rises.shape[:2], (config.num_layers, config.budget_heads)
+    if got != expected:
+        raise ValueError(
+            f"{name}: curves of {got[0]} layers x {got[1]} KV heads, expected {expected[0]} layers "
+            f"x {expected[1]} KV heads as the model has"
+        )
+
+
+def need_caps(
+    curves: NeedCurves, budget: int, limits: Int[np.ndarray, "L 1"]
+) -> Int32[np.ndarray, "L K"]:
+    """Budgets with the sum Σ min(budget, layer's limit), given where they lower the loss the most.
+
+    Tokens are given in the order of the steepest fall per token, over all heads. What is left when
+    no measured loss falls any more is divided evenly.
+    """
+    falls = curves.falls
+    most = np.broadcast_to(limits, falls.shape[:2]).astype(np.int64)
+    total = min(budget * most.size, int(most.sum()))
+    # The tokens of each step between two sizes that a head can use.
+    tokens = np.clip(most[..., None] - curves.sizes[:-1], 0, np.diff(curves.sizes))
+    useful = np.where(falls > 0, tokens, 0).reshape(-1)
+    # Falls of a head never rise, so a stable sort keeps its steps in order.
+    order = np.argsort(-falls.reshape(-1), kind="stable")
+    before = np.cumsum(useful[order]) - useful[order]
+    given = np.zeros_like(useful)
+    given[order] = np.clip(total - before, 0, useful[order])
+    caps = given.reshape(falls.shape).sum(axis=2).astype(np.float64)
+    even = np.full_like(caps, 1 / caps.size)
+    caps = water_fill(caps + (total - caps.sum()) * even, even, most, total)
+    return largest_remainder(caps, total)
+
+
+@dataclass(frozen=True)
+class MeasuredNeed:
+    """Budgets from curves of need, see `need_caps`."""
+
+    curves: NeedCurves
+
+    def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
+        return need_caps(self.curves, request.budget, request.limits)
+
+    def of_layers(self, depth: int) -> MeasuredNeed:
+        """The same for the first `depth` layers."""
+        c = self.curves
+        return MeasuredNeed(NeedCurves(c.sizes, c.rises[:depth], c.errors[:depth], c.meta))
