@@ -40,7 +40,7 @@ from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
-from kvjax.transmla.sizes import Sizes
+from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
 
 PROBES = ("original", "converted")
 """The models whose residual streams an equal-cache conversion compares."""
@@ -49,8 +49,9 @@ STAGES = ("partial_rope", "low_rank", "final")
 HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
 """The residual streams of the held-out text: of the original model, and after each stage."""
 RANGES = {
-    "kv_rank": COUNT,
-    "rope_dim": SIZE,
+    "cache": CACHE,
+    "kv_rank": optional(COUNT),
+    "rope_dim": optional(SIZE),
     "v_head_dim": optional(COUNT),
     "fold": SIZE,
     "calibration_tokens": text.RANGES["tokens"],
@@ -77,8 +78,9 @@ class DecoupledSettings:
     """Read by --method decoupled only.
 
     Attributes:
-        kv_rank: width of the cached latent
-        rope_dim: width of the cached rotary key
+        cache: cached numbers, as a share of those of keys and values; instead of kv_rank
+        kv_rank: width of the cached latent; None: see `kvjax.transmla.sizes.chosen_widths`
+        rope_dim: width of the cached rotary key; None: a third of the cached numbers
         calibration: text, or .npy of token ids [S, T], to calibrate on (required)
         v_head_dim: width of a head's output
         exportable: keep to what DeepSeek-V3's layout can express
@@ -90,8 +92,9 @@ class DecoupledSettings:
         stats: file that keeps the moments, for the next conversion with the same text
     """
 
-    kv_rank: int = 448
-    rope_dim: int = 128
+    cache: float | None = None
+    kv_rank: int | None = None
+    rope_dim: int | None = None
     calibration: Path | None = None
     v_head_dim: int | None = None
     exportable: bool = False
@@ -138,6 +141,7 @@ class DecoupledSettings:
         return settle(
             model,
             tokens,
+            self.cache,
             self.kv_rank,
             self.rope_dim,
             self.v_head_dim,
@@ -146,12 +150,21 @@ class DecoupledSettings:
             self.parsed_recipe,
         )
 
-    def request(self, fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
+    def widths(self, model: Transformer) -> dict[str, Any]:
+        """kv_rank and rope_dim for this model; one number, or one for each layer."""
+        bases = gqa_layers(model)
+        wanted = (self.cache, self.kv_rank, self.rope_dim, self.exportable)
+        return dict(zip(("kv_rank", "rope_dim"), chosen_widths(bases, *wanted), strict=True))
+
+    def request(
+        self, widths: Mapping[str, Any], fit: np.ndarray, held: np.ndarray
+    ) -> dict[str, Any]:
         """Everything except the model that the result depends on, as JSON values.
 
         The files of unfinished conversions hold these keys, so they keep their names.
         """
-        settings = {k: v for k, v in vars(self).items() if k not in ("calibration", "stats")}
+        left_out = ("calibration", "stats", "cache")
+        settings = {k: v for k, v in vars(self).items() if k not in left_out} | widths
         settings = {k.removeprefix("calibration_"): v for k, v in settings.items()}
         digest = hashlib.sha256(fit.tobytes() + held.tobytes()).hexdigest()[:12]
         return {"method": "decoupled", **settings, "text": digest}
@@ -269,9 +282,10 @@ def convert_to_decoupled(
     model = read_model(source)
     fit, held = wanted.read_text(source)
     wanted.settled(model, fit)
+    widths = wanted.widths(model)
     params, stats = open_params(source, dtype, named_mesh(mesh)), None
     model = matching(model, params)
-    request = wanted.request(fit, held) | describe(model, params, dtype)
+    request = wanted.request(widths, fit, held) | describe(model, params, dtype)
     with ConversionFolder(out, request) as folder:
         # Moments of all layers at once are needed only to keep them or to try several folds.
         if wanted.stats is not None or wanted.chooses_fold:
@@ -281,8 +295,7 @@ def convert_to_decoupled(
         calibrated = time.monotonic()
         if wanted.chooses_fold:
             assert stats is not None
-            ranks = {"kv_rank": wanted.kv_rank, "rope_dim": wanted.rope_dim}
-            fold = choose_fold(model, params, stats, held, **ranks)
+            fold = choose_fold(model, params, stats, held, **widths)
             wanted = dataclasses.replace(wanted, fold=fold)
         # Convert, then judge the held-out text with the weights that follow the last layer.
         _write_decoupled_layers(model, params, stats, wanted, fit, held, folder)
@@ -293,8 +306,7 @@ def convert_to_decoupled(
     return {
         "method": "decoupled",
         "recipe": wanted.recipe + f", FreqFold {wanted.fold}" * (wanted.recipe == "published"),
-        "kv_rank": wanted.kv_rank,
-        "rope_dim": wanted.rope_dim,
+        **widths,
         "bytes_per_token_before": before,
         "bytes_per_token_after": after,
         "cache": f"{after / before:.1%}",

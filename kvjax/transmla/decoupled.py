@@ -34,8 +34,10 @@ from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_queries import refit_queries
 from kvjax.transmla.sizes import (
     Sizes,
+    Widths,
     check_query_rank,
     checked_stats,
+    chosen_widths,
     exportable_recipe,
     layer_sizes,
 )
@@ -87,8 +89,9 @@ def to_decoupled(
     params: Mapping[str, Any],
     stats: Stats,
     *,
-    kv_rank: int | Sequence[int] = 448,
-    rope_dim: int | Sequence[int] = 128,
+    cache: float | None = None,
+    kv_rank: Widths | None = None,
+    rope_dim: Widths | None = None,
     v_head_dim: int | None = None,
     q_rank: int | None = None,
     exportable: bool = False,
@@ -101,14 +104,17 @@ def to_decoupled(
     Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
     on the calibration text. docs/decoupled.md has the method and its measurements.
 
-    >>> mla_model, mla_params = to_decoupled(model, params, stats, kv_rank=448, rope_dim=128)
+    >>> mla_model, mla_params = to_decoupled(model, params, stats, cache=0.5)
 
     Args:
         model: with GQA in every layer.
         params: of `model`. On a mesh, the result is placed on the same mesh.
         stats: from `calibrate`, on text of the kind that the model will read.
+        cache: what a token may have in the cache, as a share of its keys and values: above 0, at
+            most 1. It stands for kv_rank + rope_dim numbers.
         kv_rank, rope_dim: widths of the latent and of the rotary key, one number for all layers or
-            one for each. Layers without RoPE have no rotary key, whatever rope_dim is.
+            one for each; see `chosen_widths` for those that are None. Layers without RoPE have no
+            rotary key, whatever rope_dim is.
         v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
             a larger width fits better, at the cost of larger v_up and o. Needs a recipe that
             refits.
@@ -134,7 +140,7 @@ def to_decoupled(
     check_params(params)
     stats = checked_stats(model, stats)
     sizes, recipe, mode = settle(
-        model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
+        model, stats.tokens, cache, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
@@ -155,8 +161,9 @@ def to_decoupled(
 def settle(
     model: Transformer,
     tokens: Int[np.ndarray, "S T"],
-    kv_rank: int | Sequence[int],
-    rope_dim: int | Sequence[int],
+    cache: float | None,
+    kv_rank: Widths | None,
+    rope_dim: Widths | None,
     v_head_dim: int | None,
     exportable: bool,
     mode: str,
@@ -178,6 +185,7 @@ def settle(
         raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(MODES)}")
     if v_head_dim is not None and not recipe.refit:
         raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
+    kv_rank, rope_dim = chosen_widths(bases, cache, kv_rank, rope_dim, exportable)
     if exportable:
         recipe = exportable_recipe(recipe, bases, rope_dim)
         mode = "fold" if mode == "auto" else mode

@@ -91,7 +91,7 @@ def test_partial_rope_is_full_rank_mla():
     rank = 2 * bases.num_kv_heads * bases.head_dim - 8
     seen = []
     for mode, recipe in (("fold", CLOSED), ("post", dataclasses.replace(CLOSED, centred=False))):
-        sizes, recipe, mode = settle(model, stats.tokens, rank, 8, None, False, mode, recipe)
+        sizes, recipe, mode = settle(model, stats.tokens, None, rank, 8, None, False, mode, recipe)
         for stage in ("partial_rope", "low_rank"):
             new, attentions = dict(params), []
             x = embed(model.config, params, stats.tokens)
