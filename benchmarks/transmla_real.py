@@ -3,8 +3,8 @@
     python -m benchmarks.transmla_real MODEL TEXT [--out benchmarks/results/transmla_real.json]
 
 Calibrates on the first sequences of the text and tests on those from its middle; no special tokens.
-rope_dim is chosen by `choose_rope_dim` on the last eighth of the calibration text. The test text is
-read once for each conversion.
+A conversion gets nothing but the calibration and its share of the cache. The test text is read once
+for each conversion.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import numpy as np
 
 import kvjax
 from benchmarks.environment import environment
+from kvjax.config import MLAConfig, of_kind
+from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.tasks import perplexity
-from kvjax.transmla import BEST, Stats, calibrate, choose_rope_dim, convert
-from kvjax.transmla.layer import gqa_layers
+from kvjax.transmla import BEST, Stats, calibrate, convert
 
 RECIPES = {"closed form": dataclasses.replace(BEST, refit=False), "default": BEST}
 
@@ -50,6 +51,12 @@ def batches(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
+def sizes(model: Transformer) -> dict[str, int]:
+    """The widths of the first layer's cache."""
+    attention = of_kind(model.config.layers[0].attention, MLAConfig)
+    return {"kv_rank": attention.kv_lora_rank, "rope_dim": attention.qk_rope_head_dim}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -68,8 +75,6 @@ def main() -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     calibration = sequences(ids, 0, args.calibration, 256)
     test = sequences(ids, len(ids) // 2, args.test, 512)
-    base = gqa_layers(model)[0]
-    whole = 2 * base.num_kv_heads * base.head_dim
     rows: list[dict[str, Any]] = []
 
     def add(**row: Any) -> None:
@@ -82,26 +87,21 @@ def main() -> None:
     start = cpu_seconds()
     stats = calibrate(model, params, batches(calibration, 8))
     add(row="calibrate", cpu_seconds=round(cpu_seconds() - start, 1))
-    cut = len(calibration) - max(len(calibration) // 8, 1)
-    part = calibrate(model, params, batches(calibration[:cut], 8))
     for cache in map(float, args.caches.split(",")):
-        numbers = int(whole * cache)
-        start = cpu_seconds()
-        rope_dim = choose_rope_dim(model, params, part, calibration[cut:][:4], cache=numbers)
-        add(cache=cache, row="choice of rope_dim", cpu_seconds=round(cpu_seconds() - start, 1))
         for name, recipe in RECIPES.items():
             start = cpu_seconds()
             text_of_fits = Stats(stats.layers, stats.tokens[: args.fits])
             new = convert(
-                model, params, "decoupled", stats=text_of_fits, kv_rank=numbers - rope_dim,
-                rope_dim=rope_dim, recipe=recipe,
-            )  # fmt: skip
+                model, params, "decoupled", stats=text_of_fits, cache=cache, recipe=recipe
+            )
             seconds = round(cpu_seconds() - start, 1)
             add(
-                cache=cache, row=name, numbers=numbers, rope_dim=rope_dim,
-                kv_rank=numbers - rope_dim, cpu_seconds=seconds,
+                cache=cache,
+                row=name,
+                cpu_seconds=seconds,
+                **sizes(new[0]),
                 perplexity=perplexity(*new, batches(test, 4)),
-            )  # fmt: skip
+            )
 
 
 if __name__ == "__main__":

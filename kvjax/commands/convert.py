@@ -37,10 +37,11 @@ from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
+from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
+from kvjax.transmla.streams import REPLAY, Streams
 
 PROBES = ("original", "converted")
 """The models whose residual streams an equal-cache conversion compares."""

@@ -9,10 +9,11 @@ from kvjax.nn import Transformer
 from kvjax.transmla.allocation import allocate_sizes, choose_fold, choose_rope_dim
 from kvjax.transmla.calibration import LayerStats, Stats, calibrate
 from kvjax.transmla.closed_form import BEST, UNBIASED, Recipe, published
-from kvjax.transmla.decoupled import REPLAY, to_decoupled
+from kvjax.transmla.decoupled import to_decoupled
 from kvjax.transmla.distill import distill
 from kvjax.transmla.equal_cache import to_equal_cache
 from kvjax.transmla.inits import INITS, Factors, Init, balanced_svd
+from kvjax.transmla.streams import REPLAY
 
 METHODS = ("equal_cache", "decoupled")
 

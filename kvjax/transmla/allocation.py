@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.checks import COUNT, OVERFLOW, SIZE, check_params, check_ranges, token_ids
 from kvjax.config import LayerConfig
-from kvjax.feeding import judge
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kind, embed, layer_output
 from kvjax.transmla import rotary
@@ -21,6 +20,7 @@ from kvjax.transmla.calibration import Stats
 from kvjax.transmla.closed_form import BEST, Recipe, close, published
 from kvjax.transmla.layer import gqa_layers, over_heads, padded
 from kvjax.transmla.sizes import Sizes, checked_stats, components, layer_sizes
+from kvjax.transmla.streams import mean_loss
 
 MOST = 3
 """Different sizes (rank and rope_dim) in a model: each is a kind of layer with its own programs."""
@@ -135,18 +135,7 @@ def _closed_loss(
         config, attn = over_heads(base, own["attn"], close(*args))
         layer = LayerConfig(config, model.config.layers[index].mlp)
         x = layer_output(block_kind(model.config, layer), {**own, "attn": attn}, x)
-    return _mean_loss(model, params, x, tokens)
-
-
-def _mean_loss(
-    model: Transformer,
-    params: Mapping[str, Any],
-    hidden: Float[Array, "S T D"],
-    tokens: Int[np.ndarray, "S T"],
-) -> float:
-    losses, _ = judge(model, params, hidden[:, :-1], tokens[:, 1:])
-    loss = float(np.mean(np.asarray(losses)))
-    return loss if np.isfinite(loss) else np.inf  # min() might choose NaN
+    return mean_loss(model, params, x, tokens)
 
 
 def choose_fold(
@@ -335,4 +324,4 @@ class _Trial:
         return outputs
 
     def _loss(self, hidden: Float[Array, "S T D"]) -> float:
-        return _mean_loss(self.model, self.params, hidden, self.tokens)
+        return mean_loss(self.model, self.params, hidden, self.tokens)

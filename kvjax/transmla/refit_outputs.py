@@ -81,31 +81,41 @@ def refit_outputs(
         sweeps: alternations between the two factors, where V is too small for an exact product.
 
     Returns:
-        The layer with other `v_up`, `out` and `out_bias`.
+        The layer with other `v_up`, `out` and `out_bias`; the same one if the fits only help on the
+        text that they read.
     """
     arrays = (block, params, CacheMaps.of(layer), QueryMaps.of(layer), Turn.of(layer.rope))
-    L, N, _ = layer.k_up.shape
     # The last sequences judge the pull; at the end all of them are fitted.
     cut = len(converted) - len(converted) // HELD_OUT - (1 < len(converted) < HELD_OUT)
     parts = [
         feature_groups(*arrays, converted[own], target[own], size[own])
         for own in (slice(cut), slice(cut, None))
     ]
-    # White coordinates: all features of a head have size 1 and don't depend on each other. Weak
-    # ones stay weak: a head that gives almost all attention to one token says nothing of them, and
-    # other text may take them a thousand times further.
-    roots = [Root.of(gram, WEAK, WEAK) for gram in head_grams(parts[0] + parts[1], N, L)]
+    roots = _white_roots(parts[0] + parts[1], layer)
     inverses = np.stack([root.inverse for root in roots])
-    form = Rows if converted.shape[0] * converted.shape[1] <= N * L else Normal
+    form = Rows if converted.shape[0] * converted.shape[1] <= inverses[..., 0].size else Normal
     fitted, held = (form.of(part, inverses, target.shape[-1]) for part in parts)
     if not biased:
         fitted, held = (part.without_bias(layer.out_bias) for part in (fitted, held))
     v_up = np.stack([root.root for root in roots]) @ np.swapaxes(layer.v_up, 0, 1)
     heads = HeadMaps(v_up, layer.out, layer.out_bias)
     pull = choose_pull(fitted, held, heads.weight)
+    if pull is None and v_head_dim == layer.out.shape[1]:
+        return layer
+    pull = PULLS[-1] if pull is None else pull
     heads = _fit(merged(fitted, held), heads, pull, v_head_dim, sweeps)
     v_up = np.swapaxes(inverses @ heads.v_up, 0, 1)
     return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
+
+
+def _white_roots(groups: Sequence[Group], layer: LatentLayer) -> list[Root]:
+    """Coordinates in which all features of a head have size 1 and don't depend on each other.
+
+    Weak features stay weak: a head that gives almost all attention to one token says nothing of
+    them, and other text may take them a thousand times further.
+    """
+    L, N, _ = layer.k_up.shape
+    return [Root.of(gram, WEAK, WEAK) for gram in head_grams(groups, N, L)]
 
 
 def _fit(
@@ -134,20 +144,27 @@ def _fit(
     return heads
 
 
-def choose_pull(fitted: Equations, held: Equations, start: Float[np.ndarray, "F D"]) -> float:
+def choose_pull(
+    fitted: Equations, held: Equations, start: Float[np.ndarray, "F D"]
+) -> float | None:
     """The least weight of the distance to the start that held-out rows allow.
 
     The error of one layer tells little about the loss of the model, so differences of less than
-    `MARGIN` don't count: then the fit that changes more is taken, which also repairs more of what
-    earlier layers lost.
+    `MARGIN` between fits don't count: then the fit that changes more is taken, which also repairs
+    more of what earlier layers lost.
 
     Args:
         fitted, held: white equations of two parts of the text; `held` may have no rows.
         start: W before the fit.
+
+    Returns:
+        One of PULLS; None if every fit has a larger held-out error than the start itself.
     """
     if held.empty:
         return 1.0
     errors = [held.error(fitted.ridge(start, pull)) for pull in PULLS]
+    if min(errors) >= held.error(start):
+        return None
     allowed = (1 + MARGIN) * min(errors)
     choices = zip(PULLS, errors, strict=True)
     return next((pull for pull, error in choices if error <= allowed), PULLS[-1])
