@@ -30,7 +30,6 @@ from kvjax.commands.checkpoints import (
 )
 from kvjax.commands.unfinished import ConversionFolder, check_out, describe
 from kvjax.config import LayerConfig, ModelConfig
-from kvjax.feeding import judge
 from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer, param_shapes
@@ -38,10 +37,11 @@ from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output,
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
+from kvjax.transmla.depth import best_depth, depths
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
-from kvjax.transmla.streams import REPLAY, Streams
+from kvjax.transmla.streams import REPLAY, Streams, mean_loss
 
 PROBES = ("original", "converted")
 """The models whose residual streams an equal-cache conversion compares."""
@@ -49,6 +49,8 @@ STAGES = ("partial_rope", "low_rank", "final")
 """The steps of a decoupled layer, in order; see `ConvertedLayer`."""
 HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
 """The residual streams of the held-out text: of the original model, and after each stage."""
+DEPTH = "held_depth_"
+"""Begins the names of held-out streams with some first layers fitted, and the others not."""
 RANGES = {
     "cache": CACHE,
     "kv_rank": optional(COUNT),
@@ -269,8 +271,9 @@ def convert_to_decoupled(
         mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
-        Settings, perplexity on held-out sequences before and after every step, cache bytes per
-        token before and after, seconds, and the process's peak memory in bytes.
+        Settings, perplexity on held-out sequences before and after every step, the number of layers
+        that kept their fits (these sequences decide it), cache bytes per token before and after,
+        seconds, and the process's peak memory in bytes.
 
     Raises:
         ValueError: no calibration file; `out` is not empty, or holds an unfinished conversion with
@@ -301,7 +304,10 @@ def convert_to_decoupled(
         # Convert, then judge the held-out text with the weights that follow the last layer.
         _write_decoupled_layers(model, params, stats, wanted, fit, held, folder)
         top = _write_outside_layers(model, params, folder)
-        perplexities = _perplexities(model, top, folder.finished.streams, held)
+        fitted = _fitted_layers(model, top, folder.finished.streams, held)
+        if fitted < model.config.num_layers:
+            folder.take_other(fitted)
+        perplexities = _perplexities(model, top, folder.finished.streams, fitted, held)
         new_model = folder.complete(model, model.config.source)
     before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
     return {
@@ -312,6 +318,7 @@ def convert_to_decoupled(
         "bytes_per_token_after": after,
         "cache": f"{after / before:.1%}",
         **perplexities,
+        **({"fitted_layers": fitted} if wanted.parsed_recipe.refit else {}),
         "calibration_tokens": int(fit.size),
         "held_out_tokens": int(held.size),
         **({} if stats is None else {"seconds_calibration": round(calibrated - start, 1)}),
@@ -333,13 +340,14 @@ def _write_decoupled_layers(
     sizes, recipe, mode = wanted.settled(model, fit)
     done = len(folder.finished.attention)
     if done:
-        replayed = Streams(*(folder.finished.streams[name] for name in Streams._fields))
-        steps = {name: folder.finished.streams[name] for name in HELD_OUT}
+        streams = dict(folder.finished.streams)
+        replayed, steps = Streams(*(streams.pop(name) for name in Streams._fields)), streams
     else:
         # One call for both texts: the embedding is read from disk once.
         x = embed(model.config, params, np.concatenate([fit, held]))
         replayed = Streams(x[: len(fit)], x[: len(fit)])
-        steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
+        partly = depths(model.config.num_layers)[1:-1] if recipe.refit else []
+        steps = dict.fromkeys((*HELD_OUT, *(DEPTH + str(d) for d in partly)), x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, replayed, done)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task("converting", total=model.config.num_layers, completed=done)
@@ -347,37 +355,75 @@ def _write_decoupled_layers(
             steps = _advance(model.config, layer, steps)
             config, attn = layer.attention(layer.final)
             check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
-            streams = layer.streams._asdict() | steps
-            folder.write_layer({**layer.source, "attn": attn}, config, streams)
+            streams, other = layer.streams._asdict() | steps, None
+            if recipe.refit:
+                closed, closed_attn = layer.attention(layer.low_rank)
+                other = {**layer.source, "attn": closed_attn}, closed
+            folder.write_layer({**layer.source, "attn": attn}, config, streams, other)
             bar.advance(task)
             # Without this, two layers would be in memory while the next one is read.
-            del layer, attn
+            del layer, attn, other
 
 
 def _advance(
     config: ModelConfig, converted: ConvertedLayer, steps: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Runs the held-out text through one layer of the original model and of every stage."""
+    """Runs the held-out text through one layer of the original model, every stage and depth."""
     layer, own = config.layers[converted.index], converted.source
-    new = {HELD_OUT[0]: layer_output(block_kind(config, layer), own, steps[HELD_OUT[0]])}
-    for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
+    forms = {"original": (layer, own)}
+    for stage in STAGES:
         attention, attn = converted.attention(getattr(converted, stage))
-        changed = LayerConfig(attention, layer.mlp)
-        new[name] = layer_output(block_kind(config, changed), {**own, "attn": attn}, steps[name])
+        forms[stage] = LayerConfig(attention, layer.mlp), {**own, "attn": attn}
+
+    def form(name: str) -> tuple[LayerConfig, dict[str, Any]]:
+        if name.startswith(DEPTH):
+            fitted = converted.index < int(name.removeprefix(DEPTH))
+            return forms["final" if fitted else "low_rank"]
+        return forms[name.removeprefix("held_")]
+
+    new = {}
+    for name, x in steps.items():
+        changed, params = form(name)
+        new[name] = layer_output(block_kind(config, changed), params, x)
     return new
 
 
-def _perplexities(
+def _fitted_layers(
     model: Transformer, top: dict[str, Any], streams: Mapping[str, jax.Array], held: np.ndarray
+) -> int:
+    """The number of first layers that keep their fits, see `kvjax.transmla.depth`."""
+    names = _depth_names(model.config.num_layers)
+    if not all(name in streams for name in names.values()):
+        return model.config.num_layers  # a recipe that fits nothing
+    return best_depth({d: mean_loss(model, top, streams[n], held) for d, n in names.items()})
+
+
+def _depth_names(layers: int) -> dict[int, str]:
+    """The held-out stream of every depth."""
+    ends = {0: "held_low_rank", layers: "held_final"}
+    return {depth: ends.get(depth, DEPTH + str(depth)) for depth in depths(layers)}
+
+
+def _perplexities(
+    model: Transformer,
+    top: dict[str, Any],
+    streams: Mapping[str, jax.Array],
+    fitted: int,
+    held: np.ndarray,
 ) -> dict[str, float]:
-    """perplexity_<step> of the held-out text, for the original model and every stage."""
-    losses = (judge(model, top, streams[name][:, :-1], held[:, 1:])[0] for name in HELD_OUT)
-    means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
+    """perplexity_<step> of the held-out text: the original model, and every stage.
+
+    Args:
+        fitted: the number of layers that keep their fits in the final model.
+    """
     names = ("original", *STAGES)
-    for name, mean in zip(names, means, strict=True):
+    chosen = dict(zip(names, HELD_OUT, strict=True))
+    chosen["final"] = _depth_names(model.config.num_layers)[fitted]
+    means = {n: np.exp(mean_loss(model, top, streams[chosen[n]], held)) for n in names}
+    for name, mean in means.items():
         if not np.isfinite(mean):
             raise ValueError(f"perplexity_{name} is {mean}, expected a number: {OVERFLOW}")
-    return {f"perplexity_{n}": round(float(mean), 4) for n, mean in zip(names, means, strict=True)}
+    return {f"perplexity_{name}": round(float(mean), 4) for name, mean in means.items()}
 
 
 def _write_outside_layers(

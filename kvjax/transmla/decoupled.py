@@ -1,7 +1,7 @@
 """GQA → multi-head latent attention with a smaller cache (TransMLA v3 to v5, arXiv 2502.07864).
 
 `to_decoupled` converts a model in memory. `decouple_layers` converts one layer after the other, for
-checkpoints that are read and written a layer at a time; there, fits are kept in all layers.
+checkpoints that are read and written a layer at a time; it fits all layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvjax.nn.transformer import (
 )
 from kvjax.transmla.calibration import Stats, check_moments
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
-from kvjax.transmla.depth import Attention, FittedDepth, held_out
+from kvjax.transmla.depth import Attention, FittedDepth, divided
 from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_queries import refit_queries
@@ -89,13 +89,14 @@ def to_decoupled(
     exportable: bool = False,
     mode: str = "auto",
     recipe: Recipe = BEST,
+    held_out: Int[np.ndarray, "H T"] | None = None,
     progress: Callable[[ConvertedLayer], None] | None = None,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Converts GQA layers to latent attention that caches kv_rank + rope_dim numbers per token.
 
     Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
-    on the calibration text for as many first layers as lower the loss on every eighth sequence,
-    which the least squares don't read. docs/decoupled.md has the method and its measurements.
+    on the calibration text, in as many first layers as lower the loss on held-out text.
+    docs/decoupled.md has the method and its measurements.
 
     >>> mla_model, mla_params = to_decoupled(model, params, stats, cache=0.5)
 
@@ -119,6 +120,9 @@ def to_decoupled(
             projections and norms of GQA and applies the maps after them. "auto" folds layers
             without QK-norm.
         recipe: the steps of the conversion, see `Recipe`.
+        held_out: int32 token ids that decide how many layers are fitted, see
+            `kvjax.transmla.depth`; with no sequences all are. None: every eighth sequence of the
+            calibration, which is then not fitted.
         progress: called after every layer, in closed form and then with fits.
 
     Returns:
@@ -137,7 +141,7 @@ def to_decoupled(
     )
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
-    converted = _convert(model, params, stats, sizes, recipe, mode, progress)
+    converted = _convert(model, params, stats, sizes, recipe, mode, held_out, progress)
     if q_rank is not None:
         for index, (config, attn) in enumerate(converted):
             second = stats.layers[index].input_second
@@ -153,6 +157,7 @@ def _convert(
     sizes: Sequence[Sizes],
     recipe: Recipe,
     mode: str,
+    held_out: Int[np.ndarray, "H T"] | None,
     progress: Callable[[ConvertedLayer], None] | None,
 ) -> list[Attention]:
     """Every layer in closed form; then fits of the first ones, as far as they lower the loss."""
@@ -167,7 +172,7 @@ def _convert(
     closed = list(layers(dataclasses.replace(recipe, refit=False), stats.tokens))
     if not recipe.refit:
         return closed
-    read, judging = held_out(stats.tokens)
+    read, judging = divided(stats.tokens) if held_out is None else (stats.tokens, held_out)
     depth, fitted = FittedDepth(model, params, closed, judging), list[Attention]()
     for attention in layers(recipe, read):
         fitted.append(attention)

@@ -23,15 +23,15 @@ from kvjax.transmla.streams import mean_loss, replay
 HELD_OUT = 8
 """One calibration sequence in HELD_OUT is held out."""
 JUDGES = 8
-"""Most held-out sequences whose loss is measured."""
+"""Most sequences of the calibration text that are judged."""
 MISSES = 2
-"""Depths in a row that may be worse than the best one before the search ends."""
+"""Measured depths after the best one before the search ends."""
 
 Attention = tuple[AttentionConfig, dict[str, Any]]
 """The attention of a converted layer: configuration and parameters."""
 
 
-def held_out(tokens: Int[np.ndarray, "S T"]) -> tuple[np.ndarray, np.ndarray]:
+def divided(tokens: Int[np.ndarray, "S T"]) -> tuple[np.ndarray, np.ndarray]:
     """The sequences to fit and the ones to judge with, spread over the text.
 
     A single sequence is fitted, and none is left to judge.
@@ -43,8 +43,33 @@ def held_out(tokens: Int[np.ndarray, "S T"]) -> tuple[np.ndarray, np.ndarray]:
     return tokens[~judges], held[:: -(-len(held) // JUDGES) or 1]
 
 
+def depths(layers: int) -> list[int]:
+    """The depths that are measured: 0, 1, 2, 4, 8 … and all layers."""
+    return [0, *(1 << power for power in range(layers.bit_length()) if 1 << power < layers), layers]
+
+
+def best_depth(losses: Mapping[int, float]) -> int:
+    """The depth with the least loss, of those before the search ends.
+
+    Args:
+        losses: by depth, in the order of `depths`.
+    """
+    seen = dict[int, float]()
+    for depth, loss in losses.items():
+        seen[depth] = loss
+        if _ended(seen):
+            break
+    return min(seen, key=lambda depth: seen[depth])
+
+
+def _ended(losses: Mapping[int, float]) -> bool:
+    """Whether the last MISSES losses are no better than one before."""
+    values = list(losses.values())
+    return values.index(min(values)) < len(values) - MISSES
+
+
 class FittedDepth:
-    """The best number of fitted layers so far, measured at 1, 2, 4, 8 … layers and at all of them.
+    """Measures depths while layers are fitted, so that no layer is fitted in vain.
 
     Attributes:
         best: the number of first layers that keep their fits.
@@ -78,12 +103,10 @@ class FittedDepth:
             self.best = self.done
             return not last
         self._hidden = self._run(self.done - 1, fitted, self._hidden)
-        if self.done & (self.done - 1) and not last:  # not a power of two
-            return True
-        self.losses[self.done] = self._loss()
-        self.best = min(self.losses, key=lambda depth: self.losses[depth])
-        worse = [depth for depth in self.losses if depth > self.best]
-        return not last and len(worse) < MISSES
+        if self.done in depths(len(self.closed)):
+            self.losses[self.done] = self._loss()
+            self.best = best_depth(self.losses)
+        return not last and not _ended(self.losses)
 
     def _loss(self) -> float:
         """The loss with the layers so far fitted and all others in closed form."""

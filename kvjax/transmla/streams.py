@@ -114,7 +114,7 @@ def mean_loss(
         hidden: the stream after the last layer.
     """
     losses, _ = judge(model, params, hidden[:, :-1], tokens[:, 1:])
-    loss = float(np.mean(np.asarray(losses)))
+    loss = float(np.asarray(losses, np.float64).mean())
     return loss if np.isfinite(loss) else np.inf  # min() might choose NaN
 
 

@@ -7,7 +7,7 @@ import pytest
 from calibrated_toys import build, forward
 
 from kvjax.transmla import BEST, convert, decoupled
-from kvjax.transmla.depth import FittedDepth, held_out
+from kvjax.transmla.depth import FittedDepth, best_depth, depths, divided
 
 CLOSED = dataclasses.replace(BEST, refit=False)
 SIZES = {"kv_rank": 12, "rope_dim": 4}
@@ -30,13 +30,13 @@ def loss(model, params, tokens):
     ],
 )
 def test_every_eighth_sequence_is_held_out(count, fitted, judging):
-    parts = held_out(np.arange(count, dtype=np.int32)[:, None])
+    parts = divided(np.arange(count, dtype=np.int32)[:, None])
     assert [part.ravel().tolist() for part in parts] == [fitted, judging]
 
 
 def test_the_fits_never_end_above_the_held_out_loss_of_the_closed_form():
     model, params, stats, _, _ = build("llama")
-    _, judging = held_out(stats.tokens)
+    _, judging = divided(stats.tokens)
     losses = [
         loss(*convert(model, params, "decoupled", stats=stats, recipe=recipe, **SIZES), judging)
         for recipe in (CLOSED, BEST)
@@ -89,3 +89,6 @@ def test_the_search_ends_after_two_worse_depths(losses, best, fits):
     while depth.add(depth.layer):
         pass
     assert (depth.best, depth.done) == (best, fits)
+    # Measured all at once they give the same.
+    assert depths(30) == [0, 1, 2, 4, 8, 16, 30] and depths(1) == [0, 1] and depths(2) == [0, 1, 2]
+    assert best_depth(dict(zip(depths(30), [*losses, 0.0, 0.0, 0.0], strict=False))) == best
