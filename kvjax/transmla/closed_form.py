@@ -91,7 +91,7 @@ def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
 def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
     """Balanced KV, the published rule: divides keys by the ratio of the mean column norms."""
     n = len(moments.key_metric)
-    norms = np.sqrt(np.diag(moments.covariance))
+    norms = np.sqrt(np.maximum(np.diag(moments.covariance), 0.0))  # rounding: a little below 0
     keys, values = norms[:n].mean() if n else 0.0, norms[n:].mean()
     ratio = keys / values if keys > 0 and values > 0 else 1.0  # dead heads leave both as they are
     return np.diag(np.concatenate([np.full(n, 1 / ratio), np.ones(len(norms) - n)]))

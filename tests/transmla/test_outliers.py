@@ -8,6 +8,7 @@ import pytest
 from calibrated_toys import build, error, forward
 
 from kvjax.transmla import BEST, UNBIASED, calibrate, convert, published
+from kvjax.transmla.closed_form import JointMoments, balanced
 from kvjax.transmla.output_equations import lifted_solve
 from kvjax.transmla.roots import Root
 
@@ -54,6 +55,12 @@ def test_one_repeated_token_says_nothing_and_breaks_nothing(rows):
         new = convert(model, params, "decoupled", stats=stats, recipe=recipe, **SIZES)
         assert np.isfinite(forward(*new, tokens)).all()
         assert error(forward(*new, same), forward(model, params, same)) < 0.05
+
+
+def test_balanced_keys_and_values_that_rounding_left_below_zero():
+    covariance = np.diag([-1e-18, 4.0, 1.0, -1e-18])
+    moments = JointMoments(covariance, np.zeros(4), np.eye(2), np.eye(2))
+    np.testing.assert_allclose(balanced(moments), np.diag([0.5, 0.5, 1.0, 1.0]))
 
 
 def test_a_root_of_channels_of_all_sizes():
