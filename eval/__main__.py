@@ -37,24 +37,23 @@ share the items of each task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input ends in one line on standard error and exit code 2."""
+    """Entry point; see `kvjax.endings` for bad input and signals."""
     argv = list(sys.argv[1:] if argv is None else argv)
     from eval.task import TASKS
     from kvjax import compilation_cache, processes
+    from kvjax.endings import endings
 
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP.format(tasks=", ".join(TASKS), cache=compilation_cache.HELP))
         sys.exit(0 if argv else 2)
-    # These two options belong to every command, so they are taken before a command's parser runs.
-    try:
+    with endings("eval"):
+        # These two options belong to every command, so they are taken before a command's parser.
         folder, argv = compilation_cache.take_flag(argv)
         distributed, argv = processes.take_flag(argv)
         compilation_cache.enable(folder, processes.asked(distributed))
         processes.join(distributed)
         with processes.together():
             dispatch(argv[0], argv[1:])
-    except (ValueError, NotImplementedError, OSError) as error:
-        fail(str(error))
 
 
 def dispatch(name: str, argv: list[str]) -> None:
@@ -81,14 +80,6 @@ def dispatch(name: str, argv: list[str]) -> None:
     from eval.command import run_task
 
     run_task(name, argv)
-
-
-def fail(message: str) -> None:
-    """Prints one line and ends all processes with exit code 2."""
-    from kvjax import processes
-
-    print(f"eval: error: {' '.join(message.split())}", file=sys.stderr)
-    processes.stop(2)
 
 
 if __name__ == "__main__":

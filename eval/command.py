@@ -132,6 +132,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     """
     from eval.run import LoadedModel, evaluate
     from eval.task import load_task
+    from kvjax.endings import GOES_ON, only_writer
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
 
@@ -156,7 +157,8 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
     described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
-    return evaluate(loaded, task, settings, command.out, described, argv)
+    with only_writer(command.out, GOES_ON):
+        return evaluate(loaded, task, settings, command.out, described, argv)
 
 
 def with_dtype(command: Any) -> Any:

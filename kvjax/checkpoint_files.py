@@ -23,6 +23,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kvjax.paths import replacing
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -164,7 +166,8 @@ def write(
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    with replacing(directory / INDEX) as file:
+        file.write(f"{json.dumps(index, indent=2)}\n".encode())
 
 
 def _shards(tensors: Iterable[NewTensor], limit: int) -> Sequence[list[NewTensor]]:
@@ -360,7 +363,7 @@ def write_file(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    with path.open("wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             values = np.ascontiguousarray(tensor.values(), dtype=tensor.dtype)

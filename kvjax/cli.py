@@ -29,6 +29,7 @@ from kvjax.commands.convert import (
 from kvjax.commands.demo import run_demo
 from kvjax.commands.score import score_checkpoint
 from kvjax.commands.text import compress_text, continue_text
+from kvjax.endings import GOES_ON, endings, only_writer
 from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
 from kvjax.runs import write_json
@@ -90,12 +91,13 @@ def convert(
         "decoupled": _changed(DecoupledSettings, vars(decoupled)),
     }
     _refuse_unread("--method", method, changed)
-    if method == "equal_cache":
-        report = convert_to_equal_cache(model, out, equal_cache, dtype, mesh)
-    else:
-        fold = _changed(DecoupledSettings, vars(decoupled), "fold")
-        _refuse_unread("--recipe", decoupled.recipe, {"published": fold})
-        report = convert_to_decoupled(model, out, decoupled, dtype, mesh)
+    fold = _changed(DecoupledSettings, vars(decoupled), "fold")
+    _refuse_unread("--recipe", decoupled.recipe, {"published": fold})
+    with only_writer(out, GOES_ON):
+        if method == "equal_cache":
+            report = convert_to_equal_cache(model, out, equal_cache, dtype, mesh)
+        else:
+            report = convert_to_decoupled(model, out, decoupled, dtype, mesh)
     _print_facts(f"{model} → {out}", report)
     _write_report(json_file, report)
 
@@ -141,7 +143,8 @@ def score(
 
     If a run was interrupted, the same command continues where the run stopped.
     """
-    report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
+    with only_writer(out, GOES_ON):
+        report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
     _print_rows([report])
     _write_report(json_file, report)
 
@@ -327,10 +330,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input gives one line on standard error and exit code 2."""
+    """Entry point; see `kvjax.endings` for bad input and signals."""
     # A URL in place of a path is refused before a command does any work.
     commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
-    try:
+    with endings("kvjax"):
         # Every command has this flag, so it is taken out before tyro sees the arguments.
         folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
         compilation_cache.enable(folder)
@@ -340,10 +343,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             description=f"Smaller KV caches for existing LLMs. {compilation_cache.HELP}",
             args=argv,
         )
-    except (ValueError, NotImplementedError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"kvjax: error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

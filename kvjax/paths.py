@@ -1,15 +1,16 @@
-"""Paths and flags of commands. kvjax neither reads nor writes URLs, and this module says so."""
+"""Paths of commands: no URLs, and files that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # At least two letters: "C:/models" is a drive. One slash: Path("gs://b") has become "gs:/b".
 URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)
@@ -98,3 +99,27 @@ def take_flag(argv: list[str], flag: str, expected: str) -> tuple[str | None, li
         if found is None:
             raise ValueError(f"got {flag} without a value, expected {expected}")
     return found, rest
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in place of the one at `path`, which keeps its content until the block ends.
+
+    The new content is written beside it as NAME.part, synced to disk and renamed in one step. After
+    an error, a full disk among them, the part is gone and the old file is what it was. What is not
+    a regular file, such as /dev/stdout, is written directly.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

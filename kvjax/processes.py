@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -101,8 +102,11 @@ def join(text: str | None = None, timeout: float = 300.0) -> None:
         # Without a bind address, jax listens on all of the machine's network interfaces.
         where["coordinator_bind_address"] = address if loopback else None
         late = f"process {index} waited {timeout:g} s for all {count} at {address}"
-    # jax's preemption service would keep SIGTERM from ending this process.
+    # SIGTERM ends one of several processes at once. jax's preemption service would prevent that. So
+    # would a handler of Python's: it waits for the end of a collective, which may never come.
     jax.config.update("jax_enable_preemption_service", False)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _at_abort(late)
     try:
         jax.distributed.initialize(
@@ -233,7 +237,7 @@ def together() -> Iterator[None]:
         yield
     except (ValueError, NotImplementedError, ModuleNotFoundError, OSError):
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if not several():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):

@@ -1,11 +1,12 @@
 """Files of a run that can be stopped at any time and resumed by the same command.
 
-Three rules hold for every resumable job:
+Four rules hold for every resumable job:
 
 1. The settings are written first. A job with other settings is refused (`claim`, `check_same`).
 2. A result is written atomically (`write_whole`, `write_json`).
 3. A file of JSON lines grows by whole lines. A kill can only tear the last line, which is cut off
    before more lines are added (`append_lines`, `cut_torn_line`, `whole_lines`).
+4. One process at a time writes to an output (`kvjax.endings.only_writer`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.data_files import read_json
+from kvjax.paths import replacing
 
 PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
 """How to pack a file, by the end of its name; `kvjax.data_files.read_bytes` unpacks it."""
@@ -100,17 +102,11 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file atomically, packed where the name ends with .gz or .xz; makes its folder.
 
-    What is not a file, such as /dev/stdout, gets the text directly.
+    See `kvjax.paths.replacing`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = PACK.get(path.suffix, bytes)(text.encode())
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    # A rename replaces the file in one step; a kill before leaves the old file.
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    with replacing(path) as file:
+        file.write(PACK.get(path.suffix, bytes)(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

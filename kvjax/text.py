@@ -15,6 +15,10 @@ from kvjax.config import ModelConfig
 ANCHORS = ("\n", "a", ".", "☺")
 """Texts to encode before another text; a tokenizer rarely merges all of them with that text."""
 
+ANCHOR = 64
+"""Characters of a known text before another text that are encoded with it. More would not change
+the ids, and the texts before an answer are long."""
+
 MARK = "@here@"
 """Stands in a chat template for a text whose place is asked for."""
 
@@ -107,7 +111,7 @@ def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
         tokenizer: of transformers.
         before: the text before this one; "" if unknown.
     """
-    alone = _encode(tokenizer, text)
+    alone, before = _encode(tokenizer, text), before[-ANCHOR:]
     for anchor in filter(None, (before, *ANCHORS)):
         head = _encode(tokenizer, anchor)
         written = _written(tokenizer, head, alone)

@@ -13,6 +13,7 @@ import absl.logging
 import tyro
 
 from kvjax import compilation_cache, processes
+from kvjax.endings import GOES_ON, endings, only_writer
 from kvjax.paths import check_local, local_arguments
 from kvjax.runs import write_json
 from train.compare.command import compare
@@ -33,7 +34,8 @@ def pretrain_command(config: Path, out: Path, max_steps: int | None = None) -> N
         out: folder for checkpoints and metrics.jsonl.
         max_steps: stop after this many steps.
     """
-    pretrain(read_curriculum(config), out, max_steps)
+    with only_writer(out, GOES_ON):
+        pretrain(read_curriculum(config), out, max_steps)
 
 
 def export_command(config: Path, run: Path, out: Path, dtype: str = "bfloat16") -> None:
@@ -156,7 +158,8 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     else:
         if arguments.out is None:
             raise ValueError("got no --out, expected a folder for the run")
-        report = finetune(arguments.settings, arguments.out, arguments.stop_after)
+        with only_writer(arguments.out, GOES_ON):
+            report = finetune(arguments.settings, arguments.out, arguments.stop_after)
     # One of several processes reports.
     if not processes.is_writer():
         return
@@ -188,9 +191,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command; bad input is one line on standard error and exit code 2."""
+    """Runs a command; see `kvjax.endings` for bad input and signals."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with endings("train"):
         folder, argv = compilation_cache.take_flag(argv)
         if argv[:1] == ["finetune"]:
             # Parsed separately: flags override the file that one of them names.
@@ -207,9 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 description=compilation_cache.HELP,
                 args=argv,
             )
-    except (ValueError, OSError) as error:
-        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        processes.stop(2)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from kvjax.paths import check_local
+from kvjax.runs import write_whole
 
 PAGE = "index.html"
 
@@ -67,5 +68,5 @@ def write(command: ReportCommand) -> Path:
         sections.provenance(runs),
     ]
     path = command.out / PAGE
-    path.write_text(document(command.title, parts), encoding="utf-8")
+    write_whole(path, document(command.title, parts))
     return path

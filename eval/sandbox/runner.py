@@ -26,6 +26,9 @@ from typing import Any
 from eval.sandbox.confine import Limits
 
 DEFAULT = Limits()
+Program = str | Sequence[str]
+"""Source text, or several: each is compiled alone, and they are executed one after the other in one
+namespace. So the end of an answer, such as a decorator, takes nothing from the test after it."""
 BATCH = 16
 GRACE_SECONDS = 60.0
 """Time beyond the programs' own: the interpreter starts, and left-over processes are killed."""
@@ -47,7 +50,7 @@ class Outcome:
 
 
 def run(
-    program: str,
+    program: Program,
     timeout: float = DEFAULT.timeout,
     memory_bytes: int = DEFAULT.memory_bytes,
     output_bytes: int = DEFAULT.output_bytes,
@@ -58,7 +61,7 @@ def run(
     """Executes Python source in a new process, confined by all layers that this machine has.
 
     Args:
-        program: source text, with tests as assertions.
+        program: source text, or several in order; tests are assertions.
         timeout: seconds of wall clock from the program's start, and seconds of CPU.
         memory_bytes: limit of the address space.
         output_bytes: limit of stdout and stderr together.
@@ -80,7 +83,7 @@ def run(
 
 
 def run_many(
-    programs: Sequence[str],
+    programs: Sequence[Program],
     workers: int | None = None,
     limits: Limits | None = None,
     unsafe: bool = False,
@@ -89,7 +92,7 @@ def run_many(
     """Runs several programs at a time. One supervisor serves a batch of `BATCH` programs.
 
     Args:
-        programs: source texts.
+        programs: see `run`.
         workers: number of supervisors at a time; None: the number of processors.
         limits: of each program; None: `DEFAULT`.
         unsafe, layers: see `run`.
@@ -107,7 +110,7 @@ def run_many(
 
 
 def _run_batch(
-    programs: Sequence[str], limits: Limits, unsafe: bool, layers: Layers | None
+    programs: Sequence[Program], limits: Limits, unsafe: bool, layers: Layers | None
 ) -> list[Outcome]:
     """Runs programs one after the other, each in its own folder and its own processes."""
     layers = layers or probe()
@@ -119,7 +122,7 @@ def _run_batch(
         for path in scratch:
             os.mkdir(path, 0o700)
         job = {
-            "programs": list(programs),
+            "programs": [[p] if isinstance(p, str) else list(p) for p in programs],
             "layers": layers.available,
             "limits": limits._asdict(),
             "scratch": scratch,

@@ -1,8 +1,8 @@
 """The supervisor, a fresh interpreter that runs programs one after the other, and its worker.
 
-`main` reads a job as JSON from stdin. For each of the job's programs it writes {"passed", "reason",
-"stdout", "failure"} to stdout; for a job with "probe", {layer: why it is missing, or ""}. The
-worker is a forked child that confines itself and executes one program.
+`main` reads a job as JSON from stdin. For each of the job's programs, which are lists of sources,
+it writes {"passed", "reason", "stdout", "failure"} to stdout; for a job with "probe", {layer: why
+it is missing, or ""}. The worker is a forked child that confines itself and executes one program.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def in_child(function: Callable[..., object], *arguments: object) -> str:
     return text or '{"failure": "the kernel killed the attempt"}'
 
 
-def supervise(program: str, layers: list[str], limits: Limits, scratch: str) -> dict[str, Any]:
+def supervise(
+    program: list[str], layers: list[str], limits: Limits, scratch: str
+) -> dict[str, Any]:
     """Starts the worker, watches it, and kills every process that it leaves behind.
 
     Raises:
@@ -242,20 +244,21 @@ REASON_CHARACTERS = 500
 
 
 def work(
-    program: str, put_on: Callable[[], None], output: int, result: int, token: str
+    program: list[str], put_on: Callable[[], None], output: int, result: int, token: str
 ) -> NoReturn:
     """Confines this process, executes `program` as __main__, and ends.
 
     Args:
-        program: source text. It passes when it runs to its end without an exception, SystemExit
-            among them.
+        program: sources, which share a namespace. All are compiled before the first one runs. The
+            program passes when they run to their end without an exception, SystemExit among them.
         put_on: confines this process; raises OSError when it cannot.
         output: descriptor for stdout and stderr.
         result: descriptor for one line of JSON: {"setup": why it did not start}, {"reason": …},
             or {"passed": token}, which a program that merely exits does not write.
         token: of this run.
     """
-    write, dumps, leave, getpid = os.write, json.dumps, os._exit, os.getpid
+    # Bound here: the program can replace every one of these names.
+    write, dumps, leave, getpid, execute = os.write, json.dumps, os._exit, os.getpid, exec
     worker = getpid()
     try:
         result = _rewire(output, result)
@@ -267,7 +270,10 @@ def work(
     sys.modules["__main__"] = module
     sys.argv = ["program"]
     try:
-        exec(compile(program, "<program>", "exec"), module.__dict__)
+        # All are compiled before the first one runs, and without this file's __future__ imports.
+        codes = [compile(s, "<program>", "exec", dont_inherit=True) for s in program]
+        for code in codes:
+            execute(code, module.__dict__)
         answer = {"passed": token}
     except BaseException as error:
         answer = {"reason": _describe(error)}

@@ -71,10 +71,10 @@ def _humaneval(options: TaskOptions) -> Task:
     )
 
 
-def humaneval_program(item: Item, answer: str) -> str:
-    """Prompt, completion, the problem's tests, and a call of them."""
+def humaneval_program(item: Item, answer: str) -> tuple[str, str]:
+    """Prompt with completion; the problem's tests with a call of them."""
     test, entry_point = item.meta["test"], item.meta["entry_point"]
-    return f"{item.prompt}{answer}\n{test}\ncheck({entry_point})\n"
+    return f"{item.prompt}{answer}\n", f"{test}\ncheck({entry_point})\n"
 
 
 humaneval = Source(_humaneval, _humaneval_reads)
@@ -148,12 +148,12 @@ def _mbpp(options: TaskOptions) -> Task:
     )
 
 
-def mbpp_program(item: Item, answer: str) -> str:
-    """The answer's code, the setup, which may use that code, and the assertions."""
+def mbpp_program(item: Item, answer: str) -> tuple[str, str]:
+    """The answer's code; the setup, which may use that code, with the assertions."""
     # A model may repeat the marks of the examples around its code.
     code = fenced(answer).partition(BEGIN)
     code = (code[2] if code[1] else code[0]).partition(DONE)[0]
-    return "\n".join((code, item.meta["setup"], *item.meta["tests"], ""))
+    return f"{code}\n", "\n".join((item.meta["setup"], *item.meta["tests"], ""))
 
 
 def _mbpp_rows(folder: Path | None) -> list[Row]:
@@ -206,11 +206,13 @@ def with_samples(problems: Iterable[Item], options: TaskOptions) -> tuple[Item, 
     )
 
 
-def judge(program: Callable[[Item, str], str], options: TaskOptions) -> Callable[..., float]:
+def judge(
+    program: Callable[[Item, str], runner.Program], options: TaskOptions
+) -> Callable[..., float]:
     """A function that scores an answer: 1 if its program runs to its end, else 0.
 
     Args:
-        program: (item, answer) → source text of the program with its tests.
+        program: (item, answer) → the answer's source and the tests' source.
 
     Raises:
         ValueError: the machine cannot confine a program. This call raises, so the error comes

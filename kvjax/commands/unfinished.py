@@ -169,9 +169,7 @@ class ConversionFolder:
             "other": json.dumps([native.encode(c) for c in self.finished.other]),
         }
         tensors = [_tensor(name, x) for name, x in self.finished.streams.items()]
-        # A rename is one step: a stop leaves either the old file or the new one, both whole.
-        write_file(self.out / PART, tensors, metadata)
-        (self.out / PART).replace(self.out / FILE)
+        write_file(self.out / FILE, tensors, metadata)
 
 
 def check_out(out: Path) -> None:

@@ -24,6 +24,7 @@ from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count
 from kvjax.hf.source import CONFIG, PARAMS
 from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer, param_shapes
+from kvjax.runs import write_whole
 
 VERSION = 2
 
@@ -115,7 +116,7 @@ def write_config(model: Transformer, directory: Path) -> None:
     # The source directory of the model means nothing on another machine.
     config = dataclasses.replace(model.config, source="")
     content = {"version": VERSION, "model": encode(config)}
-    (directory / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(directory / CONFIG, json.dumps(content, indent=1) + "\n")
 
 
 def encode(value: Any) -> Any:

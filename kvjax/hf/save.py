@@ -20,6 +20,7 @@ from kvjax.hf.deepseek.export import to_deepseek
 from kvjax.hf.source import PARAMS, copy_companions, is_native
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
+from kvjax.runs import write_json, write_whole
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
 GENERATION = "generation_config.json"
@@ -110,12 +111,11 @@ def _save_hf(model: Transformer, params: Any, directory: Path, max_shard_bytes: 
     weights.write_params(model, params, directory, max_shard_bytes)
     if not processes.is_writer():
         return
-    (directory / "config.json").write_text(text, encoding="utf-8")
+    write_whole(directory / "config.json", text)
     eos = list(model.config.eos_ids)
     if eos and eos != list(config_from_hf(json.loads(text)).eos_ids):
         generation = {"bos_token_id": model.config.bos_id, "eos_token_id": eos}
-        text = json.dumps(generation, indent=2) + "\n"
-        (directory / "generation_config.json").write_text(text, encoding="utf-8")
+        write_json(directory / GENERATION, generation)
 
 
 def _hf_config(config: ModelConfig, params: Any) -> str:
@@ -153,10 +153,9 @@ def write_serving_files(source: ModelConfig, raw: Mapping[str, Any], directory: 
         copy_companions(Path(source.source), directory)
     path = directory / GENERATION
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = json.dumps(generation_config(raw, kept), indent=2) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_json(path, generation_config(raw, kept))
     if raw.get("kvjax_requires"):
-        (directory / NOTICE).write_text(notice(raw["kvjax_requires"]), encoding="utf-8")
+        write_whole(directory / NOTICE, notice(raw["kvjax_requires"]))
 
 
 def generation_config(raw: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:

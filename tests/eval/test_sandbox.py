@@ -130,6 +130,25 @@ def test_several_at_a_time_in_order(nothing_left):
 
 
 @pytest.mark.parametrize(
+    "end",
+    [
+        "@lambda test: print",
+        "if False:\n    pass\nelif True",
+        'x = """',
+        "x = (",
+        "while True:",
+        "raise SystemExit",
+        "import builtins\nbuiltins.compile = builtins.exec = lambda *rest, **more: 'pass'",
+    ],
+)
+def test_the_end_of_an_answer_takes_nothing_from_the_test(end, nothing_left):
+    answer = f"def two():\n    return 3\n{end}\n"
+    test = "def check(value):\n    assert value == 2\ncheck(two())\n"
+    assert not run((answer, test), **SMALL).passed
+    assert run(("def two():\n    return 2\n", test), **SMALL).passed
+
+
+@pytest.mark.parametrize(
     ("program", "reason"),
     [
         ("while True: pass", "timed out after 1 s"),

@@ -52,6 +52,8 @@ def test_every_arm_starts_as_the_same_function():
         assert len(flatten(new_params)) > len(paths)
     assert trains["gqa_matched"] == trains["mla_svd_global"] == trains["mla_identity"]
     assert trains["gqa"] < trains["mla_svd_per_head"] < trains["gqa_matched"]
+    # The down-projections are as many as K and V were.
+    assert trains["mla_svd_global_up"] == trains["mla_svd_global"] - trains["gqa"]
 
 
 def test_a_rate_is_chosen_on_an_order_of_data_that_no_reported_run_has():

@@ -13,11 +13,12 @@ import numpy as np
 
 import kvjax
 from kvjax.checks import COUNT, check_ranges
+from kvjax.endings import GOES_ON, only_writer
 from kvjax.extras import pyplot
 from kvjax.hf import open_params, read_model
 from kvjax.identity import identity
 from kvjax.paths import local_path
-from kvjax.runs import claim, write_json
+from kvjax.runs import claim, write_json, write_whole
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
 
@@ -36,8 +37,15 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
     pyplot()
     settings = read_compare(config)
     local_path(settings.model, "model")
-    check_folder(settings, out)
-    write_data(settings, out)
+    with only_writer(out, GOES_ON):
+        check_folder(settings, out)
+        write_data(settings, out)
+        run_all(settings, out, workers)
+    print((out / "table.md").read_text())
+
+
+def run_all(settings: CompareConfig, out: Path, workers: int) -> None:
+    """Runs everything that is not finished, and writes the report."""
     # Workers are fresh interpreters: jax must not be forked, and it reads the number of cores once.
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _own_core, (context.Value("i", 0),)) as pool:
@@ -53,7 +61,6 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
         pool.starmap(_run, [(settings, out, job) for job in finals], chunksize=1)
         accuracies = before.get()
     report(settings, out, accuracies)
-    print((out / "table.md").read_text())
 
 
 def check_folder(config: CompareConfig, out: Path) -> None:
@@ -108,7 +115,7 @@ def report(config: CompareConfig, out: Path, before: dict[str, Any]) -> dict[str
     }
     result = {"before": before, "searches": searches, "rows": rows}
     write_json(out / "results.json", result)
-    (out / "table.md").write_text(table(config, result))
+    write_whole(out / "table.md", table(config, result))
     plot(config, out)
     return result
 

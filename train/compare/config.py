@@ -51,6 +51,7 @@ def dense_identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) ->
 
 
 QO = ("kv_only", "layers_*/attn/q", "layers_*/attn/o")
+UP = ("layers_*/attn/k_up", "layers_*/attn/v_up")
 
 ARMS = {
     "gqa": Arm(None, ("kv_only",)),
@@ -58,10 +59,13 @@ ARMS = {
     # the up-projections that the conversion adds.
     "gqa_matched": Arm(None, QO),
     "mla_svd_global": Arm("svd_global", ("kv_only",)),
+    # As the authors' released scripts train: the cached latents stay those of the original.
+    "mla_svd_global_up": Arm("svd_global", UP),
     "mla_svd_per_head": Arm("svd_per_head", ("kv_only",)),
     "mla_identity": Arm(dense_identity, ("kv_only",)),
 }
-"""GQA and MLA as TransMLA compares them, other inits, and a control with as many parameters."""
+"""GQA and MLA as TransMLA compares them and as its scripts train, other inits, and a control with
+as many parameters."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class CompareConfig:
     """GQA and MLA, fine-tuned alike: the comparison of TransMLA v1 and v2 (arXiv 2502.07864).
 
     The settings follow an article about these versions, not the papers themselves. All arms train
-    K and V, the MLA arms their down- and up-projections. The authors' released scripts train the
-    up-projections of MLA only, with 128 sequences a step and one epoch.
+    K and V, the MLA arms their down- and up-projections; but `mla_svd_global_up` trains the
+    up-projections only, as the authors' released scripts do (there with 128 sequences a step and
+    one epoch).
 
     For every arm, runs of one seed and a quarter of the steps choose the rate from `rates` by the
     loss on held-out problems. Then `seeds` runs follow at that rate and at `paper_rate`. All arms

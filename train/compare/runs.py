@@ -22,6 +22,7 @@ from kvjax import runs
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
 from kvjax.nn import Transformer
 from kvjax.prefill import bucket_length
+from kvjax.runs import write_whole
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import problems, rows
 from kvjax.tasks.prompt import Problem
@@ -46,9 +47,7 @@ def write_rows(path: Path, family: str, count: int, seed: int = 0, split: str = 
         ValueError: an unknown family or split, a count below 1, or a negative seed.
     """
     check_ranges({"count": count, "seed": seed}, {"count": COUNT, "seed": SEED})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) + "\n" for row in rows(family, count, seed, split)]
-    path.write_text("".join(lines))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows(family, count, seed, split)))
 
 
 def family_accuracy(

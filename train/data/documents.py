@@ -110,8 +110,8 @@ class Encoder:
 class Documents:
     """Random access to the documents of one source.
 
-    All rows are encoded once, so that bad rows are found before training starts. Only the lengths
-    are kept; a document is encoded again when it is asked for.
+    All rows are encoded once, so that bad rows are found before training starts. The ids stay in
+    memory, at five bytes a token: every epoch would otherwise encode the texts again.
 
     Attributes:
         path: of the source.
@@ -133,34 +133,35 @@ class Documents:
         """
         self.path = path
         self.rows = min(len(rows), config.max_rows or len(rows))
-        self._rows, self._encode, self._T = rows, encode, config.sequence_length
-        full = np.zeros(self.rows, np.int64)
-        learned, largest = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int64)
+        T, full, documents = config.sequence_length, np.zeros(self.rows, np.int64), []
         for row in range(self.rows):
-            document = self._document(row)
+            document = _encoded(rows, row, encode)
             full[row] = len(document.tokens)
-            largest[row] = document.tokens[: self._T].max(initial=0)
-            learned[row] = document.learned[1 : self._T].sum()  # the first token is not predicted
-        # Drop rows without anything to learn, and long rows unless they are to be cut.
-        too_long = full > self._T
+            # Copies: a slice would keep the whole document in memory.
+            documents.append(Document(*(part[:T].copy() for part in document)))
+        # Drop rows without anything to learn, and long rows unless they are to be cut. The first
+        # token is not predicted.
+        learned = np.array([document.learned[1:].sum() for document in documents], np.int32)
+        too_long = full > T
         drop = learned == 0
         if config.long_rows == "drop":
             drop |= too_long
         if drop.all():
             raise ValueError(
                 f"{path}: got {self.rows} rows of {full.min()} to {full.max()} tokens, expected "
-                f"some with an answer within sequence_length={self._T}: raise it, or set "
+                f"some with an answer within sequence_length={T}: raise it, or set "
                 "long_rows='truncate'"
             )
         self.too_long, self.dropped = int(too_long.sum()), int(drop.sum())
         self.kept = np.flatnonzero(~drop)
-        self.lengths = np.minimum(full, self._T).astype(np.int32)[self.kept]
+        self.lengths = np.minimum(full, T).astype(np.int32)[self.kept]
         self.learned = learned[self.kept]
-        self.largest_id = int(largest[self.kept].max())
+        self._documents = [documents[row] for row in self.kept]
+        self.largest_id = max(int(document.tokens.max()) for document in self._documents)
         if self.too_long or self.dropped:
             log.warning(
                 "%s: %d of %d rows have more than %d tokens; %d rows are left out",
-                *(path, self.too_long, self.rows, self._T, self.dropped),
+                *(path, self.too_long, self.rows, T, self.dropped),
             )
 
     def __len__(self) -> int:
@@ -168,15 +169,15 @@ class Documents:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Document `index` of the kept ones: tokens int32 [n] and learned bool [n], n ≤ T."""
-        tokens, learned = self._document(int(self.kept[index]))
-        return {"tokens": tokens[: self._T], "learned": learned[: self._T]}
+        return self._documents[index]._asdict()
 
-    def _document(self, row: int) -> Document:
-        values = self._rows[row]
-        try:
-            return self._encode(values)
-        except ValueError as error:
-            raise ValueError(f"{self._rows.where(row)}: {error}") from error
+
+def _encoded(rows: Rows, row: int, encode: Encoder) -> Document:
+    values = rows[row]
+    try:
+        return encode(values)
+    except ValueError as error:
+        raise ValueError(f"{rows.where(row)}: {error}") from error
 
 
 def open_documents(config: DataConfig, tokenizer: Any) -> tuple[Documents, ...]:

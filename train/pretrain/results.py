@@ -53,7 +53,7 @@ def write_generation_config(run: Run, out: Path) -> None:
     """Writes generation_config.json with the ids that begin a prompt and end a generation."""
     ids = {"bos_token_id": run.vocab.bos_id, "eos_token_id": run.vocab.eos_id}
     config = {**ids, "pad_token_id": run.vocab.pad_id, "do_sample": False}
-    (out / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(out / "generation_config.json", config)
 
 
 def write_tokenizer(run: Run, out: Path) -> None:
@@ -64,7 +64,7 @@ def write_tokenizer(run: Run, out: Path) -> None:
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.pop("backend", None)  # transformers 5 adds it
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(path, config)
 
 
 def evaluate(

@@ -1,0 +1,116 @@
+"""One writer an output, and how commands end: bad input, Ctrl-C and SIGTERM give one line each."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import filelock
+
+from kvjax import processes
+
+BAD_INPUT = 2
+"""Exit code after bad input; after a signal it is 128 + the signal's number, as shells count."""
+
+GOES_ON = "what is finished is saved, and the same command goes on from there"
+"""Note for `only_writer`."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Raised where the program is, so that it cleans up on its way out."""
+
+
+@contextlib.contextmanager
+def endings(command: str) -> Iterator[None]:
+    """Surrounds a whole command and turns its end into one line on standard error and a code.
+
+    Errors of users are ValueError, NotImplementedError and OSError: code 2. Ctrl-C ends with 130
+    and SIGTERM with 143; what they interrupt says in notes on the exception what is saved, see
+    `only_writer`. Other errors are ours and keep their tracebacks.
+
+    One of several processes ends at once on SIGTERM, without a line, see `kvjax.processes.join`.
+
+    Args:
+        command: begins the line, e.g. "kvjax".
+    """
+    try:
+        with _sigterm_raises():
+            yield
+    except (ValueError, NotImplementedError, OSError) as error:
+        _say(f"{command}: error: {error}")
+        processes.stop(BAD_INPUT)
+    except (KeyboardInterrupt, Terminated) as error:
+        by = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        notes = getattr(error, "__notes__", [])
+        _say("; ".join([f"{command}: stopped by {by.name}", *notes]))
+        processes.stop(128 + by)
+
+
+@contextlib.contextmanager
+def only_writer(out: Path, note: str = "") -> Iterator[None]:
+    """Keeps every other process from this output, a file or a folder, until the block ends.
+
+    A file beside it, NAME.lock, names the process, and goes when the block ends. A killed process
+    leaves it; the next one on the same machine sees that the process is gone and takes its place.
+    Of several processes of one run, the first one holds the lock for all.
+
+    Args:
+        note: what a signal that stops the block tells the user.
+
+    Raises:
+        ValueError: another process holds the lock; names its pid and host.
+    """
+    if not processes.is_writer():
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.SoftFileLock(out.with_name(f"{out.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"{out} is being written by {_holder(Path(lock.lock_file))}") from None
+    try:
+        yield
+    except BaseException as error:
+        if note and not isinstance(error, Exception):
+            error.add_note(note)
+        raise
+    finally:
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """The process that holds a lock, as its file names it."""
+    try:
+        pid, host, *_ = lock.read_text().split()
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {pid} on {host}: wait for it, or give another output ({lock} is its lock)"
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    # Python's default is to die on the spot: temporary folders would stay. Only the main thread may
+    # set handlers, and a handler that was set before (of a scheduler, of a test) stays.
+    unset = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not unset or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
