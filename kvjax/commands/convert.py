@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
-from kvjax.checks import CONVERTED, COUNT, OVERFLOW, SIZE, check_finite, check_ranges, optional
-from kvjax.commands import text
+from kvjax.checks import CONVERTED, COUNT, SIZE, check_finite, check_ranges, optional
+from kvjax.commands import held_out, text
 from kvjax.commands.checkpoints import (
     bytes_per_token,
     count_parameters,
@@ -29,28 +28,21 @@ from kvjax.commands.checkpoints import (
     relative_change,
 )
 from kvjax.commands.unfinished import ConversionFolder, check_out, describe
-from kvjax.config import LayerConfig, ModelConfig
+from kvjax.config import LayerConfig
 from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.decoupled import ConvertedLayer, decouple_layers, settle
-from kvjax.transmla.depth import best_depth, depths
+from kvjax.transmla.decoupled import decouple_layers, settle
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
-from kvjax.transmla.streams import REPLAY, Streams, mean_loss
+from kvjax.transmla.streams import REPLAY, Streams
 
 PROBES = ("original", "converted")
 """The models whose residual streams an equal-cache conversion compares."""
-STAGES = ("partial_rope", "low_rank", "final")
-"""The steps of a decoupled layer, in order; see `ConvertedLayer`."""
-HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
-"""The residual streams of the held-out text: of the original model, and after each stage."""
-DEPTH = "held_depth_"
-"""Begins the names of held-out streams with some first layers fitted, and the others not."""
 RANGES = {
     "cache": CACHE,
     "kv_rank": optional(COUNT),
@@ -159,9 +151,7 @@ class DecoupledSettings:
         wanted = (self.cache, self.kv_rank, self.rope_dim, self.exportable)
         return dict(zip(("kv_rank", "rope_dim"), chosen_widths(bases, *wanted), strict=True))
 
-    def request(
-        self, widths: Mapping[str, Any], fit: np.ndarray, held: np.ndarray
-    ) -> dict[str, Any]:
+    def request(self, widths: dict[str, Any], fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         """Everything except the model that the result depends on, as JSON values.
 
         The files of unfinished conversions hold these keys, so they keep their names.
@@ -304,10 +294,11 @@ def convert_to_decoupled(
         # Convert, then judge the held-out text with the weights that follow the last layer.
         _write_decoupled_layers(model, params, stats, wanted, fit, held, folder)
         top = _write_outside_layers(model, params, folder)
-        fitted = _fitted_layers(model, top, folder.finished.streams, held)
-        if fitted < model.config.num_layers:
+        fitted, streams = model.config.num_layers, folder.finished.streams
+        if wanted.parsed_recipe.refit:
+            fitted = held_out.fitted_layers(model, top, streams, held)
             folder.take_other(fitted)
-        perplexities = _perplexities(model, top, folder.finished.streams, fitted, held)
+        perplexities = held_out.perplexities(model, top, streams, fitted, held)
         new_model = folder.complete(model, model.config.source)
     before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
     return {
@@ -346,13 +337,13 @@ def _write_decoupled_layers(
         # One call for both texts: the embedding is read from disk once.
         x = embed(model.config, params, np.concatenate([fit, held]))
         replayed = Streams(x[: len(fit)], x[: len(fit)])
-        partly = depths(model.config.num_layers)[1:-1] if recipe.refit else []
-        steps = dict.fromkeys((*HELD_OUT, *(DEPTH + str(d) for d in partly)), x[len(fit) :])
+        names = held_out.stream_names(model.config.num_layers, recipe.refit)
+        steps = dict.fromkeys(names, x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, replayed, done)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task("converting", total=model.config.num_layers, completed=done)
         for layer in layers:
-            steps = _advance(model.config, layer, steps)
+            steps = held_out.advance(model.config, layer, steps)
             config, attn = layer.attention(layer.final)
             check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
             streams, other = layer.streams._asdict() | steps, None
@@ -363,67 +354,6 @@ def _write_decoupled_layers(
             bar.advance(task)
             # Without this, two layers would be in memory while the next one is read.
             del layer, attn, other
-
-
-def _advance(
-    config: ModelConfig, converted: ConvertedLayer, steps: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Runs the held-out text through one layer of the original model, every stage and depth."""
-    layer, own = config.layers[converted.index], converted.source
-    forms = {"original": (layer, own)}
-    for stage in STAGES:
-        attention, attn = converted.attention(getattr(converted, stage))
-        forms[stage] = LayerConfig(attention, layer.mlp), {**own, "attn": attn}
-
-    def form(name: str) -> tuple[LayerConfig, dict[str, Any]]:
-        if name.startswith(DEPTH):
-            fitted = converted.index < int(name.removeprefix(DEPTH))
-            return forms["final" if fitted else "low_rank"]
-        return forms[name.removeprefix("held_")]
-
-    new = {}
-    for name, x in steps.items():
-        changed, params = form(name)
-        new[name] = layer_output(block_kind(config, changed), params, x)
-    return new
-
-
-def _fitted_layers(
-    model: Transformer, top: dict[str, Any], streams: Mapping[str, jax.Array], held: np.ndarray
-) -> int:
-    """The number of first layers that keep their fits, see `kvjax.transmla.depth`."""
-    names = _depth_names(model.config.num_layers)
-    if not all(name in streams for name in names.values()):
-        return model.config.num_layers  # a recipe that fits nothing
-    return best_depth({d: mean_loss(model, top, streams[n], held) for d, n in names.items()})
-
-
-def _depth_names(layers: int) -> dict[int, str]:
-    """The held-out stream of every depth."""
-    ends = {0: "held_low_rank", layers: "held_final"}
-    return {depth: ends.get(depth, DEPTH + str(depth)) for depth in depths(layers)}
-
-
-def _perplexities(
-    model: Transformer,
-    top: dict[str, Any],
-    streams: Mapping[str, jax.Array],
-    fitted: int,
-    held: np.ndarray,
-) -> dict[str, float]:
-    """perplexity_<step> of the held-out text: the original model, and every stage.
-
-    Args:
-        fitted: the number of layers that keep their fits in the final model.
-    """
-    names = ("original", *STAGES)
-    chosen = dict(zip(names, HELD_OUT, strict=True))
-    chosen["final"] = _depth_names(model.config.num_layers)[fitted]
-    means = {n: np.exp(mean_loss(model, top, streams[chosen[n]], held)) for n in names}
-    for name, mean in means.items():
-        if not np.isfinite(mean):
-            raise ValueError(f"perplexity_{name} is {mean}, expected a number: {OVERFLOW}")
-    return {f"perplexity_{name}": round(float(mean), 4) for name, mean in means.items()}
 
 
 def _write_outside_layers(

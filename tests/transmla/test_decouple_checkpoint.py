@@ -10,7 +10,7 @@ from calibrated_toys import build, forward
 
 import kvjax
 from kvjax.cli import main
-from kvjax.commands import convert as convert_command
+from kvjax.commands import held_out
 from kvjax.hf import open_params
 from kvjax.transmla import BEST, Stats, calibrate, convert
 
@@ -71,7 +71,7 @@ def test_disk_to_disk_is_what_memory_gives(source, tmp_path):
 
 def test_a_conversion_without_fits_is_the_closed_form(source, tmp_path, monkeypatch):
     folder, ids = source
-    monkeypatch.setattr(convert_command, "best_depth", lambda losses: 0)
+    monkeypatch.setattr(held_out, "best_depth", lambda losses: 0)
     report = run(folder, tmp_path / "out", "--kv-rank", "12", "--rope-dim", "4")
     assert report["fitted_layers"] == 0
     assert report["perplexity_final"] == report["perplexity_low_rank"]
