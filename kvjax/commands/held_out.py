@@ -1,4 +1,4 @@
-"""The held-out text of a decoupled conversion: its way through the layers, and what it decides.
+"""The held-out text of a decoupled conversion: its streams through the layers, and their losses.
 
 Its residual streams run through the original model, through every stage of the conversion, and
 through models with some first layers fitted. The last ones decide how many layers keep their fits.

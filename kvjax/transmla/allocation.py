@@ -100,7 +100,7 @@ def choose_rope_dim(
     Args:
         stats, tokens, recipe: as in `allocate_sizes`.
         candidates: rope_dims to try; the rank is the rest of the cache. None: a sixth, a quarter, a
-            third and a half of the cache, as far as the keys have so many rotating components.
+            third and a half of the cache, at most the number of rotating components of the keys.
 
     Raises:
         ValueError: no candidate, or sizes that `to_decoupled` would refuse.

@@ -54,7 +54,7 @@ PULLS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 """Weights of the distance to the start, relative to white features."""
 WEAK = 1e-3  # variance of a feature, relative to the largest, below which it counts less
 MARGIN = 0.1  # relative difference of held-out errors that does not count
-HELD_OUT = 8  # one of so many sequences judges the weights
+HELD_OUT = 8  # one sequence in HELD_OUT judges the weights
 
 
 def refit_outputs(

@@ -204,7 +204,7 @@ def _solve(
     def normal(maps: QueryMaps) -> QueryMaps:
         return jax.tree.map(lambda h, m: h + RIDGE * m, gradient(maps, 0.0), maps)
 
-    # The ridge pulls to the closed form, which is no change.
+    # The ridge pulls the change to zero, which is the closed form.
     zero = jax.tree.map(jnp.zeros_like, start)
     step = jax.tree.map(jnp.negative, gradient(zero, 1.0))
     return jax.scipy.sparse.linalg.cg(normal, step, maxiter=ITERATIONS)[0]

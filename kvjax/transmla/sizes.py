@@ -19,7 +19,7 @@ from kvjax.transmla.layer import folded_config, gqa_layers
 LATENT = 448, 128
 """kv_rank and rope_dim of large models, as published (arXiv 2502.07864): 576 numbers a token."""
 ROTATING = 3
-"""One of so many cached numbers rotates by default: too few cost more than too small a rank."""
+"""One cached number in ROTATING rotates by default. With fewer the loss grows fast."""
 CACHE = optional(Range(above=0, most=1))
 """What `cache` may be."""
 
