@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", type=local_path, required=True)
     parser.add_argument("--venv", type=local_path, default=Path(".venv-peers"))
-    # What the library's script takes besides, such as --ratios.
+    # What the library's script takes besides, such as --kv-sizes.
     args, rest = parser.parse_known_args()
     python = environment_of(args.library, args.venv)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,11 @@
 """kvpress's presses on given prompts: which answers a compressed cache still writes.
 
-    python kvpress_presses.py PROMPTS.jsonl CHECKPOINT OUT.jsonl [--ratios …] [--presses …]
+    python kvpress_presses.py PROMPTS.jsonl CHECKPOINT OUT.jsonl [--kv-sizes …] [--presses …]
 
 Runs in an environment with kvpress and without kvjax; `python -m benchmarks.peers` makes it. The
-rules are those of `kvjax.scoring.compare`: the whole prompt is compressed to a share of its
-entries, as many as kvjax's policies with this `ratio` keep, its last token is fed again in its own
-place, and an answer is right if each of its tokens is the most likely one (the end of the sequence
-need not follow).
+rules are those of `kvjax.scoring.compare`: the whole prompt is compressed to a number of entries a
+head, its last token is fed again in its own place, and an answer is right if each of its tokens is
+the most likely one (the end of the sequence need not follow).
 
 One prefill serves all presses and sizes. A press sees each layer as kvpress shows it, and what it
 drops is masked in the whole cache, in the way that kvpress itself masks the entries of AdaKV.
@@ -40,7 +39,7 @@ OBSERVED = 8
 """Queries that SnapKV and its kin observe: kvjax's default. kvpress's own, 64, keeps nothing but
 the last 64 tokens at the smallest sizes."""
 
-RATIOS = (0.015, 0.025, 0.05, 0.1, 0.2)
+KV_SIZES = (16, 24, 48, 96, 192)
 
 PRESSES: dict[str, Callable[[], Any]] = {
     "snapkv": lambda: SnapKVPress(window_size=OBSERVED),
@@ -59,14 +58,14 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--kv-sizes", type=int, nargs="+", default=KV_SIZES)
     parser.add_argument("--presses", nargs="+", choices=list(PRESSES), default=list(PRESSES))
     args = parser.parse_args()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     facts = {
         "versions": {name: version(name) for name in ("kvpress", "torch", "transformers")},
-        "ratios": list(args.ratios),
+        "kv_sizes": list(args.kv_sizes),
         "presses": args.presses,
     }
     lines = [json.loads(line) for line in args.prompts.read_text().splitlines()]
@@ -77,8 +76,7 @@ def main() -> None:
         raise SystemExit(f"{args.out}: made with {done[0]}, expected {json.dumps(facts)}")
     for index in range(max(len(done) - 1, 0), len(lines)):
         task, prompt, answer = (lines[index][name] for name in ("task", "prompt", "answer"))
-        sizes = [max(round(ratio * len(prompt)), OBSERVED + 1) for ratio in args.ratios]
-        right = judge(model, prompt, answer, sizes, args.presses)
+        right = judge(model, prompt, answer, list(args.kv_sizes), args.presses)
         with args.out.open("a") as file:
             file.write(json.dumps({"index": index, "task": task, "right": right}) + "\n")
         print(index, task, right, flush=True)
