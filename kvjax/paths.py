@@ -106,7 +106,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write in place of the one at `path`, which keeps its content until the block ends.
 
     The new content is written beside it as NAME.part, synced to disk and renamed in one step. After
-    an error, a full disk among them, the part is gone and the old file is what it was. What is not
+    an error such as a full disk the part is gone, and the old file is what it was. What is not
     a regular file, such as /dev/stdout, is written directly.
     """
     if path.exists() and not path.is_file():

@@ -169,7 +169,8 @@ def kept_tokens(
         return torch.zeros(heads, tokens, dtype=torch.bool).scatter_(1, chosen, True)
     press.compress(module, hidden, keys, values, None, kwargs)
     keep = torch.ones(heads, tokens, dtype=torch.bool)
-    keep[module.masked_key_indices[1:]] = False
+    dropped: Any = module.masked_key_indices
+    keep[dropped[1:]] = False
     return keep
 
 

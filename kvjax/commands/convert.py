@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.progress import Progress, TimeElapsedColumn, track
 
-from kvjax.checks import CONVERTED, COUNT, OVERFLOW, SIZE, check_finite, check_ranges, optional
-from kvjax.commands import text
+from kvjax.checks import CONVERTED, COUNT, SIZE, check_finite, check_ranges, optional
+from kvjax.commands import held_out, text
 from kvjax.commands.checkpoints import (
     bytes_per_token,
     count_parameters,
@@ -29,28 +28,25 @@ from kvjax.commands.checkpoints import (
     relative_change,
 )
 from kvjax.commands.unfinished import ConversionFolder, check_out, describe
-from kvjax.config import LayerConfig, ModelConfig
-from kvjax.feeding import judge
+from kvjax.config import LayerConfig
 from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.decoupled import REPLAY, ConvertedLayer, Streams, decouple_layers, settle
+from kvjax.transmla.decoupled import decouple_layers, settle
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
-from kvjax.transmla.sizes import Sizes
+from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
+from kvjax.transmla.streams import REPLAY, Streams
 
 PROBES = ("original", "converted")
 """The models whose residual streams an equal-cache conversion compares."""
-STAGES = ("partial_rope", "low_rank", "final")
-"""The steps of a decoupled layer, in order; see `ConvertedLayer`."""
-HELD_OUT = tuple(f"held_{step}" for step in ("original", *STAGES))
-"""The residual streams of the held-out text: of the original model, and after each stage."""
 RANGES = {
-    "kv_rank": COUNT,
-    "rope_dim": SIZE,
+    "cache": CACHE,
+    "kv_rank": optional(COUNT),
+    "rope_dim": optional(SIZE),
     "v_head_dim": optional(COUNT),
     "fold": SIZE,
     "calibration_tokens": text.RANGES["tokens"],
@@ -77,8 +73,9 @@ class DecoupledSettings:
     """Read by --method decoupled only.
 
     Attributes:
-        kv_rank: width of the cached latent
-        rope_dim: width of the cached rotary key
+        cache: cached numbers, as a share of those of keys and values; instead of kv_rank
+        kv_rank: width of the cached latent; None: see `kvjax.transmla.sizes.chosen_widths`
+        rope_dim: width of the cached rotary key; None: a third of the cached numbers
         calibration: text, or .npy of token ids [S, T], to calibrate on (required)
         v_head_dim: width of a head's output
         exportable: keep to what DeepSeek-V3's layout can express
@@ -90,8 +87,9 @@ class DecoupledSettings:
         stats: file that keeps the moments, for the next conversion with the same text
     """
 
-    kv_rank: int = 448
-    rope_dim: int = 128
+    cache: float | None = None
+    kv_rank: int | None = None
+    rope_dim: int | None = None
     calibration: Path | None = None
     v_head_dim: int | None = None
     exportable: bool = False
@@ -138,6 +136,7 @@ class DecoupledSettings:
         return settle(
             model,
             tokens,
+            self.cache,
             self.kv_rank,
             self.rope_dim,
             self.v_head_dim,
@@ -146,12 +145,19 @@ class DecoupledSettings:
             self.parsed_recipe,
         )
 
-    def request(self, fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
+    def widths(self, model: Transformer) -> dict[str, Any]:
+        """kv_rank and rope_dim for this model; one number, or one for each layer."""
+        bases = gqa_layers(model)
+        wanted = (self.cache, self.kv_rank, self.rope_dim, self.exportable)
+        return dict(zip(("kv_rank", "rope_dim"), chosen_widths(bases, *wanted), strict=True))
+
+    def request(self, widths: dict[str, Any], fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         """Everything except the model that the result depends on, as JSON values.
 
         The files of unfinished conversions hold these keys, so they keep their names.
         """
-        settings = {k: v for k, v in vars(self).items() if k not in ("calibration", "stats")}
+        left_out = ("calibration", "stats", "cache")
+        settings = {k: v for k, v in vars(self).items() if k not in left_out} | widths
         settings = {k.removeprefix("calibration_"): v for k, v in settings.items()}
         digest = hashlib.sha256(fit.tobytes() + held.tobytes()).hexdigest()[:12]
         return {"method": "decoupled", **settings, "text": digest}
@@ -255,8 +261,9 @@ def convert_to_decoupled(
         mesh: devices that each layer is sharded over, see `kvjax.mesh.parse_mesh`; None for one.
 
     Returns:
-        Settings, perplexity on held-out sequences before and after every step, cache bytes per
-        token before and after, seconds, and the process's peak memory in bytes.
+        Settings, perplexity on held-out sequences before and after every step, the number of layers
+        that kept their fits (these sequences decide it), cache bytes per token before and after,
+        seconds, and the process's peak memory in bytes.
 
     Raises:
         ValueError: no calibration file; `out` is not empty, or holds an unfinished conversion with
@@ -269,9 +276,10 @@ def convert_to_decoupled(
     model = read_model(source)
     fit, held = wanted.read_text(source)
     wanted.settled(model, fit)
+    widths = wanted.widths(model)
     params, stats = open_params(source, dtype, named_mesh(mesh)), None
     model = matching(model, params)
-    request = wanted.request(fit, held) | describe(model, params, dtype)
+    request = wanted.request(widths, fit, held) | describe(model, params, dtype)
     with ConversionFolder(out, request) as folder:
         # Moments of all layers at once are needed only to keep them or to try several folds.
         if wanted.stats is not None or wanted.chooses_fold:
@@ -281,24 +289,27 @@ def convert_to_decoupled(
         calibrated = time.monotonic()
         if wanted.chooses_fold:
             assert stats is not None
-            ranks = {"kv_rank": wanted.kv_rank, "rope_dim": wanted.rope_dim}
-            fold = choose_fold(model, params, stats, held, **ranks)
+            fold = choose_fold(model, params, stats, held, **widths)
             wanted = dataclasses.replace(wanted, fold=fold)
         # Convert, then judge the held-out text with the weights that follow the last layer.
         _write_decoupled_layers(model, params, stats, wanted, fit, held, folder)
         top = _write_outside_layers(model, params, folder)
-        perplexities = _perplexities(model, top, folder.finished.streams, held)
+        fitted, streams = model.config.num_layers, folder.finished.streams
+        if wanted.parsed_recipe.refit:
+            fitted = held_out.fitted_layers(model, top, streams, held)
+            folder.take_other(fitted)
+        perplexities = held_out.perplexities(model, top, streams, fitted, held)
         new_model = folder.complete(model, model.config.source)
     before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
     return {
         "method": "decoupled",
         "recipe": wanted.recipe + f", FreqFold {wanted.fold}" * (wanted.recipe == "published"),
-        "kv_rank": wanted.kv_rank,
-        "rope_dim": wanted.rope_dim,
+        **widths,
         "bytes_per_token_before": before,
         "bytes_per_token_after": after,
         "cache": f"{after / before:.1%}",
         **perplexities,
+        **({"fitted_layers": fitted} if wanted.parsed_recipe.refit else {}),
         "calibration_tokens": int(fit.size),
         "held_out_tokens": int(held.size),
         **({} if stats is None else {"seconds_calibration": round(calibrated - start, 1)}),
@@ -320,51 +331,29 @@ def _write_decoupled_layers(
     sizes, recipe, mode = wanted.settled(model, fit)
     done = len(folder.finished.attention)
     if done:
-        replayed = Streams(*(folder.finished.streams[name] for name in Streams._fields))
-        steps = {name: folder.finished.streams[name] for name in HELD_OUT}
+        streams = dict(folder.finished.streams)
+        replayed, steps = Streams(*(streams.pop(name) for name in Streams._fields)), streams
     else:
         # One call for both texts: the embedding is read from disk once.
         x = embed(model.config, params, np.concatenate([fit, held]))
         replayed = Streams(x[: len(fit)], x[: len(fit)])
-        steps = dict.fromkeys(HELD_OUT, x[len(fit) :])
+        names = held_out.stream_names(model.config.num_layers, recipe.refit)
+        steps = dict.fromkeys(names, x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, replayed, done)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task("converting", total=model.config.num_layers, completed=done)
         for layer in layers:
-            steps = _advance(model.config, layer, steps)
+            steps = held_out.advance(model.config, layer, steps)
             config, attn = layer.attention(layer.final)
             check_finite(attn, f"layers_{layer.index}/attn/", CONVERTED)
-            streams = layer.streams._asdict() | steps
-            folder.write_layer({**layer.source, "attn": attn}, config, streams)
+            streams, other = layer.streams._asdict() | steps, None
+            if recipe.refit:
+                closed, closed_attn = layer.attention(layer.low_rank)
+                other = {**layer.source, "attn": closed_attn}, closed
+            folder.write_layer({**layer.source, "attn": attn}, config, streams, other)
             bar.advance(task)
             # Without this, two layers would be in memory while the next one is read.
-            del layer, attn
-
-
-def _advance(
-    config: ModelConfig, converted: ConvertedLayer, steps: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Runs the held-out text through one layer of the original model and of every stage."""
-    layer, own = config.layers[converted.index], converted.source
-    new = {HELD_OUT[0]: layer_output(block_kind(config, layer), own, steps[HELD_OUT[0]])}
-    for name, stage in zip(HELD_OUT[1:], STAGES, strict=True):
-        attention, attn = converted.attention(getattr(converted, stage))
-        changed = LayerConfig(attention, layer.mlp)
-        new[name] = layer_output(block_kind(config, changed), {**own, "attn": attn}, steps[name])
-    return new
-
-
-def _perplexities(
-    model: Transformer, top: dict[str, Any], streams: Mapping[str, jax.Array], held: np.ndarray
-) -> dict[str, float]:
-    """perplexity_<step> of the held-out text, for the original model and every stage."""
-    losses = (judge(model, top, streams[name][:, :-1], held[:, 1:])[0] for name in HELD_OUT)
-    means = [np.exp(np.asarray(loss, np.float64).mean()) for loss in losses]
-    names = ("original", *STAGES)
-    for name, mean in zip(names, means, strict=True):
-        if not np.isfinite(mean):
-            raise ValueError(f"perplexity_{name} is {mean}, expected a number: {OVERFLOW}")
-    return {f"perplexity_{n}": round(float(mean), 4) for n, mean in zip(names, means, strict=True)}
+            del layer, attn, other
 
 
 def _write_outside_layers(

@@ -9,6 +9,7 @@ that the file does not count is written again.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -32,6 +33,8 @@ from kvjax.runs import check_same
 
 FILE = "unfinished.safetensors"
 PART = f"{FILE}.part"
+OTHER = "other"
+"""The folder of a second form of every layer, until one of the two is chosen."""
 REPEAT = "repeat that command to finish it"
 """Advice for a directory or file that holds a run with other settings."""
 
@@ -42,10 +45,12 @@ class Finished:
 
     Attributes:
         attention: the new attention of each written layer, in order.
+        other: that of the other form of each layer, where two are kept; see `write_layer`.
         streams: residual streams [S, T, D] after the last written layer, by name.
     """
 
     attention: tuple[AttentionConfig, ...] = ()
+    other: tuple[AttentionConfig, ...] = ()
     streams: Mapping[str, jax.Array] = field(default_factory=dict)
 
 
@@ -77,26 +82,38 @@ class ConversionFolder:
         # What an earlier run wrote stays: that run was not refused.
         if kind is None or not issubclass(kind, ValueError) or not self._begun or self._resumed:
             return
-        shutil.rmtree(self.out / PARAMS, ignore_errors=True)
+        for folder in (PARAMS, OTHER):
+            shutil.rmtree(self.out / folder, ignore_errors=True)
         for name in (FILE, PART):
             (self.out / name).unlink(missing_ok=True)
         if not self._existed:
             self.out.rmdir()
 
     def write_layer(
-        self, params: Any, attention: AttentionConfig, streams: Mapping[str, jax.Array]
+        self,
+        params: Any,
+        attention: AttentionConfig,
+        streams: Mapping[str, jax.Array],
+        other: tuple[Any, AttentionConfig] | None = None,
     ) -> None:
         """Writes the next layer.
 
         Args:
             params: the layer's parameters.
             streams: residual streams after this layer; a later run finds them in `finished`.
+            other: parameters and attention of another form of the layer, for `take_other`. It
+                needs the layer's size on disk until the conversion is complete.
         """
         self._begin()
         # The layer is on disk before the progress file counts it.
-        done = self.finished.attention
-        native.write_part(self.out, f"layers_{len(done)}", params)
-        self.finished = Finished((*done, attention), streams)
+        done, others = self.finished.attention, self.finished.other
+        name = f"layers_{len(done)}"
+        native.write_part(self.out, name, params)
+        if other is not None:
+            shutil.rmtree(self.out / OTHER / PARAMS / name, ignore_errors=True)
+            native.write_part(self.out / OTHER, name, other[0])
+            others = (*others, other[1])
+        self.finished = Finished((*done, attention), others, streams)
         self._write_progress()
         trim_memory()
 
@@ -104,6 +121,16 @@ class ConversionFolder:
         """Writes a parameter outside the layers. A run that continues writes it again."""
         self._begin()
         native.write_part(self.out, name, value)
+
+    def take_other(self, first: int) -> None:
+        """Replaces the layers from `first` on by their other form. A later run may repeat it."""
+        for index in range(first, len(self.finished.attention)):
+            new = self.out / OTHER / PARAMS / f"layers_{index}"
+            if new.exists():
+                shutil.rmtree(self.out / PARAMS / new.name, ignore_errors=True)
+                new.rename(self.out / PARAMS / new.name)
+        attention = self.finished.attention[:first] + self.finished.other[first:]
+        self.finished = dataclasses.replace(self.finished, attention=attention)
 
     def complete(self, model: Transformer, source: str) -> Transformer:
         """Writes the configuration and the source's companion files; returns the new model.
@@ -115,6 +142,7 @@ class ConversionFolder:
         new = Transformer(model.config.with_attention(self.finished.attention))
         copy_companions(Path(source), self.out)
         native.write_config(new, self.out)
+        shutil.rmtree(self.out / OTHER, ignore_errors=True)
         (self.out / FILE).unlink()
         return new
 
@@ -138,6 +166,7 @@ class ConversionFolder:
         metadata = {
             "request": json.dumps(self.request),
             "attention": json.dumps([native.encode(c) for c in self.finished.attention]),
+            "other": json.dumps([native.encode(c) for c in self.finished.other]),
         }
         tensors = [_tensor(name, x) for name, x in self.finished.streams.items()]
         write_file(self.out / FILE, tensors, metadata)
@@ -170,14 +199,17 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
         return Finished()
     try:
         tensors, metadata = read_header(path), read_metadata(path)
-        earlier, attention = json.loads(metadata["request"]), json.loads(metadata["attention"])
-        configs = tuple(native.decode(config) for config in attention)
+        earlier = json.loads(metadata["request"])
+        configs, others = (
+            tuple(native.decode(config) for config in json.loads(metadata[name]))
+            for name in ("attention", "other")
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not belong to a conversion: {error}") from None
     held = f"{out} holds an unfinished conversion with other settings"
     check_same(earlier, request, held, f"{REPEAT}, or remove the directory to start over")
     file = map_file(path)
-    return Finished(configs, {name: jnp.array(t.view(file)) for name, t in tensors.items()})
+    return Finished(configs, others, {name: jnp.array(t.view(file)) for name, t in tensors.items()})
 
 
 def _tensor(name: str, x: jax.Array) -> NewTensor:

@@ -13,6 +13,7 @@ from kvjax.transmla.decoupled import to_decoupled
 from kvjax.transmla.distill import distill
 from kvjax.transmla.equal_cache import to_equal_cache
 from kvjax.transmla.inits import INITS, Factors, Init, balanced_svd
+from kvjax.transmla.streams import REPLAY
 
 METHODS = ("equal_cache", "decoupled")
 
@@ -22,8 +23,11 @@ def convert(
 ) -> tuple[Transformer, dict[str, Any]]:
     """Calls `to_equal_cache` or `to_decoupled` by the name of the method.
 
+    >>> mla_model, mla_params = convert(model, params, "decoupled", calibration=ids, cache=0.5)
+
     Args:
-        options: the keyword arguments of that function, and `stats` for "decoupled".
+        options: the keyword arguments of that function, and for "decoupled" either
+            `calibration`, int32 [S, T] token ids without padding, or `stats` from `calibrate`.
 
     Raises:
         ValueError: an unknown method, and see the function.
@@ -32,9 +36,16 @@ def convert(
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if method == "equal_cache":
         return to_equal_cache(model, params, **options)
-    if options.get("stats") is None:
-        raise ValueError("method 'decoupled' needs stats=transmla.calibrate(model, params, …)")
-    return to_decoupled(model, params, **options)
+    text, stats = options.pop("calibration", None), options.pop("stats", None)
+    if (text is None) == (stats is None):
+        raise ValueError(
+            "method 'decoupled' needs either calibration=token ids [S, T] or "
+            "stats=transmla.calibrate(model, params, …)"
+        )
+    if stats is None:
+        batches = [text[i : i + REPLAY] for i in range(0, len(text), REPLAY)]
+        stats = calibrate(model, params, batches, input_moments=options.get("q_rank") is not None)
+    return to_decoupled(model, params, stats, **options)
 
 
 __all__ = [

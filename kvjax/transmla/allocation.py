@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.checks import COUNT, OVERFLOW, SIZE, check_params, check_ranges, token_ids
 from kvjax.config import LayerConfig
-from kvjax.feeding import judge
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kind, embed, layer_output
 from kvjax.transmla import rotary
@@ -21,6 +20,7 @@ from kvjax.transmla.calibration import Stats
 from kvjax.transmla.closed_form import BEST, Recipe, close, published
 from kvjax.transmla.layer import gqa_layers, over_heads, padded
 from kvjax.transmla.sizes import Sizes, checked_stats, components, layer_sizes
+from kvjax.transmla.streams import mean_loss
 
 MOST = 3
 """Different sizes (rank and rope_dim) in a model: each is a kind of layer with its own programs."""
@@ -90,23 +90,52 @@ def choose_rope_dim(
     tokens: Int[np.ndarray, "S T"],
     *,
     cache: int,
-    candidates: Sequence[int],
+    candidates: Sequence[int] | None = None,
     recipe: Recipe = BEST,
 ) -> int:
     """The rope_dim with the least loss in a cache of `cache` numbers per token and layer.
 
+    The loss is that of the closed form; the fits move the best rope_dim little.
+
     Args:
         stats, tokens, recipe: as in `allocate_sizes`.
-        candidates: rope_dims to try; the rank is the rest of the cache.
+        candidates: rope_dims to try; the rank is the rest of the cache. None: a sixth, a quarter, a
+            third and a half of the cache, at most the number of rotating components of the keys.
+
+    Raises:
+        ValueError: no candidate, or sizes that `to_decoupled` would refuse.
     """
-    stats = checked_stats(model, stats)
-    bases = gqa_layers(model)
-    choices = [
-        layer_sizes(bases, stats.tokens.size, cache - width, width, None) for width in candidates
-    ]
-    trial = _Trial(model, params, stats, tokens, recipe, choices[0])
-    losses = [trial.measure(dict(enumerate(sizes))) for sizes in choices]
+    stats, bases = checked_stats(model, stats), gqa_layers(model)
+    if candidates is None:
+        turning = max(components(base)[1] for base in bases)
+        candidates = sorted({min(cache // share // 2 * 2, turning) for share in (6, 4, 3, 2)})
+    if not candidates:
+        raise ValueError("got no candidate for rope_dim")
+    tokens = token_ids(tokens, model.config.vocab_size, "tokens")
+    losses = []
+    for width in candidates:
+        sizes = layer_sizes(bases, stats.tokens.size, cache - width, width, None)
+        losses.append(_closed_loss(model, params, stats, tokens, recipe, sizes))
     return candidates[int(np.argmin(losses))]
+
+
+def _closed_loss(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    tokens: Int[np.ndarray, "S T"],
+    recipe: Recipe,
+    sizes: Sequence[Sizes],
+) -> float:
+    """The loss of the model that the closed form gives; inf if it is not finite."""
+    x = embed(model.config, params, tokens)
+    for index, (base, size) in enumerate(zip(gqa_layers(model), sizes, strict=True)):
+        own = params[f"layers_{index}"]
+        args = (base, own["attn"], stats.layers[index], size.rank, size.rope_dim, recipe)
+        config, attn = over_heads(base, own["attn"], close(*args))
+        layer = LayerConfig(config, model.config.layers[index].mlp)
+        x = layer_output(block_kind(model.config, layer), {**own, "attn": attn}, x)
+    return mean_loss(model, params, x, tokens)
 
 
 def choose_fold(
@@ -295,6 +324,4 @@ class _Trial:
         return outputs
 
     def _loss(self, hidden: Float[Array, "S T D"]) -> float:
-        losses, _ = judge(self.model, self.params, hidden[:, :-1], self.tokens[:, 1:])
-        loss = float(np.mean(np.asarray(losses)))
-        return loss if np.isfinite(loss) else np.inf  # min() might choose NaN
+        return mean_loss(self.model, self.params, hidden, self.tokens)

@@ -25,11 +25,11 @@ from kvjax.identity import identity
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, attention_input, block_kinds, embed, layer_output
-from kvjax.paths import local_path
+from kvjax.paths import local_path, replacing
 from kvjax.transmla.layer import Heads, attention_logits, attention_weights, gqa_layers, gqa_of
 
 QUERY_ROWS = 128  # queries whose attention over all keys is in memory at a time
-FORMAT = 2  # files of format 1 do not name the model
+FORMAT = 3  # files of format 1 do not name the model; those of format 2 have no attended moments
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class LayerStats:
     Attributes:
         kv_mean: E[x] [2·K·H] of x = [k of all KV heads ; v of all KV heads].
         kv_second: E[xᵀx] [2·K·H, 2·K·H].
+        attended_mean, attended_second: the same means, but each token counts as much as the
+            attention that it receives from all queries of all heads.
         q_second: E[qᵀq] [N, H, H] of every query head.
         distance: [T] share of the attention at every distance between query and key.
         input_second: E[yᵀy] [D, D] of the input of the attention; None unless requested.
@@ -46,6 +48,8 @@ class LayerStats:
 
     kv_mean: Float[np.ndarray, " X"]
     kv_second: Float[np.ndarray, "X X"]
+    attended_mean: Float[np.ndarray, " X"]
+    attended_second: Float[np.ndarray, "X X"]
     q_second: Float[np.ndarray, "N H H"]
     distance: Float[np.ndarray, " T"]
     input_second: Float[np.ndarray, "D D"] | None = None
@@ -77,10 +81,8 @@ class Stats:
             for name, value in vars(layer).items():
                 if value is not None:
                     arrays[f"{index}/{name}"] = value
-        part = path.with_name(f"{path.name}.part")
-        with part.open("wb") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)
-        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
@@ -209,11 +211,11 @@ def observe(
         x: the input of the block, before its norm.
         input_moments: as in `calibrate`.
     """
-    sums = _moments(block, input_moments, params, x)
-    tokens = x.shape[0] * x.shape[1]
-    means = {name: np.asarray(value, np.float64) / tokens for name, value in sums.items()}
-    # The attention of every query of every head sums to 1.
-    means["distance"] /= gqa_of(block).num_heads
+    means = _moments(block, input_moments, params, x)
+    means = {name: np.asarray(value, np.float64) for name, value in means.items()}
+    for name in ("kv", "attended"):
+        mean = means[f"{name}_mean"]
+        means[f"{name}_second"] += np.outer(mean, mean)
     return LayerStats(**means)
 
 
@@ -247,21 +249,41 @@ def _moments(
     params: dict[str, Any],
     x: Float[Array, "B T D"],
 ) -> dict[str, jax.Array]:
-    """Sums over the tokens, in fp32, with the names of `LayerStats`."""
+    """The means with the names of `LayerStats`, in fp32; second moments are centred."""
     heads, base = Heads.of(block, params, x), gqa_of(block)
     kv = jnp.concatenate([heads.k, heads.v], axis=2).astype(jnp.float32)
     kv = kv.reshape(-1, 2 * base.num_kv_heads * base.head_dim)
     q = heads.q.astype(jnp.float32).reshape(-1, base.num_heads, base.head_dim)
-    sums = {
-        "kv_mean": jnp.sum(kv, axis=0),
-        "kv_second": _product("tx,ty->xy", kv, kv),
-        "q_second": _product("tnh,tng->nhg", q, q),
-        "distance": _distances(heads.rotated(base), base),
+    distance, received = _attention(heads.rotated(base), base)
+    kv_mean, kv_second = _centred(kv, jnp.ones(len(kv), jnp.float32))
+    attended_mean, attended_second = _centred(kv, received.reshape(-1))
+    # The attention of every query of every head sums to 1.
+    means = {
+        "kv_mean": kv_mean,
+        "kv_second": kv_second,
+        "attended_mean": attended_mean,
+        "attended_second": attended_second,
+        "q_second": _product("tnh,tng->nhg", q, q) / len(q),
+        "distance": distance / (len(q) * base.num_heads),
     }
     if input_moments:
         y = attention_input(block, params, x).astype(jnp.float32).reshape(-1, x.shape[-1])
-        sums["input_second"] = _product("td,te->de", y, y)
-    return sums
+        means["input_second"] = _product("td,te->de", y, y) / len(y)
+    return means
+
+
+def _centred(
+    x: Float[Array, "M X"], weights: Float[Array, " M"]
+) -> tuple[Float[Array, " X"], Float[Array, "X X"]]:
+    """The weighted mean and covariance of rows.
+
+    The mean is subtracted before the products are rounded: a bias a thousand times larger than the
+    differences between tokens would hide them in fp32.
+    """
+    share = weights / jnp.sum(weights)
+    mean = jnp.sum(share[:, None] * x, axis=0)
+    centred = jnp.sqrt(share)[:, None] * (x - mean[None])
+    return mean, _product("tx,ty->xy", centred, centred)
 
 
 def _product(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -269,23 +291,29 @@ def _product(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(pattern, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _distances(heads: Heads, base: GQAConfig) -> Float[Array, " T"]:
-    """Attention at every distance between query and key, summed over queries and heads."""
-    T = heads.q.shape[1]
+def _attention(heads: Heads, base: GQAConfig) -> tuple[Float[Array, " T"], Float[Array, "B T"]]:
+    """Attention at every distance between query and key, and attention that every key receives.
+
+    Both are sums over queries and heads; the distances also over sequences.
+    """
+    B, T = heads.q.shape[:2]
     rows = min(QUERY_ROWS, T)
 
-    def add(tile: jax.Array, total: jax.Array) -> jax.Array:
+    def add(tile: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = jnp.minimum(tile * rows, T - rows)
         at = start + jnp.arange(rows, dtype=jnp.int32)
         q = jax.lax.dynamic_slice_in_dim(heads.q, start, rows, 1)
         weights = attention_weights(attention_logits(q, heads.k, base.scale), at, base)
         # The last tile overlaps the one before it; queries that were counted count as 0.
         fresh = (at >= tile * rows)[:, None].astype(jnp.float32)
-        mass = jnp.sum(weights, axis=(0, 1)) * fresh
+        mass = jnp.sum(weights, axis=1) * fresh[None]
         distance = at[:, None] - jnp.arange(T, dtype=jnp.int32)[None]
-        return total.at[jnp.where(distance >= 0, distance, T)].add(mass, mode="drop")
+        slots = jnp.where(distance >= 0, distance, T)
+        distances = total[0].at[slots].add(jnp.sum(mass, axis=0), mode="drop")
+        return distances, total[1] + jnp.sum(mass, axis=1)
 
-    return jax.lax.fori_loop(0, -(-T // rows), add, jnp.zeros((T,), jnp.float32))
+    zeros = jnp.zeros((T,), jnp.float32), jnp.zeros((B, T), jnp.float32)
+    return jax.lax.fori_loop(0, -(-T // rows), add, zeros)
 
 
 def _add(old: Stats | None, new: Stats) -> Stats:

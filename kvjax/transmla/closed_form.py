@@ -22,6 +22,7 @@ from kvjax.nn.layers import frequencies
 from kvjax.transmla import rotary
 from kvjax.transmla.calibration import LayerStats
 from kvjax.transmla.layer import LatentLayer
+from kvjax.transmla.roots import Root
 
 # --- The choices of a recipe ---------------------------------------------------------------------
 
@@ -37,6 +38,24 @@ def expected(turning: Complex[np.ndarray, " f"]) -> Complex[np.ndarray, " f"]:
 def one(turning: Complex[np.ndarray, " f"]) -> Complex[np.ndarray, " f"]:
     """c = 1, as if query and key were at the same position: the published method."""
     return np.ones_like(turning)
+
+
+Weighting = Callable[[LayerStats], tuple[Float[np.ndarray, " X"], Float[np.ndarray, "X X"]]]
+"""Statistics of a layer → mean and second moments of x = [k ; v] for the joint PCA."""
+
+
+def attended(stats: LayerStats) -> tuple[Float[np.ndarray, " X"], Float[np.ndarray, "X X"]]:
+    """Each token counts as much as the attention that it receives.
+
+    An error in a token changes the output in proportion to its attention. In trained models a first
+    token that differs from all others often receives most of it.
+    """
+    return stats.attended_mean, stats.attended_second
+
+
+def even(stats: LayerStats) -> tuple[Float[np.ndarray, " X"], Float[np.ndarray, "X X"]]:
+    """All tokens count alike: the published method."""
+    return stats.kv_mean, stats.kv_second
 
 
 @dataclass(frozen=True)
@@ -58,13 +77,13 @@ class JointMoments:
 
 
 Metric = Callable[[JointMoments], Float[np.ndarray, "W W"]]
-"""Moments → the symmetric square root of the metric in which the PCA measures errors."""
+"""Moments → a root R of the metric M = R Rᵀ in which the PCA measures errors: it takes e to e·R."""
 
 
 def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
     """Measures errors of keys by the attention logits, and errors of values by the output.
 
-    Scores and outputs have different units, so each metric is divided by its trace.
+    Attention logits and outputs have different units, so each metric is divided by its trace.
     """
     return _diagonal(_root(moments.key_metric), _root(moments.value_metric))
 
@@ -72,7 +91,7 @@ def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
 def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
     """Balanced KV, the published rule: divides keys by the ratio of the mean column norms."""
     n = len(moments.key_metric)
-    norms = np.sqrt(np.diag(moments.covariance))
+    norms = np.sqrt(np.maximum(np.diag(moments.covariance), 0.0))  # rounding: a little below 0
     keys, values = norms[:n].mean() if n else 0.0, norms[n:].mean()
     ratio = keys / values if keys > 0 and values > 0 else 1.0  # dead heads leave both as they are
     return np.diag(np.concatenate([np.full(n, 1 / ratio), np.ones(len(norms) - n)]))
@@ -91,6 +110,7 @@ class Recipe:
         rotation: chooses the unitary basis of one frequency's components.
         placement: chooses the components that keep RoPE.
         constants: chooses the constant that replaces e^(iΔθ) in the other components.
+        weighting: how much each token counts in the joint PCA.
         metric: the metric in which the joint PCA measures errors.
         centred: subtract the means of k_nope and v before the PCA. This is exact: a constant in
             k_nope shifts all attention logits of a query alike, and a constant in v becomes a bias
@@ -105,6 +125,7 @@ class Recipe:
     rotation: rotary.Rotation = rotary.complex_rotation
     placement: rotary.Placement = rotary.by_energy
     constants: Constants = expected
+    weighting: Weighting = attended
     metric: Metric = aware
     centred: bool = True
     refit: bool = True
@@ -131,6 +152,7 @@ def published(fold: int) -> Recipe:
         rotary.real_rotation,
         rotary.fold(fold),
         one,
+        even,
         balanced,
         centred=False,
         refit=False,
@@ -161,7 +183,7 @@ def close(
     """
     partial = fit_partial_rope(base, stats, rope_dim, recipe)
     observed = stats if seen is None else seen
-    moments = joint_moments(base, attn, observed, partial, recipe.centred)
+    moments = joint_moments(base, attn, observed, partial, recipe)
     low = whole(len(moments.mean)) if rank is None else joint_pca(moments, recipe.metric, rank)
     out = np.asarray(attn["o"]).astype(np.float64)
     bias = np.asarray(attn["o_bias"]).astype(np.float64) if base.out_bias else 0.0
@@ -219,21 +241,23 @@ def joint_moments(
     attn: dict[str, Any],
     stats: LayerStats,
     partial: rotary.PartialRope,
-    centred: bool,
+    recipe: Recipe,
 ) -> JointMoments:
     """The moments of [k_nope ; v], and the metrics of keys and values.
 
     Args:
         base, attn: the attention of the layer and its parameters.
-        centred: subtract the means; those of keys only without a soft-cap.
+        recipe: `weighting`, and whether means are subtracted; those of keys are subtracted only
+            where attention logits have no soft-cap.
     """
     K, H, joint = base.num_kv_heads, base.head_dim, partial.joint
     W = K * H
-    mean = stats.kv_mean.copy() if centred else np.zeros_like(stats.kv_mean)
+    average, second = recipe.weighting(stats)
+    mean = average.copy() if recipe.centred else np.zeros_like(average)
     if base.softcap is not None:  # a shift of all attention logits would change the output
         mean[:W] = 0.0
     # E[(x − m)ᵀ(x − m)], where the means m may be of some components only.
-    covariance = stats.kv_second - np.outer(mean, stats.kv_mean) - np.outer(stats.kv_mean, mean)
+    covariance = second - np.outer(mean, average) - np.outer(average, mean)
     covariance += np.outer(mean, mean)
     queries = partial.query_nope
     key_metric = np.einsum("nhw,nhg,ngx->wx", queries, stats.q_second, queries, optimize=True)
@@ -267,39 +291,36 @@ def whole(width: int) -> LowRank:
 def joint_pca(moments: JointMoments, metric: Metric, rank: int) -> LowRank:
     """The projection on `rank` components with the least expected error in the metric.
 
-    With the root M^½ of the metric and the leading eigenvectors U of M^½ C M^½:
-    down = M^½ U, up = Uᵀ M^-½, and the constant is the part of the mean that the two lose.
+    With the root R of the metric and the leading eigenvectors U of Rᵀ C R, of eigenvalues Λ:
+    down = R U Λ^-½, up = Λ^½ Uᵀ R⁻¹, and the constant is the part of the mean that the two lose.
+    So all latents have the same size: fits in fp32 and 8-bit caches lose none of them.
     """
     root = metric(moments)
-    values, vectors = np.linalg.eigh(root @ moments.covariance @ root)
-    leading = vectors[:, np.argsort(-values, kind="stable")[:rank]]
+    values, vectors = np.linalg.eigh(root.T @ moments.covariance @ root)
+    order = np.argsort(-values, kind="stable")[:rank]
+    leading, values = vectors[:, order], values[order]
     # Eigenvectors have no sign: fix one, so that platforms agree.
     pivot = np.take_along_axis(leading, np.abs(leading).argmax(axis=0)[None], axis=0)
     leading = leading * np.sign(pivot)
-    down, up = root @ leading, leading.T @ _inverse(root)
+    # A text that never takes a direction leaves its eigenvalue at 0.
+    whole = values.max(initial=0.0) + np.sum((moments.mean @ root) ** 2)
+    size = np.sqrt(np.maximum(values, 1e-8 * whole + 1e-30))
+    down, up = root @ leading / size, size[:, None] * np.linalg.solve(root.T, leading).T
     return LowRank(down, up, moments.mean - moments.mean @ down @ up)
 
 
 def _root(metric: np.ndarray) -> np.ndarray:
-    """The symmetric root of a metric scaled to trace 1, with eigenvalues lifted above 0."""
+    """A root of a metric scaled to trace 1, as `Metric` says; it can be inverted."""
     n, trace = len(metric), np.trace(metric)
     if trace <= 0:
         return np.eye(n) / np.sqrt(max(n, 1))
-    values, vectors = np.linalg.eigh(metric / trace)
-    # Rounding leaves some eigenvalues below 0. The root is inverted, so none may be 0 either.
-    return (vectors * np.sqrt(np.maximum(values, 0.0) + 1e-9 / n)) @ vectors.T
+    return Root.of(metric / trace, floor=1e-9).root.T
 
 
 def _diagonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     out = np.zeros((len(a) + len(b),) * 2)
     out[: len(a), : len(a)], out[len(a) :, len(a) :] = a, b
     return out
-
-
-def _inverse(root: np.ndarray) -> np.ndarray:
-    """The inverse of a symmetric positive matrix."""
-    values, vectors = np.linalg.eigh(root)
-    return (vectors / np.maximum(values, 1e-300)) @ vectors.T
 
 
 # --- The parts as one layer -----------------------------------------------------------------------
@@ -344,15 +365,13 @@ def low_rank_query(
         input_second: E[yᵀy] of the input of the attention.
     """
     wide = np.asarray(attn["q"]).astype(np.float64).reshape(len(input_second), -1)
-    values, vectors = np.linalg.eigh(input_second)
-    scale = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
-    root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
+    root = Root.of(input_second, floor=1e-9)
     # With a white input, the error of a query is that of its projection: a plain PCA.
-    outputs = root @ wide
+    outputs = root.root @ wide
     leading = np.linalg.eigh(outputs @ outputs.T)[1][:, ::-1][:, :rank]
     q = (leading.T @ outputs).reshape(rank, *attn["q"].shape[1:])
     dtype = attn["q"].dtype
-    new = {"q_a": rounded(inverse @ leading, dtype), "q": rounded(q, dtype)}
+    new = {"q_a": rounded(root.inverse @ leading, dtype), "q": rounded(q, dtype)}
     if config.latent_bias:  # q_a and kv_a have a bias both or none; that of the queries stays in q
         new["q_a_bias"] = jnp.zeros((rank,), dtype)
     return dataclasses.replace(config, q_lora_rank=rank), {**attn, **new}

@@ -1,60 +1,54 @@
 """GQA → multi-head latent attention with a smaller cache (TransMLA v3 to v5, arXiv 2502.07864).
 
 `to_decoupled` converts a model in memory. `decouple_layers` converts one layer after the other, for
-checkpoints that are read and written a layer at a time; both give the same parameters.
+checkpoints that are read and written a layer at a time; it fits all layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from kvjax.checks import OVERFLOW, check_finite, check_params, first_not_finite
+from kvjax.checks import check_finite, check_params
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, of_kind
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.transformer import (
-    Block,
     Transformer,
-    attention_output,
     block_kind,
     embed,
-    layer_output,
 )
-from kvjax.transmla.calibration import LayerStats, Stats, check_moments, merge, observe
+from kvjax.transmla.calibration import Stats, check_moments
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
+from kvjax.transmla.depth import Attention, FittedDepth, divided
 from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_queries import refit_queries
 from kvjax.transmla.sizes import (
     Sizes,
+    Widths,
     check_query_rank,
     checked_stats,
+    chosen_widths,
     exportable_recipe,
     layer_sizes,
 )
+from kvjax.transmla.streams import (
+    Streams,
+    check_streams,
+    error_size,
+    observe_replay,
+    output_target,
+    replay,
+)
 
-REPLAY = 8  # sequences that pass through a layer at a time
 MODES = {"fold": folded, "post": over_heads}
 """mode → the function that makes config and parameters of a converted layer."""
-
-
-class Streams(NamedTuple):
-    """The residual streams [S, T, D] of the calibration text before a layer.
-
-    Attributes:
-        original: in the original model.
-        converted: in the model whose earlier layers are converted.
-    """
-
-    original: jax.Array
-    converted: jax.Array
 
 
 @dataclass(frozen=True)
@@ -87,28 +81,34 @@ def to_decoupled(
     params: Mapping[str, Any],
     stats: Stats,
     *,
-    kv_rank: int | Sequence[int] = 448,
-    rope_dim: int | Sequence[int] = 128,
+    cache: float | None = None,
+    kv_rank: Widths | None = None,
+    rope_dim: Widths | None = None,
     v_head_dim: int | None = None,
     q_rank: int | None = None,
     exportable: bool = False,
     mode: str = "auto",
     recipe: Recipe = BEST,
+    held_out: Int[np.ndarray, "H T"] | None = None,
     progress: Callable[[ConvertedLayer], None] | None = None,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Converts GQA layers to latent attention that caches kv_rank + rope_dim numbers per token.
 
     Nothing is trained: the conversion is closed-form algebra on second moments, and least squares
-    on the calibration text. docs/decoupled.md has the method and its measurements.
+    on the calibration text, in as many first layers as lower the loss on held-out text.
+    docs/decoupled.md has the method and its measurements.
 
-    >>> mla_model, mla_params = to_decoupled(model, params, stats, kv_rank=448, rope_dim=128)
+    >>> mla_model, mla_params = to_decoupled(model, params, stats, cache=0.5)
 
     Args:
         model: with GQA in every layer.
         params: of `model`. On a mesh, the result is placed on the same mesh.
         stats: from `calibrate`, on text of the kind that the model will read.
+        cache: what a token may have in the cache, as a share of its keys and values: above 0, at
+            most 1. It stands for kv_rank + rope_dim numbers.
         kv_rank, rope_dim: widths of the latent and of the rotary key, one number for all layers or
-            one for each. Layers without RoPE have no rotary key, whatever rope_dim is.
+            one for each; see `chosen_widths` for those that are None. Layers without RoPE have no
+            rotary key, whatever rope_dim is.
         v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
             a larger width fits better, at the cost of larger v_up and o. Needs a recipe that
             refits.
@@ -120,7 +120,10 @@ def to_decoupled(
             projections and norms of GQA and applies the maps after them. "auto" folds layers
             without QK-norm.
         recipe: the steps of the conversion, see `Recipe`.
-        progress: called after every layer.
+        held_out: int32 token ids that decide how many layers are fitted, see
+            `kvjax.transmla.depth`; with no sequences all are. None: every eighth sequence of the
+            calibration, which is then not fitted.
+        progress: called after every layer, in closed form and then with fits.
 
     Returns:
         The converted model and its parameters, in the dtype of the source. Parameters outside of
@@ -134,29 +137,56 @@ def to_decoupled(
     check_params(params)
     stats = checked_stats(model, stats)
     sizes, recipe, mode = settle(
-        model, stats.tokens, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
+        model, stats.tokens, cache, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
     if q_rank is not None:
         check_query_rank(model, stats, q_rank, mode)
-    converted = []
-    x = embed(model.config, params, stats.tokens)
-    for layer in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
-        config, attn = layer.attention(layer.final)
-        if q_rank is not None:
-            second = stats.layers[layer.index].input_second
+    converted = _convert(model, params, stats, sizes, recipe, mode, held_out, progress)
+    if q_rank is not None:
+        for index, (config, attn) in enumerate(converted):
+            second = stats.layers[index].input_second
             assert second is not None
-            config, attn = low_rank_query(of_kind(config, MLAConfig), attn, q_rank, second)
-        converted.append((config, attn))
-        if progress is not None:
-            progress(layer)
+            converted[index] = low_rank_query(of_kind(config, MLAConfig), attn, q_rank, second)
     return with_attention(model, params, converted)
+
+
+def _convert(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats,
+    sizes: Sequence[Sizes],
+    recipe: Recipe,
+    mode: str,
+    held_out: Int[np.ndarray, "H T"] | None,
+    progress: Callable[[ConvertedLayer], None] | None,
+) -> list[Attention]:
+    """Every layer in closed form; then fits of the first ones, as far as they lower the loss."""
+
+    def layers(recipe: Recipe, tokens: np.ndarray) -> Iterator[Attention]:
+        x = embed(model.config, params, tokens)
+        for layer in decouple_layers(model, params, stats, sizes, recipe, mode, Streams(x, x)):
+            if progress is not None:
+                progress(layer)
+            yield layer.attention(layer.final)
+
+    closed = list(layers(dataclasses.replace(recipe, refit=False), stats.tokens))
+    if not recipe.refit:
+        return closed
+    read, judging = divided(stats.tokens) if held_out is None else (stats.tokens, held_out)
+    depth, fitted = FittedDepth(model, params, closed, judging), list[Attention]()
+    for attention in layers(recipe, read):
+        fitted.append(attention)
+        if not depth.add(attention):
+            break
+    return fitted[: depth.best] + closed[depth.best :]
 
 
 def settle(
     model: Transformer,
     tokens: Int[np.ndarray, "S T"],
-    kv_rank: int | Sequence[int],
-    rope_dim: int | Sequence[int],
+    cache: float | None,
+    kv_rank: Widths | None,
+    rope_dim: Widths | None,
     v_head_dim: int | None,
     exportable: bool,
     mode: str,
@@ -178,6 +208,7 @@ def settle(
         raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(MODES)}")
     if v_head_dim is not None and not recipe.refit:
         raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
+    kv_rank, rope_dim = chosen_widths(bases, cache, kv_rank, rope_dim, exportable)
     if exportable:
         recipe = exportable_recipe(recipe, bases, rope_dim)
         mode = "fold" if mode == "auto" else mode
@@ -236,18 +267,21 @@ def _decouple_layer(
     base = of_kind(layer.attention, GQAConfig)
     make = functools.partial(MODES[mode_of(mode, base)], base, own["attn"])
     block = block_kind(config, layer).block
-    moments = _observe_replay(block, own, original) if stats is None else stats.layers[index]
+    moments = observe_replay(block, own, original) if stats is None else stats.layers[index]
     check_moments(moments, index, params)
     # Closed form: partial RoPE alone, then with the latent cut to its rank.
     settings = (base, own["attn"], moments)
     partial = close(*settings, None, size.rope_dim, recipe)
-    seen = _observe_replay(block, own, converted) if recipe.recalibrate else None
+    seen = observe_replay(block, own, converted) if recipe.recalibrate else None
     low = final = close(*settings, size.rank, size.rope_dim, recipe, seen)
     # Least squares against the original layer, on the text as the converted layers give it.
     if recipe.refit:
         final = refit_queries(block, own, low, original, converted)
         target = output_target(config, layer, own, original, converted)
-        final = refit_outputs(block, own, final, converted, target, size.v_head_dim, recipe.biased)
+        divisor = error_size(config, original, target)
+        final = refit_outputs(
+            block, own, final, converted, target, divisor, size.v_head_dim, recipe.biased
+        )
     # The text moves on through both layers, where a later step reads it.
     if recipe.refit or stats is None:
         original = replay(config, layer, own, original)
@@ -258,63 +292,8 @@ def _decouple_layer(
     return ConvertedLayer(index, own, Streams(original, converted), partial, low, final, make)
 
 
-def check_streams(streams: Mapping[str, jax.Array], index: int, params: Mapping[str, Any]) -> None:
-    """Raises ValueError for residual streams before a layer that are not finite."""
-    name = first_not_finite(streams)
-    if name is not None:
-        check_params(params)
-        raise ValueError(
-            f"layer {index}: its input in the {name} model is NaN or infinite: {OVERFLOW}"
-        )
-
-
 def mode_of(mode: str, base: GQAConfig) -> str:
     """The mode of one layer: "auto" is "fold" without QK-norm, where that is exact, else "post"."""
     if mode == "auto":
         return "fold" if base.qk_norm is None else "post"
     return mode
-
-
-def _observe_replay(block: Block, params: dict[str, Any], x: Float[Array, "S T D"]) -> LayerStats:
-    """The moments of one layer over all sequences, a few at a time."""
-    total, done = None, 0
-    for start in range(0, len(x), REPLAY):
-        part = x[start : start + REPLAY]
-        new, done = observe(block, params, part), done + len(part)
-        total = new if total is None else merge(total, new, len(part) / done)
-    assert total is not None
-    return total
-
-
-def replay(
-    config: ModelConfig, layer: LayerConfig, params: dict[str, Any], x: Float[Array, "S T D"]
-) -> Float[Array, "S T D"]:
-    """The output of one layer for all sequences, a few at a time."""
-    kind = block_kind(config, layer)
-    return _in_batches(lambda part: layer_output(kind, params, part), x)
-
-
-def output_target(
-    config: ModelConfig,
-    layer: LayerConfig,
-    params: dict[str, Any],
-    original: Float[Array, "S T D"],
-    converted: Float[Array, "S T D"],
-) -> Float[Array, "S T D"]:
-    """The output that the converted attention should have.
-
-    It is the output of the original attention plus the error of the converted stream so far, so
-    that the layer repairs what earlier layers lost. Where a norm follows the attention, the error
-    cannot be added to its output, and the target is the original output alone.
-
-    Args:
-        original, converted: the streams before the layer.
-    """
-    kind = block_kind(config, layer)
-    out = _in_batches(lambda part: attention_output(kind.block, params, kind.pairs, part), original)
-    return out if config.post_norm else out + original - converted
-
-
-def _in_batches(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    parts = [function(x[i : i + REPLAY]) for i in range(0, len(x), REPLAY)]
-    return jnp.concatenate(parts)

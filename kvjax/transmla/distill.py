@@ -16,8 +16,8 @@ from kvjax.checks import COUNT, POSITIVE, SEED, SIZE, check_finite, check_params
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import Block, attention_output, block_kind, embed
 from kvjax.transmla.calibration import Stats
-from kvjax.transmla.decoupled import output_target, replay
 from kvjax.transmla.sizes import checked_stats
+from kvjax.transmla.streams import output_target, replay
 
 RANGES = {"steps": SIZE, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED}
 
@@ -38,7 +38,7 @@ def distill(
     """Trains each converted attention to the output of the original, on the calibration text.
 
     Layers are trained in order, each on the output of the trained ones. The target of a layer is
-    that of the least-squares refits (`decoupled.output_target`). The loss is the mean squared error
+    that of the least-squares refits (`streams.output_target`). The loss is the mean squared error
     divided by the mean square of the target; Adam with a cosine schedule and fp32 master weights.
 
     Args:

@@ -6,25 +6,27 @@ heads, L numbers each, and a column of ones: N·L + 1 numbers. The inputs are th
 converted layers in front of this one give.
 
 The equations are kept in the smaller of two forms, both in fp64: `Normal` (FᵀF and FᵀY) for many
-rows, `Rows` (F and Y) for fewer rows than features. Both have the same minimum.
+rows, `Rows` (F and Y) for fewer rows than features. Both have the same minimum. They are solved in
+coordinates in which the features of each head are white (`Root`), so that features of very
+different sizes count alike. The weight of the distance to the start is chosen on sequences that the
+trial fits don't see.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kvjax.nn.layers import Turn
 from kvjax.nn.transformer import Block
 from kvjax.transmla.layer import (
-    HIGHEST,
     CacheMaps,
     Heads,
     LatentLayer,
@@ -32,15 +34,27 @@ from kvjax.transmla.layer import (
     attention_weights,
     cache_entries,
     gqa_of,
-    group_size,
     grouped,
     latent_logits,
     rows,
 )
+from kvjax.transmla.output_equations import (
+    Equations,
+    Group,
+    HeadMaps,
+    Normal,
+    Rows,
+    head_columns,
+    lifted_solve,
+    merged,
+)
+from kvjax.transmla.roots import Root
 
-RIDGE = 1e-4  # weight of the distance to the start, relative to the mean of the diagonal
-LIFT = 1e-6  # least weight relative to each feature, above the rounding of fp32 products
-FLOOR = 1e-10  # least eigenvalue of a scaled FᵀF, whose mean eigenvalue is 1
+PULLS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+"""Weights of the distance to the start, relative to white features."""
+WEAK = 1e-3  # variance of a feature, relative to the largest, below which it counts less
+MARGIN = 0.1  # relative difference of held-out errors that does not count
+HELD_OUT = 8  # one sequence in HELD_OUT judges the weights
 
 
 def refit_outputs(
@@ -49,6 +63,7 @@ def refit_outputs(
     layer: LatentLayer,
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
+    size: Float[Array, "S T"],
     v_head_dim: int,
     biased: bool = True,
     sweeps: int = 3,
@@ -60,105 +75,147 @@ def refit_outputs(
         layer: the converted layer so far.
         converted: the input of this layer after the converted layers.
         target: the output that the attention should have.
+        size: errors of a token are divided by it.
         v_head_dim: width V between v_up and out of a head.
         biased: fit the bias too; otherwise it is kept.
         sweeps: alternations between the two factors, where V is too small for an exact product.
 
     Returns:
-        The layer with other `v_up`, `out` and `out_bias`.
+        The layer with other `v_up`, `out` and `out_bias`; the same one if the fits only help on the
+        text that they read.
     """
-    N, L = layer.k_up.shape[1], layer.k_up.shape[0]
-    maps = (CacheMaps.of(layer), QueryMaps.of(layer))
-    # The equations, in the smaller form.
-    few = converted.shape[0] * converted.shape[1] <= N * L
-    form, solve_for = (Rows, output_rows) if few else (Normal, output_equations)
-    arrays = solve_for(block, params, Turn.of(layer.rope), *maps, converted, target)
-    equations: Equations = form(*(np.asarray(x, np.float64) for x in arrays))
+    arrays = (block, params, CacheMaps.of(layer), QueryMaps.of(layer), Turn.of(layer.rope))
+    # The last sequences judge the pull; at the end all of them are fitted.
+    cut = len(converted) - len(converted) // HELD_OUT - (1 < len(converted) < HELD_OUT)
+    parts = [
+        feature_groups(*arrays, converted[own], target[own], size[own])
+        for own in (slice(cut), slice(cut, None))
+    ]
+    roots = _white_roots(parts[0] + parts[1], layer)
+    inverses = np.stack([root.inverse for root in roots])
+    form = Rows if converted.shape[0] * converted.shape[1] <= inverses[..., 0].size else Normal
+    fitted, held = (form.of(part, inverses, target.shape[-1]) for part in parts)
     if not biased:
-        equations = equations.without_bias(layer.out_bias)
+        fitted, held = (part.without_bias(layer.out_bias) for part in (fitted, held))
+    v_up = np.stack([root.root for root in roots]) @ np.swapaxes(layer.v_up, 0, 1)
+    heads = HeadMaps(v_up, layer.out, layer.out_bias)
+    pull = choose_pull(fitted, held, heads.weight)
+    if pull is None and v_head_dim == layer.out.shape[1]:
+        return layer
+    pull = PULLS[-1] if pull is None else pull
+    heads = _fit(merged(fitted, held), heads, pull, v_head_dim, sweeps)
+    v_up = np.swapaxes(inverses @ heads.v_up, 0, 1)
+    return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
+
+
+def _white_roots(groups: Sequence[Group], layer: LatentLayer) -> list[Root]:
+    """Coordinates in which all features of a head have size 1 and don't depend on each other.
+
+    Weak features stay weak: a head that gives almost all attention to one token says nothing of
+    them, and other text may take them a thousand times further.
+    """
+    L, N, _ = layer.k_up.shape
+    return [Root.of(gram, WEAK, WEAK) for gram in head_grams(groups, N, L)]
+
+
+def _fit(
+    equations: Equations, start: HeadMaps, pull: float, v_head_dim: int, sweeps: int
+) -> HeadMaps:
+    """Fits all heads at once, and cuts each to the width V.
+
+    Args:
+        equations: in white coordinates.
+        pull: weight of the distance to the start.
+    """
+    N, L, _ = start.v_up.shape
     # One least squares for all heads without a limit on the rank, then the best factors of width V
     # of each head.
-    heads = HeadMaps(np.swapaxes(layer.v_up, 0, 1), layer.out, layer.out_bias)
-    whole = equations.ridge(heads.weight)
-    columns = map(heads.columns, range(N))
-    factors = [factor(equations.block(c), whole[c], v_head_dim) for c in columns]
+    first = start.weight
+    whole = equations.ridge(first, pull)
+    columns = [head_columns(head, L) for head in range(N)]
+    factors = [factor(lifted(equations.block(c), pull), whole[c], v_head_dim) for c in columns]
     v_up, out = (np.stack(parts) for parts in zip(*factors, strict=True))
     heads = HeadMaps(v_up, out, whole[-1].copy())
     del whole  # the largest array of a layer
     # Heads were cut one by one: now each is fitted again to what the others leave.
     if v_head_dim < min(L, out.shape[-1]):
         for _ in range(sweeps):
-            heads = _alternate(equations, heads)
-    v_up = np.swapaxes(heads.v_up, 0, 1)
-    return dataclasses.replace(layer, v_up=v_up, out=heads.out, out_bias=heads.bias)
+            heads = _alternate(equations, heads, first, pull)
+    return heads
 
 
-def output_equations(
-    block: Block,
-    params: dict[str, Any],
-    turn: Turn,
-    cached: CacheMaps,
-    maps: QueryMaps,
-    converted: Float[Array, "S T D"],
-    target: Float[Array, "S T D"],
-) -> tuple[Float[np.ndarray, "F F"], Float[np.ndarray, "F D"]]:
-    """FᵀF and FᵀY, where F has the attention-weighted latents of all heads and a column of ones.
+def choose_pull(
+    fitted: Equations, held: Equations, start: Float[np.ndarray, "F D"]
+) -> float | None:
+    """The least weight of the distance to the start that held-out rows allow.
 
-    Groups of sequences are multiplied on the device in fp32 and added on the host in fp64. The
-    blocks of FᵀF that belong to one head are multiplied in fp64 too: `factor` takes their roots.
+    The error of one layer tells little about the loss of the model, so differences of less than
+    `MARGIN` between fits don't count: then the fit that changes more is taken, which also repairs
+    more of what earlier layers lost.
+
+    Args:
+        fitted, held: white equations of two parts of the text; `held` may have no rows.
+        start: W before the fit.
+
+    Returns:
+        One of PULLS; None if every fit has a larger held-out error than the start itself.
     """
-    N, L = gqa_of(block).num_heads, cached.down.shape[1]
-    width = N * L + 1
-    gram, product = np.zeros((width, width)), np.zeros((width, converted.shape[-1]))
-    blocks = np.zeros((N, L, L))
-    for index in range(len(converted) // group_size(len(converted))):
-        arrays = (converted, target, np.int32(index))
-        f, part, part_product = _group_equations(block, params, turn, cached, maps, *arrays)
-        gram += np.asarray(part)
-        product += np.asarray(part_product)
-        # Where most attention goes to one token, the features of a head are nearly multiples of
-        # each other. Sums of fp32 products then have negative eigenvalues.
-        for head, own in enumerate(np.split(np.asarray(f)[:, :-1], N, axis=1)):
-            own = own.astype(np.float64)
-            blocks[head] += own.T @ own
-    for head in range(N):
-        columns = slice(head * L, (head + 1) * L)
-        gram[columns, columns] = blocks[head]
-    return gram, product
+    if held.empty:
+        return 1.0
+    errors = [held.error(fitted.ridge(start, pull)) for pull in PULLS]
+    if min(errors) >= held.error(start):
+        return None
+    allowed = (1 + MARGIN) * min(errors)
+    choices = zip(PULLS, errors, strict=True)
+    return next((pull for pull, error in choices if error <= allowed), PULLS[-1])
+
+
+def feature_groups(
+    block: Block,
+    params: dict[str, Any],
+    cached: CacheMaps,
+    maps: QueryMaps,
+    turn: Turn,
+    converted: Float[Array, "S T D"],
+    target: Float[Array, "S T D"],
+    size: Float[Array, "S T"],
+) -> list[Group]:
+    """F and Y of groups of sequences, with rows divided by `size`; fp32."""
+    if not len(converted):
+        return []
+    each = zip(grouped(converted), grouped(target), grouped(size[..., None]), strict=True)
+    return [_group(block, params, cached, maps, turn, *arrays) for arrays in each]
+
+
+def head_grams(groups: Sequence[Group], heads: int, width: int) -> Float[np.ndarray, "N L L"]:
+    """FᵀF of each head alone, multiplied in fp64.
+
+    Where most attention goes to one token, the features of a head are nearly multiples of each
+    other. Sums of fp32 products then have negative eigenvalues.
+    """
+    grams = np.zeros((heads, width, width))
+    for f, _ in groups:
+        for head in range(heads):
+            own = np.asarray(f[:, head_columns(head, width)], np.float64)
+            grams[head] += own.T @ own
+    return grams
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _group_equations(
+def _group(
     block: Block,
     params: dict[str, Any],
-    turn: Turn,
     cached: CacheMaps,
     maps: QueryMaps,
-    converted: Float[Array, "S T D"],
-    target: Float[Array, "S T D"],
-    index: Int[Array, ""],
-) -> tuple[Float[Array, "M F"], Float[Array, "F F"], Float[Array, "F D"]]:
-    """F, FᵀF and FᵀY of one group of sequences; fp32."""
-    features = functools.partial(_features, block, params, turn, cached, maps)
-    f = rows(jax.vmap(features)(grouped(converted)[index]), 1)
-    y = rows(grouped(target)[index], 1).astype(jnp.float32)
-    gram = jnp.einsum("qf,qg->fg", f, f, precision=HIGHEST)
-    return f, gram, jnp.einsum("qf,qd->fd", f, y, precision=HIGHEST)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def output_rows(
-    block: Block,
-    params: dict[str, Any],
     turn: Turn,
-    cached: CacheMaps,
-    maps: QueryMaps,
     converted: Float[Array, "S T D"],
     target: Float[Array, "S T D"],
-) -> tuple[Float[Array, "M F"], Float[Array, "M D"]]:
-    """F and Y, with M = S·T rows; see `output_equations`."""
+    size: Float[Array, "S T 1"],
+) -> Group:
     features = functools.partial(_features, block, params, turn, cached, maps)
-    return rows(jax.lax.map(features, converted), 1), rows(target, 1).astype(jnp.float32)
+    weight = 1 / rows(size, 1)
+    f, y = rows(jax.vmap(features)(converted), 1), rows(target, 1).astype(jnp.float32)
+    return weight * f, weight * y
 
 
 def _features(
@@ -191,194 +248,49 @@ def factor(
         gram: FᵀF.
         width: V; columns beyond the rank are zeros.
     """
-    # Features can differ in size a thousandfold: scaled to one size, none hides in the rounding of
-    # another. The floor keeps the root invertible where features depend on each other.
-    squares = np.diag(gram)
-    size = np.sqrt(np.maximum(squares, 1e-20 * squares.max() + 1e-60))
-    values, vectors = np.linalg.eigh(gram / np.outer(size, size))
-    scale = np.sqrt(np.maximum(values, FLOOR))
-    root, inverse = scale[:, None] * (vectors.T * size), (vectors / size[:, None]) / scale
-    seen = root @ weight
+    root = Root.of(gram)
+    seen = root.root @ weight
     # Left singular vectors from the smaller of the two square matrices.
     squares, u = np.linalg.eigh(seen @ seen.T)
     u, squares = u[:, ::-1][:, :width], squares[::-1][:width]
     # Smaller singular values are rounding errors, and rows of b are as small there.
     scale = np.maximum(squares, 1e-20 * squares[0] + 1e-60) ** 0.25
-    a, b = inverse @ (u * scale), u.T @ seen / scale[:, None]
+    a, b = root.inverse @ (u * scale), u.T @ seen / scale[:, None]
     missing = max(width - len(gram), 0)
     return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
 
 
-def _alternate(equations: Equations, heads: HeadMaps) -> HeadMaps:
-    """Fits v_up of one head after the other, then the output projections of all heads at once."""
+def _alternate(
+    equations: Equations, heads: HeadMaps, start: Float[np.ndarray, "F D"], pull: float
+) -> HeadMaps:
+    """Fits v_up of one head after the other, then the output projections of all heads at once.
+
+    Both fits are pulled to the same W as the first one, `start`.
+    """
     heads = dataclasses.replace(heads, v_up=heads.v_up.copy())
     search = equations.search(heads)
     for head, out in enumerate(heads.out):
         # Multiplied by outᵀ on both sides, the equations of v_up · out are V numbers wide, not D.
-        gram, metric = equations.block(heads.columns(head)), out @ out.T
+        columns, metric = heads.columns(head), out @ out.T
         own = heads.v_up[head] @ metric
-        fitted = ridge(gram, search.gradient(head) + gram @ own, own)
-        search.replace(head, fitted @ np.linalg.pinv(metric, rcond=1e-12, hermitian=True))
-    solved = equations.narrowed(heads.v_up).ridge(heads.rows)
+        missing = search.gradient(head) + pull * (start[columns] @ out.T - own)
+        gram = lifted(equations.block(columns), pull)
+        change = lifted_solve(gram, missing, 0.0)
+        inverse = np.linalg.pinv(metric, rcond=1e-12, hermitian=True)
+        search.replace(head, heads.v_up[head] + change @ inverse)
+    narrow = equations.narrowed(heads.v_up).normal
+    gram, product = narrow.gram.copy(), narrow.product.copy()
+    N, L, V = heads.v_up.shape
+    for head, v_up in enumerate(heads.v_up):
+        columns = head_columns(head, V)
+        gram[columns, columns] += pull * v_up.T @ v_up
+        product[columns] += pull * v_up.T @ start[head_columns(head, L)]
+    # Columns of v_up that are 0, or nearly depend on others, need a small pull of their own.
+    small = 1e-9 * np.trace(gram[:-1, :-1]) / (N * V)
+    solved = heads.rows + lifted_solve(gram, product - gram @ heads.rows, small)
     return HeadMaps(heads.v_up, solved[:-1].reshape(heads.out.shape), solved[-1])
 
 
-@dataclass(frozen=True)
-class HeadMaps:
-    """W with rank V for each head: the products v_up · out stacked over the heads, then the bias.
-
-    Attributes:
-        v_up, out, bias: [N, L, V], [N, V, D] and [D].
-    """
-
-    v_up: Float[np.ndarray, "N L V"]
-    out: Float[np.ndarray, "N V D"]
-    bias: Float[np.ndarray, " D"]
-
-    @property
-    def rows(self) -> Float[np.ndarray, "W D"]:
-        """The rest of W after the maps v_up: `out` of all heads and the bias, N·V + 1 rows."""
-        return np.concatenate([self.out.reshape(-1, len(self.bias)), self.bias[None]])
-
-    @property
-    def weight(self) -> Float[np.ndarray, "F D"]:
-        """W: N·L + 1 rows."""
-        N, L, _ = self.v_up.shape
-        whole = np.empty((N * L + 1, len(self.bias)))
-        np.matmul(self.v_up, self.out, out=whole[:-1].reshape(N, L, -1))
-        whole[-1] = self.bias
-        return whole
-
-    def columns(self, head: int) -> slice:
-        """The columns of F that belong to one head."""
-        L = self.v_up.shape[1]
-        return slice(head * L, (head + 1) * L)
-
-
-@dataclass(frozen=True)
-class Normal:
-    """The equations as FᵀF and FᵀY, for any number of rows."""
-
-    gram: Float[np.ndarray, "F F"]
-    product: Float[np.ndarray, "F D"]
-
-    def block(self, columns: slice) -> Float[np.ndarray, "C C"]:
-        """FᵀF of some features."""
-        return self.gram[columns, columns]
-
-    def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
-        """argmin ‖F·W − Y‖² + ρ·‖W − start‖², ρ relative to the mean of the diagonal."""
-        return ridge(self.gram, self.product, start)
-
-    def narrowed(self, v_up: Float[np.ndarray, "N L V"]) -> Normal:
-        """The equations of `HeadMaps.rows`: features of L numbers a head become V numbers."""
-        half = _narrow(self.gram, v_up)
-        return Normal(_narrow(half.T, v_up), _narrow(self.product.T, v_up).T)
-
-    def without_bias(self, bias: Float[np.ndarray, " D"]) -> Normal:
-        """The equations with a fixed bias: `ridge` keeps the last row of its start."""
-        gram, product = self.gram.copy(), self.product - self.gram[:, -1:] * bias
-        gram[-1], gram[:, -1], product[-1] = 0.0, 0.0, 0.0
-        return Normal(gram, product)
-
-    def search(self, heads: HeadMaps) -> NormalSearch:
-        """A search that replaces v_up of one head after the other, in the arrays of `heads`."""
-        return NormalSearch(self, heads)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The equations as F and Y, for fewer rows than features; the methods are those of `Normal`."""
-
-    features: Float[np.ndarray, "M F"]
-    target: Float[np.ndarray, "M D"]
-
-    def block(self, columns: slice) -> Float[np.ndarray, "C C"]:
-        return self.features[:, columns].T @ self.features[:, columns]
-
-    def ridge(self, start: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
-        # (FᵀF + ρ)⁻¹ Fᵀ = Fᵀ (FFᵀ + ρ)⁻¹: the matrix to solve with is [M, M].
-        gram = self.features @ self.features.T
-        gram[np.diag_indices_from(gram)] += _pull(np.trace(gram), self.features.shape[1])
-        change = self.features.T @ np.linalg.solve(gram, self.target - self.features @ start)
-        change += start
-        return change
-
-    def narrowed(self, v_up: Float[np.ndarray, "N L V"]) -> Rows:
-        return Rows(_narrow(self.features, v_up), self.target)
-
-    def without_bias(self, bias: Float[np.ndarray, " D"]) -> Rows:
-        features = self.features.copy()
-        features[:, -1] = 0.0
-        return Rows(features, self.target - self.features[:, -1:] * bias)
-
-    def search(self, heads: HeadMaps) -> RowsSearch:
-        missing = self.target - self.narrowed(heads.v_up).features @ heads.rows
-        return RowsSearch(self, heads, missing)
-
-
-Equations = Normal | Rows
-
-
-@dataclass(frozen=True)
-class NormalSearch:
-    """The heads whose v_up are replaced one after the other."""
-
-    equations: Normal
-    heads: HeadMaps
-
-    def gradient(self, head: int) -> Float[np.ndarray, "L V"]:
-        """Fᵀ(Y − F·W)·outᵀ, with F and `out` of one head."""
-        # (W·outᵀ) first: V numbers wide, not D.
-        columns, out = self.heads.columns(head), self.heads.out[head].T
-        each = self.heads.v_up @ (self.heads.out @ out)
-        weight = np.concatenate([each.reshape(-1, out.shape[1]), self.heads.bias[None] @ out])
-        return self.equations.product[columns] @ out - self.equations.gram[columns] @ weight
-
-    def replace(self, head: int, v_up: Float[np.ndarray, "L V"]) -> None:
-        """Replaces v_up of one head."""
-        self.heads.v_up[head] = v_up
-
-
-@dataclass(frozen=True)
-class RowsSearch:
-    """Like `NormalSearch`, and keeps the residual Y − F·W up to date."""
-
-    equations: Rows
-    heads: HeadMaps
-    missing: Float[np.ndarray, "M D"]
-
-    def gradient(self, head: int) -> Float[np.ndarray, "L V"]:
-        features = self.equations.features[:, self.heads.columns(head)]
-        return features.T @ (self.missing @ self.heads.out[head].T)
-
-    def replace(self, head: int, v_up: Float[np.ndarray, "L V"]) -> None:
-        features = self.equations.features[:, self.heads.columns(head)]
-        change = features @ (v_up - self.heads.v_up[head])
-        self.missing[...] -= change @ self.heads.out[head]
-        self.heads.v_up[head] = v_up
-
-
-def ridge(
-    gram: Float[np.ndarray, "F F"],
-    product: Float[np.ndarray, "F D"],
-    start: Float[np.ndarray, "F D"],
-) -> Float[np.ndarray, "F D"]:
-    """argmin ‖F·W − Y‖² + Σ ρ·(W − start)² from FᵀF and FᵀY, with a weight ρ for each feature."""
-    rho = np.maximum(_pull(np.trace(gram), len(gram)), LIFT * np.diag(gram))
-    lifted = gram.copy()
-    lifted[np.diag_indices_from(lifted)] += rho
-    return np.linalg.solve(lifted, product + rho[:, None] * start)
-
-
-def _pull(trace: float, features: int) -> float:
-    return RIDGE * float(trace) / features + 1e-30
-
-
-def _narrow(
-    x: Float[np.ndarray, "M F"], v_up: Float[np.ndarray, "N L V"]
-) -> Float[np.ndarray, "M W"]:
-    """Multiplies the L columns of every head by its v_up; the last column stays."""
-    N, L, _ = v_up.shape
-    heads = [x[:, h * L : (h + 1) * L] @ v_up[h] for h in range(N)]
-    return np.concatenate([*heads, x[:, -1:]], axis=1)
+def lifted(gram: Float[np.ndarray, "n n"], pull: float) -> Float[np.ndarray, "n n"]:
+    """gram + pull · I."""
+    return gram + pull * np.eye(len(gram))

@@ -31,10 +31,12 @@ from kvjax.transmla.layer import (
     latent_logits,
     rows,
 )
+from kvjax.transmla.roots import Root
 
 QUERIES = 8192  # queries whose attention logits are fitted, spread over all sequences
-ITERATIONS = 20  # steps of the conjugate gradients
+ITERATIONS = 8  # steps of the conjugate gradients
 RIDGE = 1e-3  # weight of the distance to the closed form, relative to the curvature
+FLOOR = 1e-5  # least eigenvalue of a moment with unit diagonal; above the rounding of fp32 sums
 
 
 class LogitData(NamedTuple):
@@ -76,12 +78,15 @@ def refit_queries(
     """
     S, T, _ = original.shape
     at = query_positions(T, -(-QUERIES // S))
-    maps = (CacheMaps.of(layer), QueryMaps.of(layer))
-    fitted = _solve_queries(block, params, Turn.of(layer.rope), *maps, at, original, converted)
+    cached, start, turn = CacheMaps.of(layer), QueryMaps.of(layer), Turn.of(layer.rope)
+    data, moments = _observe(block, params, turn, cached, at, original, converted)
+    white = _White.of(moments)
+    change = _solve(gqa_of(block).scale, data, _fp32(white), start, turn, at)
+    k_up, query_rope = (np.asarray(x, np.float64) for x in change)
+    k_up = np.einsum("lm,mng,nhg->lnh", white.c, k_up, white.q, optimize=True)
+    query_rope = np.einsum("nhg,ngr->nhr", white.q, query_rope) * white.rope
     return dataclasses.replace(
-        layer,
-        k_up=np.asarray(fitted.k_up, np.float64),
-        query_rope=np.asarray(fitted.query_rope, np.float64),
+        layer, k_up=layer.k_up + k_up, query_rope=layer.query_rope + query_rope
     )
 
 
@@ -91,23 +96,97 @@ def query_positions(length: int, count: int) -> Int[np.ndarray, " Q"]:
     return np.arange(length - 1, -1, -stride, dtype=np.int32)[:count][::-1].copy()
 
 
+class _Moments(NamedTuple):
+    """Moments of queries and cache entries, from which white coordinates are chosen.
+
+    Attributes:
+        q: [N, H, H] Σ over the queries of qᵀq · scale².
+        c_mean, c: [L] and [L, L] mean and covariance of the latents, weighted with the attention.
+        rope: [R] mean square of the rotated keys, weighted alike.
+    """
+
+    q: jax.Array
+    c_mean: jax.Array
+    c: jax.Array
+    rope: jax.Array
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _solve_queries(
+def _observe(
     block: Block,
     params: dict[str, Any],
     turn: Turn,
     cached: CacheMaps,
-    start: QueryMaps,
     at: Int[Array, " Q"],
     original: Float[Array, "S T D"],
     converted: Float[Array, "S T D"],
-) -> QueryMaps:
-    scale = gqa_of(block).scale
+) -> tuple[LogitData, _Moments]:
+    """The data of all sequences, with axes [groups, g] in front, and their moments."""
 
     def observe(x_pair):
         return logit_data(block, params, turn, cached, at, *x_pair)
 
     data = jax.lax.map(jax.vmap(observe), (grouped(original), grouped(converted)))
+    q, c, k_rope = (rows(x, n) for x, n in ((data.q, 2), (data.c, 1), (data.k_rope, 1)))
+    q = jnp.einsum("qnh,qng->nhg", q, q, precision=HIGHEST) * gqa_of(block).scale ** 2
+    share = jnp.sum(data.weights, axis=(2, 3)).reshape(-1, 1)
+    share = share / jnp.sum(share)
+    mean = jnp.sum(share * c, axis=0)
+    centred = jnp.sqrt(share) * (c - mean[None])
+    covariance = jnp.einsum("tl,tm->lm", centred, centred, precision=HIGHEST)
+    power = jnp.sum(share * k_rope**2, axis=0).reshape(2, k_rope.shape[-1] // 2)
+    power = jnp.tile(jnp.mean(power, axis=0), 2)  # RoPE turns the two halves into each other
+    return data, _Moments(q, mean, covariance, power)
+
+
+class _White(NamedTuple):
+    """Maps to coordinates in which queries and cache entries have the size 1.
+
+    There the Hessian is close to the identity, as if queries and keys were independent.
+
+    Attributes:
+        q: [N, H, H], q · map is white.
+        c_mean, c: [L] and [L, L], (c − mean) · map is white.
+        rope: [R] factors of the rotated keys.
+    """
+
+    q: Any
+    c_mean: Any
+    c: Any
+    rope: Any
+
+    @classmethod
+    def of(cls, moments: _Moments) -> _White:
+        q, c_mean, c, power = (np.asarray(x, np.float64) for x in moments)
+        maps = np.stack([Root.of(gram, FLOOR).inverse for gram in q])
+        rope = np.maximum(power, FLOOR * power.max(initial=0.0) + 1e-30) ** -0.5
+        return cls(maps, c_mean, Root.of(c, FLOOR).inverse, rope)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(
+    scale: float,
+    data: LogitData,
+    white: _White,
+    start: QueryMaps,
+    turn: Turn,
+    at: Int[Array, " Q"],
+) -> QueryMaps:
+    """The change of the query maps, in white coordinates."""
+
+    def missing(group: LogitData) -> LogitData:
+        """White data, with the targets that are left after the start."""
+        each = jax.vmap(lambda d: latent_logits(start, d.q, d.c, d.k_rope, at, scale, turn.rope))
+        return group._replace(
+            target=group.target - each(group),
+            q=jnp.einsum("sqnh,nhg->sqng", group.q, white.q),
+            c=jnp.einsum(
+                "stl,lm->stm", group.c - white.c_mean[None, None], white.c, precision=HIGHEST
+            ),
+            k_rope=group.k_rope * white.rope[None, None],
+        )
+
+    data = jax.lax.map(missing, data)
 
     def gradient(maps: QueryMaps, with_target: float) -> QueryMaps:
         """The gradient of ½ Σ w·(s − target)²: affine in the maps, linear without the target."""
@@ -122,16 +201,13 @@ def _solve_queries(
         zero = jax.tree.map(jnp.zeros_like, maps)
         return jax.lax.scan(add, zero, data)[0]
 
-    curvature = _Curvature.of(data, scale)
-
     def normal(maps: QueryMaps) -> QueryMaps:
-        pull = curvature.times(maps)
-        return jax.tree.map(lambda h, p: h + RIDGE * p, gradient(maps, 0.0), pull)
+        return jax.tree.map(lambda h, m: h + RIDGE * m, gradient(maps, 0.0), maps)
 
-    # Solves for the change from the closed form, which also is where the ridge pulls to.
-    step = jax.tree.map(jnp.negative, gradient(start, 1.0))
-    change, _ = jax.scipy.sparse.linalg.cg(normal, step, maxiter=ITERATIONS, M=curvature.solve)
-    return jax.tree.map(jnp.add, start, change)
+    # The ridge pulls the change to zero, which is the closed form.
+    zero = jax.tree.map(jnp.zeros_like, start)
+    step = jax.tree.map(jnp.negative, gradient(zero, 1.0))
+    return jax.scipy.sparse.linalg.cg(normal, step, maxiter=ITERATIONS)[0]
 
 
 def logit_data(
@@ -167,50 +243,5 @@ def _logit_error(maps: QueryMaps, data: LogitData, with_target, at, scale, turn)
     return 0.5 * jnp.sum(data.weights * error * error)
 
 
-class _Curvature(NamedTuple):
-    """An approximation of the Hessian, as if queries and keys were independent.
-
-    It preconditions the conjugate gradients, and scales the ridge.
-
-    Attributes:
-        q: [N, H, H] Σ over the queries of qᵀq · scale².
-        c: [L, L] covariance of the latents.
-        rope: [R] mean square of the rotated keys.
-    """
-
-    q: jax.Array
-    c: jax.Array
-    rope: jax.Array
-
-    @classmethod
-    def of(cls, data: LogitData, scale: float) -> _Curvature:
-        q, c, k_rope = (rows(x, n) for x, n in ((data.q, 2), (data.c, 1), (data.k_rope, 1)))
-        q = jnp.einsum("qnh,qng->nhg", q, q, precision=HIGHEST) * scale**2
-        c = c - jnp.mean(c, axis=0, keepdims=True)
-        covariance = jnp.einsum("tl,tm->lm", c, c, precision=HIGHEST) / len(c)
-        R = k_rope.shape[-1]
-        power = jnp.mean(k_rope**2, axis=0).reshape(2, R // 2)
-        power = jnp.tile(jnp.mean(power, axis=0), 2)  # RoPE turns the two halves into each other
-        return cls(_lifted(q), _lifted(covariance), power + 1e-6 * jnp.mean(power))
-
-    def times(self, maps: QueryMaps) -> QueryMaps:
-        return QueryMaps(
-            jnp.einsum("lm,mnh,nhg->lng", self.c, maps.k_up, self.q),
-            jnp.einsum("nhg,ngr->nhr", self.q, maps.query_rope) * self.rope[None, None],
-        )
-
-    def solve(self, maps: QueryMaps) -> QueryMaps:
-        inverse = jnp.linalg.inv(self.q)
-        left = jnp.linalg.solve(self.c, maps.k_up.reshape(len(self.c), -1))
-        return QueryMaps(
-            jnp.einsum("lnh,nhg->lng", left.reshape(maps.k_up.shape), inverse),
-            jnp.einsum("nhg,ngr->nhr", inverse, maps.query_rope) / self.rope[None, None],
-        )
-
-
-def _lifted(matrix: Float[Array, "*n W W"]) -> Float[Array, "*n W W"]:
-    """Adds to the diagonal of a covariance, so that it can be inverted in fp32."""
-    size = matrix.shape[-1]
-    mean = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / max(size, 1)
-    unit = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
-    return matrix + (1e-5 * mean + 1e-30) * unit
+def _fp32(white: _White) -> _White:
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), white)

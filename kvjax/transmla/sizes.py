@@ -16,6 +16,16 @@ from kvjax.transmla.calibration import Stats
 from kvjax.transmla.closed_form import Recipe
 from kvjax.transmla.layer import folded_config, gqa_layers
 
+LATENT = 448, 128
+"""kv_rank and rope_dim of large models, as published (arXiv 2502.07864): 576 numbers a token."""
+ROTATING = 3
+"""One cached number in ROTATING rotates by default. With fewer the loss grows fast."""
+CACHE = optional(Range(above=0, most=1))
+"""What `cache` may be."""
+
+Widths = int | Sequence[int]
+"""One number for all layers, or one for each layer."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -31,11 +41,66 @@ class Sizes:
     v_head_dim: int
 
 
+def chosen_widths(
+    bases: Sequence[GQAConfig],
+    cache: float | None,
+    kv_rank: Widths | None,
+    rope_dim: Widths | None,
+    exportable: bool,
+) -> tuple[Widths, Widths]:
+    """kv_rank and rope_dim, where the caller may leave out one of them or both.
+
+    Args:
+        bases: the attention of every layer.
+        cache: the share of a token's keys and values that may be cached instead of kv_rank.
+        kv_rank: None: what rope_dim leaves of the cache. Without `cache` that is 448 + 128 numbers
+            as published, or half of keys and values that have no more numbers than that.
+        rope_dim: None: a third of the cached numbers (128 of 448 + 128).
+        exportable: choose a rope_dim that divides the rotating width of a head.
+
+    Raises:
+        ValueError: `cache` is out of range, leaves no rank, or comes together with kv_rank.
+    """
+    check_ranges({"cache": cache}, {"cache": CACHE})
+    if kv_rank is not None and cache is not None:
+        raise ValueError(f"got cache {cache} and kv_rank {kv_rank}, expected one of the two")
+    wholes = [components(base)[0] for base in bases]
+    if kv_rank is None and cache is None and min(wholes) > sum(LATENT):
+        kv_rank = LATENT[0]
+        if rope_dim is None:
+            return kv_rank, _default_rope_dim(bases, LATENT[1], exportable)
+    if kv_rank is not None:
+        if rope_dim is None:
+            rank = max(_per_layer("kv_rank", kv_rank, bases))
+            most = min(rank // (ROTATING - 1), min(wholes) - rank)
+            rope_dim = _default_rope_dim(bases, most, exportable)
+        return kv_rank, rope_dim
+    numbers = [int((0.5 if cache is None else cache) * whole) for whole in wholes]
+    if rope_dim is None:
+        rope_dim = _default_rope_dim(bases, min(numbers) // ROTATING, exportable)
+    ropes = _per_layer("rope_dim", rope_dim, bases)
+    ranks = [n - rope for n, rope in zip(numbers, ropes, strict=True)]
+    if min(ranks) < 1:
+        raise ValueError(
+            f"a cache of {min(numbers)} numbers a token has no room for rope_dim {rope_dim} and a "
+            "kv_rank"
+        )
+    return ranks if len(set(ranks)) > 1 else ranks[0], rope_dim
+
+
+def _default_rope_dim(bases: Sequence[GQAConfig], most: int, exportable: bool) -> int:
+    """The largest rope_dim up to `most` that the layers can have."""
+    if exportable:
+        full = max(0 if base.rope is None else base.rope.dim for base in bases)
+        return max((w for w in range(2, full + 1, 2) if full % w == 0 and w <= most), default=2)
+    return max(min(most // 2 * 2, max(components(base)[1] for base in bases)), 0)
+
+
 def layer_sizes(
     bases: Sequence[GQAConfig],
     tokens: int,
-    kv_rank: int | Sequence[int],
-    rope_dim: int | Sequence[int],
+    kv_rank: Widths,
+    rope_dim: Widths,
     v_head_dim: int | None,
 ) -> list[Sizes]:
     """The sizes of every layer.
@@ -78,7 +143,7 @@ def components(base: GQAConfig) -> tuple[int, int]:
     return 2 * base.num_kv_heads * base.head_dim, turning
 
 
-def _per_layer(name: str, value: int | Sequence[int], bases: Sequence[GQAConfig]) -> list[int]:
+def _per_layer(name: str, value: Widths, bases: Sequence[GQAConfig]) -> list[int]:
     each = isinstance(value, Sequence | np.ndarray)
     values = list(value) if each else [value] * len(bases)
     if len(values) != len(bases):

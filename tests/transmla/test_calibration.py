@@ -56,9 +56,31 @@ def test_moments_of_the_first_layer(toy):
 
     s = np.einsum("bqnh,bsnh->bnqs", turned(q), np.repeat(turned(k), 2, axis=2)) * 8**-0.5
     weights = np.where(np.tri(T, dtype=bool), np.exp(s - s.max(-1, keepdims=True)), 0)
-    weights = (weights / weights.sum(-1, keepdims=True)).mean((0, 1))
+    weights = weights / weights.sum(-1, keepdims=True)
+    share = weights.mean((1, 2)).reshape(-1) / len(tokens)
+    np.testing.assert_allclose(got.attended_mean, share @ x, atol=1e-5)
+    want = (share[:, None] * x).T @ x
+    np.testing.assert_allclose(got.attended_second, want, rtol=1e-4, atol=1e-5)
+    weights = weights.mean((0, 1))
     distance = [weights.diagonal(-d).sum() / T for d in range(T)]
     np.testing.assert_allclose(got.distance, distance, atol=1e-5)
+
+
+def test_a_large_bias_of_the_keys_does_not_hide_their_differences(toy):
+    model, params, batches, stats = toy
+    attn = params["layers_1"]["attn"]
+    biased = {**attn, "k_bias": 1000.0 + 0 * attn["k"][0]}
+    config = dataclasses.replace(WINDOWED, qkv_bias=True)
+    layers = (model.config.layers[0], LayerConfig(config, MLPConfig(24)))
+    zeros = {f"{n}_bias": 0 * attn[n][0] for n in "qv"}
+    new = {**params, "layers_1": {**params["layers_1"], "attn": biased | zeros}}
+    model = Transformer(dataclasses.replace(model.config, layers=layers))
+    got = calibrate(model, new, batches).layers[1]
+    covariances = [
+        x.kv_second[:16, :16] - np.outer(x.kv_mean[:16], x.kv_mean[:16])
+        for x in (got, stats.layers[1])
+    ]
+    np.testing.assert_allclose(*covariances, rtol=2e-3, atol=2e-4)
 
 
 def test_windows_bound_the_distance(toy):
@@ -72,7 +94,7 @@ def test_batches_do_not_matter(toy):
     whole = calibrate(model, params, [np.concatenate(batches)])
     for a, b in zip(whole.layers, stats.layers, strict=True):
         assert a.input_second is None
-        for name in ("kv_mean", "kv_second", "q_second", "distance"):
+        for name in ("kv_mean", "kv_second", "attended_second", "q_second", "distance"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=2e-4, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """`kvjax convert --method decoupled`: from disk to disk, a layer at a time."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,8 +10,9 @@ from calibrated_toys import build, forward
 
 import kvjax
 from kvjax.cli import main
+from kvjax.commands import held_out
 from kvjax.hf import open_params
-from kvjax.transmla import Stats, calibrate, convert
+from kvjax.transmla import BEST, Stats, calibrate, convert
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def test_disk_to_disk_is_what_memory_gives(source, tmp_path):
     )
     fit = ids[np.arange(24) % 8 != 7]
     stats = calibrate(model, params, [fit[i : i + 8] for i in range(0, len(fit), 8)])
-    want = convert(model, params, method="decoupled", stats=stats, kv_rank=12, rope_dim=4)
+    sizes = {"kv_rank": 12, "rope_dim": 4, "held_out": ids[7::8]}
+    want = convert(model, params, method="decoupled", stats=stats, **sizes)
     loaded = kvjax.load(tmp_path / "out", dtype="float32")
     assert loaded[0].config == want[0].config
     np.testing.assert_allclose(
@@ -64,6 +67,23 @@ def test_disk_to_disk_is_what_memory_gives(source, tmp_path):
         )
     )
     assert report["perplexity_original"] == pytest.approx(want_original, rel=1e-3)
+
+
+def test_a_conversion_without_fits_is_the_closed_form(source, tmp_path, monkeypatch):
+    folder, ids = source
+    monkeypatch.setattr(held_out, "best_depth", lambda losses: 0)
+    report = run(folder, tmp_path / "out", "--kv-rank", "12", "--rope-dim", "4")
+    assert report["fitted_layers"] == 0
+    assert report["perplexity_final"] == report["perplexity_low_rank"]
+    model, params, _, tokens, _ = build("llama")
+    fit = ids[np.arange(24) % 8 != 7]
+    closed = {"kv_rank": 12, "rope_dim": 4, "recipe": dataclasses.replace(BEST, refit=False)}
+    want = convert(model, params, "decoupled", calibration=fit, **closed)
+    loaded = kvjax.load(tmp_path / "out", dtype="float32")
+    assert loaded[0].config == want[0].config
+    np.testing.assert_allclose(
+        forward(*loaded, tokens), forward(*want, tokens), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_the_published_recipe_with_the_best_fold(source, tmp_path):

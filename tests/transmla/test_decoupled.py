@@ -15,7 +15,8 @@ from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import embed
 from kvjax.transmla import BEST, calibrate, convert, published
-from kvjax.transmla.decoupled import Streams, decouple_layers, settle
+from kvjax.transmla.decoupled import decouple_layers, settle
+from kvjax.transmla.streams import Streams
 
 FAMILIES = [name for name in CASES if not name.startswith("deepseek")]
 NORMED = {"qwen3", "gemma3_text", "olmo2", "qwen3_moe"}
@@ -91,7 +92,7 @@ def test_partial_rope_is_full_rank_mla():
     rank = 2 * bases.num_kv_heads * bases.head_dim - 8
     seen = []
     for mode, recipe in (("fold", CLOSED), ("post", dataclasses.replace(CLOSED, centred=False))):
-        sizes, recipe, mode = settle(model, stats.tokens, rank, 8, None, False, mode, recipe)
+        sizes, recipe, mode = settle(model, stats.tokens, None, rank, 8, None, False, mode, recipe)
         for stage in ("partial_rope", "low_rank"):
             new, attentions = dict(params), []
             x = embed(model.config, params, stats.tokens)
@@ -178,7 +179,7 @@ def test_what_is_refused():
     model, params, stats, _, _ = build("llama")
     args = {"method": "decoupled", "stats": stats, "kv_rank": 8, "rope_dim": 4}
     for changes, message in (
-        ({"stats": None}, "needs stats="),
+        ({"stats": None}, "needs either calibration="),
         ({"stats": build("qwen3")[2]}, "it was made with another model"),
         ({"kv_rank": 29}, r"layer 0: kv_rank is 29, expected 1 to 28 = 2·2·8 − 4"),
         ({"kv_rank": 0}, "kv_rank is 0, expected 1 to 28"),

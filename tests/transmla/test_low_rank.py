@@ -28,7 +28,7 @@ def test_the_error_is_the_tail_of_the_eigenvalues(rank, metric):
     low = closed_form.joint_pca(m, metric, rank)
     root = metric(m)
     rest = (x - (x @ low.down @ low.up + low.constant)) @ root
-    tail = np.sort(np.linalg.eigvalsh(root @ m.covariance @ root))[: n + V - rank].sum()
+    tail = np.sort(np.linalg.eigvalsh(root.T @ m.covariance @ root))[: n + V - rank].sum()
     np.testing.assert_allclose((rest**2).sum() / len(x), tail, rtol=1e-7, atol=1e-9)
     assert low.down.shape == (n + V, rank) and low.up.shape == (rank, n + V)
 

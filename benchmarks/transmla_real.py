@@ -1,0 +1,108 @@
+"""Decoupled conversions of a real checkpoint: perplexity and CPU seconds, training-free.
+
+    python -m benchmarks.transmla_real MODEL TEXT [--out benchmarks/results/transmla_real.json]
+
+Calibrates on the first sequences of the text and tests on those from its middle; no special tokens.
+A conversion gets nothing but the calibration and its share of the cache. The test text is read once
+for each conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+
+import kvjax
+from benchmarks.environment import environment
+from kvjax.config import MLAConfig, of_kind
+from kvjax.nn import Transformer
+from kvjax.paths import local_path
+from kvjax.tasks import perplexity
+from kvjax.transmla import BEST, Stats, calibrate, convert
+
+RECIPES = {"closed form": dataclasses.replace(BEST, refit=False), "default": BEST}
+
+
+def cpu_seconds() -> float:
+    """User and system time of the process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def sequences(ids: Sequence[int], start: int, count: int, length: int) -> np.ndarray:
+    """int32 [count, length] consecutive tokens from `start`."""
+    return np.asarray(ids[start : start + count * length], np.int32).reshape(count, length)
+
+
+def batches(tokens: np.ndarray, size: int) -> list[np.ndarray]:
+    """The sequences in batches."""
+    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+
+def sizes(model: Transformer) -> dict[str, int]:
+    """The widths of the first layer's cache."""
+    attention = of_kind(model.config.layers[0].attention, MLAConfig)
+    return {"kv_rank": attention.kv_lora_rank, "rope_dim": attention.qk_rope_head_dim}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("text", type=local_path)
+    parser.add_argument("--out", type=local_path, default=Path("transmla_real.json"))
+    parser.add_argument("--calibration", type=int, default=128, help="sequences of 256 tokens")
+    parser.add_argument("--fits", type=int, help="sequences that the fits read; all by default")
+    parser.add_argument("--test", type=int, default=16, help="sequences of 512 tokens")
+    parser.add_argument("--caches", default="0.75,0.5,0.28125")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    model, params = kvjax.load(args.model, dtype=args.dtype)
+    with gzip.open(args.text, "rt", encoding="utf-8") as file:
+        text = file.read()
+    tokenizer: Any = kvjax.load_tokenizer(args.model)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    calibration = sequences(ids, 0, args.calibration, 256)
+    test = sequences(ids, len(ids) // 2, args.test, 512)
+    rows: list[dict[str, Any]] = []
+
+    def add(**row: Any) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        about = {**environment("benchmarks.transmla_real"), "model": Path(args.model).name}
+        args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+    add(cache=1.0, row="original", perplexity=perplexity(model, params, batches(test, 4)))
+    start = cpu_seconds()
+    stats = calibrate(model, params, batches(calibration, 8))
+    add(row="calibrate", cpu_seconds=round(cpu_seconds() - start, 1))
+    for cache in map(float, args.caches.split(",")):
+        for name, recipe in RECIPES.items():
+            start = cpu_seconds()
+            text_of_fits = Stats(stats.layers, stats.tokens[: args.fits])
+            new = convert(
+                model, params, "decoupled", stats=text_of_fits, cache=cache, recipe=recipe
+            )
+            seconds = round(cpu_seconds() - start, 1)
+            add(
+                cache=cache,
+                row=name,
+                cpu_seconds=seconds,
+                **sizes(new[0]),
+                perplexity=perplexity(*new, batches(test, 4)),
+            )
+
+
+if __name__ == "__main__":
+    main()
