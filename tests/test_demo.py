@@ -187,7 +187,7 @@ def test_smollm2s_texts_fill_the_sizes():
 def commands(*words: str, tiny: bool = False) -> str:
     """What make would run."""
     env = {**os.environ, "KVJAX_DEMO": "tiny" if tiny else ""}
-    make = ["make", "-n", *words, "VENV=nowhere/venv", "TORCH="]
+    make = ["make", "-n", "--no-print-directory", *words, "VENV=nowhere/venv", "TORCH="]
     return subprocess.run(
         make, cwd=ROOT, env=env, check=True, capture_output=True, text=True
     ).stdout

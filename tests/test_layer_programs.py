@@ -20,9 +20,9 @@ from train.finetune.step import TuneStep, adamw, flatten
 VOCAB, T = 53, 24
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 TEXT = np.random.default_rng(0).integers(0, VOCAB, (16, T)).astype(np.int32)
-LAYERS = ("_moments", "_solve_queries", "_step", "apply_block", "attention_output")
+LAYERS = ("_moments", "_observe", "_solve", "_group", "_products", "_step", "apply_block")
 LAYERS = {
-    f"jit({name})" for name in (*LAYERS, "_group_equations", "packed_block", "layer_importance")
+    f"jit({name})" for name in (*LAYERS, "attention_output", "packed_block", "layer_importance")
 }
 """The programs that a layer goes through."""
 

@@ -74,7 +74,7 @@ def test_an_interrupted_run_continues_and_writes_the_same_file(whole, tmp_path, 
     out = tmp_path / "heads.json"
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             score(out)
     unfinished = tmp_path / "heads.partial.jsonl"
     lines = unfinished.read_text().splitlines()
@@ -97,7 +97,7 @@ def test_an_interrupted_run_continues_and_writes_the_same_file(whole, tmp_path, 
 def test_a_run_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     out = tmp_path / "heads.json"
     interrupt_after(1, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         score(out)
     line = fails(capsys, out, f"{ARGUMENTS} --seed 7")
     assert "holds an unfinished run with other settings (seed 0, now 7" in line
@@ -262,7 +262,7 @@ def test_curves_of_need_continue_too(tmp_path, monkeypatch):
     out, asked = tmp_path / "heads.json", "--estimator need --samples 4 --length 96 --batch-size 1"
     with monkeypatch.context() as patch:
         interrupt_after(1, patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             score(out, asked)
     assert len((tmp_path / "heads.need.partial.jsonl").read_text().splitlines()) == 2
     score(out, asked)

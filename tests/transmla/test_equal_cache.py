@@ -134,7 +134,7 @@ def test_what_cannot_be_converted_is_refused():
     convert = kvjax.transmla.convert
     with pytest.raises(ValueError, match="'decupled' is not one of equal_cache, decoupled"):
         convert(model, params, method="decupled")
-    with pytest.raises(ValueError, match="'decoupled' needs stats"):
+    with pytest.raises(ValueError, match="'decoupled' needs either calibration="):
         convert(model, params, method="decoupled")
     with pytest.raises(ValueError, match="'after' is not one of after_up, before_up"):
         convert(model, params, rope_site="after")
