@@ -46,6 +46,8 @@ def report(path: Path, chosen_on: Sequence[str], baseline: str) -> None:
                 rows[-1] |= compared(own, base, whole)
     kept = ("date", "processor", "versions", "commit", "command")
     facts = {name: lines[0][name] for name in kept}
+    # A run that was continued has batches of several commits.
+    facts["commit"] = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     facts["made_by"] = environment("benchmarks.headkv_real")["commit"]
     read = [length for line in lines for length in line["lengths"]]
     facts["lengths"] = [min(read), max(read)]
@@ -88,7 +90,7 @@ def page(found: dict[str, Any], baseline: str) -> list[str]:
     lines = [
         "# Budgets of heads on a real model",
         "",
-        f"`{found['command']}`, commit {found['commit']}, {found['cpu_seconds'] / 60:.0f} minutes "
+        f"`{found['command']}`, commits {found['commit']}, {found['cpu_seconds'] / 60:.0f} minutes "
         f"of processor time. {found['prompts']['all']} prompts of {min(found['lengths'])} to "
         f"{max(found['lengths'])} tokens, without tasks that do not count. Settings were chosen on "
         f"other prompts of {' and '.join(found['chosen_on'])}; the other tasks took no part.",
