@@ -44,3 +44,11 @@ def whole(model):
     ropes = [b.num_kv_heads * b.rope.dim if b.rope else 0 for b in bases]
     ranks = [2 * b.num_kv_heads * b.head_dim - rope for b, rope in zip(bases, ropes, strict=True)]
     return {"kv_rank": ranks, "rope_dim": ropes}
+
+
+def loss(model, params, tokens):
+    """Mean negative log-likelihood of every next token, in float64."""
+    logits = forward(model, params, tokens)[:, :-1].astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).mean()

@@ -29,7 +29,7 @@ from kvjax.hf import default_dtype, load, load_tokenizer
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.policies.importance import HeadScores, split_half
+from kvjax.policies.importance import HeadScores, beside, split_half
 from kvjax.policies.need import NeedCurves, need_path
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
 
@@ -189,8 +189,7 @@ def _rounded(value: float) -> float | None:
 
 def partial_path(out: Path) -> Path:
     """heads.json or heads.json.gz -> heads.partial.jsonl."""
-    stem = out.name.removesuffix(".gz").removesuffix(".json")
-    return out.with_name(f"{stem}.partial.jsonl")
+    return beside(out, ".partial.jsonl")
 
 
 def finished_batches(path: Path, request: dict[str, Any], kind: type) -> list[Any]:

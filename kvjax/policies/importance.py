@@ -111,19 +111,30 @@ def _read_scores(path: Path, model_config: ModelConfig | None) -> HeadScores:
 
 def check_shape(scores: HeadScores, model_config: ModelConfig, name: str = "head scores") -> None:
     """Raises ValueError unless the scores have the model's number of layers and heads."""
-    got, expected = scores.samples.shape[:2], (model_config.num_layers, model_config.query_heads)
+    expected = model_config.num_layers, model_config.query_heads
+    check_heads(scores.samples.shape[:2], expected, f"{name}: scores", "heads")
+
+
+def check_heads(
+    got: tuple[int, ...], expected: tuple[int, int], what: str, heads: str = "heads"
+) -> None:
+    """Raises ValueError unless `got` layers and heads are those that the model has."""
     if got != expected:
         raise ValueError(
-            f"{name}: scores of {got[0]} layers x {got[1]} heads, "
-            f"expected {expected[0]} layers x {expected[1]} heads as the model has"
+            f"{what} of {got[0]} layers x {got[1]} {heads}, "
+            f"expected {expected[0]} layers x {expected[1]} {heads} as the model has"
         )
+
+
+def beside(path: str | Path, ending: str) -> Path:
+    """A file of the same name: heads{ending} for heads.json or heads.json.gz."""
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ending)
 
 
 def meta_path(path: str | Path) -> Path:
     """The meta file of a score file: heads.meta.json for heads.json or heads.json.gz."""
-    path = Path(path)
-    stem = path.name.removesuffix(".gz").removesuffix(".json")
-    return path.with_name(f"{stem}.meta.json")
+    return beside(path, ".meta.json")
 
 
 def _samples(path: Path, table: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from kvjax.config import ModelConfig
 from kvjax.data_files import read_json
 from kvjax.paths import local_path
 from kvjax.policies.budgets import HeadImportance, Request, largest_remainder, water_fill
+from kvjax.policies.importance import beside, check_heads
 from kvjax.runs import write_json
 
 FORMAT = 1
@@ -91,9 +92,8 @@ class NeedCurves:
 
 def need_path(path: str | Path) -> Path:
     """The file of curves beside a score file: heads.need.json for heads.json or heads.json.gz."""
-    path = Path(path)
-    stem = path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".need")
-    return path.with_name(f"{stem}.need.json")
+    plain = beside(path, "")
+    return plain.with_name(f"{plain.name.removesuffix('.need')}.need.json")
 
 
 def load_need(path: str | Path, model_config: ModelConfig | None = None) -> NeedCurves:
@@ -125,12 +125,8 @@ def load_need(path: str | Path, model_config: ModelConfig | None = None) -> Need
 
 def check_curves(curves: NeedCurves, config: ModelConfig, name: str = "need curves") -> None:
     """Raises ValueError unless the curves have the model's number of layers and KV heads."""
-    got, expected = curves.rises.shape[:2], (config.num_layers, config.budget_heads)
-    if got != expected:
-        raise ValueError(
-            f"{name}: curves of {got[0]} layers x {got[1]} KV heads, expected {expected[0]} layers "
-            f"x {expected[1]} KV heads as the model has"
-        )
+    expected = config.num_layers, config.budget_heads
+    check_heads(curves.rises.shape[:2], expected, f"{name}: curves", "KV heads")
 
 
 def need_caps(

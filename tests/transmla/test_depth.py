@@ -4,20 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from calibrated_toys import build, forward
+from calibrated_toys import build, forward, loss
 
 from kvjax.transmla import BEST, convert, decoupled
 from kvjax.transmla.depth import FittedDepth, best_depth, depths, divided
 
 CLOSED = dataclasses.replace(BEST, refit=False)
 SIZES = {"kv_rank": 12, "rope_dim": 4}
-
-
-def loss(model, params, tokens):
-    logits = forward(model, params, tokens)[:, :-1].astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).mean()
 
 
 @pytest.mark.parametrize(

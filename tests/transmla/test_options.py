@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from calibrated_toys import build, error, forward
+from calibrated_toys import build, error, forward, loss
 
 from kvjax.nn import Transformer
 from kvjax.transmla import BEST, calibrate, convert, published, to_decoupled, to_equal_cache
@@ -15,13 +15,6 @@ from kvjax.transmla.layer import over_heads, padded
 
 CLOSED = dataclasses.replace(BEST, refit=False)
 SIZES = {"kv_rank": 12, "rope_dim": 4}
-
-
-def loss(model, params, tokens):
-    logits = forward(model, params, tokens)[:, :-1].astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).mean()
 
 
 def held_out(model, stats):
