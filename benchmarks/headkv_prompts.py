@@ -131,6 +131,18 @@ def make_prompts(source: Source, count: int, seed: int) -> list[Example]:
     return found
 
 
+def without_beginning(source: Source, example: Example) -> tuple[Example, int]:
+    """The prompt up to the place where the answer's turn begins, and the number of tokens cut off.
+
+    These tokens, the beginning of the answer, become the first ones of the answer.
+    """
+    _, opening = source.vocab.around("", "")
+    n, prompt = len(opening), list(example.prompt)
+    at = next(i for i in range(len(prompt), n - 1, -1) if prompt[i - n : i] == opening)
+    cut = replace(example, prompt=tuple(prompt[:at]), answer=(*prompt[at:], *example.answer))
+    return cut, len(prompt) - at
+
+
 def write_prompts(examples: Sequence[Example], path: Path) -> None:
     """One JSON line a prompt: its task, and the ids of prompt and answer."""
     lines = [

@@ -4,6 +4,9 @@
     python -m benchmarks.headkv_real prompts --book FILE --babilong FOLDER --prompts-out FILE.jsonl
     python -m benchmarks.headkv_real report
 
+With `--form asked` a prompt ends where the answer's turn begins, as in a chat; the beginning of the
+answer is fed after the compression. The form "begun" has it at the end of the prompt.
+
 Each prompt is read once for all policies (`benchmarks.hidden`). An answer counts if each of its
 tokens is the most likely one where it sees only the tokens that a policy keeps. A batch has one
 prompt of each task, and each finished batch is one line of RESULT.jsonl; the same command
@@ -17,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,14 @@ from jaxtyping import Float
 
 import kvjax
 from benchmarks.environment import environment
-from benchmarks.headkv_prompts import LENGTHS, TASKS, Source, make_prompts, write_prompts
+from benchmarks.headkv_prompts import (
+    LENGTHS,
+    TASKS,
+    Source,
+    make_prompts,
+    without_beginning,
+    write_prompts,
+)
 from benchmarks.hidden import right_answers
 from kvjax import policies
 from kvjax.paths import local_path
@@ -51,10 +61,14 @@ from kvjax.scoring import FULL
 
 CHOSEN_ON = ("number", "quote")
 KV_SIZES = (16, 24, 48, 96, 192)
-SHORT, LONG = 8, 40
-"""Tokens to which answers are padded."""
+STEPS = {"begun": (8, 40), "asked": (28, 60)}
+"""By form, tokens to which short and long answers are padded."""
 BASELINE = "snapkv"
 RESULT = Path("benchmarks/results/headkv_real.json")
+
+
+Asked = tuple[kvjax.Example, int]
+"""A question, and the number of first tokens of its answer that are not judged."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ def asked_policies(need: str, scores: HeadScores) -> dict[str, Any]:
         "headkv": policies.headkv,
         "headkv, softer": lambda kv_size: Compress(softer, SpanWindow(), kv_size),
         "headkv, ahead=3": lambda kv_size: fixed(3, kv_size),
+        "headkv, queries=8": lambda kv_size: policies.headkv(kv_size=kv_size, queries=8, fade=0.75),
         "headkv_paper": policies.headkv_paper,
         "snapkv": policies.snapkv,
         "adasnapkv": policies.adasnapkv,
@@ -128,6 +143,8 @@ def main() -> None:
     parser.add_argument("--book", type=local_path, help="a text file, also packed")
     parser.add_argument("--babilong", type=local_path, help="folder of babilong_1k.jsonl.xz …")
     parser.add_argument("--need", default="", help="need curves for one more policy")
+    parser.add_argument("--form", choices=tuple(STEPS), default="begun")
+    parser.add_argument("--policies", default="", help="only these, separated by semicolons")
     parser.add_argument("--count", type=int, default=36, help="prompts of each task")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=local_path, default=RESULT)
@@ -142,49 +159,62 @@ def main() -> None:
     examples = make_prompts(source, args.count, args.seed)
     if args.job == "prompts":
         write_prompts(examples, args.prompts_out)
+    elif args.form == "begun":
+        run(args, TASKS, [(example, 0) for example in examples])
     else:
-        run(args, examples)
+        # A quotation begins in the answer's turn: without it the prompt asks nothing.
+        tasks = [task for task in TASKS if task != "quote"]
+        run(args, tasks, [without_beginning(source, e) for e in examples if e.name in tasks])
 
 
-def run(args: argparse.Namespace, examples: Sequence[kvjax.Example]) -> None:
+def run(args: argparse.Namespace, tasks: Iterable[str], asked: Sequence[Asked]) -> None:
     """Judges the batches that are not in the file of finished ones."""
+    tasks = list(tasks)
     model, params = kvjax.load(args.model, dtype="float32")
     scores = default_scores(model.config)
     assert scores is not None, f"{args.model} has no head_scores.json: make one with kvjax score"
-    asked = asked_policies(args.need, scores)
-    names = [(name, size) for size in KV_SIZES for name in asked]
-    resolved = resolve_each([asked[name](kv_size=size) for name, size in names], model.config)
+    makers = asked_policies(args.need, scores)
+    if args.policies:
+        makers = {name: makers[name] for name in map(str.strip, args.policies.split(";"))}
+    names = [(name, size) for size in KV_SIZES for name in makers]
+    resolved = resolve_each([makers[name](kv_size=size) for name, size in names], model.config)
     every: dict[str, Any] = {
         f"{name} {size}": policy for (name, size), policy in zip(names, resolved, strict=True)
     }
     settings = {"model": Path(args.model).name, "seed": args.seed, "lengths": list(LENGTHS)}
-    settings |= {"tasks": list(TASKS), "kv_sizes": list(KV_SIZES), "policies": [FULL, *asked]}
+    settings |= {"tasks": tasks, "kv_sizes": list(KV_SIZES), "policies": [FULL, *makers]}
+    settings["form"] = args.form
     path = args.out.with_suffix(".jsonl")
     finished = batches(path, settings)
     # Once: the checkout may move on while the run goes on.
     about = environment("benchmarks.headkv_real")
-    for start in range(len(finished) * len(TASKS), len(examples), len(TASKS)):
+    for start in range(len(finished) * len(tasks), len(asked), len(tasks)):
         begin = time.process_time()
-        batch = examples[start : start + len(TASKS)]
-        right = judged(model, params, batch, every)
-        line: dict[str, Any] = {"right": right, "lengths": [len(e.prompt) for e in batch]}
+        batch = asked[start : start + len(tasks)]
+        right = judged(model, params, batch, every, STEPS[args.form])
+        line: dict[str, Any] = {"right": right, "lengths": [len(e.prompt) for e, _ in batch]}
         line["cpu_seconds"] = round(time.process_time() - begin, 1)
         append_lines(path, [line | about])
         print(start, right[FULL], line["cpu_seconds"], flush=True)
 
 
 def judged(
-    model: Any, params: Any, batch: Sequence[kvjax.Example], every: dict[str, Compress]
+    model: Any,
+    params: Any,
+    batch: Sequence[Asked],
+    every: dict[str, Compress],
+    sizes: tuple[int, int],
 ) -> dict[str, str]:
     """By policy, which answers were right: "1" and "0" in the order of the batch.
 
     Long answers are judged apart, so that short ones are not padded to their length.
     """
     found = {name: ["0"] * len(batch) for name in (FULL, *every)}
-    for steps, above in ((SHORT, 0), (LONG, SHORT)):
-        places = [i for i, e in enumerate(batch) if above < len(e.answer) <= steps]
-        part = [batch[i] for i in places]
-        for name, right in right_answers(model, params, part, every, steps).items():
+    short, long = sizes
+    for steps, above in ((short, 0), (long, short)):
+        places = [i for i, (e, _) in enumerate(batch) if above < len(e.answer) <= steps]
+        part, given = [batch[i][0] for i in places], [batch[i][1] for i in places]
+        for name, right in right_answers(model, params, part, every, steps, given).items():
             for place, is_right in zip(places, right, strict=True):
                 found[name][place] = str(int(is_right))
     return {name: "".join(bits) for name, bits in found.items()}

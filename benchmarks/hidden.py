@@ -25,7 +25,7 @@ from kvjax.headkv.need import HeadMask, Reading, answer_steps
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, embed
 from kvjax.policies.policy import Compress
-from kvjax.policies.scorers import LayerView
+from kvjax.policies.scorers import LayerView, queries_seen
 from kvjax.policies.selection import Ranking, rank_heads
 from kvjax.prefill import bucket_length, pad, read_layer
 
@@ -36,40 +36,47 @@ def right_answers(
     examples: Sequence[Example],
     policies: Mapping[str, Compress],
     steps: int,
+    given: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
     """[examples] bool by policy, "full" first: whether every token of an answer is the likeliest.
 
     The end of the sequence is one of them where the example says so.
 
     Args:
-        policies: of one number of observed tokens, whose scorers read the last queries alone.
+        policies: of one number of observed tokens; no scorer has an observer.
         steps: tokens to which answers are padded, so that few programs are compiled.
+        given: for each example the number of first tokens of the answer that are not judged; ()
+            for none.
     """
     config, dtype = model.config, params["embedding"].dtype
     examples = [replace(e, answer=(*e.answer, *config.eos_ids[: e.then_eos])) for e in examples]
     longest = max(len(example.prompt) for example in examples)
     tokens, sizes = pad([e.prompt for e in examples], bucket_length(longest))
     lengths = jnp.asarray(sizes)
-    total, observed = lengths + np.int32(steps), next(iter(policies.values())).observed
+    total, recents = lengths + np.int32(steps), next(iter(policies.values())).observed
+    recent = np.full(len(examples), recents, np.int32)
+    queries = max(queries_seen(p.scorer, recents) for p in policies.values())
     # [V, B, L, K] budgets, of every policy for every prompt.
     caps = np.stack([[p.caps(config, int(n), dtype)[0] for n in sizes] for p in policies.values()])
     x, masks, prompts = embed(config, params, tokens), [], []
     for index, kind in enumerate(block_kinds(config)):
         spec = kind.block.layer.attention.spec
         own = params[f"layers_{index}"]
-        x, prompt = read_layer(kind.block, own, kind.pairs, x, lengths, total, observed=observed)
-        recent = np.full(len(examples), observed, np.int32)
+        x, prompt = read_layer(kind.block, own, kind.pairs, x, lengths, total, observed=queries)
         kept = [everything(prompt, spec)]
         rankings: dict[Any, Ranking] = {}
         for policy, own_caps in zip(policies.values(), caps[:, :, index], strict=True):
             if policy.scorer not in rankings:
-                settings = {"scorer": policy.scorer, "spec": spec, "observed": observed}
+                settings = {"scorer": policy.scorer, "spec": spec}
+                settings["observed"] = queries_seen(policy.scorer, recents)
                 rankings[policy.scorer] = rank_heads(prompt, recent, **settings, placement=None)
             ranking = rankings[policy.scorer]
             kept.append(chosen(prompt, ranking, recent, own_caps, policy.sharing, spec))
         prompts.append(prompt.seen_by(None))
         masks.append(HeadMask.create(prompts[-1], spec, lengths, jnp.stack(kept)))
     fed, positions, wanted = (padded(part, steps) for part in answer_steps(examples))
+    for row, count in zip(wanted, given, strict=bool(given)):
+        row[:count] = -1
     reading = Reading(block_kinds(config), prompts, [], fed, positions, wanted, lengths, total)
     x = embed(config, params, np.maximum(fed, 0))
     x = jnp.tile(x, (len(policies) + 1, 1, 1))

@@ -32,7 +32,13 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import BlockKind, block_kinds, embed, run_layer
 from kvjax.policies.need import NeedCurves
-from kvjax.policies.scorers import LayerView, Scorer, SpanWindow, attention_weights
+from kvjax.policies.scorers import (
+    LayerView,
+    Scorer,
+    SpanWindow,
+    attention_weights,
+    queries_seen,
+)
 from kvjax.policies.selection import Ranking, rank_common, rank_heads
 from kvjax.prefill import bucket_length, pad, read_layer
 
@@ -80,7 +86,7 @@ def measure_need(
         scorer: chooses the tokens that a head keeps; None for `SpanWindow`.
         sizes: tokens that a head keeps besides the recent ones, rising from 0.
         bases: tokens that the other heads keep meanwhile, besides the recent ones.
-        observed: number of recent tokens, which every head keeps; the scorer sees their queries.
+        observed: number of recent tokens, which every head keeps; see `queries_seen`.
         batch_size: examples at a time.
         finished: batches of an earlier, interrupted call with the same arguments.
         on_batch: called with each new batch.
@@ -219,7 +225,7 @@ def read(
     x, caches, masks = embed(model.config, params, tokens), [], []
     for index, kind in enumerate(block_kinds(model.config)):
         attention = kind.block.layer.attention
-        settings: dict[str, Any] = {"observed": observed}
+        settings: dict[str, Any] = {"observed": queries_seen(scorer, observed)}
         seen = settings | {"observers": () if watching is None else (watching(attention),)}
         own = params[f"layers_{index}"]
         x, prefilled = read_layer(kind.block, own, kind.pairs, x, lengths, total, **seen)

@@ -57,10 +57,14 @@ def snapkv(kernel_size: int = 7, **settings: Unpack[Settings]) -> Compress:
 
 
 def spankv(
-    ahead: int = 8, behind: int = 1, fade: float = 0.75, **settings: Unpack[Settings]
+    ahead: int = 8,
+    behind: int = 1,
+    queries: int = 16,
+    fade: float = 0.9,
+    **settings: Unpack[Settings],
 ) -> Compress:
     """Equal budgets with headkv's choice of tokens (see `SpanWindow`)."""
-    return _compress(Uniform(), SpanWindow(ahead, behind, fade), settings)
+    return _compress(Uniform(), SpanWindow(ahead, behind, queries, fade), settings)
 
 
 def pyramidkv(kernel_size: int = 7, beta: float = 20.0, **settings: Unpack[Settings]) -> Compress:
@@ -101,7 +105,8 @@ def expected(future: int = 512, **settings: Unpack[Settings]) -> Compress:
 def headkv(
     ahead: int = 8,
     behind: int = 1,
-    fade: float = 0.75,
+    queries: int = 16,
+    fade: float = 0.9,
     beta: float = 0.0,
     scores: str = "",
     need: str = "",
@@ -113,7 +118,7 @@ def headkv(
     the tokens.
 
     Args:
-        ahead, behind, fade: see `SpanWindow`.
+        ahead, behind, queries, fade: see `SpanWindow`.
         beta: 0 for `growing_beta`.
         scores: a score file of any estimator; empty for the model's own.
         need: a file of `NeedCurves`; budgets are then the mean of those from importance and those
@@ -121,7 +126,7 @@ def headkv(
     """
     importance = HeadImportance(beta or None, _file(scores))
     allocator = MeasuredNeed(load_need(need), importance) if need else importance
-    return _compress(allocator, SpanWindow(ahead, behind, fade), settings)
+    return _compress(allocator, SpanWindow(ahead, behind, queries, fade), settings)
 
 
 def headkv_paper(
@@ -138,7 +143,8 @@ def headkv_paper(
 def headkv_adaptive(
     ahead: int = 8,
     behind: int = 1,
-    fade: float = 0.75,
+    queries: int = 16,
+    fade: float = 0.9,
     beta: float = 0.0,
     alpha: float = 0.2,
     scores: str = "",
@@ -146,7 +152,7 @@ def headkv_adaptive(
 ) -> Compress:
     """`headkv` whose heads share a layer's budget by their token scores, as in Ada-KV."""
     importance = HeadImportance(beta or None, _file(scores))
-    scorer = SpanWindow(ahead, behind, fade)
+    scorer = SpanWindow(ahead, behind, queries, fade)
     return _compress(importance, scorer, settings, sharing=Adaptive(alpha))
 
 

@@ -31,7 +31,7 @@ from kvjax.policies.compression import (
     compression,
     kept_tokens,
 )
-from kvjax.policies.scorers import Scorer
+from kvjax.policies.scorers import Scorer, queries_seen
 from pallas_kernels.entries import DTYPES
 
 RANGES = {
@@ -53,9 +53,6 @@ class Policy(ABC):
 
     compression_interval: int = 0
     """The cache is compressed again after this many new tokens; 0 for never."""
-
-    observed: int = 0
-    """Number of last queries of a prompt that decide which tokens are kept."""
 
     @property
     def bounds_growth(self) -> bool:
@@ -167,7 +164,8 @@ class Compress(Policy):
         allocator: divides the KV size among the heads, on the host. Must be hashable.
         scorer: rates the tokens of a prompt, inside jit. Must be hashable.
         kv_size: C, mean tokens per KV head, the last ones included; 0 with `ratio` or `nbytes`.
-        observed: w, number of last tokens that are always kept; scorers see their queries.
+        observed: w, number of last tokens that are always kept; scorers see their queries, if they
+            ask for no other number.
         sharing: moves budgets between the heads of a layer by the token scores of each prompt.
         ratio: KV size as a share of each prompt, 0 < ratio ≤ 1.
         nbytes: bytes of one sequence's entries in all layers, after prefill.
@@ -239,7 +237,7 @@ class Compress(Policy):
             rings=small,
             scorer=self.scorer,
             sharing=self.sharing,
-            observed=self.observed,
+            observed=queries_seen(self.scorer, self.observed),
             again=bool(self.compression_interval),
             dtype=entries,
         )

@@ -121,9 +121,16 @@ Scorer = Callable[[LayerView], jax.Array]
 """Maps a layer view to token scores [B, K, S] fp32, higher for tokens to keep; only candidates
 count.
 
-A scorer that must see more queries than the last w also has a method `observer(attention)`. It
-returns a `kvjax.cache.Observer` for a layer, whose state arrives as `view.seen`.
+A scorer sees the queries of the last tokens that a policy keeps. One that looks at another number
+of last queries has an attribute `queries`. One that must see all of them has a method
+`observer(attention)`, which returns a `kvjax.cache.Observer` for a layer; its state arrives as
+`view.seen`.
 """
+
+
+def queries_seen(scorer: Scorer, observed: int) -> int:
+    """Number of last queries that a scorer sees if a policy keeps `observed` last tokens."""
+    return getattr(scorer, "queries", observed)
 
 
 def query_attention(view: LayerView) -> Float[Array, "B N w S"]:
@@ -190,11 +197,13 @@ LEAST_LOG = float(np.log(np.finfo(np.float32).tiny))
 
 @dataclass(frozen=True)
 class SpanWindow:
-    """The strongest attention that a token, or one near it, gets from one of the last w queries.
+    """The strongest attention that a token, or one near it, gets from one of the last queries.
 
-    The query that asks is among the last ones, and attends to one place; a mean over w queries
-    hides it. So a query's attention counts by itself, the last one's in full, and that of each
-    earlier one less by the factor `fade`.
+    The query that asks is among the last ones, and attends to one place; a mean over them hides it.
+    So a query's attention counts by itself, the last one's in full, and that of each earlier one
+    less by the factor `fade`. The query that asks is not always the last one: a chat template ends
+    with tokens that ask nothing. So this scorer looks at more queries than those of the tokens that
+    are always kept.
 
     A question attends to the beginning of an answer; the rest of a long answer gets no attention
     until the model writes it. So a token at a distance d after an attended one gets its attention
@@ -202,14 +211,19 @@ class SpanWindow:
     up to 1 and 2x − 1 beyond. A token's score is the largest of these parts, as a logarithm. No
     span has a fixed length: it ends where other tokens have more attention. A head that attends to
     one place keeps a long span there, a head that attends to many places short ones.
+
+    Attributes:
+        queries: number of last queries.
     """
 
     ahead: int = 8
     behind: int = 1
-    fade: float = 0.75
+    queries: int = 16
+    fade: float = 0.9
 
     def __post_init__(self):
-        check_ranges(vars(self), {"ahead": SIZE, "behind": SIZE, "fade": SHARE})
+        ranges = {"ahead": SIZE, "behind": SIZE, "queries": COUNT, "fade": SHARE}
+        check_ranges(vars(self), ranges)
 
     def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
         attention, K = query_attention(view), view.keys.shape[1]

@@ -1,5 +1,6 @@
 """Every policy by name, on every kind of attention, through generation."""
 
+import dataclasses
 import functools
 import sys
 
@@ -17,8 +18,10 @@ from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConf
 from kvjax.generation import generate
 from kvjax.headkv import HeadScores
 from kvjax.nn import Transformer
-from kvjax.policies.budgets import token_bytes
+from kvjax.policies.budgets import Uniform, token_bytes
 from kvjax.policies.named import MAKERS, resolve
+from kvjax.policies.policy import Compress
+from kvjax.policies.scorers import by_kv_head, query_attention
 from kvjax.prefill import pad, prefill, read_layer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
@@ -164,6 +167,28 @@ def test_compression_while_decoding(name):
         run("mla", "snapkv:kv_size=16,compression_interval=8")
     with pytest.raises(NotImplementedError, match="watches the prompt"):
         run("gqa", "h2o:kv_size=16,compression_interval=8")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeesTwelve:
+    """A scorer that looks at twelve queries, whatever the policy keeps."""
+
+    queries: int = 12
+
+    def __call__(self, view):
+        assert view.queries.shape[1] == self.queries
+        return by_kv_head(query_attention(view).sum(axis=2), view.keys.shape[1])
+
+
+@pytest.mark.parametrize("interval", [0, 6])
+def test_a_scorer_may_see_other_queries_than_those_of_the_tokens_that_stay(interval):
+    model, params = build("gqa")
+    policy = Compress(Uniform(), SeesTwelve(), 6, observed=4, compression_interval=interval)
+    budgets, _ = policy.budgets(model.config, LENGTHS, 8, "float32")
+    assert (budgets.observed, budgets.recent.tolist()) == (12, [4] * len(LENGTHS))
+    _, cache = read("gqa", policy)
+    assert (np.asarray(cache.pools[0].kept) == 6).all()
+    generate(model, params, prompts(), 8, policy=policy, eos_ids=())
 
 
 def test_a_ring_bounds_the_growth_of_low_budget_heads():

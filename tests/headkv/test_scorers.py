@@ -179,7 +179,7 @@ def test_a_token_gets_the_strongest_part_of_the_attention_near_it():
         share = np.where(by > 0, by / ahead, -by / behind)
         return np.max(logs[None] - np.where(share < 1, share**2, 2 * share - 1), axis=1)
 
-    check(SpanWindow(ahead, behind, fade), oracle)
+    check(SpanWindow(ahead, behind, W, fade), oracle)
 
 
 @pytest.mark.parametrize("by", [0, 3, -3])
