@@ -10,9 +10,9 @@ answer is fed after the compression. The form "begun" has it at the end of the p
 Each prompt is read once for all policies (`benchmarks.hidden`). An answer counts if each of its
 tokens is the most likely one where it sees only the tokens that a policy keeps. A batch has one
 prompt of each task, and each finished batch is one line of RESULT.jsonl; the same command
-continues. `report` makes the result file and a table with paired differences. The settings of
-headkv were chosen on prompts of CHOSEN_ON with other numbers, texts and seeds; the other tasks took
-no part.
+continues. `report` makes the result file and a table with paired differences. The spans of headkv
+were chosen on prompts of CHOSEN_ON, and its queries and their fade on all kinds, with other numbers,
+texts and seeds.
 """
 
 from __future__ import annotations

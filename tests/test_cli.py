@@ -9,17 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toys import random_params
+from llama_toy import HEAD_DIM, HEADS, KV_HEADS, LAYERS, save_llama
 
 import kvjax
 from kvjax.cli import main
-from kvjax.hf import config_from_hf
-from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
 from kvjax.tasks.words import WordVocabulary, to_transformers
 from kvjax.text import added_text
-
-LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +23,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """A llama checkpoint in Hugging Face layout with a tokenizer and head scores."""
     path = tmp_path_factory.mktemp("tiny") / "llama"
     vocab = WordVocabulary()
-    config = config_from_hf(
-        {
-            "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "vocab_size": vocab.size,
-            "max_position_embeddings": 256,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "tie_word_embeddings": False,
-            "dtype": "float32",
-        }
-    )
-    model = Transformer(config)
-    kvjax.save(model, random_params(model), path, layout="hf")
-    to_transformers(vocab, 256).save_pretrained(path)
+    save_llama(path, to_transformers(vocab, 256), vocab.size, 256)
     samples = np.random.default_rng(0).random((LAYERS, HEADS, 3))
     HeadScores(samples).save(path / "head_scores.json")
     return path

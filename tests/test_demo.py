@@ -8,20 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_toy import HEAD_DIM, HEADS, KV_HEADS, LAYERS, save_llama
 from tokenizer_toys import CHAT, byte_level
-from toys import random_params
 
 import kvjax
 from kvjax.commands import demo
 from kvjax.commands.demo import answers, english, shared, words
-from kvjax.hf import config_from_hf
-from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores, load_scores
 from kvjax.tasks.words import TokenizerVocabulary
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG"
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2, 4, 2, 8, 768
+CONTEXT = 768
 STORY = "A goat lived in the mill. It ate the mayor's hat.\n\nThe hat was blue."
 
 
@@ -30,27 +28,7 @@ def toy(tmp_path_factory) -> Path:
     """A random llama whose tokenizer writes every byte, with a chat template."""
     path = tmp_path_factory.mktemp("toy") / "llama"
     tokenizer = byte_level(chat_template=CHAT)
-    config = config_from_hf(
-        {
-            "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": CONTEXT,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "tie_word_embeddings": False,
-            "dtype": "float32",
-        }
-    )
-    model = Transformer(config)
-    kvjax.save(model, random_params(model), path, layout="hf")
-    tokenizer.save_pretrained(path)
+    save_llama(path, tokenizer, len(tokenizer), CONTEXT)
     return path
 
 
