@@ -11,8 +11,8 @@ Each prompt is read once for all policies (`benchmarks.hidden`). An answer count
 tokens is the most likely one where it sees only the tokens that a policy keeps. A batch has one
 prompt of each task, and each finished batch is one line of RESULT.jsonl; the same command
 continues. `report` makes the result file and a table with paired differences. The spans of headkv
-were chosen on prompts of CHOSEN_ON, and its queries and their fade on all kinds, with other numbers,
-texts and seeds.
+were chosen on prompts of CHOSEN_ON, and its queries and their fade on all kinds, with other
+numbers, texts and seeds.
 """
 
 from __future__ import annotations
