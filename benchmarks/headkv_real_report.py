@@ -15,6 +15,10 @@ from kvjax.scoring import FULL
 
 LEAST_FULL = 0.3
 """Tasks in which the full cache is right less often do not count."""
+ENDS = {
+    "begun": "Prompts end with the beginning of the answer.",
+    "asked": "Prompts end where the answer begins; its beginning is fed after the compression.",
+}
 BOUND = 1.645
 """Standard errors below the mean to a lower bound that holds with 95 %."""
 
@@ -92,8 +96,9 @@ def page(found: dict[str, Any], baseline: str) -> list[str]:
         "",
         f"`{found['command']}`, commits {found['commit']}, {found['cpu_seconds'] / 60:.0f} minutes "
         f"of processor time. {found['prompts']['all']} prompts of {min(found['lengths'])} to "
-        f"{max(found['lengths'])} tokens, without tasks that do not count. Settings were chosen on "
-        f"other prompts of {' and '.join(found['chosen_on'])}; the other tasks took no part.",
+        f"{max(found['lengths'])} tokens, without tasks that do not count. {ENDS[found['form']]} "
+        f"The spans of headkv were chosen on other prompts of {' and '.join(found['chosen_on'])}, "
+        "its queries and their fade on other prompts of all kinds, for SmolLM2.",
         "",
         f"Full cache: {shares}. A task below {LEAST_FULL} does not count.",
         "",

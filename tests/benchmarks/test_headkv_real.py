@@ -1,12 +1,21 @@
 """`benchmarks.headkv_real`: its prompts are whole questions, and its numbers are paired."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from meshes import GQA, WINDOWED, toy
 from tokenizer_toys import CHAT, byte_level
 
-from benchmarks.headkv_prompts import CUE, QUOTED, TASKS, Source, make_prompts, write_prompts
+from benchmarks.headkv_prompts import (
+    CUE,
+    QUOTED,
+    TASKS,
+    Source,
+    make_prompts,
+    without_beginning,
+    write_prompts,
+)
 from benchmarks.headkv_real_report import compared, report
 from benchmarks.hidden import right_answers
 from kvjax import policies
@@ -24,7 +33,8 @@ def test_prompts_end_with_their_questions(tmp_path):
     for thousands in (1, 2):
         (tmp_path / f"babilong_{thousands}k.jsonl").write_text(line)
     tokenizer = byte_level(chat_template=CHAT)
-    found = make_prompts(Source.read(tokenizer, book, tmp_path), 2, seed=3)
+    source = Source.read(tokenizer, book, tmp_path)
+    found = make_prompts(source, 2, seed=3)
     assert [e.name for e in found] == [*TASKS, *TASKS]
     assert (
         found == make_prompts(Source.read(tokenizer, book, tmp_path), 4, seed=3)[: 2 * len(TASKS)]
@@ -46,6 +56,11 @@ def test_prompts_end_with_their_questions(tmp_path):
             )
         if example.name != "place":
             assert len(example.prompt) == 1000
+        cut, given = without_beginning(source, example)
+        assert (*cut.prompt, *cut.answer) == (*example.prompt, *example.answer)
+        assert tokenizer.decode(cut.prompt).endswith("<|assistant|>\n")
+        beginning = tokenizer.decode(cut.answer[:given])
+        assert given == len(example.prompt) - len(cut.prompt) > 0 and "?" not in beginning
 
 
 def test_differences_are_paired():
@@ -61,6 +76,7 @@ def test_tasks_that_the_full_cache_fails_do_not_count(tmp_path):
         "tasks": ["a", "b", "c"],
         "kv_sizes": [48],
         "policies": ["full", "headkv", "snapkv"],
+        "form": "asked",
     }
     facts = {"date": "", "processor": "", "versions": {}, "commit": "abc", "command": "run"}
     facts |= {"cpu_seconds": 60.0, "lengths": [1000, 2000, 900]}
@@ -93,3 +109,8 @@ def test_hidden_tokens_are_those_that_a_compressed_cache_lacks():
     for name, right in expected.items():
         np.testing.assert_array_equal(found[name], right, err_msg=name)
     assert 0 < np.mean(list(expected.values())[1:]) < 1
+    # A wrong token counts unless it is given.
+    wrong = [replace(e, answer=((e.answer[0] + 1) % 64,)) for e in asked]
+    given = [i % 2 for i in range(len(wrong))]
+    told = right_answers(model, params, wrong, every, steps=2, given=given)["full"]
+    np.testing.assert_array_equal(told, np.asarray(given, bool))
