@@ -79,6 +79,8 @@ def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
     [
         ("gqa", "snapkv:kv_size=16"),
         ("gqa", "streaming:kv_size=16,entries=int8"),
+        ("gqa", "snapkv:kv_size=16,entries=int4"),
+        ("after_up", "full:entries=int4"),
         ("sliding", "adasnapkv:kv_size=16"),
         ("after_up", "snapkv:kv_size=16,entries=fp8"),
         ("mla", "snapkv:kv_size=16"),
@@ -200,6 +202,7 @@ def test_a_context_goes_to_the_devices_of_the_weights(shapes):
     ("kind", "policy"),
     [
         ("gqa", "adasnapkv:kv_size=16,entries=int8"),
+        ("gqa", "snapkv:kv_size=16,entries=int4"),
         ("sliding", "snapkv:kv_size=16"),
         ("mla", "full"),
         ("after_up", "snapkv:kv_size=16"),

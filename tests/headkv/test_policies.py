@@ -141,11 +141,17 @@ def test_the_chunk_of_prefill_changes_no_selection(monkeypatch, kind, policy):
 
 @pytest.mark.parametrize(
     ("kind", "entries"),
-    [("gqa", "fp8"), ("sliding", "int8"), ("mla", "int8")],
+    [
+        ("gqa", "fp8"),
+        ("sliding", "int8"),
+        ("mla", "int8"),
+        ("sliding", "int4"),
+        ("mla", "int4"),
+    ],
 )
-def test_eight_bit_entries_under_any_policy(kind, entries):
+def test_smaller_entries_under_any_policy(kind, entries):
     exact, coarse = run(kind, "full"), run(kind, f"full:entries={entries}")
-    assert coarse.cache_bytes < 0.5 * exact.cache_bytes  # fp32 to 8 bits and a scale of 4 bytes
+    assert coarse.cache_bytes < 0.5 * exact.cache_bytes  # fp32 to at most 8 bits and 4 bytes a row
     same = np.mean(np.asarray(exact.tokens)[:, :3] == np.asarray(coarse.tokens)[:, :3])
     assert same > 0.6
     small = run(kind, f"snapkv:kv_size=16,entries={entries}")
