@@ -118,7 +118,7 @@ def quantize(x: Float[Array, "*B X"], dtype: Any) -> Quantized | Packed:
         return pack(x)
     x = x.astype(jnp.float32)
     largest = LARGEST[jnp.dtype(dtype)]
-    top = jnp.max(jnp.abs(x), axis=-1)
+    top = jnp.max(jnp.abs(x), axis=-1, initial=0.0)
     # A row of zeros has scale 1, so that nothing is divided by 0.
     scale = jnp.where(top > 0, top / largest, 1.0)
     values = x / scale[..., None]

@@ -67,6 +67,8 @@ def packed_bytes(width: int) -> int:
 def pack(x: Float[Array, "*B X"]) -> Packed:
     """Packs rows; each number changes by at most half a step of its group."""
     width, rows = x.shape[-1], x.shape[:-1]
+    if width == 0:
+        return Packed(jnp.zeros(x.shape, jnp.uint8), width)
     count, size = groups(width)
     # Repeating the last number fills the last group up without a change of its range.
     fill = [(0, 0)] * len(rows) + [(0, count * size - width)]
@@ -76,10 +78,11 @@ def pack(x: Float[Array, "*B X"]) -> Packed:
     step = _bits((jnp.max(parts, axis=-1) - _float(low)) / STEPS, up=True)
     whole = jnp.where(step > 0, _float(step), 1.0)  # equal numbers have no step
     levels = jnp.round((parts - _float(low)[..., None]) / whole[..., None])
-    levels = jnp.clip(levels, 0, STEPS).astype(jnp.uint8).reshape(*rows, 2, -1)
-    ranges = jax.lax.bitcast_convert_type(jnp.concatenate([low, step], axis=-1), jnp.uint8)
+    levels = jnp.clip(levels, 0, STEPS).astype(jnp.uint8).reshape(*rows, 2, count * size // 2)
     codes = levels[..., 0, :] | (levels[..., 1, :] << 4)
-    return Packed(jnp.concatenate([codes, ranges.reshape(*rows, -1)], axis=-1), width)
+    ranges = jax.lax.bitcast_convert_type(jnp.concatenate([low, step], axis=-1), jnp.uint8)
+    ranges = ranges.reshape(*rows, count * RANGE_BYTES)
+    return Packed(jnp.concatenate([codes, ranges], axis=-1), width)
 
 
 def unpack(entries: Packed) -> Float[Array, "*B X"]:
@@ -91,7 +94,8 @@ def unpack(entries: Packed) -> Float[Array, "*B X"]:
     levels = jnp.concatenate([codes & 15, codes >> 4], axis=-1).reshape(*rows, count, size)
     bits = jax.lax.bitcast_convert_type(ranges.reshape(*rows, 2, count, 2), jnp.uint16)
     low, step = (_float(bits[..., i, :])[..., None] for i in (0, 1))
-    return (low + step * levels.astype(jnp.float32)).reshape(*rows, -1)[..., :width]
+    values = low + step * levels.astype(jnp.float32)
+    return values.reshape(*rows, count * size)[..., :width]
 
 
 def _bits(x: jax.Array, up: bool) -> jax.Array:

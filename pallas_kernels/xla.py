@@ -135,11 +135,11 @@ def attend_dense(
         out and lse, fp32.
     """
     B, K, S = k.shape[:3]
-    pools = jax.tree.map(lambda x: x.reshape(B, K * S, *x.shape[3:]), (k, v))
+    k_pool, v_pool = jax.tree.map(lambda x: x.reshape(B, K * S, *x.shape[3:]), (k, v))
     before = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
     starts = before[:, None] + jnp.arange(K, dtype=jnp.int32)[None] * S
     live = jnp.broadcast_to((lengths - before)[:, None], starts.shape)
-    out, lse = attend(q[:, None], *pools, Segments(starts, live), live, scale, softcap)
+    out, lse = attend(q[:, None], k_pool, v_pool, Segments(starts, live), live, scale, softcap)
     return out[:, 0], lse[:, 0]
 
 

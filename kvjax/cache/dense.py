@@ -49,7 +49,7 @@ class DenseCache:
     lengths: Any
     evicted: Any = None
     positions: Any = None
-    channels: KeyChannels | None = None
+    channels: Any = None
 
     @classmethod
     def create(
@@ -124,7 +124,6 @@ class DenseCache:
     def _restoring(self, expand: Expand) -> Expand:
         """`expand` for keys as they are stored."""
         channels = self.channels
-        assert channels is not None
         return lambda keys, positions: expand(channels.restored(keys, axis=1), positions)
 
     def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:

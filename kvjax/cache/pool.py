@@ -73,7 +73,7 @@ class Pool:
     positions: Any = None
     queries: Any = None
     schedule: Any = None
-    channels: KeyChannels | None = None
+    channels: Any = None
     align: int = flax.struct.field(pytree_node=False, default=1)
     span: int | None = flax.struct.field(pytree_node=False, default=None)
 

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
-from kvjax.cache.channels import KeyChannels
 from kvjax.cache.storage import take_rows
 from kvjax.checks import COUNT, SHARE, SIZE, check_ranges
 from pallas_kernels import dequantize
@@ -103,14 +102,14 @@ class PoolEntries(NamedTuple):
         k, v: [B, K, S, ·] entries as they are stored.
         held: [B, K] int32, rows in use.
         positions: [B, K, S] int32, −1 for rows not in use.
-        channels: how the keys are normalised; None if they are not.
+        channels: the keys' `KeyChannels`; None if they are not normalised.
     """
 
     k: Entries
     v: Entries
     held: Any
     positions: Any
-    channels: KeyChannels | None
+    channels: Any
 
 
 def pool_entries(cache: PoolLayer, size: int) -> PoolEntries:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.hlo import copies
 from kernels.oracle import on
 
 import pallas_kernels
@@ -59,6 +60,22 @@ def test_rows_that_are_exact():
         dequantize(empty((2, 40), "int4"), jnp.float32), np.zeros((2, 40))
     )
     assert row_bytes(40, "int8") == 44 and row_bytes(40, "bfloat16") == 80
+
+
+def test_a_dense_cache_is_not_unpacked_as_a_whole():
+    B, N, K, S, H = 1, 4, 2, 1 << 14, 64
+    cache = jax.eval_shape(lambda: empty((B, K, S, H), "int4"))
+    q, lengths = jax.ShapeDtypeStruct((B, N, H), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    compiled = jax.jit(pallas_kernels.gqa_decode).lower(q, cache, cache, lengths).compile()
+    assert not copies(compiled.as_text(), 4 * K * S)
+    assert compiled.memory_analysis().temp_size_in_bytes < K * S * H // 2
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_rows_without_numbers(dtype):
+    """Rotary keys of a latent layer without positions."""
+    got = quantize(jnp.zeros((2, 3, 0)), jnp.dtype(dtype))
+    assert got.shape == dequantize(got, jnp.float32).shape == (2, 3, 0)
 
 
 @pytest.mark.parametrize(("kind", "platform"), [("TPU v5 lite", "tpu"), ("NVIDIA H200", "gpu")])
