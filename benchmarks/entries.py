@@ -62,15 +62,16 @@ class Row:
 
 def main() -> None:
     args = arguments()
-    rows = []
+    sizes = {name: getattr(args, name) for name in ("texts", "tokens", "prompt", "dtype")}
+    rows, facts = [], environment("benchmarks.entries")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for model, text in zip(args.pairs[::2], args.pairs[1::2], strict=True):
         for row in measure(model, text, args):
             print(row, flush=True)
             rows.append(asdict(row))
-    sizes = {name: getattr(args, name) for name in ("texts", "tokens", "prompt", "dtype")}
-    result = {"what": "cache entries", **sizes, "rows": rows, **environment("benchmarks.entries")}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+            # A run that is stopped leaves the rows that it has.
+            result = {"what": "cache entries", **sizes, "rows": rows, **facts}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {args.out}")
 
 

@@ -186,6 +186,9 @@ def test_sizes_in_tokens_ratio_and_bytes():
         caps, window = policy.caps(model.config, 64, "float32")
         np.testing.assert_array_equal(caps, [[8, 8], [8, 8]])
         assert window == 8
+    # In 4 bits: rows of 4 bytes and a range, and two numbers of 2 bytes for each channel of keys.
+    policy = resolve(f"snapkv:bytes={2 * 2 * (16 * 2 * (4 + 4) + 8 * 4)}", model.config, None)
+    np.testing.assert_array_equal(policy.caps(model.config, 64, "int4")[0], [[8, 8], [8, 8]])
     with pytest.raises(ValueError, match="kv_size is 3 and observed is 8"):
         resolve("snapkv:bytes=1000", model.config, None).caps(model.config, 64, "float32")
 
