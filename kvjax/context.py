@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from kvjax.cache import DenseCache, LatentCache, ModelCache, Pool, cache_bytes
+from kvjax.cache.channels import KeyChannels
 from kvjax.cache.pool import bucket_rows
 from kvjax.cache.room import grow_pool, repeated_with_room, trimmed
 from kvjax.cache.sharded import head_copies, spread_layer
@@ -34,9 +35,12 @@ from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
-from pallas_kernels import Quantized
+from pallas_kernels import Packed, Quantized
 
-PARTS = {part.__name__: part for part in (DenseCache, LatentCache, ModelCache, Pool, Quantized)}
+PARTS = {
+    part.__name__: part
+    for part in (DenseCache, LatentCache, ModelCache, Pool, Quantized, Packed, KeyChannels)
+}
 FORMAT = "kvjax context 3"
 """Formats 1 and 2 had one cache per layer; format 1 did not identify the model's weights."""
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, Int
 from pallas_kernels import reference, tables, xla
 from pallas_kernels.entries import NEG_INF, Entries, Newer, Segments, from_bits, is_quantized
 from pallas_kernels.gpu import limits as gpu_limits
+from pallas_kernels.packed import Packed
 from pallas_kernels.plan import WorkList
 from pallas_kernels.tpu import limits as tpu_limits
 
@@ -52,7 +53,7 @@ def gqa_decode(
 
     Args:
         q: [B, N, H]; query head n reads KV head n // (N / K).
-        k, v: [B, K, S, H] and [B, K, S, Hv], or `Quantized`. Slots from a sequence's length on may
+        k, v: [B, K, S, H] and [B, K, S, Hv] entries. Slots from a sequence's length on may
             hold anything, NaN included.
         lengths: [B] integers, the number of live slots, clipped to 0 … S; 0 gives zeros.
         scale: factor of the logits; default H^-0.5.
@@ -77,7 +78,9 @@ def gqa_decode(
     if 0 in (B, N, S):
         return _nothing((B, N, v.shape[3]), q.dtype, implementation, return_lse)
     k, v = from_bits(k), from_bits(v)
-    run = kernel(implementation, "gqa_decode", q, k, v) or reference.gqa_decode
+    packed = isinstance(k, Packed) or isinstance(v, Packed)
+    plain = xla.attend_dense if packed else reference.gqa_decode
+    run = kernel(implementation, "gqa_decode", q, k, v) or plain
     out, lse = run(q, k, v, lengths, _scale(scale, H), window, softcap)
     return _result(out.astype(q.dtype), lse, return_lse)
 
@@ -103,7 +106,7 @@ def ragged_gqa_decode(
 
     Args:
         q: [B, N, H]; query head n reads the segment of KV head n // (N / K).
-        k_pool, v_pool: [B, P, H] and [B, P, Hv], `Quantized` or `Bits`. The segment of head k has
+        k_pool, v_pool: [B, P, H] and [B, P, Hv] entries. The segment of head k has
             the rows starts[k] … starts[k] + capacities[k] − 1; the pool may hold other segments.
         starts: [B, K] integers; or [K], or a sequence of K ints, for all sequences.
         lengths: [B, K] integers, the number of live rows of each segment, clipped to 0 … capacity.
@@ -230,7 +233,7 @@ def schedule(
     """
     (B, P, H), K = k_pool.shape, starts.shape[2]
     # Limits look at the queries' dtype, which the caller need not know yet: the entries' dtype,
-    # or bfloat16 for 8-bit entries.
+    # or bfloat16 for quantized entries.
     dtype = jnp.bfloat16 if is_quantized(k_pool.dtype) else k_pool.dtype
     q = jax.ShapeDtypeStruct((B, K * queries_per_head, H), dtype)
     shape = jax.ShapeDtypeStruct((B, K), jnp.int32)
@@ -264,7 +267,7 @@ def mla_decode(
     Args:
         q_latent: [B, N, L] queries multiplied with the key up-projection.
         q_rope: [B, N, R] rotated queries.
-        latent, k_rope: [B, S, L] and [B, S, R], or `Quantized`: the cache.
+        latent, k_rope: [B, S, L] and [B, S, R] entries: the cache.
         lengths: [B] integers, the number of live slots, clipped to 0 … S.
         scale: factor of the logits.
         window, softcap, implementation, return_lse: as in `gqa_decode`.

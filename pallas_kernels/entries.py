@@ -1,9 +1,10 @@
 """Cache entries: the formats in which they are stored, and the segments of a pool that hold them.
 
-Entries are floats, 8-bit numbers with scales, or bit patterns. Each 8-bit entry (one token of one
-head) has a scale. Since q·k = scale · (q·values) and Σ w·v = Σ (w·scale)·values, attention
-multiplies logits with the scales of keys, and weights with the scales of values: entries are never
-rebuilt in full precision. KIVI (arXiv 2402.02750) also quantizes values by token.
+Entries are floats, 8-bit numbers with scales, packed 4-bit numbers, or bit patterns. Each 8-bit
+entry (one token of one head) has a scale. Since q·k = scale · (q·values) and Σ w·v = Σ
+(w·scale)·values, attention multiplies logits with the scales of keys, and weights with the scales
+of values: 8-bit entries are never rebuilt in full precision. KIVI (arXiv 2402.02750) also quantizes
+values by token. Packed entries are rebuilt where they are read, a tile of rows at a time.
 
 A segment is the consecutive rows of one head in a flat pool. Budgets are arrays and no part of a
 program: one compiled program serves any of them.
@@ -20,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.packed import Packed, is_packed, pack, packed_bytes, unpack
+
 NEG_INF = -1e30
 """The logit of a dead row: finite, so that a query without live rows gives 0 and not NaN."""
-DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int4}
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 
 
@@ -69,8 +72,26 @@ class Bits:
         return self.values.shape
 
 
-Entries = jax.Array | Quantized | Bits
-"""Cache entries [..., X]: floats, quantized, or bit patterns."""
+Entries = jax.Array | Quantized | Packed | Bits
+"""Cache entries [..., X]: floats, quantized to 8 or 4 bits, or bit patterns."""
+ENCODED = Quantized, Packed, Bits
+"""The formats other than plain arrays."""
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Entries:
+    """Entries of this shape in the format of the dtype, all bytes 0."""
+    if is_packed(dtype):
+        return Packed(jnp.zeros((*shape[:-1], packed_bytes(shape[-1])), jnp.uint8), shape[-1])
+    values = jnp.zeros(shape, dtype)
+    if is_quantized(dtype):
+        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32))
+    return values
+
+
+def row_bytes(width: int, dtype: Any) -> int:
+    """Bytes of one row of `width` numbers in the format of the dtype, scales or ranges included."""
+    row = jax.eval_shape(lambda: empty((1, width), dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
 
 
 def to_bits(x: jax.Array) -> Bits:
@@ -78,23 +99,26 @@ def to_bits(x: jax.Array) -> Bits:
     return Bits(jax.lax.bitcast_convert_type(x, jnp.uint16), jnp.dtype(x.dtype))
 
 
-def from_bits(entries: Entries) -> jax.Array | Quantized:
+def from_bits(entries: Entries) -> jax.Array | Quantized | Packed:
     """`Bits` as floats again; other entries unchanged."""
     if not isinstance(entries, Bits):
         return entries
     return jax.lax.bitcast_convert_type(entries.values, entries.dtype)
 
 
-def quantize(x: Float[Array, "*B X"], dtype: Any) -> Quantized:
-    """Quantizes each row symmetrically: its largest magnitude becomes the dtype's largest value.
+def quantize(x: Float[Array, "*B X"], dtype: Any) -> Quantized | Packed:
+    """Quantizes each row. In 8 bits its largest magnitude becomes the dtype's largest value; for 4
+    bits see `pack`.
 
     Args:
         x: [..., X].
-        dtype: int8 or float8_e4m3fn.
+        dtype: int8, float8_e4m3fn or int4.
     """
+    if is_packed(dtype):
+        return pack(x)
     x = x.astype(jnp.float32)
     largest = LARGEST[jnp.dtype(dtype)]
-    top = jnp.max(jnp.abs(x), axis=-1)
+    top = jnp.max(jnp.abs(x), axis=-1, initial=0.0)
     # A row of zeros has scale 1, so that nothing is divided by 0.
     scale = jnp.where(top > 0, top / largest, 1.0)
     values = x / scale[..., None]
@@ -104,13 +128,16 @@ def quantize(x: Float[Array, "*B X"], dtype: Any) -> Quantized:
 
 
 def is_quantized(dtype: Any) -> bool:
-    """Whether entries of this dtype carry scales."""
-    return jnp.dtype(dtype) in LARGEST
+    """Whether entries of this dtype stand for floats, with scales or ranges beside them."""
+    return jnp.dtype(dtype) in map(jnp.dtype, DTYPES.values())
 
 
 def plain(entries: Entries, dtype: Any) -> jax.Array:
-    """The array for a product: quantized values in `dtype`, exactly and without their scale."""
+    """The array for a product: 8-bit values in `dtype`, exactly and without their scale; packed
+    entries as the floats they stand for."""
     entries = from_bits(entries)
+    if isinstance(entries, Packed):
+        return unpack(entries).astype(dtype)
     return entries.values.astype(dtype) if isinstance(entries, Quantized) else entries
 
 
@@ -118,7 +145,7 @@ def dequantize(entries: Entries, dtype: Any) -> jax.Array:
     """The entries [..., X] as floats of `dtype`, scales included."""
     entries = from_bits(entries)
     if not isinstance(entries, Quantized):
-        return entries.astype(dtype)
+        return plain(entries, dtype).astype(dtype)
     return (entries.values.astype(jnp.float32) * entries.scale[..., None]).astype(dtype)
 
 

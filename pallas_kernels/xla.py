@@ -1,4 +1,5 @@
-"""Attention over the segments of a pool in plain jnp: the implementation for CPUs.
+"""Attention over the segments of a pool in plain jnp: the implementation for CPUs, and for packed
+entries on every platform.
 
 The live rows of each segment are cut into tiles of equal size. A loop computes C tiles a turn,
 and the number of turns is data, so that time follows the live rows. A turn slices its tiles out
@@ -113,6 +114,33 @@ def attend(
         return x.reshape(B, T, N, *x.shape[4:])
 
     return by_query(out / divisor[..., None]), by_query(lse)
+
+
+def attend_dense(
+    q: Float[Array, "B N H"],
+    k: Entries,
+    v: Entries,
+    lengths: Int[Array, " B"],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Float[Array, "B N Y"], Float[Array, "B N"]]:
+    """Attention over a dense cache as over a pool with a segment for each head: of its rows only
+    the live ones are read, and unpacked a tile at a time.
+
+    Args:
+        q, k, v, lengths, scale, window, softcap: as in `gqa_decode`.
+
+    Returns:
+        out and lse, fp32.
+    """
+    B, K, S = k.shape[:3]
+    k_pool, v_pool = jax.tree.map(lambda x: x.reshape(B, K * S, *x.shape[3:]), (k, v))
+    before = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
+    starts = before[:, None] + jnp.arange(K, dtype=jnp.int32)[None] * S
+    live = jnp.broadcast_to((lengths - before)[:, None], starts.shape)
+    out, lse = attend(q[:, None], k_pool, v_pool, Segments(starts, live), live, scale, softcap)
+    return out[:, 0], lse[:, 0]
 
 
 def _tiles(

@@ -113,6 +113,8 @@ def test_the_same_tokens(kind, policy, shape):
         ("gqa", f"tova:{COMPRESSED}"),
         ("gqa", f"h2o:{COMPRESSED}"),
         ("gqa", f"snapkv:{COMPRESSED},compression_interval=3"),
+        ("gqa", f"snapkv:{COMPRESSED},compression_interval=3,entries=int4"),
+        ("windowed", "full:entries=int4"),
         ("gqa", f"pyramidkv:{COMPRESSED},ring=2,entries=int8"),
         ("windowed", "full"),
         ("windowed", f"snapkv:{COMPRESSED}"),

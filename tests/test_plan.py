@@ -76,6 +76,9 @@ def test_bytes_of_a_device():
     assert caches == 32 * 16 * ((4096 + 128) * 128 * 2 * 2 + 4) + whole_lengths
     _, fewer = held("full:entries=int8")
     assert fewer == 32 * 16 * ((4096 + 128) * (128 + 4) * 2 + 4) + whole_lengths
+    # Four groups of 32 numbers, and centre and size of each channel of the keys.
+    _, fewest = held("full:entries=int4")
+    assert fewest == 32 * 16 * ((4096 + 128) * (64 + 16) * 2 + 4 + 2 * 128 * 2) + whole_lengths
     # One pool for all layers: 32 · 512 rows are a bucket's size. Four tables and two lengths.
     _, pooled = held("snapkv:kv_size=512")
     rows = 32 * (512 + 128)

@@ -99,7 +99,7 @@ def programs_of(attention, policy):
     return sorted(names(programs))
 
 
-@pytest.mark.parametrize("policy", ["full", SNAPKV])
+@pytest.mark.parametrize("policy", ["full", SNAPKV, f"{SNAPKV},entries=int4"])
 def test_layers_share_their_programs(policy):
     few, many = (programs_of((GQA,) * count, policy) for count in (2, 6))
     assert few == many

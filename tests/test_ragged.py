@@ -32,6 +32,7 @@ def build(kind):
 
 CASES = [
     ("sliding", "full:entries=int8"),
+    ("sliding", "full:entries=int4"),
     ("sliding", f"pyramidkv:{SIZE}"),
     ("sliding", f"knorm:{SIZE},entries=int8"),
     ("sliding", f"h2o:{SIZE}"),
@@ -39,7 +40,7 @@ CASES = [
     ("sliding", f"adasnapkv:{SIZE}"),
     ("sliding", f"adasnapkv:{SIZE},compression_interval=6"),
     ("sliding", f"headkv:{SIZE},ring=5"),
-    ("sliding", f"headkv:{SIZE},compression_interval=6,entries=int8"),
+    ("sliding", f"headkv:{SIZE},compression_interval=6,entries=int4"),
     ("sliding", "headkv_adaptive:ratio=0.5,observed=4,ring=5"),
     ("mla", f"snapkv:{SIZE}"),
     ("mla", "h2o:ratio=0.5,observed=4,entries=int8"),

@@ -11,11 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
+from kvjax.cache.channels import KeyChannels
 from kvjax.cache.storage import (
-    empty,
+    cast,
     last_queries,
     query_slots,
     slot_numbers,
@@ -25,6 +26,8 @@ from kvjax.cache.storage import (
 )
 from kvjax.config import AttentionConfig
 from pallas_kernels import dequantize, gqa_decode, mla_decode
+from pallas_kernels.entries import empty
+from pallas_kernels.packed import is_packed
 
 
 @flax.struct.dataclass
@@ -32,12 +35,13 @@ class DenseCache:
     """Keys and values (or latents) in the order of the tokens.
 
     Attributes:
-        k, v: [B, K, S, ·] arrays or `Quantized`, with room for S tokens.
+        k, v: [B, K, S, ·] entries, with room for S tokens.
         lengths: [B] int32, tokens that each sequence has given so far. Tokens that do not fit are
             counted but not stored.
         evicted: [B] int32, tokens of the prompt that compression removed; None for none.
         positions: [B, S] int32 position of each entry, −1 for empty slots; None where the slot
             number is the position.
+        channels: how the stored keys are normalised; None if they are not.
     """
 
     k: Any
@@ -45,6 +49,7 @@ class DenseCache:
     lengths: Any
     evicted: Any = None
     positions: Any = None
+    channels: Any = None
 
     @classmethod
     def create(
@@ -69,6 +74,8 @@ class DenseCache:
     def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
         """Stores the new entries [B, T, K, ·], except at position −1 (padding)."""
         S = self.k.shape[2]
+        if self.channels is not None:
+            k = self.channels.normalised(k, axis=1)
         where, used = token_slots(self.used, positions, S)
         held = self.positions
         if held is not None:
@@ -96,6 +103,11 @@ class DenseCache:
         cache = self.append(k, v, positions)
         S = self.k.shape[2]
         live = jnp.minimum(cache.used, S)
+        if self.channels is not None:
+            if expand is None:
+                q = self.channels.queries(q)
+            else:
+                expand = self._restoring(expand)
         with jax.named_scope("attend"):
             # One token per sequence: the decode kernel, which takes slots for positions.
             if q.shape[1] == 1 and expand is None and self.positions is None:
@@ -109,9 +121,28 @@ class DenseCache:
             out, _ = cached_attention(q, cache.k, cache.v, at, held, spec, expand)
             return out.astype(q.dtype), cache
 
+    def _restoring(self, expand: Expand) -> Expand:
+        """`expand` for keys as they are stored."""
+        channels = self.channels
+        return lambda keys, positions: expand(channels.restored(keys, axis=1), positions)
+
     def keys_and_values(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, K, S, ·] as floats; `dtype` None keeps the dtype of the cache."""
-        return dequantize(self.k, dtype or self.k.dtype), dequantize(self.v, dtype or self.v.dtype)
+        k, v = dequantize(self.k, dtype or self.k.dtype), dequantize(self.v, dtype or self.v.dtype)
+        return (k if self.channels is None else self.channels.restored(k, axis=2)), v
+
+    def cast(self, dtype: str | None, live: Bool[Array, "B S"], spec: AttentionSpec) -> DenseCache:
+        """The cache with its entries in the format of `dtype`; unchanged for None.
+
+        Args:
+            live: slots that hold tokens; 4-bit keys are normalised by those.
+        """
+        k, channels = self.k, self.channels
+        if dtype is not None and is_packed(dtype):
+            channels = KeyChannels.of_prompt(k, live[:, None], spec)
+            k = channels.normalised(k, axis=2)
+        k, v = cast(k, dtype), cast(self.v, dtype)
+        return dataclasses.replace(self, k=k, v=v, channels=channels)
 
 
 @flax.struct.dataclass
@@ -119,7 +150,7 @@ class LatentCache:
     """Latents and rotary keys, in the order of the tokens.
 
     Attributes:
-        latent, k_rope: [B, S, L] and [B, S, R], arrays or `Quantized`. On TPUs zeros pad the last
+        latent, k_rope: [B, S, L] and [B, S, R] entries. On TPUs zeros pad the last
             axis to whole lanes, see `stored_width`.
         lengths: [B] int32, tokens that each sequence has given so far. Tokens that do not fit are
             counted but not stored.
@@ -151,6 +182,11 @@ class LatentCache:
     def used(self) -> jax.Array:
         """[B] int32, slots assigned so far. Exceeds S where tokens were dropped."""
         return self.lengths if self.evicted is None else self.lengths - self.evicted
+
+    def cast(self, dtype: str | None, live: Bool[Array, "B S"], spec: AttentionSpec) -> LatentCache:
+        """See `DenseCache.cast`. Latents are not normalised: they are keys and values at once."""
+        latent, k_rope = cast(self.latent, dtype), cast(self.k_rope, dtype)
+        return dataclasses.replace(self, latent=latent, k_rope=k_rope)
 
     def append(self, latent: jax.Array, k_rope: jax.Array, positions: jax.Array) -> LatentCache:
         """Stores the new entries [B, T, L] and [B, T, R], except at position −1 (padding)."""

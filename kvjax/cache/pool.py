@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
+from kvjax.cache.channels import KeyChannels
 from kvjax.cache.storage import empty_pool, encode, last_queries, query_slots, write_pool
 from pallas_kernels import ragged_gqa_decode
 from pallas_kernels.entries import Newer, Segments
+from pallas_kernels.packed import is_packed
 from pallas_kernels.plan import merge
 from pallas_kernels.xla import attend
 
@@ -55,6 +57,7 @@ class Pool:
             None for none.
         schedule: work lists of all layers' kernels for the current step, layers first; None
             between steps and where XLA computes attention. See `kvjax.cache.layers`.
+        channels: how each head's keys are normalised; None if they are not.
         align: starts are multiples of this number, as the platform's kernels require.
         span: upper bound on the rows of one layer on one device.
     """
@@ -70,6 +73,7 @@ class Pool:
     positions: Any = None
     queries: Any = None
     schedule: Any = None
+    channels: Any = None
     align: int = flax.struct.field(pytree_node=False, default=1)
     span: int | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -102,6 +106,7 @@ class Pool:
             lengths=lengths,
             read=lengths,
             positions=jnp.full((B, rows), -1, jnp.int32) if positions else None,
+            channels=KeyChannels.empty((*shape, widths[0])) if is_packed(dtype) else None,
             align=align,
             span=span,
         )
@@ -161,6 +166,11 @@ class PoolLayer:
         starts, capacities = self.table("starts"), self.table("capacities")
         return Segments(starts, capacities, self.pool.align, self.pool.span)
 
+    @property
+    def channels(self) -> KeyChannels | None:
+        """How this layer's keys are normalised."""
+        return None if self.pool.channels is None else self.pool.channels.layer(self.row)
+
     def given(self) -> Int[Array, "B K"]:
         """Entries given to each head. Those beyond its capacity overwrote older ones in the ring,
         or were dropped."""
@@ -192,9 +202,10 @@ class PoolLayer:
             )
         if spec.window is not None and self.pool.positions is None:
             raise ValueError("a layer with a sliding window needs a pool with positions")
-        after = self._append(k, v, positions)
-        if self.queries is not None:
-            after = dataclasses.replace(after, queries=last_queries(self.queries, q, positions))
+        queries = None if self.queries is None else last_queries(self.queries, q, positions)
+        if (channels := self.channels) is not None:
+            q, k = channels.queries(q), channels.normalised(k, axis=1)
+        after = dataclasses.replace(self._append(k, v, positions), queries=queries)
         with jax.named_scope("attend"):
             if q.shape[1] == 1:
                 given = self.given() + (positions >= 0).astype(jnp.int32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache.attention import AttentionSpec
 from kvjax.cache.dense import DenseCache, LatentCache
 from kvjax.cache.layers import ModelCache, new_pool
 from kvjax.cache.pool import (
@@ -23,22 +24,21 @@ from kvjax.cache.pool import (
     pool_rows,
 )
 from kvjax.cache.sharded import ShardedHeads, ShardedSlots, head_copies, place, specs
-from kvjax.cache.storage import as_pool, cast, from_bits_everywhere, whole_slots
+from kvjax.cache.storage import as_pool, from_bits_everywhere, slot_numbers, whole_slots
 from kvjax.mesh import Placement
 
 
-@functools.partial(jax.jit, static_argnames=("room", "dtype", "window"))
-def keep_all(base: Any, room: int, dtype: str | None, window: int | None) -> Any:
+@functools.partial(jax.jit, static_argnames=("room", "dtype", "spec"))
+def keep_all(base: Any, room: int, dtype: str | None, spec: AttentionSpec) -> Any:
     """A prompt's whole cache with room for new tokens, its entries in `dtype`.
 
     Args:
         base: the cache, sharded or not; the result is sharded the same way.
-        window: the layer's sliding window.
+        spec: scale, window and soft-cap of the layer.
     """
     whole = with_room(whole_of(base), room, None)
-    names = ("k", "v") if isinstance(whole, DenseCache) else ("latent", "k_rope")
-    stored = {name: cast(getattr(whole, name), dtype) for name in names}
-    return spread_like(base, dataclasses.replace(whole, **stored), window)
+    live = slot_numbers(whole.lengths, whole.capacity) >= 0
+    return spread_like(base, whole.cast(dtype, live, spec), spec.window)
 
 
 def whole_of(base: Any) -> Any:
@@ -139,6 +139,12 @@ def grow_pool(
         placement,
         repeat(pool.lengths, batch),
     )
+    # Rows move as they are stored, so the sequences take over how their keys are normalised.
+    channels = jax.tree.map(
+        lambda x: jnp.repeat(jnp.repeat(x, batch, axis=0), copies, axis=2), pool.channels
+    )
+    new = dataclasses.replace(new, channels=channels)
+    new = new if placement is None else place(new, placement)
     # Fill the pool layer by layer.
     pool = _with_spare_rows(pool)
     for row, window in enumerate(windows):
@@ -230,7 +236,7 @@ def _(cache: LatentCache) -> LatentCache:
 def _(cache: ShardedHeads) -> DenseCache:
     once = {
         name: jax.tree.map(lambda x: x[:, :: cache.copies], getattr(cache.inner, name))
-        for name in ("k", "v")
+        for name in ("k", "v", "channels")
     }
     return without_room(dataclasses.replace(cache.inner, **once))
 
@@ -281,7 +287,8 @@ def trimmed_pool(pool: Pool, ways: int, copies: int) -> Pool:
         "starts": jnp.asarray(ends - held),
         **dict.fromkeys(("kept", "capacities", "rings"), whole),
     }
-    return dataclasses.replace(pool, **taken, **tables, align=1, span=None)
+    channels = jax.tree.map(lambda x: x[:, :, ::copies], pool.channels)
+    return dataclasses.replace(pool, **taken, **tables, channels=channels, align=1, span=None)
 
 
 @jax.jit

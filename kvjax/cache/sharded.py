@@ -24,6 +24,7 @@ from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.storage import slot_tile
 from kvjax.config import AttentionConfig
 from kvjax.mesh import Placement
+from pallas_kernels.packed import Packed
 from pallas_kernels.plan import exchange
 
 
@@ -36,7 +37,7 @@ def specs(cache: Any, placement: Placement) -> Any:
 @specs.register
 def _(cache: DenseCache, placement: Placement) -> DenseCache:
     heads, rows = placement.spec("batch", "tensor"), placement.spec("batch")
-    return _with_specs(cache, {"k": heads, "v": heads}, rows)
+    return _with_specs(cache, dict.fromkeys(("k", "v", "channels"), heads), rows)
 
 
 @specs.register
@@ -49,7 +50,8 @@ def _(cache: LatentCache, placement: Placement) -> LatentCache:
 def _(cache: Pool, placement: Placement) -> Pool:
     rows, heads = placement.spec("batch", "tensor"), placement.spec("batch", None, "tensor")
     own: dict[str, PartitionSpec] = {"schedule": device_spec(placement)}
-    own |= dict.fromkeys(("starts", "capacities", "kept", "rings", "queries"), heads)
+    tables = ("starts", "capacities", "kept", "rings", "queries", "channels")
+    own |= dict.fromkeys(tables, heads)
     own |= dict.fromkeys(("lengths", "read"), placement.spec("batch"))
     return _with_specs(cache, own, rows)
 
@@ -126,7 +128,8 @@ class ShardedHeads:
 
         if copies > 1 or more:
             k, v = jax.tree.map(spread, (cache.k, cache.v))
-            cache = dataclasses.replace(cache, k=k, v=v)
+            channels = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache.channels)
+            cache = dataclasses.replace(cache, k=k, v=v, channels=channels)
         return cls(place(cache, placement), placement, copies)
 
     @property
@@ -207,8 +210,9 @@ class ShardedSlots:
             wide = leaf.ndim == 3  # scales of 8-bit entries are one number per slot
             return widened(leaf, stored_width(leaf.shape[-1], placement.platform)) if wide else leaf
 
+        # No kernel reads packed rows, so they need no whole lanes.
         latent, k_rope = (
-            jax.tree.map(lambda leaf: pad(lanes(leaf)), part)
+            jax.tree.map(pad, part if isinstance(part, Packed) else jax.tree.map(lanes, part))
             for part in (cache.latent, cache.k_rope)
         )
         positions = None if cache.positions is None else pad(cache.positions, -1)

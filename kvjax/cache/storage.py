@@ -1,7 +1,7 @@
 """The formats of cached entries, and the writes of new ones; all caches use them.
 
-Entries are plain arrays, 8-bit values with scales, or on CPUs the bits of 16-bit floats. All are
-pytrees whose leaves share the leading axes, so gathers and writes map over the leaves.
+Entries are plain arrays, 8-bit values with scales, packed 4-bit rows, or on CPUs the bits of 16-bit
+floats. All are pytrees whose leaves share the leading axes: gathers and writes map over the leaves.
 """
 
 from collections.abc import Callable
@@ -13,23 +13,18 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.api import target
 from pallas_kernels.entries import (
+    ENCODED,
     Bits,
     Entries,
+    Packed,
     Quantized,
+    empty,
     from_bits,
     is_quantized,
     quantize,
     to_bits,
 )
 from pallas_kernels.gpu.limits import TILE
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> Entries:
-    """Zeros of this shape and dtype; an 8-bit dtype adds scales."""
-    values = jnp.zeros(shape, dtype)
-    if is_quantized(dtype):
-        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32))
-    return values
 
 
 def empty_pool(shape: tuple[int, ...], dtype: Any, platform: str | None = None) -> Entries:
@@ -46,23 +41,23 @@ def empty_pool(shape: tuple[int, ...], dtype: Any, platform: str | None = None) 
 
 def as_pool(entries: Entries, platform: str | None = None) -> Entries:
     """Entries in the format of a pool, see `empty_pool`."""
-    if isinstance(entries, Quantized | Bits) or (platform or target().platform) != "cpu":
+    if isinstance(entries, ENCODED) or (platform or target().platform) != "cpu":
         return entries
     return to_bits(entries) if entries.dtype in (jnp.bfloat16, jnp.float16) else entries
 
 
 def cast(entries: Entries, dtype: str | None) -> Entries:
     """Entries in the given dtype; unchanged for None, and if they are quantized or bit patterns."""
-    if dtype is None or isinstance(entries, Quantized | Bits):
+    if dtype is None or isinstance(entries, ENCODED):
         return entries
     return quantize(entries, jnp.dtype(dtype)) if is_quantized(dtype) else entries.astype(dtype)
 
 
 def encode(new: Entries, like: Entries) -> Entries:
     """New entries in the format of `like`; entries that are encoded already are returned as is."""
-    if isinstance(new, Quantized | Bits):
+    if isinstance(new, ENCODED):
         return new
-    if isinstance(like, Quantized):
+    if isinstance(like, Quantized | Packed):
         return quantize(new, like.dtype)
     new = new.astype(like.dtype)
     return to_bits(new) if isinstance(like, Bits) else new

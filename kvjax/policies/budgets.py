@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32
 
+from kvjax.cache.channels import channel_bytes
 from kvjax.checks import COUNT, SHARE, SIZE, Range, check_ranges, optional
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.policies.importance import HeadScores
-from pallas_kernels.entries import is_quantized
+from pallas_kernels.entries import row_bytes
 
-SCALE_BYTES = 4
-"""Bytes of the scale of one 8-bit entry."""
 GRANULARITIES = ("kv_head", "query_head")
 BETA = Range(least=1)
 RANGES = {
@@ -197,14 +196,15 @@ def largest_remainder(
 
 
 def token_bytes(attention: AttentionConfig, dtype: Any) -> int:
-    """Bytes of one token in all heads of a layer, with the scales of 8-bit entries."""
-    size, scale = jnp.dtype(dtype).itemsize, SCALE_BYTES if is_quantized(dtype) else 0
-    return attention.cached_heads * (sum(attention.cached_widths) * size + 2 * scale)
+    """Bytes of one token in all heads of a layer, with the scales or ranges of its entries."""
+    return attention.cached_heads * sum(row_bytes(w, dtype) for w in attention.cached_widths)
 
 
 def bytes_to_tokens(nbytes: int, config: ModelConfig, dtype: Any) -> int:
     """Mean tokens per head that one sequence can hold, over all layers, in `nbytes` bytes."""
-    return nbytes // sum(token_bytes(layer.attention, dtype) for layer in config.layers)
+    each = [layer.attention for layer in config.layers]
+    left = nbytes - sum(channel_bytes(attention, dtype) for attention in each)
+    return max(left, 0) // sum(token_bytes(attention, dtype) for attention in each)
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ class Compression:
         the mean of the heads' budgets."""
         b = self.budgets
         if ranking is None:
-            return functools.partial(keep_all, prefilled.base, self.room, b.dtype, spec.window)
+            return functools.partial(keep_all, prefilled.base, self.room, b.dtype, spec)
         return functools.partial(
             compress_tokens,
             prefilled,

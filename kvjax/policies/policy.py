@@ -114,7 +114,7 @@ class Full(Policy):
     """Keeps everything: the uncompressed cache.
 
     Attributes:
-        entries: "int8" or "fp8" for 8-bit entries; "" for the model's dtype.
+        entries: "int8", "fp8" or "int4" for smaller entries; "" for the model's dtype.
     """
 
     entries: str = ""
@@ -170,7 +170,7 @@ class Compress(Policy):
         ratio: KV size as a share of each prompt, 0 < ratio ≤ 1.
         nbytes: bytes of one sequence's entries in all layers, after prefill.
         recent_share: share of the budget that goes to the most recent tokens.
-        entries: "int8" or "fp8" for 8-bit entries; "" for the model's dtype.
+        entries: "int8", "fp8" or "int4" for smaller entries; "" for the model's dtype.
         ring: bounds the growth: heads with a budget below the mean keep only this many of the new
             tokens, the most recent; 0 for no bound.
         compression_interval: compress again after this many new tokens; 0 for never.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,7 +16,7 @@ from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
 from kvjax.cache.storage import take_rows
 from kvjax.checks import COUNT, SHARE, SIZE, check_ranges
 from pallas_kernels import dequantize
-from pallas_kernels.entries import NEG_INF, soft_cap
+from pallas_kernels.entries import NEG_INF, Entries, soft_cap
 
 
 @flax.struct.dataclass
@@ -74,10 +74,15 @@ class LayerView:
         return cls(*entries, queries, lengths, held, positions, cache.seen, recent, spec)
 
     @classmethod
-    def of_pool(cls, cache: PoolLayer, spec: AttentionSpec, recent: Any, size: int) -> LayerView:
-        """The entries of one layer of a pool, at most `size` rows per head."""
-        keys, values, held, positions = pool_entries(cache, size)
-        arrays = (keys, values, cache.queries, cache.lengths, held, positions)
+    def of_pool(
+        cls, cache: PoolLayer, entries: PoolEntries, spec: AttentionSpec, recent: Any
+    ) -> LayerView:
+        """The entries of one layer of a pool; `entries` has each head once."""
+        dtype = cache.queries.dtype
+        keys, values = (dequantize(part, dtype) for part in (entries.k, entries.v))
+        if entries.channels is not None:
+            keys = entries.channels.restored(keys, axis=2)
+        arrays = (keys, values, cache.queries, cache.lengths, entries.held, entries.positions)
         return cls(*arrays, None, recent, spec)
 
     @property
@@ -90,12 +95,25 @@ class LayerView:
         return found
 
 
-def pool_entries(
-    cache: PoolLayer, size: int
-) -> tuple[
-    Float[Array, "B K S X"], Float[Array, "B K S Y"], Int[Array, "B K"], Int[Array, "B K S"]
-]:
-    """Keys, values, rows in use, and positions of a pool's layer; at most `size` rows per head."""
+class PoolEntries(NamedTuple):
+    """What a pool holds of one layer, each head's rows from its first one on.
+
+    Attributes:
+        k, v: [B, K, S, ·] entries as they are stored.
+        held: [B, K] int32, rows in use.
+        positions: [B, K, S] int32, −1 for rows not in use.
+        channels: the keys' `KeyChannels`; None if they are not normalised.
+    """
+
+    k: Entries
+    v: Entries
+    held: Any
+    positions: Any
+    channels: Any
+
+
+def pool_entries(cache: PoolLayer, size: int) -> PoolEntries:
+    """The entries of a pool's layer, at most `size` rows per head."""
     pool, starts, held = cache.pool, cache.table("starts"), cache.live(cache.given())
     slots = jnp.arange(size, dtype=jnp.int32)[None, None]
     B, K = held.shape
@@ -107,14 +125,13 @@ def pool_entries(
         taken = take_rows(entries, rows, live.reshape(B, -1))
         return jax.tree.map(lambda leaf: leaf.reshape(B, K, size, *leaf.shape[2:]), taken)
 
-    dtype = cache.queries.dtype
-    keys, values = (dequantize(take(entries), dtype) for entries in (pool.k, pool.v))
     if pool.positions is None:
         # Ranks that end at the newest token replace positions: only the order matters here.
         positions = slots - held[..., None] + pool.lengths[:, None, None]
     else:
         positions = take(pool.positions)
-    return keys, values, held, jnp.where(live, positions, -1)
+    positions = jnp.where(live, positions, -1)
+    return PoolEntries(take(pool.k), take(pool.v), held, positions, cache.channels)
 
 
 Scorer = Callable[[LayerView], jax.Array]

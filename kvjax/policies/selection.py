@@ -27,13 +27,15 @@ from kvjax.cache import (
     PrefillCache,
     ShardedHeads,
 )
+from kvjax.cache.channels import KeyChannels
 from kvjax.cache.pool import copy_rows, lay_segments
 from kvjax.cache.room import spread_like, whole_of
 from kvjax.cache.sharded import specs
-from kvjax.cache.storage import cast, take_rows, whole_slots
+from kvjax.cache.storage import take_rows, whole_slots
 from kvjax.mesh import Placement
 from kvjax.policies.budgets import Sharing
 from kvjax.policies.scorers import LayerView, Scorer, pool_entries
+from pallas_kernels.entries import ENCODED, Entries
 
 
 @flax.struct.dataclass
@@ -262,28 +264,26 @@ def compress_again(
         size: upper bound on the rows of a segment.
     """
 
+    read = functools.partial(pool_entries, size=size)
     if placement is None:
-        view = LayerView.of_pool(layer, spec, budget.recent, size)
-        entries = view.keys, view.values
+        found = read(layer)
     else:
-        # Each device reads its own rows; the choice needs every head once.
         heads = placement.spec("batch", "tensor")
-        read = functools.partial(pool_entries, size=size)
-        found = placement.run(read, (specs(layer, placement),), (heads,) * 4)(layer)
-        entries, lengths = found[:2], layer.lengths
-        keys, values, held, positions = (part[:, ::copies] for part in found)
-        arrays = (keys, values, layer.queries, lengths, held, positions)
-        view = LayerView(*arrays, None, budget.recent, spec)
+        found = placement.run(read, (specs(layer, placement),), heads)(layer)
+    # The choice needs every head once. Rows move as they are stored.
+    once = jax.tree.map(lambda x: x[:, ::copies], found)
+    view = LayerView.of_pool(layer, once, spec, budget.recent)
     with jax.named_scope("select"):
         ranking = Ranking.of(token_scores(view, scorer), view.candidates)
         source, held = choose(view, ranking, sharing, budget)
+    entries = found.k, found.v
     return pack(layer, view.positions, entries, source, held, budget, spec, placement, copies)
 
 
 def pack(
     layer: PoolLayer,
     positions_BZS: Int[Array, "B Z S"],
-    entries: tuple[jax.Array, jax.Array],
+    entries: tuple[Entries, Entries],
     source_BKS: Int[Array, "B K S"],
     held_BK: Int[Array, "B K"],
     budget: LayerBudget,
@@ -294,7 +294,7 @@ def pack(
     """Copies the chosen slots of every head into its segment.
 
     Args:
-        entries: keys and values [B, K · copies, S, ·].
+        entries: keys and values [B, K · copies, S, ·]; floats, or rows of this pool as stored.
         source_BKS, held_BK: from `choose`, for each head once.
     """
     shared = positions_BZS.shape[1] == 1
@@ -305,15 +305,25 @@ def pack(
     def run(layer, keys, values, positions, source, held, rooms, rings, first):
         pool = lay_segments(layer.pool, layer.row, held, first[:, 0], rooms, rings, spec.window)
         starts = jax.lax.dynamic_index_in_dim(pool.starts, layer.row, 1, keepdims=False)
+        channels = None
+        # Keys of a prompt are floats; those of a pool are stored and normalised already.
+        if pool.channels is not None and not isinstance(keys, ENCODED):
+            channels = KeyChannels.of_prompt(keys, positions >= 0, spec)
+            channels_of_all = pool.channels.with_layer(layer.row, channels)
+            pool = dataclasses.replace(pool, channels=channels_of_all)
 
-        def copy(into: Any, entries: jax.Array) -> Any:
+        def copy(into: Any, entries: Any, channels: KeyChannels | None = None) -> Any:
             def rows(b, k, ranks):
-                # Positions that all heads share have a single row for all of them (Z = 1).
-                return entries[b, jnp.minimum(k, entries.shape[1] - 1), source[b, k, ranks]]
+                def take(leaf):
+                    # Positions that all heads share have a single row for all of them (Z = 1).
+                    return leaf[b, jnp.minimum(k, leaf.shape[1] - 1), source[b, k, ranks]]
+
+                taken = jax.tree.map(take, entries)
+                return taken if channels is None else channels.head(b, k).normalised(taken, axis=0)
 
             return copy_rows(into, rows, starts, held)
 
-        moved = {"k": copy(pool.k, keys), "v": copy(pool.v, values)}
+        moved = {"k": copy(pool.k, keys, channels), "v": copy(pool.v, values)}
         if pool.positions is not None:
             moved["positions"] = copy(pool.positions, positions)
         return dataclasses.replace(layer, pool=dataclasses.replace(pool, **moved))
@@ -361,14 +371,12 @@ def compress_tokens(
         positions, base = jnp.where(live, source, -1), whole.base
         if isinstance(base, LatentCache):
             parts = (base.latent, base.k_rope)
-            packed = (cast(take_rows(part, source, live), dtype) for part in parts)
+            packed = (take_rows(part, source, live) for part in parts)
             # A sliding window needs positions here: slots differ from them once tokens are gone.
             kept = None if spec.window is None else positions
-            return spread_like(
-                prefilled.base, LatentCache(*packed, **common, positions=kept), spec.window
-            )
+            cache = LatentCache(*packed, **common, positions=kept)
+            return spread_like(prefilled.base, cache.cast(dtype, live, spec), spec.window)
         take = jax.vmap(take_rows, in_axes=(1, None, None), out_axes=1)
-        packed = (cast(take(part, source, live), dtype) for part in (base.k, base.v))
-        return spread_like(
-            prefilled.base, DenseCache(*packed, **common, positions=positions), spec.window
-        )
+        packed = (take(part, source, live) for part in (base.k, base.v))
+        cache = DenseCache(*packed, **common, positions=positions)
+        return spread_like(prefilled.base, cache.cast(dtype, live, spec), spec.window)

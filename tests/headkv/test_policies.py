@@ -144,11 +144,17 @@ def test_the_chunk_of_prefill_changes_no_selection(monkeypatch, kind, policy):
 
 @pytest.mark.parametrize(
     ("kind", "entries"),
-    [("gqa", "fp8"), ("sliding", "int8"), ("mla", "int8")],
+    [
+        ("gqa", "fp8"),
+        ("sliding", "int8"),
+        ("mla", "int8"),
+        ("sliding", "int4"),
+        ("mla", "int4"),
+    ],
 )
-def test_eight_bit_entries_under_any_policy(kind, entries):
+def test_smaller_entries_under_any_policy(kind, entries):
     exact, coarse = run(kind, "full"), run(kind, f"full:entries={entries}")
-    assert coarse.cache_bytes < 0.5 * exact.cache_bytes  # fp32 to 8 bits and a scale of 4 bytes
+    assert coarse.cache_bytes < 0.5 * exact.cache_bytes  # fp32 to at most 8 bits and 4 bytes a row
     same = np.mean(np.asarray(exact.tokens)[:, :3] == np.asarray(coarse.tokens)[:, :3])
     assert same > 0.6
     small = run(kind, f"snapkv:kv_size=16,entries={entries}")
@@ -205,6 +211,9 @@ def test_sizes_in_tokens_ratio_and_bytes():
         caps, window = policy.caps(model.config, 64, "float32")
         np.testing.assert_array_equal(caps, [[8, 8], [8, 8]])
         assert window == 8
+    # In 4 bits: rows of 4 bytes and a range, and two numbers of 2 bytes for each channel of keys.
+    policy = resolve(f"snapkv:bytes={2 * 2 * (16 * 2 * (4 + 4) + 8 * 4)}", model.config, None)
+    np.testing.assert_array_equal(policy.caps(model.config, 64, "int4")[0], [[8, 8], [8, 8]])
     with pytest.raises(ValueError, match="kv_size is 3 and observed is 8"):
         resolve("snapkv:bytes=1000", model.config, None).caps(model.config, 64, "float32")
 

@@ -173,7 +173,7 @@ def test_parse_reads_scores(tmp_path):
         ("h3o", "policy 'h3o' is not one of full, streaming, snapkv, spankv, pyramidkv"),
         ("full:kv_size=3", "expected entries=…"),
         ("snapkv:beta=2", "'beta=2' is not understood, expected kv_size=…, ratio=…"),
-        ("snapkv:entries=int4", "entries is 'int4', expected one of int8, fp8"),
+        ("snapkv:entries=int2", "entries is 'int2', expected one of int8, fp8, int4"),
         ("snapkv:kv_size=64,ratio=0.1", "kv_size is 64, ratio 0.1 and bytes None, expected one of"),
         ("snapkv:ratio=1.5", "ratio is 1.5"),
         ("snapkv:ratio=0", r"ratio is 0\.0, expected a finite number above 0"),

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
-from pallas_kernels import Quantized, dequantize, quantize
+from pallas_kernels import Packed, Quantized, dequantize, quantize
 from pallas_kernels.entries import Newer
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
@@ -17,7 +17,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
 @dataclass(frozen=True)
 class Options:
-    """What a case asks of an operation besides its shapes; `entries` is a dtype of 8 bits."""
+    """What a case asks of an operation besides its shapes; `entries` is a dtype of 8 or 4 bits."""
 
     dtype: str = "float32"
     entries: str | None = None
@@ -71,7 +71,8 @@ def queries(rng, shape, dtype):
 
 
 def entries(rng, shape, options, dead):
-    """Cache entries, NaN where dead (the scales, for 8 bits), and what they stand for in float64.
+    """Cache entries, NaN where dead (the scales, for 8 bits; the ranges, for 4), and what they
+    stand for in float64.
 
     Args:
         dead: bool, of the leading axes of `shape`.
@@ -82,6 +83,10 @@ def entries(rng, shape, options, dead):
         array[dead] = np.nan
         return jax.device_put(array), exact
     x = quantize(queries(rng, shape, "float32")[0], jnp.dtype(options.entries))
+    if isinstance(x, Packed):
+        all_ones = np.where(dead[..., None], np.uint8(0xFF), x.values)  # a 16-bit NaN
+        poisoned = Packed(jax.device_put(all_ones), x.width)
+        return poisoned, np.asarray(dequantize(x, jnp.float32), np.float64)
     poisoned = Quantized(x.values, jax.device_put(np.where(dead, np.float32(np.nan), x.scale)))
     return poisoned, np.asarray(dequantize(x, jnp.float32), np.float64)
 

@@ -16,6 +16,7 @@ POOLS = [
     ("float32", "snapkv:kv_size=200"),
     ("bfloat16", "snapkv:kv_size=200"),
     ("float32", "snapkv:kv_size=200,entries=int8"),
+    ("bfloat16", "snapkv:kv_size=200,entries=int4"),
 ]
 CASES = [*POOLS, ("float32", "full"), ("bfloat16", "full")]
 

@@ -59,11 +59,11 @@ def test_ragged_gqa_decode_of_visible_rows(dtype):
     check_ragged(starts, capacities, held(capacities), P, 2, 32, Options(dtype), "xla", hidden=0.3)
 
 
-@pytest.mark.parametrize("entries", EIGHT_BITS)
+@pytest.mark.parametrize("entries", [*EIGHT_BITS, "int4"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_quantized_entries(dtype, entries):
     """All three operations; the scales of dead slots are NaN."""
-    options = Options(dtype, entries)
+    options = Options(dtype, entries, window=11)
     check_gqa((40, 7), 48, 8, 2, 32, options, "xla")
     check_ragged((0, 20), (20, 28), np.array([[20, 28], [3, 11]]), 48, 4, 32, options, "xla")
     check_mla((40, 7), 48, 8, 32, 16, options, "xla")

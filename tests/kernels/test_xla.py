@@ -8,8 +8,9 @@ from kernels.hlo import copies
 from kernels.oracle import Options, check_ragged
 
 import pallas_kernels
-from pallas_kernels import Quantized, dequantize, quantize, reference, xla
+from pallas_kernels import Packed, Quantized, dequantize, quantize, reference, xla
 from pallas_kernels.entries import Bits, Segments, to_bits
+from pallas_kernels.packed import packed_bytes
 
 # Segments of more than a window and of less, which end at the pool's end or come in any order.
 POOLS = {
@@ -78,13 +79,14 @@ def test_bit_patterns_are_the_floats_they_stand_for(dtype):
     np.testing.assert_array_equal(run(q, *bits), run(q, k, v))
 
 
-@pytest.mark.parametrize("entries", ["float32", "int8", "bits"])
+@pytest.mark.parametrize("entries", ["float32", "int8", "int4", "bits"])
 def test_nothing_of_the_pools_size_is_copied(entries):
     B, T, K, P, H = 1, 2, 2, 1 << 15, 64
     shape = jax.ShapeDtypeStruct
     pool = {
         "float32": shape((B, P, H), jnp.float32),
         "int8": Quantized(shape((B, P, H), jnp.int8), shape((B, P), jnp.float32)),
+        "int4": Packed(shape((B, P, packed_bytes(H)), jnp.uint8), H),
         "bits": Bits(shape((B, P, H), jnp.uint16), jnp.dtype("bfloat16")),
     }[entries]
     dtype = jnp.bfloat16 if entries == "bits" else jnp.float32
