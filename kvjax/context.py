@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_
 from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import ModelConfig
 from kvjax.feeding import not_finite
+from kvjax.fields import Count, Object, Text, build, shown, within
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
@@ -34,11 +34,23 @@ from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
+from kvjax.text_files import parse_object
 from pallas_kernels import Quantized
 
 PARTS = {part.__name__: part for part in (DenseCache, LatentCache, ModelCache, Pool, Quantized)}
 FORMAT = "kvjax context 3"
 """Formats 1 and 2 had one cache per layer; format 1 did not identify the model's weights."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says about its context; `cache` names the tensors of the caches."""
+
+    format: Text
+    cache: Object
+    length: Count
+    policy: Text
+    model: Identity
 
 
 @dataclass(frozen=True)
@@ -123,10 +135,10 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
         raise ValueError(f"no context at {path}")
     context = _read(path)
     check_model(context, model, params, str(path))
-    if len(context.cache) != model.config.num_layers or context.length < 1:
+    if len(context.cache) != model.config.num_layers:
         raise ValueError(
-            f"{path} is a damaged context: got {len(context.cache)} layers of {context.length} "
-            f"tokens, expected {model.config.num_layers} of at least 1"
+            f"{path} is a damaged context: got {len(context.cache)} layers, expected "
+            f"{model.config.num_layers}"
         )
     for layer in range(len(context.cache)):
         check_finite(_layer_entries(context.cache, layer), f"{path}: layer {layer}/")
@@ -135,20 +147,19 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
 
 def _read(path: Path) -> Context:
     stored, metadata = read_header(path), read_metadata(path)
-    try:
-        content = json.loads(metadata.get("kvjax", "{}"))
-        # Rebuild the cache from its description. A damaged file can fail at any line, so one error
-        # reports all failures.
-        if (found := content.get("format")) == FORMAT:
-            cache = _rebuild(content["cache"], stored)
+    with within(f"{path} is not a context"):
+        content = parse_object(metadata.get("kvjax", "{}").encode(), "its description")
+        if (found := content.get("format")) != FORMAT:
+            raise ValueError(f"got {shown(found)}, expected {FORMAT}")
+        facts = build(Description, content, "its description")
+        # A damaged description can fail at any line: one error reports all failures.
+        try:
+            cache = _rebuild(facts.cache, stored)
             _check_parts(cache)
-            made_with = content["model"] | {"weights": dict(content["model"]["weights"])}
-            length = operator.index(content["length"])
-            return Context(cache, length, str(content["policy"]), Identity(**made_with))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is not a context: its description is damaged ({said})") from None
-    raise ValueError(f"{path} is not a context: got {found}, expected {FORMAT}")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"its description is damaged ({said})") from None
+    return Context(cache, facts.length, facts.policy, facts.model)
 
 
 def _check_parts(cache: Any) -> None:

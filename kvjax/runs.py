@@ -20,11 +20,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.data_files import read_json
 from kvjax.paths import replacing
+from kvjax.text_files import read_object
 
 PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
-"""How to pack a file, by the end of its name; `kvjax.data_files.read_bytes` unpacks it."""
+"""How to pack a file, by the end of its name; `kvjax.text_files.read_bytes` unpacks it."""
 
 
 def claim(
@@ -58,10 +58,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a JSON object.
     """
-    held = read_json(path)
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} holds a {type(held).__name__}, expected the settings of a run")
-    return held
+    return read_object(path)
 
 
 def check_same(

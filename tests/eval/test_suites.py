@@ -134,12 +134,15 @@ def test_results_of_another_command_are_not_taken_for_this_one(toy, checkpoint, 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (("command: latency", "command: speed"), "run 2: no command 'speed'"),
+        (
+            ("command: latency", "command: speed"),
+            "runs[1].command is 'speed', expected one of",
+        ),
         (("name: speed", "name: needle"), "two runs named needle"),
-        (("options: {lengths", "opts: {lengths"), "run 1 has opts"),
+        (("options: {lengths", "opts: {lengths"), "runs[0] has an unknown field 'opts'"),
         (("title: Toy", "title: [Toy"), "is not YAML"),
         (("model: builtin:needle", ""), "run 1 has no model"),
-        (("title: Toy", "tables: Toy"), "has tables"),
+        (("title: Toy", "tables: Toy"), "got an unknown field 'tables'"),
     ],
 )
 def test_mistakes_are_named(toy, change, said):

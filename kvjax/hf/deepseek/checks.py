@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.checkpoint_files import INDEX, SINGLE, Checkpoint, read_json, scan
+from kvjax.checkpoint_files import INDEX, SINGLE, Checkpoint, scan
 from kvjax.config import (
     DecoupledConfig,
     EqualCacheConfig,
@@ -21,9 +21,11 @@ from kvjax.config import (
     MLPConfig,
     ModelConfig,
 )
+from kvjax.fields import refuse
 from kvjax.hf.deepseek.config import shared_rope
 from kvjax.hf.load import load_tokenizer
 from kvjax.paths import local_path
+from kvjax.text_files import read_object
 
 NORMS = ("neutral", "rms")
 CONVERT = "convert it with kvjax.transmla.convert(method='decoupled', mode='fold')"
@@ -221,8 +223,7 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
             notes.append(f"the tokenizer's EOS is {tokenizer.eos_token_id}, the model's {eos}")
     else:
         notes.append("no tokenizer")
-    if problems:
-        raise ValueError(f"{directory} is not whole: {'; '.join(problems)}")
+    refuse(problems, f"{directory} is not whole")
     return {
         "tensors": len(found.tensors),
         "files": len({tensor.path for tensor in found.tensors.values()}),
@@ -278,7 +279,7 @@ def _tokenizer_problems(tokenizer: Any, raw: dict, source: str | Path | None) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path)[1]
+    return read_object(path)
 
 
 def _ids(value: Any) -> list[int]:

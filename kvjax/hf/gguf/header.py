@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.checkpoint_files import is_pointer, pointer_message
 from kvjax.hf.gguf.files import pieces
+from kvjax.text_files import is_pointer, pointer_message
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
