@@ -39,9 +39,9 @@ from eval.predictions import RESULTS
 from eval.preview import preview
 from eval.task import TASKS, TaskOptions, reads_of
 from kvjax import processes
-from kvjax.fields import shown
+from kvjax.fields import Name, Object, OneOf, Text, build, shown
 from kvjax.paths import check_local, is_inside, local_path
-from kvjax.text_files import read_object
+from kvjax.text_files import read_object, read_yaml
 
 MEASUREMENTS = {
     "perplexity": (perplexity.PerplexityCommand, perplexity.run),

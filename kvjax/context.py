@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.cache.storage import room_bucket
 from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
 from kvjax.checks import check_finite, check_prompts, first_not_finite
-from kvjax.config import ModelConfig
+from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.feeding import not_finite
-from kvjax.fields import Count, Object, Text, build, shown, within
+from kvjax.fields import Count, Object, Text, build, refuse, shown, within
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
@@ -135,13 +135,7 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
         raise ValueError(f"no context at {path}")
     context = _read(path)
     check_model(context, model, params, str(path))
-    if len(context.cache) != model.config.num_layers:
-        raise ValueError(
-            f"{path} is a damaged context: got {len(context.cache)} layers, expected "
-            f"{model.config.num_layers}"
-        )
-    for layer in range(len(context.cache)):
-        check_finite(_layer_entries(context.cache, layer), f"{path}: layer {layer}/")
+    check_cache(context.cache, model.config, f"{path} is a damaged context")
     return context
 
 
@@ -175,6 +169,55 @@ def _check_parts(cache: Any) -> None:
             found = own is None and isinstance(held, Pool) and row in range(held.starts.shape[1])
         if not found:
             raise ValueError(f"layer {layer} has no cache")
+
+
+def check_cache(cache: ModelCache, config: ModelConfig, name: str) -> None:
+    """Raises ValueError unless these are caches of one text of such a model, with finite entries.
+
+    Args:
+        name: begins the error.
+    """
+    with within(name):
+        if len(cache) != config.num_layers:
+            raise ValueError(f"got {len(cache)} layers, expected {config.num_layers}")
+        if (got := getattr(cache.rope_lengths, "shape", None)) != (1,):
+            raise ValueError(f"rope_lengths has shape {got}, expected (1,)")
+        for layer, kind in enumerate(config.layers):
+            refuse(_unlike(cache, layer, kind.attention), f"layer {layer}")
+            check_finite(_layer_entries(cache, layer), f"layer {layer}/")
+
+
+def _unlike(cache: ModelCache, layer: int, attention: AttentionConfig) -> Iterator[str]:
+    """A line for each array of a layer's cache whose shape or dtype the model does not have."""
+    place, (first, second) = cache.places[layer], attention.cached_widths
+    held: Any = cache.own[layer] if place is None else cache.pools[place[0]]
+    entries = ("latent", "k_rope") if isinstance(held, LatentCache) else ("k", "v")
+    # The number of slots, or of rows, is that of the first array.
+    heads = attention.cached_heads
+    axes = (1, heads) if isinstance(held, DenseCache) else (1,)
+    count = (*getattr(getattr(held, entries[0]), "shape", ()), 0, 0, 0)[len(axes)]
+    expected = {entries[0]: (*axes, count, first), entries[1]: (*axes, count, second)}
+    expected |= {"lengths": (1,), "evicted": (1,), "positions": (1, count)}
+    if isinstance(held, Pool):
+        rows = len(held.starts[0]) if np.ndim(held.starts) == 3 else 0
+        tables = dict.fromkeys(("starts", "capacities", "kept", "rings"), (1, rows, heads))
+        expected |= {"read": (1,), **tables}
+        del expected["evicted"]
+    wrong = False
+    for name, shape in expected.items():
+        value = getattr(held, name)
+        got, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        floats = name in entries
+        # Accelerators may pad the last axis of latents with zeros.
+        same = got == shape or (floats and got and got[:-1] == shape[:-1] and got[-1] > shape[-1])
+        good = dtype is not None and (dtype != np.int32 if floats else dtype == np.int32)
+        if not (same and good) and not (value is None and name in ("evicted", "positions")):
+            wrong = True
+            yield f"{name} has shape {got} and dtype {dtype}, expected {shape}"
+    if isinstance(held, Pool) and not wrong:
+        starts, kept = np.asarray(held.starts), np.asarray(held.kept)
+        if starts.min() < 0 or kept.min() < 0 or (starts + kept).max() > count:
+            yield f"its segments are not within the {count} rows of the pool"
 
 
 def _layer_entries(cache: ModelCache, layer: int) -> Any:

@@ -26,6 +26,8 @@ Kind = Any
 
 MOST = 10
 """Number of problems that one error shows."""
+WIDTH = 1000
+"""Number of signs of a line that it shows: names in files may be of any length."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Problems(ValueError):
     """All problems of a file or of settings, one a line; the first ten, then how many more."""
 
     def __init__(self, lines: Iterable[str]):
-        self.lines = tuple(" ".join(line.split()) for line in lines)
+        one_line = (" ".join(line.split()) for line in lines)
+        self.lines = tuple(f"{x[:WIDTH]}…" if len(x) > WIDTH else x for x in one_line)
         more = len(self.lines) - MOST
         shown = (*self.lines[:MOST], f"and {more} more problems") if more > 0 else self.lines
         super().__init__("\n".join(shown))

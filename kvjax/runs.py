@@ -90,10 +90,15 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
     stored = held if isinstance(held, Mapping) else {}
     names = [name for name in {**stored, **wanted} if name not in ignored]
     return ", ".join(
-        f"{name} {stored.get(name)}, now {wanted.get(name)}"
+        f"{name} {_short(stored.get(name))}, now {_short(wanted.get(name))}"
         for name in names
         if stored.get(name) != wanted.get(name)
     )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -331,7 +331,7 @@ def of_layers(content, count, places):
         (lambda content: content | {"model": None}, "is not a context: its description"),
         (
             lambda content: of_layers(content, 1, [[0, 0]]),
-            "is a damaged context: got 1 layers of",
+            "is a damaged context: got 1 layers, expected 2",
         ),
     ],
 )
@@ -359,7 +359,7 @@ def test_a_context_that_holds_nan_is_refused(tmp_path, policy, number):
         return arrays
 
     rewritten(path, tensors=broken)
-    with pytest.raises(ValueError, match=r"text\.kv: layer 1.* has NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"text\.kv .*: layer 1.* has NaN or infinite values"):
         kvjax.load_context(path, model, params)
 
 

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
 from kvjax.fields import Size, object_problems, refuse, within
-from kvjax.headkv.examples import NEED, Grid, bucketed, make_examples
+from kvjax.headkv.examples import NEED, Grid, bucketed, check_length, make_examples
 from kvjax.headkv.measure import BatchImportance, model_name, score_examples, with_origin
 from kvjax.headkv.need import BatchNeed, measure_need
-from kvjax.hf import default_dtype, load, load_tokenizer
+from kvjax.hf import default_dtype, load, load_tokenizer, read_model
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
@@ -81,10 +81,11 @@ def score_checkpoint(
     start, dtype = time.monotonic(), dtype or default_dtype()
     wanted = NEED_CURVES if grid.estimator == NEED else IMPORTANCE
     out = wanted.path(out)
-    # Read the model and the batches that an earlier run finished.
-    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
+    # Everything that can be refused is, before the weights are read.
+    check_length(grid.length, read_model(path).config)
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
+    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial_path(out)
     weights = {"weights": identity(model.config, params).digest}
@@ -227,7 +228,9 @@ def _batch(line: bytes, where: str, kind: type) -> Any:
     held = parse_object(line, where)
     names = [field.name for field in dataclasses.fields(kind) if field.name != "indices"]
     kinds = {"indices": list[Size], **dict.fromkeys(names, list)}
-    with within(where):
-        refuse(object_problems(held, kinds, others=False))
+    refuse(object_problems(held, kinds, others=False), where)
+    try:
         arrays = {name: np.asarray(held[name], np.float64) for name in names}
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from None
     return kind(indices=tuple(held["indices"]), **arrays)
