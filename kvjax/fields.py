@@ -303,4 +303,6 @@ def words(kind: Kind) -> str:
     if origin in (list, tuple):
         many = "" if origin is list or parts[-1] is ... else f" of {len(parts)}"
         return f"a list{many}, each {words(parts[0])}"
-    return NAMES.get(kind) or f"an object ({kind.__name__})"
+    if dataclasses.is_dataclass(kind):
+        return f"an object ({kind.__name__})"
+    return NAMES.get(kind, "an object")

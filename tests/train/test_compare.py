@@ -138,7 +138,7 @@ def test_another_comparison_s_folder_is_refused(tmp_path):
 
 
 def test_bad_settings(tmp_path):
-    with pytest.raises(ValueError, match=r"arms\[0\] is 'lora', expected one of gqa"):
+    with pytest.raises(ValueError, match=r"arms\[1\] is 'lora', expected one of gqa"):
         CompareConfig(arms=("gqa", "lora"))
     with pytest.raises(ValueError, match="steps is 3, expected a whole number from 4"):
         CompareConfig(steps=3)
