@@ -13,8 +13,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import malformed
+import file_kinds
 import pytest
+import spoiling
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +38,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def all_kinds(tmp_path_factory):
-    return malformed.kinds(tmp_path_factory.mktemp("kinds"))
+    return file_kinds.kinds(tmp_path_factory.mktemp("kinds"))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_a_spoilt_file_is_read_or_refused_by_name(tmp_path, all_kinds, tally, na
     )
     @given(st.data())
     def case(data):
-        spoilt = malformed.spoilt(data.draw, kind, others)
+        spoilt = spoiling.spoilt(data.draw, kind, others)
         (tmp_path / kind.spoilt).write_bytes(spoilt)
         before, start = content(tmp_path), time.perf_counter()
         with no_longer_than(HANG), warnings.catch_warnings(action="error"):
