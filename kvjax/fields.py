@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Len
@@ -282,7 +283,7 @@ def plain(kind: Kind) -> Kind:
 
 NAMES = {
     **{int: "a whole number", float: "a number", str: "a text", bool: "true or false"},
-    **{types.NoneType: "null", dict: "an object", list: "a list"},
+    **{types.NoneType: "null", dict: "an object", list: "a list", Path: "a path"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Tiny files of every kind that kvjax reads, with the functions that read them; nothing compiles."""
+"""Tiny files of every kind that kvjax reads, with what reads them. Nothing here compiles."""
 
 import gzip
 import json
@@ -221,7 +221,9 @@ def save_context(folder):
 def save_conversion(folder):
     request = {"model": "m", "dtype": "float32"}
     inside = ConversionFolder(folder, request)
-    inside.finished = type(inside.finished)((GQA,), (), {"x": np.ones((2, 3), np.float32)})
+    inside.finished = type(inside.finished)(
+        (GQA,), (), {"x": jax.device_put(np.ones((2, 3), np.float32))}
+    )
     inside._write_progress()
 
 
