@@ -7,6 +7,7 @@ then writes how many were refused and the slowest of each kind.
 import contextlib
 import json
 import os
+import platform
 import signal
 import time
 import warnings
@@ -19,6 +20,7 @@ import spoiling
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from eval import results
 from kvjax.fields import MOST
 
 CASES = int(os.environ.get("KVJAX_MALFORMED_CASES", 2000))
@@ -48,7 +50,13 @@ def tally():
     yield found
     if REPORT:
         order = sorted(found["slowest"].items(), key=lambda item: -item[1]["seconds"])
-        content = {"cases": sum(found["ends"].values()), **found["ends"], "slowest": dict(order)}
+        about = {
+            "command": f"KVJAX_MALFORMED_CASES={CASES} pytest tests/test_malformed_files.py",
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "commit": results.commit(),
+            "cases": sum(found["ends"].values()),
+        }
+        content = {**about, **found["ends"], "slowest": dict(order)}
         Path(REPORT).write_text(json.dumps(content, indent=1) + "\n")
 
 
