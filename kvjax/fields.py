@@ -231,6 +231,8 @@ def _lines(kind: Kind, value: Any, error: Mapping[str, Any]) -> Sequence[str]:
         kind, place = inner, f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}"
         value = value.get(key) if isinstance(value, dict) else value[key]
     place = place.removeprefix(".")
+    if error["type"] == "json_invalid":  # YAML may nest deeper, and escape half of a character
+        return [error["msg"]]
     if error["type"] == "unexpected_keyword_argument":
         there = f"{place} has" if place else "got"
         unknown = shown(error["loc"][-1])

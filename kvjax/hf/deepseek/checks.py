@@ -21,8 +21,9 @@ from kvjax.config import (
     MLPConfig,
     ModelConfig,
 )
-from kvjax.fields import refuse
+from kvjax.fields import Text, refuse, violations
 from kvjax.hf.deepseek.config import shared_rope
+from kvjax.hf.fields import EVERY, OWN
 from kvjax.hf.load import load_tokenizer
 from kvjax.paths import local_path
 from kvjax.text_files import read_object
@@ -202,11 +203,13 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
         raise ValueError(
             f"{directory} holds {raw.get('architectures')}, expected ['DeepseekV3ForCausalLM']"
         )
+    kinds = {"dtype": Text, **EVERY, **OWN}
+    refuse((line for _, line in violations(raw, kinds)), str(directory / "config.json"))
     # Weights: names, shapes and dtypes, and the index against the files.
     found, expected = scan(directory), stock_tensors(raw)
     problems = [
         *found.problems,
-        *_tensor_problems(found, expected, raw["dtype"]),
+        *_tensor_problems(found, expected, raw.get("dtype")),
         *_file_problems(directory, found),
     ]
     # Special tokens: engines read them from three files, which must agree.
@@ -234,7 +237,7 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
     }
 
 
-def _tensor_problems(found: Checkpoint, expected: dict, dtype: str) -> Iterator[str]:
+def _tensor_problems(found: Checkpoint, expected: dict, dtype: str | None) -> Iterator[str]:
     stored = found.tensors
     for name, shape in expected.items():
         if name in found.lost:
@@ -262,7 +265,8 @@ def _file_problems(directory: Path, found: Checkpoint) -> Iterator[str]:
     unmapped = found.tensors.keys() - named.keys()
     yield from (f"the index does not name {name}" for name in sorted(unmapped))
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    said = (index.get("metadata") or {}).get("total_size")
+    about = index.get("metadata")
+    said = about.get("total_size") if isinstance(about, dict) else None
     if not found.problems and said != total:
         yield f"the index says {said} bytes, the files hold {total}"
 
