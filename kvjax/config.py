@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 from kvjax.checks import COUNT, Range
-from kvjax.fields import Count, Number, Positive, Size
+from kvjax.fields import Count, Number, OneOf, Positive, Size
 
 Token = Annotated[int, Range(least=-1, most=COUNT.most, whole=True)]
 """A token id. Files on the hub say −1 for "none"."""
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Annotated[str, OneOf(("silu", "gelu_tanh"))]
+Normed = Annotated[str, OneOf(("head", "all"))]
+Site = Annotated[str, OneOf(("after_up", "before_up"))]
 
 # --- Rotary position embedding -----------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class GQAConfig:
     softcap: Positive | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: Normed | None = None
     norm: NormConfig = NormConfig()
 
     # Facts that the other attentions override. Caches, policies and plans ask for these facts
@@ -237,7 +239,7 @@ class EqualCacheConfig(Converted):
     latent_heads: Count
     key_rank: Count
     value_rank: Count
-    rope_site: Literal["after_up", "before_up"] = "after_up"
+    rope_site: Site = "after_up"
 
     shared_latent = False
 

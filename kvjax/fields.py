@@ -70,6 +70,11 @@ NotNegative = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 
 
+def or_null(kind: Kind) -> Kind:
+    """The type, or null: for tables, where type checkers take `Count | None` for arithmetic."""
+    return kind | None
+
+
 class Problems(ValueError):
     """All problems of a file or of settings, one a line; the first ten, then how many more."""
 
@@ -304,8 +309,8 @@ def words(kind: Kind) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else repr(parts[0])
     if origin in (list, tuple):
-        many = "" if origin is list or parts[-1] is ... else f" of {len(parts)}"
+        many = f" of {len(parts)}" if origin is tuple and ... not in parts else ""
         return f"a list{many}, each {words(parts[0])}"
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return f"an object ({kind.__name__})"
     return NAMES.get(kind, "an object")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.extras import import_extra, pyplot
-from kvjax.fields import Number, Size, object_problems, refuse
+from kvjax.fields import Number, Size, object_problems, or_null, refuse
 from kvjax.runs import whole_lines, write_whole
 from kvjax.text_files import parse_object
 
 LINE = {"step": Size}
-REST = dict.fromkeys(("loss", "divergence", "learning_rate"), Number | None)
+REST: dict[str, Any] = dict.fromkeys(("loss", "divergence", "learning_rate"), or_null(Number))
 """Fields of a line that kvjax reads."""
 PEAK_FLOPS = {
     "TPU v4": 275e12,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 from eval.predictions import CONFIG, RESULTS
 from eval.task import PROTOCOLS
@@ -23,6 +23,7 @@ from kvjax.fields import (
     Text,
     fits,
     object_problems,
+    or_null,
     refuse,
     shown,
     words,
@@ -161,21 +162,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 ABOUT = {
-    **dict.fromkeys(("task", "model", "metric", "protocol", "command"), Text | None),
-    "versions": Object | None,
-    "items": Size | None,
-    "seconds": NotNegative | None,
+    **dict.fromkeys(("task", "model", "metric", "protocol", "command"), or_null(Text)),
+    "versions": or_null(Object),
+    "items": or_null(Size),
+    "seconds": or_null(NotNegative),
 }
 """Fields of results.json that the page shows; others are ignored, here and below."""
-BYTES = dict.fromkeys(("cache_bytes", "full_cache_bytes", "gqa_cache_bytes"), NotNegative | None)
+BYTES = dict.fromkeys(("cache_bytes", "full_cache_bytes", "gqa_cache_bytes"), or_null(NotNegative))
 ENTRY = {"policy": Name, "all": Object}
-PARTS = {"groups": Object, "kept": Object, "summary": Object, "truncated": Size | None}
+PARTS = {"groups": Object, "kept": Object, "summary": Object, "truncated": or_null(Size)}
 ROW = {"policy": Name, "context": Count, "batch": Count, "cache_bytes": NotNegative}
 TIMES = dict.fromkeys(
-    ("time_to_first_token", "time_per_token", "device_peak_bytes"), NotNegative | None
+    ("time_to_first_token", "time_per_token", "device_peak_bytes"), or_null(NotNegative)
 )
 LINE = {"step": Size, "loss": Number}
-Finite = Number | Text | Flag | Object | list | None
+Finite: Any = Union[Number, Text, Flag, Object, list, None]  # noqa: UP007
 Table = Annotated[list[list[Size]], Says("[layers][heads] of numbers of tokens")]
 
 
@@ -222,9 +223,9 @@ def of_training(config: Mapping[str, Any]) -> Iterator[str]:
 
 def of_line(line: Mapping[str, Any]) -> Iterator[str]:
     """Problems of a line of a training log."""
-    yield from object_problems(line, LINE, optional={"learning_rate": NotNegative | None})
+    yield from object_problems(line, LINE, optional={"learning_rate": or_null(NotNegative)})
 
 
 def _score(part: Any, at: str, share: bool) -> Iterator[str]:
-    kinds = {"score": Share if share else Number, "standard_error": NotNegative | None}
-    yield from object_problems(part, kinds, at, {"items": Size | None})
+    kinds = {"score": Share if share else Number, "standard_error": or_null(NotNegative)}
+    yield from object_problems(part, kinds, at, {"items": or_null(Size)})

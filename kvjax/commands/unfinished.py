@@ -35,7 +35,7 @@ from kvjax.text_files import parse_json, parse_object
 
 FILE = "unfinished.safetensors"
 PART = f"{FILE}.part"
-METADATA = dict.fromkeys(("request", "attention", "other"), Text)
+METADATA: dict[str, Any] = dict.fromkeys(("request", "attention", "other"), Text)
 """Texts in the header of the file: JSON of the request, and of the attention of the layers."""
 OTHER = "other"
 """The folder of a second form of every layer, until one of the two is chosen."""

@@ -11,7 +11,19 @@ from typing import Annotated, Any
 
 from kvjax.checks import COUNT, Range
 from kvjax.config import Token
-from kvjax.fields import Count, Flag, Object, Positive, Says, Size, Text, shown, violations, words
+from kvjax.fields import (
+    Count,
+    Flag,
+    Object,
+    Positive,
+    Says,
+    Size,
+    Text,
+    or_null,
+    shown,
+    violations,
+    words,
+)
 
 Raw = Mapping[str, Any]
 
@@ -45,19 +57,19 @@ REQUIRED = (
 EVERY: dict[str, Any] = {
     **dict.fromkeys(REQUIRED, Count),
     "num_hidden_layers": Annotated[int, Range(least=1, most=MAX_LAYERS, whole=True)],
-    "num_key_value_heads": Count | None,
-    "head_dim": Count | None,
+    "num_key_value_heads": or_null(Count),
+    "head_dim": or_null(Count),
     "rms_norm_eps": Annotated[float, Range(least=0, most=1)],
     "max_position_embeddings": Count,
     "tie_word_embeddings": Flag,
     "layer_types": Texts,
-    "rope_theta": Positive | None,
-    "partial_rotary_factor": Part | None,
-    "rope_scaling": Object | None,
-    "rope_parameters": Object | None,
-    "bos_token_id": Token | None,
+    "rope_theta": or_null(Positive),
+    "partial_rotary_factor": or_null(Part),
+    "rope_scaling": or_null(Object),
+    "rope_parameters": or_null(Object),
+    "bos_token_id": or_null(Token),
     "eos_token_id": Tokens,
-    "quantization_config": Object | None,
+    "quantization_config": or_null(Object),
     "transformers_weights": Nothing,
 }
 """Keys that every family reads."""
@@ -66,32 +78,32 @@ OWN: dict[str, Any] = {
     "mlp_bias": Flag,
     "hidden_act": Text,
     "hidden_activation": Text,
-    "sliding_window": Count | None,
+    "sliding_window": or_null(Count),
     "use_sliding_window": Flag,
     "max_window_layers": Size,
-    "sliding_window_pattern": Count | None,
-    "use_bidirectional_attention": Flag | None,
+    "sliding_window_pattern": or_null(Count),
+    "use_bidirectional_attention": or_null(Flag),
     "query_pre_attn_scalar": Positive,
-    "attn_logit_softcapping": Positive | None,
-    "final_logit_softcapping": Positive | None,
-    "rope_local_base_freq": Positive | None,
+    "attn_logit_softcapping": or_null(Positive),
+    "final_logit_softcapping": or_null(Positive),
+    "rope_local_base_freq": or_null(Positive),
     "original_max_position_embeddings": Annotated[int, Range(2, COUNT.most, whole=True)],
     "no_rope_layers": Bits,
     "no_rope_layer_interval": Count,
-    "num_experts": Count | None,
-    "num_local_experts": Count | None,
+    "num_experts": or_null(Count),
+    "num_local_experts": or_null(Count),
     "num_experts_per_tok": Count,
     "moe_intermediate_size": Count,
     "norm_topk_prob": Flag,
     "mlp_only_layers": Layers,
     "decoder_sparse_step": Count,
     "first_k_dense_replace": Size,
-    "q_lora_rank": Count | None,
+    "q_lora_rank": or_null(Count),
     "kv_lora_rank": Count,
     "qk_nope_head_dim": Count,
     "qk_rope_head_dim": Count,
     "v_head_dim": Count,
-    "rope_interleave": Flag | None,
+    "rope_interleave": or_null(Flag),
 }
 """Keys that a family reads only if the family has a default for them."""
 GENERATION = {"eos_token_id": Tokens}

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 import kvjax.config
 from kvjax import processes
 from kvjax.config import ModelConfig
-from kvjax.fields import Object, fits, hints, object_problems, refuse, shown, words
+from kvjax.fields import Object, fits, hints, object_problems, plain, refuse, shown, words
 from kvjax.hf.source import CONFIG, PARAMS
 from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer, param_shapes
@@ -133,7 +133,16 @@ def decode(value: Any) -> Any:
     cls = getattr(kvjax.config, name, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"unknown part {name!r}")
-    return cls(**fields)
+    return cls(**{name: _real(part, hints(cls)[name]) for name, part in fields.items()})
+
+
+def _real(value: Any, kind: Any) -> Any:
+    """The value; a whole number as a float, where its type is that of real numbers."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = [plain(each) for each in (typing.get_args(kind) if is_union else (kind,))]
+    if isinstance(value, tuple) and typing.get_origin(kinds[0]) is tuple:
+        return tuple(_real(part, typing.get_args(kinds[0])[0]) for part in value)
+    return float(value) if type(value) is int and float in kinds else value
 
 
 def _compare(expected: Any, stored: Any) -> list[str]:

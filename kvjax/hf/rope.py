@@ -16,7 +16,7 @@ from kvjax.config import (
     RopeScaling,
     YarnScaling,
 )
-from kvjax.fields import Flag, NotNegative, Positive, Says, Text, shown, violations
+from kvjax.fields import Flag, NotNegative, Positive, Says, Text, or_null, shown, violations
 from kvjax.hf.fields import LAYER_TYPES, OWN, Check, Part, Raw
 
 
@@ -138,19 +138,19 @@ SCALINGS: dict[str, tuple[tuple[str, ...], Callable[[Raw, Raw], RopeScaling | No
 
 Factors = Annotated[list[Positive] | None, Says("a list of positive numbers or null")]
 FIELDS: dict[str, Any] = {
-    "rope_type": Text | None,
-    "type": Text | None,
-    "rope_theta": Positive | None,
-    "partial_rotary_factor": Part | None,
-    "factor": Annotated[float, Range(above=0, most=1e6)] | None,
-    "low_freq_factor": Positive | None,
-    "high_freq_factor": Positive | None,
-    "original_max_position_embeddings": OWN["original_max_position_embeddings"] | None,
-    "attention_factor": Positive | None,
-    "beta_fast": Positive | None,
-    "beta_slow": Positive | None,
-    "mscale": NotNegative | None,
-    "mscale_all_dim": NotNegative | None,
+    "rope_type": or_null(Text),
+    "type": or_null(Text),
+    "rope_theta": or_null(Positive),
+    "partial_rotary_factor": or_null(Part),
+    "factor": or_null(Annotated[float, Range(above=0, most=1e6)]),
+    "low_freq_factor": or_null(Positive),
+    "high_freq_factor": or_null(Positive),
+    "original_max_position_embeddings": or_null(OWN["original_max_position_embeddings"]),
+    "attention_factor": or_null(Positive),
+    "beta_fast": or_null(Positive),
+    "beta_slow": or_null(Positive),
+    "mscale": or_null(NotNegative),
+    "mscale_all_dim": or_null(NotNegative),
     "truncate": Flag,
     "short_factor": Factors,
     "long_factor": Factors,

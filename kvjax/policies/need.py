@@ -115,8 +115,10 @@ def load_need(path: str | Path, model_config: ModelConfig | None = None) -> Need
     held = read_object(path)
     refuse(object_problems(held, FIELDS, optional={"meta": Object}, others=False), str(path))
     with within(path):
-        arrays = (np.asarray(held[name], np.float64) for name in ("rises", "errors"))
-        curves = NeedCurves(np.asarray(held["sizes"], np.int64), *arrays, held.get("meta", {}))
+        rises, errors = (np.asarray(held[name], np.float64) for name in ("rises", "errors"))
+        curves = NeedCurves(
+            np.asarray(held["sizes"], np.int64), rises, errors, held.get("meta", {})
+        )
     if model_config is not None:
         check_curves(curves, model_config, str(path))
     return curves
