@@ -21,6 +21,8 @@ from kvjax.fields import Problems, shown
 
 PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
 POINTER = b"version https://git-lfs.github.com/spec/v1"
+DEEPEST = 200
+"""Number of levels of lists and objects, in YAML as in JSON."""
 MOST_NODES = 100_000
 """Largest size of a YAML file whose aliases are written out."""
 
@@ -120,6 +122,7 @@ def read_yaml(path: Path, extra: str) -> dict[str, Any]:
     yaml = import_extra("yaml", extra)
     text = read_text(path)
     try:
+        _check_depth(yaml, text, path)
         loader = _yaml_loader(yaml)(text)
         node = loader.get_single_node()
         if node is not None and _size(node, {}) > MOST_NODES:
@@ -151,6 +154,16 @@ def _yaml_loader(yaml: Any) -> Any:
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return Loader
+
+
+def _check_depth(yaml: Any, text: str, path: Path) -> None:
+    # The reader is recursive, and takes seconds to fail where lists are 100,000 deep.
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise Problems([f"{path} is not YAML: more than {DEEPEST} levels"])
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
