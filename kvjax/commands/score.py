@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
-from kvjax.fields import Size, object_problems, refuse, within
+from kvjax.fields import Size, hints, object_problems, refuse, within
 from kvjax.headkv.examples import NEED, Grid, bucketed, check_length, make_examples
 from kvjax.headkv.measure import BatchImportance, model_name, score_examples, with_origin
 from kvjax.headkv.need import BatchNeed, measure_need
@@ -233,4 +233,11 @@ def _batch(line: bytes, where: str, kind: type) -> Any:
         arrays = {name: np.asarray(held[name], np.float64) for name in names}
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
+    for name, array in arrays.items():
+        axes = hints(kind)[name].dim_str.split()  # such as "n L N", for n examples
+        if array.ndim != len(axes) or len(array) != len(held["indices"]):
+            raise ValueError(
+                f"{where}: {name} has shape {array.shape}, expected [{', '.join(axes)}] with "
+                f"{len(held['indices'])} first"
+            )
     return kind(indices=tuple(held["indices"]), **arrays)
