@@ -113,7 +113,7 @@ def _joined(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Hea
             )
         twice = tensors.keys() & header.tensors.keys()
         if twice:
-            raise ValueError(f"{header.path} has {shown(min(twice))}, which an earlier piece has too")
+            raise ValueError(f"{header.path} has {min(twice)}, which an earlier piece has too")
         tensors |= header.tensors
     return Header(files[0], headers[0].metadata, tensors)
 
