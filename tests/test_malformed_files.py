@@ -46,14 +46,14 @@ def all_kinds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tally():
     """Counts of the ends of all cases, and the slowest case of each kind."""
-    found: dict = {"ends": Counter(), "slowest": {}}
+    found: dict = {"ends": Counter(), "slowest": {}, "commit": results.commit()}
     yield found
     if REPORT:
         order = sorted(found["slowest"].items(), key=lambda item: -item[1]["seconds"])
         about = {
             "command": f"KVJAX_MALFORMED_CASES={CASES} pytest tests/test_malformed_files.py",
             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-            "commit": results.commit(),
+            "commit": found["commit"],
             "cases": sum(found["ends"].values()),
         }
         content = {**about, **found["ends"], "slowest": dict(order)}
