@@ -11,7 +11,6 @@ from typing import Any
 
 import tyro
 
-from eval import checks
 from eval.command import (
     Dtype,
     Json,
@@ -23,9 +22,14 @@ from eval.command import (
     with_dtype,
     write_report,
 )
+from kvjax.checks import COUNT, SEED, Range, check_ranges
 from kvjax.runs import write_json
 
-KINDS = {"repeats": checks.whole(1), "new_tokens": checks.whole(2), "seed": checks.whole(0)}
+RANGES = {
+    "repeats": COUNT,
+    "new_tokens": Range(least=2, most=COUNT.most, whole=True),
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
 
 def check(command: LatencyCommand) -> None:
     """Raises ValueError for a size below its least, or nothing to measure."""
-    checks.check(KINDS, repeats=command.repeats, new_tokens=command.new_tokens, seed=command.seed)
+    check_ranges(vars(command), RANGES)
     for name in ("contexts", "batches"):
         values = getattr(command, name)
         if not values or min(values) < 1:

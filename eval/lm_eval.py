@@ -11,7 +11,6 @@ from typing import Any
 
 import tyro
 
-from eval import checks
 from eval.command import (
     Dtype,
     Json,
@@ -25,13 +24,14 @@ from eval.command import (
 )
 from eval.harness_scores import scores
 from eval.predictions import check_folder, write_measured
+from kvjax.checks import COUNT, SIZE, Range, check_ranges, optional
 from kvjax.extras import import_extra
 
-KINDS = {
-    "num_fewshot": checks.whole(0),
-    "limit": checks.whole(1),
-    "batch_size": checks.whole(1),
-    "max_length": checks.whole(2),
+RANGES = {
+    "num_fewshot": optional(SIZE),
+    "limit": optional(COUNT),
+    "batch_size": COUNT,
+    "max_length": Range(least=2, most=COUNT.most, whole=True, optional=True),
 }
 
 
@@ -152,8 +152,7 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
 
 def check(command: HarnessCommand) -> None:
     """Raises ValueError for settings that are out of range or do not fit each other."""
-    names = ("num_fewshot", "limit", "batch_size", "max_length")
-    checks.check(KINDS, **{name: getattr(command, name) for name in names})
+    check_ranges(vars(command), RANGES)
     if command.dense and (command.policy or ("full",)) != ("full",):
         raise ValueError("--dense scores without a cache: no --policy but full")
 

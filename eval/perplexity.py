@@ -13,7 +13,6 @@ import numpy as np
 import tyro
 from jaxtyping import Int
 
-from eval import checks
 from eval.command import (
     Dtype,
     Json,
@@ -27,15 +26,16 @@ from eval.command import (
 )
 from eval.predictions import check_folder, write_measured
 from eval.rows import hub_rows, read_rows
-from kvjax.data_files import read_text
+from kvjax.checks import COUNT, Range, check_ranges, optional
 from kvjax.paths import local_path
 from kvjax.text import prompt_ids
+from kvjax.text_files import read_text
 
 HUB = "hub:"
 
-KINDS = {
-    **dict.fromkeys(("stride", "prefix", "limit", "batch_size"), checks.whole(1)),
-    "length": checks.whole(2),
+RANGES = {
+    **dict.fromkeys(("stride", "prefix", "limit", "batch_size"), optional(COUNT)),
+    "length": Range(least=2, most=COUNT.most, whole=True, optional=True),
 }
 
 
@@ -219,8 +219,7 @@ def check(command: PerplexityCommand) -> None:
     check_arguments(command)
     for name in command.text:
         local_path(name, "text")
-    names = ("length", "stride", "prefix", "limit", "batch_size")
-    checks.check(KINDS, **{name: getattr(command, name) for name in names})
+    check_ranges(vars(command), RANGES)
     if command.prefix is None and (command.policy or ("full",)) != ("full",):
         raise ValueError("policies compress a prefix: give --prefix TOKENS, or no --policy")
     if command.prefix is not None and command.stride is not None:

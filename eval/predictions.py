@@ -17,9 +17,22 @@ from typing import Any
 
 import jax
 
-from eval import checks
 from kvjax import processes, runs
+from kvjax.fields import (
+    Bytes,
+    Flag,
+    Name,
+    Share,
+    Size,
+    Text,
+    field_problems,
+    hints,
+    object_problems,
+    refuse,
+    shown,
+)
 from kvjax.runs import write_json
+from kvjax.text_files import parse_object
 
 CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
 
@@ -36,28 +49,18 @@ class Prediction:
         cache_bytes, full_cache_bytes: of one sequence after prefill, see `kvjax.Generation`.
     """
 
-    id: str
-    group: str
-    policy: str
-    prompt_tokens: int
-    truncated: bool
-    text: str | None
-    score: float
-    cache_bytes: int
-    full_cache_bytes: int
+    id: Name
+    group: Text
+    policy: Name
+    prompt_tokens: Size
+    truncated: Flag
+    text: Text | None
+    score: Share
+    cache_bytes: Bytes
+    full_cache_bytes: Bytes
 
 
-FIELDS = {
-    "id": checks.NAME,
-    "group": checks.TEXT,
-    "policy": checks.NAME,
-    "prompt_tokens": checks.whole(0),
-    "truncated": checks.FLAG,
-    "text": checks.TEXT | checks.NULL,
-    "score": checks.number(0, 1),
-    "cache_bytes": checks.whole(0),
-    "full_cache_bytes": checks.whole(0),
-}
+FIELDS = hints(Prediction)
 
 
 class RunFolder:
@@ -128,8 +131,7 @@ class RunFolder:
         """
         new = list(predictions)
         for p in new:
-            found = checks.problems(dataclasses.asdict(p), FIELDS)
-            checks.refuse(list(found), f"item {p.id} under {p.policy}: ")
+            refuse(field_problems(p), f"item {p.id} under {p.policy}")
         runs.append_lines(self._own, map(dataclasses.asdict, new))
         self.done |= {(p.policy, p.id): p for p in new}
 
@@ -184,13 +186,12 @@ def read(
     wrong: list[str] = []
     for number, line in enumerate(runs.whole_lines(path), 1):
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            wrong.append(
-                f"line {number} is not a prediction: {line[:80].decode(errors='replace')!r}"
-            )
+            values = parse_object(line, f"line {number}")
+        except ValueError as error:
+            wrong.append(str(error))
             continue
-        problems = [*checks.problems(values, FIELDS)] or [*_foreign(values, known, groups)]
+        problems = list(object_problems(values, FIELDS, others=False))
+        problems = problems or [*_foreign(values, known, groups)]
         if not problems:
             key = values["policy"], values["id"]
             # The first of two equal keys stays; the other one is reported.
@@ -199,7 +200,7 @@ def read(
                 continue
             problems = [f"policy {key[0]!r} and id {key[1]!r} again, as in line {found[key][0]}"]
         wrong += [f"line {number}: {problem}" for problem in problems]
-    checks.refuse(wrong, f"{path}, ", "; remove these lines, and the run computes them again")
+    refuse(wrong, str(path), "; remove the line, and the run computes it again")
     return [prediction for _, prediction in found.values()]
 
 
@@ -207,15 +208,13 @@ def _foreign(
     values: dict[str, Any], policies: set[str] | None, groups: Mapping[str, str] | None
 ) -> Iterable[str]:
     """Problems of a prediction that does not belong to this run."""
-    for name in values.keys() - FIELDS.keys():
-        yield f"{name} is unknown, expected only {', '.join(FIELDS)}"
     if policies is not None and values["policy"] not in policies:
         wanted = ", ".join(sorted(policies))
-        yield f"policy is {checks.shown(values['policy'])}, expected one of {wanted}"
+        yield f"policy is {shown(values['policy'])}, expected one of {wanted}"
     if groups is None:
         return
     if values["id"] not in groups:
-        yield f"id is {checks.shown(values['id'])}, expected an item of the task"
+        yield f"id is {shown(values['id'])}, expected an item of the task"
     elif values["group"] != groups[values["id"]]:
         wanted = groups[values["id"]]
-        yield f"group is {checks.shown(values['group'])}, expected {wanted!r}"
+        yield f"group is {shown(values['group'])}, expected {wanted!r}"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvjax.data_files import PACKED, open_hub, parse_object, read_text
+from kvjax.data_files import open_hub
 from kvjax.paths import local_path
+from kvjax.text_files import PACKED, parse_object, read_text
 
 KINDS = (".jsonl", ".json", ".txt")
 
@@ -110,7 +111,7 @@ def _parsed(text: str, name: str, limit: int | None = None) -> list[Row]:
             break
         if line.strip():
             where = f"{name}, line {number}"
-            rows.append(Row(where, parse_object(line, where)))
+            rows.append(Row(where, parse_object(line.encode(), where)))
     return rows
 
 

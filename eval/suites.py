@@ -29,19 +29,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from annotated_types import Len
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from eval import latency, lm_eval, perplexity
-from eval.checks import shown
 from eval.command import TaskCommand, run_command
 from eval.predictions import RESULTS
 from eval.preview import preview
 from eval.task import TASKS, TaskOptions, reads_of
 from kvjax import processes
-from kvjax.data_files import read_json
-from kvjax.extras import import_extra
-from kvjax.paths import check_local, local_path
+from kvjax.fields import Name, Object, OneOf, Text, build, shown
+from kvjax.paths import check_local, is_inside, local_path
+from kvjax.text_files import read_object, read_yaml
 
 MEASUREMENTS = {
     "perplexity": (perplexity.PerplexityCommand, perplexity.run),
@@ -50,12 +50,32 @@ MEASUREMENTS = {
 }
 """Commands besides the tasks: the dataclass of their settings, and what runs them."""
 
-ABOUT = ("title", "paper", "notes", "model", "runs")
-RUN = ("name", "command", "model", "policies", "options")
 GIVEN = ("model", "policy", "out")
 """Fields of a command that no option sets: the run's own entries and --out do."""
 ALIASES = {"set": "settings", "json": "json_file"}
 """Options whose field has another name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run in a file; see the head of this module."""
+
+    name: Name
+    command: Annotated[str, OneOf((*TASKS, *MEASUREMENTS))]
+    model: Name | None = None
+    policies: tuple[Text, ...] = ("full",)
+    options: Object | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds."""
+
+    runs: Annotated[tuple[Entry, ...], Len(1)]
+    title: Text | None = None
+    paper: Text | None = None
+    notes: Text | None = None
+    model: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +220,7 @@ def _do(run: SuiteRun, command: Any, words: list[str], dry: bool, console: Conso
 
 def _check_results(path: Path, command: Any, words: Sequence[str]) -> None:
     """Raises ValueError where a measurement's results are of another command or other weights."""
-    results = read_json(path)
-    results = results if isinstance(results, dict) else {}
+    results = read_object(path)
     said = results.get("command")
     held = shlex.split(said)[3:] if isinstance(said, str) else []  # after python -m eval
     if _without_out(held) != _without_out(words):
@@ -239,50 +258,30 @@ def read(path: Path, scores: Path = Path("scores"), model: str | None = None) ->
     Raises:
         ValueError: no such file, an unknown or wrong entry, or a URL among the paths of the runs.
     """
-    yaml = import_extra("yaml", "eval")
-    if not path.is_file():
-        raise ValueError(f"no file at {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    places = {"{here}": str(path.parent), "{scores}": str(scores)}
     # Places are filled in first, so that every check sees real paths.
-    content = _filled(_known(content, ABOUT, str(path)), places)
-    entries = content.get("runs")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} has no runs")
+    places = {"{here}": str(path.parent), "{scores}": str(scores)}
+    content = build(Content, _filled(read_yaml(path, "eval"), places), str(path))
     runs = [
-        _run(entry, content.get("model"), model, f"{path}, run {i}")
-        for i, entry in enumerate(entries, 1)
+        _run(entry, model or entry.model or content.model, f"{path}, run {i}")
+        for i, entry in enumerate(content.runs, 1)
     ]
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path} has two runs named {', '.join(twice)}")
-    return Suite(str(content.get("title", path.stem)), tuple(runs))
+    return Suite(content.title or path.stem, tuple(runs))
 
 
-def _run(entry: Any, default: str | None, instead: str | None, where: str) -> SuiteRun:
-    entry = _known(entry, RUN, where)
-    lacking = [key for key in ("name", "command") if not isinstance(entry.get(key), str)]
-    if lacking:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
-    if entry["command"] not in (*TASKS, *MEASUREMENTS):
-        known = ", ".join([*TASKS, *MEASUREMENTS])
-        raise ValueError(f"{where}: no command {entry['command']!r}, expected one of {known}")
-    model = instead or entry.get("model", default)
-    if not isinstance(model, str):
+def _run(entry: Entry, model: str | None, where: str) -> SuiteRun:
+    if model is None:
         raise ValueError(f"{where} has no model")
-    policies = entry.get("policies", ["full"])
-    if not isinstance(policies, list) or not all(isinstance(p, str) for p in policies):
-        raise ValueError(f"{where}: policies are {policies!r}, expected a list of texts")
-    options = entry.get("options") or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{where}: options are {options!r}, expected names and values")
-    _check_paths(where, {"model": model, "scores": [_scores(p) for p in policies], **options})
-    name, where = entry["name"], f"{where}, {entry['name']}"
-    return SuiteRun(name, entry["command"], model, tuple(policies), options, where)
+    if not is_inside(entry.name):  # it names a folder below --out
+        raise ValueError(f"{where}: name is {shown(entry.name)}, expected one of a folder in --out")
+    options = entry.options or {}
+    scores = [_scores(policy) for policy in entry.policies]
+    _check_paths(where, {"model": model, "scores": scores, **options})
+    where = f"{where}, {entry.name}"
+    return SuiteRun(entry.name, entry.command, model, entry.policies, options, where)
 
 
 def _check_paths(where: str, value: Any, name: str = "") -> None:
@@ -300,15 +299,6 @@ def _check_paths(where: str, value: Any, name: str = "") -> None:
 def _scores(policy: str) -> str:
     """The score file that a policy names, or an empty text."""
     return policy.partition("scores=")[2].partition(",")[0]
-
-
-def _known(value: Any, names: Sequence[str], where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r:.60}, expected names and values")
-    unknown = [str(name) for name in value if name not in names]
-    if unknown:
-        raise ValueError(f"{where} has {', '.join(unknown)}, expected {', '.join(names)}")
-    return value
 
 
 def _filled(value: Any, places: Mapping[str, str]) -> Any:

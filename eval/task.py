@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from eval import checks
+from kvjax.checks import COUNT, NOT_NEGATIVE, SEED, SIZE, Range, check_ranges, optional
 
 TASKS = {
     "needle": "eval.tasks.haystack:needle",
@@ -29,15 +29,16 @@ TASKS = {
 }
 """Name → module of the task, or module:source where a module holds several tasks."""
 
-COUNT = 20
-OPTION_KINDS = {"limit": checks.whole(1), "count": checks.whole(1), "seed": checks.whole(0)}
-SETTING_KINDS = {
-    "batch_size": checks.whole(1),
-    "max_length": checks.whole(2),
-    "temperature": checks.number(0),
-    "top_p": checks.Kind("above 0 and ≤ 1", lambda p: checks.number(0, 1).fits(p) and p > 0),
-    "top_k": checks.whole(0),
-    "seed": checks.whole(0),
+PROMPTS = 20
+"""Number of generated prompts of each length and depth."""
+OPTION_RANGES = {"limit": optional(COUNT), "count": optional(COUNT), "seed": SEED}
+SETTING_RANGES = {
+    "batch_size": COUNT,
+    "max_length": Range(least=2, most=COUNT.most, whole=True, optional=True),
+    "temperature": NOT_NEGATIVE,
+    "top_p": Range(above=0, most=1),
+    "top_k": SIZE,
+    "seed": SEED,
 }
 PROTOCOLS = ("generate", "teacher", "after")
 UNJUDGED = ("tokenizer", "settings", "seed", "chat")
@@ -128,8 +129,9 @@ class TaskOptions:
     chat: bool = False
 
     def __post_init__(self):
-        checks.check(OPTION_KINDS, limit=self.limit, count=self.count, seed=self.seed)
-        checks.refuse([f"a length is {n!r}, expected ≥ 0" for n in self.lengths if n < 0])
+        check_ranges(vars(self), OPTION_RANGES)
+        lengths = {f"lengths[{index}]": length for index, length in enumerate(self.lengths)}
+        check_ranges(lengths, dict.fromkeys(lengths, SIZE))
         for name in ("lengths", "subsets"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
@@ -138,7 +140,7 @@ class TaskOptions:
     @property
     def prompts_each(self) -> int:
         """Number of generated prompts of each length and depth."""
-        count = COUNT if self.count is None else self.count
+        count = PROMPTS if self.count is None else self.count
         return count if self.limit is None else min(count, self.limit)
 
 
@@ -170,15 +172,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        checks.check(
-            SETTING_KINDS,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-        )
+        check_ranges(vars(self), SETTING_RANGES)
         if self.protocol not in PROTOCOLS:
             raise ValueError(
                 f"protocol is {self.protocol!r}, expected one of {', '.join(PROTOCOLS)}"

@@ -14,16 +14,18 @@ import math
 import mmap
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
+from annotated_types import Ge, Le
 
-from kvjax.paths import replacing
+from kvjax.fields import Object, OneOf, Says, Text, build, object_problems, refuse, shown, within
+from kvjax.paths import is_inside, replacing
+from kvjax.text_files import is_pointer, parse_object, pointer_message, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,20 +83,19 @@ def scan(directory: Path) -> Checkpoint:
         ValueError: there are no safetensors, or the index is not JSON.
     """
     if (directory / SINGLE).is_file():
-        try:
-            return Checkpoint(read_header(directory / SINGLE))
-        except ValueError as error:
-            raise ValueError(f"cannot load {directory}: {error}") from None
+        return Checkpoint(read_header(directory / SINGLE))
     if not (directory / INDEX).is_file():
         raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}")
     return _scan_index(directory)
 
 
 def _scan_index(directory: Path) -> Checkpoint:
-    weight_map = read_index(directory / INDEX)
-    outside = {t: file for t, file in weight_map.items() if not _is_inside(file)}
+    index = directory / INDEX
+    # An index from the hub is untrusted input: it must not make a load read other files.
+    weight_map = read_index(index)
+    outside = {t: file for t, file in weight_map.items() if not is_inside(file)}
     problems = collapsed(
-        ("", tensor, f" is in {shown(file)}, expected a file in the directory")
+        (f"{index}: ", tensor, f" is in {shown(file)}, expected a file in the directory")
         for tensor, file in outside.items()
     )
     weight_map = {t: file for t, file in weight_map.items() if t not in outside}
@@ -103,22 +104,22 @@ def _scan_index(directory: Path) -> Checkpoint:
     for name in sorted(set(weight_map.values())):
         promised = {tensor for tensor, file in weight_map.items() if file == name}
         if not os.path.isfile(directory / name):  # also false for a name too long for a file
-            problems.append(f"missing shard {name} ({len(promised)} tensors)")
+            problems.append(f"{index}: missing shard {name} ({len(promised)} tensors)")
             lost |= promised
             continue
         try:
             found = read_header(directory / name)
         except ValueError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
             lost |= promised
             continue
         absent = sorted(promised - set(found))
-        problems += collapsed(("the index expects ", t, f" in {name}") for t in absent)
+        problems += collapsed((f"{index} expects ", t, f" in {name}") for t in absent)
         for tensor, stored in found.items():
             if weight_map.get(tensor, name) != name:
                 continue  # the index takes this tensor from another file
             if tensor in tensors:
-                problems.append(f"{tensor} is in several shards and not in the index")
+                problems.append(f"{index} has no {tensor}, which is in several shards")
             tensors[tensor] = stored
     return Checkpoint(tensors, tuple(problems), frozenset(lost))
 
@@ -129,20 +130,9 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not an index.
     """
-    weight_map = read_json(path)[1].get("weight_map")
-    if not isinstance(weight_map, dict):
-        got = type(weight_map).__name__
-        raise ValueError(f"{path} is not an index: its weight_map is a {got}, expected an object")
-    return weight_map
-
-
-def _is_inside(file: Any) -> bool:
-    """Whether a file name stays below the directory of the index."""
-    # An index from the hub is untrusted input: it must not make a load read other files.
-    if not isinstance(file, str) or not file or "\0" in file:
-        return False
-    paths = PurePosixPath(file), PureWindowsPath(file)
-    return not any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
+    raw = read_object(path)
+    refuse(object_problems(raw, {"weight_map": Object}), str(path))
+    return raw["weight_map"]
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -185,6 +175,7 @@ def _shards(tensors: Iterable[NewTensor], limit: int) -> Sequence[list[NewTensor
 # --- One file ----------------------------------------------------------------------------------
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+MAX_BYTES = 2**63 - 1
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -203,6 +194,20 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Place = Annotated[int, Ge(0), Le(MAX_BYTES), Says("a whole number of at least 0")]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a header; its last byte is not part of it."""
+
+    dtype: Annotated[str, OneOf(tuple(DTYPES))]
+    shape: tuple[Place, ...]
+    data_offsets: tuple[Place, Place]
+
+
+METADATA = Annotated[dict[str, Text] | None, Says("an object of texts")]
 
 
 @dataclass(frozen=True)
@@ -276,57 +281,32 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     size = path.stat().st_size
     if is_pointer(path):
-        raise ValueError(pointer_message(path.name))
+        raise ValueError(pointer_message(path))
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if start - 8 > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path.name} is not a safetensors file: a header of {start - 8} bytes"
-            )
+            raise ValueError(f"{path} is not a safetensors file: a header of {start - 8} bytes")
         if size < 8 or start > size:
-            raise ValueError(f"{path.name} is truncated: {size} bytes end within the header")
-        try:
-            header = json.loads(file.read(start - 8), object_pairs_hook=_without_duplicates)
-            if not isinstance(header, dict):
-                raise ValueError(f"its header is a {type(header).__name__}, expected an object")
-            _check_metadata(header.pop("__metadata__", None))
-            tensors = {name: _stored(path, start, entry) for name, entry in header.items()}
-            end = _end(tensors, start)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path.name} is not a safetensors file: {error}") from None
+            raise ValueError(f"{path} is truncated: its {size} bytes end within the header")
+        text = file.read(start - 8)
+    with within(f"{path} is not a safetensors file"):
+        header = parse_object(text, "its header")
+        build(METADATA, header.pop("__metadata__", None), "its __metadata__")
+        entries = build(dict[str, Entry], header, "its header", others=True)
+        tensors = {name: _stored(path, start, entry) for name, entry in entries.items()}
+        end = _end(tensors, start)
     if end > size:
-        raise ValueError(f"{path.name} is truncated: got {size} bytes, expected {end}")
+        raise ValueError(f"{path} is truncated: got {size} bytes, expected {end}")
     if end < size:
-        raise ValueError(f"{path.name} is damaged: got {size} bytes, expected {end}")
+        raise ValueError(f"{path} is damaged: got {size} bytes, expected {end}")
     return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = sorted(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{twice[0]!r} comes twice in its header")
-    return found
-
-
-def _check_metadata(metadata: Any) -> None:
-    """The metadata must be an object of texts, or null."""
-    if metadata is None:
-        return
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("its __metadata__ is not an object of texts")
-
-
-def _stored(path: Path, start: int, entry: Any) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    (first, end), shape = entry["data_offsets"], entry["shape"]
-    if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
-        raise ValueError(f"shape {shape} at {[first, end]}, expected numbers from 0")
-    dtype = DTYPES[entry["dtype"]]
+def _stored(path: Path, start: int, entry: Entry) -> StoredTensor:
+    (first, end), shape, dtype = entry.data_offsets, entry.shape, DTYPES[entry.dtype]
     if math.prod(shape) * dtype.itemsize != end - first:
-        raise ValueError(f"{end - first} bytes for shape {tuple(shape)} {entry['dtype']}")
-    return StoredTensor(path, dtype, tuple(shape), start + first)
+        raise ValueError(f"{end - first} bytes for shape {shape} {entry.dtype}")
+    return StoredTensor(path, dtype, shape, start + first)
 
 
 def _end(tensors: Mapping[str, StoredTensor], start: int) -> int:
@@ -374,13 +354,10 @@ def write_file(
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # the layer's or expert's
 FEW = 3
-MOST = 30
 
 
 def collapsed(problems: Iterable[tuple[str, str, str]]) -> list[str]:
     """Lines before + name + after, one line for names that differ only in their numbers.
-
-    The result has at most thirty lines, and one with the number of the other lines.
 
     >>> collapsed(("missing ", f"layers.{i}.q", "") for i in (0, 1, 2, 5))
     ['missing layers.{0-2,5}.q']
@@ -393,8 +370,6 @@ def collapsed(problems: Iterable[tuple[str, str, str]]) -> list[str]:
         lines += [f"{before}{name}{after}" for name in names[:FEW]] if len(names) <= FEW else []
         if len(names) > FEW:
             lines.append(f"{before}{_joined(names)}{after}")
-    if len(lines) > MOST:
-        lines[MOST:] = [f"and {len(lines) - MOST} more of the kind"]
     return lines
 
 
@@ -420,57 +395,3 @@ def _ranges(numbers: list[int]) -> str:
         members = [number for _, number in run]
         found.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
     return "{" + ",".join(found) + "}"
-
-
-# --- JSON objects and git-lfs pointers ------------------------------------------------------------
-
-POINTER = b"version https://git-lfs.github.com/spec/v1"
-
-
-def read_json(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file and the JSON object in it.
-
-    Raises:
-        ValueError: the file is missing, a git-lfs pointer, not UTF-8, or not a JSON object.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    data = path.read_bytes()
-    if data.startswith(POINTER):
-        raise ValueError(pointer_message(path))
-    try:
-        text = data.decode("utf-8")
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return text, raw
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether a file is the text that git-lfs keeps in place of a large file."""
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
-
-
-def pointer_message(path: Path | str) -> str:
-    """The error for a git-lfs pointer at `path`, with the command that fetches the file."""
-    return f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository"
-
-
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Checks files that another library will read.
-
-    Raises:
-        ValueError: names every git-lfs pointer.
-    """
-    found = [pointer_message(path) for path in sorted(paths) if path.is_file() and is_pointer(path)]
-    if found:
-        raise ValueError("; ".join(found))
-
-
-def shown(value: Any, width: int = 60) -> str:
-    """A value for an error message, shortened."""
-    text = repr(value)
-    return text if len(text) <= width else f"{text[:width]}…"

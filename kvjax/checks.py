@@ -19,6 +19,8 @@ from jaxtyping import Int32
 class Range:
     """The finite numbers between two bounds. True and False do not count as numbers.
 
+    In `Annotated[int, Range(…)]` it is a type of a field, see `kvjax.fields`.
+
     Attributes:
         least, most: inclusive bounds.
         above, below: exclusive bounds.
@@ -44,6 +46,18 @@ class Range:
         if number is None or (isinstance(number, float) and not math.isfinite(number)):
             return False
         return self.least <= number <= self.most and self.above < number < self.below
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(self._validated)
+
+    def _validated(self, value: Any) -> Any:
+        from pydantic_core import PydanticCustomError
+
+        if not self.holds(value):
+            raise PydanticCustomError("range", "out of range")
+        return value
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a finite number"
@@ -84,7 +98,7 @@ def out_of_range(
         prefix: put before each name in the sentences.
     """
     return [
-        f"{prefix}{name} is {_shown(values[name])}, expected {allowed}"
+        f"{prefix}{name} is {shown(values[name])}, expected {allowed}"
         for name, allowed in ranges.items()
         if not allowed.holds(values[name])
     ]
@@ -118,22 +132,13 @@ def _float32(value: Any) -> float | None:
         return None
 
 
-def _shown(value: Any) -> str:
-    """The value; with a hint where YAML took a number for a text, and where float32 rounds it."""
-    if isinstance(value, str):
-        number = _from_text(value)
-        hint = "" if number is None else f" (a text: YAML reads a number as in {number:.1e})"
-        return f"{value[:40]!r}{hint}"
+def shown(value: Any, width: int = 60) -> str:
+    """A value as one line of an error, shortened; with a hint where float32 rounds it."""
+    text = " ".join(repr(value).split())
     number = _float32(value) if isinstance(value, float) else None
-    rounded = number in (0.0, 1.0, math.inf, -math.inf) and number != value
-    return f"{value} ({number} in float32)" if rounded else f"{value}"[:40]
-
-
-def _from_text(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+    if number in (0.0, 1.0, math.inf, -math.inf) and number != value:
+        return f"{text} ({number} in float32)"
+    return text if len(text) <= width else f"{text[:width]}…"
 
 
 LISTS = "a list of lists of token ids"

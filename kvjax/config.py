@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from kvjax.checks import COUNT, Range
+from kvjax.fields import Count, Number, OneOf, Positive, Size
+
+Token = Annotated[int, Range(least=-1, most=COUNT.most, whole=True)]
+"""A token id. Files on the hub say −1 for "none"."""
+Activation = Annotated[str, OneOf(("silu", "gelu_tanh"))]
+Normed = Annotated[str, OneOf(("head", "all"))]
+Site = Annotated[str, OneOf(("after_up", "before_up"))]
 
 # --- Rotary position embedding -----------------------------------------------------------------
 
@@ -13,36 +22,36 @@ from typing import TypeVar
 class LinearScaling:
     """Position interpolation (arXiv 2306.15595): divides every frequency by `factor`."""
 
-    factor: float
+    factor: Positive
 
 
 @dataclass(frozen=True)
 class DynamicScaling:
     """NTK-aware scaling: beyond `original_length` tokens the base grows with the length."""
 
-    factor: float
-    original_length: int
+    factor: Positive
+    original_length: Count
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
     """Llama 3.1: divides low frequencies by `factor` and keeps high ones; a linear ramp between."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_length: Count
 
 
 @dataclass(frozen=True)
 class YarnScaling:
     """YaRN (arXiv 2309.00071); `attention_factor` multiplies cos and sin."""
 
-    factor: float
-    original_length: int
-    attention_factor: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Positive
+    original_length: Count
+    attention_factor: Positive
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
 
 
@@ -50,10 +59,10 @@ class YarnScaling:
 class LongRopeScaling:
     """LongRoPE (arXiv 2402.13753): a divisor per frequency; short ones up to `original_length`."""
 
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    original_length: int
-    attention_factor: float
+    short_factor: tuple[Positive, ...]
+    long_factor: tuple[Positive, ...]
+    original_length: Count
+    attention_factor: Positive
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class SelectedPairs:
     """
 
     of: RopeConfig
-    pairs: tuple[int, ...]
+    pairs: tuple[Size, ...]
 
 
 RopeScaling = (
@@ -86,8 +95,8 @@ class RopeConfig:
         interleaved: pairs are (2i, 2i+1) as in DeepSeek, otherwise (i, i + R/2).
     """
 
-    dim: int
-    theta: float = 10_000.0
+    dim: Size
+    theta: Positive = 10_000.0
     scaling: RopeScaling | None = None
     interleaved: bool = False
 
@@ -104,17 +113,17 @@ class RopeConfig:
 class NormConfig:
     """RMS norm x / rms(x) · (offset + weight); Gemma stores weight − 1, so its offset is 1."""
 
-    eps: float = 1e-6
-    offset: float = 0.0
+    eps: Annotated[float, Range(least=0, most=1)] = 1e-6
+    offset: Number = 0.0
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
     """How attention treats its logits: scale, sliding window, soft-cap (see `GQAConfig`)."""
 
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
+    scale: Positive
+    window: Count | None = None
+    softcap: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -133,16 +142,16 @@ class GQAConfig:
         norm: the norm that qk_norm uses.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    scale: Positive
     rope: RopeConfig | None
-    window: int | None = None
-    softcap: float | None = None
+    window: Count | None = None
+    softcap: Positive | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: str | None = None
+    qk_norm: Normed | None = None
     norm: NormConfig = NormConfig()
 
     # Facts that the other attentions override. Caches, policies and plans ask for these facts
@@ -227,10 +236,10 @@ class EqualCacheConfig(Converted):
     """
 
     base: GQAConfig
-    latent_heads: int
-    key_rank: int
-    value_rank: int
-    rope_site: str = "after_up"
+    latent_heads: Count
+    key_rank: Count
+    value_rank: Count
+    rope_site: Site = "after_up"
 
     shared_latent = False
 
@@ -284,20 +293,20 @@ class MLAConfig:
         window, softcap: as in `GQAConfig`.
     """
 
-    num_heads: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    kv_lora_rank: int
-    q_lora_rank: int | None
-    scale: float
+    num_heads: Count
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Count
+    kv_lora_rank: Count
+    q_lora_rank: Count | None
+    scale: Positive
     rope: RopeConfig | None
     latent_norm: NormConfig | None = NormConfig()
     query_bias: bool = False
     latent_bias: bool = False
     out_bias: bool = False
-    window: int | None = None
-    softcap: float | None = None
+    window: Count | None = None
+    softcap: Positive | None = None
 
     cached_heads = 1
     budget_heads = 1
@@ -343,9 +352,9 @@ class DecoupledConfig(Converted):
     """
 
     base: GQAConfig
-    rank: int
+    rank: Count
     rope: RopeConfig | None
-    v_head_dim: int
+    v_head_dim: Count
     out_bias: bool = False
 
     cached_heads = 1
@@ -372,8 +381,8 @@ AttentionConfig = GQAConfig | EqualCacheConfig | MLAConfig | DecoupledConfig
 class MLPConfig:
     """Gated MLP: down(act(gate(x)) · up(x)); activation is "silu" or "gelu_tanh"."""
 
-    width: int
-    activation: str = "silu"
+    width: Count
+    activation: Activation = "silu"
     bias: bool = False
 
 
@@ -384,10 +393,10 @@ class MoEConfig:
     `normalize` divides the softmax weights of the chosen experts by their sum.
     """
 
-    num_experts: int
-    top_k: int
-    width: int
-    activation: str = "silu"
+    num_experts: Count
+    top_k: Count
+    width: Count
+    activation: Activation = "silu"
     normalize: bool = True
 
 
@@ -417,18 +426,18 @@ class ModelConfig:
     """
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
+    vocab_size: Count
+    hidden_size: Count
     layers: tuple[LayerConfig, ...]
     norm: NormConfig = NormConfig()
     pre_norm: bool = True
     post_norm: bool = False
     tie_embeddings: bool = False
-    embedding_scale: float = 1.0
-    final_softcap: float | None = None
-    max_position_embeddings: int = 2048
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    embedding_scale: Number = 1.0
+    final_softcap: Positive | None = None
+    max_position_embeddings: Count = 2048
+    bos_id: Token | None = None
+    eos_ids: tuple[Token, ...] = ()
     hf_json: str = dataclasses.field(default="{}", repr=False)
     source: str = dataclasses.field(default="", repr=False, compare=False)
 

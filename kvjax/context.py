@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.cache.storage import room_bucket
 from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
 from kvjax.checks import check_finite, check_prompts, first_not_finite
-from kvjax.config import ModelConfig
+from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.feeding import not_finite
+from kvjax.fields import Count, Object, Text, build, refuse, shown, within
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
@@ -35,6 +35,7 @@ from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
+from kvjax.text_files import parse_object
 from pallas_kernels import Packed, Quantized
 
 PARTS = {
@@ -43,6 +44,17 @@ PARTS = {
 }
 FORMAT = "kvjax context 3"
 """Formats 1 and 2 had one cache per layer; format 1 did not identify the model's weights."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says about its context; `cache` names the tensors of the caches."""
+
+    format: Text
+    cache: Object
+    length: Count
+    policy: Text
+    model: Identity
 
 
 @dataclass(frozen=True)
@@ -127,32 +139,25 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
         raise ValueError(f"no context at {path}")
     context = _read(path)
     check_model(context, model, params, str(path))
-    if len(context.cache) != model.config.num_layers or context.length < 1:
-        raise ValueError(
-            f"{path} is a damaged context: got {len(context.cache)} layers of {context.length} "
-            f"tokens, expected {model.config.num_layers} of at least 1"
-        )
-    for layer in range(len(context.cache)):
-        check_finite(_layer_entries(context.cache, layer), f"{path}: layer {layer}/")
+    check_cache(context.cache, model.config, f"{path} is a damaged context")
     return context
 
 
 def _read(path: Path) -> Context:
     stored, metadata = read_header(path), read_metadata(path)
-    try:
-        content = json.loads(metadata.get("kvjax", "{}"))
-        # Rebuild the cache from its description. A damaged file can fail at any line, so one error
-        # reports all failures.
-        if (found := content.get("format")) == FORMAT:
-            cache = _rebuild(content["cache"], stored)
+    with within(f"{path} is not a context"):
+        content = parse_object(metadata.get("kvjax", "{}").encode(), "its description")
+        if (found := content.get("format")) != FORMAT:
+            raise ValueError(f"got {shown(found)}, expected {FORMAT}")
+        facts = build(Description, content, "its description")
+        # A damaged description can fail at any line: one error reports all failures.
+        try:
+            cache = _rebuild(facts.cache, stored)
             _check_parts(cache)
-            made_with = content["model"] | {"weights": dict(content["model"]["weights"])}
-            length = operator.index(content["length"])
-            return Context(cache, length, str(content["policy"]), Identity(**made_with))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is not a context: its description is damaged ({said})") from None
-    raise ValueError(f"{path} is not a context: got {found}, expected {FORMAT}")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"its description is damaged ({said})") from None
+    return Context(cache, facts.length, facts.policy, facts.model)
 
 
 def _check_parts(cache: Any) -> None:
@@ -168,6 +173,55 @@ def _check_parts(cache: Any) -> None:
             found = own is None and isinstance(held, Pool) and row in range(held.starts.shape[1])
         if not found:
             raise ValueError(f"layer {layer} has no cache")
+
+
+def check_cache(cache: ModelCache, config: ModelConfig, name: str) -> None:
+    """Raises ValueError unless these are caches of one text of such a model, with finite entries.
+
+    Args:
+        name: begins the error.
+    """
+    with within(name):
+        if len(cache) != config.num_layers:
+            raise ValueError(f"got {len(cache)} layers, expected {config.num_layers}")
+        if (got := getattr(cache.rope_lengths, "shape", None)) != (1,):
+            raise ValueError(f"rope_lengths has shape {got}, expected (1,)")
+        for layer, kind in enumerate(config.layers):
+            refuse(_unlike(cache, layer, kind.attention), f"layer {layer}")
+            check_finite(_layer_entries(cache, layer), f"layer {layer}/")
+
+
+def _unlike(cache: ModelCache, layer: int, attention: AttentionConfig) -> Iterator[str]:
+    """A line for each array of a layer's cache whose shape or dtype the model does not have."""
+    place, (first, second) = cache.places[layer], attention.cached_widths
+    held: Any = cache.own[layer] if place is None else cache.pools[place[0]]
+    entries = ("latent", "k_rope") if isinstance(held, LatentCache) else ("k", "v")
+    # The number of slots, or of rows, is that of the first array.
+    heads = attention.cached_heads
+    axes = (1, heads) if isinstance(held, DenseCache) else (1,)
+    count = (*getattr(getattr(held, entries[0]), "shape", ()), 0, 0, 0)[len(axes)]
+    expected = {entries[0]: (*axes, count, first), entries[1]: (*axes, count, second)}
+    expected |= {"lengths": (1,), "evicted": (1,), "positions": (1, count)}
+    if isinstance(held, Pool):
+        rows = len(held.starts[0]) if np.ndim(held.starts) == 3 else 0
+        tables = dict.fromkeys(("starts", "capacities", "kept", "rings"), (1, rows, heads))
+        expected |= {"read": (1,), **tables}
+        del expected["evicted"]
+    wrong = False
+    for name, shape in expected.items():
+        value = getattr(held, name)
+        got, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        floats = name in entries
+        # Accelerators may pad the last axis of latents with zeros.
+        same = got == shape or (floats and got and got[:-1] == shape[:-1] and got[-1] > shape[-1])
+        good = dtype is not None and (dtype != np.int32 if floats else dtype == np.int32)
+        if not (same and good) and not (value is None and name in ("evicted", "positions")):
+            wrong = True
+            yield f"{name} has shape {got} and dtype {dtype}, expected {shape}"
+    if isinstance(held, Pool) and not wrong:
+        starts, kept = np.asarray(held.starts), np.asarray(held.kept)
+        if starts.min() < 0 or kept.min() < 0 or (starts + kept).max() > count:
+            yield f"its segments are not within the {count} rows of the pool"
 
 
 def _layer_entries(cache: ModelCache, layer: int) -> Any:

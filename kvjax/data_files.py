@@ -5,11 +5,7 @@ Local files are .jsonl, .json, .parquet or .txt; all but .parquet may also be pa
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,9 +15,9 @@ from jaxtyping import UInt8
 
 from kvjax.extras import import_extra
 from kvjax.paths import local_path
+from kvjax.text_files import PACKED, named, parse_object, read_bytes, read_json, read_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 CHUNK = 1 << 26
 """Number of bytes that are searched for line ends at a time."""
@@ -118,67 +114,6 @@ def open_hub(dataset: str, config: str | None, split: str) -> Rows:
         raise ValueError(f"{name}, split {split!r}: {error}") from error
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked where its name ends with .gz or .xz.
-
-    Raises:
-        ValueError: no such file, or a file that cannot be unpacked.
-    """
-    if not path.is_file():
-        raise ValueError(f"no file at {path}")
-    try:
-        return PACKED.get(path.suffix, bytes)(path.read_bytes())
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
-
-
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, packed or not.
-
-    Raises:
-        ValueError: see `read_bytes`, or the file is not UTF-8.
-    """
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value of a file, packed or not.
-
-    Raises:
-        ValueError: see `read_text`, or the file is not JSON.
-    """
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def parse_object(line: str | bytes, where: str) -> dict[str, Any]:
-    """The JSON object of one line.
-
-    Args:
-        where: file and line, for the message.
-
-    Raises:
-        ValueError: the line is not a JSON object.
-    """
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    return _object(value, where)
-
-
 class JsonLines:
     """One JSON object per line; blank lines are skipped.
 
@@ -217,7 +152,10 @@ class JsonArray:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return _object(self.rows[index], self.where(index))
+        row = self.rows[index]
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.where(index)} holds {named(row)}, expected an object")
+        return row
 
     def where(self, index: int) -> str:
         return f"{self.path}, row {index + 1}"
@@ -296,9 +234,3 @@ def _line_ends(data: UInt8[np.ndarray, " bytes"]) -> np.ndarray:
         for start in range(0, len(data), CHUNK)
     ]
     return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is a JSON {type(value).__name__}, expected an object")
-    return value

@@ -14,6 +14,7 @@ from types import FrameType
 import filelock
 
 from kvjax import processes
+from kvjax.fields import Problems
 
 BAD_INPUT = 2
 """Exit code after bad input; after a signal it is 128 + the signal's number, as shells count."""
@@ -28,9 +29,10 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def endings(command: str) -> Iterator[None]:
-    """Surrounds a whole command and turns its end into one line on standard error and a code.
+    """Surrounds a whole command and turns its end into a line on standard error and a code.
 
-    Errors of users are ValueError, NotImplementedError and OSError: code 2. Ctrl-C ends with 130
+    Errors of users are ValueError, NotImplementedError and OSError: code 2, and a line for each
+    problem of `kvjax.fields.Problems`. Ctrl-C ends with 130
     and SIGTERM with 143; what they interrupt says in notes on the exception what is saved, see
     `only_writer`. Other errors are ours and keep their tracebacks.
 
@@ -45,7 +47,9 @@ def endings(command: str) -> Iterator[None]:
         with _sigterm_raises():
             yield
     except (ValueError, NotImplementedError, OSError) as error:
-        _say(f"{command}: error: {error}")
+        lines = str(error).splitlines() if isinstance(error, Problems) else [str(error)]
+        for line in lines:
+            _say(f"{command}: error: {line}")
         processes.stop(BAD_INPUT)
     except (KeyboardInterrupt, Terminated) as error:
         by = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT

@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 # At least two letters: "C:/models" is a drive. One slash: Path("gs://b") has become "gs:/b".
@@ -66,6 +66,14 @@ def check_local(value: Any, name: str = "path") -> None:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             check_local(getattr(value, field.name), field.name)
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name that a file gives is a path below the folder that it is meant for."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    paths = PurePosixPath(name), PureWindowsPath(name)
+    return not any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
 
 
 def local_arguments(command: Callable[..., Any]) -> Callable[..., Any]:

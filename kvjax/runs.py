@@ -20,11 +20,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.data_files import read_json
 from kvjax.paths import replacing
+from kvjax.text_files import read_object
 
 PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
-"""How to pack a file, by the end of its name; `kvjax.data_files.read_bytes` unpacks it."""
+"""How to pack a file, by the end of its name; `kvjax.text_files.read_bytes` unpacks it."""
 
 
 def claim(
@@ -58,10 +58,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a JSON object.
     """
-    held = read_json(path)
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} holds a {type(held).__name__}, expected the settings of a run")
-    return held
+    return read_object(path)
 
 
 def check_same(
@@ -93,10 +90,15 @@ def differences(held: Any, wanted: Mapping[str, Any], ignored: Collection[str] =
     stored = held if isinstance(held, Mapping) else {}
     names = [name for name in {**stored, **wanted} if name not in ignored]
     return ", ".join(
-        f"{name} {stored.get(name)}, now {wanted.get(name)}"
+        f"{name} {_short(stored.get(name))}, now {_short(wanted.get(name))}"
         for name in names
         if stored.get(name) != wanted.get(name)
     )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def write_whole(path: Path, text: str) -> None:

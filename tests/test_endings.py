@@ -13,6 +13,7 @@ import several
 
 from kvjax import cli
 from kvjax.endings import GOES_ON, Terminated, endings, only_writer
+from kvjax.fields import Problems
 
 
 def test_a_second_writer_is_told_who_holds_the_output(tmp_path):
@@ -68,6 +69,13 @@ def test_each_end_has_a_line_and_a_code(capsys, error, code, line):
         raise error
     assert caught.value.code == code
     assert capsys.readouterr().err == line
+
+
+def test_each_problem_has_a_line(capsys):
+    with pytest.raises(SystemExit, match="2"), endings("kvjax"):
+        raise Problems(["a.json: x is 1,\n expected 2", "a.json: y is missing"])
+    said = capsys.readouterr().err
+    assert said == "kvjax: error: a.json: x is 1, expected 2\nkvjax: error: a.json: y is missing\n"
 
 
 def test_our_own_errors_keep_their_tracebacks():

@@ -258,6 +258,22 @@ def test_bad_input(tmp_path, capsys, text):
     assert not out.exists() and not list(tmp_path.glob("*.partial.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--length 99999", "length is 99999, expected at most 1280: the model's context"),
+        ("--length 99999 --estimator need", "length is 99999, expected at most 1280: the model"),
+        ("--batch-size 0", "batch_size is 0, expected a whole number from 1"),
+        ("--estimator magic", "expected one of retrieval"),
+    ],
+)
+def test_bad_input_is_refused_before_the_weights_are_read(
+    tmp_path, capsys, monkeypatch, asked, said
+):
+    monkeypatch.setattr(command, "load", lambda *_, **__: pytest.fail("reads the weights"))
+    assert said in fails(capsys, tmp_path / "heads.json", asked)
+
+
 def test_curves_of_need_continue_too(tmp_path, monkeypatch):
     out, asked = tmp_path / "heads.json", "--estimator need --samples 4 --length 96 --batch-size 1"
     with monkeypatch.context() as patch:

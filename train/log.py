@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.extras import import_extra, pyplot
+from kvjax.fields import Number, Size, object_problems, or_null, refuse
 from kvjax.runs import whole_lines, write_whole
+from kvjax.text_files import parse_object
 
+LINE = {"step": Size}
+REST: dict[str, Any] = dict.fromkeys(("loss", "divergence", "learning_rate"), or_null(Number))
+"""Fields of a line that kvjax reads."""
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -62,8 +67,15 @@ def tensorboard(out: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last line that a kill tore."""
-    return [json.loads(line) for line in whole_lines(path)]
+    """The lines of a log, without a last line that a kill tore.
+
+    Raises:
+        ValueError: another damaged line; or a value that is not of its type.
+    """
+    lines = [parse_object(x, f"{path}, line {i}") for i, x in enumerate(whole_lines(path), 1)]
+    for number, line in enumerate(lines, 1):
+        refuse(object_problems(line, LINE, optional=REST), f"{path}, line {number}")
+    return lines
 
 
 def plot(path: Path, out: Path) -> None:

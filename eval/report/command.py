@@ -9,6 +9,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from kvjax.checks import COUNT, check_ranges, optional
 from kvjax.paths import check_local
 from kvjax.runs import write_whole
 
@@ -47,13 +48,12 @@ def write(command: ReportCommand) -> Path:
     Raises:
         ValueError: a URL, a folder without results, a damaged file, or no runs at all.
     """
-    from eval import checks
     from eval.report import sections
     from eval.report.page import Pictures, document
     from eval.report.runs import find
 
     check_local(command)
-    checks.check({"kv_size": checks.whole(1)}, kv_size=command.kv_size)
+    check_ranges(vars(command), {"kv_size": optional(COUNT)})
     runs = find(command.runs)
     command.out.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(command.out)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union
 
-from eval import checks
-from eval.checks import NAME, NULL, OBJECT, TEXT, Kind, number, problems, whole
 from eval.predictions import CONFIG, RESULTS
 from eval.task import PROTOCOLS
+from kvjax.fields import (
+    Count,
+    Flag,
+    Name,
+    NotNegative,
+    Number,
+    Object,
+    Says,
+    Share,
+    Size,
+    Text,
+    fits,
+    object_problems,
+    or_null,
+    refuse,
+    shown,
+    words,
+)
+from kvjax.text_files import parse_json, read_bytes, read_object
 
 METRICS = "metrics.jsonl"
 CELL = re.compile(r"(\d+)/(\d*\.?\d+)")
@@ -100,13 +116,13 @@ def _read(path: Path, taken: set[str]) -> Run | None:
     if path.is_file():
         return Run(name, "training", {}, _lines(path))
     if (path / RESULTS).exists():
-        results = _object(path / RESULTS)
+        results = read_object(path / RESULTS)
         kind = "latency" if "rows" in results else "scores"
         _check(path / RESULTS, results, kind)
         return Run(name, kind, results)
     if (path / METRICS).exists():
-        config = _object(path / CONFIG) if (path / CONFIG).exists() else {}
-        checks.refuse(list(of_training(config)), f"{path / CONFIG}: ")
+        config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
+        refuse(of_training(config), str(path / CONFIG))
         return Run(name, "training", config, _lines(path / METRICS))
     return None
 
@@ -117,17 +133,7 @@ def _check(path: Path, results: dict[str, Any], kind: str) -> None:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no policies and no rows: not the results of a run")
     found = (of_latency if kind == "latency" else of_scores)(results)
-    checks.refuse(list(found), f"{path}: ")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is a JSON {type(value).__name__}, expected an object")
-    return value
+    refuse(found, str(path))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -136,44 +142,42 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: other lines that are damaged, or none with a step and a loss.
     """
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable as text ({error})") from None
+    texts = read_bytes(path).splitlines()
     lines: list[dict[str, Any]] = []
     wrong: list[str] = []
     for index, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text, f"line {index}")
+        except ValueError as error:
             # A kill can tear the last line only; damage elsewhere is an error.
-            if index < len(texts):
-                wrong.append(f"line {index} is not JSON: {text[:60]!r}")
+            wrong += [str(error)] if index < len(texts) else []
             continue
         if isinstance(line, dict) and {"step", "loss"} <= line.keys():
             wrong += [f"line {index}: {problem}" for problem in of_line(line)]
             lines.append(line)
-    checks.refuse(wrong, f"{path}, ")
+    refuse(wrong, str(path))
     if not lines:
         raise ValueError(f"{path} has no lines with a step and a loss: no training log")
     return lines
 
 
 ABOUT = {
-    **dict.fromkeys(("task", "model", "metric", "protocol", "command"), TEXT | NULL),
-    "versions": OBJECT | NULL,
-    "items": whole(0) | NULL,
-    "seconds": number(0) | NULL,
+    **dict.fromkeys(("task", "model", "metric", "protocol", "command"), or_null(Text)),
+    "versions": or_null(Object),
+    "items": or_null(Size),
+    "seconds": or_null(NotNegative),
 }
-BYTES = dict.fromkeys(("cache_bytes", "full_cache_bytes", "gqa_cache_bytes"), number(0) | NULL)
-ENTRY = {"policy": NAME, "all": OBJECT}
-PARTS = {"groups": OBJECT, "kept": OBJECT, "summary": OBJECT, "truncated": whole(0) | NULL}
-ROW = {"policy": NAME, "context": whole(1), "batch": whole(1), "cache_bytes": number(0)}
+"""Fields of results.json that the page shows; others are ignored, here and below."""
+BYTES = dict.fromkeys(("cache_bytes", "full_cache_bytes", "gqa_cache_bytes"), or_null(NotNegative))
+ENTRY = {"policy": Name, "all": Object}
+PARTS = {"groups": Object, "kept": Object, "summary": Object, "truncated": or_null(Size)}
+ROW = {"policy": Name, "context": Count, "batch": Count, "cache_bytes": NotNegative}
 TIMES = dict.fromkeys(
-    ("time_to_first_token", "time_per_token", "device_peak_bytes"), number(0) | NULL
+    ("time_to_first_token", "time_per_token", "device_peak_bytes"), or_null(NotNegative)
 )
-LINE = {"step": whole(0), "loss": number()}
-FINITE = Kind("a finite number", lambda value: not isinstance(value, float) or number().fits(value))
+LINE = {"step": Size, "loss": Number}
+Finite: Any = Union[Number, Text, Flag, Object, list, None]  # noqa: UP007
+Table = Annotated[list[list[Size]], Says("[layers][heads] of numbers of tokens")]
 
 
 def of_scores(results: Mapping[str, Any]) -> Iterator[str]:
@@ -184,7 +188,7 @@ def of_scores(results: Mapping[str, Any]) -> Iterator[str]:
     yield from of_config(results)
     share = results.get("protocol") in PROTOCOLS
     for entry in results["policies"]:
-        found = list(problems(entry, ENTRY, "an entry's ", {**PARTS, **BYTES}))
+        found = list(object_problems(entry, ENTRY, "an entry's ", {**PARTS, **BYTES}))
         yield from found
         if found:
             continue
@@ -193,43 +197,35 @@ def of_scores(results: Mapping[str, Any]) -> Iterator[str]:
         for name, part in entry.get("groups", {}).items():
             yield from _score(part, f"{at}groups.{name}.", share)
         for bucket, table in entry.get("kept", {}).items():
-            if not bucket.isdecimal() or not _is_table(table):
-                yield f"{at}kept.{bucket} is not a table, expected tokens for a number of tokens"
+            if not bucket.isdecimal() or not fits(table, Table):
+                yield f"{at}kept.{bucket} is {shown(table)}, expected {words(Table)}"
         summary = entry.get("summary", {})
-        yield from problems(summary, dict.fromkeys(summary, FINITE), f"{at}summary.")
+        yield from object_problems(summary, dict.fromkeys(summary, Finite), f"{at}summary.")
 
 
 def of_latency(results: Mapping[str, Any]) -> Iterator[str]:
     """Problems of the results.json of a latency run."""
     yield from of_config(results)
     for index, row in enumerate(results["rows"], 1):
-        yield from problems(row, ROW, f"row {index}: ", {**TIMES, **BYTES, **ROW})
+        yield from object_problems(row, ROW, f"row {index}: ", {**TIMES, **BYTES, **ROW})
 
 
 def of_config(values: Mapping[str, Any]) -> Iterator[str]:
     """Problems of the values that every run has."""
-    yield from problems(values, {}, optional=ABOUT)
+    yield from object_problems(values, {}, optional=ABOUT)
 
 
 def of_training(config: Mapping[str, Any]) -> Iterator[str]:
     """Problems of a training run's config.json; its training settings are not checked."""
     shown = ("command", "versions")
-    yield from problems(config, {}, optional={name: ABOUT[name] for name in shown})
+    yield from object_problems(config, {}, optional={name: ABOUT[name] for name in shown})
 
 
 def of_line(line: Mapping[str, Any]) -> Iterator[str]:
     """Problems of a line of a training log."""
-    yield from problems(line, LINE, optional={"learning_rate": number(0) | NULL})
+    yield from object_problems(line, LINE, optional={"learning_rate": or_null(NotNegative)})
 
 
 def _score(part: Any, at: str, share: bool) -> Iterator[str]:
-    score = number(0, 1) if share else number()
-    kinds = {"score": score, "standard_error": number(0) | NULL}
-    yield from problems(part, kinds, at, {"items": whole(0) | NULL})
-
-
-def _is_table(table: Any) -> bool:
-    """Whether a value is [layers][heads] of whole numbers; layers may differ in heads."""
-    return isinstance(table, Sequence) and all(
-        isinstance(row, Sequence) and all(map(whole(0).fits, row)) for row in table
-    )
+    kinds = {"score": Share if share else Number, "standard_error": or_null(NotNegative)}
+    yield from object_problems(part, kinds, at, {"items": or_null(Size)})

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from eval.ruler.text import Prompt, compose, cut
-from kvjax import data_files
 from kvjax.tasks.words import TokenizerVocabulary
+from kvjax.text_files import read_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def squad(path: Path) -> Corpus:
     Raises:
         ValueError: no such file, or another format.
     """
-    found = data_files.read_json(path)
+    found = read_json(path)
     try:
         paragraphs = [p for article in found["data"] for p in article["paragraphs"]]
         questions = [
@@ -46,7 +46,7 @@ def squad(path: Path) -> Corpus:
             if qa["answers"] and not qa.get("is_impossible", False)
         ]
         return _corpus(path, questions, [p["context"] for p in paragraphs])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not in SQuAD's format: {error!r}") from None
 
 
@@ -56,7 +56,7 @@ def hotpotqa(path: Path) -> Corpus:
     Raises:
         ValueError: no such file, or another format.
     """
-    found = data_files.read_json(path)
+    found = read_json(path)
     try:
         paragraphs, questions = [], []
         for row in found:
@@ -67,7 +67,7 @@ def hotpotqa(path: Path) -> Corpus:
             gold = tuple(told[title] for title in needed if title in told)
             questions.append(Question(row["question"], (row["answer"],), gold))
         return _corpus(path, questions, paragraphs)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not in HotpotQA's format: {error!r}") from None
 
 

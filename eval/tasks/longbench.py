@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from eval import checks, metrics, rows
+from eval import metrics, rows
 from eval.task import Item, Reads, Task, TaskOptions, check_options
-from kvjax import data_files
+from kvjax.fields import Count, Text, object_problems, refuse
+from kvjax.text_files import read_object
 
 HUB = "THUDM/LongBench"
 PROMPTS, LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -159,12 +160,9 @@ def _config(
                 "LongBench's repository"
             )
     found = []
-    for name, kind in ((PROMPTS, checks.TEXT), (LENGTHS, checks.whole(1))):
-        values = data_files.read_json(place / name)
-        present = values if isinstance(values, dict) else ()
-        checks.refuse(
-            list(checks.problems(values, dict.fromkeys(present, kind))), f"{place / name}: "
-        )
+    for name, kind in ((PROMPTS, Text), (LENGTHS, Count)):
+        values = read_object(place / name)
+        refuse(object_problems(values, dict.fromkeys(values, kind)), str(place / name))
         found.append(values)
     return found[0], found[1]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,16 +21,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvjax.commands.unfinished import REPEAT
 from kvjax.example import Example
-from kvjax.headkv.examples import NEED, Grid, bucketed, make_examples
+from kvjax.fields import Size, hints, object_problems, refuse, within
+from kvjax.headkv.examples import NEED, Grid, bucketed, check_length, make_examples
 from kvjax.headkv.measure import BatchImportance, model_name, score_examples, with_origin
 from kvjax.headkv.need import BatchNeed, measure_need
-from kvjax.hf import default_dtype, load, load_tokenizer
+from kvjax.hf import default_dtype, load, load_tokenizer, read_model
 from kvjax.identity import identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores, beside, split_half
 from kvjax.policies.need import NeedCurves, need_path
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
+from kvjax.text_files import parse_object
 
 
 class Measurement(NamedTuple):
@@ -80,10 +81,11 @@ def score_checkpoint(
     start, dtype = time.monotonic(), dtype or default_dtype()
     wanted = NEED_CURVES if grid.estimator == NEED else IMPORTANCE
     out = wanted.path(out)
-    # Read the model and the batches that an earlier run finished.
-    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
+    # Everything that can be refused is, before the weights are read.
+    check_length(grid.length, read_model(path).config)
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
+    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial_path(out)
     weights = {"weights": identity(model.config, params).digest}
@@ -208,15 +210,12 @@ def finished_batches(path: Path, request: dict[str, Any], kind: type) -> list[An
     if not lines:
         append_lines(path, [request])
         return []
-    try:
-        header = json.loads(lines[0])
-        held = f"{path} holds an unfinished run with other settings"
-        batches = [_batch(json.loads(line), kind) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{path} is not a file of finished batches; remove it to start over"
-        ) from None
-    check_same(header, request, held, f"{REPEAT}, or remove the file to start over")
+    advice = "remove the file to start over"
+    with within(f"{path} is not a file of finished batches; {advice}"):
+        header = parse_object(lines[0], "line 1")
+        batches = [_batch(line, f"line {i}", kind) for i, line in enumerate(lines[1:], 2)]
+    held = f"{path} holds an unfinished run with other settings"
+    check_same(header, request, held, f"{REPEAT}, or {advice}")
     return batches
 
 
@@ -225,7 +224,20 @@ def append_batch(path: Path, batch: Any) -> None:
     append_lines(path, [{name: np.asarray(value).tolist() for name, value in vars(batch).items()}])
 
 
-def _batch(line: dict[str, Any], kind: type) -> Any:
+def _batch(line: bytes, where: str, kind: type) -> Any:
+    held = parse_object(line, where)
     names = [field.name for field in dataclasses.fields(kind) if field.name != "indices"]
-    arrays = {name: np.asarray(line[name], np.float64) for name in names}
-    return kind(indices=tuple(line["indices"]), **arrays)
+    kinds = {"indices": list[Size], **dict.fromkeys(names, list)}
+    refuse(object_problems(held, kinds, others=False), where)
+    try:
+        arrays = {name: np.asarray(held[name], np.float64) for name in names}
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    for name, array in arrays.items():
+        axes = hints(kind)[name].dim_str.split()  # such as "n L N", for n examples
+        if array.ndim != len(axes) or len(array) != len(held["indices"]):
+            raise ValueError(
+                f"{where}: {name} has shape {array.shape}, expected [{', '.join(axes)}] with "
+                f"{len(held['indices'])} first"
+            )
+    return kind(indices=tuple(held["indices"]), **arrays)

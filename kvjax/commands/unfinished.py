@@ -25,14 +25,18 @@ import numpy as np
 
 from kvjax.checkpoint_files import NewTensor, map_file, read_header, read_metadata, write_file
 from kvjax.config import AttentionConfig
+from kvjax.fields import Text, refuse, violations, within
 from kvjax.hf import native
 from kvjax.hf.source import CONFIG, PARAMS, copy_companions
 from kvjax.identity import identity
 from kvjax.nn import Transformer
 from kvjax.runs import check_same
+from kvjax.text_files import parse_json, parse_object
 
 FILE = "unfinished.safetensors"
 PART = f"{FILE}.part"
+METADATA: dict[str, Any] = dict.fromkeys(("request", "attention", "other"), Text)
+"""Texts in the header of the file: JSON of the request, and of the attention of the layers."""
 OTHER = "other"
 """The folder of a second form of every layer, until one of the two is chosen."""
 REPEAT = "repeat that command to finish it"
@@ -197,19 +201,21 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
     path = out / FILE
     if not path.exists():
         return Finished()
-    try:
+    with within(f"{path} does not belong to a conversion"):
         tensors, metadata = read_header(path), read_metadata(path)
-        earlier = json.loads(metadata["request"])
-        configs, others = (
-            tuple(native.decode(config) for config in json.loads(metadata[name]))
-            for name in ("attention", "other")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not belong to a conversion: {error}") from None
+        refuse(line for _, line in violations(metadata, METADATA, required=True))
+        earlier = parse_object(metadata["request"].encode(), "its request")
+        configs, others = (_attention(metadata[name], name) for name in ("attention", "other"))
     held = f"{out} holds an unfinished conversion with other settings"
     check_same(earlier, request, held, f"{REPEAT}, or remove the directory to start over")
     file = map_file(path)
     return Finished(configs, others, {name: jnp.array(t.view(file)) for name, t in tensors.items()})
+
+
+def _attention(text: str, name: str) -> tuple[AttentionConfig, ...]:
+    value = parse_json(text.encode(), f"its {name}")
+    refuse(native.part_problems(value, tuple[AttentionConfig, ...], name))
+    return native.decode(value)
 
 
 def _tensor(name: str, x: jax.Array) -> NewTensor:

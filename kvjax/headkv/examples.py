@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.checks import COUNT, SEED, check_ranges
+from kvjax.config import ModelConfig
 from kvjax.example import Example
 from kvjax.tasks import needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler, read_haystack
@@ -112,6 +113,15 @@ def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
     rng = np.random.default_rng(grid.seed)
     depths = np.linspace(0.0, 1.0, grid.samples).tolist()
     return [_ask(rng, vocab, grid, index, depth, filler) for index, depth in enumerate(depths)]
+
+
+def check_length(length: int, config: ModelConfig) -> None:
+    """Raises ValueError if the longest prompt of a grid does not fit into the model's context."""
+    check_ranges({"length": length}, RANGES)
+    if length > config.context_length:
+        raise ValueError(
+            f"length is {length}, expected at most {config.context_length}: the model's context"
+        )
 
 
 def _ask(

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.checkpoint_files import PIECE_BYTES, read_json, scan
+from kvjax.checkpoint_files import PIECE_BYTES, scan
 from kvjax.config import ModelConfig
+from kvjax.fields import refuse, shown, violations, within
 from kvjax.hf import fields
 from kvjax.hf.families import FAMILIES
 from kvjax.hf.layout import EMBEDDING, HEAD, canonical
 from kvjax.hf.rope import ROPE_CHECKS
 from kvjax.nn import Transformer
+from kvjax.text_files import read_object, read_text
 
 Raw = Mapping[str, Any]
 CHECKS = (*fields.CHECKS, *ROPE_CHECKS)
@@ -37,20 +39,9 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f"the config is {shown(raw)}, expected an object")
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type is {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}"
-        )
-    family = FAMILIES[model_type]
-    full = fields.merged(raw, family.defaults)
-    problems = fields.problems(full, CHECKS)
-    ends = {"eos_token_id": fields.TOKENS}
-    wrong = fields.violations(generation_config or {}, ends, f"{GENERATION}: ")
-    problems += (line for _, line in wrong)
-    if problems:
-        raise ValueError("; ".join(problems))
-    config = family.build(full)
+    refuse([*_problems(raw), *_generation_problems(generation_config, GENERATION)])
+    family = FAMILIES[raw["model_type"]]
+    config = family.build(fields.merged(raw, family.defaults))
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"the checkpoint is quantized ({method}), expected plain weights")
@@ -64,6 +55,19 @@ def config_from_hf(raw: Raw, generation_config: Raw | None = None) -> ModelConfi
     )
 
 
+def _problems(raw: Raw) -> list[str]:
+    """A line for each field of config.json that kvjax cannot read."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        return [f"model_type is {shown(model_type)}, expected one of {known}"]
+    return fields.problems(fields.merged(raw, FAMILIES[model_type].defaults), CHECKS)
+
+
+def _generation_problems(raw: Raw | None, name: Any) -> list[str]:
+    return [line for _, line in violations(raw or {}, fields.GENERATION, f"{name}: ")]
+
+
 def read_config(directory: Path) -> ModelConfig:
     """`config_from_hf` of a checkpoint directory, with config.json kept verbatim.
 
@@ -72,13 +76,13 @@ def read_config(directory: Path) -> ModelConfig:
             `config_from_hf`.
     """
     path, generation = directory / "config.json", directory / GENERATION
-    text, raw = read_json(path)
-    generation_config = read_json(generation)[1] if generation.is_file() else None
-    try:
+    raw = read_object(path)
+    generation_config = read_object(generation) if generation.is_file() else None
+    problems = [f"{path}: {line}" for line in _problems(raw)]
+    refuse([*problems, *_generation_problems(generation_config, generation)])
+    with within(path):  # the family may refuse values that fit their types
         config = config_from_hf(raw, generation_config)
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    return dataclasses.replace(config, hf_json=text)
+    return dataclasses.replace(config, hf_json=read_text(path))
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -116,7 +116,7 @@ def qwen3(raw: Raw) -> ModelConfig:
     num_experts_per_tok=8,
     moe_intermediate_size=768,
     norm_topk_prob=False,
-    mlp_only_layers=(),
+    mlp_only_layers=None,
     decoder_sparse_step=1,
 )
 def qwen3_moe(raw: Raw) -> ModelConfig:

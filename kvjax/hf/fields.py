@@ -1,24 +1,35 @@
-"""The valid values of each key of a Hugging Face config.
+"""The fields of a Hugging Face config.json that kvjax reads, each with its type and range.
 
-One table has the kinds of all values, and one error lists all violations. The kinds follow the
-types of transformers' config classes: a count is an integer and nothing else, and null is allowed
-where the class allows None. Real numbers may be written as integers."""
+One error lists all violations. The types follow those of transformers' config classes: a count is
+an integer and nothing else, and null is allowed where the class allows None. Real numbers may be
+written as integers. All other fields are ignored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from kvjax.checkpoint_files import shown
+from kvjax.checks import COUNT, Range
+from kvjax.config import Token
+from kvjax.fields import (
+    Count,
+    Flag,
+    Object,
+    Positive,
+    Says,
+    Size,
+    Text,
+    or_null,
+    shown,
+    violations,
+    words,
+)
 
 Raw = Mapping[str, Any]
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activation functions → ours."""
-LARGEST = 2**31 - 1
-LARGEST_REAL = 1e30
 MAX_LAYERS = 10_000
 DEFAULT_EXPERTS = 128  # of Qwen 3, which has two names for their number
 
@@ -27,58 +38,14 @@ Check = tuple[tuple[str, ...], Callable[[Raw], Iterable[str]]]
 """The keys that a check between keys reads, and the check: it yields a line for each problem."""
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of value: `expected` describes its valid values, `accepts` tests a value."""
-
-    expected: str
-    accepts: Callable[[Any], bool]
-
-
-def _is_int(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def count(low: int = 1, high: int = LARGEST) -> Kind:
-    """An integer within bounds."""
-    return Kind(f"an integer from {low} to {high}", lambda value: _is_int(value, low, high))
-
-
-def real(low: float, high: float = LARGEST_REAL, *, above: bool = False) -> Kind:
-    """A finite number within bounds; `above` excludes the lower one."""
-
-    def accepts(value: Any) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return False
-        return low <= value <= high and not (above and value == low)
-
-    start = f"above {low:g}" if above else f"of at least {low:g}"
-    return Kind(f"a number {start}" + (f", at most {high:g}" * (high < LARGEST_REAL)), accepts)
-
-
-def optional(kind: Kind) -> Kind:
-    """The kind, or null."""
-    return Kind(f"{kind.expected} or null", lambda value: value is None or kind.accepts(value))
-
-
-def listed(kind: Kind, plural: str) -> Kind:
-    """A list whose entries are all of a kind."""
-    return Kind(
-        f"a list of {plural}",
-        lambda value: isinstance(value, list | tuple) and all(map(kind.accepts, value)),
-    )
-
-
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-TEXT = Kind("a text", lambda value: isinstance(value, str))
-OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
-NOTHING = Kind("no such key: kvjax reads model.safetensors or its index", lambda v: v is None)
-POSITIVE = real(0.0, above=True)
-TOKEN = count(-1)  # files on the hub say −1 for "none"
-TOKENS = Kind(
-    "a token id, a list of token ids or null",
-    lambda value: optional(TOKEN).accepts(value) or listed(TOKEN, "").accepts(value),
-)
+Tokens = Annotated[Token | list[Token] | None, Says("a token id, a list of token ids or null")]
+Part = Annotated[float, Range(above=0, most=1)]
+Texts = Annotated[list[Text] | None, Says("a list of texts or null")]
+Layers = Annotated[list[Size] | None, Says("a list of layer numbers or null")]
+Bits = Annotated[
+    list[Annotated[int, Range(0, 1, whole=True)]] | None, Says("a list of 0 and 1 or null")
+]
+Nothing = Annotated[None, Says("no such key: kvjax reads model.safetensors or its index")]
 
 REQUIRED = (
     "vocab_size",
@@ -87,58 +54,60 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-EVERY = {
-    **dict.fromkeys(REQUIRED, count()),
-    "num_hidden_layers": count(high=MAX_LAYERS),
-    "num_key_value_heads": optional(count()),
-    "head_dim": optional(count()),
-    "rms_norm_eps": real(0.0, 1.0),
-    "max_position_embeddings": count(),
-    "tie_word_embeddings": FLAG,
-    "layer_types": optional(listed(TEXT, "texts")),
-    "rope_theta": optional(POSITIVE),
-    "partial_rotary_factor": optional(real(0.0, 1.0, above=True)),
-    "rope_scaling": optional(OBJECT),
-    "rope_parameters": optional(OBJECT),
-    "bos_token_id": optional(TOKEN),
-    "eos_token_id": TOKENS,
-    "quantization_config": optional(OBJECT),
-    "transformers_weights": NOTHING,
+EVERY: dict[str, Any] = {
+    **dict.fromkeys(REQUIRED, Count),
+    "num_hidden_layers": Annotated[int, Range(least=1, most=MAX_LAYERS, whole=True)],
+    "num_key_value_heads": or_null(Count),
+    "head_dim": or_null(Count),
+    "rms_norm_eps": Annotated[float, Range(least=0, most=1)],
+    "max_position_embeddings": Count,
+    "tie_word_embeddings": Flag,
+    "layer_types": Texts,
+    "rope_theta": or_null(Positive),
+    "partial_rotary_factor": or_null(Part),
+    "rope_scaling": or_null(Object),
+    "rope_parameters": or_null(Object),
+    "bos_token_id": or_null(Token),
+    "eos_token_id": Tokens,
+    "quantization_config": or_null(Object),
+    "transformers_weights": Nothing,
 }
 """Keys that every family reads."""
-OWN = {
-    "attention_bias": FLAG,
-    "mlp_bias": FLAG,
-    "hidden_act": TEXT,
-    "hidden_activation": TEXT,
-    "sliding_window": optional(count()),
-    "use_sliding_window": FLAG,
-    "max_window_layers": count(0),
-    "sliding_window_pattern": optional(count()),
-    "use_bidirectional_attention": optional(FLAG),
-    "query_pre_attn_scalar": POSITIVE,
-    "attn_logit_softcapping": optional(POSITIVE),
-    "final_logit_softcapping": optional(POSITIVE),
-    "rope_local_base_freq": optional(POSITIVE),
-    "original_max_position_embeddings": count(2),
-    "no_rope_layers": optional(listed(count(0, 1), "0 and 1")),
-    "no_rope_layer_interval": count(),
-    "num_experts": optional(count()),
-    "num_local_experts": optional(count()),
-    "num_experts_per_tok": count(),
-    "moe_intermediate_size": count(),
-    "norm_topk_prob": FLAG,
-    "mlp_only_layers": optional(listed(count(0), "layer numbers")),
-    "decoder_sparse_step": count(),
-    "first_k_dense_replace": count(0),
-    "q_lora_rank": optional(count()),
-    "kv_lora_rank": count(),
-    "qk_nope_head_dim": count(),
-    "qk_rope_head_dim": count(),
-    "v_head_dim": count(),
-    "rope_interleave": optional(FLAG),
+OWN: dict[str, Any] = {
+    "attention_bias": Flag,
+    "mlp_bias": Flag,
+    "hidden_act": Text,
+    "hidden_activation": Text,
+    "sliding_window": or_null(Count),
+    "use_sliding_window": Flag,
+    "max_window_layers": Size,
+    "sliding_window_pattern": or_null(Count),
+    "use_bidirectional_attention": or_null(Flag),
+    "query_pre_attn_scalar": Positive,
+    "attn_logit_softcapping": or_null(Positive),
+    "final_logit_softcapping": or_null(Positive),
+    "rope_local_base_freq": or_null(Positive),
+    "original_max_position_embeddings": Annotated[int, Range(2, COUNT.most, whole=True)],
+    "no_rope_layers": Bits,
+    "no_rope_layer_interval": Count,
+    "num_experts": or_null(Count),
+    "num_local_experts": or_null(Count),
+    "num_experts_per_tok": Count,
+    "moe_intermediate_size": Count,
+    "norm_topk_prob": Flag,
+    "mlp_only_layers": Layers,
+    "decoder_sparse_step": Count,
+    "first_k_dense_replace": Size,
+    "q_lora_rank": or_null(Count),
+    "kv_lora_rank": Count,
+    "qk_nope_head_dim": Count,
+    "qk_rope_head_dim": Count,
+    "v_head_dim": Count,
+    "rope_interleave": or_null(Flag),
 }
 """Keys that a family reads only if the family has a default for them."""
+GENERATION = {"eos_token_id": Tokens}
+"""Keys of generation_config.json."""
 
 
 def merged(raw: Raw, defaults: Raw) -> Raw:
@@ -158,7 +127,7 @@ def problems(full: Raw, checks: Sequence[Check] | None = None) -> list[str]:
         checks: checks between keys; None: `CHECKS`.
     """
     missing = [key for key in REQUIRED if full.get(key) is None]
-    found = [f"the config has no {', '.join(missing)}"] if missing else []
+    found = [f"{key} is missing, expected {words(EVERY[key])}" for key in missing]
     table = {key: kind for key, kind in (EVERY | OWN).items() if key not in missing}
     if not full.get("use_sliding_window", True):
         table.pop("sliding_window", None)  # as transformers, which then reads no window
@@ -170,13 +139,6 @@ def problems(full: Raw, checks: Sequence[Check] | None = None) -> list[str]:
         if not named.intersection(needs):
             found += check(full)
     return found
-
-
-def violations(raw: Raw, table: Mapping[str, Kind], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each key whose value the table does not accept, with a line that says so."""
-    for key, kind in table.items():
-        if key in raw and not kind.accepts(raw[key]):
-            yield key, f"{prefix}{key} is {shown(raw[key])}, expected {kind.expected}"
 
 
 def _heads(raw: Raw) -> Iterator[str]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kvjax.checkpoint_files import StoredTensor, read_json, refuse_pointers, scan
+from kvjax.checkpoint_files import StoredTensor, scan
+from kvjax.fields import refuse, within
 from kvjax.hf import gguf, native, weights
 from kvjax.hf.config import as_stored, config_from_hf, read_config
 from kvjax.hf.source import (
@@ -23,6 +24,7 @@ from kvjax.hf.source import (
 )
 from kvjax.nn import Transformer
 from kvjax.sharding import param_shardings
+from kvjax.text_files import read_object, refuse_pointers
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
 TOKENIZER_FILES = (
@@ -113,11 +115,9 @@ def read_shape(source: str) -> Transformer:
     path = Path(source)
     if not path.is_file() or gguf_file(path):
         return read_model(source)
-    raw = read_json(path)[1]
-    try:
+    raw = read_object(path)
+    with within(path):
         return Transformer(config_from_hf(raw))
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def layout_of(path: str | Path) -> str:
@@ -140,8 +140,7 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     if file := gguf_file(directory):
         return gguf.stored_tensors(file)
     found = scan(directory)
-    if found.problems:
-        raise ValueError(f"cannot read {directory}: {'; '.join(found.problems)}")
+    refuse(found.problems)
     return found.tensors
 
 
@@ -163,7 +162,7 @@ def load_tokenizer(path: str | Path) -> Any:
     except Exception as error:  # a damaged file may raise anything, in any number of lines
         for file in files:
             if file.suffix == ".json":
-                read_json(file)  # raises an error that names a damaged file
+                read_object(file)  # raises an error that names a damaged file
         line = " ".join(str(error).split())
         kind = type(error).__name__
         raise ValueError(f"cannot read the tokenizer of {directory}: {kind}: {line}") from error

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,15 +18,17 @@ from jax.sharding import SingleDeviceSharding
 
 import kvjax.config
 from kvjax import processes
-from kvjax.checkpoint_files import read_json, shown
 from kvjax.config import ModelConfig
-from kvjax.hf.fields import ACTIVATIONS, LARGEST_REAL, TOKEN, count
+from kvjax.fields import Object, fits, hints, object_problems, plain, refuse, shown, words
 from kvjax.hf.source import CONFIG, PARAMS
 from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer, param_shapes
 from kvjax.runs import write_whole
+from kvjax.text_files import read_object
 
 VERSION = 2
+FIELDS = {"version": Literal[VERSION], "model": Object}
+"""Fields of kvjax.json; those of the model are the attributes of `ModelConfig`."""
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -35,17 +37,11 @@ def read_config(directory: Path) -> ModelConfig:
     Raises:
         ValueError: the file is damaged, or an incompatible version of kvjax wrote it.
     """
-    try:
-        content = read_json(directory / CONFIG)[1]
-        version = content["version"]
-        if version == VERSION:
-            problems = list(part_problems(content["model"], ModelConfig))
-            if not problems:
-                return decode(content["model"])
-            raise ValueError("; ".join(problems))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory / CONFIG} is not a model configuration: {error}") from None
-    raise ValueError(f"{directory / CONFIG} has version {version}, expected {VERSION}")
+    path = directory / CONFIG
+    content = read_object(path)
+    refuse(object_problems(content, FIELDS, others=False), str(path))
+    refuse(part_problems(content["model"], ModelConfig), str(path))
+    return decode(content["model"])
 
 
 def read_params(
@@ -71,15 +67,14 @@ def open_params(
         shardings = jax.tree.map(lambda _: here, expected)
     path = (directory / PARAMS).absolute()
     if not path.is_dir():
-        raise ValueError(f"cannot load {directory}: missing {PARAMS}/")
+        raise ValueError(f"{directory}: missing {PARAMS}/")
     with ocp.StandardCheckpointer() as checkpointer:
         stored = {
             part.name: checkpointer.metadata(part).item_metadata.tree[part.name]
             for part in sorted(path.iterdir())
         }
     problems = _compare(expected, stored)
-    if problems:
-        raise ValueError(f"cannot load {directory}: {'; '.join(problems)}")
+    refuse(problems, str(directory))
 
     # orbax restores straight into the target dtype and sharding: no second copy on the host.
     def read(name: str) -> Any:
@@ -138,7 +133,16 @@ def decode(value: Any) -> Any:
     cls = getattr(kvjax.config, name, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"unknown part {name!r}")
-    return cls(**fields)
+    return cls(**{name: _real(part, hints(cls)[name]) for name, part in fields.items()})
+
+
+def _real(value: Any, kind: Any) -> Any:
+    """The value; a whole number as a float, where its type is that of real numbers."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = [plain(each) for each in (typing.get_args(kind) if is_union else (kind,))]
+    if isinstance(value, tuple) and typing.get_origin(kinds[0]) is tuple:
+        return tuple(_real(part, typing.get_args(kinds[0])[0]) for part in value)
+    return float(value) if type(value) is int and float in kinds else value
 
 
 def _compare(expected: Any, stored: Any) -> list[str]:
@@ -161,25 +165,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-COUNTS = (
-    *("vocab_size", "hidden_size", "max_position_embeddings"),
-    *("num_heads", "num_kv_heads", "head_dim", "window", "width", "num_experts", "top_k"),
-    *("latent_heads", "key_rank", "value_rank", "rank", "kv_lora_rank", "q_lora_rank"),
-    *("v_head_dim", "original_length"),
-)
-POSITIVE = (
-    *("theta", "scale", "softcap", "final_softcap"),
-    *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
-    *("beta_fast", "beta_slow"),
-)
-NAMES = {
-    "activation": tuple(dict.fromkeys(ACTIVATIONS.values())),
-    "qk_norm": ("head", "all"),
-    "rope_site": ("after_up", "before_up"),
-}
-"""Fields that name one of several ways to compute, with the valid names."""
-
-
 def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
     """A line for each value, at any depth, with the wrong type or outside its range.
 
@@ -188,66 +173,29 @@ def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
         place: path of the value, which starts the line.
     """
     # A field such as MLPConfig | MoEConfig | None allows a value of any of its kinds.
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if is_union else (hint,)
     if isinstance(value, dict):
         found = [kind for kind in kinds if getattr(kind, "__name__", "") == value.get("type")]
         if not found:
             got = shown(value.get("type"))
-            yield f"{place} is an unknown part {got}, expected {_words(hint)}"
+            yield f"{place} is an unknown part {got}, expected {words(hint)}"
             return
         yield from _field_problems(value, found[0], place)
     elif isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
         entry = next(typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is tuple)
         for index, one in enumerate(value):
             yield from part_problems(one, entry, f"{place}[{index}]")
-    elif not any(_fits(value, kind) for kind in kinds):
-        yield f"{place} is {shown(value)}, expected {_words(hint)}"
-    elif not _in_range(name := place.rpartition(".")[2], value):
-        yield f"{place} is {shown(value)}, expected {_range(name)}"
+    elif not fits(value, hint):
+        yield f"{place} is {shown(value)}, expected {words(hint)}"
 
 
 def _field_problems(value: dict[str, Any], cls: type, place: str) -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
-    for name in sorted(value.keys() - hints.keys() - {"type"}):
+    kinds = hints(cls)
+    for name in sorted(value.keys() - kinds.keys() - {"type"}):
         yield f"{place} has an unknown field {shown(name)}"
     for field in dataclasses.fields(cls):
         if field.name in value:
-            yield from part_problems(value[field.name], hints[field.name], f"{place}.{field.name}")
+            yield from part_problems(value[field.name], kinds[field.name], f"{place}.{field.name}")
         elif field.default is dataclasses.MISSING:
             yield f"{place} has no {field.name}"
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON number, text, boolean or null has a type."""
-    if kind is int:
-        return TOKEN.accepts(value)
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) <= LARGEST_REAL
-    return isinstance(kind, type) and isinstance(value, kind)
-
-
-def _in_range(name: str, value: Any) -> bool:
-    if value is None:
-        return True
-    if name in COUNTS:
-        return count().accepts(value)
-    if name == "eps":
-        return 0 <= value <= 1
-    if name in NAMES:
-        return value in NAMES[name]
-    return name not in POSITIVE or value > 0
-
-
-def _range(name: str) -> str:
-    if name in NAMES:
-        return f"one of {', '.join(NAMES[name])}"
-    return "a number from 0 to 1" if name == "eps" else "a positive number"
-
-
-def _words(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_words, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {_words(typing.get_args(hint)[0])}"
-    return "null" if hint is types.NoneType else hint.__name__

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from kvjax.checkpoint_files import shown
+from kvjax.checks import Range
 from kvjax.config import (
     DynamicScaling,
     LinearScaling,
@@ -16,19 +16,8 @@ from kvjax.config import (
     RopeScaling,
     YarnScaling,
 )
-from kvjax.hf.fields import (
-    FLAG,
-    LAYER_TYPES,
-    POSITIVE,
-    TEXT,
-    Check,
-    Raw,
-    count,
-    listed,
-    optional,
-    real,
-    violations,
-)
+from kvjax.fields import Flag, NotNegative, Positive, Says, Text, or_null, shown, violations
+from kvjax.hf.fields import LAYER_TYPES, OWN, Check, Part, Raw
 
 
 def rope_config(
@@ -147,24 +136,24 @@ SCALINGS: dict[str, tuple[tuple[str, ...], Callable[[Raw, Raw], RopeScaling | No
 """Kind → its required numbers, and its constructor."""
 
 
-FACTORS = optional(listed(POSITIVE, "positive numbers"))
-FIELDS = {
-    "rope_type": optional(TEXT),
-    "type": optional(TEXT),
-    "rope_theta": optional(POSITIVE),
-    "partial_rotary_factor": optional(real(0.0, 1.0, above=True)),
-    "factor": optional(real(0.0, 1e6, above=True)),
-    "low_freq_factor": optional(POSITIVE),
-    "high_freq_factor": optional(POSITIVE),
-    "original_max_position_embeddings": optional(count(2)),
-    "attention_factor": optional(POSITIVE),
-    "beta_fast": optional(POSITIVE),
-    "beta_slow": optional(POSITIVE),
-    "mscale": optional(real(0.0)),
-    "mscale_all_dim": optional(real(0.0)),
-    "truncate": FLAG,
-    "short_factor": FACTORS,
-    "long_factor": FACTORS,
+Factors = Annotated[list[Positive] | None, Says("a list of positive numbers or null")]
+FIELDS: dict[str, Any] = {
+    "rope_type": or_null(Text),
+    "type": or_null(Text),
+    "rope_theta": or_null(Positive),
+    "partial_rotary_factor": or_null(Part),
+    "factor": or_null(Annotated[float, Range(above=0, most=1e6)]),
+    "low_freq_factor": or_null(Positive),
+    "high_freq_factor": or_null(Positive),
+    "original_max_position_embeddings": or_null(OWN["original_max_position_embeddings"]),
+    "attention_factor": or_null(Positive),
+    "beta_fast": or_null(Positive),
+    "beta_slow": or_null(Positive),
+    "mscale": or_null(NotNegative),
+    "mscale_all_dim": or_null(NotNegative),
+    "truncate": Flag,
+    "short_factor": Factors,
+    "long_factor": Factors,
 }
 PER_LAYER_TYPE = "gemma3_text"  # the one family whose kinds of layers have a RoPE each
 PARTIAL = "phi3"  # the one family that leaves a part of a head unrotated

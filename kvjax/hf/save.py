@@ -21,6 +21,7 @@ from kvjax.hf.source import PARAMS, copy_companions, is_native
 from kvjax.nn import Transformer
 from kvjax.paths import local_path
 from kvjax.runs import write_json, write_whole
+from kvjax.text_files import read_object
 
 LAYOUTS = ("native", "hf", "deepseek_v3")
 GENERATION = "generation_config.json"
@@ -152,7 +153,7 @@ def write_serving_files(source: ModelConfig, raw: Mapping[str, Any], directory: 
     if source.source and Path(source.source).exists():
         copy_companions(Path(source.source), directory)
     path = directory / GENERATION
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = read_object(path) if path.is_file() else {}
     write_json(path, generation_config(raw, kept))
     if raw.get("kvjax_requires"):
         write_whole(directory / NOTICE, notice(raw["kvjax_requires"]))

@@ -27,6 +27,7 @@ from kvjax.checkpoint_files import (
     scan,
     write,
 )
+from kvjax.fields import refuse
 from kvjax.hf.layout import (
     EMBEDDING,
     HEAD,
@@ -95,9 +96,8 @@ def open_checkpoint(
     # Report every fault before the first byte of a tensor is read.
     shapes = _flat_shapes(model)
     expected, checkpoint = _expected(model, shapes, checkpoint, forms)
-    problems = [*checkpoint.problems, *_compare(model, expected, checkpoint)]
-    if problems:
-        raise ValueError(f"cannot load {place}: {'; '.join(problems)}")
+    unfit = (f"{place}: {line}" for line in _compare(model, expected, checkpoint))
+    refuse([*checkpoint.problems, *unfit])
     groups = _groups(expected)
     if shardings is None:
         here = SingleDeviceSharding(jax.local_devices()[0])

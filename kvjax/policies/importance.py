@@ -3,23 +3,22 @@ files."""
 
 from __future__ import annotations
 
-import gzip
 import json
+import re
 import sys
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Float64
 
 from kvjax.config import ModelConfig
+from kvjax.fields import Says, refuse, shown, violations, within
 from kvjax.paths import local_path
 from kvjax.runs import write_whole
-
-MOST_NAMED = 3
-"""Number of heads that an error about a score file names."""
+from kvjax.text_files import read_object
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +102,10 @@ def default_scores(config: ModelConfig) -> HeadScores | None:
 
 def _read_scores(path: Path, model_config: ModelConfig | None) -> HeadScores:
     """The scores in a file that exists; see `load_scores`."""
-    scores = HeadScores(_samples(path, _read_json(path)), _read_meta(path))
+    meta = meta_path(path)
+    samples, about = _samples(path), read_object(meta) if meta.is_file() else {}
+    with within(path):
+        scores = HeadScores(samples, about)
     if model_config is not None:
         check_shape(scores, model_config, str(path))
     return scores
@@ -137,19 +139,19 @@ def meta_path(path: str | Path) -> Path:
     return beside(path, ".meta.json")
 
 
-def _samples(path: Path, table: Any) -> np.ndarray:
-    if not isinstance(table, dict) or not table:
-        raise ValueError(f"{path}: expected one JSON object 'layer-head' -> list of floats")
-    bad = next((key for key in table if not _is_key(key)), None)
-    if bad is not None:
-        raise ValueError(f"{path}: key {bad!r}, expected 'layer-head' such as '0-12'")
-    problems = [f"{key} {found}" for key in table if (found := _problem(table[key]))]
-    if problems:
-        more = f"; and {len(problems) - MOST_NAMED} heads more" * (len(problems) > MOST_NAMED)
-        raise ValueError(
-            f"{path}: head {'; '.join(problems[:MOST_NAMED])}{more}; expected a list of finite "
-            "numbers of at least 0"
-        )
+Score = Annotated[float, Ge(0), Le(sys.float_info.max), Says("a finite number of at least 0")]
+HEAD = re.compile(r"[0-9]{1,6}-[0-9]{1,6}")
+"""A key of a score file."""
+
+
+def _samples(path: Path) -> np.ndarray:
+    table = read_object(path)
+    names = (f"got the key {shown(key)}" for key in table if not HEAD.fullmatch(key))
+    refuse(names, str(path), ", expected 'layer-head' such as '0-12'")
+    kinds = dict.fromkeys(table, list[Score])
+    refuse((line for _, line in violations(table, kinds, "head ")), str(path))
+    if not table:
+        raise ValueError(f"{path} has no heads, expected lists of scores by 'layer-head'")
     # Two keys may name one head ("0-1", "00-1"): compare both counts with the full table.
     keys = {tuple(int(part) for part in key.split("-", 1)): key for key in table}
     layers, heads = (max(axis) + 1 for axis in zip(*keys, strict=True))
@@ -163,40 +165,6 @@ def _samples(path: Path, table: Any) -> np.ndarray:
         raise ValueError(f"{path}: heads have {counts} samples, expected the same for all")
     rows = [[table[keys[layer, head]] for head in range(heads)] for layer in range(layers)]
     return np.asarray(rows, dtype=np.float64)
-
-
-def _problem(values: Any) -> str:
-    """The first error in the samples of one head; empty if there is none."""
-    if not isinstance(values, list):
-        return f"has {type(values).__name__} {str(values)[:40]!r}"
-    if not values:
-        return "has an empty list"
-    kinds = (int, float)  # excludes bool, a subclass of int
-    bad = [x for x in values if type(x) not in kinds or not 0 <= x <= sys.float_info.max]
-    return f"has {str(bad[0])[:40]!r} in its list" if bad else ""
-
-
-def _is_key(key: str) -> bool:
-    layer, _, head = key.partition("-")
-    return all(part.isascii() and part.isdigit() for part in (layer, head))
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    companion = meta_path(path)
-    meta = _read_json(companion) if companion.is_file() else {}
-    if not isinstance(meta, dict):
-        raise ValueError(f"{companion}: got {type(meta).__name__}, expected a JSON object")
-    return meta
-
-
-def _read_json(path: Path) -> Any:
-    # Not `kvjax.data_files.read_json`: whoever follows a token opens no file about rows of data.
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, RecursionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
 def split_half(scores: HeadScores, splits: int = 20) -> float:

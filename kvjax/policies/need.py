@@ -10,19 +10,23 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64, Int, Int32
 
 from kvjax.config import ModelConfig
-from kvjax.data_files import read_json
+from kvjax.fields import Number, Object, Size, object_problems, refuse, within
 from kvjax.paths import local_path
 from kvjax.policies.budgets import HeadImportance, Request, largest_remainder, water_fill
 from kvjax.policies.importance import beside, check_heads
 from kvjax.runs import write_json
+from kvjax.text_files import read_object
 
 FORMAT = 1
+Table = list[list[list[Number]]]
+FIELDS = {"format": Literal[FORMAT], "sizes": list[Size], "rises": Table, "errors": Table}
+"""Fields of a file of curves, besides the origin of the numbers."""
 COMMON = 0.1
 """Weight of the mean over all heads in each head's curve: other prompts may need other heads. So
 every head gets some tokens before the last doubtful ones go to the heads with measured need."""
@@ -108,16 +112,13 @@ def load_need(path: str | Path, model_config: ModelConfig | None = None) -> Need
     path = local_path(path, "the file of need curves")
     if not path.is_file():
         raise ValueError(f"no file of need curves at {path}")
-    held = read_json(path)
-    if not isinstance(held, dict) or held.get("format") != FORMAT:
-        found = held.get("format") if isinstance(held, dict) else type(held).__name__
-        raise ValueError(f"{path}: format {found!r}, expected need curves of format {FORMAT}")
-    try:
-        sizes = np.asarray(held["sizes"], np.int64)
+    held = read_object(path)
+    refuse(object_problems(held, FIELDS, optional={"meta": Object}, others=False), str(path))
+    with within(path):
         rises, errors = (np.asarray(held[name], np.float64) for name in ("rises", "errors"))
-        curves = NeedCurves(sizes, rises, errors, held.get("meta", {}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        curves = NeedCurves(
+            np.asarray(held["sizes"], np.int64), rises, errors, held.get("meta", {})
+        )
     if model_config is not None:
         check_curves(curves, model_config, str(path))
     return curves

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AttentionSpec
-from kvjax.checks import COUNT, check_ranges
+from kvjax.checks import Range, check_ranges
 from kvjax.config import (
     AttentionConfig,
     DynamicScaling,
@@ -74,6 +74,10 @@ class SumAttention:
         return jax.lax.fori_loop(0, tiles, add, state)
 
 
+MOST_FUTURE = 8192
+"""Each of the next positions has a rotation matrix [H, H] in memory."""
+
+
 @dataclass(frozen=True)
 class ExpectedAttention:
     """Expected Attention (arXiv 2510.00636): the attention that future queries will pay to a token.
@@ -86,7 +90,7 @@ class ExpectedAttention:
     future: int = 512
 
     def __post_init__(self):
-        check_ranges(vars(self), {"future": COUNT})
+        check_ranges(vars(self), {"future": Range(1, MOST_FUTURE, whole=True)})
 
     def observer(self, attention: AttentionConfig) -> QueryMoments:
         """See `kvjax.policies.scorers.Scorer`.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AttentionSpec, PoolLayer, PrefillCache
 from kvjax.cache.storage import take_rows
-from kvjax.checks import COUNT, SHARE, SIZE, check_ranges
+from kvjax.checks import SHARE, SIZE, Range, check_ranges
 from pallas_kernels import dequantize
 from pallas_kernels.entries import NEG_INF, Entries, soft_cap
 
@@ -190,6 +190,10 @@ def by_kv_head(weights_BNS: Float[Array, "B N S"], num_kv_heads: int) -> Float[A
     return jnp.mean(weights_BNS.reshape(B, num_kv_heads, N // num_kv_heads, S), axis=2)
 
 
+NEIGHBOURS = 1024
+"""Most tokens around a token that may raise its score: a program looks at each of them."""
+
+
 @dataclass(frozen=True)
 class ObservationWindow:
     """SnapKV (arXiv 2404.14469): the attention that the last w queries pay to a token.
@@ -201,7 +205,7 @@ class ObservationWindow:
     kernel_size: int = 7
 
     def __post_init__(self):
-        check_ranges(vars(self), {"kernel_size": COUNT})
+        check_ranges(vars(self), {"kernel_size": Range(1, NEIGHBOURS, whole=True)})
 
     def __call__(self, view: LayerView) -> Float[Array, "B K S"]:
         scores_BKS = by_kv_head(window_attention(view), view.keys.shape[1])
@@ -239,7 +243,9 @@ class SpanWindow:
     fade: float = 0.9
 
     def __post_init__(self):
-        ranges = {"ahead": SIZE, "behind": SIZE, "queries": COUNT, "fade": SHARE}
+        near = Range(0, NEIGHBOURS, whole=True)
+        last = Range(1, NEIGHBOURS, whole=True)
+        ranges = {"ahead": near, "behind": near, "queries": last, "fade": SHARE}
         check_ranges(vars(self), ranges)
 
     def __call__(self, view: LayerView) -> Float[Array, "B K S"]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvjax.data_files import read_text
 from kvjax.paths import local_path
 from kvjax.tasks import words
 from kvjax.tasks.words import Vocabulary, WordVocabulary
+from kvjax.text_files import read_text
 
 Filler = Callable[[np.random.Generator, int], list[list[int]]]
 """(rng, length) → token ids of sentences, `length` tokens in total; the last sentence is cut."""

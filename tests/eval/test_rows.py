@@ -35,7 +35,7 @@ def test_a_corrupt_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 3 is not JSON"):
         rows.read_rows(path)
     path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1 is a JSON list, expected an object"):
+    with pytest.raises(ValueError, match="line 1 holds a list, expected an object"):
         rows.read_rows(path)
 
 
@@ -102,14 +102,14 @@ def test_references_that_are_no_texts(folder, answers):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("dataset2maxlen", {"qasper": "9"}, "qasper is '9', expected ≥ 1"),
-        ("dataset2maxlen", {"qasper": 0}, "qasper is 0, expected ≥ 1"),
-        ("dataset2maxlen", {"qasper": float("nan")}, "qasper is nan, expected ≥ 1"),
-        ("dataset2prompt", {"qasper": 5}, "qasper is 5, expected text"),
-        ("dataset2prompt", [1], r"it is \[1\], expected an object"),
+        ("dataset2maxlen", {"qasper": "9"}, "qasper is '9', expected a whole number"),
+        ("dataset2maxlen", {"qasper": 0}, "qasper is 0, expected a whole number"),
+        ("dataset2maxlen", {"qasper": float("nan")}, "qasper is nan, expected a whole number"),
+        ("dataset2prompt", {"qasper": 5}, "qasper is 5, expected a text"),
+        ("dataset2prompt", [1], "expected an object"),
     ],
 )
 def test_prompts_and_lengths_without_a_meaning(folder, name, value, said):
     write(folder / "longbench" / f"{name}.json", value)
-    with pytest.raises(ValueError, match=rf"{name}\.json: {said}"):
+    with pytest.raises(ValueError, match=rf"{name}\.json.*{said}"):
         longbench.load(TaskOptions(data_dir=folder))

@@ -303,7 +303,7 @@ def test_tasks_and_settings_that_cannot_run(tmp_path):
     for wrong, message in (
         ({"policies": ("full", "full")}, "each once"),
         ({"policies": ()}, "at least one"),
-        ({"batch_size": 0}, "expected ≥ 1"),
+        ({"batch_size": 0}, "expected a whole number"),
         ({"protocol": "guess"}, "expected one of generate"),
         ({"protocol": "teacher", "temperature": 0.5}, "expected temperature 0"),
     ):

@@ -134,12 +134,18 @@ def test_results_of_another_command_are_not_taken_for_this_one(toy, checkpoint, 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (("command: latency", "command: speed"), "run 2: no command 'speed'"),
+        (
+            ("command: latency", "command: speed"),
+            "runs[1].command is 'speed', expected one of",
+        ),
         (("name: speed", "name: needle"), "two runs named needle"),
-        (("options: {lengths", "opts: {lengths"), "run 1 has opts"),
+        (("options: {lengths", "opts: {lengths"), "runs[0] has an unknown field 'opts'"),
         (("title: Toy", "title: [Toy"), "is not YAML"),
+        (("title: Toy", "title: Toy\ntitle: Boy"), "'title' comes twice"),
+        (("name: speed", "name: ../../speed"), "run 2: name is '../../speed', expected one of a f"),
+        (("name: speed", "name: /tmp/speed"), "run 2: name is '/tmp/speed', expected one of a f"),
         (("model: builtin:needle", ""), "run 1 has no model"),
-        (("title: Toy", "tables: Toy"), "has tables"),
+        (("title: Toy", "tables: Toy"), "got an unknown field 'tables'"),
     ],
 )
 def test_mistakes_are_named(toy, change, said):
@@ -174,7 +180,7 @@ def test_unknown_policies_and_names(toy):
     ],
 )
 def test_values_of_another_type(toy, option, said):
-    toy.write_text(TOY.replace("repeats: 1", option))
+    toy.write_text(TOY.replace("contexts: [64, 96], new_tokens: 4, repeats: 1", option))
     with pytest.raises(ValueError, match=re.escape(f"{toy}, run 2, speed: latency: {said}")):
         read(toy).runs[1].build(None)
 

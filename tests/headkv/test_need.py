@@ -162,10 +162,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="no file of need curves at"):
         load_need(path)
     for text, message in (
-        ("[]", "format 'list', expected need curves of format 1"),
-        ('{"format": 9}', "format 9, expected need curves of format 1"),
+        ("[]", "holds a list, expected an object"),
+        ('{"format": 9}', "format is 9, expected 1"),
         ('{"format": 1, "sizes": [0, 2], "rises": [[[1]]], "errors": [[[0]]]}', "rises are"),
-        ('{"format": 1, "sizes": [0, 2]}', "'rises'"),
+        ('{"format": 1, "sizes": [0, 2]}', "rises is missing, expected"),
         ("{", "not JSON"),
     ):
         path.write_text(text)

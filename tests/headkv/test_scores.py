@@ -65,30 +65,34 @@ def test_scores_of_another_model_name_both_shapes(tmp_path, scores):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("[1, 2]", "expected one JSON object"),
-        ("{}", "expected one JSON object"),
-        ('{"a-b": [1.0]}', "key 'a-b'"),
+        ("[1, 2]", "holds a list, expected an object"),
+        ("{}", "has no heads, expected lists"),
+        ('{"a-b": [1.0]}', "key 'a-b', expected"),
         ('{"0-0": [1.0], "1-1": [1.0]}', "2 heads, expected 2 layers x 2 heads = 4"),
         ('{"0-0": [1.0], "0-1": [1.0, 2.0]}', r"\[1, 2\] samples"),
-        ('{"0-0": [NaN], "0-1": [1.0]}', "head 0-0 has 'nan' in its list; expected a list of fin"),
-        ('{"0-0": [1.0], "0-1": [Infinity]}', "head 0-1 has 'inf' in its list"),
-        ('{"0-0": [1.0], "0-1": [1.0, -0.5]}', "head 0-1 has '-0.5' in its list"),
-        ('{"0-0": [1.0], "0-1": ["0.5"]}', "head 0-1 has '0.5' in its list"),
-        ('{"0-0": [1.0], "0-1": [true]}', "head 0-1 has 'True' in its list"),
-        ('{"0-0": [1.0], "0-1": [[1.0]]}', r"head 0-1 has '\[1.0\]' in its list"),
-        ('{"0-0": [1.0], "0-1": [null]}', "head 0-1 has 'None' in its list"),
-        ('{"0-0": [1e400], "0-1": [1.0]}', "head 0-0 has 'inf' in its list"),
-        ('{"0-0": [1%s], "0-1": [1.0]}' % ("0" * 400), "head 0-0 has '1000"),
-        ('{"0-0": 0.5, "0-1": [1.0]}', "head 0-0 has float '0.5'; expected a list"),
-        ('{"0-0": [1.0], "0-1": "0.5"}', "head 0-1 has str '0.5'"),
-        ('{"0-0": [1.0], "0-1": null}', "head 0-1 has NoneType 'None'"),
-        ('{"0-0": [], "0-1": [NaN]}', "head 0-0 has an empty list; 0-1 has 'nan' in its list"),
-        ('{"0-0": [], "0-1": [], "0-2": [], "0-3": [], "0-4": []}', "; and 2 heads more; expec"),
+        (
+            '{"0-0": [NaN], "0-1": [1.0]}',
+            r"head 0-0\[0\] is nan, expected a finite number of",
+        ),
+        ('{"0-0": [1.0], "0-1": [Infinity]}', r"head 0-1\[0\] is inf"),
+        ('{"0-0": [1.0], "0-1": [1.0, -0.5]}', r"head 0-1\[1\] is -0.5, expected"),
+        ('{"0-0": [1.0], "0-1": ["0.5"]}', r"head 0-1\[0\] is '0.5', expected"),
+        ('{"0-0": [1.0], "0-1": [true]}', r"head 0-1\[0\] is True"),
+        ('{"0-0": [1.0], "0-1": [[1.0]]}', r"head 0-1\[0\] is \[1.0\]"),
+        ('{"0-0": [1.0], "0-1": [null]}', r"head 0-1\[0\] is None"),
+        ('{"0-0": [1e400], "0-1": [1.0]}', r"head 0-0\[0\] is inf"),
+        ('{"0-0": [1%s], "0-1": [1.0]}' % ("0" * 400), r"head 0-0\[0\] is 1000"),
+        ('{"0-0": 0.5, "0-1": [1.0]}', "head 0-0 is 0.5, expected a list"),
+        ('{"0-0": [1.0], "0-1": "0.5"}', "head 0-1 is '0.5'"),
+        ('{"0-0": [1.0], "0-1": null}', "head 0-1 is None"),
+        ('{"0-0": ["a"], "0-1": [NaN]}', r"head 0-0\[0\] is 'a', .*\n.*head 0-1\[0\] is nan"),
+        ('{"0-0": [], "0-1": []}', "expected .* with at least one sample"),
+        (str({f"0-{i}": 0 for i in range(12)}).replace("'", '"'), "\nand 2 more problems"),
         ('{"0-0": [1.0], "0-00": [2.0]}', "2 heads, expected 1 layers x 1 heads = 1"),
         ('{"0--1": [1.0]}', "key '0--1', expected 'layer-head'"),
-        ('{"0-0": [0.1', r"heads\.json: not readable as JSON"),
-        ('{"0-0": ' + "[" * 100_000, r"heads\.json: not readable as JSON"),
-        ('{"0-0": [1%s]}' % ("0" * 5000), r"heads\.json: not readable as JSON"),
+        ('{"0-0": [0.1', r"heads\.json is not JSON"),
+        ('{"0-0": ' + "[" * 100_000, r"heads\.json is not JSON"),
+        ('{"0-0": [1%s]}' % ("0" * 5000), r"heads\.json is not JSON"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -105,7 +109,7 @@ def test_missing_and_broken_gzip(tmp_path):
     packed = gzip.compress(b'{"0-0": [0.5]}')
     for damaged in (packed[:-9], packed[:10] + b"\xff" * 4 + packed[14:]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"heads\.json\.gz: not readable"):
+        with pytest.raises(ValueError, match=r"heads\.json\.gz is not a whole \.gz file"):
             load_scores(path)
 
 
@@ -122,5 +126,5 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, scores, monkeypatch, 
 def test_a_meta_companion_that_is_no_object(tmp_path, scores):
     scores.save(tmp_path / "heads.json")
     (tmp_path / "heads.meta.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"heads\.meta\.json: got list, expected a JSON object"):
+    with pytest.raises(ValueError, match=r"heads\.meta\.json holds a list, expected an object"):
         load_scores(tmp_path / "heads.json")

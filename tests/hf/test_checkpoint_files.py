@@ -67,8 +67,9 @@ def write_shards(directory, *shards, **weight_map):
 def refusal(directory):
     with pytest.raises(ValueError) as error:
         kvjax.load(directory, dtype="float32")
-    assert "\n" not in str(error.value)
-    return str(error.value).removeprefix(f"cannot load {directory}: ")
+    lines = str(error.value).splitlines()
+    assert all(line.startswith(f"{directory}") for line in lines)
+    return "\n".join(line.removeprefix(f"{directory}").lstrip(":/ ") for line in lines)
 
 
 def torch_logits(directory):
@@ -250,7 +251,7 @@ def test_a_prefix_in_place_of_another(tmp_path):
     write_model(tmp_path / "a", change)
     assert refusal(tmp_path / "a") == (
         "19 tensor names begin with 'transformer.', expected 'model.' (got "
-        "transformer.embed_tokens.weight, expected model.embed_tokens.weight); missing "
+        "transformer.embed_tokens.weight, expected model.embed_tokens.weight)\nmissing "
         "model.layers.1.mlp.up_proj.weight"
     )
 
@@ -260,7 +261,6 @@ def test_long_lists_stay_readable():
     experts = [
         ("unexpected ", f"layers.{i}.experts.{e}.w1.weight", "") for i in (1, 2) for e in range(8)
     ]
-    others = [("unexpected ", f"name{i}", "") for i in range(40)]
     assert collapsed(layers[:2]) == [f"missing model.layers.{i}.mlp.w1" for i in (0, 1)]
     assert collapsed([*layers, *experts]) == [
         "missing model.layers.{0-6,8-31}.mlp.w1",
@@ -269,7 +269,6 @@ def test_long_lists_stay_readable():
     assert collapsed(experts[1:]) == [
         "unexpected layers.{1-2}.experts.{0-7}.w1.weight (15 tensors)"
     ]
-    assert collapsed(others)[30:] == ["and 10 more of the kind"]
 
 
 # --- Which file counts -----------------------------------------------------------------------
@@ -323,7 +322,7 @@ def test_a_tensor_in_two_shards_that_the_index_does_not_name(tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"] = {"model.norm.weight": "2.safetensors", EMBEDDING: "1.safetensors"}
     path.write_text(json.dumps(index))
-    assert f"{HEAD} is in several shards and not in the index" in refusal(tmp_path / "a")
+    assert f"{INDEX} has no {HEAD}, which is in several shards" in refusal(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -344,7 +343,8 @@ def test_an_index_that_names_no_file_of_the_directory(tmp_path, file, shown):
     tensors = read_tensors(tmp_path / "a")
     (tmp_path / "a" / SINGLE).rename(tmp_path / "a.safetensors")
     write_shards(tmp_path / "a", tensors, **{HEAD: file})
-    assert refusal(tmp_path / "a") == f"{HEAD} is in {shown}, expected a file in the directory"
+    line = f"{INDEX}: {HEAD} is in {shown}, expected a file in the directory"
+    assert refusal(tmp_path / "a") == line
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": ["a"]}', "{}", '{"weight_map": "a"}'])
@@ -352,9 +352,7 @@ def test_an_index_without_a_weight_map(tmp_path, content):
     write_model(tmp_path / "a")
     (tmp_path / "a" / SINGLE).unlink()
     (tmp_path / "a" / INDEX).write_text(content)
-    assert re.search(
-        r"is not an index: its weight_map is a \w+, expected an object", refusal(tmp_path / "a")
-    )
+    assert re.search(r"json: weight_map is .*, expected an object$", refusal(tmp_path / "a"))
 
 
 # --- Leftovers of a save that was stopped ----------------------------------------------------

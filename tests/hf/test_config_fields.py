@@ -9,7 +9,7 @@ import pytest
 from toys import random_params
 
 import kvjax
-from kvjax.config import EqualCacheConfig, GQAConfig, YarnScaling
+from kvjax.config import MLPConfig, YarnScaling
 from kvjax.hf import read_model, read_shape
 from kvjax.hf.config import config_from_hf, read_config
 from kvjax.hf.families import FAMILIES
@@ -35,17 +35,16 @@ OTHERS = {
 
 
 def error_of(changes):
-    """The error that a config with changes gives: of one line."""
+    """The error that a config with changes gives: one line for each problem."""
     with pytest.raises(ValueError) as error:
         config_from_hf({**LLAMA, **changes})
-    assert "\n" not in str(error.value)
     return str(error.value)
 
 
-COUNT = "an integer from 1 to 2147483647"
+COUNT = "a whole number from 1 to 2147483647"
 FLAG = "true or false"
-REAL = "a number above 0"
-EPS = "a number of at least 0, at most 1"
+REAL = "a finite number above 0"
+EPS = "a finite number from 0 to 1"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +56,8 @@ EPS = "a number of at least 0, at most 1"
         ("llama", "num_attention_heads", 0, COUNT),
         ("llama", "num_attention_heads", 1.5, COUNT),
         ("llama", "num_key_value_heads", 0, COUNT),
-        ("llama", "num_hidden_layers", 0, "an integer from 1 to 10000"),
-        ("llama", "num_hidden_layers", 10**15, "an integer from 1 to 10000"),
+        ("llama", "num_hidden_layers", 0, "a whole number from 1 to 10000"),
+        ("llama", "num_hidden_layers", 10**15, "a whole number from 1 to 10000"),
         ("llama", "head_dim", "8", COUNT),
         ("llama", "max_position_embeddings", 0, COUNT),
         ("llama", "max_position_embeddings", "512", COUNT),
@@ -86,12 +85,12 @@ EPS = "a number of at least 0, at most 1"
         ("llama", "eos_token_id", "2", "a token id, a list of token ids or null"),
         ("llama", "eos_token_id", [2, "3"], "a token id, a list of token ids or null"),
         ("llama", "eos_token_id", 2.0, "a token id, a list of token ids or null"),
-        ("llama", "bos_token_id", [1], "an integer from -1 to 2147483647 or null"),
+        ("llama", "bos_token_id", [1], "a whole number from -1 to 2147483647 or null"),
         ("llama", "transformers_weights", "other.safetensors", "no such key"),
         ("mistral", "sliding_window", 0, f"{COUNT} or null"),
         ("mistral", "sliding_window", -4096, f"{COUNT} or null"),
         ("qwen2", "use_sliding_window", "yes", FLAG),
-        ("qwen2", "max_window_layers", None, "an integer from 0 to 2147483647"),
+        ("qwen2", "max_window_layers", None, "a whole number from 0 to 2147483647"),
         ("qwen3_moe", "num_experts", 0, f"{COUNT} or null"),
         ("qwen3_moe", "decoder_sparse_step", 0, COUNT),
         ("qwen3_moe", "mlp_only_layers", ["0"], "a list of layer numbers or null"),
@@ -101,8 +100,8 @@ EPS = "a number of at least 0, at most 1"
         ("gemma3_text", "sliding_window_pattern", 0, f"{COUNT} or null"),
         ("smollm3", "no_rope_layer_interval", 0, COUNT),
         ("smollm3", "no_rope_layers", [True, False], "a list of 0 and 1 or null"),
-        ("phi3", "original_max_position_embeddings", 0, "an integer from 2 to 2147483647"),
-        ("phi3", "partial_rotary_factor", 1.5, "a number above 0, at most 1"),
+        ("phi3", "original_max_position_embeddings", 0, "a whole number from 2 to 2147483647"),
+        ("phi3", "partial_rotary_factor", 1.5, "a finite number above 0 and of at most 1"),
         ("deepseek_v3", "q_lora_rank", 0, f"{COUNT} or null"),
         ("deepseek_v3", "v_head_dim", None, COUNT),
     ],
@@ -111,7 +110,7 @@ def test_a_value_of_the_wrong_kind(family, key, value, expected):
     message = error_of({"model_type": family, **OTHERS.get(family, {}), key: value})
     assert message.startswith(f"{key} is {value!r}"[:40])
     assert f"expected {expected}" in message
-    assert message.count(" is ") == 1
+    assert message.count(" is ") == 1 and "\n" not in message
 
 
 ROPES = {
@@ -127,16 +126,21 @@ ROPES = {
 @pytest.mark.parametrize(
     ("kind", "key", "value", "message"),
     [
-        ("linear", "factor", 0, "factor is 0, expected a number above 0"),
-        ("linear", "factor", "2", "factor is '2', expected a number above 0"),
-        ("linear", "factor", 10**15, "factor is 1000000000000000, expected a number above 0"),
-        ("linear", "factor", True, "factor is True, expected a number above 0"),
-        ("dynamic", "factor", math.nan, "factor is nan, expected a number above 0"),
-        ("linear", "rope_theta", -5.0, "rope_theta is -5.0, expected a number above 0"),
+        ("linear", "factor", 0, "factor is 0, expected a finite number ab"),
+        ("linear", "factor", "2", "factor is '2', expected a finite number ab"),
+        (
+            "linear",
+            "factor",
+            10**15,
+            "factor is 1000000000000000, expected a finite number above 0",
+        ),
+        ("linear", "factor", True, "factor is True, expected a finite number ab"),
+        ("dynamic", "factor", math.nan, "factor is nan, expected a finite number ab"),
+        ("linear", "rope_theta", -5.0, "rope_theta is -5.0, expected a finite number ab"),
         ("llama3", "high_freq_factor", 1.0, "(1.0, 1.0), expected them to rise"),
-        ("llama3", "original_max_position_embeddings", 0, "is 0, expected an integer from 2"),
-        ("yarn", "attention_factor", -1.0, "is -1.0, expected a number above 0"),
-        ("yarn", "beta_fast", "32", "beta_fast is '32', expected a number above 0"),
+        ("llama3", "original_max_position_embeddings", 0, "is 0, expected a whole number from 2"),
+        ("yarn", "attention_factor", -1.0, "is -1.0, expected a finite number ab"),
+        ("yarn", "beta_fast", "32", "beta_fast is '32', expected a finite number ab"),
         ("yarn", "truncate", "no", "truncate is 'no', expected true or false"),
         ("longrope", "short_factor", [1.0] * 3, "short_factor has 3 entries, expected 4, half of"),
         ("longrope", "long_factor", [1.0] * 5, "long_factor has 5 entries, expected 4, half of 8"),
@@ -150,7 +154,6 @@ ROPES = {
 def test_rope_numbers(style, kind, key, value, message):
     got = error_of({style: {"rope_type": kind, **ROPES[kind], key: value}})
     assert message in got
-    assert ";" not in got
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_rope_numbers(style, kind, key, value, message):
         ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention is 3, expec"),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 0}}},
-            "rope_parameters.sliding_attention.factor is 0, expected a number above 0",
+            "rope_parameters.sliding_attention.factor is 0, expected a finite number above 0",
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
@@ -220,21 +223,25 @@ def test_one_error_lists_all_problems_of_the_files(tmp_path):
     raw["rope_scaling"] = {"rope_type": "linear", "factor": 0}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    problems = (
-        "the config has no vocab_size; tie_word_embeddings is 'no', expected true or false; "
-        "rope_theta is -1, expected a number above 0 or null; layer_types has 0 entries, expected "
-        "2, one per layer; rope_scaling.factor is 0, expected a number above 0, at most 1e+06 or "
-        "null"
-    )
+    problems = [
+        f"vocab_size is missing, expected {COUNT}",
+        "tie_word_embeddings is 'no', expected true or false",
+        "rope_theta is -1, expected a finite number above 0 or null",
+        "layer_types has 0 entries, expected 2, one per layer",
+        "rope_scaling.factor is 0, expected a finite number above 0 and of at most 1000000.0 "
+        "or null",
+    ]
+    path, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
+    lines = [f"{path}: {line}" for line in problems]
     with pytest.raises(ValueError) as error:
         read_config(tmp_path)
-    assert str(error.value) == (
-        f"cannot read {tmp_path / 'config.json'}: {problems}; generation_config.json: eos_token_id "
-        "is ['</s>'], expected a token id, a list of token ids or null"
-    )
+    assert str(error.value).splitlines() == [
+        *lines,
+        f"{generation}: eos_token_id is ['</s>'], expected a token id, a list of token ids or null",
+    ]
     with pytest.raises(ValueError) as error:
-        read_shape(str(tmp_path / "config.json"))
-    assert str(error.value) == f"cannot read {tmp_path / 'config.json'}: {problems}"
+        read_shape(str(path))
+    assert str(error.value).splitlines() == lines
 
 
 @pytest.mark.parametrize(
@@ -285,7 +292,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160
     [
         (POINTER, "{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"),
         ("[1]", "{name} holds a list, expected an object"),
-        ("\udcff", "{name} is not JSON: "),
+        ("\udcff", "{name} is not UTF-8 text: "),
         ("[" * 100_000, "{name} is not JSON: "),
     ],
 )
@@ -332,23 +339,27 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, name, text, message):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("vocab_size",), "64", "model.vocab_size is '64', expected int"),
-        (("vocab_size",), 0, "model.vocab_size is 0, expected a positive number"),
-        (("vocab_size",), 10**15, "model.vocab_size is 1000000000000000, expected int"),
-        (("tie_embeddings",), "no", "model.tie_embeddings is 'no', expected bool"),
-        (("eos_ids",), 2, "model.eos_ids is 2, expected a list of int"),
-        (("eos_ids",), [2, "a"], "model.eos_ids[1] is 'a', expected int"),
-        (("norm",), 1e-6, "model.norm is 1e-06, expected NormConfig"),
-        (("norm", "eps"), math.nan, "model.norm.eps is nan, expected float"),
-        (("norm", "eps"), -1.0, "model.norm.eps is -1.0, expected a number from 0 to 1"),
+        (("vocab_size",), "64", f"model.vocab_size is '64', expected {COUNT}"),
+        (("vocab_size",), 0, f"model.vocab_size is 0, expected {COUNT}"),
+        (("vocab_size",), 10**15, f"model.vocab_size is 1000000000000000, expected {COUNT}"),
+        (("tie_embeddings",), "no", "model.tie_embeddings is 'no', expected true or false"),
+        (("eos_ids",), 2, "model.eos_ids is 2, expected a list, each a whole number from -1"),
+        (("eos_ids",), [2, "a"], "model.eos_ids[1] is 'a', expected a whole number from -1"),
+        (("norm",), 1e-6, "model.norm is 1e-06, expected an object (NormConfig)"),
+        (("norm", "eps"), math.nan, f"model.norm.eps is nan, expected {EPS}"),
+        (("norm", "eps"), -1.0, f"model.norm.eps is -1.0, expected {EPS}"),
         (("norm", "bias"), 1, "model.norm has an unknown field 'bias'"),
-        (("layers",), {}, "model.layers is an unknown part None, expected a list of LayerConfig"),
+        (("layers",), {}, "model.layers is an unknown part None, expected a list, each"),
         (("layers", 1, "attention", "num_heads"), 4.0, "layers[1].attention.num_heads is 4.0, exp"),
         (("layers", 1, "attention", "head_dim"), True, "layers[1].attention.head_dim is True, exp"),
         (("layers", 0, "attention", "rope", "theta"), 0, "layers[0].attention.rope.theta is 0, ex"),
         (("layers", 0, "attention", "qk_norm"), "x", "qk_norm is 'x', expected one of head, all"),
         (("layers", 0, "mlp", "activation"), "relu", "activation is 'relu', expected one of silu"),
-        (("layers", 0, "attention"), "GQA", "layers[0].attention is 'GQA', expected GQAConfig or"),
+        (
+            ("layers", 0, "attention"),
+            "GQA",
+            "layers[0].attention is 'GQA', expected an object (GQAC",
+        ),
     ],
 )
 def test_values_of_a_native_config(tmp_path, path, value, message):
@@ -362,20 +373,17 @@ def test_values_of_a_native_config(tmp_path, path, value, message):
     (tmp_path / "a" / "kvjax.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_model(tmp_path / "a")
-    assert "kvjax.json is not a model configuration" in str(error.value)
-
-
-GQA = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8, scale=0.4, rope=None)
+    assert str(error.value).startswith(f"{tmp_path / 'a' / 'kvjax.json'}: model.")
 
 
 @pytest.mark.parametrize(
-    ("part", "message"),
+    ("part", "changes", "message"),
     [
-        (EqualCacheConfig(GQA, 1, 8, 8, "before"), "rope_site is 'before', expected one of after"),
-        (YarnScaling(4.0, 64, 1.0, 0.0, 1.0), "beta_fast is 0.0, expected a positive number"),
-        (YarnScaling(4.0, 64, 1.0, 32.0, -1.0), "beta_slow is -1.0, expected a positive number"),
+        (MLPConfig(8), {"activation": "relu"}, "activation is 'relu', expected one of silu, gelu"),
+        (YarnScaling(4.0, 64, 1.0, 0.0, 1.0), {}, "beta_fast is 0.0, expected a finite number ab"),
+        (YarnScaling(4.0, 64, 1.0, 32.0, -1.0), {}, "beta_slow is -1.0, expected a finite number"),
     ],
 )
-def test_parts_of_a_native_config(part, message):
-    (problem,) = part_problems(encode(part), type(part))
+def test_parts_of_a_native_config(part, changes, message):
+    (problem,) = part_problems(encode(part) | changes, type(part))
     assert message in problem

@@ -237,10 +237,9 @@ def test_other_factors_are_kept(tmp_path):
 
 
 def refused(path):
-    """The one line with which a file is refused."""
+    """The error with which a file is refused: one line for each problem."""
     with pytest.raises(ValueError) as caught:
         kvjax.load(path)
-    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -289,9 +288,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     names = [f"blk.{i}.attn_k.weight" for i in (0, 1)]
     path = folder_with(tmp_path, raw, skip=(*names, "output_norm.weight"))
     line = refused(path)
-    assert (
-        f"cannot load {path}: missing output_norm.weight" in line and f"missing {names[0]}" in line
-    )
+    assert f"{path}: missing output_norm.weight" in line and f"missing {names[0]}" in line
 
     def more(writer):
         writer.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, np.float32))
@@ -313,7 +310,7 @@ def test_quantizations_that_cannot_be_read(tmp_path):
         writer.add_tensor("blk.0.ffn_up.weight", np.zeros((96, 2 * size), np.uint8), raw_dtype=kind)
 
     path = folder_with(tmp_path, raw, extra=extra, skip=("blk.0.ffn_up.weight",))
-    line = f"cannot load {path}: blk.0.ffn_up.weight is quantized as Q8_1, which the gguf package"
+    line = f"{path}: blk.0.ffn_up.weight is quantized as Q8_1, which the gguf package"
     assert line in refused(path)
     assert "missing" not in refused(path)
     content = path.read_bytes()
@@ -353,7 +350,7 @@ def test_models_that_kvjax_does_not_compute(tmp_path, changes, message):
             getattr(writer, add)(*([] if name == "arch" else [kind]))
 
     path = folder_with(tmp_path, raw_config("qwen2", rope_scaling=None), extra=extra)
-    assert f"cannot read {path}: " in refused(path) and message in refused(path)
+    assert f"{path}: " in refused(path) and message in refused(path)
 
 
 def test_missing_metadata(tmp_path):

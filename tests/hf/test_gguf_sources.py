@@ -1,5 +1,7 @@
 """Where GGUF files come from: repositories of the hub, packages of the index; their tokenizers."""
 
+import json
+import re
 import shutil
 import types
 
@@ -159,6 +161,23 @@ def test_a_package_that_is_not_there(package, capsys):
     )
     with pytest.raises(ValueError, match=line):
         kvjax.load("builtin:tiny")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"file": "../../x.gguf"}, "file is '../../x.gguf', expected a path in the package"),
+        ({"file": "/x.gguf"}, "file is '/x.gguf', expected a path in the package"),
+        ({"file": 3}, "file is 3, expected a text"),
+        ({"version": None}, "version is None, expected a text"),
+        ({"sha": "0"}, "got an unknown field 'sha', expected some of package, version, file"),
+    ],
+)
+def test_a_package_file_that_is_wrong(tmp_path, content, said):
+    good = {"package": "numpy", "version": "0", "file": "x.gguf"}
+    (tmp_path / files.PACKAGE).write_text(json.dumps({**good, **content}))
+    with pytest.raises(ValueError, match=f"{files.PACKAGE}: {re.escape(said)}$"):
+        files.in_folder(tmp_path)
 
 
 def test_smollm2():

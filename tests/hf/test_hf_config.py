@@ -247,7 +247,10 @@ def test_json_is_kept_verbatim(tmp_path):
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, f"model_type is 'gpt2', expected one of {SUPPORTED}"),
-        ({"hidden_size": None, "vocab_size": None}, "the config has no vocab_size, hidden_size"),
+        (
+            {"hidden_size": None, "vocab_size": None},
+            "vocab_size is missing, .*\nhidden_size is",
+        ),
         ({"num_key_value_heads": 3}, "4 query heads for 3 KV heads, expected a multiple"),
         ({"hidden_act": "relu"}, "the activation is 'relu', expected one of silu"),
         ({"rope_scaling": {"type": "magic"}}, "rope type is 'magic', expected one of default"),

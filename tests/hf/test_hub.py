@@ -238,15 +238,15 @@ def test_a_missing_shard(fake, repository):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"weight_map": ["model.safetensors"]}', "is not an index: its weight_map is a list"),
-        ('{"metadata": {}}', "is not an index: its weight_map is a NoneType"),
+        ('{"weight_map": ["model.safetensors"]}', ": weight_map is .*, expected an object"),
+        ('{"metadata": {}}', ": weight_map is missing, expected an"),
         ("[" * 100_000, "is not JSON: "),
         ("version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
     ],
 )
 def test_a_broken_index(fake, repository, text, message):
     (repository / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=rf"{INDEX} {message}"):
+    with pytest.raises(ValueError, match=rf"{INDEX} ?{message}"):
         kvjax.load(ID)
 
 

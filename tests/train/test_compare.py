@@ -133,16 +133,16 @@ def test_another_comparison_s_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other settings"):
         check_folder(CompareConfig(), tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json, line 1 is not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         check_folder(CompareConfig(), tmp_path)
 
 
 def test_bad_settings(tmp_path):
-    with pytest.raises(ValueError, match=r"got arms \['lora'\], expected some of gqa"):
+    with pytest.raises(ValueError, match=r"arms\[1\] is 'lora', expected one of gqa"):
         CompareConfig(arms=("gqa", "lora"))
     with pytest.raises(ValueError, match="steps is 3, expected a whole number from 4"):
         CompareConfig(steps=3)
     path = tmp_path / "c.yaml"
     path.write_text("step: 3\n")
-    with pytest.raises(ValueError, match=r"got keys \['step'\]"):
+    with pytest.raises(ValueError, match="got an unknown field 'step'"):
         read_compare(path)

@@ -107,7 +107,7 @@ def test_hub_without_its_package(monkeypatch):
         ("a.jsonl", b"\n \n", "a.jsonl has no rows"),
         ("a.txt", b"\n", "a.txt has no rows"),
         ("a.json", b"[]", "a.json has no rows"),
-        ("a.json", b"[{]", "a.json, line 1 is not JSON"),
+        ("a.json", b"[{]", "a.json is not JSON"),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz is not a whole .gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "is not a whole .gz file"),
         ("a.jsonl.xz", b"{}", "is not a whole .xz file"),
@@ -131,7 +131,7 @@ def test_missing_files(path):
     ("line", "message"),
     [
         ('{"query": "10"', "line 3 is not JSON"),
-        ("[1, 2]", "line 3 is a JSON list, expected an object"),
+        ("[1, 2]", "line 3 holds a list, expected an object"),
         ("[" * 100_000, "line 3 is not JSON"),
         ('{"query": "10", "answer": "11"}', "line 3: got columns query, answer; .*query, response"),
         ('{"query": "10", "response": ""}', "line 3: no answer to learn"),

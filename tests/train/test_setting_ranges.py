@@ -36,8 +36,8 @@ NAN, INF = float("nan"), float("inf")
         ("log_every", (NAN, INF, 0, -1), "from 1 to"),
         ("keep", (0, -1), "from 1 to"),
         ("seed", (-1, NAN, 0.5), "from 0 to"),
-        ("remat", ("no",), "one of False, True"),
-        ("dtype", ("float99",), "one of None, bfloat16, float32"),
+        ("remat", ("no",), "true or false"),
+        ("dtype", ("float99",), "one of bfloat16, float32 or null"),
         ("data", ("plain:a",), "a list"),
     ],
 )
@@ -57,12 +57,21 @@ def test_all_that_is_wrong_with_a_run_is_one_error(tmp_path):
     path.write_text("model: m\nlearning_rate: .nan\nclip: .inf\nb1: 1\nweight_decay: 1e-2\n")
     with pytest.raises(ValueError) as error:
         read_config(path)
-    assert str(error.value) == (
-        f"{path}: learning_rate is nan, expected a finite number above 0; "
-        "b1 is 1, expected a finite number of at least 0 and below 1; "
-        "weight_decay is '1e-2' (a text: YAML reads a number as in 1.0e-02), expected a finite "
-        "number of at least 0; clip is inf, expected a finite number above 0"
-    )
+    assert str(error.value).splitlines() == [
+        f"{path}: learning_rate is nan, expected a finite number above 0",
+        f"{path}: b1 is 1, expected a finite number of at least 0 and below 1",
+        f"{path}: clip is inf, expected a finite number above 0",
+    ]
+
+
+def test_a_number_of_json_is_one_in_yaml_and_a_text_is_none(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nlearning_rate: 1e-3\nweight_decay: 1E+0\n")
+    config = read_config(path)
+    assert (config.learning_rate, config.weight_decay) == (1e-3, 1.0)
+    path.write_text('model: m\nlearning_rate: "1e-3"\nweight_decay: 1e-3x\n')
+    with pytest.raises(ValueError, match=r"rate is '1e-3', expected .*\n.*decay is '1e-3x', exp"):
+        read_config(path)
 
 
 def test_the_command_refuses_nan_before_any_work(tmp_path, capsys):
@@ -81,7 +90,7 @@ def test_the_command_refuses_nan_before_any_work(tmp_path, capsys):
     [
         ({"epochs": NAN}, "epochs is nan"),
         ({"batch_size": 2.0}, "batch_size is 2.0"),
-        ({"seed": True, "max_rows": 0}, "seed is True.*; max_rows is 0"),
+        ({"seed": True, "max_rows": 0}, "seed is True.*\nmax_rows is 0"),
     ],
 )
 def test_data_settings(changes, message):
@@ -131,7 +140,7 @@ def recipe(model=None, stage=None, episodes=None, **changes):
         ({"episodes": {"wording": NAN}}, r"stages\[0\].episodes.wording is nan"),
         ({"episodes": {"length": 65}}, "length is 65, expected at most .* 64"),
         ({"episodes": {"people": (3, 2)}}, r"people is \[3, 2\]"),
-        ({"episodes": {"answer_length": (0, 2)}}, r"answer_length is \[0, 2\]"),
+        ({"episodes": {"answer_length": (0, 2)}}, r"answer_length is \(0, 2\)"),
         ({"episodes": {"kinds": {"thing": NAN}}}, "kinds.thing is nan"),
         ({"episodes": {"kinds": {"thing": 0}}}, "all shares are 0"),
         ({"episodes": {"kinds": {"thing": 1, "copy": 1}}}, "expected alone"),
@@ -151,9 +160,9 @@ def test_all_that_is_wrong_with_a_recipe_is_one_error(tmp_path):
     path.write_text(text.replace("wording: 0.3", "wording: .inf"))
     with pytest.raises(ValueError) as error:
         read_curriculum(path)
-    named = [part.split(" is ")[0].split(" ")[-1] for part in str(error.value).split("; ")]
+    named = [line.split(" is ")[0].split(" ")[-1] for line in str(error.value).splitlines()]
     assert named == [
-        "learning_rate", "model.head_dim", "stages[2].episodes.wording", "stages[9].max_steps",
+        "model.head_dim", "stages[2].episodes.wording", "stages[9].max_steps", "learning_rate",
     ]  # fmt: skip
 
 
@@ -164,7 +173,7 @@ def test_a_file_that_holds_no_settings(tmp_path, read, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run\.yaml"):
         read(path)
-    with pytest.raises(ValueError, match=r"cannot read .*none\.yaml"):
+    with pytest.raises(ValueError, match=r"has no none\.yaml"):
         read(tmp_path / "none.yaml")
 
 
@@ -180,8 +189,8 @@ def test_a_file_that_holds_no_settings(tmp_path, read, text):
         ({"eval_rows": 0}, "eval_rows is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sequence_length": 1}, "sequence_length is 1"),
-        ({"seeds": 0, "rows": -1}, "rows is -1.*; seeds is 0"),
-        ({"families": ("songs",)}, r"got families \['songs'\], expected some of word_problems"),
+        ({"seeds": 0, "rows": -1}, "rows is -1.*\nseeds is 0"),
+        ({"families": ("songs",)}, r"families\[0\] is 'songs', expected one of word_problems"),
     ],
 )
 def test_comparisons(changes, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ from kvjax.hf import open_params, read_model
 from kvjax.identity import identity
 from kvjax.paths import local_path
 from kvjax.runs import claim, write_json, write_whole
+from kvjax.text_files import read_object
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
 
@@ -96,7 +96,7 @@ def _before(config: CompareConfig, out: Path) -> dict[str, Any]:
     if not path.exists():
         model, params = kvjax.load(config.model, dtype="float32")
         write_json(path, test_accuracies(config, model, params))
-    return json.loads(path.read_text())
+    return read_object(path)
 
 
 def report(config: CompareConfig, out: Path, before: dict[str, Any]) -> dict[str, Any]:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Len
 
 from kvjax import transmla
-from kvjax.checks import COUNT, POSITIVE, SHARE, Range, out_of_range
+from kvjax.checks import COUNT, Range
 from kvjax.config import RopeConfig
+from kvjax.fields import Count, OneOf, Positive, Share, build, check_fields
 from kvjax.nn import Transformer
 from kvjax.tasks.families import FAMILIES
+from kvjax.text_files import read_yaml
 from kvjax.transmla.inits import Factors, Init, identity
-from train.settings import read_dataclass
-
-RANGES = {
-    **dict.fromkeys(("rows", "problems", "batch_size", "seeds", "eval_every", "eval_rows"), COUNT),
-    "steps": Range(least=4, most=2**31 - 1, whole=True),
-    "sequence_length": Range(least=2, most=2**31 - 1, whole=True),
-    "paper_rate": POSITIVE,
-    "warmup": SHARE,
-}
-"""Ranges of the numbers of a `CompareConfig`; a quarter of the steps chooses the rate."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,10 @@ ARMS = {
 as many parameters."""
 
 
+Arms = Annotated[tuple[Annotated[str, OneOf(tuple(ARMS))], ...], Len(1)]
+Families = Annotated[tuple[Annotated[str, OneOf(tuple(FAMILIES))], ...], Len(1)]
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """GQA and MLA, fine-tuned alike: the comparison of TransMLA v1 and v2 (arXiv 2502.07864).
@@ -92,37 +89,25 @@ class CompareConfig:
     """
 
     model: str = "builtin:needle"
-    families: tuple[str, ...] = ("word_problems", "programs")
-    arms: tuple[str, ...] = tuple(ARMS)
-    rows: int = 20_000
-    problems: int = 200
-    steps: int = 300
-    batch_size: int = 16
-    sequence_length: int = 128
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    paper_rate: float = 2e-5
-    seeds: int = 3
-    warmup: float = 0.03
-    eval_every: int = 20
-    eval_rows: int = 100
+    families: Families = (
+        "word_problems",
+        "programs",
+    )
+    arms: Arms = tuple(ARMS)
+    rows: Count = 20_000
+    problems: Count = 200
+    steps: Annotated[int, Range(least=4, most=COUNT.most, whole=True)] = 300
+    batch_size: Count = 16
+    sequence_length: Annotated[int, Range(least=2, most=COUNT.most, whole=True)] = 128
+    rates: Annotated[tuple[Positive, ...], Len(1)] = (1e-3, 3e-3, 1e-2, 3e-2)
+    paper_rate: Positive = 2e-5
+    seeds: Count = 3
+    warmup: Share = 0.03
+    eval_every: Count = 20
+    eval_rows: Count = 100
 
     def __post_init__(self) -> None:
-        problems = out_of_range(vars(self), RANGES)
-        for name, known in (("arms", ARMS), ("families", FAMILIES)):
-            chosen = getattr(self, name)
-            if not isinstance(chosen, tuple) or not chosen:
-                problems.append(f"{name} is {chosen!r}, expected a list of {', '.join(known)}")
-                continue
-            unknown = [one for one in chosen if one not in known]
-            if unknown:
-                problems.append(f"got {name} {unknown}, expected some of {', '.join(known)}")
-        rates = self.rates if isinstance(self.rates, tuple) else ()
-        if not rates:
-            problems.append(f"rates is {self.rates!r}, expected at least one")
-        named = {f"rates[{index}]": rate for index, rate in enumerate(rates)}
-        problems += out_of_range(named, dict.fromkeys(named, POSITIVE))
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_fields(self)
 
 
 def read_compare(path: Path | None, **changes: Any) -> CompareConfig:
@@ -133,7 +118,7 @@ def read_compare(path: Path | None, **changes: Any) -> CompareConfig:
     """
     if path is None:
         return CompareConfig(**changes)
-    return read_dataclass(CompareConfig, path, **changes)
+    return build(CompareConfig, {**read_yaml(path, "train"), **changes}, str(path))
 
 
 @dataclass(frozen=True)

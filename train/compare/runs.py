@@ -11,21 +11,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Len
 
 import kvjax
 from kvjax import runs
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
+from kvjax.fields import Number, Positive, Says, object_problems, refuse
 from kvjax.nn import Transformer
 from kvjax.prefill import bucket_length
 from kvjax.runs import write_whole
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import problems, rows
 from kvjax.tasks.prompt import Problem
+from kvjax.text_files import read_object
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
 from train.data import DataConfig, SourceConfig, check_documents, make_loader
 from train.finetune.setup import partition, trainable_paths
@@ -137,7 +140,15 @@ def best_rate(config: CompareConfig, out: Path, arm: str) -> float:
 
 def read_result(out: Path, job: Job) -> dict[str, Any]:
     """The result that `Trainer.run_once` wrote."""
-    return json.loads((out / "runs" / f"{job.name}.json").read_text())
+    path = out / "runs" / f"{job.name}.json"
+    result = read_object(path)
+    refuse(object_problems(result, RESULT), str(path))
+    return result
+
+
+Loss = Annotated[list[Number | None], Len(2, 2), Says("a step and its loss")]
+RESULT = {"rate": Positive, "held_out": Annotated[list[Loss], Len(1)]}
+"""Fields of a run's result that choose the rate."""
 
 
 @dataclass

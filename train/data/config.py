@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
-from kvjax.checks import COUNT, POSITIVE, SEED, Range, optional, out_of_range
+from kvjax.checks import COUNT, POSITIVE, Range
+from kvjax.fields import Count, OneOf, Positive, Seed, check_fields
 from train.data.formats import FORMATS
 
-TEMPLATES = ("auto", "chat")
-LEARN = ("answers", "all")
-LONG_ROWS = ("drop", "truncate")
-CHOICES = {"template": TEMPLATES, "learn": LEARN, "long_rows": LONG_ROWS}
-RANGES = {
-    "sequence_length": Range(least=2, most=2**31 - 1, whole=True),
-    "batch_size": COUNT,
-    "epochs": POSITIVE,
-    "seed": SEED,
-    "max_rows": optional(COUNT),
-}
-"""Ranges of the numbers of a `DataConfig`."""
+Template = Literal["auto", "chat"]
+Learn = Literal["answers", "all"]
+LongRows = Literal["drop", "truncate"]
+RowLength = Annotated[int, Range(least=2, most=COUNT.most, whole=True)]
+Epochs = Annotated[int, POSITIVE]
+"""Flags take whole numbers; Python and YAML take halves too."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +33,12 @@ class SourceConfig:
     """
 
     path: str
-    format: str
-    weight: float = 1.0
+    format: Annotated[str, OneOf(tuple(FORMATS))]
+    weight: Positive = 1.0
     split: str = "train"
 
     def __post_init__(self) -> None:
-        problems = out_of_choice(vars(self), {"format": tuple(FORMATS)})
-        problems += out_of_range(vars(self), {"weight": POSITIVE})
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -74,27 +65,16 @@ class DataConfig:
     """
 
     sources: tuple[SourceConfig, ...]
-    sequence_length: int = 1024
-    batch_size: int = 16
-    template: str = "auto"
-    learn: str = "answers"
-    epochs: float = 2
-    seed: int = 0
-    long_rows: str = "drop"
-    max_rows: int | None = None
+    sequence_length: RowLength = 1024
+    batch_size: Count = 16
+    template: Template = "auto"
+    learn: Learn = "answers"
+    epochs: Positive = 2
+    seed: Seed = 0
+    long_rows: LongRows = "drop"
+    max_rows: Count | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty, expected at least one")
-        problems = out_of_choice(vars(self), CHOICES) + out_of_range(vars(self), RANGES)
-        if problems:
-            raise ValueError("; ".join(problems))
-
-
-def out_of_choice(values: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """A sentence about each setting whose value is not one of its choices."""
-    return [
-        f"{name} is {values[name]!r}, expected one of {', '.join(map(str, expected))}"
-        for name, expected in choices.items()
-        if values[name] not in expected
-    ]
+        check_fields(self)

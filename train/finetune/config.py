@@ -5,40 +5,27 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from kvjax.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, optional, out_of_range
+from kvjax.checks import Range
+from kvjax.fields import (
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    build,
+    field_problems,
+    refuse,
+)
 from kvjax.hf import default_dtype
 from kvjax.paths import local_path
 from kvjax.sharding import parse_mesh
+from kvjax.text_files import read_yaml
 from train.data import DataConfig, SourceConfig
-from train.data import config as data_config
-from train.settings import read_dataclass
+from train.data.config import Epochs, Learn, LongRows, RowLength, Template
 
-DECAY_RATE = Range(least=0, below=1)
-
-
-RANGES = data_config.RANGES | {
-    "accumulate": COUNT,
-    "steps": optional(COUNT),
-    "learning_rate": POSITIVE,
-    "warmup": SHARE,
-    "b1": DECAY_RATE,
-    "b2": DECAY_RATE,
-    "weight_decay": NOT_NEGATIVE,
-    "clip": POSITIVE,
-    "distill": NOT_NEGATIVE,
-    "checkpoint_every": COUNT,
-    "log_every": COUNT,
-    "keep": COUNT,
-}
-"""Ranges of the numbers of a `TuneConfig`."""
-
-
-CHOICES = data_config.CHOICES | {
-    "dtype": (None, "bfloat16", "float32"),
-    **dict.fromkeys(("remat", "merge", "tensorboard"), (False, True)),
-}
+DecayRate = Annotated[float, Range(least=0, below=1)]
 
 
 @dataclass(frozen=True)
@@ -79,42 +66,35 @@ class TuneConfig:
     data: tuple[str, ...] = ()
     tokenizer: str | None = None
     train: tuple[str, ...] = ("kv_only",)
-    sequence_length: int = 1024
-    batch_size: int = 16
-    accumulate: int = 1
-    epochs: int = 2
-    steps: int | None = None
-    template: str = "auto"
-    learn: Literal["answers", "all"] = "answers"
-    long_rows: Literal["drop", "truncate"] = "drop"
-    max_rows: int | None = None
-    learning_rate: float = 2e-5
-    warmup: float = 0.03
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    sequence_length: RowLength = 1024
+    batch_size: Count = 16
+    accumulate: Count = 1
+    epochs: Epochs = 2
+    steps: Count | None = None
+    template: Template = "auto"
+    learn: Learn = "answers"
+    long_rows: LongRows = "drop"
+    max_rows: Count | None = None
+    learning_rate: Positive = 2e-5
+    warmup: Share = 0.03
+    b1: DecayRate = 0.9
+    b2: DecayRate = 0.999
+    weight_decay: NotNegative = 0.0
+    clip: Positive = 1.0
     dtype: Literal["bfloat16", "float32"] | None = None
     remat: bool = False
     teacher: str | None = None
-    distill: float = 1.0
+    distill: NotNegative = 1.0
     mesh: str | None = None
-    checkpoint_every: int = 100
-    log_every: int = 10
-    keep: int = 2
-    seed: int = 0
+    checkpoint_every: Count = 100
+    log_every: Count = 10
+    keep: Count = 2
+    seed: Seed = 0
     merge: bool = False
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        problems = out_of_range(vars(self), RANGES)
-        problems += data_config.out_of_choice(vars(self), CHOICES)
-        # YAML may give a text where a list is expected, and a text is a sequence too.
-        problems += [
-            f"{name} is {getattr(self, name)!r}, expected a list"
-            for name in ("data", "train")
-            if not isinstance(getattr(self, name), tuple | list)
-        ]
+        problems = list(field_problems(self))
         if not problems and self.batch_size % self.accumulate:
             problems.append(
                 f"got batch_size {self.batch_size} and accumulate {self.accumulate}, "
@@ -124,8 +104,7 @@ class TuneConfig:
             parse_mesh(self.mesh or "data=1")
         except ValueError as error:
             problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
 
     @property
     def data_config(self) -> DataConfig:
@@ -195,4 +174,5 @@ def read_config(path: Path, **changes: Any) -> TuneConfig:
     Raises:
         ValueError: a URL, no such file, a key without an attribute, or a bad value.
     """
-    return read_dataclass(TuneConfig, local_path(path, "config"), **changes)
+    path = local_path(path, "config")
+    return build(TuneConfig, {**read_yaml(path, "train"), **changes}, str(path))

@@ -9,27 +9,40 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from kvjax.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, optional, out_of_range
+from annotated_types import Len
+
+from kvjax.checks import Range
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from kvjax.fields import (
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    build,
+    check_fields,
+    refuse,
+)
+from kvjax.text_files import read_yaml
 from train.pretrain.episodes import KINDS, EpisodeConfig
-from train.settings import read_settings
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model with the architecture of Llama."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    max_position_embeddings: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    mlp_width: Count
+    max_position_embeddings: Count
+    rope_theta: Positive = 10_000.0
+    norm_eps: Positive = 1e-5
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,11 @@ class Stage:
     """
 
     episodes: EpisodeConfig
-    batch_size: int
-    max_steps: int
-    gate: float = 0.96
-    rehearses: int | None = None
-    learning_rate_scale: float = 1.0
+    batch_size: Count
+    max_steps: Count
+    gate: NotNegative = 0.96
+    rehearses: Size | None = None
+    learning_rate_scale: Positive = 1.0
     decay: bool = False
 
 
@@ -73,17 +86,17 @@ class Curriculum:
     """
 
     model: ModelShape
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    b2: float = 0.98
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    embedding_scale: float = 1.0
-    text_weight: float = 0.02
-    rehearsal: float = 0.25
-    report_every: int = 25
+    stages: Annotated[tuple[Stage, ...], Len(1)]
+    seed: Seed = 0
+    learning_rate: Positive = 2e-3
+    warmup_steps: Count = 100
+    b2: Annotated[float, Range(least=0, below=1)] = 0.98
+    weight_decay: NotNegative = 0.05
+    clip: Positive = 1.0
+    embedding_scale: Positive = 1.0
+    text_weight: NotNegative = 0.02
+    rehearsal: Share = 0.25
+    report_every: Count = 25
 
     def __post_init__(self) -> None:
         check_curriculum(self)
@@ -95,25 +108,7 @@ def read_curriculum(path: Path) -> Curriculum:
     Raises:
         ValueError: an unknown or a missing key, or an unknown kind of question.
     """
-    data = read_settings(path)
-    # Missing keys are KeyError, unknown keys TypeError, wrong types AttributeError or TypeError.
-    try:
-        stages = tuple(_stage(stage) for stage in data.pop("stages"))
-        curriculum = Curriculum(model=ModelShape(**data.pop("model")), stages=stages, **data)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return curriculum
-
-
-def _stage(data: dict) -> Stage:
-    rest = {name: value for name, value in data.items() if name != "episodes"}
-    episodes = dict(data["episodes"])
-    # YAML has lists, the dataclass has tuples.
-    for key in ("people", "answer_length"):
-        episodes[key] = tuple(episodes[key])
-    return Stage(episodes=EpisodeConfig(**episodes), **rest)
+    return build(Curriculum, read_yaml(path, "train"), str(path))
 
 
 def model_config(shape: ModelShape, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:
@@ -161,58 +156,20 @@ def model_config(shape: ModelShape, vocab_size: int, bos_id: int, eos_id: int) -
     )
 
 
-CURRICULUM = {
-    "seed": SEED,
-    "learning_rate": POSITIVE,
-    "warmup_steps": COUNT,
-    "b2": Range(least=0, below=1),
-    "weight_decay": NOT_NEGATIVE,
-    "clip": POSITIVE,
-    "embedding_scale": POSITIVE,
-    "text_weight": NOT_NEGATIVE,
-    "rehearsal": SHARE,
-    "report_every": COUNT,
-}
-
-
-MODEL = {
-    **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "num_kv_heads"), COUNT),
-    **dict.fromkeys(("head_dim", "mlp_width", "max_position_embeddings"), COUNT),
-    "rope_theta": POSITIVE,
-    "norm_eps": POSITIVE,
-}
-
-
-STAGE = {
-    "batch_size": COUNT,
-    "max_steps": COUNT,
-    "gate": NOT_NEGATIVE,
-    "rehearses": optional(Range(least=0, whole=True)),
-    "learning_rate_scale": POSITIVE,
-}
-
-
-EPISODES = {"length": Range(least=2, whole=True), "questions": COUNT, "wording": SHARE}
-
-
-def check_curriculum(curriculum: Any) -> None:
+def check_curriculum(curriculum: Curriculum) -> None:
     """Raises ValueError that names all that is wrong with a `Curriculum`."""
-    problems = out_of_range(vars(curriculum), CURRICULUM) + _model_problems(curriculum.model)
-    if not curriculum.stages:
-        problems.append("stages is empty, expected at least one")
+    check_fields(curriculum)
+    problems = _model_problems(curriculum.model)
     for index, stage in enumerate(curriculum.stages):
         problems += _stage_problems(f"stages[{index}].", stage, len(curriculum.stages))
         problems += _episode_problems(
             f"stages[{index}].episodes.", stage.episodes, curriculum.model
         )
-    if problems:
-        raise ValueError("; ".join(problems))
+    refuse(problems)
 
 
-def _model_problems(model: Any) -> list[str]:
-    problems = out_of_range(vars(model), MODEL, "model.")
-    if problems:  # the checks below need numbers
-        return problems
+def _model_problems(model: ModelShape) -> list[str]:
+    problems = []
     if model.num_heads % model.num_kv_heads:
         problems.append(
             f"model.num_heads is {model.num_heads}, expected a multiple of num_kv_heads, "
@@ -223,40 +180,36 @@ def _model_problems(model: Any) -> list[str]:
     return problems
 
 
-def _stage_problems(prefix: str, stage: Any, stages: int) -> list[str]:
-    problems = out_of_range(vars(stage), STAGE, prefix)
-    if not problems and stage.rehearses is not None and stage.rehearses >= stages:
-        problems.append(f"{prefix}rehearses is {stage.rehearses}, expected 0 to {stages - 1}")
-    if stage.decay not in (False, True):
-        problems.append(f"{prefix}decay is {stage.decay!r}, expected true or false")
-    return problems
+def _stage_problems(prefix: str, stage: Stage, stages: int) -> list[str]:
+    if stage.rehearses is None or stage.rehearses < stages:
+        return []
+    return [f"{prefix}rehearses is {stage.rehearses}, expected 0 to {stages - 1}"]
 
 
-def _episode_problems(prefix: str, episodes: EpisodeConfig, model: Any) -> list[str]:
-    problems = out_of_range(vars(episodes), EPISODES, prefix)
-    context = model.max_position_embeddings
-    if not problems and COUNT.holds(context) and episodes.length > context:
+def _episode_problems(prefix: str, episodes: EpisodeConfig, model: ModelShape) -> list[str]:
+    problems, context = [], model.max_position_embeddings
+    if episodes.length > context:
         problems.append(
             f"{prefix}length is {episodes.length}, expected at most the model's "
             f"max_position_embeddings, {context}"
         )
     for name in ("people", "answer_length"):
-        pair = getattr(episodes, name)
-        if len(pair) != 2 or not all(map(COUNT.holds, pair)) or pair[0] > pair[1]:
-            problems.append(f"{prefix}{name} is {list(pair)}, expected [least, most] from 1 up")
+        least, most = getattr(episodes, name)
+        if least > most:
+            problems.append(f"{prefix}{name} is {[least, most]}, expected [least, most] from 1 up")
     return problems + _kind_problems(f"{prefix}kinds", episodes.kinds)
 
 
-def _kind_problems(name: str, kinds: Mapping[str, Any]) -> list[str]:
-    if not isinstance(kinds, Mapping) or not kinds:
+def _kind_problems(name: str, kinds: Mapping[str, float]) -> list[str]:
+    if not kinds:
         return [f"{name} is {kinds!r}, expected the share of each kind"]
     unknown = sorted(map(str, kinds.keys() - set(KINDS)))
     if unknown:
         return [f"{name}: got kinds {unknown}, expected some of {KINDS}"]
-    problems = out_of_range(kinds, dict.fromkeys(kinds, NOT_NEGATIVE), f"{name}.")
+    problems = []
     # Sequences of copies have no facts that other kinds could ask about.
     if "copy" in kinds and len(kinds) > 1:
         problems.append(f"{name} has copy beside {sorted(kinds.keys() - {'copy'})}, expected alone")
-    if not problems and sum(kinds.values()) <= 0:
+    if sum(kinds.values()) <= 0:
         problems.append(f"{name}: all shares are 0, expected one above 0")
     return problems

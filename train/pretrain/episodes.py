@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from kvjax.checks import COUNT, Range
+from kvjax.fields import Count, NotNegative, Says, Share
 from kvjax.tasks import people, prompt, words
 from kvjax.tasks.words import WordVocabulary
 
@@ -41,6 +44,9 @@ class EpisodeBatch:
     kind: np.ndarray
 
 
+Pair = Annotated[tuple[Count, Count], Says("[least, most] from 1 up")]
+
+
 @dataclass(frozen=True)
 class EpisodeConfig:
     """Settings of the sequences of a stage.
@@ -57,12 +63,12 @@ class EpisodeConfig:
             "mary lantern ." and a question to "mary".
     """
 
-    length: int
-    people: tuple[int, int]
-    answer_length: tuple[int, int]
-    questions: int
-    kinds: Mapping[str, float]
-    wording: float = 1.0
+    length: Annotated[int, Range(least=2, most=COUNT.most, whole=True)]
+    people: Pair
+    answer_length: Pair
+    questions: Count
+    kinds: Mapping[str, NotNegative]
+    wording: Share = 1.0
 
 
 def make_batch(

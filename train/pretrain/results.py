@@ -6,18 +6,21 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 import kvjax
 import kvjax.hf
-from kvjax.checks import COUNT, SEED, check_finite, check_ranges
+from kvjax.checks import COUNT, SEED, Range, check_finite, check_ranges
 from kvjax.extras import pyplot
-from kvjax.runs import write_json
+from kvjax.fields import Share, Size, object_problems, refuse
+from kvjax.runs import whole_lines, write_json
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.recall import TASKS
 from kvjax.tasks.words import to_transformers
+from kvjax.text_files import parse_object
 from train.pretrain.curriculum import Curriculum
 from train.pretrain.episodes import KINDS
 from train.pretrain.run import Run, create_run, initial_state, load_newest
@@ -117,6 +120,10 @@ def evaluate(
     return rows
 
 
+LINE = {"tokens": Size, "accuracy": dict[str, Share]}
+"""Fields of a line of the log that are drawn."""
+
+
 def plot_curve(curriculum: Curriculum, metrics: Path, out: Path) -> None:
     """Draws the accuracy of each kind of question over the tokens seen, with stages, into a PNG.
 
@@ -124,7 +131,10 @@ def plot_curve(curriculum: Curriculum, metrics: Path, out: Path) -> None:
         ValueError: the log is empty.
     """
     plt = pyplot()
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [parse_object(x, f"{metrics}, line {i}") for i, x in enumerate(whole_lines(metrics), 1)]
+    stage = Annotated[int, Range(least=0, most=len(curriculum.stages) - 1, whole=True)]
+    for number, line in enumerate(lines, 1):
+        refuse(object_problems(line, LINE | {"stage": stage}), f"{metrics}, line {number}")
     if not lines:
         raise ValueError(f"{metrics} is empty")
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")

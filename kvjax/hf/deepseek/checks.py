@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.checkpoint_files import INDEX, SINGLE, Checkpoint, read_json, scan
+from kvjax.checkpoint_files import INDEX, SINGLE, Checkpoint, scan
 from kvjax.config import (
     DecoupledConfig,
     EqualCacheConfig,
@@ -21,9 +21,12 @@ from kvjax.config import (
     MLPConfig,
     ModelConfig,
 )
+from kvjax.fields import Text, refuse, violations
 from kvjax.hf.deepseek.config import shared_rope
+from kvjax.hf.fields import EVERY, OWN
 from kvjax.hf.load import load_tokenizer
 from kvjax.paths import local_path
+from kvjax.text_files import read_object
 
 NORMS = ("neutral", "rms")
 CONVERT = "convert it with kvjax.transmla.convert(method='decoupled', mode='fold')"
@@ -200,11 +203,13 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
         raise ValueError(
             f"{directory} holds {raw.get('architectures')}, expected ['DeepseekV3ForCausalLM']"
         )
+    kinds = {"dtype": Text, **EVERY, **OWN}
+    refuse((line for _, line in violations(raw, kinds)), str(directory / "config.json"))
     # Weights: names, shapes and dtypes, and the index against the files.
     found, expected = scan(directory), stock_tensors(raw)
     problems = [
         *found.problems,
-        *_tensor_problems(found, expected, raw["dtype"]),
+        *_tensor_problems(found, expected, raw.get("dtype")),
         *_file_problems(directory, found),
     ]
     # Special tokens: engines read them from three files, which must agree.
@@ -221,8 +226,7 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
             notes.append(f"the tokenizer's EOS is {tokenizer.eos_token_id}, the model's {eos}")
     else:
         notes.append("no tokenizer")
-    if problems:
-        raise ValueError(f"{directory} is not whole: {'; '.join(problems)}")
+    refuse(problems, f"{directory} is not whole")
     return {
         "tensors": len(found.tensors),
         "files": len({tensor.path for tensor in found.tensors.values()}),
@@ -233,7 +237,7 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
     }
 
 
-def _tensor_problems(found: Checkpoint, expected: dict, dtype: str) -> Iterator[str]:
+def _tensor_problems(found: Checkpoint, expected: dict, dtype: str | None) -> Iterator[str]:
     stored = found.tensors
     for name, shape in expected.items():
         if name in found.lost:
@@ -261,7 +265,8 @@ def _file_problems(directory: Path, found: Checkpoint) -> Iterator[str]:
     unmapped = found.tensors.keys() - named.keys()
     yield from (f"the index does not name {name}" for name in sorted(unmapped))
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    said = (index.get("metadata") or {}).get("total_size")
+    about = index.get("metadata")
+    said = about.get("total_size") if isinstance(about, dict) else None
     if not found.problems and said != total:
         yield f"the index says {said} bytes, the files hold {total}"
 
@@ -278,7 +283,7 @@ def _tokenizer_problems(tokenizer: Any, raw: dict, source: str | Path | None) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path)[1]
+    return read_object(path)
 
 
 def _ids(value: Any) -> list[int]:

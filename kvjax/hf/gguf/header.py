@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.checkpoint_files import is_pointer, pointer_message
+from kvjax.fields import shown
 from kvjax.hf.gguf.files import pieces
+from kvjax.text_files import is_pointer, pointer_message
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -217,7 +218,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
             return list(cursor.numbers(SCALARS[kind], count))
         if kind == TEXT:
             return cursor.texts(count)
-    raise _Damaged(f"{key} has a value of kind {kind}")
+    raise _Damaged(f"{shown(key)} has a value of kind {kind}")
 
 
 def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
@@ -225,7 +226,7 @@ def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name = cursor.text()
     (axes,) = cursor.numbers("I")
     if axes > MOST_AXES:
-        raise _Damaged(f"{name} has {axes} axes, expected at most {MOST_AXES}")
+        raise _Damaged(f"{shown(name)} has {axes} axes, expected at most {MOST_AXES}")
     shape = tuple(reversed(cursor.numbers("Q", axes)))  # the format has the fastest axis first
     (kind,), (offset,) = cursor.numbers("I"), cursor.numbers("Q")
     return name, kind, shape, offset
@@ -236,8 +237,10 @@ def _bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if kind not in {int(known) for known in GGMLQuantizationType}:
-        raise _Damaged(f"{name} has the quantization {kind}, which the gguf package does not know")
+        raise _Damaged(
+            f"{shown(name)} has the quantization {kind}, which the gguf package does not know"
+        )
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape and shape[-1] % block:
-        raise _Damaged(f"{name} has rows of {shape[-1]} numbers in blocks of {block}")
+        raise _Damaged(f"{shown(name)} has rows of {shape[-1]} numbers in blocks of {block}")
     return math.prod(shape) // block * size

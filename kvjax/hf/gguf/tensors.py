@@ -17,6 +17,7 @@ import numpy as np
 
 from kvjax.checkpoint_files import Checkpoint, StoredTensor, collapsed
 from kvjax.config import GQAConfig, ModelConfig
+from kvjax.fields import refuse, within
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.gguf.architectures import Architecture, architecture, hf_config
 from kvjax.hf.gguf.header import Header, Place, read_header
@@ -49,10 +50,8 @@ def read_config(path: Path) -> ModelConfig:
         ValueError: the file is damaged, or it has a model that kvjax does not compute.
     """
     header = read_header(path)
-    try:
+    with within(header.path):
         return config_from_hf(hf_config(header))
-    except ValueError as error:
-        raise ValueError(f"cannot read {header.path}: {error}") from None
 
 
 def open_params(
@@ -81,8 +80,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     header = read_header(path)
     found = _checkpoint(header, np.dtype(np.float32), {})
-    if found.problems:
-        raise ValueError(f"cannot read {header.path}: {'; '.join(found.problems)}")
+    refuse(found.problems)
     return found.tensors
 
 
@@ -250,7 +248,7 @@ def _checkpoint(header: Header, dtype: np.dtype, changes: dict[str, Change]) -> 
     readable = {kind: _readable(kind) for kind in {tensor.kind for tensor in tensors.values()}}
     bad = {name: tensor.kind for name, tensor in tensors.items() if not readable[tensor.kind]}
     lines = collapsed(
-        ("", name, f" is quantized as {kind}, which the gguf package does not read")
+        (f"{header.path}: ", name, f" is quantized as {kind}, which the gguf package does not read")
         for name, kind in bad.items()
     )
     kept = {name: tensor for name, tensor in tensors.items() if name not in bad}
