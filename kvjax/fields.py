@@ -307,7 +307,7 @@ def words(kind: Kind) -> str:
         *first, last = map(words, parts)
         return f"{', '.join(first)} or {last}"
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else repr(parts[0])
+        return repr(parts[0]) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
     if origin in (list, tuple):
         many = f" of {len(parts)}" if origin is tuple and ... not in parts else ""
         return f"a list{many}, each {words(parts[0])}"

@@ -191,7 +191,8 @@ def by_kv_head(weights_BNS: Float[Array, "B N S"], num_kv_heads: int) -> Float[A
 
 
 NEIGHBOURS = 1024
-"""Most tokens around a token that may raise its score: a program looks at each of them."""
+"""Most tokens around a token that may raise its score, and most last queries that may rate it: a
+program looks at each of them."""
 
 
 @dataclass(frozen=True)
