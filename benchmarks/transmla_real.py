@@ -41,6 +41,14 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def token_list(model: str, text: Path) -> list[int]:
+    """The token ids of a text file, without special tokens."""
+    with gzip.open(text, "rt", encoding="utf-8") as file:
+        string = file.read()
+    tokenizer: Any = kvjax.load_tokenizer(model)
+    return tokenizer(string, add_special_tokens=False)["input_ids"]
+
+
 def sequences(ids: Sequence[int], start: int, count: int, length: int) -> np.ndarray:
     """int32 [count, length] consecutive tokens from `start`."""
     return np.asarray(ids[start : start + count * length], np.int32).reshape(count, length)
@@ -69,10 +77,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     model, params = kvjax.load(args.model, dtype=args.dtype)
-    with gzip.open(args.text, "rt", encoding="utf-8") as file:
-        text = file.read()
-    tokenizer: Any = kvjax.load_tokenizer(args.model)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_list(args.model, args.text)
     calibration = sequences(ids, 0, args.calibration, 256)
     test = sequences(ids, len(ids) // 2, args.test, 512)
     rows: list[dict[str, Any]] = []
