@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--need", default="", help="need curves for one more policy")
     parser.add_argument("--form", choices=tuple(STEPS), default="begun")
     parser.add_argument("--policies", default="", help="only these, separated by semicolons")
+    parser.add_argument("--sizes", type=int, nargs="+", default=KV_SIZES, help="KV sizes")
     parser.add_argument("--count", type=int, default=36, help="prompts of each task")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=local_path, default=RESULT)
@@ -176,13 +177,13 @@ def run(args: argparse.Namespace, tasks: Iterable[str], asked: Sequence[Asked]) 
     makers = asked_policies(args.need, scores)
     if args.policies:
         makers = {name: makers[name] for name in map(str.strip, args.policies.split(";"))}
-    names = [(name, size) for size in KV_SIZES for name in makers]
+    names = [(name, size) for size in args.sizes for name in makers]
     resolved = resolve_each([makers[name](kv_size=size) for name, size in names], model.config)
     every: dict[str, Any] = {
         f"{name} {size}": policy for (name, size), policy in zip(names, resolved, strict=True)
     }
     settings = {"model": Path(args.model).name, "seed": args.seed, "lengths": list(LENGTHS)}
-    settings |= {"tasks": tasks, "kv_sizes": list(KV_SIZES), "policies": [FULL, *makers]}
+    settings |= {"tasks": tasks, "kv_sizes": list(args.sizes), "policies": [FULL, *makers]}
     settings["form"] = args.form
     path = args.out.with_suffix(".jsonl")
     finished = batches(path, settings)

@@ -244,7 +244,9 @@ class Request:
         return np.maximum(np.asarray(seen) - self.recent, 0)[:, None]
 
 
-HALF_SHARED = 200  # at this budget per head, importance decides about half; see `growing_beta`
+# See `growing_beta`.
+HALF_SHARED = 200  # at this budget per head, importance decides about half
+LEAST_FLOOR, LEAST_SHARE = 4, 1 / 4  # tokens of every head, and their largest share of the budget
 
 Allocator = Callable[[Request], np.ndarray]
 """Makes budgets [L, K]: whole numbers ≥ 0 with a mean of at most min(budget, limit).
@@ -315,8 +317,11 @@ def growing_beta(budget: int) -> float:
 
     A small cache works best if the few heads that retrieve get nearly all of it. Once these heads
     have enough, the other heads gain more from additional tokens; a fixed small β starves them.
+    Every head gets four tokens, or a quarter of a mean budget below 16: heads that importance does
+    not see still prepare what others retrieve.
     """
-    return 1.0 + budget / HALF_SHARED
+    least = min(LEAST_FLOOR / budget, LEAST_SHARE)
+    return max(1.0 + budget / HALF_SHARED, 1 / (1 - least))
 
 
 Sharing = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

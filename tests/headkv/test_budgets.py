@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig
-from kvjax.headkv import allocate, load_scores
-from kvjax.policies.budgets import normalise, real_caps, water_fill
+from kvjax.headkv import HeadScores, allocate, load_scores
+from kvjax.policies.budgets import (
+    HeadImportance,
+    Request,
+    normalise,
+    real_caps,
+    water_fill,
+)
 from kvjax.policies.compression import Budgets, kept_tokens
 
 LLAMA, MISTRAL = "Meta-Llama-3-8B-Instruct", "Mistral-7B-Instruct-v0.2"
@@ -143,6 +149,18 @@ def test_one_huge_head_saturates_and_the_rest_share_what_is_left():
     assert caps[1, 2] == 50 and caps.sum() == 40 * 8
     others = np.delete(caps.ravel(), 6)
     assert others.max() - others.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "floor"), [(1, 1), (4, 1), (8, 2), (16, 4), (24, 4), (40, 7), (200, 100)]
+)
+def test_every_head_gets_a_few_tokens_by_default(budget, floor):
+    samples = np.zeros((3, 4, 1))
+    samples[1, 2] = 1.0
+    caps = HeadImportance(scores=HeadScores(samples))(Request(3, 4, budget + 8, 8, 10**6))
+    assert caps.sum() == 12 * budget
+    others = np.delete(caps.ravel(), 6)
+    assert (others == floor).all(), caps
 
 
 def test_query_head_granularity():
