@@ -197,6 +197,8 @@ def field_problems(settings: Any, at: str = "") -> Iterator[str]:
             for index, part in enumerate(value):
                 yield from field_problems(part, f"{at}{name}[{index}].")
         else:
+            # Settings read back from JSON have lists where tuples are declared.
+            value = tuple(value) if isinstance(value, list) else value
             yield from (line for _, line in violations({name: value}, {name: kind}, at))
 
 

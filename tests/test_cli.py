@@ -33,14 +33,14 @@ def run(*argv) -> None:
     main([str(a) for a in argv])
 
 
-def fails(capsys, *argv) -> str:
-    """The one line on standard error."""
+def fails(capsys, *argv, problems: int = 1) -> str:
+    """The lines on standard error, one for each problem."""
     with pytest.raises(SystemExit) as stop:
         run(*argv)
     assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("kvjax: error: ")
-    return lines[0]
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == problems and said.startswith("kvjax: error: ")
+    return said
 
 
 def test_info(checkpoint, tmp_path):
@@ -221,5 +221,5 @@ def test_missing_shard_and_truncated_file(checkpoint, tmp_path, capsys):
     for command in (("info", sharded), ("generate", sharded, "mary")):
         shutil.copy(checkpoint / "tokenizer.json", sharded)
         shutil.copy(checkpoint / "tokenizer_config.json", sharded)
-        line = fails(capsys, *command)
+        line = fails(capsys, *command, problems=2)
         assert f"missing shard {last.name}" in line and f"{first.name} is truncated" in line

@@ -108,7 +108,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     named = f"other settings (weights 000000000000, now {request['weights']})"
     assert named in fails(capsys, out, ARGUMENTS)
     (tmp_path / "heads.partial.jsonl").write_text("[]\n{}\n")
-    assert "remove it to start over" in fails(capsys, out, ARGUMENTS)
+    assert "remove the file to start over" in fails(capsys, out, ARGUMENTS)
 
 
 def test_a_run_that_ends_in_an_error_leaves_nothing_behind(tmp_path, capsys, monkeypatch):

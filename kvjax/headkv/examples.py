@@ -117,7 +117,7 @@ def make_examples(tokenizer: Any, grid: Grid) -> list[Example]:
 
 def check_length(length: int, config: ModelConfig) -> None:
     """Raises ValueError if the longest prompt of a grid does not fit into the model's context."""
-    check_ranges({"length": length}, RANGES)
+    check_ranges({"length": length}, {"length": RANGES["length"]})
     if length > config.context_length:
         raise ValueError(
             f"length is {length}, expected at most {config.context_length}: the model's context"

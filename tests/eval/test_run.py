@@ -203,7 +203,7 @@ def test_a_damaged_line_is_named(tmp_path, finished):
         (tmp_path / name).write_text((finished[0] / name).read_text())
     lines = (tmp_path / PREDICTIONS).read_text().splitlines()
     (tmp_path / PREDICTIONS).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]) + "\n")
-    with pytest.raises(ValueError, match=r"predictions.jsonl, line 2 is not a prediction"):
+    with pytest.raises(ValueError, match=r"predictions.jsonl: line 2 is not JSON"):
         run(toys.task(), tmp_path)
 
 

@@ -213,10 +213,10 @@ def test_resolve_errors():
 
 def test_the_floor_grows_with_the_budget():
     scores = HeadScores(np.asarray([[[1.0]] * 2, [[0.0]] * 2]))
-    for kv_size, floor in ((18, 0), (58, 10), (208, 100), (808, 640)):
+    for kv_size, floor in ((18, 3), (58, 10), (208, 100), (808, 640)):
         caps = HeadImportance(scores=scores)(Request(2, 2, kv_size, 8, 10**6))
         assert caps.sum() == (kv_size - 8) * 4
-        assert abs(int(caps[1, 0]) - floor) <= 1  # b²/(b + 200), and b // β is a whole number
+        assert abs(int(caps[1, 0]) - floor) <= 1  # `growing_beta`; b // β is whole
 
 
 @pytest.mark.parametrize("prompt_len", [4, 8, 20, 1000])

@@ -316,7 +316,7 @@ def test_quantizations_that_cannot_be_read(tmp_path):
     content = path.read_bytes()
     at = content.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 2 * 8
     path.write_bytes(content[:at] + b"\xee\x00\x00\x00" + content[at + 4 :])
-    assert "blk.0.ffn_up.weight has the quantization 238, which the gguf package" in refused(path)
+    assert "'blk.0.ffn_up.weight' has the quantization 238, which the gguf package" in refused(path)
 
 
 @pytest.mark.parametrize(

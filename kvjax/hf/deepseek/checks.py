@@ -209,8 +209,8 @@ def check_export(path: str | Path, source: str | Path | None = None) -> dict[str
     found, expected = scan(directory), stock_tensors(raw)
     problems = [
         *found.problems,
-        *_tensor_problems(found, expected, raw.get("dtype")),
         *_file_problems(directory, found),
+        *_tensor_problems(found, expected, raw.get("dtype")),
     ]
     # Special tokens: engines read them from three files, which must agree.
     eos = _ids(_read(directory / GENERATION).get("eos_token_id"))
