@@ -15,8 +15,6 @@ Activation = Annotated[str, OneOf(("silu", "gelu_tanh"))]
 Normed = Annotated[str, OneOf(("head", "all"))]
 Site = Annotated[str, OneOf(("after_up", "before_up"))]
 
-# --- Rotary position embedding -----------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -104,9 +102,6 @@ class RopeConfig:
     def rule(self) -> RopeScaling | None:
         """The scaling rule, also when frequencies are selected from it."""
         return self.scaling.of.rule if isinstance(self.scaling, SelectedPairs) else self.scaling
-
-
-# --- Parts of a layer --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
