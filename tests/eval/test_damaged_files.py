@@ -5,24 +5,13 @@ import re
 
 import eval_toys as toys
 import pytest
+from file_kinds import PREDICTION as LINE
 
 from eval.predictions import PREDICTIONS, read
 from eval.report.command import ReportCommand, write
 from eval.report.runs import find
 from eval.run import evaluate
 from eval.task import Settings
-
-LINE = {
-    "id": "q0",
-    "group": "g",
-    "policy": "full",
-    "prompt_tokens": 9,
-    "truncated": False,
-    "text": "an answer",
-    "score": 0.5,
-    "cache_bytes": 512,
-    "full_cache_bytes": 512,
-}
 
 
 def part(score):
