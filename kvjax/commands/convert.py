@@ -35,11 +35,11 @@ from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
-from kvjax.transmla.decoupled import decouple_layers, settle
+from kvjax.transmla.decoupled import chosen_rope_dim, decouple_layers, settle
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
-from kvjax.transmla.streams import REPLAY, Streams
+from kvjax.transmla.streams import REPLAY, Streams, layer_moments
 
 PROBES = ("original", "converted")
 """The models whose residual streams an equal-cache conversion compares."""
@@ -75,7 +75,7 @@ class DecoupledSettings:
     Attributes:
         cache: cached numbers, as a share of those of keys and values; instead of kv_rank
         kv_rank: width of the cached latent; None: see `kvjax.transmla.sizes.chosen_widths`
-        rope_dim: width of the cached rotary key; None: a third of the cached numbers
+        rope_dim: width of the cached rotary key; None: what loses least by the calibration
         calibration: text, or .npy of token ids [S, T], to calibrate on (required)
         v_head_dim: width of a head's output
         exportable: keep to what DeepSeek-V3's layout can express
@@ -151,13 +151,19 @@ class DecoupledSettings:
         wanted = (self.cache, self.kv_rank, self.rope_dim, self.exportable)
         return dict(zip(("kv_rank", "rope_dim"), chosen_widths(bases, *wanted), strict=True))
 
+    @property
+    def leaves_division_open(self) -> bool:
+        """Whether neither width is given, so that the moments may choose."""
+        return self.kv_rank is None and self.rope_dim is None
+
     def request(self, widths: dict[str, Any], fit: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         """Everything except the model that the result depends on, as JSON values.
 
         The files of unfinished conversions hold these keys, so they keep their names.
         """
         left_out = ("calibration", "stats", "cache")
-        settings = {k: v for k, v in vars(self).items() if k not in left_out} | widths
+        settings = {k: v for k, v in vars(self).items() if k not in left_out}
+        settings |= {"cache": self.cache} if self.leaves_division_open else widths
         settings = {k.removeprefix("calibration_"): v for k, v in settings.items()}
         digest = hashlib.sha256(fit.tobytes() + held.tobytes()).hexdigest()[:12]
         return {"method": "decoupled", **settings, "text": digest}
@@ -276,10 +282,9 @@ def convert_to_decoupled(
     model = read_model(source)
     fit, held = wanted.read_text(source)
     wanted.settled(model, fit)
-    widths = wanted.widths(model)
     params, stats = open_params(source, dtype, named_mesh(mesh)), None
     model = matching(model, params)
-    request = wanted.request(widths, fit, held) | describe(model, params, dtype)
+    request = wanted.request(wanted.widths(model), fit, held) | describe(model, params, dtype)
     with ConversionFolder(out, request) as folder:
         # Moments of all layers at once are needed only to keep them or to try several folds.
         if wanted.stats is not None or wanted.chooses_fold:
@@ -287,6 +292,9 @@ def convert_to_decoupled(
             shown = track(batches, "calibrating", transient=True)
             stats = calibrate(model, params, shown, resume=wanted.stats)
         calibrated = time.monotonic()
+        chosen = _chosen(model, params, stats, wanted, fit, folder)
+        wanted = wanted if chosen is None else dataclasses.replace(wanted, rope_dim=chosen)
+        widths = wanted.widths(model)
         if wanted.chooses_fold:
             assert stats is not None
             fold = choose_fold(model, params, stats, held, **widths)
@@ -316,6 +324,28 @@ def convert_to_decoupled(
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _chosen(
+    model: Transformer,
+    params: Mapping[str, Any],
+    stats: Stats | None,
+    wanted: DecoupledSettings,
+    fit: np.ndarray,
+    folder: ConversionFolder,
+) -> int | None:
+    """The rope_dim of the finished layers, or what loses least by the moments; None if given."""
+    if not wanted.leaves_division_open:
+        return None
+    finished = [width for config in folder.finished.attention for width in config.cached_widths[1:]]
+    if any(finished):
+        return max(finished)
+    layers = layer_moments(model, params, fit)
+    if stats is not None:
+        layers = ((params[f"layers_{i}"]["attn"], layer) for i, layer in enumerate(stats.layers))
+    shown = track(layers, "choosing rope_dim", total=model.config.num_layers, transient=True)
+    widths = wanted.cache, wanted.kv_rank, wanted.rope_dim, wanted.exportable
+    return chosen_rope_dim(model, shown, *widths, wanted.parsed_recipe)
 
 
 def _write_decoupled_layers(

@@ -80,12 +80,17 @@ Metric = Callable[[JointMoments], Float[np.ndarray, "W W"]]
 """Moments → a root R of the metric M = R Rᵀ in which the PCA measures errors: it takes e to e·R."""
 
 
+VALUES = 4.0
+"""Weight of the values' errors beside those of the keys. It was chosen on SmolLM2 and stories260k
+and checked on Qwen2.5-Coder, see docs/decoupled.md."""
+
+
 def aware(moments: JointMoments) -> Float[np.ndarray, "W W"]:
     """Measures errors of keys by the attention logits, and errors of values by the output.
 
     Attention logits and outputs have different units, so each metric is divided by its trace.
     """
-    return _diagonal(_root(moments.key_metric), _root(moments.value_metric))
+    return _diagonal(_root(moments.key_metric), VALUES**0.5 * _root(moments.value_metric))
 
 
 def balanced(moments: JointMoments) -> Float[np.ndarray, "W W"]:
@@ -198,12 +203,21 @@ def fit_partial_rope(
     Args:
         rope_dim: width R of the rotary key; R / 2 complex components keep RoPE.
     """
+    statistics, constants = key_statistics(base, stats, recipe)
+    basis = recipe.placement(statistics, recipe.rotation, rope_dim // 2)
+    return rotary.partial_rope(base, basis, constants)
+
+
+def key_statistics(
+    base: GQAConfig, stats: LayerStats, recipe: Recipe
+) -> tuple[rotary.KeyStatistics, Complex[np.ndarray, " f"]]:
+    """From which a basis of the keys is chosen, and the constant of each frequency."""
     inverse, factor = _frequencies(base, len(stats.distance))
     # How far each frequency turns over the distances that the layer attends to.
     angles = np.arange(len(stats.distance))[:, None] * inverse[None]
     turning = stats.distance @ np.exp(1j * angles)
     constants = recipe.constants(turning)
-    spread = stats.distance @ np.abs(np.exp(1j * angles) - constants) ** 2
+    spread = factor**4 * (stats.distance @ np.abs(np.exp(1j * angles) - constants) ** 2)
     # The energies of keys and queries in every complex component.
     real, imag = rotary.component_rows(base)
     width = base.num_kv_heads * base.head_dim
@@ -214,8 +228,7 @@ def fit_partial_rope(
     statistics = rotary.KeyStatistics(
         keys, energy[real] + energy[imag], turning, spread, base.num_kv_heads
     )
-    basis = recipe.placement(statistics, recipe.rotation, rope_dim // 2)
-    return rotary.partial_rope(base, basis, constants * factor**2)
+    return statistics, constants * factor**2
 
 
 def _frequencies(base: GQAConfig, length: int) -> tuple[Float[np.ndarray, " f"], float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.checks import check_finite, check_params
+from kvjax.checks import check_finite, check_params, check_ranges
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, of_kind
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.transformer import (
@@ -26,10 +26,13 @@ from kvjax.nn.transformer import (
 from kvjax.transmla.calibration import Stats, check_moments
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
 from kvjax.transmla.depth import Attention, FittedDepth, divided
+from kvjax.transmla.division import Layers, least_error_rope_dim
 from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_queries import refit_queries
+from kvjax.transmla.rotary import by_energy
 from kvjax.transmla.sizes import (
+    CACHE,
     Sizes,
     Widths,
     check_query_rank,
@@ -37,6 +40,7 @@ from kvjax.transmla.sizes import (
     chosen_widths,
     exportable_recipe,
     layer_sizes,
+    rope_dims_to_choose,
 )
 from kvjax.transmla.streams import (
     Streams,
@@ -107,8 +111,9 @@ def to_decoupled(
         cache: what a token may have in the cache, as a share of its keys and values: above 0, at
             most 1. It stands for kv_rank + rope_dim numbers.
         kv_rank, rope_dim: widths of the latent and of the rotary key, one number for all layers or
-            one for each; see `chosen_widths` for those that are None. Layers without RoPE have no
-            rotary key, whatever rope_dim is.
+            one for each. None: the division of `cache` that loses least by the moments of the
+            calibration; see `chosen_widths` for the other cases. Layers without RoPE have no rotary
+            key, whatever rope_dim is.
         v_head_dim: width of a head's output before the output projection; None: H. Up to the rank
             a larger width fits better, at the cost of larger v_up and o. Needs a recipe that
             refits.
@@ -136,6 +141,10 @@ def to_decoupled(
     params = on_automatic_mesh(params)
     check_params(params)
     stats = checked_stats(model, stats)
+    wanted = cache, kv_rank, rope_dim, exportable
+    each = ((params[f"layers_{i}"]["attn"], layer) for i, layer in enumerate(stats.layers))
+    chosen = chosen_rope_dim(model, each, *wanted, recipe)
+    rope_dim = rope_dim if chosen is None else chosen
     sizes, recipe, mode = settle(
         model, stats.tokens, cache, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
     )
@@ -148,6 +157,34 @@ def to_decoupled(
             assert second is not None
             converted[index] = low_rank_query(of_kind(config, MLAConfig), attn, q_rank, second)
     return with_attention(model, params, converted)
+
+
+def chosen_rope_dim(
+    model: Transformer,
+    layers: Layers,
+    cache: float | None,
+    kv_rank: Widths | None,
+    rope_dim: Widths | None,
+    exportable: bool,
+    recipe: Recipe,
+) -> int | None:
+    """The rope_dim that loses least by the moments; None where that is not left to them.
+
+    A published placement keeps its sizes, see `kvjax.transmla.sizes.chosen_widths`.
+
+    Args:
+        layers: read only where there is something to choose.
+    """
+    bases = gqa_layers(model)
+    check_ranges({"cache": cache}, {"cache": CACHE})
+    numbers, choice = rope_dims_to_choose(bases, cache, kv_rank, rope_dim, exportable)
+    if not choice or not (exportable or recipe.placement is by_energy):
+        return None
+
+    def recipe_of(width: int) -> Recipe:
+        return exportable_recipe(recipe, bases, width) if exportable else recipe
+
+    return least_error_rope_dim(bases, layers, numbers, choice, recipe_of)
 
 
 def _convert(

@@ -46,7 +46,8 @@ class KeyStatistics:
         keys: E[conj(κ_a)·κ_b] [f·K, f·K], components in the order (frequency, KV head).
         queries: E|χ|² [f·K], summed over the query heads of each KV head.
         turning: E_Δ[e^(iΔθ)] [f], Δ distributed as the attention over distances.
-        spread: E_Δ|e^(iΔθ) − c|² [f], c the constant that replaces the rotation.
+        spread: E_Δ|e^(iΔθ) − c|² [f], c the constant that replaces the rotation, times the fourth
+            power of RoPE's factor on queries and keys.
         num_heads: K.
     """
 
@@ -77,18 +78,31 @@ Placement = Callable[[KeyStatistics, Rotation, int], Basis]
 
 
 def by_energy(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basis:
-    """Keeps RoPE on the components whose loss without it would be largest, over all frequencies.
+    """Keeps RoPE on the components that would lose most without it, over all frequencies.
 
-    The loss of a component is its energy times the spread of its rotation:
-    E|κ|² · E|χ|² · E_Δ|e^(iΔθ) − c|². A frequency may be kept several times, or never.
+    See `component_losses`. A frequency may be kept several times, or never.
     """
     K = statistics.num_heads
     vectors = _blocks(statistics.keys, rotation, K)
-    energy = np.einsum("ac,ab,bc->c", vectors.conj(), statistics.keys, vectors).real
-    queries = np.abs(vectors).T ** 2 @ statistics.queries
-    loss = energy * queries * np.repeat(statistics.spread, K)
+    loss = component_losses(statistics, vectors)
     kept = tuple(sorted(int(c) for c in np.argsort(-loss, kind="stable")[:count]))
     return Basis(vectors, kept, tuple(c // K for c in kept))
+
+
+def component_losses(
+    statistics: KeyStatistics, vectors: Complex[np.ndarray, "C C"]
+) -> Float[np.ndarray, " C"]:
+    """What each component would lose without RoPE: E|κ|² · E|χ|² · E_Δ|e^(iΔθ) − c|².
+
+    Half of it is the mean square by which it would change the attention logits before their scale,
+    summed over the query heads.
+
+    Args:
+        vectors: the basis, a component a column, in the order (frequency, KV head).
+    """
+    energy = np.einsum("ac,ab,bc->c", vectors.conj(), statistics.keys, vectors).real
+    queries = np.abs(vectors).T ** 2 @ statistics.queries
+    return energy * queries * np.repeat(statistics.spread, statistics.num_heads)
 
 
 def every(stride: int) -> Placement:

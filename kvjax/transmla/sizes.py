@@ -18,8 +18,10 @@ from kvjax.transmla.layer import folded_config, gqa_layers
 
 LATENT = 448, 128
 """kv_rank and rope_dim of large models, as published (arXiv 2502.07864): 576 numbers a token."""
-ROTATING = 3
-"""One cached number in ROTATING rotates by default. With fewer the loss grows fast."""
+ROTATING = 4
+"""One cached number in ROTATING rotates where no moments are at hand to choose rope_dim by."""
+SHARES = (1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
+"""Shares of the cached numbers that a conversion may let rotate."""
 CACHE = optional(Range(above=0, most=1))
 """What `cache` may be."""
 
@@ -55,7 +57,8 @@ def chosen_widths(
         cache: the share of a token's keys and values that may be cached instead of kv_rank.
         kv_rank: None: what rope_dim leaves of the cache. Without `cache` that is 448 + 128 numbers
             as published, or half of keys and values that have no more numbers than that.
-        rope_dim: None: a third of the cached numbers (128 of 448 + 128).
+        rope_dim: None: a quarter of the cached numbers (128 of 448 + 128). Conversions choose it by
+            the moments of the calibration instead, see `rope_dims_to_choose`.
         exportable: choose a rope_dim that divides the rotating width of a head.
 
     Raises:
@@ -86,6 +89,33 @@ def chosen_widths(
             "kv_rank"
         )
     return ranks if len(set(ranks)) > 1 else ranks[0], rope_dim
+
+
+def rope_dims_to_choose(
+    bases: Sequence[GQAConfig],
+    cache: float | None,
+    kv_rank: Widths | None,
+    rope_dim: Widths | None,
+    exportable: bool,
+) -> tuple[int, list[int]]:
+    """Cached numbers of a token and layer, and the rope_dims from which a conversion chooses one.
+
+    The arguments are those of `chosen_widths`. There is nothing to choose, (0, []), where rope_dim
+    or kv_rank is given, where the widths are those published, or where layers have caches of
+    different widths.
+    """
+    wholes = {components(base)[0] for base in bases}
+    turning = max(components(base)[1] for base in bases)
+    published = cache is None and min(wholes) > sum(LATENT)
+    if kv_rank is not None or rope_dim is not None or published or len(wholes) > 1 or not turning:
+        return 0, []
+    numbers = int((0.5 if cache is None else cache) * min(wholes))
+    if exportable:
+        full = max(0 if base.rope is None else base.rope.dim for base in bases)
+        widths = {w for w in range(2, full + 1, 2) if full % w == 0}
+    else:
+        widths = {min(int(numbers * share) // 2 * 2, turning) for share in SHARES}
+    return numbers, sorted(w for w in widths if 2 <= w <= numbers * SHARES[-1])
 
 
 def _default_rope_dim(bases: Sequence[GQAConfig], most: int, exportable: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.checks import OVERFLOW, check_params, first_not_finite
+from kvjax.checks import OVERFLOW, check_finite, check_params, first_not_finite
 from kvjax.config import LayerConfig, ModelConfig
 from kvjax.feeding import judge
 from kvjax.nn import Transformer
-from kvjax.nn.transformer import Block, attention_output, block_kind, layer_output
-from kvjax.transmla.calibration import LayerStats, merge, observe
+from kvjax.nn.transformer import Block, attention_output, block_kind, embed, layer_output
+from kvjax.transmla.calibration import LayerStats, check_moments, merge, observe
 
 REPLAY = 8  # sequences that pass through a layer at a time
 
@@ -51,6 +51,20 @@ def observe_replay(block: Block, params: dict[str, Any], x: Float[Array, "S T D"
         total = new if total is None else merge(total, new, len(part) / done)
     assert total is not None
     return total
+
+
+def layer_moments(
+    model: Transformer, params: Mapping[str, Any], tokens: Int[np.ndarray, "S T"]
+) -> Iterator[tuple[dict[str, Any], LayerStats]]:
+    """The attention's parameters and the moments of every layer, one layer in memory at a time."""
+    x = embed(model.config, params, tokens)
+    for index, layer in enumerate(model.config.layers):
+        own = params[f"layers_{index}"]
+        check_finite(own, f"layers_{index}/")
+        moments = observe_replay(block_kind(model.config, layer).block, own, x)
+        check_moments(moments, index, params)
+        yield own["attn"], moments
+        x = replay(model.config, layer, own, x)
 
 
 def replay(

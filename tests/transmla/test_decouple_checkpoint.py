@@ -69,6 +69,21 @@ def test_disk_to_disk_is_what_memory_gives(source, tmp_path):
     assert report["perplexity_original"] == pytest.approx(want_original, rel=1e-3)
 
 
+@pytest.mark.parametrize("options", [(), ("--stats",)])
+def test_the_division_of_the_cache_is_the_one_that_memory_chooses(source, tmp_path, options):
+    folder, ids = source
+    options = [*options, *[str(tmp_path / "moments.npz")] * len(options)]
+    report = run(folder, tmp_path / "out", "--cache", "0.75", *options)
+    model, params, _, _, _ = build("llama")
+    fit = ids[np.arange(24) % 8 != 7]
+    stats = calibrate(model, params, [fit[i : i + 8] for i in range(0, len(fit), 8)])
+    recipe = dataclasses.replace(BEST, refit=False)
+    want = convert(model, params, "decoupled", stats=stats, cache=0.75, recipe=recipe)[0]
+    assert kvjax.load(tmp_path / "out", dtype="float32")[0].config == want.config
+    first = want.config.layers[0].attention
+    assert (report["kv_rank"], report["rope_dim"]) == first.cached_widths
+
+
 def test_a_conversion_without_fits_is_the_closed_form(source, tmp_path, monkeypatch):
     folder, ids = source
     monkeypatch.setattr(held_out, "best_depth", lambda losses: 0)

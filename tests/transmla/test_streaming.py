@@ -131,6 +131,25 @@ def test_a_stopped_conversion_goes_on(source, tmp_path, method, count):
     assert_same(source, out, method, report)
 
 
+def test_a_conversion_that_goes_on_keeps_its_division_of_the_cache(source, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    share = {"kv_rank": None, "rope_dim": None, "cache": 0.5}
+    want = run(source, whole, "decoupled", **share)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, out, "decoupled", **share)
+    # The layers that are finished say it: the text is not read for it again.
+    monkeypatch.setattr(convert, "layer_moments", lambda *args: iter(()))
+    report = run(source, out, "decoupled", **share)
+    assert (report["kv_rank"], report["rope_dim"]) == (want["kv_rank"], want["rope_dim"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        kvjax.load(out, dtype="float32")[1],
+        kvjax.load(whole, dtype="float32")[1],
+    )
+
+
 def test_a_layer_that_is_not_counted_is_written_again(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:

@@ -19,7 +19,7 @@ from rich.console import Console
 from kvjax.commands.checkpoints import bytes_per_token
 from kvjax.commands.demo import answers, shared
 from kvjax.commands.demo.shared import Steps, Subject
-from kvjax.config import GQAConfig, of_kind
+from kvjax.config import GQAConfig
 from kvjax.headkv.measure import score_heads
 from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.scoring import perplexity
@@ -171,7 +171,6 @@ def convert_to_half(subject: Subject, steps: Steps) -> dict[str, Any]:
     length = min(LENGTH, model.config.context_length)
     test = token_rows(subject, page, length)
     text = token_rows(subject, "\n\n".join(others), length)[:SEQUENCES]
-    kv_rank, rope_dim = half_of(of_kind(model.config.layers[0].attention, GQAConfig))
     with steps.step(f"calibration on {len(text)} x {length} tokens", len(text)) as at:
         stats = calibrate(model, params, batches(text, at))
     with steps.step("conversion to latent attention", len(model.config.layers)) as at:
@@ -180,8 +179,7 @@ def convert_to_half(subject: Subject, steps: Steps) -> dict[str, Any]:
             params,
             method="decoupled",
             stats=stats,
-            kv_rank=kv_rank,
-            rope_dim=rope_dim,
+            cache=0.5,
             recipe=RECIPE,
             progress=lambda layer: at(layer.index + 1),
         )
@@ -189,6 +187,7 @@ def convert_to_half(subject: Subject, steps: Steps) -> dict[str, Any]:
         before = perplexity(model, params, [test])
         after = perplexity(new_model, new_params, [test])
     dtype = params["embedding"].dtype.name
+    kv_rank, rope_dim = new_model.config.layers[0].attention.cached_widths
     return {
         "calibration": f"{len(text)} x {length} tokens",
         "test": f"{len(test)} x {length} tokens of the page",
@@ -199,17 +198,6 @@ def convert_to_half(subject: Subject, steps: Steps) -> dict[str, Any]:
         "bytes_per_token_before": bytes_per_token(model, dtype),
         "bytes_per_token_after": bytes_per_token(new_model, dtype),
     }
-
-
-def half_of(base: GQAConfig) -> tuple[int, int]:
-    """kv_rank and rope_dim of half as many numbers a token as GQA's keys and values have.
-
-    A third of them rotates, or all that rotate in GQA.
-    """
-    numbers = base.num_kv_heads * base.head_dim
-    turning = 0 if base.rope is None else base.num_kv_heads * base.rope.dim
-    rope_dim = min(numbers // 6 * 2, turning)
-    return numbers - rope_dim, rope_dim
 
 
 def token_rows(subject: Subject, text: str, length: int) -> Int32[np.ndarray, "S T"]:
