@@ -30,9 +30,9 @@ from jaxtyping import Array, Float, Int
 import kvjax
 from benchmarks.environment import environment
 from kvjax.cache import cache_bytes
-from kvjax.data_files import read_bytes
 from kvjax.paths import local_path
 from kvjax.policies.budgets import token_bytes
+from kvjax.text_files import read_bytes
 from pallas_kernels.entries import DTYPES
 
 
