@@ -83,8 +83,9 @@ def main() -> None:
         numbers, choice = rope_dims_to_choose(bases, cache, None, None, False)
         total = np.zeros(len(choice))
         for index, base in enumerate(bases):
-            own = params[f"layers_{index}"]["attn"], stats.layers[index]
-            total += division_errors(base, *own, numbers, choice, lambda _: CLOSED) / len(bases)
+            attn, own = params[f"layers_{index}"]["attn"], stats.layers[index]
+            errors = division_errors(base, attn, own, numbers, choice, lambda _: CLOSED)
+            total += errors / len(bases)
         chosen = choice[int(total.argmin())]
 
         def converted(width: int, recipe: Any, numbers: int = numbers) -> Any:
