@@ -72,7 +72,8 @@ def main() -> None:
     def add(make: Any, **row: Any) -> None:
         if any(all(old.get(k) == v for k, v in row.items()) for old in rows):
             return
-        rows.append({**row, "perplexity": round(perplexity(*make(), test), 3)})
+        judged, weights = make()
+        rows.append({**row, "perplexity": round(perplexity(judged, weights, test), 3)})
         print(json.dumps(rows[-1]), flush=True)
         about = environment("benchmarks.division")
         write_json(args.out, {**about, "model": Path(args.model).name, "rows": rows})
