@@ -80,7 +80,7 @@ Metric = Callable[[JointMoments], Float[np.ndarray, "W W"]]
 """Moments → a root R of the metric M = R Rᵀ in which the PCA measures errors: it takes e to e·R."""
 
 
-VALUES = 4.0
+VALUES = 2.0
 """Weight of the values' errors beside those of the keys. It was chosen on SmolLM2 and stories260k
 and checked on Qwen2.5-Coder, see docs/decoupled.md."""
 
