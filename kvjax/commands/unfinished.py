@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.checkpoint_files import NewTensor, map_file, read_header, read_metadata, write_file
+from kvjax.checkpoint_files import NewTensor, map_file, read_head, write_file
 from kvjax.config import AttentionConfig
 from kvjax.fields import Text, refuse, violations, within
 from kvjax.hf import native
@@ -202,7 +202,7 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
     if not path.exists():
         return Finished()
     with within(f"{path} does not belong to a conversion"):
-        tensors, metadata = read_header(path), read_metadata(path)
+        tensors, metadata = read_head(path)
         refuse(line for _, line in violations(metadata, METADATA, required=True))
         earlier = parse_object(metadata["request"].encode(), "its request")
         configs, others = (_attention(metadata[name], name) for name in ("attention", "other"))
