@@ -97,12 +97,19 @@ def write(model: Transformer, params: Any, directory: Path) -> None:
 
 
 def write_part(directory: Path, name: str, part: Any) -> None:
-    """Writes one layer, or one parameter that belongs to no layer."""
+    """Writes one layer, or one parameter that belongs to no layer.
+
+    Raises:
+        OSError: a full disk, for which tensorstore has a ValueError.
+    """
     import orbax.checkpoint as ocp
 
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / PARAMS / name).absolute(), {name: part})
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((directory / PARAMS / name).absolute(), {name: part})
+    except ValueError as error:
+        raise OSError(f"cannot write {directory / PARAMS / name}: {error}") from error
 
 
 def write_config(model: Transformer, directory: Path) -> None:
