@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from kvjax import processes, runs
+from kvjax.endings import say_finished
 from kvjax.fields import (
     Bytes,
     Flag,
@@ -32,7 +33,7 @@ from kvjax.fields import (
     shown,
 )
 from kvjax.runs import write_json
-from kvjax.text_files import parse_object
+from kvjax.text_files import parse_object, read_object
 
 CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
 
@@ -146,10 +147,19 @@ def check_same(config: Path, request: dict[str, Any]) -> None:
     )
 
 
-def check_folder(out: Path | None, request: dict[str, Any]) -> None:
-    """Raises ValueError where `out` holds another measurement; see `check_same`."""
-    if out is not None and (out / CONFIG).exists():
-        check_same(out / CONFIG, request)
+def measured(out: Path | None, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in `out` of the same measurement, with a line that says so; None without them.
+
+    Raises:
+        ValueError: `out` holds another measurement, see `check_same`.
+    """
+    if out is None or not (out / CONFIG).exists():
+        return None
+    check_same(out / CONFIG, request)
+    if not (out / RESULTS).exists():
+        return None
+    say_finished(out)
+    return read_object(out / RESULTS)
 
 
 def write_measured(out: Path | None, request: dict[str, Any], report: dict[str, Any]) -> None:
