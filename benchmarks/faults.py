@@ -41,6 +41,8 @@ TIMES = {"seconds", "date", "peak_memory_bytes", "tokens_per_second", "mfu", "co
 UNFINISHED = (".lock", ".part", ".kvjax-part", ".partial.jsonl", "unfinished.safetensors")
 """Ends of names that only an unfinished command leaves."""
 GROWING = (".jsonl",)
+LEAST = 2000
+"""Least limit on a file's size, in bytes: what a command says goes to a file too."""
 ENDED = 2
 """Exit code of a command that says what is wrong in lines of its own."""
 
@@ -149,8 +151,8 @@ def _digest(path: Path) -> str | None:
     data = path.read_bytes()
     if path.suffix == ".json":
         data = _timeless(json.loads(data))
-    elif path.suffix == ".jsonl":
-        data = b"\n".join(_timeless(json.loads(line)) for line in data.splitlines())
+    elif path.suffix == ".jsonl":  # a kill may tear the last line
+        data = b"\n".join(_timeless(json.loads(line)) for line in whole_lines(path))
     elif path.suffix == ".png":
         data = b""
     return hashlib.sha256(data).hexdigest()[:12]
@@ -251,7 +253,8 @@ class Bench:
             process.join()
             row |= {"seconds": round(after, 3)}
         else:
-            limit = int(math.exp(rng.uniform(math.log(64), math.log(whole["largest"]))))
+            sizes = math.log(LEAST), math.log(max(2 * LEAST, whole["largest"]))
+            limit = int(math.exp(rng.uniform(*sizes)))
             process = self.start(name, out, limit)
             process.join()
             row |= {"file_bytes": limit}

@@ -13,7 +13,7 @@ from typing import Any
 from kvjax import processes
 from kvjax.endings import only_writer
 from kvjax.fields import Object, object_problems, refuse
-from kvjax.paths import sync
+from kvjax.paths import is_inside, sync
 from kvjax.runs import check_same, write_json
 from kvjax.text_files import read_object
 
@@ -65,7 +65,8 @@ def _clear(out: Path, *parts: Path) -> None:
         complete = any((out / name).exists() for name in LAST)
         if (part / MOVED).is_file() and not complete:
             for name in read_object(part / MOVED):
-                _remove(out / Path(name).name)
+                if is_inside(name) and Path(name).name == name:
+                    _remove(out / name)
         _remove(part)
 
 

@@ -16,7 +16,7 @@ from toys import random_params
 import kvjax
 from eval import predictions, suites
 from eval.report import runs as report_runs
-from kvjax import context, runs
+from kvjax import context, folders, runs
 from kvjax.cache import DenseCache, ModelCache, Pool
 from kvjax.cache.channels import KeyChannels
 from kvjax.commands.score import finished_batches
@@ -314,6 +314,11 @@ def kinds(place):
             conversion,
             lambda f: ConversionFolder(f, {"model": "m", "dtype": "float32"}),
             "unfinished.safetensors",
+        ),
+        "record of a command": Kind(
+            {"config.json": b"{}", folders.MADE: as_bytes({"request": SETTINGS, "report": {}})},
+            lambda f: folders.made(f, SETTINGS),
+            folders.MADE,
         ),
         "GGUF": Kind(file, lambda f: gguf.read_config(f / "model.gguf"), "model.gguf"),
         "settings of a run": Kind(

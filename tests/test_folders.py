@@ -90,6 +90,19 @@ def test_a_killed_save_is_cleared_by_the_next(tmp_path, monkeypatch, exists, mom
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("name", ["..", ".", "", "../other", "/etc/passwd", "a/b", "\0"])
+def test_only_names_of_the_folder_itself_are_removed(tmp_path, name):
+    out = tmp_path / "out"
+    (out / PART).mkdir(parents=True)
+    (out / PART / folders.MOVED).write_text(json.dumps({name: True, "b": True}))
+    for kept in (tmp_path / "other", out / "a" / "b", out / "b"):
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("kept")
+    fill(out, "c", CONFIG)
+    assert content(out) == {"c": "c", CONFIG: CONFIG}
+    assert (tmp_path / "other").exists() and (out / "a" / "b").exists()
+
+
 def test_what_was_there_before_is_not_taken_for_a_leftover(tmp_path, monkeypatch):
     (tmp_path / "b").write_text("of the user")
 
