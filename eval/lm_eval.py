@@ -24,7 +24,8 @@ from eval.command import (
     write_report,
 )
 from eval.harness_scores import scores
-from eval.predictions import measured, write_measured
+from eval.predictions import write_measured
+from eval.report.runs import measured
 from kvjax.checks import COUNT, SIZE, Range, check_ranges, optional
 from kvjax.extras import import_extra
 

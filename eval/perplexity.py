@@ -25,7 +25,8 @@ from eval.command import (
     with_dtype,
     write_report,
 )
-from eval.predictions import measured, write_measured
+from eval.predictions import write_measured
+from eval.report.runs import measured
 from eval.rows import hub_rows, read_rows
 from kvjax.checks import COUNT, Range, check_ranges, optional
 from kvjax.paths import local_path

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 
 from kvjax import processes, runs
-from kvjax.endings import say_finished
 from kvjax.fields import (
     Bytes,
     Flag,
@@ -33,7 +32,7 @@ from kvjax.fields import (
     shown,
 )
 from kvjax.runs import write_json
-from kvjax.text_files import parse_object, read_object
+from kvjax.text_files import parse_object
 
 CONFIG, PREDICTIONS, RESULTS = "config.json", "predictions.jsonl", "results.json"
 
@@ -145,21 +144,6 @@ def check_same(config: Path, request: dict[str, Any]) -> None:
         f"{config.parent} holds another run",
         "repeat its command to resume it, or give another --out",
     )
-
-
-def measured(out: Path | None, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in `out` of the same measurement, with a line that says so; None without them.
-
-    Raises:
-        ValueError: `out` holds another measurement, see `check_same`.
-    """
-    if out is None or not (out / CONFIG).exists():
-        return None
-    check_same(out / CONFIG, request)
-    if not (out / RESULTS).exists():
-        return None
-    say_finished(out)
-    return read_object(out / RESULTS)
 
 
 def write_measured(out: Path | None, request: dict[str, Any], report: dict[str, Any]) -> None:
