@@ -214,8 +214,7 @@ def _unlike(cache: ModelCache, layer: int, attention: AttentionConfig) -> Iterat
         got, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
         floats = name in entries
         # Accelerators may pad the last axis of latents with zeros.
-        wider = floats and got and isinstance(got[-1], int) and got[-1] > shape[-1]
-        same = got == shape or (wider and got[:-1] == shape[:-1])
+        same = got == shape or (floats and got and got[:-1] == shape[:-1] and _wider(got, shape))
         good = dtype is not None and (dtype != np.int32 if floats else dtype == np.int32)
         if not (same and good) and not (value is None and name in ("evicted", "positions")):
             wrong = True
@@ -228,6 +227,10 @@ def _unlike(cache: ModelCache, layer: int, attention: AttentionConfig) -> Iterat
         starts, kept = np.asarray(held.starts), np.asarray(held.kept)
         if starts.min() < 0 or kept.min() < 0 or (starts + kept).max() > count:
             yield f"its segments are not within the {count} rows of the pool"
+
+
+def _wider(got: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    return isinstance(got[-1], int) and got[-1] > shape[-1]
 
 
 def _unlike_format(held: Any, entries: Sequence[str], channels: tuple[int, ...]) -> Iterator[str]:
