@@ -39,7 +39,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.environment import environment
-from kvjax.checkpoint_files import INDEX, NewTensor, read_header, read_metadata, write_file
+from kvjax.checkpoint_files import INDEX, NewTensor, read_head, read_header, write_file
 from kvjax.hf import config_from_hf, open_params
 from kvjax.hf.layout import Tensor, layouts, tensors
 from kvjax.hf.weights import LazyParams
@@ -187,7 +187,7 @@ class Checker:
         if not name.startswith("layers_"):
             return True
         try:
-            metadata = read_metadata(self.out.parent / "unfinished.safetensors")
+            metadata = read_head(self.out.parent / "unfinished.safetensors")[1]
         except FileNotFoundError:  # all is written
             return True
         return int(name[7:]) < len(json.loads(metadata["attention"]))

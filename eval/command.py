@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,7 +133,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     """
     from eval.run import LoadedModel, evaluate
     from eval.task import load_task
-    from kvjax.endings import GOES_ON, only_writer
+    from kvjax.endings import GOES_ON, only_writer, say_finished
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
 
@@ -150,15 +151,24 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     if command.dry_run:
         return dry_run(model, tokenizer, task, settings, command.dtype)
     assert command.out is not None
-    loaded = LoadedModel(
-        command.model, *load(command.model, command.dtype, named_mesh(command.mesh)), tokenizer
-    )
     # config.json leaves data_dir out: the checksum of the items tells what the folder held.
     described = {n: getattr(command, n) for n in TASK_FIELDS if n not in ("data_dir", "seed")}
     described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     with only_writer(command.out, GOES_ON):
-        return evaluate(loaded, task, settings, command.out, described, argv)
+        model, params = load(command.model, command.dtype, named_mesh(command.mesh))
+        loaded = LoadedModel(command.model, model, params, tokenizer)
+        report = evaluate(loaded, task, settings, command.out, described, argv)
+    if not report["computed"]:
+        say_finished(command.out)
+    return report
+
+
+def alone(out: Path | None) -> AbstractContextManager[None]:
+    """Keeps other processes from the folder of a measurement, which is written at the end."""
+    from kvjax.endings import NOTHING_YET, only_writer
+
+    return nullcontext() if out is None else only_writer(out, NOTHING_YET)
 
 
 def with_dtype(command: Any) -> Any:

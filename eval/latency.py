@@ -17,6 +17,7 @@ from eval.command import (
     MeshText,
     Model,
     Policies,
+    alone,
     check_arguments,
     print_rows,
     with_dtype,
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(command: LatencyCommand, argv: Sequence[str]) -> None:
     """Measures, prints a table, and writes the result where it was asked for."""
-    report = measure(command, argv)
+    with alone(command.out):
+        report = measure(command, argv)
     hidden = ("gqa_cache_bytes", "repeats")
     rows = [{k: _short(v) for k, v in row.items() if k not in hidden} for row in report["rows"]]
     print_rows(rows, f"{command.model}: medians of {command.repeats}")

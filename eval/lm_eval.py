@@ -17,13 +17,15 @@ from eval.command import (
     MeshText,
     Model,
     Policies,
+    alone,
     check_arguments,
     print_report,
     with_dtype,
     write_report,
 )
 from eval.harness_scores import scores
-from eval.predictions import check_folder, write_measured
+from eval.predictions import write_measured
+from eval.report.runs import measured
 from kvjax.checks import COUNT, SIZE, Range, check_ranges, optional
 from kvjax.extras import import_extra
 
@@ -79,7 +81,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(command: HarnessCommand, argv: Sequence[str]) -> None:
     """Measures, prints a table, and writes the result where it was asked for."""
-    report = measure(command, argv)
+    with alone(command.out):
+        report = measure(command, argv)
     print_report(report)
     write_report(command.json_file, report)
 
@@ -113,7 +116,8 @@ def measure(command: HarnessCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     loaded = LoadedModel(command.model, model, params, tokenizer)
     policies = resolve_all(names, loaded.model)
     request |= facts(model, params, policies)
-    check_folder(command.out, request)
+    if (earlier := measured(command.out, request)) is not None:
+        return earlier
     # One evaluation by the harness for each policy.
     entries = []
     for name, policy in policies.items():

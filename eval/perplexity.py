@@ -19,12 +19,14 @@ from eval.command import (
     MeshText,
     Model,
     Policies,
+    alone,
     check_arguments,
     print_report,
     with_dtype,
     write_report,
 )
-from eval.predictions import check_folder, write_measured
+from eval.predictions import write_measured
+from eval.report.runs import measured
 from eval.rows import hub_rows, read_rows
 from kvjax.checks import COUNT, Range, check_ranges, optional
 from kvjax.paths import local_path
@@ -77,7 +79,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(command: PerplexityCommand, argv: Sequence[str]) -> None:
     """Measures, prints a table, and writes the result where it was asked for."""
-    report = measure(command, argv)
+    with alone(command.out):
+        report = measure(command, argv)
     print_report(report)
     write_report(command.json_file, report)
 
@@ -112,7 +115,8 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     policies = resolve_all(names, model)
     request = _request(command, names, len(rows)) | facts(model, params, policies)
     request["text_ids"] = array_digest(np.asarray(ids))
-    check_folder(command.out, request)
+    if (earlier := measured(command.out, request)) is not None:
+        return earlier
     # Losses of every chunk, under each policy.
     found: list[list[Any]] = [[] for _ in names]
     with progress_bar() as progress:

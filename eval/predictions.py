@@ -146,12 +146,6 @@ def check_same(config: Path, request: dict[str, Any]) -> None:
     )
 
 
-def check_folder(out: Path | None, request: dict[str, Any]) -> None:
-    """Raises ValueError where `out` holds another measurement; see `check_same`."""
-    if out is not None and (out / CONFIG).exists():
-        check_same(out / CONFIG, request)
-
-
 def write_measured(out: Path | None, request: dict[str, Any], report: dict[str, Any]) -> None:
     """Writes config.json and results.json of a measurement, which has no predictions."""
     if out is not None:

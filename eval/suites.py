@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
-import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from eval.predictions import RESULTS
 from eval.preview import preview
 from eval.task import TASKS, TaskOptions, reads_of
 from kvjax import processes
+from kvjax.endings import error_lines, say
 from kvjax.fields import Name, Object, OneOf, Text, build, shown
 from kvjax.paths import check_local, is_inside, local_path
 from kvjax.text_files import read_object, read_yaml
@@ -198,7 +198,8 @@ def main(argv: Sequence[str]) -> None:
         except (ValueError, NotImplementedError, OSError) as error:
             if processes.several():
                 raise  # the other processes may be waiting in this run
-            print(f"eval: error: {run.name}: {' '.join(str(error).split())}", file=sys.stderr)
+            for line in error_lines(error):
+                say(f"eval: error: {run.name}: {line}")
             failed.append(run.name)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")

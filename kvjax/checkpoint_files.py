@@ -270,7 +270,12 @@ def release(file: np.ndarray) -> None:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file; only the header is read.
+    """The tensors of a file; see `read_head`."""
+    return read_head(path)[0]
+
+
+def read_head(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, and the texts in its header; only the header is read.
 
     The format requires tensors without holes and overlaps up to the end of the file, and unique
     names.
@@ -291,7 +296,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(start - 8)
     with within(f"{path} is not a safetensors file"):
         header = parse_object(text, "its header")
-        build(METADATA, header.pop("__metadata__", None), "its __metadata__")
+        texts = build(METADATA, header.pop("__metadata__", None), "its __metadata__")
         entries = build(dict[str, Entry], header, "its header", others=True)
         tensors = {name: _stored(path, start, entry) for name, entry in entries.items()}
         end = _end(tensors, start)
@@ -299,7 +304,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} is truncated: got {size} bytes, expected {end}")
     if end < size:
         raise ValueError(f"{path} is damaged: got {size} bytes, expected {end}")
-    return tensors
+    return tensors, texts or {}
 
 
 def _stored(path: Path, start: int, entry: Entry) -> StoredTensor:
@@ -319,13 +324,6 @@ def _end(tensors: Mapping[str, StoredTensor], start: int) -> int:
             raise ValueError(f"{name} {problem}: begins at byte {got}, expected {expected}")
         end += tensor.nbytes
     return end
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in a file's header; call `read_header` first, which checks the file."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)).get("__metadata__") or {}
 
 
 def write_file(

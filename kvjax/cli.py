@@ -29,7 +29,7 @@ from kvjax.commands.convert import (
 from kvjax.commands.demo import run_demo
 from kvjax.commands.score import score_checkpoint
 from kvjax.commands.text import compress_text, continue_text
-from kvjax.endings import GOES_ON, endings, only_writer
+from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_writer
 from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
 from kvjax.runs import write_json
@@ -123,9 +123,10 @@ def export(
     """
     of_rms = _changed(export, locals(), "calibration", "calibration_tokens")
     _refuse_unread("--norm", norm, {"rms": of_rms})
-    report = export_checkpoint(
-        model, out, norm, calibration, calibration_tokens, dtype, max_shard_bytes
-    )
+    with only_writer(out, NOTHING_YET):
+        report = export_checkpoint(
+            model, out, norm, calibration, calibration_tokens, dtype, max_shard_bytes
+        )
     _print_facts(f"{model} → {out}", report)
     _write_report(json_file, report)
 
@@ -214,7 +215,8 @@ def compress(
     json_file: Json = None,
 ) -> None:
     """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`."""
-    report = compress_text(model, text, out, policy, dtype)
+    with only_writer(out, NOTHING_YET):
+        report = compress_text(model, text, out, policy, dtype)
     _print_rows([report])
     _write_report(json_file, report)
 
@@ -232,7 +234,8 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Shows answers and accuracy against cache bytes, heads and a conversion, on one model."""
-    _write_report(json_file, run_demo(out, model, samples, seed))
+    with only_writer(out, STARTS_OVER):
+        _write_report(json_file, run_demo(out, model, samples, seed))
 
 
 def plan(

@@ -21,7 +21,7 @@ from kvjax.cache.pool import bucket_rows
 from kvjax.cache.room import grow_pool, repeated_with_room, trimmed
 from kvjax.cache.sharded import head_copies, spread_layer
 from kvjax.cache.storage import room_bucket
-from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
+from kvjax.checkpoint_files import NewTensor, read_head, write_file
 from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.feeding import not_finite
@@ -37,6 +37,7 @@ from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
 from kvjax.text_files import parse_object
 from pallas_kernels import Packed, Quantized
+from pallas_kernels.packed import packed_bytes
 
 PARTS = {
     part.__name__: part
@@ -144,7 +145,7 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
 
 
 def _read(path: Path) -> Context:
-    stored, metadata = read_header(path), read_metadata(path)
+    stored, metadata = read_head(path)
     with within(f"{path} is not a context"):
         content = parse_object(metadata.get("kvjax", "{}").encode(), "its description")
         if (found := content.get("format")) != FORMAT:
@@ -213,15 +214,50 @@ def _unlike(cache: ModelCache, layer: int, attention: AttentionConfig) -> Iterat
         got, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
         floats = name in entries
         # Accelerators may pad the last axis of latents with zeros.
-        same = got == shape or (floats and got and got[:-1] == shape[:-1] and got[-1] > shape[-1])
+        same = got == shape or (floats and got and got[:-1] == shape[:-1] and _wider(got, shape))
         good = dtype is not None and (dtype != np.int32 if floats else dtype == np.int32)
         if not (same and good) and not (value is None and name in ("evicted", "positions")):
             wrong = True
             yield f"{name} has shape {got} and dtype {dtype}, expected {shape}"
-    if isinstance(held, Pool) and not wrong:
+    if wrong:
+        return
+    layers = (len(held.starts[0]),) if isinstance(held, Pool) else ()
+    yield from _unlike_format(held, entries, (1, *layers, heads, first))
+    if isinstance(held, Pool):
         starts, kept = np.asarray(held.starts), np.asarray(held.kept)
         if starts.min() < 0 or kept.min() < 0 or (starts + kept).max() > count:
             yield f"its segments are not within the {count} rows of the pool"
+
+
+def _wider(got: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    return isinstance(got[-1], int) and got[-1] > shape[-1]
+
+
+def _unlike_format(held: Any, entries: Sequence[str], channels: tuple[int, ...]) -> Iterator[str]:
+    """A line for each wrong array that 8-bit or 4-bit entries have besides their numbers.
+
+    Args:
+        channels: shape of the `KeyChannels` of 4-bit keys.
+    """
+    found: dict[str, tuple[Any, tuple[int, ...], Any]] = {}
+    for name in entries:
+        value = getattr(held, name)
+        if isinstance(value, Quantized):
+            found[f"{name}.scale"] = value.scale, value.shape[:-1], np.float32
+        elif isinstance(value, Packed):
+            shape = (*value.shape[:-1], packed_bytes(value.width))
+            found[f"{name}.values"] = value.values, shape, np.uint8
+    of_keys = getattr(held, "channels", None)
+    kind = KeyChannels if isinstance(getattr(held, "k", None), Packed) else type(None)
+    if not isinstance(of_keys, kind):
+        yield f"channels is {type(of_keys).__name__}, expected {kind.__name__}"
+    elif of_keys is not None:
+        found["channels.centre"] = of_keys.centre, channels, jnp.bfloat16
+        found["channels.size"] = of_keys.size, channels, jnp.bfloat16
+    for name, (value, shape, dtype) in found.items():
+        got = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if got != (shape, dtype):
+            yield f"{name} has shape {got[0]} and dtype {got[1]}, expected {shape} {dtype}"
 
 
 def _layer_entries(cache: ModelCache, layer: int) -> Any:
@@ -233,7 +269,8 @@ def _layer_entries(cache: ModelCache, layer: int) -> Any:
     pool = cache.pools[number]
     starts, kept = np.asarray(pool.starts)[0, row], np.asarray(pool.kept)[0, row]
     rows = slice(starts.min(), (starts + kept).max())
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, rows], {"k": pool.k, "v": pool.v})
+    held = jax.tree.map(lambda leaf: np.asarray(leaf)[:, rows], {"k": pool.k, "v": pool.v})
+    return held | {"channels": jax.tree.map(lambda leaf: np.asarray(leaf)[:, row], pool.channels)}
 
 
 def check_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -15,12 +16,15 @@ import filelock
 
 from kvjax import processes
 from kvjax.fields import Problems
+from kvjax.usage import plain_usage_errors
 
 BAD_INPUT = 2
 """Exit code after bad input; after a signal it is 128 + the signal's number, as shells count."""
 
 GOES_ON = "what is finished is saved, and the same command goes on from there"
-"""Note for `only_writer`."""
+STARTS_OVER = "the same command starts over"
+NOTHING_YET = f"nothing is written, and {STARTS_OVER}"
+"""Notes for `only_writer`."""
 
 
 class Terminated(BaseException):
@@ -32,7 +36,7 @@ def endings(command: str) -> Iterator[None]:
     """Surrounds a whole command and turns its end into a line on standard error and a code.
 
     Errors of users are ValueError, NotImplementedError and OSError: code 2, and a line for each
-    problem of `kvjax.fields.Problems`. Ctrl-C ends with 130
+    problem of `kvjax.fields.Problems`, such as arguments that tyro refuses. Ctrl-C ends with 130
     and SIGTERM with 143; what they interrupt says in notes on the exception what is saved, see
     `only_writer`. Other errors are ours and keep their tracebacks.
 
@@ -44,17 +48,16 @@ def endings(command: str) -> Iterator[None]:
     # Without torch, which no command needs, transformers would advise every user to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), plain_usage_errors(), _quiet_orbax():
             yield
     except (ValueError, NotImplementedError, OSError) as error:
-        lines = str(error).splitlines() if isinstance(error, Problems) else [str(error)]
-        for line in lines:
-            _say(f"{command}: error: {line}")
+        for line in error_lines(error):
+            say(f"{command}: error: {line}")
         processes.stop(BAD_INPUT)
     except (KeyboardInterrupt, Terminated) as error:
         by = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         notes = getattr(error, "__notes__", [])
-        _say("; ".join([f"{command}: stopped by {by.name}", *notes]))
+        say("; ".join([f"{command}: stopped by {by.name}", *notes]))
         processes.stop(128 + by)
 
 
@@ -75,8 +78,8 @@ def only_writer(out: Path, note: str = "") -> Iterator[None]:
     if not processes.is_writer():
         yield
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.SoftFileLock(out.with_name(f"{out.name}.lock"), blocking=False)
+    made, place = _make_parents(out), Path(os.path.abspath(out))  # "." has no name
+    lock = filelock.SoftFileLock(place.with_name(f"{place.name}.lock"), blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -89,6 +92,22 @@ def only_writer(out: Path, note: str = "") -> Iterator[None]:
         raise
     finally:
         lock.release()
+        for folder in made:  # a refused command leaves no empty folders
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def say_finished(out: Path) -> None:
+    """Says that a command has nothing to do: the same command made its output before."""
+    if processes.is_writer():
+        say(f"{out} is finished: nothing is left to do")
+
+
+def _make_parents(out: Path) -> list[Path]:
+    """Makes the folder of an output, and returns the folders that are new, the innermost first."""
+    new = [folder for folder in out.absolute().parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return new
 
 
 def _holder(lock: Path) -> str:
@@ -119,5 +138,33 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _say(message: str) -> None:
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps orbax from printing tracebacks of the errors that it also raises."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(failed: sys.UnraisableHookArgs) -> None:
+        # Other reads of a damaged checkpoint end after the one that raised has closed the loop.
+        if str(failed.exc_value) != "Event loop is closed":
+            before(failed)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def error_lines(error: Exception) -> list[str]:
+    """A user's error, a line for each problem; one line, cut to a bearable width, for others."""
+    found = error if isinstance(error, Problems) else Problems([str(error)])
+    return str(found).splitlines() or [type(error).__name__]
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
     print(" ".join(message.split()), file=sys.stderr)

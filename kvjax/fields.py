@@ -258,10 +258,10 @@ def _lines(kind: Kind, value: Any, error: Mapping[str, Any]) -> Sequence[str]:
 def _inner(kind: Kind, key: Any) -> Kind | None:
     """The type of a part; None where `key` names no part, but a branch of pydantic's."""
     kind = plain(kind)
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        inner = (_inner(part, key) for part in parts)
+    if len(several := members(kind)) > 1:
+        inner = (_inner(part, key) for part in several)
         return next((found for found in inner if found is not None), None)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return hints(kind).get(key)
     if origin in (list, tuple) and isinstance(key, int):
@@ -285,6 +285,12 @@ def _adapter(kind: Kind) -> Any:
     return TypeAdapter(kind)
 
 
+def members(kind: Kind) -> tuple[Kind, ...]:
+    """The types of a union; a type that is none alone."""
+    is_union = typing.get_origin(kind) in (Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
 def plain(kind: Kind) -> Kind:
     """The type without what `Annotated` says about it."""
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
@@ -305,7 +311,7 @@ def words(kind: Kind) -> str:
             return said[-1]
         least = [f"a list of at least {m.min_length}" for m in parts[1:] if isinstance(m, Len)]
         return words(parts[0]).replace("a list", "".join(least) or "a list", 1)
-    if origin in (Union, types.UnionType):
+    if len(members(kind)) > 1:
         *first, last = map(words, parts)
         return f"{', '.join(first)} or {last}"
     if origin is Literal:

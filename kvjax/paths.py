@@ -8,6 +8,7 @@ import functools
 import inspect
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -114,8 +115,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write in place of the one at `path`, which keeps its content until the block ends.
 
     The new content is written beside it as NAME.part, synced to disk and renamed in one step. After
-    an error such as a full disk the part is gone, and the old file is what it was. What is not
-    a regular file, such as /dev/stdout, is written directly.
+    an error such as a full disk the part is gone, and the old file is what it was. A killed process
+    leaves its part, which the next one replaces. What is not a regular file, such as /dev/stdout,
+    is written directly.
     """
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
@@ -131,3 +133,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Waits until the disk has these files, and the names of what is in these folders."""
+    for path in paths:
+        # Some file systems cannot sync folders, or open them.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            number = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
+
+
+def copy_whole(source: Path, out: Path) -> None:
+    """Copies a file as a whole or not at all, see `replacing`."""
+    with source.open("rb") as old, replacing(out) as new:
+        shutil.copyfileobj(old, new)

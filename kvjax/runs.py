@@ -3,7 +3,7 @@
 Four rules hold for every resumable job:
 
 1. The settings are written first. A job with other settings is refused (`claim`, `check_same`).
-2. A result is written atomically (`write_whole`, `write_json`).
+2. A result is written atomically (`write_whole`, `write_json`, `write_picture`).
 3. A file of JSON lines grows by whole lines. A kill can only tear the last line, which is cut off
    before more lines are added (`append_lines`, `cut_torn_line`, `whole_lines`).
 4. One process at a time writes to an output (`kvjax.endings.only_writer`).
@@ -20,7 +20,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvjax.paths import replacing
+from kvjax.extras import pyplot
+from kvjax.paths import replacing, sync
 from kvjax.text_files import read_object
 
 PACK = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
@@ -36,6 +37,8 @@ def claim(
 ) -> None:
     """Writes the settings of a run to a JSON file, or compares them with the file that is there.
 
+    Call it when all input is read and checked: a mistyped path must not become a run's setting.
+
     Args:
         path: e.g. config.json in the run's folder, which is made if it is missing.
         settings: everything that the result depends on; JSON values.
@@ -45,11 +48,26 @@ def claim(
     Raises:
         ValueError: the file is not a JSON object, or the settings differ.
     """
+    check_claim(path, settings, holder, advice, ignored)
+    write_json(path, settings)
+
+
+def check_claim(
+    path: Path,
+    settings: Mapping[str, Any],
+    holder: str,
+    advice: str,
+    ignored: Collection[str] = (),
+) -> None:
+    """Compares the settings of a run with the file of `claim`, if there is one; writes nothing.
+
+    Raises:
+        ValueError: see `claim`.
+    """
     # As JSON returns them: tuples become lists, so that both sides compare equal.
     wanted = json.loads(json.dumps(settings))
     if path.exists():
         check_same(read_settings(path), wanted, holder, advice, ignored)
-    write_json(path, wanted)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -116,13 +134,24 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_picture(path: Path, figure: Any, dpi: int) -> None:
+    """Writes a figure of matplotlib as a PNG, atomically, and closes it; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
+    pyplot().close(figure)
+
+
 def append_lines(path: Path, values: Iterable[Any]) -> None:
     """Adds JSON lines with one write, and waits until the disk has them."""
     # JSON keeps every bit of a float: Python writes the shortest text that reads back the same.
+    new = not path.exists()
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(value) + "\n" for value in values))
         file.flush()
         os.fsync(file.fileno())
+    if new:
+        sync(path.parent)
 
 
 def whole_lines(path: Path) -> list[bytes]:

@@ -1,5 +1,6 @@
 """Tiny files of every kind that kvjax reads, with what reads them. Nothing here compiles."""
 
+import dataclasses
 import gzip
 import json
 import lzma
@@ -9,13 +10,15 @@ from pathlib import Path
 import gguf_files
 import jax
 import numpy as np
+from llama_toy import TINY
 from toys import random_params
 
 import kvjax
 from eval import predictions, suites
 from eval.report import runs as report_runs
-from kvjax import context, runs
+from kvjax import context, folders, runs
 from kvjax.cache import DenseCache, ModelCache, Pool
+from kvjax.cache.channels import KeyChannels
 from kvjax.commands.score import finished_batches
 from kvjax.commands.unfinished import ConversionFolder
 from kvjax.data_files import open_rows
@@ -26,6 +29,7 @@ from kvjax.identity import Identity
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores, load_scores
 from kvjax.policies.need import NeedCurves, load_need
+from pallas_kernels.packed import Packed, packed_bytes
 from train import log
 from train.compare.config import read_compare
 from train.finetune import config as finetune
@@ -33,14 +37,8 @@ from train.pretrain.curriculum import read_curriculum
 
 ROOT = Path(__file__).parents[1]
 LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY,
     "head_dim": 4,
-    "vocab_size": 40,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
@@ -208,13 +206,26 @@ def pool():
     return Pool(k=rows, v=rows, **tables, **of_kept, lengths=length, read=length)
 
 
+def packed(*axes):
+    """4-bit rows of four numbers."""
+    return Packed(jax.device_put(np.zeros((*axes, packed_bytes(4)), np.uint8)), 4)
+
+
 def save_context(folder):
     length = jax.device_put(np.asarray([9], np.int32))
     rows = jax.device_put(np.ones((1, 2, 9, 4), np.float32))
     model = Identity("llama-0123456789ab", "float32", {"embedding": "0123456789ab"})
     own = ModelCache((DenseCache(rows, rows, length),) * 2, (), length, (None, None))
     pooled = ModelCache((None, None), (pool(),), length, ((0, 0), (0, 1)))
-    for name, cache in (("own.kv", own), ("pool.kv", pooled)):
+    bits = packed(1, 2, 9)
+    layer = DenseCache(bits, bits, length, channels=KeyChannels.empty((1, 2, 4)))
+    small = ModelCache((layer, layer), (), length, (None, None))
+    bits = packed(1, 12)
+    channels = KeyChannels.empty((1, 2, 2, 4))
+    packed_pool = dataclasses.replace(pool(), k=bits, v=bits, channels=channels)
+    small_pool = ModelCache((None, None), (packed_pool,), length, ((0, 0), (0, 1)))
+    files = {"own.kv": own, "pool.kv": pooled, "int4.kv": small, "pool4.kv": small_pool}
+    for name, cache in files.items():
         context.Context(cache, 9, "full", model).save(folder / name)
 
 
@@ -295,10 +306,19 @@ def kinds(place):
         "need": Kind(need, lambda f: load_need(f / "a.need.json", MODEL.config), "a.need.json"),
         "context": Kind(contexts, lambda f: read_context(f / "own.kv"), "own.kv"),
         "context with a pool": Kind(contexts, lambda f: read_context(f / "pool.kv"), "pool.kv"),
+        "int4 context": Kind(contexts, lambda f: read_context(f / "int4.kv"), "int4.kv"),
+        "int4 context with a pool": Kind(
+            contexts, lambda f: read_context(f / "pool4.kv"), "pool4.kv"
+        ),
         "conversion": Kind(
             conversion,
             lambda f: ConversionFolder(f, {"model": "m", "dtype": "float32"}),
             "unfinished.safetensors",
+        ),
+        "record of a command": Kind(
+            {"config.json": b"{}", folders.MADE: as_bytes({"request": SETTINGS, "report": {}})},
+            lambda f: folders.made(f, SETTINGS),
+            folders.MADE,
         ),
         "GGUF": Kind(file, lambda f: gguf.read_config(f / "model.gguf"), "model.gguf"),
         "settings of a run": Kind(

@@ -6,6 +6,16 @@ import kvjax
 from kvjax.hf import config_from_hf
 from kvjax.nn import Transformer
 
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+}
+"""A config.json for tests of files, which need no text."""
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 """The shape of `save_llama`'s model."""
 

@@ -135,6 +135,11 @@ def test_export(checkpoint, tmp_path, capsys):
     assert report["files"] == len(list(out.glob("*.safetensors"))) > 1
     assert (report["eos"], report["notes"]) == ([2], [])
     assert report["tokenizer"] == type(kvjax.load_tokenizer(out)).__name__
+    run("export", source, out, "--max-shard-bytes", 20_000, "--json", tmp_path / "again.json")
+    assert capsys.readouterr().err == f"{out} is finished: nothing is left to do\n"
+    assert json.loads((tmp_path / "again.json").read_text()) == report
+    other = "result of other settings (max_shard_bytes 20000, now 5000000000)"
+    assert other in fails(capsys, "export", source, out)
     line = fails(capsys, "export", source, tmp_path / "rms", "--norm", "rms")
     assert "needs a calibration text" in line
     text = tmp_path / "text.txt"

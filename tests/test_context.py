@@ -11,7 +11,7 @@ from toys import random_params
 
 import kvjax
 from kvjax import transmla
-from kvjax.checkpoint_files import NewTensor, read_header, read_metadata, write_file
+from kvjax.checkpoint_files import NewTensor, read_head, read_header, write_file
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Full
@@ -247,7 +247,7 @@ def test_a_damaged_context_is_one_line(tmp_path, change):
     path = tmp_path / "text.kv"
     compressed().save(path)
     stored = read_header(path)
-    content = json.loads(read_metadata(path)["kvjax"]) | change
+    content = json.loads(read_head(path)[1]["kvjax"]) | change
     kept = [NewTensor(n, t.dtype, t.shape, lambda t=t: t.open().copy()) for n, t in stored.items()]
     write_file(tmp_path / "damaged.kv", kept, {"kvjax": json.dumps(content)})
     with pytest.raises(ValueError, match=r"damaged\.kv is (a damaged|not a) context: .+"):
@@ -297,7 +297,7 @@ def rewritten(path, change=lambda content: content, tensors=lambda arrays: array
     """Writes a context again, with a changed description or other arrays."""
     arrays = tensors({name: np.array(t.open()) for name, t in read_header(path).items()})
     new = [NewTensor(name, a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()]
-    content = change(json.loads(read_metadata(path)["kvjax"]))
+    content = change(json.loads(read_head(path)[1]["kvjax"]))
     text = content if isinstance(content, str) else json.dumps(content)
     write_file(path, new, {"kvjax": text})
 

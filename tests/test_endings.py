@@ -7,13 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import several
 
+import eval.__main__
+import train.__main__
 from kvjax import cli
 from kvjax.endings import GOES_ON, Terminated, endings, only_writer
 from kvjax.fields import Problems
+
+MAINS = {"kvjax": cli.main, "eval": eval.__main__.main, "train": train.__main__.main}
 
 
 def test_a_second_writer_is_told_who_holds_the_output(tmp_path):
@@ -29,12 +34,42 @@ def test_a_second_writer_is_told_who_holds_the_output(tmp_path):
         pass
 
 
-def test_a_command_refuses_an_output_that_another_process_writes(tmp_path, capsys):
-    out = tmp_path / "scores.json"
+MODEL = "builtin:needle"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"kvjax score {MODEL} OUT --samples 1",
+        f"kvjax convert {MODEL} OUT",
+        f"kvjax export {MODEL} OUT",
+        f"kvjax compress {MODEL} text OUT",
+        "kvjax demo --out OUT",
+        f"eval needle --model {MODEL} --lengths 96 --count 1 --set depths=1 --out OUT",
+        f"eval perplexity --model {MODEL} --text text --out OUT",
+        f"eval latency --model {MODEL} --out OUT",
+        f"train finetune --model {MODEL} --data plain:rows --out OUT",
+        "train pretrain --config train/pretrain/needle.yaml --out OUT",
+        "train compare --out OUT",
+    ],
+)
+def test_a_command_refuses_an_output_that_another_process_writes(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    out = tmp_path / "out"
+    name, *words = command.replace("OUT", str(out)).split()
     with only_writer(out), pytest.raises(SystemExit, match="2"):
-        cli.main(["score", "builtin:needle", str(out), "--samples", "1"])
+        MAINS[name](words)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"process {os.getpid()}" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_command_leaves_no_empty_folders(tmp_path):
+    with pytest.raises(ValueError, match="no model"), only_writer(tmp_path / "a" / "b" / "run"):
+        raise ValueError("no model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
@@ -119,8 +154,8 @@ def _handler_inside():
         yield signal.getsignal(signal.SIGTERM)
 
 
-def test_a_stopped_command_goes_on(tmp_path):
-    """SIGTERM between two batches: one line, no lock, and the same command finishes."""
+def test_a_stopped_command_goes_on(tmp_path, capsys):
+    """Two at once, and SIGTERM between two batches: one line, no lock, and the rest is measured."""
     out, said = tmp_path / "heads.json", tmp_path / "said"
     words = ["kvjax.cli", "score", "builtin:needle", out, "--samples", 12, "--length", 128]
     words += ["--batch-size", 2, "--dtype", "float32"]
@@ -129,6 +164,9 @@ def test_a_stopped_command_goes_on(tmp_path):
     while not partial.exists() or partial.read_text().count("\n") < 2:
         assert process.is_alive() and time.monotonic() < deadline, said.read_text()
         time.sleep(0.05)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(list(map(str, words[1:])))
+    assert f"is being written by process {process.pid} on" in capsys.readouterr().err
     os.kill(process.pid, signal.SIGTERM)
     assert several.ended(process, 60) == 143
     assert said.read_text() == f"kvjax: stopped by SIGTERM; {GOES_ON}\n"

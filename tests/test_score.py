@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 
 import kvjax
 from kvjax.cli import main
@@ -94,6 +95,31 @@ def test_an_interrupted_run_continues_and_writes_the_same_file(whole, tmp_path, 
     assert same_files(out, whole) and not unfinished.exists()
 
 
+@pytest.mark.parametrize("limit", [200, 2500])
+def test_a_full_disk_is_one_line_and_the_same_command_finishes(whole, tmp_path, capsys, limit):
+    out = tmp_path / "heads.json"
+    with full_disk(limit):
+        assert "File too large" in fails(capsys, out, ARGUMENTS)
+    assert not out.exists()
+    score(out)
+    assert same_files(out, whole) and not (tmp_path / "heads.partial.jsonl").exists()
+
+
+def test_a_finished_run_says_so(whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "scores" / "heads.json"
+    shutil.copytree(whole.parent, out.parent)
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        score(out)
+        assert capsys.readouterr().err == f"{out} is finished: nothing is left to do\n"
+        # Killed between the scores and their meta file: the scores are not those of its request.
+        out.write_text(out.read_text().replace("0.", "0.5", 1))
+        with pytest.raises(SystemExit, match="130"):
+            score(out)
+    score(out)
+    assert same_files(out, whole)
+
+
 def test_a_run_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     out = tmp_path / "heads.json"
     interrupt_after(1, monkeypatch)
@@ -132,8 +158,9 @@ def test_the_file_says_what_was_measured(whole, tokenizer):
         model, params, tokenizer, "copying", samples=10, length=128, batch_size=2
     )
     np.testing.assert_array_equal(again.samples, scores.samples)
-    # The command also writes which weights it measured.
-    assert again.meta | {"weights": scores.meta["weights"]} == scores.meta
+    # The command also writes which weights it measured, and for which request.
+    own = {name: scores.meta[name] for name in ("weights", "request", "digest")}
+    assert again.meta | own == scores.meta
 
 
 def test_copying_finds_the_layers_of_the_questions(tokenizer):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import absl.logging
 import tyro
 
 from kvjax import compilation_cache, processes
 from kvjax.endings import GOES_ON, endings, only_writer
-from kvjax.paths import check_local, local_arguments
+from kvjax.paths import check_local, local_arguments, take_flag
 from kvjax.runs import write_json
 from train.compare.command import compare
 from train.compare.runs import write_rows
@@ -131,10 +129,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         ValueError: a bad setting in the file.
     """
     # Read the file first: its settings become the defaults of the flags.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(argv)[0].config
-    default = None if config is None else Arguments(read_config(config))
+    config, _ = take_flag(list(argv), "--config", "a YAML file")
+    default = None if config is None else Arguments(read_config(Path(config)))
     prog = "python -m train finetune"
     if default is None:
         return tyro.cli(Arguments, prog=prog, args=argv)
@@ -148,8 +144,6 @@ def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         ValueError: see `train.finetune.run.finetune`.
     """
     check_local(arguments)
-    # Orbax logs a traceback of every error that it raises: the error alone is enough.
-    absl.logging.set_verbosity(absl.logging.FATAL)
     processes.join(arguments.distributed)
     if arguments.dry_run:
         if arguments.topology is not None:  # the cache cannot read programs of other devices

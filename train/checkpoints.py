@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from kvjax import processes
 from kvjax.checks import check_finite
+from kvjax.endings import say
 
-FOLDER = "checkpoints"
-"""The folder inside a run's folder."""
+FOLDER, DAMAGED = "checkpoints", "damaged"
+"""Folders inside a run's folder: of good checkpoints, and of those that could not be read."""
 
 
 def finished_steps(run: Path) -> list[int]:
@@ -32,8 +37,11 @@ class Checkpoints:
         """
         self._run, self._directory = run, (run / FOLDER).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._keep, self._orbax = keep, self._open(keep)
+
+    def _open(self, keep: int) -> Any:
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self._orbax = ocp.training.Checkpointer(
+        return ocp.training.Checkpointer(
             str(self._directory),
             preservation_policy=newest,
             cleanup_tmp_directories=True,
@@ -80,20 +88,53 @@ class Checkpoints:
         )
 
     def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Loads the newest checkpoint as (step, state, data).
+        """Loads the newest checkpoint that can be read, as (step, state, data).
+
+        Damaged ones that are newer move to the folder `DAMAGED`, with a line on standard error.
+        Several processes could disagree about the damage, so they refuse it.
 
         Args:
             like: a state with the shapes, dtypes and shardings of the stored one.
 
         Raises:
-            ValueError: the checkpoint has other parameters; the message names some of them.
+            ValueError: the checkpoint has other parameters, some of which the message names; or no
+                checkpoint can be read.
         """
+        damaged: dict[int, _Unreadable] = {}
+        for step in reversed(self.steps()):
+            try:
+                found = self._load(step, like)
+            except _Unreadable as error:
+                damaged[step] = error
+                if processes.several():
+                    break
+                continue
+            self._set_aside(damaged, step)
+            return found
+        newest, error = next(iter(damaged.items()))
+        raise ValueError(f"{self._directory / str(newest)} is a damaged checkpoint: {error}")
+
+    def _set_aside(self, steps: Iterable[int], good: int) -> None:
+        """Moves damaged checkpoints out of the folder, where they would be in the way."""
+        for step in steps:
+            place, aside = self._directory / str(step), self._run / DAMAGED / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            self._orbax.close()
+            place.rename(aside)
+            self._orbax = self._open(self._keep)
+            say(f"{place} is damaged, moved to {aside}: the run continues from step {good}")
+
+    def _load(self, step: int, like: Any) -> tuple[int, Any, dict[str, Any]]:
         # Compare shapes before loading, to name the parameters that differ.
-        step = self.steps()[-1]
-        metadata: Any = self._orbax.metadata(step)
-        self._check_parameters(step, metadata.metadata, like)
-        loaded: Any = self._orbax.load(step, jax.tree.map(_abstract, like))
-        return step, loaded, metadata.custom_metadata
+        with _damage():
+            metadata: Any = self._orbax.metadata(step)
+            found, data = metadata.metadata, dict(metadata.custom_metadata)
+            if found is None:  # orbax has only logged what is wrong with it
+                raise ValueError("the shapes of its arrays cannot be read")
+        self._check_parameters(step, found, like)
+        with _damage():
+            return step, self._orbax.load(step, jax.tree.map(_abstract, like)), data
 
     def check_finite(self, step: int, state: Any) -> None:
         """Raises ValueError where the state of a checkpoint holds NaN; names folder and array."""
@@ -113,6 +154,20 @@ class Checkpoints:
         """Waits until everything is written, and closes the folder."""
         self.wait()
         self._orbax.close()
+
+
+class _Unreadable(Exception):
+    """A checkpoint that orbax cannot read."""
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # orbax, tensorstore and their readers of JSON share no class
+        raise _Unreadable(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from None
 
 
 def _abstract(leaf: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvjax.extras import import_extra, pyplot
 from kvjax.fields import Number, Size, object_problems, or_null, refuse
-from kvjax.runs import whole_lines, write_whole
+from kvjax.runs import whole_lines, write_picture, write_whole
 from kvjax.text_files import parse_object
 
 LINE = {"step": Size}
@@ -95,5 +95,4 @@ def plot(path: Path, out: Path) -> None:
     top.legend()
     bottom.plot(steps, [line["learning_rate"] for line in lines], color="0.4")
     bottom.set(xlabel="step", ylabel="learning rate")
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    write_picture(out, figure, dpi=110)

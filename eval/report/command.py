@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from kvjax.checks import COUNT, check_ranges, optional
+from kvjax.endings import STARTS_OVER, only_writer
 from kvjax.paths import check_local
 from kvjax.runs import write_whole
 
@@ -55,18 +56,18 @@ def write(command: ReportCommand) -> Path:
     check_local(command)
     check_ranges(vars(command), {"kv_size": optional(COUNT)})
     runs = find(command.runs)
-    command.out.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(command.out)
-    parts = [
-        sections.overview(runs),
-        *sections.results(runs, pictures),
-        *sections.against_bytes(runs, pictures),
-        *sections.importance(runs, command.head_scores, command.kv_size, pictures),
-        *sections.kept(runs, pictures),
-        *sections.against_context(runs, pictures),
-        *sections.training(runs, pictures),
-        sections.provenance(runs),
-    ]
-    path = command.out / PAGE
-    write_whole(path, document(command.title, parts))
+    with only_writer(command.out, STARTS_OVER):
+        pictures = Pictures(command.out)
+        parts = [
+            sections.overview(runs),
+            *sections.results(runs, pictures),
+            *sections.against_bytes(runs, pictures),
+            *sections.importance(runs, command.head_scores, command.kv_size, pictures),
+            *sections.kept(runs, pictures),
+            *sections.against_context(runs, pictures),
+            *sections.training(runs, pictures),
+            sections.provenance(runs),
+        ]
+        path = command.out / PAGE
+        write_whole(path, document(command.title, parts))
     return path

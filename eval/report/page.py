@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.extras import pyplot
+from kvjax.runs import write_picture
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d5d8de; --soft: #f3f4f7; --text: #1c1f26;
@@ -255,8 +256,7 @@ class Pictures:
             if candidate not in self.taken
         )
         self.taken.add(file)
-        figure.savefig(self.folder / file, dpi=120)
-        pyplot().close(figure)
+        write_picture(self.folder / file, figure, dpi=120)
         return file
 
 

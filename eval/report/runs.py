@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from eval.predictions import CONFIG, RESULTS
+from eval.predictions import CONFIG, RESULTS, check_same
 from eval.task import PROTOCOLS
+from kvjax.endings import say_finished
 from kvjax.fields import (
     Count,
     Flag,
@@ -85,6 +86,22 @@ def find(paths: Sequence[Path]) -> list[Run]:
     if not runs:
         raise ValueError("got no runs, expected at least one folder")
     return runs
+
+
+def measured(out: Path | None, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in `out` of the same measurement, with a line that says so; None without them.
+
+    Raises:
+        ValueError: `out` holds another measurement, or a damaged file.
+    """
+    if out is None or not (out / CONFIG).exists():
+        return None
+    check_same(out / CONFIG, request)
+    if not (out / RESULTS).exists():
+        return None
+    (run,) = find([out])
+    say_finished(out)
+    return run.results
 
 
 def cells(groups: dict[str, Any]) -> dict[tuple[int, float], dict[str, Any]] | None:

@@ -18,8 +18,11 @@ import numpy as np
 
 from kvjax.checkpoint_files import MAX_SHARD_BYTES
 from kvjax.checks import OVERFLOW, Range, check_finite, check_params, check_ranges, first_not_finite
+from kvjax.commands import unfinished
 from kvjax.commands.text import token_rows
 from kvjax.config import AttentionConfig, ModelConfig
+from kvjax.endings import say_finished
+from kvjax.folders import MADE, PART, made, record_made
 from kvjax.hf import (
     check_export,
     default_dtype,
@@ -27,16 +30,19 @@ from kvjax.hf import (
     layout_of,
     load,
     read_model,
-    save,
     stored_tensors,
 )
+from kvjax.hf.save import saving, write_model
 from kvjax.hf.source import gguf_file, missing_weights, on_hub, resolve
+from kvjax.identity import array_digest
 from kvjax.nn import Transformer, param_shapes
+from kvjax.text_files import read_object
 
 SEQUENCE, BATCH = 256, 8
 """Tokens per sequence, and sequences at a time, of a calibration for an export."""
 PROBE_TOKENS = 64
 """Random tokens on which the logits of two models are compared."""
+LAYOUT = "deepseek_v3"
 SHARD = Range(least=1, whole=True)
 
 
@@ -134,6 +140,8 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Writes the converted model at `source` to `out` in the deepseek_v3 layout.
 
+    The directory is whole or absent. The same call again returns the report that it holds.
+
     Args:
         norm: "neutral", or "rms", which needs `calibration`.
         calibration: a text file, or token ids [S, T] in a .npy file.
@@ -147,43 +155,55 @@ def export_checkpoint(
         the largest logit, and the findings of `kvjax.hf.check_export`.
 
     Raises:
-        ValueError: `out` is not empty; the layout cannot express the model; the model holds NaN;
-            the calibration is missing; or the written files are incomplete.
+        ValueError: `out` is not empty, or holds an export with other settings; the layout cannot
+            express the model; the model holds NaN; the calibration is missing; or the written files
+            are incomplete.
     """
     # Refuse bad input before anything is written.
     check_ranges({"max_shard_bytes": max_shard_bytes}, {"max_shard_bytes": SHARD})
-    if out.exists() and any(out.iterdir()):
+    present = {path.name for path in out.iterdir()} if out.exists() else set()
+    if present and not present & {PART, MADE}:
         raise ValueError(f"{out} is not empty, expected a new directory")
-    dtype = dtype or default_dtype()
-    model, params = load(source, dtype=dtype)
-    check_params(params)
-    # The weights of the norm make up for the size of the latents, which calibration measures.
-    weights = None
+    dtype, rows = dtype or default_dtype(), None
     if norm == "rms":
         if calibration is None:
             raise ValueError("norm='rms' needs a calibration text: --calibration FILE")
         rows = token_rows(source, calibration, calibration_tokens, SEQUENCE)
+    model, params = load(source, dtype=dtype)
+    check_params(params)
+    text = None if rows is None else array_digest(rows)
+    wanted = {"norm": norm, "text": text, "max_shard_bytes": max_shard_bytes}
+    request = {"layout": LAYOUT, **wanted, **unfinished.describe(model, params, dtype)}
+    if (earlier := made(out, request)) is not None:
+        say_finished(out)
+        return earlier
+    # The weights of the norm make up for the size of the latents, which calibration measures.
+    weights = None
+    if rows is not None:
         weights = latent_rms(
             model, params, [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         )
         check_finite([np.asarray(w) for w in weights], "rms of the latents of layer ")
     # Write the checkpoint, then load it again and compare: a report describes the files themselves.
-    settings = {"norm": norm, "latent_rms": weights, "max_shard_bytes": max_shard_bytes}
-    save(model, params, out, layout="deepseek_v3", **settings)
-    checked = check_export(out, source=model.config.source)
-    new_model, new_params = load(out, dtype=dtype)
-    raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    return {
-        "norm": norm,
-        "kv_lora_rank": raw["kv_lora_rank"],
-        "qk_rope_head_dim": raw["qk_rope_head_dim"],
-        "rope_type": raw["rope_parameters"]["rope_type"],
-        "bytes_per_token_before": bytes_per_token(model, dtype),
-        "bytes_per_token_after": bytes_per_token(new_model, dtype),
-        "relative_logit_change": logit_change(model, params, new_model, new_params),
-        "requires": raw.get("kvjax_requires", []),
-        **checked,
-    }
+    with saving(params, out, LAYOUT) as part:
+        rest = {"norm": norm, "latent_rms": weights}
+        write_model(model, params, part, LAYOUT, max_shard_bytes, **rest)
+        checked = check_export(part, source=model.config.source)
+        new_model, new_params = load(part, dtype=dtype)
+        raw = read_object(part / "config.json")
+        report = {
+            "norm": norm,
+            "kv_lora_rank": raw["kv_lora_rank"],
+            "qk_rope_head_dim": raw["qk_rope_head_dim"],
+            "rope_type": raw["rope_parameters"]["rope_type"],
+            "bytes_per_token_before": bytes_per_token(model, dtype),
+            "bytes_per_token_after": bytes_per_token(new_model, dtype),
+            "relative_logit_change": logit_change(model, params, new_model, new_params),
+            "requires": raw.get("kvjax_requires", []),
+            **checked,
+        }
+        record_made(part, request, report)
+    return report
 
 
 def bytes_per_token(model: Transformer, dtype: str) -> int:

@@ -6,6 +6,7 @@ original and the converted layers as they go, so the report says how far the mod
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import resource
@@ -27,8 +28,9 @@ from kvjax.commands.checkpoints import (
     probe_tokens,
     relative_change,
 )
-from kvjax.commands.unfinished import ConversionFolder, check_out, describe
+from kvjax.commands.unfinished import ConversionFolder, check_out, describe, finished_report
 from kvjax.config import LayerConfig
+from kvjax.endings import only_writer
 from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer, param_shapes
@@ -191,8 +193,8 @@ def convert_to_equal_cache(
         the process's peak memory in bytes.
 
     Raises:
-        ValueError: `out` is not empty, or holds an unfinished conversion with other settings; the
-            conversion is not possible; or weights or logits hold NaN.
+        ValueError: `out` is not empty, or holds a conversion with other settings; the conversion
+            is not possible; or weights or logits hold NaN.
     """
     start, dtype = time.monotonic(), dtype or default_dtype()
     check_out(out)
@@ -202,23 +204,27 @@ def convert_to_equal_cache(
     settings = {"method": "equal_cache", **vars(wanted)}
     params = open_params(source, dtype, named_mesh(mesh))
     model = matching(model, params)
-    with ConversionFolder(out, settings | describe(model, params, dtype)) as folder:
+    request = settings | describe(model, params, dtype)
+    if (earlier := finished_report(out, request)) is not None:
+        return earlier
+    with ConversionFolder(out, request) as folder:
         _write_equal_cache_layers(model, params, folder, inits, wanted.rope_site)
         top = _write_outside_layers(model, params, folder)
         streams = folder.finished.streams
         logits = (hidden_logits(model.config, top, streams[name]) for name in PROBES)
-        change = relative_change(*logits)
-        new_model = folder.complete(model, model.config.source)
-    return {
-        **settings,
-        "bytes_per_token_before": bytes_per_token(model, dtype),
-        "bytes_per_token_after": bytes_per_token(new_model, dtype),
-        "parameters_before": count_parameters(param_shapes(model.config)),
-        "parameters_after": count_parameters(param_shapes(new_model.config)),
-        "relative_logit_change": change,
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_bytes": peak_memory(),
-    }
+        change, new_model = relative_change(*logits), folder.converted(model)
+        report = {
+            **settings,
+            "bytes_per_token_before": bytes_per_token(model, dtype),
+            "bytes_per_token_after": bytes_per_token(new_model, dtype),
+            "parameters_before": count_parameters(param_shapes(model.config)),
+            "parameters_after": count_parameters(param_shapes(new_model.config)),
+            "relative_logit_change": change,
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_memory_bytes": peak_memory(),
+        }
+        folder.complete(new_model, model.config.source, report)
+    return report
 
 
 def _write_equal_cache_layers(
@@ -272,9 +278,8 @@ def convert_to_decoupled(
         seconds, and the process's peak memory in bytes.
 
     Raises:
-        ValueError: no calibration file; `out` is not empty, or holds an unfinished conversion with
-            other settings; the conversion is not possible; or weights, moments or a perplexity
-            are NaN.
+        ValueError: no calibration file; `out` is not empty, or holds a conversion with other
+            settings; the conversion is not possible; or weights, moments or a perplexity are NaN.
     """
     start, dtype = time.monotonic(), dtype or default_dtype()
     # Refuse bad input before anything large is read or computed.
@@ -285,12 +290,17 @@ def convert_to_decoupled(
     params, stats = open_params(source, dtype, named_mesh(mesh)), None
     model = matching(model, params)
     request = wanted.request(wanted.widths(model), fit, held) | describe(model, params, dtype)
+    if (earlier := finished_report(out, request)) is not None:
+        return earlier
     with ConversionFolder(out, request) as folder:
         # Moments of all layers at once are needed only to keep them or to try several folds.
         if wanted.stats is not None or wanted.chooses_fold:
             batches = [fit[i : i + REPLAY] for i in range(0, len(fit), REPLAY)]
             shown = track(batches, "calibrating", transient=True)
-            stats = calibrate(model, params, shown, resume=wanted.stats)
+            # Conversions with the same text share the file of moments.
+            file = wanted.stats
+            with contextlib.nullcontext() if file is None else only_writer(file):
+                stats = calibrate(model, params, shown, resume=file)
         calibrated = time.monotonic()
         chosen = _chosen(model, params, stats, wanted, fit, folder)
         wanted = wanted if chosen is None else dataclasses.replace(wanted, rope_dim=chosen)
@@ -307,23 +317,25 @@ def convert_to_decoupled(
             fitted = held_out.fitted_layers(model, top, streams, held)
             folder.take_other(fitted)
         perplexities = held_out.perplexities(model, top, streams, fitted, held)
-        new_model = folder.complete(model, model.config.source)
-    before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
-    return {
-        "method": "decoupled",
-        "recipe": wanted.recipe + f", FreqFold {wanted.fold}" * (wanted.recipe == "published"),
-        **widths,
-        "bytes_per_token_before": before,
-        "bytes_per_token_after": after,
-        "cache": f"{after / before:.1%}",
-        **perplexities,
-        **({"fitted_layers": fitted} if wanted.parsed_recipe.refit else {}),
-        "calibration_tokens": int(fit.size),
-        "held_out_tokens": int(held.size),
-        **({} if stats is None else {"seconds_calibration": round(calibrated - start, 1)}),
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_bytes": peak_memory(),
-    }
+        new_model = folder.converted(model)
+        before, after = bytes_per_token(model, dtype), bytes_per_token(new_model, dtype)
+        report = {
+            "method": "decoupled",
+            "recipe": wanted.recipe + f", FreqFold {wanted.fold}" * (wanted.recipe == "published"),
+            **widths,
+            "bytes_per_token_before": before,
+            "bytes_per_token_after": after,
+            "cache": f"{after / before:.1%}",
+            **perplexities,
+            **({"fitted_layers": fitted} if wanted.parsed_recipe.refit else {}),
+            "calibration_tokens": int(fit.size),
+            "held_out_tokens": int(held.size),
+            **({} if stats is None else {"seconds_calibration": round(calibrated - start, 1)}),
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_memory_bytes": peak_memory(),
+        }
+        folder.complete(new_model, model.config.source, report)
+    return report
 
 
 def _chosen(

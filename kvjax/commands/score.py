@@ -20,17 +20,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax.commands.unfinished import REPEAT
+from kvjax.endings import say_finished
 from kvjax.example import Example
 from kvjax.fields import Size, hints, object_problems, refuse, within
 from kvjax.headkv.examples import NEED, Grid, bucketed, check_length, make_examples
 from kvjax.headkv.measure import BatchImportance, model_name, score_examples, with_origin
 from kvjax.headkv.need import BatchNeed, measure_need
 from kvjax.hf import default_dtype, load, load_tokenizer, read_model
-from kvjax.identity import identity
+from kvjax.identity import array_digest, identity
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
-from kvjax.policies.importance import HeadScores, beside, split_half
-from kvjax.policies.need import NeedCurves, need_path
+from kvjax.policies.importance import HeadScores, beside, load_scores, split_half
+from kvjax.policies.need import NeedCurves, load_need, need_path
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
 from kvjax.text_files import parse_object
 
@@ -43,12 +44,14 @@ class Measurement(NamedTuple):
         measure: (model, params, examples, grid, batch_size, finished, on_batch) → the result.
         facts: the facts of a result that the command prints.
         path: the file of the result, for the file that the command names.
+        read: reads that file.
     """
 
     batch: type
     measure: Callable[..., HeadScores | NeedCurves]
     facts: Callable[[Any], dict[str, Any]]
     path: Callable[[Path], Path]
+    read: Callable[[Path], HeadScores | NeedCurves]
 
 
 def score_checkpoint(
@@ -62,7 +65,8 @@ def score_checkpoint(
     """Measures the heads of the checkpoint at `path`: their importance, or their curves of need.
 
     Importance goes into the score file `out`, curves go into NAME.need.json beside it. If a run was
-    interrupted, the same call continues after the last finished batch and writes the same file.
+    interrupted, the same call continues after the last finished batch and writes the same file. If
+    the file is there, made by the same call, its content is the result.
 
     Args:
         grid: the examples, and what is measured on them.
@@ -90,6 +94,10 @@ def score_checkpoint(
     unfinished = partial_path(out)
     weights = {"weights": identity(model.config, params).digest}
     asked = request(model, grid, examples, batch_size, dtype) | weights
+    if (earlier := _made(out, asked, wanted)) is not None:
+        unfinished.unlink(missing_ok=True)  # a kill may have come after the result was written
+        say_finished(out)
+        return _report(earlier, wanted, grid, start)
     finished = finished_batches(unfinished, asked, wanted.batch)
     # Measure the rest; every batch is on disk before the next one starts.
     with progress_bar() as progress:
@@ -106,9 +114,30 @@ def score_checkpoint(
             # The same command would fail in the same way: there is nothing to continue.
             unfinished.unlink()
             raise
-    result.meta.update(weights)
+    result.meta.update(weights, request=asked, digest=_digest(result))
     result.save(out)
     unfinished.unlink()
+    return _report(result, wanted, grid, start)
+
+
+def _made(out: Path, asked: dict[str, Any], wanted: Measurement) -> HeadScores | NeedCurves | None:
+    """The result in a file that a run with this request wrote; None for any other file."""
+    try:
+        found = wanted.read(out)
+    except ValueError:  # no such file, or one of another kind, which a run replaces
+        return None
+    # A kill between scores and meta file leaves an old one of them.
+    same = found.meta.get("request") == asked and found.meta.get("digest") == _digest(found)
+    return found if same else None
+
+
+def _digest(result: HeadScores | NeedCurves) -> str:
+    return array_digest(result.samples if isinstance(result, HeadScores) else result.rises)
+
+
+def _report(
+    result: HeadScores | NeedCurves, wanted: Measurement, grid: Grid, start: float
+) -> dict[str, Any]:
     facts = {"estimator": grid.estimator, "asked": grid.samples, **wanted.facts(result)}
     return facts | {"seconds": round(time.monotonic() - start, 1)}
 
@@ -148,8 +177,10 @@ def _best(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-IMPORTANCE = Measurement(BatchImportance, measure_importance, importance_facts, lambda out: out)
-NEED_CURVES = Measurement(BatchNeed, measure_curves, curve_facts, need_path)
+IMPORTANCE = Measurement(
+    BatchImportance, measure_importance, importance_facts, lambda out: out, load_scores
+)
+NEED_CURVES = Measurement(BatchNeed, measure_curves, curve_facts, need_path, load_need)
 
 
 def request(

@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.checkpoint_files import NewTensor, map_file, read_header, read_metadata, write_file
+from kvjax.checkpoint_files import NewTensor, map_file, read_head, write_file
 from kvjax.config import AttentionConfig
+from kvjax.endings import say_finished
 from kvjax.fields import Text, refuse, violations, within
+from kvjax.folders import MADE, made, record_made, sync_all
 from kvjax.hf import native
 from kvjax.hf.source import CONFIG, PARAMS, copy_companions
 from kvjax.identity import identity
@@ -136,19 +138,24 @@ class ConversionFolder:
         attention = self.finished.attention[:first] + self.finished.other[first:]
         self.finished = dataclasses.replace(self.finished, attention=attention)
 
-    def complete(self, model: Transformer, source: str) -> Transformer:
-        """Writes the configuration and the source's companion files; returns the new model.
+    def converted(self, model: Transformer) -> Transformer:
+        """The new model, for the original one."""
+        return Transformer(model.config.with_attention(self.finished.attention))
+
+    def complete(self, model: Transformer, source: str, report: Mapping[str, Any]) -> None:
+        """Writes the report, the source's companion files and, as the last one, the configuration.
 
         Args:
-            model: the original model.
-            source: its directory or GGUF file, which companion files are copied from.
+            model: the new model.
+            source: directory or GGUF file of the original one, which the files are copied from.
+            report: for a repetition of the command, see `kvjax.folders.made`.
         """
-        new = Transformer(model.config.with_attention(self.finished.attention))
         copy_companions(Path(source), self.out)
-        native.write_config(new, self.out)
+        record_made(self.out, self.request, report)
+        sync_all(self.out)
+        native.write_config(model, self.out)
         shutil.rmtree(self.out / OTHER, ignore_errors=True)
         (self.out / FILE).unlink()
-        return new
 
     def _begin(self) -> None:
         """Before the first write: removes every part that is not finished."""
@@ -176,14 +183,30 @@ class ConversionFolder:
         write_file(self.out / FILE, tensors, metadata)
 
 
+def finished_report(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of the same conversion if it is finished, with a line that says so; else None.
+
+    Raises:
+        ValueError: the directory holds a finished conversion with other settings.
+    """
+    report = made(out, request)
+    if report is not None:
+        # A kill may have come after the configuration was written.
+        shutil.rmtree(out / OTHER, ignore_errors=True)
+        (out / FILE).unlink(missing_ok=True)
+        say_finished(out)
+    return report
+
+
 def check_out(out: Path) -> None:
     """Refuses a directory that holds something else; call this before you read weights.
 
     Raises:
-        ValueError: `out` has files, but no unfinished conversion.
+        ValueError: `out` has files, but no conversion.
     """
     present = {path.name for path in out.iterdir()} if out.exists() else set()
-    if FILE not in present and present - {PART}:
+    known = FILE in present or {MADE, CONFIG} <= present
+    if not known and present - {PART}:
         raise ValueError(f"{out} is not empty, expected a new directory")
 
 
@@ -202,7 +225,7 @@ def _read(out: Path, request: dict[str, Any]) -> Finished:
     if not path.exists():
         return Finished()
     with within(f"{path} does not belong to a conversion"):
-        tensors, metadata = read_header(path), read_metadata(path)
+        tensors, metadata = read_head(path)
         refuse(line for _, line in violations(metadata, METADATA, required=True))
         earlier = parse_object(metadata["request"].encode(), "its request")
         configs, others = (_attention(metadata[name], name) for name in ("attention", "other"))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 import kvjax.config
 from kvjax import processes
 from kvjax.config import ModelConfig
-from kvjax.fields import Object, fits, hints, object_problems, plain, refuse, shown, words
+from kvjax.fields import Object, fits, hints, members, object_problems, plain, refuse, shown, words
 from kvjax.hf.source import CONFIG, PARAMS
 from kvjax.hf.weights import LazyParams
 from kvjax.nn import Transformer, param_shapes
@@ -98,12 +97,19 @@ def write(model: Transformer, params: Any, directory: Path) -> None:
 
 
 def write_part(directory: Path, name: str, part: Any) -> None:
-    """Writes one layer, or one parameter that belongs to no layer."""
+    """Writes one layer, or one parameter that belongs to no layer.
+
+    Raises:
+        OSError: a full disk, for which tensorstore has a ValueError.
+    """
     import orbax.checkpoint as ocp
 
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / PARAMS / name).absolute(), {name: part})
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((directory / PARAMS / name).absolute(), {name: part})
+    except ValueError as error:
+        raise OSError(f"cannot write {directory / PARAMS / name}: {error}") from error
 
 
 def write_config(model: Transformer, directory: Path) -> None:
@@ -136,15 +142,9 @@ def decode(value: Any) -> Any:
     return cls(**{name: _real(part, hints(cls)[name]) for name, part in fields.items()})
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; a type that is none alone."""
-    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if is_union else (kind,)
-
-
 def _real(value: Any, kind: Any) -> Any:
     """The value; a whole number as a float, where its type is that of real numbers."""
-    kinds = [plain(each) for each in _members(kind)]
+    kinds = [plain(each) for each in members(kind)]
     if isinstance(value, tuple) and typing.get_origin(kinds[0]) is tuple:
         return tuple(_real(part, typing.get_args(kinds[0])[0]) for part in value)
     return float(value) if type(value) is int and float in kinds else value
@@ -178,7 +178,7 @@ def part_problems(value: Any, hint: Any, place: str = "model") -> Iterator[str]:
         place: path of the value, which starts the line.
     """
     # A field such as MLPConfig | MoEConfig | None allows a value of any of its kinds.
-    kinds = _members(hint)
+    kinds = members(hint)
     if isinstance(value, dict):
         found = [kind for kind in kinds if getattr(kind, "__name__", "") == value.get("type")]
         if not found:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from kvjax import processes
 from kvjax.checkpoint_files import MAX_SHARD_BYTES, leftovers
 from kvjax.config import ModelConfig
+from kvjax.folders import whole_folder
 from kvjax.hf import native, weights
 from kvjax.hf.config import config_from_hf
 from kvjax.hf.deepseek.export import to_deepseek
@@ -67,14 +69,42 @@ def save(
         ValueError: the layout is unknown or cannot express the model, the path is a URL, or the
             path already has a checkpoint. Nothing is written then. With several processes, all
             raise the error.
+        OSError: a full disk. The path is as it was: a save is whole or absent.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout != "deepseek_v3" and (norm != "neutral" or latent_rms is not None):
         raise ValueError(f"norm and latent_rms are of layout 'deepseek_v3', got layout {layout!r}")
     directory = local_path(path, "the path to save to")
+    with saving(params, directory, layout) as part:
+        write_model(model, params, part, layout, max_shard_bytes, norm=norm, latent_rms=latent_rms)
+
+
+@contextlib.contextmanager
+def saving(params: Any, directory: Path, layout: str) -> Iterator[Path]:
+    """A folder for `write_model`, and for more files of the model; see `whole_folder`.
+
+    Raises:
+        ValueError: the directory already has a checkpoint, or the parameters of several processes
+            cannot be saved in this layout.
+    """
     _check_spread(params, layout)
-    processes.on_writer(lambda: _check_free(directory))
+    with whole_folder(directory, lambda: check_free(directory)) as part:
+        yield part
+    processes.barrier(f"saved {directory}")
+
+
+def write_model(
+    model: Transformer,
+    params: dict[str, Any],
+    directory: Path,
+    layout: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    norm: str = "neutral",
+    latent_rms: Sequence[np.ndarray] | None = None,
+) -> None:
+    """Writes the files of a model to the folder of `saving`; see `save`."""
     if layout == "native":
         native.write(model, params, directory)
     elif layout == "deepseek_v3":
@@ -83,11 +113,16 @@ def save(
         write_serving_files(model.config, json.loads(exported.config.hf_json), directory)
     else:
         _save_hf(model, params, directory, max_shard_bytes)
-    processes.barrier(f"saved {directory}")
 
 
-def _check_free(directory: Path) -> None:
-    if is_native(directory) or (directory / "config.json").exists():
+def is_saved(directory: Path) -> bool:
+    """Whether a directory has a model, which is whole: `save` writes the configuration last."""
+    return is_native(directory) or (directory / "config.json").exists()
+
+
+def check_free(directory: Path) -> None:
+    """Raises ValueError where a folder has a model, or weights that `load` would mix with it."""
+    if is_saved(directory):
         raise ValueError(f"{directory} already holds a checkpoint")
     found = leftovers(directory) + [PARAMS] * (directory / PARAMS).exists()
     if found:  # from an interrupted save: `load` would mix these files with the new ones
@@ -108,7 +143,6 @@ def _check_spread(params: Any, layout: str) -> None:
 
 def _save_hf(model: Transformer, params: Any, directory: Path, max_shard_bytes: int) -> None:
     text = _hf_config(model.config, params)  # before anything is written, because this may raise
-    directory.mkdir(parents=True, exist_ok=True)
     weights.write_params(model, params, directory, max_shard_bytes)
     if not processes.is_writer():
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvjax.checkpoint_files import INDEX, SINGLE, read_index
 from kvjax.hf.gguf import files as gguf_files
 from kvjax.hf.gguf.tokenizer import load_tokenizer
-from kvjax.paths import local_path
+from kvjax.paths import copy_whole, local_path
 
 CONFIG = "kvjax.json"
 """The configuration of a model in kvjax's own layout; see kvjax.hf.native."""
@@ -332,4 +332,4 @@ def copy_companions(source: Path, out: Path) -> None:
             if path.is_dir():
                 shutil.copytree(path, out / path.name, dirs_exist_ok=True)
             else:
-                shutil.copy(path, out)
+                copy_whole(path, out / path.name)

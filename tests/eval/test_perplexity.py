@@ -133,7 +133,7 @@ def command(folder, *rest):
     main([str(a) for a in [*base, "--dtype", "float32", "--length", LENGTH, *rest]])
 
 
-def test_the_command(folder, tmp_path):
+def test_the_command(folder, tmp_path, capsys):
     names = ("full", "snapkv:kv_size=10")
     policies = [x for name in names for x in ("--policy", name)]
     command(folder, *policies, "--prefix", 40, "--out", tmp_path, "--json", tmp_path / "r.json")
@@ -143,6 +143,10 @@ def test_the_command(folder, tmp_path):
     assert full["all"]["items"] == small["all"]["items"] == 2 * (LENGTH - 40)
     assert small["cache_bytes"] < full["cache_bytes"] == full["full_cache_bytes"]
     assert np.sum(small["kept"]["40"]) == 10 * 2 * 2  # layers and KV heads
+    capsys.readouterr()
+    command(folder, *policies, "--prefix", 40, "--out", tmp_path)
+    assert capsys.readouterr().err == f"{tmp_path} is finished: nothing is left to do\n"
+    assert json.loads((tmp_path / "results.json").read_text()) == report
 
 
 def test_bad_input_is_one_line(folder, capsys):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import several
+from full_disk import full_disk
 
 import kvjax
 from eval import results
@@ -132,6 +133,17 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, temperature):
     if temperature:
         texts = {p.id: p.text for p in read(out / PREDICTIONS) if p.policy == "full"}
         assert texts["twin"] != texts["q1"]  # samples of one prompt differ
+
+
+@pytest.mark.parametrize("limit", [300, 2000])
+def test_after_a_full_disk_the_same_call_finishes(finished, tmp_path, limit):
+    out = tmp_path / "run"
+    with full_disk(limit), pytest.raises(OSError, match="File too large"):
+        run(toys.task(), out)
+    assert not (out / RESULTS).exists()
+    report = run(toys.task(), out)
+    assert (out / PREDICTIONS).read_bytes() == (finished[0] / PREDICTIONS).read_bytes()
+    assert timeless(report) == timeless(finished[1])
 
 
 def test_nothing_is_left_to_do(finished):

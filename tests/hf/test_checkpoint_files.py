@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from llama_toy import TINY
 from toys import forward, random_params
 
 import kvjax
@@ -18,16 +19,7 @@ from kvjax.hf import open_params, read_model
 from kvjax.hf.config import config_from_hf, matching
 from kvjax.nn import Transformer
 
-RAW = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 40,
-    "torch_dtype": "float32",
-}
+RAW = {**TINY, "torch_dtype": "float32"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENS = np.arange(12, dtype=np.int32)[None] % 40

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llama_toy import TINY
 from toys import random_params
 
 import kvjax
@@ -27,17 +28,7 @@ from kvjax.hf import default_dtype, open_params, weights
 from kvjax.hf.config import config_from_hf
 from kvjax.nn import Transformer
 
-RAW = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 40,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
+RAW = {**TINY, "eos_token_id": 2, "torch_dtype": "float32"}
 FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "gemma2": {"head_dim": 8},

@@ -103,6 +103,7 @@ def test_every_file_an_engine_reads(served):
         "chat_template.jinja",
         "LICENSE",
         "KVJAX_NOTICE.md",
+        "kvjax_made.json",
     }
     assert "`attention_bias`" in (served.out / "KVJAX_NOTICE.md").read_text()
 

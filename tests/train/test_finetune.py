@@ -217,6 +217,57 @@ def test_a_full_disk_is_one_line_and_names_the_last_good_checkpoint(folder, tmp_
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
+# Orbax reads many arrays at once: some end when the first error has closed the loop of events.
+STRAY = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@STRAY
+@pytest.mark.parametrize("damaged", ["manifest.ocdbt", "*METADATA", "?" * 32])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    folder, finished, tmp_path, capsys, damaged
+):
+    out, config = tmp_path / "run", settings(folder)
+    shutil.copytree(finished[0], out)
+    last, aside = out / "checkpoints" / "12", out / "damaged" / "12"
+    torn = [path for path in last.rglob(damaged) if path.is_file()]
+    assert torn
+    for path in torn:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(config, out)
+    moved = f"{last} is damaged, moved to {aside}"
+    assert capsys.readouterr().err.startswith(f"{moved}: the run continues from step 8\n")
+    same_run(config, finished[0], out)
+
+
+@STRAY
+def test_the_only_checkpoint_is_named_if_it_is_damaged(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    for path in (tmp_path / "checkpoints" / "12").rglob("manifest.ocdbt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="12 is a damaged checkpoint: "):
+        run(settings(folder), tmp_path)
+
+
+def test_a_mistyped_path_does_not_claim_the_folder(folder, tmp_path):
+    for wrong in ({"data": ("plain:nowhere.jsonl",)}, {"model": "nowhere"}):
+        with pytest.raises(ValueError, match="nowhere"):
+            run(settings(folder, **wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_so_and_writes_a_missing_model(folder, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    report = run(settings(folder, merge=True), out)
+    assert capsys.readouterr().err == f"{out} is finished: nothing is left to do\n"
+    shutil.rmtree(out / "model")
+    assert run(settings(folder, merge=True), out)["model"] == report["model"]
+    assert "finished" not in capsys.readouterr().err
+    kept = [{p.name for p in (place / "model").iterdir()} for place in (finished[0], out)]
+    assert kept[0] == kept[1]
+
+
 def test_steps_follow_from_epochs(folder):
     tokenizer = kvjax.load_tokenizer(folder / "mla")
     once, _ = steps_and_data(settings(folder, steps=None, epochs=1), tokenizer)

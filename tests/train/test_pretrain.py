@@ -61,6 +61,15 @@ def test_a_killed_and_resumed_run_has_the_same_parameters(finished, tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_a_finished_run_says_so_and_another_curriculum_is_refused(finished, capsys):
+    out, state = finished
+    again = run(out)
+    assert capsys.readouterr().err == f"{out} is finished: nothing is left to do\n"
+    np.testing.assert_array_equal(again.params["embedding"], state.params["embedding"])
+    with pytest.raises(ValueError, match=r"holds a run of another curriculum \(seed 0, now 1\)"):
+        pretrain(dataclasses.replace(RECIPE, seed=1), out)
+
+
 def test_log_and_checkpoints(finished):
     lines = log(finished[0])
     assert [line["step"] for line in lines] == [2, 4, 6, 8]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def assert_same(folder, out, method, report):
     assert {k: v for k, v in report.items() if k not in effort} == {
         k: v for k, v in want_report.items() if k not in effort
     }
-    assert sorted(path.name for path in out.iterdir()) == ["kvjax.json", "params"]
+    names = ["kvjax.json", "kvjax_made.json", "params"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -214,10 +216,44 @@ def test_other_settings_are_refused(source, tmp_path):
     assert_same(source, out, "decoupled", run(source, out, "decoupled"))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_finished_conversion_says_so(source, tmp_path, monkeypatch, capsys, late):
+    report, *_ = uninterrupted(source, "equal_cache")
+    out = tmp_path / "out"
+    shutil.copytree(source / "equal_cache", out)
+    if late:  # killed between the configuration and the end
+        (out / "unfinished.safetensors").touch()
+        (out / "other").mkdir()
+    monkeypatch.setattr(native, "write_part", lambda *_: pytest.fail("it is written again"))
+    again = run(source, out, "equal_cache")
+    assert capsys.readouterr().err == f"{out} is finished: nothing is left to do\n"
+    assert_same(source, out, "equal_cache", again)
+    assert again == json.loads(json.dumps(report))
+    with pytest.raises(ValueError, match=r"result of other settings \(rope_site after_up, now"):
+        run(source, out, "equal_cache", rope_site="before_up")
+
+
+def test_a_full_disk_keeps_the_layers_that_are_written(source, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", native.write_part
+
+    def full(directory, name, part):
+        if name == "layers_2":
+            raise OSError("no space left on device")
+        write(directory, name, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "write_part", full)
+        with pytest.raises(OSError, match="no space left"):
+            run(source, out, "equal_cache")
+    assert (out / "params" / "layers_1").is_dir() and not is_native(out)
+    assert_same(source, out, "equal_cache", run(source, out, "equal_cache"))
+
+
 def test_only_an_unfinished_conversion_is_gone_on_with(source, tmp_path):
-    _ = uninterrupted(source, "equal_cache")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
     with pytest.raises(ValueError, match="is not empty, expected a new directory"):
-        run(source, source / "equal_cache", "equal_cache")
+        run(source, tmp_path / "other", "equal_cache")
     (tmp_path / "unfinished.safetensors").write_bytes(b"something else")
     with pytest.raises(
         ValueError, match=r"unfinished\.safetensors does not belong to a conversion"

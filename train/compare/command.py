@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvjax.extras import pyplot
 from kvjax.hf import open_params, read_model
 from kvjax.identity import identity
 from kvjax.paths import local_path
-from kvjax.runs import claim, write_json, write_whole
+from kvjax.runs import claim, write_json, write_picture, write_whole
 from kvjax.text_files import read_object
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
@@ -69,7 +70,7 @@ def check_folder(config: CompareConfig, out: Path) -> None:
     Raises:
         ValueError: the settings or the model's weights differ.
     """
-
+    kvjax.load_tokenizer(config.model)  # the runs need it: refuse a model without one here
     model, params = read_model(config.model), open_params(config.model, "float32")
     weights = identity(model.config, params).digest
     settings = {**dataclasses.asdict(config), "weights": weights}
@@ -78,7 +79,11 @@ def check_folder(config: CompareConfig, out: Path) -> None:
 
 
 def _own_core(counter: Any) -> None:
-    """Binds a worker to one core: two runs on a core each are faster than one run on both."""
+    """Binds a worker to one core: two runs on a core each are faster than one run on both.
+
+    Ctrl-C reaches all processes of a terminal. The main process ends the workers, which are silent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
     if hasattr(os, "sched_setaffinity"):
@@ -198,8 +203,7 @@ def plot(config: CompareConfig, out: Path) -> None:
     for axis in axes:
         axis.set(xlabel="step", yscale="log")
         axis.legend(fontsize=8)
-    figure.savefig(out / "loss.png", dpi=110)
-    plt.close(figure)
+    write_picture(out / "loss.png", figure, dpi=110)
 
 
 def draw(axis: Any, out: Path, jobs: list[Job], label: str) -> None:

@@ -22,8 +22,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 import kvjax
 from kvjax import processes, runs
 from kvjax.checks import COUNT, check_finite, check_ranges, first_not_finite, optional
+from kvjax.endings import say_finished
 from kvjax.extras import import_extra, pyplot
 from kvjax.hf import layout_of
+from kvjax.hf.save import is_saved, saving, write_model
 from kvjax.hf.source import copy_companions
 from kvjax.identity import part_checksum
 from kvjax.paths import local_path
@@ -36,6 +38,9 @@ from train.finetune.step import TuneState, compile_step, learning_rate, merged
 
 FREE = frozenset({"checkpoint_every", "log_every", "keep", "merge", "tensorboard", "mesh"})
 """Settings that may change when a run is resumed."""
+ADVICE = "give another folder"
+MODEL = "model"
+"""The folder inside a run's folder for the merged model."""
 
 
 def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> dict[str, Any]:
@@ -62,16 +67,16 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     check_paths(config)
     config = with_dtype(config)
     out = local_path(out, "out")
-    processes.on_writer(lambda: claim_folder(config, out))
+    processes.on_writer(lambda: check_folder(config, out))
     tokenizer = kvjax.load_tokenizer(config.tokenizer or config.model)
     tuning, state = load(config)
     # Checkpoints don't hold frozen parameters: they must be the ones that the run began with.
     weights = part_checksum([state.params, tuning.frozen, tuning.teacher])
-    processes.on_writer(lambda: claim_weights(weights, out))
     steps, data = steps_and_data(config, tokenizer)
     shape = tuning.step.model.config
     check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
     batches = iter(make_loader(data, tokenizer, jax.process_index(), jax.process_count()))
+    processes.on_writer(lambda: claim_folder(config, weights, out))
     # Resume from the newest checkpoint; log lines of later steps are written again.
     checkpoints = Checkpoints(out, config.keep)
     at = Position()
@@ -84,6 +89,8 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
     if processes.is_writer():
         log.truncate(out / "metrics.jsonl", at.step)
     # Train, and report.
+    if at.step == steps and (not config.merge or is_saved(out / MODEL)):
+        say_finished(out)
     loop = Loop(config, out, tuning, steps, checkpoints, batches)
     started, last = time.monotonic(), steps if stop_after is None else min(steps, stop_after)
     state, at = loop.run(state, at, last)
@@ -102,7 +109,7 @@ def finetune(config: TuneConfig, out: Path, stop_after: int | None = None) -> di
         "seconds": round(time.monotonic() - started, 1),
     }
     if config.merge and at.step == steps:
-        report["model"] = str(write_merged(config, tuning, state, out / "model"))
+        report["model"] = str(write_merged(config, tuning, state, out / MODEL))
     return report
 
 
@@ -117,28 +124,31 @@ def steps_and_data(config: TuneConfig, tokenizer: Any) -> tuple[int, Any]:
     return config.steps, dataclasses.replace(data, epochs=epochs)
 
 
-def claim_folder(config: TuneConfig, out: Path) -> None:
-    """Writes the settings to config.json, or compares them with those of the run to resume.
+def check_folder(config: TuneConfig, out: Path) -> None:
+    """Compares the settings with those of the run to resume, if there is one.
 
     Raises:
         ValueError: the folder holds a run with other settings; names them.
     """
-    holder = f"{out} holds a run with other settings"
-    settings = dataclasses.asdict(config)
-    runs.claim(out / "config.json", settings, holder, "give another folder", FREE)
+    runs.check_claim(out / "config.json", dataclasses.asdict(config), _other(out), ADVICE, FREE)
 
 
-def claim_weights(weights: str, out: Path) -> None:
-    """Writes the checksum of the first weights, or compares it with that of the run to resume.
+def claim_folder(config: TuneConfig, weights: str, out: Path) -> None:
+    """Writes config.json and weights.json, or compares them with those of the run to resume.
 
     Args:
-        weights: checksum of the weights of the model and its teacher.
+        weights: checksum of the first weights of the model and its teacher.
 
     Raises:
-        ValueError: the run began with other weights.
+        ValueError: the folder holds a run with other settings, or with other first weights.
     """
     holder = f"{out} holds a run that began with other weights of its model or teacher"
-    runs.claim(out / "weights.json", {"weights": weights}, holder, "give another folder")
+    runs.claim(out / "weights.json", {"weights": weights}, holder, ADVICE)
+    runs.claim(out / "config.json", dataclasses.asdict(config), _other(out), ADVICE, FREE)
+
+
+def _other(out: Path) -> str:
+    return f"{out} holds a run with other settings"
 
 
 def check_processes(saved: int, out: Path) -> None:
@@ -313,15 +323,19 @@ def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path
     """Writes the fine-tuned model with its tokenizer to a directory that `kvjax.load` reads.
 
     The layout is that of the run's model: Hugging Face's (also for a healed export) or the native.
+    The directory is whole or absent. A model that is there is the one of an earlier call.
 
     Raises:
-        ValueError: `out` already holds a checkpoint, or a parameter is not finite.
+        ValueError: a parameter is not finite.
     """
+    if processes.on_writer(lambda: is_saved(out)):
+        return out
     model = tuning.step.model
     dtype = tuning.step.dtype
     params = merged(state, tuning.frozen, dtype)
     check_finite(params, reason=f" in {dtype}; no model is written")
     layout = "native" if layout_of(config.model) == "native" else "hf"
-    kvjax.save(model, params, out, layout=layout)
-    processes.on_writer(lambda: copy_companions(Path(model.config.source), out))
+    with saving(params, out, layout) as part:
+        write_model(model, params, part, layout)
+        processes.on_writer(lambda: copy_companions(Path(model.config.source), part))
     return out

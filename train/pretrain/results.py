@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import kvjax
 import kvjax.hf
 from kvjax.checks import COUNT, SEED, Range, check_finite, check_ranges
+from kvjax.endings import NOTHING_YET, only_writer, say_finished
 from kvjax.extras import pyplot
 from kvjax.fields import Share, Size, object_problems, refuse
-from kvjax.runs import whole_lines, write_json
+from kvjax.folders import made, record_made
+from kvjax.hf.save import saving, write_model
+from kvjax.identity import part_checksum
+from kvjax.runs import whole_lines, write_json, write_picture
 from kvjax.tasks import WordVocabulary, accuracy, make_examples
 from kvjax.tasks.recall import TASKS
 from kvjax.tasks.words import to_transformers
@@ -31,6 +35,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 def export(curriculum: Curriculum, run_dir: Path, out: Path, dtype: str = "bfloat16") -> None:
     """Writes the newest checkpoint of `run_dir`, its configuration and its tokenizer to `out`.
 
+    The directory is whole or absent. The same call again leaves it as it is.
+
     Args:
         dtype: of the written weights.
 
@@ -44,9 +50,16 @@ def export(curriculum: Curriculum, run_dir: Path, out: Path, dtype: str = "bfloa
     state, progress = load_newest(run_dir, initial_state(run))
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), state.params)
     check_finite(params, reason=f" in {dtype}; no model is written")
-    kvjax.hf.save(run.model, params, out, layout="hf")
-    write_generation_config(run, out)
-    write_tokenizer(run, out)
+    request = {"step": progress.step, "weights": part_checksum(params)}
+    with only_writer(out, NOTHING_YET):
+        if made(out, request) is None:
+            with saving(params, out, "hf") as part:
+                write_model(run.model, params, part, "hf")
+                write_generation_config(run, part)
+                write_tokenizer(run, part)
+                record_made(part, request, {})
+        else:
+            say_finished(out)
     print(
         f"{out}: step {progress.step}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters"
     )
@@ -157,5 +170,4 @@ def plot_curve(curriculum: Curriculum, metrics: Path, out: Path) -> None:
         title="Pretraining; a line starts a stage, the number is its sequence length",
     )
     axes.legend(loc="lower right")
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    write_picture(out, figure, dpi=110)

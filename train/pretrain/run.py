@@ -22,8 +22,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kvjax.checks import SIZE, check_ranges, first_not_finite, optional
+from kvjax.endings import say_finished
 from kvjax.nn import Transformer
-from kvjax.runs import append_lines
+from kvjax.runs import append_lines, claim
 from kvjax.tasks.words import WordVocabulary
 from train import log
 from train.checkpoints import Checkpoints, finished_steps
@@ -57,20 +58,25 @@ class Progress:
 def pretrain(curriculum: Curriculum, out: Path, max_steps: int | None = None) -> TrainState:
     """Trains through a curriculum, from the newest checkpoint under `out` if there is one.
 
-    Writes `out`/metrics.jsonl and `out`/checkpoints.
+    Writes `out`/config.json, `out`/metrics.jsonl and `out`/checkpoints.
 
     Args:
         max_steps: stop after this many steps in all; the newest checkpoint may be older.
 
     Raises:
-        ValueError: a loss, parameters or a checkpoint with numbers that are not finite.
+        ValueError: a loss, parameters or a checkpoint with numbers that are not finite; or the
+            folder holds a run of another curriculum.
     """
     check_ranges({"max_steps": max_steps}, {"max_steps": optional(SIZE)})
     last = math.inf if max_steps is None else max_steps
     run = create_run(curriculum)
     state, progress = initial_state(run), Progress()
+    settings, holder = dataclasses.asdict(curriculum), f"{out} holds a run of another curriculum"
+    claim(out / "config.json", settings, holder, "give another folder")
     if finished_steps(out):
         state, progress = load_newest(out, state)
+    if progress.stage == len(curriculum.stages):
+        say_finished(out)
     metrics = out / "metrics.jsonl"
     log.truncate(metrics, progress.step)
     started = time.monotonic()

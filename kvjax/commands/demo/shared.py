@@ -23,7 +23,7 @@ from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
-from kvjax.runs import write_json
+from kvjax.runs import write_json, write_picture
 from kvjax.scoring import compare
 from kvjax.tasks.words import TokenizerVocabulary
 
@@ -279,7 +279,7 @@ def plot_head_importance(importance: np.ndarray, path: Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title("Head importance")
     figure.colorbar(image, ax=axes)
-    _finish(figure, path)
+    write_picture(path, figure, dpi=150)
 
 
 def plot_accuracy(
@@ -305,9 +305,4 @@ def plot_accuracy(
     axes.set_ylabel("exact match")
     axes.set_title(title)
     axes.legend()
-    _finish(figure, path)
-
-
-def _finish(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
+    write_picture(path, figure, dpi=150)

@@ -1,0 +1,55 @@
+"""Arguments that are refused: a line for each problem and exit code 2, for every command line."""
+
+import pytest
+
+import eval.__main__
+import train.__main__
+from kvjax import cli
+
+MAINS = {"kvjax": cli.main, "eval": eval.__main__.main, "train": train.__main__.main}
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        ("kvjax", ["got no command, expected one of info, convert, export, score"]),
+        ("kvjax nonsense", ["got nonsense"]),
+        ("kvjax info", ["got no MODEL, which is required; see `kvjax info --help`"]),
+        ("kvjax score", ["got no MODEL, which is required", "got no OUT.json, which is required"]),
+        ("kvjax score m out.json --policy x", ["got --policy,", "got x,"]),
+        ("kvjax score m out.json --seed one", ["--seed is 'one', expected INT"]),
+        ("kvjax convert m out --method best", ["--method is 'best', expected one of equal_cache"]),
+        ("kvjax convert m out --kv-rank 0", ["kv_rank is 0, expected"]),
+        ("kvjax generate m hello --seed", ["got --seed with too few values"]),
+        ("kvjax plan m", ["got no --topology, which is required"]),
+        ("eval needle", ["got no --model, which is required"]),
+        ("eval latency --model m --contexts", ["contexts"]),
+        ("eval latency --model m --dtype int8", ["--dtype is 'int8', expected one of"]),
+        ("eval report", ["got no runs, expected at least one folder"]),
+        ("eval run", ["got no CONFIG, which is required"]),
+        ("train", ["got no command, expected one of pretrain, export"]),
+        ("train pretrain", ["got no --config", "got no --out"]),
+        ("train finetune --model m --steps many", ["--steps is 'many', expected"]),
+        ("train finetune --config", ["got --config without a value, expected a YAML file"]),
+        ("train compare --out x --workers 0", ["workers is 0, expected"]),
+    ],
+)
+def test_each_problem_is_a_line(words, lines, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *argv = words.split()
+    with pytest.raises(SystemExit) as stopped:
+        MAINS[name](argv)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out
+    found = said.err.splitlines()
+    assert len(found) == len(lines), said.err
+    for line, start in zip(found, lines, strict=True):
+        assert line.startswith(f"{name}: error: ") and start in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_stays_as_it_is(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["score", "--help"])
+    assert not stopped.value.code
+    assert "usage: kvjax score" in capsys.readouterr().out
