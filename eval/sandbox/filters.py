@@ -13,9 +13,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import sys
 
-from eval.sandbox import linux
+from eval.sandbox import linux, mounts
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine → its column in the tables, AUDIT_ARCH."""
@@ -166,18 +165,11 @@ def restrict_files(scratch: str) -> None:
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     rules = linux.syscall("landlock_create_ruleset", CREATE_RULESET, attributes, size, 0)
     _allow(rules, scratch, every & ~EXECUTE & ~DEVICES_AND_SOCKETS)
-    _allow(rules, "/dev/null", READ_FILE | WRITE_FILE)
-    for path in readable():
-        _allow(rules, path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE)
+    for path in mounts.readable():
+        rights = READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
+        _allow(rules, path, rights | WRITE_FILE if path == os.devnull else rights)
     linux.syscall("landlock_restrict_self", RESTRICT_SELF, rules, 0)
     os.close(rules)
-
-
-def readable() -> list[str]:
-    """Folders and files of the interpreter, its packages and the libraries that they need."""
-    paths = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
-    paths += ["/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero"]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
 def _allow(rules: int, path: str, rights: int) -> None:
