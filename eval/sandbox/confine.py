@@ -40,7 +40,8 @@ class Limits(NamedTuple):
         timeout: seconds of wall clock, and seconds of CPU.
         memory_bytes: size of the address space.
         output_bytes: bytes of stdout and stderr together; a program that writes more is killed.
-        file_bytes: size of a file; with a mount namespace, of all files together.
+        file_bytes: size of all files together. Without a mount namespace, Landlock forbids files,
+            and without both this is the size of one file.
         processes: processes and threads, where seccomp does not forbid processes altogether.
         open_files: open descriptors.
     """
@@ -99,7 +100,8 @@ def inside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> N
     if "no_new_privs" in layers:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     if "landlock" in layers:
-        filters.restrict_files(".")
+        # Without a file system of its own, a program could fill the disk with files.
+        filters.restrict_files("." if "mount_namespace" in layers else None)
     if "seccomp" in layers:
         filters.install_seccomp()
 
@@ -132,7 +134,7 @@ def drops_root(layers: Collection[str]) -> bool:
 
     Where only root can enter Python's folder, another user could import nothing, unless a mount
     namespace shows the library elsewhere. The program then stays root, without capabilities, and
-    Landlock keeps it from root's files.
+    Landlock and seccomp keep it from root's files.
     """
     shown = "mount_namespace" in layers
     return "dropped_root" in layers and (shown or all(map(others_reach, mounts.readable())))

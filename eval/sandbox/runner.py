@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from typing import Any
 
 from eval.sandbox.confine import Limits
 from eval.sandbox.judge import Program
+from eval.sandbox.scratch import scratch_folders
 
 DEFAULT = Limits()
 BATCH = 16
@@ -121,16 +121,12 @@ def _run_batch(
 
 def _attempt(programs: Sequence[Program], limits: Limits, layers: Layers) -> list[Outcome]:
     """The outcomes of the first programs, one at least: all, unless the supervisor is killed."""
-    with tempfile.TemporaryDirectory(prefix="kvjax-run-", ignore_cleanup_errors=True) as folder:
-        # Another uid must be able to reach its folder, but not to list those of others.
-        os.chmod(folder, 0o711)
-        jobs = [
-            {"program": program, "scratch": [_folder(folder, index, who) for who in "aj"]}
-            for index, program in enumerate(programs)
-        ]
-        settings = {"layers": layers.available, "limits": limits._asdict()}
-        # The supervisor keeps each program's time; this limit is for a supervisor that hangs.
-        found, error = ask(settings, jobs, len(programs) * (limits.timeout + 1) + GRACE_SECONDS)
+    settings = {"layers": layers.available, "limits": limits._asdict()}
+    # The supervisor keeps each program's time; this limit is for a supervisor that hangs.
+    seconds = len(programs) * (limits.timeout + 1) + GRACE_SECONDS
+    with scratch_folders(len(programs)) as pairs:
+        jobs = [{"program": p, "scratch": s} for p, s in zip(programs, pairs, strict=True)]
+        found, error = ask(settings, jobs, seconds)
     outcomes, started = [], False
     for message in found:
         started = "started" in message
@@ -144,12 +140,6 @@ def _attempt(programs: Sequence[Program], limits: Limits, layers: Layers) -> lis
     if not outcomes:
         raise SandboxError(error or "the supervisor gave no answer")
     return outcomes
-
-
-def _folder(parent: str, index: int, who: str) -> str:
-    path = os.path.join(os.path.realpath(parent), f"{index}{who}")
-    os.mkdir(path, 0o700)
-    return path
 
 
 def require(layers: Layers, unsafe: bool) -> None:
@@ -172,10 +162,10 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"} | dict.fromkeys(
 
 ENOUGH = {
     "keeps programs off the network": ("network_namespace", "seccomp"),
-    "keeps programs from reading and changing files": ("mount_namespace", "landlock"),
+    "keeps programs from files": ("mount_namespace", "landlock and seccomp"),
     "keeps programs from other processes": ("pid_namespace", "seccomp"),
 }
-"""What must be prevented → the layers of which one suffices."""
+"""What must be prevented → the layers that prevent it, each alone or together with another."""
 
 
 class SandboxError(RuntimeError):
@@ -209,7 +199,7 @@ class Layers:
         lacking = [
             f"{purpose} ({' or '.join(names)})"
             for purpose, names in ENOUGH.items()
-            if not have & set(names)
+            if not any(have.issuperset(together.split(" and ")) for together in names)
         ]
         if not lacking:
             return None
@@ -264,7 +254,7 @@ def probe() -> Layers:
     Raises:
         SandboxError: the supervisor did not say.
     """
-    with tempfile.TemporaryDirectory(prefix="kvjax-probe-") as scratch:
+    with scratch_folders(1) as ((scratch, _),):
         os.chmod(scratch, 0o711)
         found, error = ask({"probe": scratch}, [], 60)
     if error or not found:

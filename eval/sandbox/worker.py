@@ -28,9 +28,17 @@ def serve(requests: int, replies: int) -> NoReturn:
     Args:
         requests, replies: descriptors.
     """
+    leave = os._exit
+    try:
+        _serve(requests, replies, os.getpid())
+    finally:
+        # Whatever the program did to this loop, its process never returns to the keeper's code.
+        leave(0)
+
+
+def _serve(requests: int, replies: int, own: int) -> None:
     # Bound here: the program can replace these names where they come from.
     write, leave, getpid, loads, message = os.write, os._exit, os.getpid, json.loads, values.message
-    own = getpid()
     answer = _Answer()
     for line in os.fdopen(requests, "rb"):
         try:
@@ -44,7 +52,6 @@ def serve(requests: int, replies: int) -> NoReturn:
         _flush()
         while text:
             text = text[write(replies, text) :]
-    leave(0)
 
 
 class _Answer:
