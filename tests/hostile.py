@@ -1,7 +1,7 @@
 """Runs the hostile programs and looks for what they must not have done.
 
-`python tests/hostile.py OUT` tries all of them as root and as another user, with all layers,
-without Landlock, and without a mount namespace, and writes what happened as JSON.
+`python tests/hostile.py benchmarks/results/hostile_programs.json` tries all of them as root and as
+another user, with all layers, without Landlock, and without a mount namespace.
 """
 
 import json

@@ -142,6 +142,24 @@ KINDS: dict[str, dict[str, str]] = {
         "def solve(n): return numpy.zeros(3).view(A)",
         "not a number": "def solve(n): return float('nan')",
     },
+    "types of the library": {
+        "Decimal": "import decimal\nclass D(decimal.Decimal):\n    __eq__ = lambda s, o: True\n"
+        "    __bool__ = lambda s: False\ndef solve(n): return D(1)",
+        "huge Decimal": "import decimal\ndef solve(n): return decimal.Decimal('1E+999999999')",
+        "Fraction": "import fractions\nclass F(fractions.Fraction):\n"
+        "    numerator = property(lambda s: {'a': 1})\ndef solve(n): return F(1, 2)",
+        "deque": "import collections\nclass D(collections.deque):\n    __eq__ = lambda s, o: True\n"
+        "def solve(n): return D([1])",
+        "scalar": "class A:\n    shape = ()\n    item = lambda s: s\nA.__module__ = 'numpy'\n"
+        "def solve(n): return A()",
+        "forged object": 'os.write(4, b\'{"value": {"object": [true, "x"]}}\\n\' * 3)',
+        "forged arguments": 'os.write(4, b\'{"value": 0, "given": [5, 6, 7]}\\n\' * 3)',
+        "forged exception": "for n in ('BaseException', 'SystemExit', '__import__', 'print'):\n"
+        '    os.write(4, b\'{"raised": ["%s", "x"]}\\n\' % n.encode())',
+        "many objects": "def solve(n): return [object() for _ in range(20000)]",
+        "system calls": "import ctypes\nfor n in range(350, 470):\n"
+        "    ctypes.CDLL(None).syscall(n, 0, 0, 0, 0, 0, 0)",
+    },
     "descriptors of classes": {
         "get": "class D:\n    def __get__(s, *a): os._exit(0)\nclass E:\n    x = D()\n"
         "    __dict__ = D()\n"
@@ -168,6 +186,7 @@ KINDS: dict[str, dict[str, str]] = {
         "atexit": FORGED + "import atexit\natexit.register(os.write, 1, line)\nsys.exit(0)",
         "printed": FORGED + "print('passed', line.decode()); sys.exit(0)",
         "abort": "os.abort()",
+        "named passed": "class passed(Exception): pass\ndef solve(n): raise passed",
         "own exception": "class E(AssertionError):\n    def __str__(s): raise s\n"
         "def solve(n): raise E",
     },

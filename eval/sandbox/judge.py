@@ -40,6 +40,9 @@ class AnswerError(Exception):
     """The answer raised an exception that is not a built-in one."""
 
 
+ENDED = "the answer ended"
+
+
 class AnswerEnded(BaseException):
     """There are no more replies. No test catches this."""
 
@@ -75,7 +78,8 @@ class Line:
             raised = _exception(*reply["raised"]) if "raised" in reply else None
             value = None if raised else self._decode(reply["value"])
         except Exception as error:
-            self.ended = self.ended or f"its reply was none: {type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}"
+            self.ended = self.ended or f"the answer wrote no reply but something else ({why})"
             raise AnswerEnded(self.ended) from None
         for old, new in zip(given, changed, strict=False):
             values.refresh(old, new)
@@ -93,7 +97,7 @@ class Line:
     def _receive(self) -> dict[str, Any]:
         text = self.replies.readline(values.LONGEST + 1)
         if not text.endswith(b"\n"):
-            self.ended = "it wrote a reply that is too long" if text else "it ended"
+            self.ended = "the answer wrote a reply without an end" if text else ENDED
             raise EOFError
         reply = json.loads(text)
         if not isinstance(reply, dict):
@@ -170,10 +174,10 @@ def judge(program: Program, requests: int, replies: int) -> dict[str, Any]:
     """Executes a test against the answer at the other end of two descriptors.
 
     Returns:
-        {"passed", "reason": "passed" or the exception that ended the test, "ended": whether the
-        answer's process gave no more replies}.
+        {"passed", "reason": "passed" or the exception that ended the test, "ended": whether it was
+        the end of the answer's process}.
     """
-    line = Line(requests, replies)
+    line, passed = Line(requests, replies), False
     try:
         space: dict[str, Any] = {"__name__": "__main__"}
         exec(compile(program.given, "<given>", "exec", dont_inherit=True), space)
@@ -183,9 +187,10 @@ def judge(program: Program, requests: int, replies: int) -> dict[str, Any]:
             space.pop(name, None)
             space[name] = line.ask("name", name=name)
         exec(test, space)
+        passed, reason = not line.ended, line.ended or "passed"
     except BaseException as error:
-        return {"passed": False, "reason": described(error), "ended": bool(line.ended)}
-    return {"passed": not line.ended, "reason": line.ended or "passed", "ended": bool(line.ended)}
+        reason = line.ended or described(error)
+    return {"passed": passed, "reason": reason[:TEXT], "ended": line.ended == ENDED}
 
 
 def described(error: BaseException) -> str:

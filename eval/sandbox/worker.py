@@ -63,6 +63,7 @@ class _Answer:
     def __init__(self) -> None:
         self.module = types.ModuleType("__main__")
         self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}
         sys.modules["__main__"] = self.module
         sys.argv = ["program"]
 
@@ -111,9 +112,9 @@ class _Answer:
         return values.decode(form, lambda content: self.objects[content[0]])
 
     def _keep(self, value: Any) -> values.Form:
-        number = next((n for n, held in enumerate(self.objects) if held is value), None)
-        if number is None:
-            number = len(self.objects)
+        # They stay alive, so no other object gets the same id.
+        number = self.numbers.setdefault(id(value), len(self.objects))
+        if number == len(self.objects):
             self.objects.append(value)
         return {"object": [number, type(value).__name__]}
 

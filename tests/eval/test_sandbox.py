@@ -104,7 +104,7 @@ ENDS = {
     "raise KeyboardInterrupt": "KeyboardInterrupt",
     "import os; os._exit(0)": "ended before its tests did, with status 0",
     "import os; os.abort()": "killed by SIGABRT",
-    "import os; os.write(4, b'{\"passed\": true}'); os._exit(0)": "ended before",
+    "import os; os.write(4, b'{\"passed\": true}'); os._exit(0)": "the answer wrote",
     "class E(Exception):\n    def __str__(self): 1 / 0\nraise E": "E",
     "import sys; sys.stdout.close()": "passed",
     "import threading as t; a = t.Thread(target=print); a.start(); a.join()": "passed",
