@@ -1,7 +1,7 @@
 """Runs the hostile programs and looks for what they must not have done.
 
 `python tests/hostile.py benchmarks/results/hostile_programs.json` tries all of them as root and as
-another user, with all layers, without Landlock, and without a mount namespace.
+another user: with all layers, without Landlock, without a mount namespace, and with no namespaces.
 """
 
 import json
@@ -25,7 +25,8 @@ from eval.sandbox.runner import Layers, probe, run_many  # noqa: E402
 LIMITS = Limits(timeout=20.0, memory_bytes=256 << 20, processes=8)
 HONEST = Program("def solve(n): return n + 1", "assert solve(1) == 2", "", ("solve",))
 SHARED = Path("/dev/shm/kvjax-hostile")
-WITHOUT = ((), ("landlock",), ("mount_namespace",))
+NAMESPACES = ("user_namespace", "network_namespace", "pid_namespace", "mount_namespace")
+WITHOUT = ((), ("landlock",), ("mount_namespace",), NAMESPACES)
 """The layers that are switched off, one set after the other."""
 
 
