@@ -25,7 +25,7 @@ from eval.sandbox.scratch import scratch_folders
 
 DEFAULT = Limits()
 BATCH = 16
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 300.0
 """Time beyond the programs' own: the interpreter starts, and left-over processes are killed."""
 LOST = "the sandbox's supervisor ended while the answer ran"
 

@@ -27,7 +27,7 @@ from eval.sandbox import confine, judge, keeper, linux
 from eval.sandbox.confine import Limits
 from eval.sandbox.judge import Program
 
-SETUP_SECONDS = 30.0
+SETUP_SECONDS = 120.0
 """How long it may take until a process is confined, and until all its processes are killed."""
 SLACK_SECONDS = 1.0
 """Time that a test has beyond its answer's, which the keeper counts from an earlier moment."""
@@ -77,7 +77,7 @@ def examine(
     keeper.ask_for_keeper(cradle, scratch, *theirs)
     _close(*theirs)
     kept, judged = _Lines(status[0]), _Lines(verdict[0])
-    failure = kept.next(SETUP_SECONDS).get("failure", "the keeper of an answer ended")
+    failure = kept.next(SETUP_SECONDS).get("failure", "the keeper of an answer did not start")
     found, late = {}, False
     if not failure:
         _say({"started": True})
@@ -86,7 +86,7 @@ def examine(
             ends = [requests[1], replies[0], verdict[1]]
             _become_judge(program, layers, limits, judge_scratch, ends)
         _close(verdict[1])
-        failure = judged.next(SETUP_SECONDS).get("failure", "the process of a test ended")
+        failure = judged.next(SETUP_SECONDS).get("failure", "the process of a test did not start")
         found = judged.next(limits.timeout + SLACK_SECONDS)
         late = judged.late
         os.kill(child, signal.SIGKILL)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.sandbox import filters, linux
+from eval.sandbox import filters, linux, runner
 from eval.sandbox.confine import LAYERS, Limits, others_reach
 from eval.sandbox.runner import ROOT, Layers, SandboxError, ask, probe, run, run_many
 
@@ -250,6 +250,16 @@ def test_a_sandbox_that_fails_is_no_failed_program(nothing_left):
         run("pass", layers=layers, **SMALL)
     found, error = ask({}, [], 60)
     assert not found and error.startswith("the supervisor ended with 1: Traceback")
+
+
+def test_a_killed_supervisor_costs_one_program(monkeypatch, nothing_left):
+    passed = {"passed": True, "reason": "passed", "stdout": "first"}
+    killed = [{"started": True}, passed, {"started": True}], "the supervisor ended with -9"
+    answers = iter([lambda *job: killed, ask])
+    monkeypatch.setattr(runner, "ask", lambda *job: next(answers)(*job))
+    outcomes = run_many(["pass", "pass", "print(3)"], 1)
+    assert [o.reason for o in outcomes] == ["passed", runner.LOST, "passed"]
+    assert outcomes[2].stdout == "3\n"
 
 
 def test_nothing_outlives_the_evaluation(nothing_left, tmp_path):
