@@ -236,9 +236,10 @@ NARROW = "\u00a0\u2006\u2007\u2008\u2009\u200a\u202f"
 BETWEEN_THOUSANDS = f"{NARROW}_'\u2019"
 
 LATEX_SPACE = re.compile(r"\{\\,\}|\\[,;: ]|\\thinspace\b|(?<!\\)~|&nbsp;|&thinsp;")
+# A run of backslashes is tried once, from its start: otherwise its length would count squared.
 WRAPPER = re.compile(
-    r"\\+(?:boxed|fbox|mbox|hbox|text(?:bf|it|rm|sf|tt|normal|style)?|emph|underline|boldsymbol|bm"
-    r"|math(?:bf|it|rm|sf|tt|normal)|displaystyle|left|right)(?![a-zA-Z])\s*"
+    r"(?<!\\)\\+(?:boxed|fbox|mbox|hbox|text(?:bf|it|rm|sf|tt|normal|style)?|emph|underline"
+    r"|boldsymbol|bm|math(?:bf|it|rm|sf|tt|normal)|displaystyle|left|right)(?![a-zA-Z])\s*"
 )
 FRACTION = re.compile(r"(?<![\d}])\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 ESCAPED = re.compile(r"\\([$%#&])")
@@ -269,7 +270,18 @@ def plain(text: str, spaces: bool = False) -> str:
     return MATH.sub(" ", EMPHASIS.sub("", text))
 
 
+DIGITS = 1000
+NO_NUMBER = -1
+"""Stands for a number of more than `DIGITS` digits, which no reference has. Python's own limit of
+digits is an error, and an answer must not raise one."""
+
+
+def whole_number(digits: str) -> int:
+    """The value of a text of digits."""
+    return int(digits) if len(digits) <= DIGITS else NO_NUMBER
+
+
 def whole_numbers(text: str) -> list[int]:
     """All whole numbers, signs ignored: "1,234" is one number and "1,2" are two."""
     found = re.findall(r"(?<!\d)[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+", plain(text))
-    return [int(number.replace(",", "")) for number in found]
+    return [whole_number(number.replace(",", "")) for number in found]

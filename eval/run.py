@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from eval import likelihood, results
 from eval.predictions import RESULTS, Prediction, RunFolder, write_json
 from eval.prompts import Prompt, PromptBatch, Shape, encode, make_batches, shapes
 from eval.results import environment, facts
-from eval.task import Settings, Task, check_form
+from eval.task import Item, Settings, Task, check_form
 from kvjax import processes
 from kvjax.generation import Generation, generate_each
 from kvjax.identity import array_digest
@@ -284,8 +285,26 @@ def _judge_batch(
         item = task.items[prompt.index]
         text = added_text(loaded.tokenizer, prompt.ids, rows[prompt])
         answer = until_stop(text, task.chat_stops if prompt.chat else task.stops)
-        score = float(task.score(item, answer))
+        score = score_of(task, item, answer)
         folder.append([_prediction(task, prompt, policy, answer, score, held, full)])
+
+
+UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, MemoryError)
+
+
+def score_of(task: Task, item: Item, answer: str) -> float:
+    """The task's score of an answer; 0, with a warning, where the score cannot be computed.
+
+    Scores take any text. If one does not, its item is wrong, and hours of answers are not lost.
+    """
+    try:
+        return float(task.score(item, answer))
+    except UNREADABLE as error:
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"{task.name}, item {item.id}: no score ({why:.200}), counted as 0", stacklevel=2
+        )
+        return 0.0
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = ("kvjax", "pallas_kernels", "train", "eval", "benchmarks")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def defined(file):

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
-from eval.sandbox import filters, linux
+from eval.sandbox import filters, linux, mounts
 
 LAYERS = (
     "user_namespace",
@@ -28,7 +28,6 @@ LAYERS = (
 NAMESPACES = {
     "network_namespace": linux.CLONE_NEWNET | linux.CLONE_NEWIPC,
     "pid_namespace": linux.CLONE_NEWPID,
-    "mount_namespace": linux.CLONE_NEWNS,
 }
 
 NOBODY = 65534
@@ -41,7 +40,8 @@ class Limits(NamedTuple):
         timeout: seconds of wall clock, and seconds of CPU.
         memory_bytes: size of the address space.
         output_bytes: bytes of stdout and stderr together; a program that writes more is killed.
-        file_bytes: size of a file; with a mount namespace, of all files together.
+        file_bytes: size of all files together. Without a mount namespace, Landlock forbids files,
+            and without both this is the size of one file.
         processes: processes and threads, where seccomp does not forbid processes altogether.
         open_files: open descriptors.
     """
@@ -54,10 +54,11 @@ class Limits(NamedTuple):
     open_files: int = 64
 
 
-def outside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> None:
-    """Puts this process into namespaces, with `scratch` as its working directory.
+def outside(layers: Collection[str]) -> None:
+    """Puts this process into namespaces, except for the mount namespace.
 
-    A new pid namespace holds for the children only.
+    A new pid namespace holds for the children only. The mount namespace comes last, see `inside`:
+    this process still needs /proc to find what a program leaves behind.
     """
     flags = sum(NAMESPACES[name] for name in NAMESPACES if name in layers)
     if "user_namespace" in layers:
@@ -66,34 +67,41 @@ def outside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> 
         linux.map_user(user, group)
     elif flags:
         linux.unshare(flags)
-    if "dropped_root" in layers:
-        os.chown(scratch, uid, uid)
-    if "mount_namespace" in layers:
-        linux.mount_read_only(scratch, limits.file_bytes)
-    os.chdir(scratch)
 
 
-def inside(layers: Collection[str], limits: Limits, uid: int) -> None:
-    """Puts all other layers on this process. None of them can be taken off.
+def inside(layers: Collection[str], limits: Limits, scratch: str, uid: int) -> None:
+    """Puts all other layers on this process, with `scratch` as its working directory.
+
+    None of the layers can be taken off. No capability is left.
 
     Raises:
         OSError: the kernel refuses a layer.
     """
     if "rlimits" in layers:
         # The kernel counts processes per user, and this user may run others.
-        own_count = {"user_namespace", "dropped_root"} & set(layers)
+        own_count = "user_namespace" in layers or drops_root(layers)
         others = 0 if own_count else linux.count_of_user(os.getuid())
         set_limits(limits, others)
-    if "dropped_root" in layers:
+    if sys.platform == "linux":
+        linux.drop_bounding_set()
+    if drops_root(layers):
+        os.chown(scratch, uid, uid)
+    if "mount_namespace" in layers:
+        linux.unshare(linux.CLONE_NEWNS)
+        mounts.enter_private_root(scratch, limits.file_bytes)
+    else:
+        os.chdir(scratch)
+    if drops_root(layers):
         drop_root(uid)
-    elif {"user_namespace", "no_new_privs"} & set(layers):
-        # A user namespace grants all capabilities inside; the program needs none.
-        linux.set_capabilities(0)
+    if {"user_namespace", "no_new_privs", "dropped_root"} & set(layers):
+        # Root and a user namespace give all capabilities; the program needs none.
+        linux.drop_capabilities()
     linux.die_with_parent()
     if "no_new_privs" in layers:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     if "landlock" in layers:
-        filters.restrict_files(".")
+        # Without a file system of its own, a program could fill the disk with files.
+        filters.restrict_files("." if "mount_namespace" in layers else None)
     if "seccomp" in layers:
         filters.install_seccomp()
 
@@ -121,20 +129,23 @@ def set_limits(limits: Limits, others: int) -> None:
             resource.setrlimit(number, (value, value))
 
 
-def drop_root(uid: int) -> None:
-    """Changes the user to `uid`, without groups and capabilities.
+def drops_root(layers: Collection[str]) -> bool:
+    """Whether a program runs as another user than root.
 
-    The capability to read all files stays where only root can enter Python's folder: the program
-    imports modules from there.
+    Where only root can enter Python's folder, another user could import nothing, unless a mount
+    namespace shows the library elsewhere. The program then stays root, without capabilities, and
+    Landlock and seccomp keep it from root's files.
     """
-    reached = all(map(others_reach, (os.path.dirname(os.__file__), sys.prefix)))
-    kept = 0 if reached else 1 << linux.CAP_DAC_READ_SEARCH
-    linux.prctl(linux.PR_SET_KEEPCAPS, 1)
+    shown = "mount_namespace" in layers
+    return "dropped_root" in layers and (shown or all(map(others_reach, mounts.readable())))
+
+
+def drop_root(uid: int) -> None:
+    """Changes the user and the group to `uid`, without other groups."""
     # Groups first: without root they cannot be changed any more.
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    linux.set_capabilities(kept)
 
 
 def spare_uid() -> int:
@@ -149,8 +160,9 @@ def spare_uid() -> int:
 
 
 def others_reach(folder: str) -> bool:
-    """Whether every user may enter a folder."""
+    """Whether every user may enter a folder, or the folder of a file."""
     folder = os.path.realpath(folder)
+    folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
     while folder != "/":
         if not os.stat(folder).st_mode & 0o001:
             return False

@@ -1,11 +1,12 @@
 """The kernel's filters on a process: seccomp for system calls, Landlock for files.
 
-seccomp refuses sockets, new processes, exec, and access to other processes. The filter is classic
+seccomp refuses sockets, new processes, exec, access to other processes, and changes of files that
+Landlock does not know. The filter is classic
 BPF over `struct seccomp_data` (nr, arch, instruction_pointer, args[6]), see the kernel's
 Documentation/userspace-api/seccomp_filter.rst. Call numbers are those of asm/unistd.
 
-Landlock allows writing below one folder and reading Python's own files, see the kernel's
-Documentation/userspace-api/landlock.rst.
+Landlock allows reading Python's own files, and writing below one folder or nowhere, see the
+kernel's Documentation/userspace-api/landlock.rst.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import sys
 
-from eval.sandbox import linux
+from eval.sandbox import linux, mounts
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine → its column in the tables, AUDIT_ARCH."""
@@ -53,12 +53,55 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
+    # Landlock lets an owner change the mode, the dates and the attributes of any file.
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "truncate": (76, 45),  # Landlock knows it from version 3
+    # These act on other processes of the same user.
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "process_madvise": (440, 440),
+    "kcmp": (312, 272),
+    # No capability is left that these need. They stay out of reach all the same.
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsmount": (432, 432),
+    "mount_setattr": (442, 442),
 }
 """Calls that fail with EPERM: their numbers on each machine; None: the machine lacks the call."""
 
 CLONE = (56, 220)
 CLONE3 = (435, 435)
-KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
+KILL, TGKILL, PRLIMIT, PRCTL = (62, 129), (234, 131), (302, 261), (157, 167)
 
 X32 = 0x40000000
 MODE_FILTER = 2
@@ -119,6 +162,8 @@ def seccomp_program(column: int, architecture: int, pid: int) -> Code:
         (KILL, (EQUAL, 0, 1, pid)),
         (TGKILL, (EQUAL, 0, 1, pid)),
         (PRLIMIT, (EQUAL, 0, 1, 0)),
+        # The signal at a parent's death stays.
+        (PRCTL, (EQUAL, 1, 0, linux.PR_SET_PDEATHSIG)),
     ):
         first_argument = (LOAD, 0, 0, 16)
         code += [(EQUAL, 0, 4, number[column]), first_argument, allowed]
@@ -150,10 +195,13 @@ def landlock_version() -> int:
     return linux.syscall("landlock", CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
 
 
-def restrict_files(scratch: str) -> None:
-    """Restricts this thread and all that it starts to write below `scratch`.
+def restrict_files(scratch: str | None) -> None:
+    """Restricts this thread and all that it starts to Python's files and to one folder.
 
     Needs no_new_privs.
+
+    Args:
+        scratch: the folder; None: nothing can be written.
     """
     found = landlock_version()
     every = (1 << RIGHTS[min(found, len(RIGHTS)) - 1]) - 1
@@ -165,19 +213,13 @@ def restrict_files(scratch: str) -> None:
     attributes = (ctypes.c_uint64 * len(fields))(*fields)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     rules = linux.syscall("landlock_create_ruleset", CREATE_RULESET, attributes, size, 0)
-    _allow(rules, scratch, every & ~EXECUTE & ~DEVICES_AND_SOCKETS)
-    _allow(rules, "/dev/null", READ_FILE | WRITE_FILE)
-    for path in readable():
-        _allow(rules, path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE)
+    if scratch is not None:
+        _allow(rules, scratch, every & ~EXECUTE & ~DEVICES_AND_SOCKETS)
+    for path in mounts.readable():
+        rights = READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
+        _allow(rules, path, rights | WRITE_FILE if path == os.devnull else rights)
     linux.syscall("landlock_restrict_self", RESTRICT_SELF, rules, 0)
     os.close(rules)
-
-
-def readable() -> list[str]:
-    """Folders and files of the interpreter, its packages and the libraries that they need."""
-    paths = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"]
-    paths += ["/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero"]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
 def _allow(rules: int, path: str, rights: int) -> None:

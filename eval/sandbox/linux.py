@@ -24,19 +24,12 @@ PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_SECCOMP = 22
+PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
-CAP_DAC_READ_SEARCH = 2
+CAPABILITIES = 64
 CAPABILITY_VERSION_3 = 0x20080522
-
-MS_REC = 0x4000
-MS_PRIVATE = 1 << 18
-MS_NOSUID_NODEV = 2 | 4
-AT_FDCWD = -100
-AT_RECURSIVE = 0x8000
-MOUNT_ATTR_RDONLY_NOSUID = 1 | 2
-MOUNT_SETATTR = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -83,33 +76,17 @@ def map_user(uid: int, gid: int) -> None:
             file.write(text)
 
 
-def mount_read_only(scratch: str, size: int) -> None:
-    """Makes all mounts read-only and mounts an empty tmpfs of `size` bytes over `scratch`.
-
-    Only in a new mount namespace.
-    """
-    null = None
-    call("mount", null, b"/", null, ctypes.c_ulong(MS_REC | MS_PRIVATE), null)
-    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY_NOSUID, 0, 0, 0)
-    syscall(
-        "mount_setattr",
-        MOUNT_SETATTR,
-        AT_FDCWD,
-        b"/",
-        AT_RECURSIVE,
-        attributes,
-        ctypes.c_size_t(ctypes.sizeof(attributes)),
-    )
-    options = f"size={size},nr_inodes=4096,mode=1777".encode()
-    flags = ctypes.c_ulong(MS_NOSUID_NODEV)
-    call("mount", b"tmpfs", os.fsencode(scratch), b"tmpfs", flags, options)
+def drop_bounding_set() -> None:
+    """Lets no program that this process may ever execute gain a capability."""
+    with suppress(OSError):  # the kernel knows fewer, or this process may not
+        for number in range(CAPABILITIES):
+            prctl(PR_CAPBSET_DROP, number)
 
 
-def set_capabilities(kept: int) -> None:
-    """Gives up all capabilities except those of the mask `kept`."""
+def drop_capabilities() -> None:
+    """Gives up all capabilities: effective, permitted and inheritable."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-    data = (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)  # effective, permitted, inheritable, twice
-    call("capset", header, data)
+    call("capset", header, (ctypes.c_uint32 * 6)())
 
 
 def adopt_orphans() -> None:
@@ -148,6 +125,11 @@ def sweep(seconds: float = 10.0) -> bool:
     stopped: set[int] = set()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return True
         found = descendants(os.getpid())
         for pid in found - stopped:
             _send(pid, signal.SIGSTOP)
@@ -155,11 +137,6 @@ def sweep(seconds: float = 10.0) -> bool:
             for pid in found:
                 _send(pid, signal.SIGKILL)
         stopped |= found
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return True
         time.sleep(0.001)
     return False
 

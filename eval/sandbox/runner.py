@@ -1,12 +1,9 @@
-"""Runs Python programs that a model wrote, each in its own process, confined in layers.
+"""Runs programs that a model wrote, each against its test, confined in layers.
 
-This process never executes a program. `ask` starts a supervisor, a fresh interpreter with
-namespaces and limits on time and output. The supervisor forks a worker, which has rlimits, another
-uid, seccomp and Landlock, and executes the program.
-
-The layers keep a program from harming the machine and from outliving its run. They do not
-protect the result: the program runs in the interpreter that reports the result, so a program that
-is written to forge a pass can do so.
+This process never executes a program. It starts a supervisor (eval/sandbox/supervisor.py), a fresh
+interpreter, and gives it a batch of answers with their tests. The layers keep an answer from
+harming the machine and from outliving its run. The test runs in another process than the answer
+and sees values only, so the answer cannot change how it is judged.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.sandbox.confine import Limits
+from eval.sandbox.judge import Program
+from eval.sandbox.scratch import scratch_folders
 
 DEFAULT = Limits()
-Program = str | Sequence[str]
-"""Source text, or several: each is compiled alone, and they are executed one after the other in one
-namespace. So the end of an answer, such as a decorator, takes nothing from the test after it."""
 BATCH = 16
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 300.0
 """Time beyond the programs' own: the interpreter starts, and left-over processes are killed."""
+LOST = "the sandbox's supervisor ended while the answer ran"
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ class Outcome:
     """The result of one program.
 
     Attributes:
-        passed: the program ran to its end without an exception.
-        reason: "passed", or the exception, limit or signal that ended the program.
-        stdout: stdout and stderr together, in order, up to the limit.
+        passed: the answer and its test ran to their ends without an exception.
+        reason: "passed", or the exception, limit or signal that ended the answer or the test.
+        stdout: stdout and stderr of the answer together, in order, up to the limit.
     """
 
     passed: bool
@@ -50,7 +46,7 @@ class Outcome:
 
 
 def run(
-    program: Program,
+    program: Program | str,
     timeout: float = DEFAULT.timeout,
     memory_bytes: int = DEFAULT.memory_bytes,
     output_bytes: int = DEFAULT.output_bytes,
@@ -58,10 +54,10 @@ def run(
     unsafe: bool = False,
     layers: Layers | None = None,
 ) -> Outcome:
-    """Executes Python source in a new process, confined by all layers that this machine has.
+    """Executes an answer and its test, confined by all layers that this machine has.
 
     Args:
-        program: source text, or several in order; tests are assertions.
+        program: an answer with its test; a text is an answer without one.
         timeout: seconds of wall clock from the program's start, and seconds of CPU.
         memory_bytes: limit of the address space.
         output_bytes: limit of stdout and stderr together.
@@ -71,7 +67,8 @@ def run(
 
     Raises:
         ValueError: the layers are too few, and `unsafe` is False.
-        SandboxError: the sandbox failed, so that nothing is known about the program.
+        SandboxError: the sandbox failed before the program started. Nothing that a program does
+            raises it.
     """
     limits = DEFAULT._replace(
         timeout=timeout,
@@ -83,7 +80,7 @@ def run(
 
 
 def run_many(
-    programs: Sequence[Program],
+    programs: Sequence[Program | str],
     workers: int | None = None,
     limits: Limits | None = None,
     unsafe: bool = False,
@@ -110,29 +107,39 @@ def run_many(
 
 
 def _run_batch(
-    programs: Sequence[Program], limits: Limits, unsafe: bool, layers: Layers | None
+    programs: Sequence[Program | str], limits: Limits, unsafe: bool, layers: Layers | None
 ) -> list[Outcome]:
-    """Runs programs one after the other, each in its own folder and its own processes."""
+    """Runs programs one after the other, each in its own folders and its own processes."""
     layers = layers or probe()
     require(layers, unsafe)
-    with tempfile.TemporaryDirectory(prefix="kvjax-run-", ignore_cleanup_errors=True) as folder:
-        # Another uid must be able to reach its folder, but not to list those of others.
-        os.chmod(folder, 0o711)
-        scratch = [os.path.join(os.path.realpath(folder), str(i)) for i in range(len(programs))]
-        for path in scratch:
-            os.mkdir(path, 0o700)
-        job = {
-            "programs": [[p] if isinstance(p, str) else list(p) for p in programs],
-            "layers": layers.available,
-            "limits": limits._asdict(),
-            "scratch": scratch,
-        }
-        # The supervisor keeps each program's time; this limit is for a supervisor that hangs.
-        answers = ask(job, len(programs) * limits.timeout + GRACE_SECONDS)
-    for answer in answers:
-        if answer["failure"]:
-            raise SandboxError(answer["failure"])
-    return [Outcome(a["passed"], a["reason"], a["stdout"]) for a in answers]
+    known = [p if isinstance(p, Program) else Program(p) for p in programs]
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(known):
+        outcomes += _attempt(known[len(outcomes) :], limits, layers)
+    return outcomes
+
+
+def _attempt(programs: Sequence[Program], limits: Limits, layers: Layers) -> list[Outcome]:
+    """The outcomes of the first programs, one at least: all, unless the supervisor is killed."""
+    settings = {"layers": layers.available, "limits": limits._asdict()}
+    # The supervisor keeps each program's time; this limit is for a supervisor that hangs.
+    seconds = len(programs) * (limits.timeout + 1) + GRACE_SECONDS
+    with scratch_folders(len(programs)) as pairs:
+        jobs = [{"program": p, "scratch": s} for p, s in zip(programs, pairs, strict=True)]
+        found, error = ask(settings, jobs, seconds)
+    outcomes, started = [], False
+    for message in found:
+        started = "started" in message
+        if message.get("failure"):
+            raise SandboxError(message["failure"])
+        if not started:
+            outcomes.append(Outcome(message["passed"], message["reason"], message["stdout"]))
+    # The program may have caused the end, so it is wrong, and the others run without it.
+    if started:
+        return [*outcomes, Outcome(False, LOST, "")]
+    if not outcomes:
+        raise SandboxError(error or "the supervisor gave no answer")
+    return outcomes
 
 
 def require(layers: Layers, unsafe: bool) -> None:
@@ -151,6 +158,14 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"} | dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
 """The whole environment of a program. Tokens and proxies of this process stay out of it."""
+
+
+ENOUGH = {
+    "keeps programs off the network": ("network_namespace", "seccomp"),
+    "keeps programs from files": ("mount_namespace", "landlock and seccomp"),
+    "keeps programs from other processes": ("pid_namespace", "seccomp"),
+}
+"""What must be prevented → the layers that prevent it, each alone or together with another."""
 
 
 class SandboxError(RuntimeError):
@@ -181,12 +196,11 @@ class Layers:
     def refusal(self) -> str | None:
         """Why these layers are too few to run a program; None where they suffice."""
         have = set(self.available)
-        # A program needs one layer against network access and one that protects files.
-        lacking = []
-        if not have & {"network_namespace", "seccomp"}:
-            lacking.append("keeps programs off the network (network_namespace or seccomp)")
-        if not have & {"mount_namespace", "landlock", "dropped_root"}:
-            lacking.append("protects files (mount_namespace, landlock or dropped_root)")
+        lacking = [
+            f"{purpose} ({' or '.join(names)})"
+            for purpose, names in ENOUGH.items()
+            if not any(have.issuperset(together.split(" and ")) for together in names)
+        ]
         if not lacking:
             return None
         reasons = "; ".join(f"{name}: {why}" for name, why in self.missing.items())
@@ -201,41 +215,51 @@ class Layers:
         return "\n".join(lines + [f"{name}: off ({why})" for name, why in self.missing.items()])
 
 
-def ask(job: Mapping[str, Any], seconds: float) -> Any:
-    """Starts a supervisor, gives it a job and returns its answer.
+def ask(
+    settings: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], seconds: float
+) -> tuple[list[Any], str]:
+    """Starts a supervisor and gives it jobs, see `eval.sandbox.supervisor.main`.
 
     Args:
-        job: see `eval.sandbox.supervisor`.
-        seconds: how long to wait for the answer.
+        seconds: how long to wait for its end.
 
-    Raises:
-        SandboxError: no answer in that time, or an answer that is not JSON.
+    Returns:
+        The messages that it wrote, and how it ended where there is something wrong.
     """
     # -I keeps the user's site-packages and PYTHON* variables out of the supervisor.
-    command = [sys.executable, "-I", "-c", START, str(ROOT)]
+    command = [sys.executable, "-I", "-c", START, str(ROOT), json.dumps(settings)]
     try:
         done = subprocess.run(
             command,
-            input=json.dumps(job).encode(),
+            input="".join(json.dumps(job) + "\n" for job in jobs).encode(),
             capture_output=True,
             timeout=seconds,
             env=ENVIRONMENT,
             cwd="/",
         )
-        return json.loads(done.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise SandboxError(f"the supervisor gave no answer in {seconds:g} s") from error
-    except ValueError as error:
-        tail = done.stderr.decode("utf-8", "replace")[-500:]
-        raise SandboxError(f"the supervisor ended with {done.returncode}: {tail}") from error
+        text, error = done.stdout, ""
+        if done.returncode:
+            tail = done.stderr.decode("utf-8", "replace")[-500:]
+            error = f"the supervisor ended with {done.returncode}: {tail}"
+    except subprocess.TimeoutExpired as late:
+        text, error = late.stdout or b"", f"the supervisor did not end in {seconds:g} s"
+    # A killed supervisor may have written a part of a line.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if b"\n" in line], error
 
 
 @functools.cache
 def probe() -> Layers:
-    """The layers that this machine has. Each is tried in its own process, once per interpreter."""
-    with tempfile.TemporaryDirectory(prefix="kvjax-probe-") as scratch:
-        found = ask({"probe": scratch}, 60)
+    """The layers that this machine has. Each is tried in its own process, once per interpreter.
+
+    Raises:
+        SandboxError: the supervisor did not say.
+    """
+    with scratch_folders(1) as ((scratch, _),):
+        os.chmod(scratch, 0o711)
+        found, error = ask({"probe": scratch}, [], 60)
+    if error or not found:
+        raise SandboxError(error or "the supervisor gave no answer")
     return Layers(
-        available=tuple(name for name, why in found.items() if not why),
-        missing={name: why for name, why in found.items() if why},
+        available=tuple(name for name, why in found[0].items() if not why),
+        missing={name: why for name, why in found[0].items() if why},
     )

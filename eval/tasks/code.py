@@ -9,6 +9,7 @@ Settings of both: samples of a problem (1), timeout (10 seconds), max_new_tokens
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from typing import Any
 from eval.results import pass_at_k, standard_error
 from eval.rows import Row, named_rows
 from eval.sandbox import runner
+from eval.sandbox.judge import Program
 from eval.sandbox.runner import probe
 from eval.task import Item, Reads, Source, Task, TaskOptions, check_options
 
@@ -71,10 +73,19 @@ def _humaneval(options: TaskOptions) -> Task:
     )
 
 
-def humaneval_program(item: Item, answer: str) -> tuple[str, str]:
-    """Prompt with completion; the problem's tests with a call of them."""
+def humaneval_program(item: Item, answer: str) -> Program:
+    """Prompt with completion; the problem's tests with a call of them.
+
+    Some tests call helpers that the prompt defines. They get the prompt's own, since an answer may
+    define others of that name. The prompt alone is a program: its last function has a docstring.
+    """
     test, entry_point = item.meta["test"], item.meta["entry_point"]
-    return f"{item.prompt}{answer}\n", f"{test}\ncheck({entry_point})\n"
+    return Program(
+        answer=f"{item.prompt}{answer}\n",
+        test=f"{test}\ncheck({entry_point})\n",
+        given=str(item.prompt),
+        names=(entry_point,),
+    )
 
 
 humaneval = Source(_humaneval, _humaneval_reads)
@@ -148,12 +159,27 @@ def _mbpp(options: TaskOptions) -> Task:
     )
 
 
-def mbpp_program(item: Item, answer: str) -> tuple[str, str]:
-    """The answer's code; the setup, which may use that code, with the assertions."""
+def mbpp_program(item: Item, answer: str) -> Program:
+    """The answer's code; the setup, which may use that code, with the assertions.
+
+    The tests see those names of the answer that the reference solution defines, and use the modules
+    that the reference imports. An answer cannot give them another `set` or `abs`.
+    """
     # A model may repeat the marks of the examples around its code.
     code = fenced(answer).partition(BEGIN)
     code = (code[2] if code[1] else code[0]).partition(DONE)[0]
-    return f"{code}\n", "\n".join((item.meta["setup"], *item.meta["tests"], ""))
+    test = "\n".join((item.meta["setup"], *item.meta["tests"], ""))
+    defined, imports = top_level(item.references[0])
+    used = {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    return Program(f"{code}\n", test, imports, tuple(name for name in defined if name in used))
+
+
+def top_level(source: str) -> tuple[list[str], str]:
+    """The functions and classes that a program defines, and its imports as a program."""
+    body = ast.parse(source).body
+    defined = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return list(dict.fromkeys(defined)), "\n".join(map(ast.unparse, imports))
 
 
 def _mbpp_rows(folder: Path | None) -> list[Row]:
@@ -206,13 +232,11 @@ def with_samples(problems: Iterable[Item], options: TaskOptions) -> tuple[Item, 
     )
 
 
-def judge(
-    program: Callable[[Item, str], runner.Program], options: TaskOptions
-) -> Callable[..., float]:
-    """A function that scores an answer: 1 if its program runs to its end, else 0.
+def judge(program: Callable[[Item, str], Program], options: TaskOptions) -> Callable[..., float]:
+    """A function that scores an answer: 1 if its tests run to their end, else 0.
 
     Args:
-        program: (item, answer) → the answer's source and the tests' source.
+        program: (item, answer) → the answer with its tests.
 
     Raises:
         ValueError: the machine cannot confine a program. This call raises, so the error comes

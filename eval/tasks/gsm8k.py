@@ -24,9 +24,9 @@ ASK = "{question}\nThink step by step, and end with a line 'The answer is: ' and
 HUB = ("openai/gsm8k", "main")
 CURRENCY = "$€£¥₹"
 WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+),?"
-NUMBER = rf"[-+]?(?:[{CURRENCY}] *)*-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
+NUMBER = rf"[-+]?(?:[{CURRENCY}] {{0,9}}){{0,9}}-?(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:/\d+)?"
 """A number in the text that `plain` gives; a comma belongs to it before three digits."""
-UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?\d+")
+UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*)?-?\d+")
 """The power of a unit, as the 2 in "36 m^2", is not an answer."""
 SETTINGS = ("prompt", "extraction", "max_new_tokens")
 SCORING = ("extraction",)
@@ -126,7 +126,7 @@ def strict(answer: str) -> str | None:
 
     Markdown and LaTeX around the number do not matter, see `eval.metrics.plain`.
     """
-    found = re.findall(rf"[Tt]he answer is\s*:?\s*({NUMBER})", plain(answer, spaces=True))
+    found = re.findall(rf"[Tt]he answer is\s*(?::\s*)?({NUMBER})", plain(answer, spaces=True))
     return found[-1] if found else None
 
 

@@ -25,13 +25,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval import rows
-from eval.metrics import exact_match, normalized, plain, qa_f1, rouge_l
+from eval.metrics import exact_match, normalized, plain, qa_f1, rouge_l, whole_number
 from eval.task import Item, Reads, Task, TaskOptions, check_options
 
 HUB = "bigai-nlco/LooGLE"
@@ -116,13 +117,11 @@ def summary(results: list[tuple[Item, str, float]]) -> dict[str, Any]:
 
 def masks_of(answer: str) -> dict[str, str]:
     """The name of each mask in an answer: a dictionary in braces, or lines as <mask-0>: name."""
-    braces = re.search(r"\{.*?\}", answer, re.DOTALL)
-    if braces:
-        try:
-            # Models answer in either form; literal_eval runs no code.
-            held = ast.literal_eval(braces[0])
-        except (ValueError, SyntaxError):
-            held = None
+    _, brace, rest = answer.partition("{")
+    inside, end, _ = rest.partition("}")
+    # Models answer in either form; literal_eval runs no code, but fails in many ways.
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        held = ast.literal_eval(brace + inside + end)
         if isinstance(held, dict):
             return {str(key): str(value) for key, value in held.items()}
     lines = re.findall(r"<?mask-(\d+)>?\W*?[:=]\s*(.+)", answer)
@@ -151,7 +150,7 @@ def _partial(item: Item, answer: str) -> float:
 def _numbers(text: str) -> list[int]:
     """The numbers of the first line that has any."""
     lines = (re.findall(r"\d+", line) for line in text.split("\n"))
-    return [int(number) for number in next(filter(None, lines), [])]
+    return [whole_number(number) for number in next(filter(None, lines), [])]
 
 
 def _rows(name: str, folder: Path | None, limit: int | None) -> list[rows.Row]:
