@@ -60,8 +60,9 @@ IN_PLACE = re.compile(
 )
 THROUGH = {"kvjax/paths.py"}
 """The file with what writes."""
-PIPES = {"eval/sandbox/linux.py", "eval/sandbox/supervisor.py"}
-"""Files that write to the kernel and to pipes."""
+SANDBOX = ("linux", "mounts", "supervisor", "keeper", "judge", "worker")
+PIPES = {f"eval/sandbox/{name}.py" for name in SANDBOX}
+"""Files that write to the kernel, to pipes and into a file system in memory."""
 
 
 def test_nothing_is_written_in_place():

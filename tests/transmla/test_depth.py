@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from calibrated_toys import build, forward, loss
 
+import kvjax
 from kvjax.transmla import BEST, convert, decoupled
 from kvjax.transmla.depth import FittedDepth, best_depth, depths, divided
 
@@ -40,13 +41,16 @@ def test_the_fits_never_end_above_the_held_out_loss_of_the_closed_form():
 def test_fits_that_make_things_worse_are_dropped(monkeypatch):
     """A fit that turns every output round stands for one that holds on its own text alone."""
     model, params, stats, tokens, _ = build("llama")
+    # Text that the original writes: a model that differs from it more has a larger loss.
+    written = kvjax.generate(model, params, tokens[:, :4].tolist(), max_new_tokens=16).tokens
+    held_out = np.asarray(written, np.int32)
     kept = convert(model, params, "decoupled", stats=stats, recipe=CLOSED, **SIZES)
 
     def turned(block, params, layer, *args, **kwargs):
         return dataclasses.replace(layer, out=-20 * layer.out)
 
     monkeypatch.setattr(decoupled, "refit_outputs", turned)
-    got = convert(model, params, "decoupled", stats=stats, recipe=BEST, **SIZES)
+    got = convert(model, params, "decoupled", stats=stats, recipe=BEST, held_out=held_out, **SIZES)
     assert got[0].config == kept[0].config
     np.testing.assert_array_equal(forward(*got, tokens), forward(*kept, tokens))
 
