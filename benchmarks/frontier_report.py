@@ -16,6 +16,7 @@ from kvjax.runs import whole_lines, write_json, write_whole
 
 FULL = "original, full"
 PICTURE = Path("docs/figures/frontier.png")
+TICKS = (2, 5, 10, 20, 50, 100)
 SECURE = 2.0
 """Standard errors from which a difference counts."""
 
@@ -144,7 +145,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes, ("Right answers, %", "Loss above the full cache, nats a token"), strict=True
     ):
         axis.set_xscale("log")
-        axis.set_xlabel("Cache bytes, % of the full bfloat16 cache")
+        axis.set_xticks(TICKS, [f"{share} %" for share in TICKS])
+        axis.minorticks_off()
+        axis.set_xlabel("Cache bytes, share of the full bfloat16 cache")
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
