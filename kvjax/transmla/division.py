@@ -19,7 +19,6 @@ from kvjax.transmla.calibration import LayerStats
 from kvjax.transmla.closed_form import (
     VALUES,
     Recipe,
-    fit_partial_rope,
     joint_moments,
     joint_pca,
     key_statistics,
@@ -77,13 +76,12 @@ def division_errors(
     found = []
     for width in (min(width, turning) for width in rope_dims):
         recipe = recipe_of(width)
-        statistics, _ = key_statistics(base, stats, recipe)
+        statistics, constants = key_statistics(base, stats, recipe)
         basis = recipe.placement(statistics, recipe.rotation, width // 2)
         losses = rotary.component_losses(statistics, basis.vectors)
         stopped = (losses.sum() - losses[list(basis.kept)].sum()) / 2
-        moments = joint_moments(
-            base, attn, stats, fit_partial_rope(base, stats, width, recipe), recipe
-        )
+        partial = rotary.partial_rope(base, basis, constants)
+        moments = joint_moments(base, attn, stats, partial, recipe)
         low = joint_pca(moments, recipe.metric, numbers - width)
         rest = np.eye(len(moments.mean)) - low.down @ low.up
         lost, n = rest.T @ moments.covariance @ rest, len(moments.key_metric)
