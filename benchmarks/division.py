@@ -30,7 +30,7 @@ from kvjax.runs import write_json
 from kvjax.tasks import perplexity
 from kvjax.transmla import BEST, calibrate, convert
 from kvjax.transmla.closed_form import VALUES, aware
-from kvjax.transmla.division import division_errors
+from kvjax.transmla.division import attention_layers, mean_errors
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import rope_dims_to_choose
 
@@ -82,18 +82,15 @@ def main() -> None:
     bases = gqa_layers(model)
     for cache in args.caches:
         numbers, choice = rope_dims_to_choose(bases, cache, None, None, False)
-        total = np.zeros(len(choice))
-        for index, base in enumerate(bases):
-            attn, own = params[f"layers_{index}"]["attn"], stats.layers[index]
-            errors = division_errors(base, attn, own, numbers, choice, lambda _: CLOSED)
-            total += errors / len(bases)
-        chosen = choice[int(total.argmin())]
+        layers = attention_layers(params, stats)
+        errors = mean_errors(bases, layers, numbers, choice, lambda _: CLOSED)
+        chosen = choice[int(errors.argmin())]
 
         def converted(width: int, recipe: Any, numbers: int = numbers) -> Any:
             sizes = {"kv_rank": numbers - width, "rope_dim": width}
             return convert(model, params, "decoupled", stats=stats, recipe=recipe, **sizes)
 
-        for width, error in zip(choice, total.round(4).tolist(), strict=True):
+        for width, error in zip(choice, errors.round(4).tolist(), strict=True):
             facts = {"rope_dim": width, "predicted": error, "chosen": width == chosen}
             add(lambda width=width: converted(width, CLOSED), cache=cache, **facts)
         for weight in WEIGHTS:

@@ -10,7 +10,6 @@ as in `benchmarks.transmla_real`) and of OTHER. An interrupted run goes on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import kvjax
 from benchmarks.environment import environment
-from benchmarks.transmla_real import batches, cpu_seconds, sequences, sizes, token_list
+from benchmarks.transmla_real import batches, cpu_seconds, parser_of, sequences, sizes, token_list
 from kvjax.hf.source import copy_companions
 from kvjax.paths import local_path
 from kvjax.runs import write_json, write_whole
@@ -37,7 +36,7 @@ FITS = 64
 
 def converted(name: str, ids: Sequence[int], cache: float, sequences_: int, out: Path) -> Path:
     """The conversion as a directory that a run can load; made once."""
-    if not (out / "config.json").exists():
+    if not (out / "kvjax.json").exists():
         model, params = kvjax.load(name, dtype="float32")
         stats = calibrate(model, params, batches(sequences(ids, 0, sequences_, 256), 8))
         stats = Stats(stats.layers, stats.tokens[:FITS])
@@ -55,14 +54,9 @@ def write_rows(model: str, ids: Sequence[int], length: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("text", type=local_path)
+    parser = parser_of(__doc__, "healing_real.json")
     parser.add_argument("other", type=local_path)
-    parser.add_argument("--out", type=local_path, default=Path("healing_real.json"))
     parser.add_argument("--runs", type=local_path, default=Path("healing_real_runs"))
-    parser.add_argument("--calibration", type=int, default=128, help="sequences of 256 tokens")
-    parser.add_argument("--test", type=int, default=16, help="sequences of 512 tokens of each text")
     parser.add_argument("--cache", type=float, default=0.28125)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=512, help="tokens of a step's one sequence")

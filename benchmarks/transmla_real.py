@@ -69,14 +69,20 @@ def sizes(model: Transformer) -> dict[str, int]:
     return {"kv_rank": attention.kv_lora_rank, "rope_dim": attention.qk_rope_head_dim}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser_of(description: str | None, out: str) -> argparse.ArgumentParser:
+    """Options of a benchmark that calibrates on a text's beginning and tests from its middle."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model")
     parser.add_argument("text", type=local_path)
-    parser.add_argument("--out", type=local_path, default=Path("transmla_real.json"))
+    parser.add_argument("--out", type=local_path, default=Path(out))
     parser.add_argument("--calibration", type=int, default=128, help="sequences of 256 tokens")
+    parser.add_argument("--test", type=int, default=16, help="sequences of 512 tokens of a text")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "transmla_real.json")
     parser.add_argument("--fits", type=int, help="sequences that the fits read; all by default")
-    parser.add_argument("--test", type=int, default=16, help="sequences of 512 tokens")
     parser.add_argument("--caches", default="0.75,0.5,0.28125")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--choose", action="store_true", help="choose rope_dim by held-out loss")

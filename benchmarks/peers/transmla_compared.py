@@ -20,7 +20,7 @@ from typing import Any
 
 import kvjax
 from benchmarks.environment import environment
-from benchmarks.transmla_real import batches, cpu_seconds, sequences, sizes, token_list
+from benchmarks.transmla_real import batches, cpu_seconds, parser_of, sequences, sizes, token_list
 from kvjax.paths import local_path
 from kvjax.tasks import perplexity
 from kvjax.transmla import BEST, calibrate, convert
@@ -30,13 +30,8 @@ ROPE_DIM = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("text", type=local_path)
+    parser = parser_of(__doc__, "transmla_compared.json")
     parser.add_argument("code", type=local_path)
-    parser.add_argument("--out", type=local_path, default=Path("transmla_compared.json"))
-    parser.add_argument("--calibration", type=int, default=128, help="sequences of 256 tokens")
-    parser.add_argument("--test", type=int, default=16, help="sequences of 512 tokens")
     parser.add_argument("--cache", type=float, default=0.5)
     parser.add_argument("--venv", type=local_path, default=Path(".venv-transmla"))
     args = parser.parse_args()

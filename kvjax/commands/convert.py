@@ -38,6 +38,7 @@ from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output,
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.decoupled import chosen_rope_dim, decouple_layers, settle
+from kvjax.transmla.division import attention_layers
 from kvjax.transmla.equal_cache import checked_inits, equal_cache_layer
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import CACHE, Sizes, chosen_widths
@@ -354,7 +355,7 @@ def _chosen(
         return max(finished)
     layers = layer_moments(model, params, fit)
     if stats is not None:
-        layers = ((params[f"layers_{i}"]["attn"], layer) for i, layer in enumerate(stats.layers))
+        layers = attention_layers(params, stats)
     shown = track(layers, "choosing rope_dim", total=model.config.num_layers, transient=True)
     widths = wanted.cache, wanted.kv_rank, wanted.rope_dim, wanted.exportable
     return chosen_rope_dim(model, shown, *widths, wanted.parsed_recipe)

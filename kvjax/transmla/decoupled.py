@@ -26,7 +26,7 @@ from kvjax.nn.transformer import (
 from kvjax.transmla.calibration import Stats, check_moments
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
 from kvjax.transmla.depth import Attention, FittedDepth, divided
-from kvjax.transmla.division import Layers, least_error_rope_dim
+from kvjax.transmla.division import Layers, attention_layers, mean_errors
 from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_queries import refit_queries
@@ -142,8 +142,7 @@ def to_decoupled(
     check_params(params)
     stats = checked_stats(model, stats)
     wanted = cache, kv_rank, rope_dim, exportable
-    each = ((params[f"layers_{i}"]["attn"], layer) for i, layer in enumerate(stats.layers))
-    chosen = chosen_rope_dim(model, each, *wanted, recipe)
+    chosen = chosen_rope_dim(model, attention_layers(params, stats), *wanted, recipe)
     rope_dim = rope_dim if chosen is None else chosen
     sizes, recipe, mode = settle(
         model, stats.tokens, cache, kv_rank, rope_dim, v_head_dim, exportable, mode, recipe
@@ -184,7 +183,8 @@ def chosen_rope_dim(
     def recipe_of(width: int) -> Recipe:
         return exportable_recipe(recipe, bases, width) if exportable else recipe
 
-    return least_error_rope_dim(bases, layers, numbers, choice, recipe_of)
+    errors = mean_errors(bases, layers, numbers, choice, recipe_of)
+    return choice[int(np.argmin(errors))]
 
 
 def _convert(

@@ -7,7 +7,7 @@ moments of a layer predict the errors of both steps of the closed form, so no te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from kvjax.config import GQAConfig
 from kvjax.transmla import rotary
-from kvjax.transmla.calibration import LayerStats
+from kvjax.transmla.calibration import LayerStats, Stats
 from kvjax.transmla.closed_form import (
     VALUES,
     Recipe,
@@ -32,14 +32,19 @@ RecipeOf = Callable[[int], Recipe]
 """rope_dim → the recipe of a conversion with it."""
 
 
-def least_error_rope_dim(
+def attention_layers(params: Mapping[str, Any], stats: Stats) -> Layers:
+    """The parameters of every layer's attention, with the layer's moments."""
+    return ((params[f"layers_{i}"]["attn"], layer) for i, layer in enumerate(stats.layers))
+
+
+def mean_errors(
     bases: Sequence[GQAConfig],
     layers: Layers,
     numbers: int,
     rope_dims: Sequence[int],
     recipe_of: RecipeOf,
-) -> int:
-    """The rope_dim with the least mean error over all layers.
+) -> Float[np.ndarray, " R"]:
+    """The error of each rope_dim, the mean over all layers.
 
     Args:
         bases: the attention of every layer.
@@ -48,7 +53,7 @@ def least_error_rope_dim(
     total = np.zeros(len(rope_dims))
     for base, (attn, stats) in zip(bases, layers, strict=True):
         total += division_errors(base, attn, stats, numbers, rope_dims, recipe_of)
-    return rope_dims[int(np.argmin(total))]
+    return total / len(bases)
 
 
 def division_errors(
