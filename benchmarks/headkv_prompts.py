@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from eval import rows
+from kvjax.chat import has_chat_template
 from kvjax.example import Example
 from kvjax.tasks import needle
 from kvjax.tasks.english import ENGLISH
 from kvjax.tasks.language import Needles
 from kvjax.tasks.prompt import Haystack, read_haystack, strew
 from kvjax.tasks.words import TokenizerVocabulary
-from kvjax.text import has_chat_template
 
 CUE, QUOTED = 12, 8
 """Tokens of a sentence that the prompt repeats, and of those that should follow."""

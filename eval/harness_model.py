@@ -13,9 +13,10 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from eval.likelihood import LogLikelihoods, score_compressed, score_dense
 from eval.run import LoadedModel, progress_bar, until_stop
+from kvjax.chat import end_ids
 from kvjax.generation import generate
 from kvjax.policies.policy import Full, Policy, check_growth
-from kvjax.text import added_text, end_ids, prompt_ids
+from kvjax.text import added_text, prompt_ids
 
 NEW_TOKENS = 256
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

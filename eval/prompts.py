@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from eval.task import Item, Task
+from kvjax.chat import chat_ids
 from kvjax.config import ModelConfig
 from kvjax.prefill import bucket_length
-from kvjax.text import chat_ids, prompt_ids
+from kvjax.text import prompt_ids
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from eval.prompts import Prompt, PromptBatch, Shape, encode, make_batches, shape
 from eval.results import environment, facts
 from eval.task import Item, Settings, Task, check_form
 from kvjax import processes
+from kvjax.chat import end_ids
 from kvjax.generation import Generation, generate_each
 from kvjax.identity import array_digest
 from kvjax.nn import Transformer
@@ -36,7 +37,7 @@ from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy
 from kvjax.scoring import FULL
-from kvjax.text import added_text, end_ids
+from kvjax.text import added_text
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The `kvjax` command: info, convert, export, score, compress, generate, plan, demo.
+"""The `kvjax` command: info, convert, export, score, compress, generate, chat, plan, demo.
 
 Each function here is a subcommand: tyro makes the options from its signature. The function checks
 what belongs to the command line, calls `kvjax.commands` or `kvjax.capacity`, and prints the result.
@@ -19,6 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from kvjax import compilation_cache
 from kvjax.capacity.plan import Request, plan_capacity, readable
+from kvjax.commands.chat import chat as run_chat
 from kvjax.commands.checkpoints import describe, export_checkpoint, tensor_statistics
 from kvjax.commands.convert import (
     DecoupledSettings,
@@ -28,8 +29,8 @@ from kvjax.commands.convert import (
 )
 from kvjax.commands.demo import run_demo
 from kvjax.commands.score import score_checkpoint
-from kvjax.commands.text import compress_text, continue_text
-from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_writer
+from kvjax.commands.text import compress_text, continue_text, prompt_of
+from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_writer, say
 from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
 from kvjax.runs import write_json
@@ -150,21 +151,36 @@ def score(
     _write_report(json_file, report)
 
 
+Raw = Annotated[bool, arg(help="read the text as it is, without the tokenizer's chat template")]
+System = Annotated[str | None, arg(help="system message, for the chat template")]
+PolicyOrDefault = Annotated[
+    str | None,
+    arg(help="cache policy; None: headkv:kv_size=512, or spankv:kv_size=512 without head scores"),
+]
+Stop = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(metavar="TEXT", help="end the answer before this text; repeat for more"),
+]
+
+
 def generate(
     model: Model,
     prompt: Annotated[
-        Positional[str], arg(help="question to answer, or text to continue", metavar="PROMPT")
-    ],
+        Positional[str | None],
+        arg(
+            help="question to answer, or text to continue; - reads standard input", metavar="PROMPT"
+        ),
+    ] = None,
+    prompt_file: Annotated[Path | None, arg(help="file with the prompt, instead")] = None,
     max_new_tokens: int = 64,
     policy: Annotated[str, arg(help="full, snapkv:kv_size=128, headkv:kv_size=128, …")] = "full",
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
-    chat: Annotated[
-        bool, arg(help="use the tokenizer's chat template, if any; otherwise continue the text")
-    ] = True,
-    system: Annotated[str | None, arg(help="system message before the prompt")] = None,
+    raw: Raw = False,
+    system: System = None,
+    stop: Stop = (),
     context: Annotated[
         Path | None, arg(help="file of `kvjax compress`: continue its text, with its policy")
     ] = None,
@@ -175,22 +191,26 @@ def generate(
     """Answers a question, or continues a text. Tokens appear one by one.
 
     A model whose tokenizer has a chat template answers; any other continues the text.
+
+    Example: kvjax generate MODEL "What is a cache?" --policy snapkv:kv_size=64
     """
+    text = prompt_of(prompt, prompt_file)
     # Greedy decoding ignores the settings of sampling.
     if temperature == 0:
         of_sampling = _changed(generate, locals(), "top_p", "top_k")
         _refuse_unread("--temperature", "0", {"above 0": of_sampling})
     report = continue_text(
         model,
-        prompt,
+        text,
         max_new_tokens=max_new_tokens,
         policy=policy,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         seed=seed,
-        chat=None if chat else False,
+        chat=False if raw else None,
         system=system,
+        stop=stop,
         context=context,
         dtype=dtype,
         mesh=mesh,
@@ -203,21 +223,77 @@ def generate(
         f"uncompressed {report['full_cache_bytes']:,}]",
         file=sys.stderr,
     )
+    _say_notes(report)
     _write_report(json_file, report)
+
+
+def chat(
+    model: Model,
+    policy: Annotated[
+        str | None,
+        arg(
+            help="cache policy; None: headkv:kv_size=512 with head scores, else spankv:kv_size=512"
+        ),
+    ] = None,
+    document: Annotated[Path | None, arg(help="text file that the chat is about")] = None,
+    context: Annotated[
+        Path | None, arg(help="file of `kvjax compress` that the chat is about, with its policy")
+    ] = None,
+    system: System = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Stop = (),
+    dtype: Dtype = None,
+    json_file: Json = None,
+) -> None:
+    """Answers one message after the other, each a line of standard input, over one small cache.
+
+    Under each answer stand the bytes of the cache, the time to the first token and tokens/s.
+
+    Example: kvjax chat MODEL --document book.txt --policy headkv:kv_size=256
+    """
+    sampling = {"temperature": temperature, "seed": seed}
+    rows = run_chat(
+        model,
+        policy,
+        context,
+        document,
+        system,
+        dtype,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        **sampling,
+    )
+    _write_report(json_file, rows)
 
 
 def compress(
     model: Model,
     text: Annotated[Positional[Path], arg(help="text file to read", metavar="TEXT")],
     out: Annotated[Positional[Path], arg(help="file to write", metavar="OUT")],
-    policy: Annotated[str, arg(help="cache policy: snapkv:kv_size=128, …")] = "headkv:kv_size=512",
+    policy: Annotated[
+        str | None,
+        arg(
+            help="cache policy; None: headkv:kv_size=512 with head scores, else spankv:kv_size=512"
+        ),
+    ] = None,
+    raw: Raw = False,
+    system: System = None,
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`."""
+    """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`.
+
+    With a chat template the text begins a user's message, and each question ends it.
+
+    Example: kvjax compress MODEL book.txt book.kv --policy headkv:kv_size=512
+    """
     with only_writer(out, NOTHING_YET):
-        report = compress_text(model, text, out, policy, dtype)
+        chat = False if raw else None
+        report = compress_text(model, text, out, policy, dtype, chat, system)
     _print_rows([report])
+    _say_notes(report)
     _write_report(json_file, report)
 
 
@@ -297,6 +373,12 @@ def plan(
     _write_report(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
 
 
+def _say_notes(report: Mapping[str, Any]) -> None:
+    """What a user may wonder about, on standard error."""
+    for note in report["notes"]:
+        say(f"note: {note}")
+
+
 def _changed(command: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:
     """The names of the arguments that differ from the defaults of `command`.
 
@@ -333,6 +415,7 @@ COMMANDS = {
     "score": score,
     "compress": compress,
     "generate": generate,
+    "chat": chat,
     "plan": plan,
     "demo": demo,
 }

@@ -25,7 +25,7 @@ from kvjax.checkpoint_files import NewTensor, read_head, write_file
 from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.feeding import not_finite
-from kvjax.fields import Count, Object, Text, build, refuse, shown, within
+from kvjax.fields import Count, Flag, Object, Text, build, refuse, shown, within
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
@@ -56,6 +56,7 @@ class Description:
     length: Count
     policy: Text
     model: Identity
+    chat: Flag = False
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ class Context:
         length: number of tokens that were read.
         policy: the policy that compressed the text, by name.
         model: identity of the model that read the text.
+        chat: whether the text began in the chat template, see `kvjax.generate_text`.
     """
 
     cache: ModelCache
     length: int
     policy: str
     model: Identity
+    chat: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +92,7 @@ class Context:
         tensors: dict[str, np.ndarray] = {}
         cache = _describe(self.cache, "cache", tensors)
         model = dataclasses.asdict(self.model)
-        facts = {"length": self.length, "policy": self.policy, "model": model}
+        facts = {"length": self.length, "policy": self.policy, "model": model, "chat": self.chat}
         content = json.dumps({"format": FORMAT, "cache": cache, **facts})
         new = [
             NewTensor(name, array.dtype, array.shape, lambda array=array: array)
@@ -100,7 +103,11 @@ class Context:
 
 @automatic_axes()
 def compress(
-    model: Transformer, params: Any, tokens: Sequence[int], policy: str | Policy
+    model: Transformer,
+    params: Any,
+    tokens: Sequence[int],
+    policy: str | Policy,
+    chat: bool = False,
 ) -> Context:
     """Reads a text and keeps the tokens that the policy chooses.
 
@@ -108,6 +115,8 @@ def compress(
         tokens: ids of the text; questions about the text come later.
         policy: as in `kvjax.generate`. Policies that look at the last queries do worse here, since
             the text does not end with a question; see docs/headkv.md.
+        chat: the ids are `kvjax.chat.document_ids`: questions end the user's message that they
+            begin.
 
     Raises:
         ValueError: no tokens, more than fit in the model's context, a policy that cannot be
@@ -125,7 +134,34 @@ def compress(
     if first_not_finite(logits) is not None:
         raise not_finite("the logits after the text", model, params, tokens)
     name = policy if isinstance(policy, str) else type(policy).__name__
-    return Context(trimmed(cache), len(tokens), name, reader_identity(model.config, params))
+    reader = reader_identity(model.config, params)
+    return Context(trimmed(cache), len(tokens), name, reader, bool(chat))
+
+
+@automatic_axes()
+def extend_context(
+    model: Transformer, params: Any, context: Context, tokens: Sequence[int]
+) -> Context:
+    """Reads more text after that of a context, which stays unchanged. All its tokens are kept.
+
+    Args:
+        tokens: ids of the text.
+
+    Raises:
+        ValueError: no tokens, more than fit in the model's context, a context of another model, or
+            logits that are not finite.
+    """
+    limits = model.config.vocab_size, model.config.context_length, context.length
+    check_prompts([tokens], 1, *limits)
+    params = on_automatic_mesh(params)
+    check_model(context, model, params)
+    ids, lengths = pad([tokens], bucket_length(len(tokens)))
+    held = on_devices_of(params, context.cache)
+    logits, cache = extend(model, params, ids, lengths, held, max_new_tokens=0)
+    if first_not_finite(logits) is not None:
+        raise not_finite("the logits after the text", model, params, tokens)
+    length = context.length + len(tokens)
+    return dataclasses.replace(context, cache=trimmed(cache), length=length)
 
 
 def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
@@ -158,7 +194,7 @@ def _read(path: Path) -> Context:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"its description is damaged ({said})") from None
-    return Context(cache, facts.length, facts.policy, facts.model)
+    return Context(cache, facts.length, facts.policy, facts.model, facts.chat)
 
 
 def _check_parts(cache: Any) -> None:

@@ -45,8 +45,9 @@ RANGES = {
     "prefill_size": optional(COUNT),
 }
 
-OnTokens = Callable[[int, list[int]], None]
-"""Called with a prompt's index and its new tokens, as soon as they are ready."""
+OnTokens = Callable[[int, list[int]], bool | None]
+"""Called with a prompt's index and its new tokens, as soon as they are ready; True ends the text of
+this prompt."""
 
 OnResult = Callable[[int, "Generation"], None]
 """Called with a policy's index and its result, as soon as all prompts are continued under it."""
@@ -103,7 +104,8 @@ def generate(
         eos_ids: ids that end a sequence; None for the model's own, () for none.
         batch_size: sequences at a time; None for a whole bucket.
         prefill_size: sequences that are read at a time, see `kvjax.prefill`; None for all.
-        on_tokens: called with (prompt index, new tokens) as tokens are ready, one by one.
+        on_tokens: called with (prompt index, new tokens) as tokens are ready, one by one. Where it
+            returns True, the prompt gets no more tokens.
         context: from `kvjax.compress`. Every prompt continues the context, which stays unchanged.
             The tokens of the prompts are kept in full, so `policy` and `prefill_size` cannot be
             given together with a context.
@@ -249,14 +251,15 @@ def continue_prompts(
             state = replace(first, cache=start.cache)
             steps = decode(model, params, state, *settings, *again, asked.compile)
             # Collect tokens until every row has ended; a token that stands for NaN is an error.
-            for row, token in live_tokens(steps, asked.eos, len(indices)):
+            alive = np.ones(len(indices), bool)
+            for row, token in live_tokens(steps, asked.eos, alive):
                 index = indices[row]
                 if token == NO_TOKEN:
                     read_ids = [*prompts[index], *result.tokens[index]]
                     raise not_finite(f"the logits of prompt {index}", model, params, read_ids)
                 result.tokens[index].append(token)
-                if on_tokens is not None:
-                    on_tokens(index, [token])
+                if on_tokens is not None and on_tokens(index, [token]):
+                    alive[row] = False
             if indices is parts[-1] and on_result is not None:
                 on_result(number, result)
     return results
@@ -275,14 +278,19 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[li
 
 
 def live_tokens(
-    steps: Iterator[np.ndarray], eos: np.ndarray, batch: int
+    steps: Iterator[np.ndarray], eos: np.ndarray, alive: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """(row, token) for each row that has not ended, step by step."""
-    alive = np.ones(batch, bool)
+    """(row, token) for each row that has not ended, step by step, until all have.
+
+    Args:
+        alive: [B] bool, the rows that have not ended; the caller may end one.
+    """
     for token in steps:
         alive &= ~is_eos(token, eos)
         for row in np.flatnonzero(alive):
             yield int(row), int(token[row])
+        if not alive.any():
+            return
 
 
 def full_cache_bytes(

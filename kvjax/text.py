@@ -10,20 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from kvjax.config import ModelConfig
-
 ANCHORS = ("\n", "a", ".", "☺")
 """Texts to encode before another text; a tokenizer rarely merges all of them with that text."""
 
 ANCHOR = 64
 """Characters of a known text before another text that are encoded with it. More would not change
 the ids, and the texts before an answer are long."""
-
-MARK = "@here@"
-"""Stands in a chat template for a text whose place is asked for."""
-
-TEMPLATE = {"enable_thinking": False}
-"""Variables of the chat template: answers are short, so models that can think aloud do not."""
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
@@ -35,70 +27,8 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     Args:
         tokenizer: of transformers.
     """
-    ids, start = _encode(tokenizer, text), _start(tokenizer)
+    ids, start = encode(tokenizer, text), _start(tokenizer)
     return ids if ids[: len(start)] == start else start + ids
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def chat_ids(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
-    """Ids of a user's message in the chat template, up to the place where the answer begins.
-
-    Models that can think aloud are asked not to.
-
-    Args:
-        tokenizer: of transformers, with a chat template.
-        text: the user's message.
-        system: the system's message before it; None for the template's own, if any.
-
-    Raises:
-        ValueError: the template refuses the messages, as some do with a system's.
-    """
-    return _encode(tokenizer, _in_template(tokenizer, text, system))
-
-
-def ids_around(
-    tokenizer: Any, before: str, after: str, answer_prefix: str = "", chat: bool = False
-) -> tuple[list[int], list[int]]:
-    """Ids of a prompt before and after a long text that is put together as ids.
-
-    The prompt is `before`, the long text, `after`, and the beginning of the answer. Raw, a space
-    separates the beginning of the answer from `after`. In the chat template the three texts are a
-    user's message, and the answer's beginning stands in the assistant's turn.
-
-    Args:
-        tokenizer: of transformers.
-        after: usually the question, with the line end before it.
-        answer_prefix: the beginning of the answer, without space at its ends; "" for none.
-
-    Raises:
-        ValueError: `chat` without a chat template, or one that refuses or changes the message.
-    """
-    if not chat:
-        asked = " ".join(filter(None, (after, answer_prefix)))
-        return prompt_ids(tokenizer, before), ids_after(tokenizer, asked)
-    if not has_chat_template(tokenizer):
-        raise ValueError("this model's tokenizer has no chat template, expected a raw prompt")
-    head, mark, tail = _in_template(tokenizer, f"{before}{MARK}{after}").rpartition(MARK)
-    if not mark:
-        raise ValueError("the chat template does not contain the user's message unchanged")
-    return _encode(tokenizer, head), ids_after(tokenizer, tail + answer_prefix)
-
-
-def _in_template(tokenizer: Any, text: str, system: str | None = None) -> str:
-    """The chat template with a user's message, see `chat_ids`."""
-    from jinja2 import TemplateError
-
-    turns = [] if system is None else [{"role": "system", "content": system}]
-    turns.append({"role": "user", "content": text})
-    settings = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE}
-    try:
-        return tokenizer.apply_chat_template(turns, **settings)
-    except (TemplateError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from None
 
 
 def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
@@ -111,13 +41,13 @@ def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
         tokenizer: of transformers.
         before: the text before this one; "" if unknown.
     """
-    alone, before = _encode(tokenizer, text), before[-ANCHOR:]
+    alone, before = encode(tokenizer, text), before[-ANCHOR:]
     for anchor in filter(None, (before, *ANCHORS)):
-        head = _encode(tokenizer, anchor)
+        head = encode(tokenizer, anchor)
         written = _written(tokenizer, head, alone)
         if written == text:
             return alone
-        whole = _encode(tokenizer, anchor + text)
+        whole = encode(tokenizer, anchor + text)
         rest = whole[len(head) :]
         # A made-up text before this one is used only if the space is the only difference.
         saves = anchor == before or f" {_written(tokenizer, head, rest)}" == written
@@ -126,38 +56,9 @@ def ids_after(tokenizer: Any, text: str, before: str = "") -> list[int]:
     return alone
 
 
-def end_ids(tokenizer: Any, config: ModelConfig, chat: bool) -> tuple[int, ...]:
-    """All ids that end an answer: the model's, the tokenizer's, and the end of a chat turn.
-
-    Args:
-        chat: whether the end of a turn counts, where the tokenizer has a chat template.
-    """
-    found = [*config.eos_ids]
-    if getattr(tokenizer, "eos_token_id", None) is not None:
-        found.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(found + (_turn_end(tokenizer) if chat else [])))
-
-
-def _turn_end(tokenizer: Any) -> list[int]:
-    """The first special token after an answer in the chat template, where there is one."""
-    if not has_chat_template(tokenizer):
-        return []
-    from jinja2 import TemplateError
-
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE)
-    except (TemplateError, TypeError, ValueError, IndexError):
-        return []
-    _, answer, after = text.rpartition(MARK)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ids = _encode(tokenizer, after) if answer else []
-    return [index for index in ids if index in special][:1]
-
-
 def _start(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts before a text."""
-    plain, whole = _encode(tokenizer, "a"), list(tokenizer.encode("a"))
+    plain, whole = encode(tokenizer, "a"), list(tokenizer.encode("a"))
     if not plain:
         # No token for "a", so nothing separates what comes before from what comes after.
         return [index for index in whole[:1] if index == tokenizer.bos_token_id]
@@ -165,7 +66,8 @@ def _start(tokenizer: Any) -> list[int]:
     return next((whole[:at] for at in places if whole[at : at + len(plain)] == plain), [])
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text alone, without the tokenizer's special tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
 
@@ -279,6 +181,44 @@ class TextStream:
         if text:
             self._said = self._said[count:] if count == len(text) else ""
         return text[count:]
+
+
+class StoppingStream:
+    """A `TextStream` that ends before one of some texts, the first that is complete.
+
+    Attributes:
+        stopped: whether one of the texts came.
+    """
+
+    def __init__(self, stream: TextStream, stops: Sequence[str]):
+        self._stream, self._stops = stream, stops
+        self._held = ""  # text that a stop may begin with
+        self.stopped = False
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Takes new tokens, and returns the new text that no later tokens can cut off."""
+        text = self._held + self._stream.add(ids)
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_begun(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def end(self) -> str:
+        """The rest of the text, unless a stop ended it."""
+        if self.stopped:
+            return ""
+        text = self._held + self._stream.end()
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        return text[: min(found, default=len(text))]
+
+
+def _begun(text: str, stop: str) -> int:
+    """Characters at the end of a text that the stop begins with."""
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if stop.startswith(text[-size:])), 0)
 
 
 def _tail(tokenizer: Any, prompt_ids: Sequence[int]) -> list[int]:

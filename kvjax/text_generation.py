@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvjax.chat import chat_ids, end_ids, has_chat_template, turn_ids
 from kvjax.context import Context
 from kvjax.generation import Generation, generate
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Policy
-from kvjax.text import TextStream, chat_ids, end_ids, has_chat_template, ids_after, prompt_ids
+from kvjax.text import StoppingStream, TextStream, ids_after, prompt_ids
 
 OnText = Callable[[int, str], None]
 """Called with a prompt's index and a piece of its new text, as soon as the piece is ready."""
@@ -51,6 +52,7 @@ def generate_text(
     chat: bool | None = None,
     system: str | None = None,
     context: Context | None = None,
+    stop: str | Sequence[str] = (),
     on_text: OnText | None = None,
     **settings: Any,
 ) -> TextGeneration:
@@ -65,10 +67,13 @@ def generate_text(
         max_new_tokens: longest answer of each prompt, in tokens.
         policy: what the cache keeps of the prompts, see `kvjax.generate`.
         chat: True puts each prompt into the chat template, False continues the prompt as it is
-            written. None: True where the tokenizer has a template and no context is given.
+            written. None: True where the tokenizer has a template and no context is given; with a
+            context, True if the context began in the chat template.
         system: the system's message before each prompt, where the chat template knows one.
-        context: from `kvjax.compress`. Prompts continue the text of the context, without
-            chat template, and the context's policy applies.
+        context: from `kvjax.compress`. Prompts continue the text of the context, and the context's
+            policy applies. A context in the chat template is a document in a user's message, and
+            each prompt is the question that ends this message.
+        stop: texts that end an answer, which is cut before them.
         on_text: called with (prompt index, piece of text) as pieces are ready. The pieces of a
             prompt are together its text, and each has whole characters.
         settings: further arguments of `kvjax.generate`: temperature, top_p, top_k, eos_ids, seed,
@@ -97,35 +102,44 @@ def generate_text(
     """
     texts = _checked([prompts] if isinstance(prompts, str) else prompts)
     wrapped = _in_chat(tokenizer, chat, system, context)
-    if wrapped:
-        encode = functools.partial(chat_ids, tokenizer, system=system)
-    elif context is None:
-        encode = functools.partial(prompt_ids, tokenizer)
-    else:
-        encode = functools.partial(_after_context, tokenizer)
+    encode = functools.partial(_encoded, tokenizer, wrapped, system, context)
     ids = [encode(text) for text in texts]
+    settings |= {"policy": policy, "context": context}
+    return continue_ids(model, params, tokenizer, ids, max_new_tokens, stop, on_text, **settings)
+
+
+def continue_ids(
+    model: Transformer,
+    params: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: str | Sequence[str] = (),
+    on_text: OnText | None = None,
+    **settings: Any,
+) -> TextGeneration:
+    """`generate_text` for prompts that are token ids already."""
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(stops):
+        raise ValueError("a stop text is empty, expected text that ends the answer")
     # Tokens arrive one by one. A stream holds back bytes that are not a whole character yet.
-    streams = [TextStream(tokenizer, each) for each in ids]
-    pieces: list[list[str]] = [[] for _ in ids]
+    streams = [StoppingStream(TextStream(tokenizer, each), stops) for each in prompts]
+    pieces: list[list[str]] = [[] for _ in prompts]
 
     def put_out(index: int, piece: str) -> None:
         pieces[index].append(piece)
         if on_text is not None and piece:
             on_text(index, piece)
 
-    out = generate(
-        model,
-        params,
-        ids,
-        max_new_tokens,
-        policy,
-        context=context,
-        on_tokens=lambda index, new: put_out(index, streams[index].add(new)),
-        **{"eos_ids": end_ids(tokenizer, model.config, chat=True), **settings},
-    )
+    def on_tokens(index: int, new: list[int]) -> bool:
+        put_out(index, streams[index].add(new))
+        return streams[index].stopped
+
+    defaults = {"eos_ids": end_ids(tokenizer, model.config, chat=True), "on_tokens": on_tokens}
+    out = generate(model, params, prompts, max_new_tokens, **{**defaults, **settings})
     for index, stream in enumerate(streams):
         put_out(index, stream.end())
-    return TextGeneration(**vars(out), texts=["".join(each) for each in pieces], prompts=ids)
+    return TextGeneration(**vars(out), texts=["".join(each) for each in pieces], prompts=prompts)
 
 
 def _checked(prompts: Sequence[str]) -> list[str]:
@@ -150,17 +164,28 @@ def _in_chat(
     """
     if chat and not has_chat_template(tokenizer):
         raise ValueError("chat is True and the tokenizer has no chat template")
-    if chat and context is not None:
+    if chat and context is not None and not context.chat:
         raise ValueError(
             "chat is True with a context, expected None or False: a prompt continues the text of "
             "the context, which began without the chat template"
         )
-    wrapped = has_chat_template(tokenizer) and context is None if chat is None else chat
+    if system is not None and context is not None:
+        raise ValueError("got a system message with a context, which has one from its beginning")
+    default = has_chat_template(tokenizer) if context is None else context.chat
+    wrapped = default if chat is None else chat
     if system is not None and not wrapped:
         raise ValueError("got a system message without a chat template, which would hold it")
     return wrapped
 
 
-def _after_context(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text after a context, which begins with BOS already."""
+def _encoded(
+    tokenizer: Any, wrapped: bool, system: str | None, context: Context | None, text: str
+) -> list[int]:
+    """The ids of one prompt."""
+    if context is None:
+        return chat_ids(tokenizer, text, system) if wrapped else prompt_ids(tokenizer, text)
+    if wrapped:
+        message, opening = turn_ids(tokenizer, text, document=True)
+        return message + opening
+    # A context begins with BOS already.
     return ids_after(tokenizer, text.removeprefix(tokenizer.bos_token or ""))

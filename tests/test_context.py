@@ -13,6 +13,7 @@ import kvjax
 from kvjax import transmla
 from kvjax.checkpoint_files import NewTensor, read_head, read_header, write_file
 from kvjax.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, RopeConfig
+from kvjax.context import extend_context
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Full
 from kvjax.sharding import make_mesh, parse_mesh, place_params
@@ -72,6 +73,33 @@ def test_with_everything_kept_it_is_one_long_prompt(kind, policy, tmp_path):
     got = kvjax.generate(model, params, QUESTIONS, context=context, **settings)
     want = kvjax.generate(model, params, [TEXT + q for q in QUESTIONS], **settings)
     assert got.tokens == want.tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("gqa", "full"),
+        ("gqa", "adasnapkv:kv_size=16"),
+        ("sliding", "snapkv:kv_size=16"),
+        ("mla", "snapkv:kv_size=16"),
+    ],
+)
+def test_a_longer_context_answers_as_one_that_was_asked_at_once(kind, policy):
+    model, params = model_of(kind)
+    short = compressed(kind, policy)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(short.cache)]
+    # The second part is longer than the window of 13 tokens: it goes round the ring.
+    part, question = QUESTIONS[3], QUESTIONS[1]
+    context = extend_context(model, params, extend_context(model, params, short, part), part)
+    assert context.length == len(TEXT) + 2 * len(part)
+    settings = {"max_new_tokens": 10, "eos_ids": ()}
+    got = kvjax.generate(model, params, [question], context=context, **settings)
+    want = kvjax.generate(model, params, [part + part + question], context=short, **settings)
+    assert got.tokens == want.tokens
+    for a, b in zip(before, jax.tree.leaves(short.cache), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="expected at most 256 in all"):
+        extend_context(model, params, context, TEXT * 3)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import eval_toys as toys
 import pytest
 from tokenizer_toys import CHAT, byte_level, sentencepiece, unigram, word_piece
 
-from kvjax.text import added_text, end_ids, ids_after, prompt_ids
+from kvjax.chat import end_ids
+from kvjax.text import added_text, ids_after, prompt_ids
 
 SPACED = {
     "first": sentencepiece(),

@@ -46,7 +46,7 @@ def said(monkeypatch):
 @pytest.mark.parametrize("prompt", ["def f(x):\n", "<s>def f(x):\n"])
 def test_what_is_printed_follows_the_prompt(checkpoint, tmp_path, said, capsys, prompt):
     out = str(tmp_path / "out.json")
-    main(["generate", str(checkpoint), prompt, "--no-chat", "--json", out])
+    main(["generate", str(checkpoint), prompt, "--raw", "--json", out])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["text"] == ANSWER and capsys.readouterr().out == f"{ANSWER}\n"
     [call] = said
@@ -175,13 +175,13 @@ def test_texts_that_are_read_begin_with_one_bos(checkpoint, tmp_path, monkeypatc
     expected = sentencepiece().encode(f"{begin}the return", add_special_tokens=not begin)
     assert expected[0] == 1 and expected.count(1) == 1
 
-    def compress(model, params, ids, policy):
+    def compress(model, params, ids, policy, chat):
         read.append(ids)
         return SimpleNamespace(length=len(ids), nbytes=1, save=lambda path: path.touch())
 
     monkeypatch.setattr(pipeline, "compress", compress)
     out = tmp_path / "text.kv"
-    report = pipeline.compress_text(str(checkpoint), file, out, "full", "float32")
+    report = pipeline.compress_text(str(checkpoint), file, out, "full", "float32", False)
     assert read == [expected] and report["tokens"] == len(expected)
     rows = token_rows(str(checkpoint), file, 100, len(expected))
     assert rows.tolist() == [expected]

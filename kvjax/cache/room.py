@@ -273,13 +273,20 @@ def trimmed_pool(pool: Pool, ways: int, copies: int) -> Pool:
         copies: see `ShardedHeads`.
     """
     starts, kept, capacities = (np.asarray(t) for t in (pool.starts, pool.kept, pool.capacities))
+    given = kept + np.asarray(pool.lengths - pool.read)[:, None, None]
     # Starts count from a device's first row: make them count from the pool's, each head once.
     devices = np.arange(starts.shape[2]) * ways // starts.shape[2]
     starts = (starts + devices * (pool.k.shape[1] // ways))[:, :, ::copies]
-    held = np.minimum(kept, capacities)[:, :, ::copies]
-    # Gather the live rows of all heads, and write tables without room.
-    segments = zip(starts.flat, held.flat, strict=True)
-    rows = np.concatenate([np.arange(start, start + count) for start, count in segments])
+    held = np.minimum(given, capacities)[:, :, ::copies]
+    # Gather the live rows of all heads in the order of their tokens, which a ring has lost, and
+    # write tables without room.
+    segments = [
+        np.arange(start, start + count) for start, count in zip(starts.flat, held.flat, strict=True)
+    ]
+    if pool.positions is not None:
+        at = np.asarray(pool.positions)[0]
+        segments = [rows[np.argsort(at[rows], kind="stable")] for rows in segments]
+    rows = np.concatenate(segments)
     ends = np.cumsum(held, dtype=np.int32).reshape(held.shape)
     whole = jnp.asarray(held)
     taken = _take_rows({name: getattr(pool, name) for name in ("k", "v", "positions")}, rows)
@@ -288,7 +295,8 @@ def trimmed_pool(pool: Pool, ways: int, copies: int) -> Pool:
         **dict.fromkeys(("kept", "capacities", "rings"), whole),
     }
     channels = jax.tree.map(lambda x: x[:, :, ::copies], pool.channels)
-    return dataclasses.replace(pool, **taken, **tables, channels=channels, align=1, span=None)
+    facts = {"read": pool.lengths, "channels": channels, "align": 1, "span": None}
+    return dataclasses.replace(pool, **taken, **tables, **facts)
 
 
 @jax.jit

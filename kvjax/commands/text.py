@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
+from kvjax.chat import document_ids, has_chat_template
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
+from kvjax.config import ModelConfig
 from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
-from kvjax.policies.named import parse_policy
+from kvjax.policies.named import default_policy, parse_policy
 from kvjax.text import prompt_ids
 from kvjax.text_generation import generate_text
 
@@ -23,6 +26,36 @@ HELD_OUT = 8
 """One calibration sequence in HELD_OUT is held out: it decides and reports, and fits nothing."""
 MOST_CHARACTERS = 16
 """Characters that a token has at most, as a rule; the reader takes no more text than this needs."""
+
+
+def prompt_of(prompt: str | None, file: Path | None) -> str:
+    """The prompt of a command line: the argument, a file, or standard input for "-".
+
+    Raises:
+        ValueError: neither of the two or both; a file that is no text in UTF-8; an empty prompt.
+    """
+    if (prompt is None) == (file is None):
+        raise ValueError("expected PROMPT or --prompt-file FILE; PROMPT - reads standard input")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    text = read_text(file) if prompt is None and file is not None else prompt
+    if not text:
+        raise ValueError("the prompt is empty, expected text")
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: no such file, or no text in UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"no text file at {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
 
 
 def continue_text(
@@ -47,15 +80,12 @@ def continue_text(
         settings: of `kvjax.generate_text`.
 
     Returns:
-        prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes.
+        prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes, notes.
 
     Raises:
         ValueError: see `kvjax.load` and `kvjax.generate_text`.
     """
-    # Refuse bad input before the model is read.
-    if not prompt:
-        raise ValueError("the prompt is empty, expected text")
-    if context is None:
+    if context is None:  # refuse bad input before the model is read
         parse_policy(policy)
     tokenizer = load_tokenizer(path)
     model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
@@ -70,7 +100,7 @@ def continue_text(
         on_text=None if write is None else lambda _, piece: write(piece),
         **settings,
     )
-    return {
+    report = {
         "prompt": prompt,
         "text": out.text,
         "prompt_tokens": len(out.prompts[0]),
@@ -79,41 +109,81 @@ def continue_text(
         "cache_bytes": out.cache_bytes,
         "full_cache_bytes": out.full_cache_bytes,
     }
+    return {**report, "notes": _notes(report, "full" if held else policy)}
+
+
+def _notes(report: dict[str, Any], policy: str) -> list[str]:
+    """What a user may wonder about.
+
+    Args:
+        policy: of the prompt; "full" after a context.
+    """
+    notes = []
+    if not report["new_tokens"]:
+        notes.append("the model ended its answer at once")
+    size, length = getattr(parse_policy(policy), "kv_size", 0), report["prompt_tokens"]
+    if size and length <= size:
+        notes.append(f"the prompt has {length} tokens, and kv_size={size} keeps all of them")
+    return notes
 
 
 def compress_text(
-    path: str, text: Path, out: Path, policy: str, dtype: str | None = None
+    path: str,
+    text: Path,
+    out: Path,
+    policy: str | None = None,
+    dtype: str | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
 
     Args:
-        policy: which entries of the cache to keep, such as "snapkv:kv_size=128".
+        policy: which entries of the cache to keep, such as "snapkv:kv_size=128"; None: see
+            `kvjax.policies.named.default_policy`.
         dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
+        chat: True begins a user's message with the text, which questions end; False reads the text
+            as it is. None: True where the tokenizer has a chat template.
+        system: the system's message before the text.
 
     Returns:
-        tokens, policy, cache_bytes, file_bytes.
+        tokens, policy, chat, cache_bytes, file_bytes, and notes.
 
     Raises:
         ValueError: an empty or missing text, and see `kvjax.compress`.
     """
-    if not text.is_file():
-        raise ValueError(f"no text file at {text}")
-    parse_policy(policy)
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
+    content = read_text(text)
+    if policy is not None:
+        parse_policy(policy)
+    tokenizer = load_tokenizer(path)
+    wrapped = has_chat_template(tokenizer) if chat is None else chat
+    if system is not None and not wrapped:
+        raise ValueError("got a system message without a chat template, which would hold it")
+    ids = document_ids(tokenizer, content, system) if wrapped else prompt_ids(tokenizer, content)
     model, params = load(path, dtype=dtype)
-    ids = prompt_ids(load_tokenizer(path), content)
-    context = compress(model, params, ids, policy)
+    policy, notes = policy_or_default(policy, model.config)
+    context = compress(model, params, ids, policy, chat=wrapped)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)
     return {
         "tokens": context.length,
         "policy": policy,
+        "chat": wrapped,
         "cache_bytes": context.nbytes,
         "file_bytes": out.stat().st_size,
+        "notes": notes,
     }
+
+
+def policy_or_default(policy: str | None, config: ModelConfig) -> tuple[str, list[str]]:
+    """The policy, or the model's default with a note if it could be better."""
+    if policy is not None:
+        return policy, []
+    policy = default_policy(config)
+    if policy.startswith("headkv"):
+        return policy, []
+    note = f"no head scores of this model: {policy} gives each head the same budget; "
+    return policy, [note + "`kvjax score` measures them, and headkv:scores=FILE uses them"]
 
 
 def calibration_tokens(
@@ -177,10 +247,7 @@ def _read_ids(source: str, path: Path, tokens: int, length: int) -> Integer[np.n
 
 
 def _encode(source: str, path: Path, tokens: int, length: int) -> Int[np.ndarray, "S T"]:
-    try:
-        text = path.read_text(encoding="utf-8")[: MOST_CHARACTERS * tokens]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
+    text = read_text(path)[: MOST_CHARACTERS * tokens]
     ids = np.asarray(prompt_ids(load_tokenizer(source), text), np.int64)[:tokens]
     if len(ids) < length:
         raise ValueError(f"{path} has {len(ids)} tokens, expected at least {length}")

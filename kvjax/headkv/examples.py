@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.chat import has_chat_template
 from kvjax.checks import COUNT, SEED, check_ranges
 from kvjax.config import ModelConfig
 from kvjax.example import Example
 from kvjax.tasks import needle, repeated_spans, two_hop
 from kvjax.tasks.prompt import Filler, read_haystack
 from kvjax.tasks.words import TokenizerVocabulary
-from kvjax.text import has_chat_template
 
 BUCKET = 64  # lengths are padded to multiples of BUCKET, so that few programs are compiled
 LENGTHS = 4  # prompt lengths of the grid, evenly spaced up to the longest

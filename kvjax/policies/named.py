@@ -202,6 +202,12 @@ RENAMED = {
 """Setting names of earlier releases, which policy strings may still use."""
 
 
+def default_policy(config: ModelConfig) -> str:
+    """For commands that are given no policy: headkv if the model has head scores, else spankv."""
+    name = "spankv" if default_scores(config) is None else "headkv"
+    return f"{name}:kv_size=512"
+
+
 def parse_policy(policy: str | Policy) -> Policy:
     """Parses a policy string such as "headkv:kv_size=128,beta=1.2,scores=heads.json".
 

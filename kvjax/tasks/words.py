@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
-from kvjax.text import ids_after, ids_around, prompt_ids
+from kvjax.chat import ids_around
+from kvjax.text import ids_after, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -132,7 +133,7 @@ class Vocabulary(Protocol):
     def around(
         self, before: str, after: str, answer_prefix: str = ""
     ) -> tuple[list[int], list[int]]:
-        """Ids of a prompt before and after a long text, see `kvjax.text.ids_around`."""
+        """Ids of a prompt before and after a long text, see `kvjax.chat.ids_around`."""
         ...
 
 
@@ -239,7 +240,7 @@ class TokenizerVocabulary:
     def around(
         self, before: str, after: str, answer_prefix: str = ""
     ) -> tuple[list[int], list[int]]:
-        """Ids of a prompt before and after a long text, see `kvjax.text.ids_around`."""
+        """Ids of a prompt before and after a long text, see `kvjax.chat.ids_around`."""
         return ids_around(self.tokenizer, before, after, answer_prefix, self.chat)
 
     @functools.cached_property

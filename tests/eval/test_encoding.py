@@ -10,7 +10,8 @@ from eval import likelihood
 from eval.prompts import encode
 from eval.task import Item, Task, TaskOptions
 from eval.tasks import ruler
-from kvjax.text import added_text, end_ids
+from kvjax.chat import end_ids
+from kvjax.text import added_text
 
 WORDS = toys.VOCAB.tokens[10:110]
 

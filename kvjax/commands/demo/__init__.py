@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kvjax.chat import has_chat_template
 from kvjax.checks import COUNT, SEED, check_ranges, optional
 from kvjax.commands.demo import english, words
 from kvjax.commands.demo.shared import Steps, Subject
@@ -20,7 +21,6 @@ from kvjax.hf.source import gguf_file, resolve
 from kvjax.tasks.english import ENGLISH
 from kvjax.tasks.recall import language_of
 from kvjax.tasks.words import TokenizerVocabulary
-from kvjax.text import has_chat_template
 
 EMBEDDED = "builtin:needle"
 REAL = "builtin:smollm2"

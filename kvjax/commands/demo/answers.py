@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Column, Table
 
+from kvjax.chat import end_ids
 from kvjax.commands.demo.shared import POLICIES, Steps, Subject, open_table
 from kvjax.generation import generate, generate_each
 from kvjax.policies.importance import HeadScores
@@ -26,7 +27,7 @@ from kvjax.policies.named import resolve
 from kvjax.policies.policy import Full, Policy
 from kvjax.prefill import shape_bytes
 from kvjax.tasks.prompt import SENTENCE_END
-from kvjax.text import added_text, end_ids
+from kvjax.text import added_text
 
 TEXT = Path(__file__).with_name("marrow_bay.txt")
 SHARE = 0.05  # of the bytes of the full cache
