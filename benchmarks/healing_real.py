@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--cache", type=float, default=0.28125)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=512, help="tokens of a step's one sequence")
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--train", default="attention")
     args = parser.parse_args()
     ids, other = (token_list(args.model, text) for text in (args.text, args.other))
