@@ -19,7 +19,7 @@ BLOCKED = ("matplotlib", "grain", "pyarrow", "datasets", "lm_eval", "jieba", "te
 START = f"""
 import sys
 sys.modules.update(dict.fromkeys({BLOCKED!r}))
-import eval.__main__, eval.command, eval.latency, eval.perplexity, eval.report.page, eval.suites
+import eval.__main__, eval.command, eval.latency, eval.perplexity, eval.report.pictures, eval.suites
 import kvjax.cli, train.__main__
 """
 

@@ -25,14 +25,15 @@ class ReportCommand:
         runs: folders of runs, folders that contain such folders, or training logs (.jsonl).
         out: folder of the page.
         head_scores: score files to show in addition to those of the runs' models.
-        kv_size: tokens per KV head, for the budgets that are shown with the scores.
+        title: of the page; None: names the model.
+        kv_size: also show the budgets that the scores give at so many tokens per KV head.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUNS")]]
     out: Path = Path("report")
-    title: str = "Evaluation"
+    title: str | None = None
     head_scores: tuple[Path, ...] = ()
-    kv_size: int = 128
+    kv_size: int | None = None
 
 
 def report(command: OmitArgPrefixes[ReportCommand]) -> None:
@@ -49,8 +50,9 @@ def write(command: ReportCommand) -> Path:
     Raises:
         ValueError: a URL, a folder without results, a damaged file, or no runs at all.
     """
-    from eval.report import sections
-    from eval.report.page import Pictures, document
+    from eval.report import heads, scores, sections
+    from eval.report.page import document
+    from eval.report.pictures import Pictures
     from eval.report.runs import find
 
     check_local(command)
@@ -59,15 +61,16 @@ def write(command: ReportCommand) -> Path:
     with only_writer(command.out, STARTS_OVER):
         pictures = Pictures(command.out)
         parts = [
-            sections.overview(runs),
-            *sections.results(runs, pictures),
-            *sections.against_bytes(runs, pictures),
-            *sections.importance(runs, command.head_scores, command.kv_size, pictures),
-            *sections.kept(runs, pictures),
+            *scores.results(runs, pictures),
+            *heads.importance(runs, command.head_scores, command.kv_size, pictures),
+            *heads.kept(runs, pictures),
             *sections.against_context(runs, pictures),
             *sections.training(runs, pictures),
+            sections.overview(runs),
             sections.provenance(runs),
         ]
         path = command.out / PAGE
-        write_whole(path, document(command.title, parts))
+        models = {str(run.results["model"]) for run in runs if run.results.get("model")}
+        title = f"Evaluation of {models.pop()}" if len(models) == 1 else "Evaluation"
+        write_whole(path, document(command.title or title, parts))
     return path

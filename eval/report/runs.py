@@ -53,9 +53,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The task and the model."""
-        task, model = self.results.get("task", "training"), self.results.get("model", "")
-        return f"{task}: {model}" if model else str(task)
+        """The task and the model, and the run's name if it says more."""
+        task, model = str(self.results.get("task", "training")), self.results.get("model", "")
+        named = "" if self.name == task else f" ({self.name})"
+        words = task.replace("_", " ")
+        return words[:1].upper() + words[1:] + (f", {model}" if model else "") + named
 
     @property
     def policies(self) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ import pytest
 
 from eval.report import page
 from eval.report.command import ReportCommand, write
-from eval.report.runs import cells, find
+from eval.report.headline import headline
+from eval.report.runs import Run, cells, find
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WHERE = {
@@ -51,7 +52,7 @@ def needle():
         "items": 8,
         "policies": [
             entry("full", 0.9, 4096.0, grid),
-            entry("headkv:kv_size=24", 0.8, 512.0, grid, [[9, 40, 20, 3]] * 5),
+            entry("headkv:kv_size=24", 0.79, 512.0, grid, [[9, 40, 20, 3]] * 5),
             entry("headkv:kv_size=48", 0.9, 1024.0, grid, [[20, 70, 20, 9]] * 5),
         ],
         "command": "python -m eval needle --model 'builtin:needle' --policy full",
@@ -88,13 +89,15 @@ def folder(path, results):
 class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.tags, self.images = [], []
+        self.tags, self.images, self.dark = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
+        if tag == "source":
+            self.dark.append(dict(attrs))
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +120,42 @@ def report(tmp_path_factory):
 def test_pictures_load(report):
     text = report.read_text()
     found = Page(text)
-    assert len(found.images) >= 3 + 2 + 2 + 2 + 3 + 1  # grids, bytes, heads, kept, latency, loss
+    assert len(found.images) == 2 + 1 + 1 + 1 + 3 + 1  # bytes, grid, head, kept, latency, loss
     for image in found.images:
         assert len(image["alt"]) > 15
-        assert (report.parent / image["src"]).read_bytes()[:8] == PNG
-    assert len({image["src"] for image in found.images}) == len(found.images)
-    assert {path.name for path in report.parent.glob("*.png")} == {i["src"] for i in found.images}
+    names = [image["src"] for image in found.images] + [dark["srcset"] for dark in found.dark]
+    assert len(found.dark) == len(found.images) and len(set(names)) == len(names)
+    assert {dark["media"] for dark in found.dark} == {"(prefers-color-scheme: dark)"}
+    assert {path.name for path in report.parent.glob("*.png")} == set(names)
+    assert all((report.parent / name).read_bytes()[:8] == PNG for name in names)
+
+
+def test_each_run_says_what_it_shows(report):
+    text = report.read_text()
+    assert "<h2>Needle, builtin:needle</h2>" in text and "<h2>Gsm8k, " in text
+    # 24 tokens keep .79 of .9, which is less than nine tenths; 48 keep all.
+    assert "headkv keeps 100% of the full cache&#x27;s score in 25% of its bytes." in text
+    assert "snapkv keeps 50% of the full cache&#x27;s score in 1.6% of its bytes." in text
+    assert "exact match" in text and "exact_match" not in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "said"),
+    [
+        ("exact_match", (0.0, 0.5, 0.2), None),
+        ("exact_match", (0.5, 0.25, 0.3), "snapkv keeps 60% of the full cache's score in 13% of"),
+        ("perplexity", (10.0, 10.5, 30.0), "headkv has 10.5 in 13% of the full cache's bytes, whi"),
+    ],
+)
+def test_headlines(metric, scores, said):
+    names = ("full", "headkv:kv_size=24", "snapkv:kv_size=24")
+    held = (4096.0, 516.0, 520.0)
+    entries = [entry(*each) for each in zip(names, scores, held, strict=True)]
+    found = headline(Run("run", "scores", {"metric": metric, "policies": entries}))
+    assert found is None if said is None else str(found).startswith(said)
+    if metric == "perplexity":
+        assert str(found).endswith("which has 10; snapkv 30.")
+    assert headline(Run("run", "scores", {"policies": entries[1:]})) is None
 
 
 def test_page_is_static_and_fits_a_phone(report):
@@ -142,7 +175,7 @@ def test_everything_is_escaped(report):
 
 def test_numbers_and_provenance(report):
     text = report.read_text()
-    assert "0.800 ± 0.050" in text and "12.5%" in text
+    assert "0.790 ± 0.050" in text and ">12%<" in text
     assert "python -m eval needle --model &#x27;builtin:needle&#x27; --policy full" in text
     for said in ("1 × cpu", "jax 0.10.2", "abc1234", "2026-01-02"):
         assert said in text
@@ -186,7 +219,8 @@ def test_score_files_get_pictures_of_their_own(tmp_path):
 
     HeadScores(np.random.default_rng(0).random((3, 4, 2))).save(tmp_path / "heads.json")
     run = folder(tmp_path / "run", latency())
-    command = ReportCommand((run,), out=tmp_path / "out", head_scores=(tmp_path / "heads.json",))
+    paths = {"out": tmp_path / "out"}
+    command = ReportCommand((run,), **paths, head_scores=(tmp_path / "heads.json",), kv_size=64)
     text = write(command).read_text()
     assert "Importance of 4 query heads in 3 layers" in text and "Budgets of the heads" in text
 
