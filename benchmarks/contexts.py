@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--policy", action="append", dest="policies", help="repeat for more")
     parser.add_argument("--out", type=local_path, default=Path("contexts.json"))
     args = parser.parse_args()
-    policies = args.policies or list(POLICIES)
+    policies: list[str] = args.policies or list(POLICIES)
     model, params = kvjax.load(args.model, dtype="float32")
     tokenizer: Any = kvjax.load_tokenizer(args.model)
     rows = {name: {"policy": name, "share": [], "page": [], "numbers": []} for name in policies}

@@ -33,6 +33,7 @@ from kvjax.commands.text import compress_text, continue_text, prompt_of
 from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_writer, say
 from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
+from kvjax.policies.named import BEFORE_QUESTIONS
 from kvjax.runs import write_json
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
@@ -153,10 +154,7 @@ def score(
 
 Raw = Annotated[bool, arg(help="read the text as it is, without the tokenizer's chat template")]
 System = Annotated[str | None, arg(help="system message, for the chat template")]
-PolicyOrDefault = Annotated[
-    str | None,
-    arg(help="cache policy; None: headkv:kv_size=512, or spankv:kv_size=512 without head scores"),
-]
+PolicyName = Annotated[str, arg(help="what the cache keeps, such as headkv:kv_size=512")]
 Stop = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(metavar="TEXT", help="end the answer before this text; repeat for more"),
@@ -223,18 +221,14 @@ def generate(
         f"uncompressed {report['full_cache_bytes']:,}]",
         file=sys.stderr,
     )
-    _say_notes(report)
+    for note in report["notes"]:
+        say(f"note: {note}")
     _write_report(json_file, report)
 
 
 def chat(
     model: Model,
-    policy: Annotated[
-        str | None,
-        arg(
-            help="cache policy; None: headkv:kv_size=512 with head scores, else spankv:kv_size=512"
-        ),
-    ] = None,
+    policy: PolicyName = BEFORE_QUESTIONS,
     document: Annotated[Path | None, arg(help="text file that the chat is about")] = None,
     context: Annotated[
         Path | None, arg(help="file of `kvjax compress` that the chat is about, with its policy")
@@ -272,12 +266,7 @@ def compress(
     model: Model,
     text: Annotated[Positional[Path], arg(help="text file to read", metavar="TEXT")],
     out: Annotated[Positional[Path], arg(help="file to write", metavar="OUT")],
-    policy: Annotated[
-        str | None,
-        arg(
-            help="cache policy; None: headkv:kv_size=512 with head scores, else spankv:kv_size=512"
-        ),
-    ] = None,
+    policy: PolicyName = BEFORE_QUESTIONS,
     raw: Raw = False,
     system: System = None,
     dtype: Dtype = None,
@@ -293,7 +282,6 @@ def compress(
         chat = False if raw else None
         report = compress_text(model, text, out, policy, dtype, chat, system)
     _print_rows([report])
-    _say_notes(report)
     _write_report(json_file, report)
 
 
@@ -371,12 +359,6 @@ def plan(
     for note in notes:
         Console().print(note)
     _write_report(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
-
-
-def _say_notes(report: Mapping[str, Any]) -> None:
-    """What a user may wonder about, on standard error."""
-    for note in report["notes"]:
-        say(f"note: {note}")
 
 
 def _changed(command: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:

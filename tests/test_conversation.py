@@ -114,23 +114,14 @@ def test_chat(checkpoint, tmp_path, monkeypatch, capsys):
     assert json.loads(out.read_text())["text"] == rows[0]["answer"]
 
 
-def test_compress_has_a_default_for_every_model(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("model", ["CHECKPOINT", "builtin:needle"])
+def test_compress_keeps_every_token_by_default(checkpoint, tmp_path, model):
     text, out = tmp_path / "text.txt", tmp_path / "c.json"
     text.write_text("the return x")
-    run("compress", checkpoint, text, tmp_path / "text.kv", "--json", out)
-    assert json.loads(out.read_text())["policy"] == "headkv:kv_size=512"
-    assert "note:" not in capsys.readouterr().err
-    run("compress", "builtin:needle", text, tmp_path / "text.kv", "--raw", "--json", out)
-    assert json.loads(out.read_text())["policy"] == "headkv:kv_size=512"
-
-
-def test_compress_without_head_scores(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kvjax.policies.named.default_scores", lambda config: None)
-    text, out = tmp_path / "text.txt", tmp_path / "c.json"
-    text.write_text("the return x")
-    run("compress", checkpoint, text, tmp_path / "text.kv", "--json", out)
-    assert json.loads(out.read_text())["policy"] == "spankv:kv_size=512"
-    assert "note: no head scores of this model" in capsys.readouterr().err
+    name = checkpoint if model == "CHECKPOINT" else model
+    run("compress", name, text, tmp_path / "text.kv", "--json", out)
+    report = json.loads(out.read_text())
+    assert report["policy"] == "full:entries=int4" and report["chat"] == (name == checkpoint)
 
 
 def test_where_a_prompt_comes_from(checkpoint, tmp_path, monkeypatch, capsys):

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.chat import document_ids, has_chat_template
-from kvjax.commands.text import policy_or_default, read_text
+from kvjax.commands.text import read_text
 from kvjax.context import compress, load_context
 from kvjax.conversation import Conversation, ask
 from kvjax.endings import say
 from kvjax.hf import load, load_tokenizer
-from kvjax.policies.named import parse_policy
+from kvjax.policies.named import BEFORE_QUESTIONS, parse_policy
 
 PROMPT = "> "
 
 
 def chat(
     path: str,
-    policy: str | None = None,
+    policy: str = BEFORE_QUESTIONS,
     context: Path | None = None,
     document: Path | None = None,
     system: str | None = None,
@@ -33,8 +33,7 @@ def chat(
 
     Args:
         path: a checkpoint whose tokenizer has a chat template.
-        policy: what the cache keeps, see `kvjax.conversation.ask`; None: see
-            `kvjax.policies.named.default_policy`.
+        policy: what the cache keeps, see `kvjax.conversation.ask`.
         context: a file of `kvjax compress`, which the chat is about. It has a policy already.
         document: a text file that the chat is about.
         system: the system's message.
@@ -48,10 +47,10 @@ def chat(
     Raises:
         ValueError: no chat template; `context` together with what it has already.
     """
-    if context is not None and (policy, document, system) != (None, None, None):
+    given = (policy, document, system) != (BEFORE_QUESTIONS, None, None)
+    if context is not None and given:
         raise ValueError("--context has a policy, a text and a system message: give no other one")
-    if policy is not None:
-        parse_policy(policy)
+    parse_policy(policy)
     content = None if document is None else read_text(document)
     tokenizer = load_tokenizer(path)
     if not has_chat_template(tokenizer):
@@ -60,11 +59,7 @@ def chat(
     state = Conversation()
     if context is not None:
         held = load_context(context, model, params)
-        state, policy, notes = Conversation.after(held), held.policy, []
-    else:
-        policy, notes = policy_or_default(policy, model.config)
-    for note in notes:
-        say(f"note: {note}")
+        state = Conversation.after(held)
     if content is not None:
         ids = document_ids(tokenizer, content, system)
         state = Conversation.after(compress(model, params, ids, policy, chat=True))

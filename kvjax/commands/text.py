@@ -12,11 +12,10 @@ from jaxtyping import Int, Integer
 
 from kvjax.chat import document_ids, has_chat_template
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
-from kvjax.config import ModelConfig
 from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
-from kvjax.policies.named import default_policy, parse_policy
+from kvjax.policies.named import BEFORE_QUESTIONS, parse_policy
 from kvjax.text import prompt_ids
 from kvjax.text_generation import generate_text
 
@@ -131,7 +130,7 @@ def compress_text(
     path: str,
     text: Path,
     out: Path,
-    policy: str | None = None,
+    policy: str = BEFORE_QUESTIONS,
     dtype: str | None = None,
     chat: bool | None = None,
     system: str | None = None,
@@ -139,29 +138,26 @@ def compress_text(
     """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
 
     Args:
-        policy: which entries of the cache to keep, such as "snapkv:kv_size=128"; None: see
-            `kvjax.policies.named.default_policy`.
+        policy: which entries of the cache to keep, such as "headkv:kv_size=512".
         dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
         chat: True begins a user's message with the text, which questions end; False reads the text
             as it is. None: True where the tokenizer has a chat template.
         system: the system's message before the text.
 
     Returns:
-        tokens, policy, chat, cache_bytes, file_bytes, and notes.
+        tokens, policy, chat, cache_bytes, file_bytes.
 
     Raises:
         ValueError: an empty or missing text, and see `kvjax.compress`.
     """
     content = read_text(text)
-    if policy is not None:
-        parse_policy(policy)
+    parse_policy(policy)
     tokenizer = load_tokenizer(path)
     wrapped = has_chat_template(tokenizer) if chat is None else chat
     if system is not None and not wrapped:
         raise ValueError("got a system message without a chat template, which would hold it")
     ids = document_ids(tokenizer, content, system) if wrapped else prompt_ids(tokenizer, content)
     model, params = load(path, dtype=dtype)
-    policy, notes = policy_or_default(policy, model.config)
     context = compress(model, params, ids, policy, chat=wrapped)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)
@@ -171,19 +167,7 @@ def compress_text(
         "chat": wrapped,
         "cache_bytes": context.nbytes,
         "file_bytes": out.stat().st_size,
-        "notes": notes,
     }
-
-
-def policy_or_default(policy: str | None, config: ModelConfig) -> tuple[str, list[str]]:
-    """The policy, or the model's default with a note if it could be better."""
-    if policy is not None:
-        return policy, []
-    policy = default_policy(config)
-    if policy.startswith("headkv"):
-        return policy, []
-    note = f"no head scores of this model: {policy} gives each head the same budget; "
-    return policy, [note + "`kvjax score` measures them, and headkv:scores=FILE uses them"]
 
 
 def calibration_tokens(

@@ -189,6 +189,10 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     )
 }
 
+BEFORE_QUESTIONS = "full:entries=int4"
+"""For texts whose questions come later, and for chats. It keeps every token: a policy that does not
+know the question drops answers, even at half of the tokens (docs/headkv.md)."""
+
 PARAMETERS = {"bytes": "nbytes"}
 """Setting names in a policy string whose maker parameter has a different name."""
 
@@ -200,12 +204,6 @@ RENAMED = {
     "every": "compression_interval",
 }
 """Setting names of earlier releases, which policy strings may still use."""
-
-
-def default_policy(config: ModelConfig) -> str:
-    """For commands that are given no policy: headkv if the model has head scores, else spankv."""
-    name = "spankv" if default_scores(config) is None else "headkv"
-    return f"{name}:kv_size=512"
 
 
 def parse_policy(policy: str | Policy) -> Policy:
