@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,9 @@ class Command:
 
 COMMANDS = {
     "convert": Command(
-        "kvjax.cli convert {inputs}/model {out}/latent --method decoupled --exportable --kv-rank 12 "
-        "--rope-dim 4 --calibration {inputs}/rows.npy --dtype float32 --json {out}/report.json"
+        "kvjax.cli convert {inputs}/model {out}/latent --method decoupled --exportable "
+        "--kv-rank 12 --rope-dim 4 --calibration {inputs}/rows.npy --dtype float32 "
+        "--json {out}/report.json"
     ),
     "train": Command(
         "train finetune --model {latent} --data plain:{inputs}/rows.jsonl --steps 4 "
@@ -132,11 +133,15 @@ class Whole:
 class Bench:
     """Where the commands work: inputs, compiled programs, undisturbed results."""
 
-    def __init__(self, work: Path, **environment: str):
-        """Writes the inputs: a model, rows to train on, ids and a text to read."""
+    def __init__(self, work: Path, commands: Mapping[str, Command] = COMMANDS, **environment: str):
+        """Writes the inputs: a model, rows to train on, ids and a text to read.
+
+        Args:
+            environment: variables of the commands.
+        """
         from kvjax.tasks.families import rows
 
-        self.work, self.environment = work, environment
+        self.work, self.commands, self.environment = work, commands, environment
         self.inputs, self.said = work / "inputs", work / "said"
         self.undisturbed: dict[str, Whole] = {}
         self.inputs.mkdir(parents=True)
@@ -151,7 +156,7 @@ class Bench:
         """Runs a command to its end, which may be a bad one, and returns its exit code."""
         latent = self.work / "convert" / "new" / "latent"
         places = {"out": out, "inputs": self.inputs, "latent": latent}
-        words = f"{COMMANDS[name].words} {more}".format(**places).split()
+        words = f"{self.commands[name].words} {more}".format(**places).split()
         if name != SAVE:
             words += ["--compilation-cache", str(self.work / "programs")]
         out.mkdir(parents=True, exist_ok=True)
@@ -166,7 +171,7 @@ class Bench:
     def whole(self, name: str) -> Whole:
         """An undisturbed command, over an older result where there is one."""
         if name not in self.undisturbed:
-            if "{latent}" in COMMANDS[name].words:
+            if "{latent}" in self.commands[name].words:
                 self.whole("convert")
             self.undisturbed[name] = self._whole(name)
         return self.undisturbed[name]
@@ -183,8 +188,8 @@ class Bench:
         """A new folder with an older result of the command, where it replaces one."""
         out, old = self.work / name / kind, self.work / name / "old"
         shutil.rmtree(out, ignore_errors=True)
-        if COMMANDS[name].older and not old.exists():
-            self.finish(name, old, COMMANDS[name].older)
+        if self.commands[name].older and not old.exists():
+            self.finish(name, old, self.commands[name].older)
         old.mkdir(parents=True, exist_ok=True)
         shutil.copytree(old, out)
         return out
