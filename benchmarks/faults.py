@@ -12,12 +12,10 @@ OUT's .jsonl: the same call continues after them.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import random
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,91 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.disturbed import CALM, Disturbance, changes_file, start
 from benchmarks.environment import environment
+from benchmarks.fault_commands import COMMANDS, SAVE, Command, write_inputs
 from benchmarks.left import arrays, content, lost
 from kvjax.runs import append_lines, cut_torn_line, whole_lines, write_json
 
-LAYERS = 2
-"""Layers of the model: each of them is traced anew in every process."""
 LEAST = 2000
 """Least limit on a file's size, in bytes: what a command says goes to a file too."""
 LATE = 0.1
 """Most seconds between a change and SIGKILL: libraries write some files in C++, between changes."""
 CODES = {"kill": (0, -9), "full disk": (0, 2)}
 """Exit codes that a fault may give: a disk may be large enough, a kill may come too late."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line.
-
-    Attributes:
-        words: {out} is the output's place, {inputs} the folder of the inputs, and {latent} what
-            the command "convert" makes of the model.
-        older: words that are added for an older result, which the command replaces.
-    """
-
-    words: str
-    older: str = ""
-
-
-COMMANDS = {
-    "convert": Command(
-        "kvjax.cli convert {inputs}/model {out}/latent --method decoupled --exportable "
-        "--kv-rank 12 --rope-dim 4 --calibration {inputs}/rows.npy --dtype float32 "
-        "--json {out}/report.json"
-    ),
-    "train": Command(
-        "train finetune --model {latent} --data plain:{inputs}/rows.jsonl --steps 4 "
-        "--checkpoint-every 2 --log-every 1 --sequence-length 64 --batch-size 2 --merge "
-        "--dtype float32 --out {out}/run"
-    ),
-    "eval": Command(
-        "eval needle --model {inputs}/model --policy full --policy snapkv:kv_size=20 --lengths 96 "
-        "--count 4 --batch-size 2 --set depths=2 --dtype float32 --out {out}/run"
-    ),
-    "score": Command(
-        "kvjax.cli score {inputs}/model {out}/heads.json --estimator copying --samples 8 "
-        "--length 112 --batch-size 2 --dtype float32",
-        "--seed 1",
-    ),
-    "export": Command("kvjax.cli export {latent} {out}/export --dtype float32"),
-    "save": Command("benchmarks.faults save {inputs}/model {out}/model"),
-    "compress": Command(
-        "kvjax.cli compress {inputs}/model {inputs}/text.txt {out}/text.kv --dtype float32 "
-        "--policy snapkv:kv_size=24",
-        "--policy full",
-    ),
-}
-SAVE = "save"
-
-
-def save(model: str, out: str) -> None:
-    """The command "save": a model, read and written in the native layout."""
-    import kvjax
-    from kvjax.endings import endings
-    from kvjax.hf.save import is_saved
-
-    with endings("kvjax"):
-        if not is_saved(Path(out)):
-            kvjax.save(*kvjax.load(model, dtype="float32"), Path(out))
-
-
-def write_model(out: Path) -> None:
-    """The first layers of the embedded model, with its tokenizer."""
-    import kvjax
-    from kvjax.nn import Transformer
-
-    model, params = kvjax.load("builtin:needle", dtype="float32")
-    left_out = {f"layers_{i}" for i in range(LAYERS, model.config.num_layers)}
-    config = dataclasses.replace(model.config, layers=model.config.layers[:LAYERS])
-    kept = {name: value for name, value in params.items() if name not in left_out}
-    kvjax.save(Transformer(config), kept, out)
-    for path in Path(model.config.source).glob("tokenizer*"):
-        shutil.copy(path, out)
 
 
 @dataclass(frozen=True)
@@ -134,23 +59,15 @@ class Bench:
     """Where the commands work: inputs, compiled programs, undisturbed results."""
 
     def __init__(self, work: Path, commands: Mapping[str, Command] = COMMANDS, **environment: str):
-        """Writes the inputs: a model, rows to train on, ids and a text to read.
+        """Writes the inputs.
 
         Args:
             environment: variables of the commands.
         """
-        from kvjax.tasks.families import rows
-
         self.work, self.commands, self.environment = work, commands, environment
         self.inputs, self.said = work / "inputs", work / "said"
         self.undisturbed: dict[str, Whole] = {}
-        self.inputs.mkdir(parents=True)
-        write_model(self.inputs / "model")
-        lines = [json.dumps(row) + "\n" for row in rows("word_problems", 60, 0)]
-        (self.inputs / "rows.jsonl").write_text("".join(lines))
-        ids = np.random.default_rng(0).integers(5, 200, (8, 32)).astype(np.int32)
-        np.save(self.inputs / "rows.npy", ids)
-        (self.inputs / "text.txt").write_text("the red fox runs . " * 20)
+        write_inputs(self.inputs)
 
     def run(self, name: str, out: Path, disturbance: Disturbance = CALM, more: str = ""):
         """Runs a command to its end, which may be a bad one, and returns its exit code."""
@@ -245,21 +162,22 @@ def faults(kills: int, disks: int) -> Iterator[tuple[str, str, int]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kvjax-faults")
+    parser.add_argument("--work", type=Path, help="folder for the commands' outputs, for a while")
     parser.add_argument("--kills", type=int, default=20, help="of each command")
     parser.add_argument("--disks", type=int, default=10, help="full disks of each command")
     args = parser.parse_args(argv)
-    shutil.rmtree(args.work, ignore_errors=True)
-    bench, log = Bench(args.work), args.out.with_suffix(".jsonl")
+    log = args.out.with_suffix(".jsonl")
     cut_torn_line(log)
     rows = [json.loads(line) for line in whole_lines(log)]
     done = {(row["command"], row["fault"], row["number"]) for row in rows}
-    for fault in faults(args.kills, args.disks):
-        if fault not in done:
-            row = bench.fault(*fault)
-            append_lines(log, [row])
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
+        bench = Bench(Path(work))
+        for fault in faults(args.kills, args.disks):
+            if fault not in done:
+                row = bench.fault(*fault)
+                append_lines(log, [row])
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     counts = Counter(f"{row['command']}, {row['fault']}" for row in rows)
     bad = [row for row in rows if not row["good"]]
     about = environment("benchmarks.faults")
@@ -267,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    save(*sys.argv[2:]) if sys.argv[1:2] == [SAVE] else main()
+    main()
