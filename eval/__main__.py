@@ -6,8 +6,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 COMMANDS = {
     "perplexity": ("eval.perplexity", "main"),
     "latency": ("eval.latency", "main"),
@@ -69,7 +67,9 @@ def dispatch(name: str, argv: list[str]) -> None:
         if function == "main":
             command(argv)
         else:
-            tyro.cli(command, prog=f"python -m eval {name}", args=argv)
+            from kvjax.usage import parsed
+
+            parsed(command, f"python -m eval {name}", argv)
         return
     from eval.task import TASKS
 

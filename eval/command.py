@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import UseAppendAction, arg
@@ -20,6 +19,7 @@ from tyro.conf import UseAppendAction, arg
 from kvjax.paths import check_local, local_path
 from kvjax.policies.named import parse_policy
 from kvjax.runs import write_json
+from kvjax.usage import parsed
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Policies = Annotated[
@@ -103,7 +103,7 @@ def run_task(name: str, argv: Sequence[str]) -> None:
 
     if name not in TASKS:
         raise ValueError(f"no task or command {name!r}, expected one of {', '.join(TASKS)}")
-    command = tyro.cli(TaskCommand, prog=f"python -m eval {name}", args=list(argv))
+    command = parsed(TaskCommand, f"python -m eval {name}", argv)
     run_command(name, command, [name, *argv])
 
 

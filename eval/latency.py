@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from eval.command import (
     Dtype,
     Json,
@@ -25,6 +23,7 @@ from eval.command import (
 )
 from kvjax.checks import COUNT, SEED, Range, check_ranges
 from kvjax.runs import write_json
+from kvjax.usage import parsed
 
 RANGES = {
     "repeats": COUNT,
@@ -60,7 +59,7 @@ class LatencyCommand:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and runs the command."""
-    command = tyro.cli(LatencyCommand, prog="python -m eval latency", args=list(argv))
+    command = parsed(LatencyCommand, "python -m eval latency", argv)
     run(command, ["latency", *argv])
 
 

@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from eval.command import (
     Dtype,
     Json,
@@ -28,6 +26,7 @@ from eval.predictions import write_measured
 from eval.report.runs import measured
 from kvjax.checks import COUNT, SIZE, Range, check_ranges, optional
 from kvjax.extras import import_extra
+from kvjax.usage import parsed
 
 RANGES = {
     "num_fewshot": optional(SIZE),
@@ -75,7 +74,7 @@ class HarnessCommand:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and runs the command."""
-    command = tyro.cli(HarnessCommand, prog="python -m eval lm-eval", args=list(argv))
+    command = parsed(HarnessCommand, "python -m eval lm-eval", argv)
     run(command, ["lm-eval", *argv])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from jaxtyping import Int
 
 from eval.command import (
@@ -32,6 +31,7 @@ from kvjax.checks import COUNT, Range, check_ranges, optional
 from kvjax.paths import local_path
 from kvjax.text import prompt_ids
 from kvjax.text_files import read_text
+from kvjax.usage import parsed
 
 HUB = "hub:"
 
@@ -73,7 +73,7 @@ class PerplexityCommand:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and runs the command."""
-    command = tyro.cli(PerplexityCommand, prog="python -m eval perplexity", args=list(argv))
+    command = parsed(PerplexityCommand, "python -m eval perplexity", argv)
     run(command, ["perplexity", *argv])
 
 

@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from annotated_types import Len
 from rich.console import Console
 from tyro.conf import Positional, arg
@@ -42,6 +41,7 @@ from kvjax.endings import error_lines, say
 from kvjax.fields import Name, Object, OneOf, Text, build, shown
 from kvjax.paths import check_local, is_inside, local_path
 from kvjax.text_files import read_object, read_yaml
+from kvjax.usage import parsed
 
 MEASUREMENTS = {
     "perplexity": (perplexity.PerplexityCommand, perplexity.run),
@@ -177,7 +177,7 @@ class RunCommand:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and does the runs. A run that fails is reported, and the next begins."""
-    command = tyro.cli(RunCommand, prog="python -m eval run", args=list(argv))
+    command = parsed(RunCommand, "python -m eval run", argv)
     check_local(command)
     suite = read(command.config, command.scores, command.model)
     runs = [run for run in suite.runs if not command.only or run.name in command.only]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
@@ -35,6 +34,7 @@ from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
 from kvjax.policies.named import BEFORE_QUESTIONS
 from kvjax.runs import write_json
+from kvjax.usage import parsed
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Model = Annotated[
@@ -411,12 +411,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Every command has this flag, so it is taken out before tyro sees the arguments.
         folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
         compilation_cache.enable(folder)
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="kvjax",
-            description=f"Smaller KV caches for existing LLMs. {compilation_cache.HELP}",
-            args=argv,
-        )
+        about = f"Smaller KV caches for existing LLMs. {compilation_cache.HELP}"
+        parsed(commands, "kvjax", argv, description=about)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

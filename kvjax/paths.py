@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import inspect
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -114,26 +116,58 @@ def take_flag(argv: list[str], flag: str, expected: str) -> tuple[str | None, li
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write in place of the one at `path`, which keeps its content until the block ends.
 
-    The new content is written beside it as NAME.part, synced to disk and renamed in one step. After
-    an error such as a full disk the part is gone, and the old file is what it was. A killed process
-    leaves its part, which the next one replaces. What is not a regular file, such as /dev/stdout,
-    is written directly.
+    The new content is written beside it in a part of its own, synced to disk and renamed in one
+    step, so of two writers at a time the last one wins. After an error such as a full disk the part
+    is gone, and the old file is what it was. A killed process leaves its part, which the next
+    writer removes. What is not a regular file, such as /dev/stdout, is written directly.
     """
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file
         return
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
+    clear_parts(path)
+    part, file = _new_part(path)
+    with file:  # closed at the very end: until then the lock says that the part is in use
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     sync(path.parent)
+
+
+def is_part(name: str, of: str) -> bool:
+    """Whether a file's name is that of a part of the file `of`, see `replacing`."""
+    return re.fullmatch(rf"{re.escape(of)}\.[0-9a-f]{{8}}\.part", name) is not None
+
+
+def clear_parts(path: Path) -> None:
+    """Removes what killed processes left of `replacing(path)`: parts that nobody has locked."""
+    for part in path.parent.iterdir():
+        # A part may vanish at any time, since its writer renames it.
+        if is_part(part.name, path.name):
+            with contextlib.suppress(OSError), part.open("r+b") as file:
+                _lock(file)
+                part.unlink()
+
+
+def _new_part(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        file = part.open("xb")
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            _lock(file)
+        # Before it was locked, another process may have taken it for a leftover.
+        if part.exists():
+            return part, file
+        file.close()
+
+
+def _lock(file: BinaryIO) -> None:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync(*paths: Path) -> None:

@@ -3,14 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvjax.fields import Problems, shown
 
 QUOTED = re.compile(r"'([^']*)'")
 """The value, in what tyro says about one that it cannot convert."""
+OPTION = re.compile(r"--[a-z][\w-]*")
+"""An option in the help of a command."""
+
+
+class Refused(Problems):
+    """Arguments that tyro refuses; `event` is its refusal."""
+
+    def __init__(self, lines: Sequence[str], event: Any):
+        super().__init__(lines)
+        self.event = event
+
+
+def parsed(wanted: Any, prog: str, argv: Sequence[str], **more: Any) -> Any:
+    """What `tyro.cli` makes of arguments.
+
+    Args:
+        wanted: a type, a function, or functions by the name of their subcommand.
+        more: for tyro, such as `default`.
+
+    Raises:
+        Problems: arguments that are refused, within `plain_usage_errors`. The line of an unknown
+            option names the nearest one.
+    """
+    import tyro
+
+    by_name = isinstance(wanted, Mapping)
+    cli = tyro.extras.subcommand_cli_from_dict if by_name else tyro.cli
+    parse = functools.partial(cli, wanted, prog=prog, **more)
+    try:
+        return parse(args=list(argv))
+    except Refused as refused:
+        if not _unknown_tokens(refused.event):
+            raise
+        # tyro names the whole program as the one with unknown options, not the subcommand.
+        words = [word for word in argv[:1] if by_name and word in wanted]
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            parse(args=[*words, "--help"])
+        known = set(OPTION.findall(text.getvalue()))
+        raise Problems(_problems(refused.event, " ".join([prog, *words]), known)) from None
 
 
 @contextlib.contextmanager
@@ -31,23 +74,31 @@ def plain_usage_errors() -> Iterator[None]:
 
 def _refuse(event: Any) -> None:
     try:
-        lines, progs = list(_lines(event)), event._help_progs()
+        lines = _problems(event)
     except AttributeError:  # of another version
         return
     if lines:
-        prog = progs if isinstance(progs, str) else progs[-1]
-        raise Problems([*lines[:-1], f"{lines[-1]}; see `{prog} --help`"])
+        raise Refused(lines, event)
 
 
-def _lines(event: Any) -> Iterator[str]:
-    """The problems of a refusal; none for a kind that is not known here."""
+def _problems(event: Any, prog: str = "", known: Collection[str] = ()) -> list[str]:
+    """The problems of a refusal; none for a kind that is not known here.
+
+    Args:
+        prog: the command with the help; "": as tyro has it.
+        known: the options of the command.
+    """
+    progs = prog or event._help_progs()
+    lines = list(_lines(event, known))
+    hint = f"see `{progs if isinstance(progs, str) else progs[-1]} --help`"
+    return [*lines[:-1], f"{lines[-1]}; {hint}"] if lines else []
+
+
+def _lines(event: Any, known: Collection[str]) -> Iterator[str]:
     kind = type(event).__name__
     if kind == "MissingArgs":
         for missing in event.missing_arguments:
             yield f"got no {_name(missing.arg)}, which is required"
-        yield from _unknown(event.unrecognized_tokens)
-    elif kind == "UnrecognizedArgs":
-        yield from _unknown(event.tokens)
     elif kind == "MissingSubcommand":
         names = ", ".join(event.subcommand_spec.parser_from_name)
         got = event.found_token
@@ -62,6 +113,8 @@ def _lines(event: Any) -> Iterator[str]:
         yield f"got {event.first_token} and {event.second_token}, expected one of them"
     elif kind == "InstantiationFailure":
         yield from _not_made(event)
+    for token in _unknown_tokens(event):
+        yield f"got {token}, which this command does not take{_nearest(token, known)}"
 
 
 def _not_made(event: Any) -> Iterator[str]:
@@ -74,9 +127,18 @@ def _not_made(event: Any) -> Iterator[str]:
     yield f"{_name(event.argument)} {said}, expected {event.argument.lowered.metavar}"
 
 
-def _unknown(tokens: list[str]) -> Iterator[str]:
-    for token in tokens:
-        yield f"got {token}, which this command does not take"
+def _unknown_tokens(event: Any) -> Sequence[str]:
+    """The words of the command line that are no argument of the command."""
+    name = {"UnrecognizedArgs": "tokens", "MissingArgs": "unrecognized_tokens"}
+    return getattr(event, name[kind]) if (kind := type(event).__name__) in name else ()
+
+
+def _nearest(token: str, known: Collection[str]) -> str:
+    """The end of the line of an unknown word: the nearest option, if there is one."""
+    if not token.startswith("--"):
+        return ""
+    near = difflib.get_close_matches(token.partition("=")[0].replace("_", "-"), known, 1)
+    return f"; the nearest option is {near[0]}" if near else ""
 
 
 def _name(argument: Any) -> str:

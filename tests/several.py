@@ -1,60 +1,11 @@
 """Commands as processes of their own: one, or several that run together over loopback."""
 
-import atexit
 import contextlib
-import multiprocessing
 import os
 import re
-import resource
-import runpy
 import socket
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-
-IMPORTS = [
-    "flax.linen",
-    "grain",
-    "matplotlib.pyplot",
-    "optax",
-    "orbax.checkpoint",
-    "transformers.models.auto.tokenization_auto",
-    "tyro",
-]
-
-
-def forks():
-    """Makes processes by forking one that has imported the libraries, which takes seconds."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(IMPORTS)
-    return processes
-
-
-def start(words, said, file_bytes=resource.RLIM_INFINITY, **environment):
-    """Starts `python -m WORDS…` as a process that writes its standard error to the file `said`.
-
-    Args:
-        file_bytes: size from which on the process can write no file.
-        environment: variables of the process, besides those of the tests.
-    """
-    arguments = list(map(str, words)), said, file_bytes, environment
-    process = forks().Process(target=_run, args=arguments)
-    process.start()
-    return process
-
-
-def _run(words, said, file_bytes, environment):
-    os.environ.update(environment)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    with said.open("w") as errors, open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(errors.fileno(), 2)
-    sys.argv = words
-    try:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-    finally:
-        atexit._run_exitfuncs()  # an interpreter calls them; multiprocessing does not
+from benchmarks.disturbed import start
 
 
 def ended(process, seconds):

@@ -64,7 +64,7 @@ def test_a_killed_save_is_cleared_by_the_next(tmp_path, monkeypatch, exists, mom
 
     def replace(source, target, rename=os.replace):
         nonlocal count
-        if str(source).endswith(f"{folders.MOVED}.part"):  # the list, which `replacing` writes
+        if str(target).endswith(folders.MOVED):  # the list, which `replacing` writes
             return rename(source, target)
         count += 1
         if count > moment:

@@ -79,6 +79,28 @@ def test_nothing_is_written_in_place():
     assert [line for line in found if "shutil.copytree" not in line] == []
 
 
+def test_two_writers_at_a_time_have_parts_of_their_own(tmp_path):
+    """As of two commands with the same --json FILE: the last one that ends has written it."""
+    path = tmp_path / "file"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second, and longer")
+            assert len(list(tmp_path.iterdir())) == 2
+        assert path.read_bytes() == b"second, and longer"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"first"
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path, others = tmp_path / "file", ("file.part", "file.0123abc.part", "files.0123abcd.part")
+    for name in ("file.0123abcd.part", *others):
+        (tmp_path / name).touch()
+    with replacing(path):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"file", *others}
+
+
 def test_a_reader_sees_the_old_content_until_the_block_ends(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

@@ -14,6 +14,7 @@ from kvjax import compilation_cache, processes
 from kvjax.endings import GOES_ON, endings, only_writer
 from kvjax.paths import check_local, local_arguments, take_flag
 from kvjax.runs import write_json
+from kvjax.usage import parsed
 from train.compare.command import compare
 from train.compare.runs import write_rows
 from train.finetune.config import TuneConfig, read_config
@@ -132,9 +133,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     config, _ = take_flag(list(argv), "--config", "a YAML file")
     default = None if config is None else Arguments(read_config(Path(config)))
     prog = "python -m train finetune"
-    if default is None:
-        return tyro.cli(Arguments, prog=prog, args=argv)
-    return tyro.cli(Arguments, prog=prog, args=argv, default=default)
+    given = {} if default is None else {"default": default}
+    return parsed(Arguments, prog, argv, **given)
 
 
 def tune(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
@@ -198,12 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             compilation_cache.enable(folder)
             commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
-            tyro.extras.subcommand_cli_from_dict(
-                commands,
-                prog="python -m train",
-                description=compilation_cache.HELP,
-                args=argv,
-            )
+            parsed(commands, "python -m train", argv, description=compilation_cache.HELP)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from kvjax.hf import native
 from kvjax.hf.source import CONFIG, PARAMS, copy_companions
 from kvjax.identity import identity
 from kvjax.nn import Transformer
+from kvjax.paths import clear_parts, is_part
 from kvjax.runs import check_same
 from kvjax.text_files import parse_json, parse_object
 
 FILE = "unfinished.safetensors"
-PART = f"{FILE}.part"
 METADATA: dict[str, Any] = dict.fromkeys(("request", "attention", "other"), Text)
 """Texts in the header of the file: JSON of the request, and of the attention of the layers."""
 OTHER = "other"
@@ -90,8 +90,8 @@ class ConversionFolder:
             return
         for folder in (PARAMS, OTHER):
             shutil.rmtree(self.out / folder, ignore_errors=True)
-        for name in (FILE, PART):
-            (self.out / name).unlink(missing_ok=True)
+        (self.out / FILE).unlink(missing_ok=True)
+        clear_parts(self.out / FILE)
         if not self._existed:
             self.out.rmdir()
 
@@ -206,7 +206,7 @@ def check_out(out: Path) -> None:
     """
     present = {path.name for path in out.iterdir()} if out.exists() else set()
     known = FILE in present or {MADE, CONFIG} <= present
-    if not known and present - {PART}:
+    if not known and not all(is_part(name, FILE) for name in present):
         raise ValueError(f"{out} is not empty, expected a new directory")
 
 

@@ -137,6 +137,24 @@ def test_another_comparison_s_folder_is_refused(tmp_path):
         check_folder(CompareConfig(), tmp_path)
 
 
+def test_a_finished_comparison_says_so(tmp_path, monkeypatch, capsys):
+    check_folder(CompareConfig(), tmp_path)
+    for name in reports.REPORT:
+        (tmp_path / name).write_text("a table")
+    with monkeypatch.context() as patch:
+        patch.setattr(reports, "write_data", lambda *_: pytest.fail("it starts again"))
+        reports.compare(tmp_path)
+    said = capsys.readouterr()
+    assert said.err == f"{tmp_path} is finished: nothing is left to do\n"
+    assert said.out == "a table\n"
+    (tmp_path / reports.PICTURE).unlink()
+    monkeypatch.setattr(
+        reports, "write_data", lambda *_: (_ for _ in ()).throw(KeyError("goes on"))
+    )
+    with pytest.raises(KeyError, match="goes on"):
+        reports.compare(tmp_path)
+
+
 def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match=r"arms\[1\] is 'lora', expected one of gqa"):
         CompareConfig(arms=("gqa", "lora"))

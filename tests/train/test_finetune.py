@@ -1,16 +1,13 @@
 """Runs: exact resume, kill -9, errors that name the step, the merged model, the command."""
 
 import json
-import random
 import shutil
-import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import several
 from tuning_toys import tiny_checkpoint
 
 import kvjax
@@ -128,38 +125,6 @@ def test_stopped_and_resumed_it_is_the_same_run(folder, finished, tmp_path, stop
     same_run(config, finished[0], tmp_path)
 
 
-@pytest.mark.slow
-def test_killed_five_times_it_is_the_same_run(folder, finished, tmp_path):
-    """kill -9 wherever the run happens to be, and again; then to the end."""
-    config = settings(folder)
-    words = ["train", "finetune", "--out", tmp_path]
-    words += ["--model", config.model, "--data", *config.data]
-    for name, value in QUICK.items():
-        words += [f"--{name.replace('_', '-')}", value]
-    said = tmp_path / "said"
-    # The first process that comes so far compiles for all.
-    cache = {"JAX_ENABLE_COMPILATION_CACHE": "true"}
-    cache["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
-    rng = random.Random(0)
-    for _ in range(5):
-        process = several.start(words, said, **cache)
-        seen, target = log.read(tmp_path / "metrics.jsonl"), rng.choice([0, 2, 4])
-        wanted = (seen[-1]["step"] if seen else 0) + target
-        while process.is_alive() and not reached(tmp_path, wanted):
-            time.sleep(0.02)
-        time.sleep(rng.random() * 0.3)
-        assert process.exitcode in (None, 0), said.read_text()
-        process.kill()
-        process.join()
-    assert several.ended(several.start(words, said, **cache), 240) == 0, said.read_text()
-    same_run(config, finished[0], tmp_path)
-
-
-def reached(out, step):
-    lines = log.read(out / "metrics.jsonl")
-    return bool(lines) and lines[-1]["step"] >= step
-
-
 def test_another_run_s_folder_is_refused(folder, finished):
     with pytest.raises(ValueError, match=r"other settings \(learning_rate 0.003, now 0.1"):
         run(settings(folder, learning_rate=0.1), finished[0])
@@ -204,17 +169,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(folde
     number, state, _ = newest(config, tmp_path)
     assert number == kept
     assert all(np.isfinite(leaf).all() for leaf in state.params.values())
-
-
-def test_a_full_disk_is_one_line_and_names_the_last_good_checkpoint(folder, tmp_path):
-    words = ["train", "finetune", "--out", tmp_path, "--model", folder / "mla"]
-    words += ["--data", f"plain:{folder / 'rows.jsonl'}"]
-    words += ["--steps", "4", "--checkpoint-every", "2", "--sequence-length", "64"]
-    process = several.start(words, tmp_path / "said.0", file_bytes=9000)
-    assert several.ended(process, 240) == 2
-    (said,) = several.lines(tmp_path, 0)
-    assert "cannot write a checkpoint" in said and "last good one: none" in said
-    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 # Orbax reads many arrays at once: some end when the first error has closed the loop of events.

@@ -13,7 +13,7 @@ import numpy as np
 
 import kvjax
 from kvjax.checks import COUNT, check_ranges
-from kvjax.endings import GOES_ON, only_writer
+from kvjax.endings import GOES_ON, only_writer, say_finished
 from kvjax.extras import pyplot
 from kvjax.hf import open_params, read_model
 from kvjax.identity import identity
@@ -22,6 +22,10 @@ from kvjax.runs import claim, write_json, write_picture, write_whole
 from kvjax.text_files import read_object
 from train.compare.config import CompareConfig, Job, final_jobs, read_compare, search_jobs
 from train.compare.runs import best_rate, read_result, test_accuracies, trainer, write_data
+
+TABLE, PICTURE = "table.md", "loss.png"
+REPORT = ("results.json", TABLE, PICTURE)
+"""The files of the report, which are written when all runs are finished."""
 
 
 def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
@@ -40,9 +44,12 @@ def compare(out: Path, config: Path | None = None, workers: int = 2) -> None:
     local_path(settings.model, "model")
     with only_writer(out, GOES_ON):
         check_folder(settings, out)
-        write_data(settings, out)
-        run_all(settings, out, workers)
-    print((out / "table.md").read_text())
+        if all((out / name).is_file() for name in REPORT):
+            say_finished(out)
+        else:
+            write_data(settings, out)
+            run_all(settings, out, workers)
+    print((out / TABLE).read_text())
 
 
 def run_all(settings: CompareConfig, out: Path, workers: int) -> None:
@@ -119,8 +126,8 @@ def report(config: CompareConfig, out: Path, before: dict[str, Any]) -> dict[str
         for arm in config.arms
     }
     result = {"before": before, "searches": searches, "rows": rows}
-    write_json(out / "results.json", result)
-    write_whole(out / "table.md", table(config, result))
+    write_json(out / REPORT[0], result)
+    write_whole(out / TABLE, table(config, result))
     plot(config, out)
     return result
 
@@ -203,7 +210,7 @@ def plot(config: CompareConfig, out: Path) -> None:
     for axis in axes:
         axis.set(xlabel="step", yscale="log")
         axis.legend(fontsize=8)
-    write_picture(out / "loss.png", figure, dpi=110)
+    write_picture(out / PICTURE, figure, dpi=110)
 
 
 def draw(axis: Any, out: Path, jobs: list[Job], label: str) -> None:
