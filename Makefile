@@ -19,7 +19,7 @@ SMOLLM2 := $(if $(filter tiny,$(KVJAX_DEMO)),,$(VENV)/.installed-smollm2)
 # Most of the suite's time is XLA compiling on one core.
 JOBS ?= 2
 
-.PHONY: demo report test test-aot test-aot-gpu lint format bench clean
+.PHONY: demo report docs test test-aot test-aot-gpu lint format bench clean
 
 demo: $(VENV)/.installed $(SMOLLM2)
 	$(BIN)/kvjax demo --out demo_out $(if $(SMOLLM2),,--model builtin:needle)
@@ -46,6 +46,10 @@ test-aot: $(AOT_VENV)/.installed
 test-aot-gpu: $(AOT_GPU_VENV)/.installed
 	$(AOT_GPU_VENV)/bin/python -m pytest tests/kernels/test_gpu.py tests/kernels/test_lengths.py \
 	  tests/kernels/test_gpu_compiler.py tests/test_plan_aot_gpu.py $(PYTEST_ARGS)
+
+# The site of docs/ in site/. A link or a name that does not exist is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-$(TEST)
 	$(BIN)/ruff check .
@@ -97,5 +101,9 @@ $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[lint]"
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo_out report report_runs runs dist build
+	rm -rf $(VENV) demo_out report report_runs runs site dist build

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 CODE = ("kvjax", "pallas_kernels", "train", "eval", "benchmarks")
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -41,7 +41,7 @@ def exists(dotted):
     return ROOT.joinpath(*parts).is_dir()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_and_files_exist(document):
     text = document.read_text()
     dotted = set(re.findall(rf"(?<![\w./])((?:{'|'.join(CODE)})(?:\.[A-Za-z_]\w*)+)", text))
@@ -49,6 +49,19 @@ def test_modules_and_files_exist(document):
     assert [name for name in sorted(dotted - files) if not exists(name)] == []
     named = rf"(?<![\w./])((?:{'|'.join(CODE)}|tests|examples|docs)/[\w./*-]*\w\.\w+)"
     assert [name for name in re.findall(named, text) if not list(ROOT.glob(name))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(document):
+    """`make docs` checks the site; this holds for README.md too, and needs no mkdocs."""
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", document.read_text())
+    for path, anchor in links:
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        if anchor and "/api/" not in str(target):
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            names = {re.sub(r"[^\w -]", "", title).strip().lower() for title in titles}
+            assert anchor in {name.replace(" ", "-") for name in names}, f"{path}#{anchor}"
 
 
 def test_the_tour_names_what_its_files_define():

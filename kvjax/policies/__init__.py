@@ -7,6 +7,7 @@ of each head. Each published method has a maker here; a string names the same th
 >>> kvjax.generate(model, params, prompts, policy="snapkv:kv_size=128")
 """
 
+from kvjax.policies.budgets import Request, Uniform
 from kvjax.policies.compression import Budgets
 from kvjax.policies.named import (
     adasnapkv,
@@ -26,12 +27,16 @@ from kvjax.policies.named import (
     tova,
 )
 from kvjax.policies.policy import Compress, Full, Policy
+from kvjax.policies.scorers import LayerView
 
 __all__ = [
     "Budgets",
     "Compress",
     "Full",
+    "LayerView",
     "Policy",
+    "Request",
+    "Uniform",
     "adasnapkv",
     "expected",
     "full",

@@ -56,6 +56,13 @@ class HeadScores:
         """The importance of each query head: the mean over the samples."""
         return self.samples.mean(axis=2)
 
+    @property
+    def ranked(self) -> list[tuple[int, int]]:
+        """All heads as (layer, query head), the most important first."""
+        order = np.argsort(-self.mean, axis=None, kind="stable")
+        layers, heads = np.unravel_index(order, self.samples.shape[:2])
+        return list(zip(layers.tolist(), heads.tolist(), strict=True))
+
     def save(self, path: str | Path) -> None:
         """Writes the score file (packed if the name ends in .gz) and its meta file, atomically.
 

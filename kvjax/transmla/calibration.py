@@ -37,13 +37,13 @@ class LayerStats:
     """Means over the calibration tokens of one layer; fp64. Keys have QK-norm, but no RoPE.
 
     Attributes:
-        kv_mean: E[x] [2·K·H] of x = [k of all KV heads ; v of all KV heads].
-        kv_second: E[xᵀx] [2·K·H, 2·K·H].
+        kv_mean: E[x], [2·K·H], of x = [k of all KV heads ; v of all KV heads].
+        kv_second: E[xᵀx], [2·K·H, 2·K·H].
         attended_mean, attended_second: the same means, but each token counts as much as the
             attention that it receives from all queries of all heads.
-        q_second: E[qᵀq] [N, H, H] of every query head.
+        q_second: E[qᵀq], [N, H, H], of every query head.
         distance: [T] share of the attention at every distance between query and key.
-        input_second: E[yᵀy] [D, D] of the input of the attention; None unless requested.
+        input_second: E[yᵀy], [D, D], of the input of the attention; None unless requested.
     """
 
     kv_mean: Float[np.ndarray, " X"]

@@ -1,9 +1,10 @@
-"""The commands of docs/tpu_vm.md: plans run, and the others are understood."""
+"""The commands of docs/tpu_vm.md: plans run, the others are understood, and the script has them."""
 
 import json
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import eval_toys
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "tpu_vm.md").read_text()
+SCRIPT = ROOT / "examples" / "tpu_vm.sh"
 
 
 def commands():
@@ -83,3 +85,29 @@ def test_other_commands_are_understood(places):
 def test_exports_name_all_variables():
     used = {name for words in commands() for word in words for name in re.findall(r"\$(\w+)", word)}
     assert used <= set(re.findall(r"(\w+)=\S+", "".join(re.findall(r"^export .*$", DOC, re.M))))
+
+
+def test_the_script_has_the_commands_of_the_document(tmp_path):
+    """With programs that only write down what they are told."""
+    programs, log = tmp_path / "programs", tmp_path / "log"
+    programs.mkdir()
+    for name in ("uv", "python", "kvjax", "hf", "unzip", "git", "cp"):
+        file = programs / name
+        file.write_text(f'#!/bin/sh\nprintf "%s " {name} "$@" >> {log}\necho >> {log}\n')
+        file.chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    variables = {"MODEL": "org/name", "DATA": "data", "SCORES": "scores/heads.json"}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(
+        ["bash", SCRIPT], cwd=tmp_path, env=path | variables, check=True, capture_output=True
+    )
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL))
+    for name, value in variables.items():
+        blocks = blocks.replace(f"${name}", value)
+    known = [shlex.split(line, comments=True) for line in blocks.splitlines()]
+    ran = [shlex.split(line) for line in log.read_text().splitlines()]
+    shown = [words for words in ran if words[:2] not in (["hf", "auth"], ["python", "-c"])]
+    assert [words for words in shown if words not in known] == []
+    names = [words[0] for words in shown]
+    assert names == ["uv", "hf", "unzip", "git", "cp", "kvjax", *["python"] * 4]

@@ -21,8 +21,7 @@ def sample(model, params, prompt, policy, count=32, temperature=0.7, seed=0):
 def main() -> list[int]:
     """Answers a question of the embedded model from 24 tokens a head."""
     model, params = kvjax.load("builtin:needle", dtype="float32")
-    vocabulary = kvjax.tasks.WordVocabulary()
-    [example] = kvjax.tasks.make_examples("needle", vocabulary, 1, length=256)
+    [example] = kvjax.tasks.make_examples("needle", kvjax.tasks.WordVocabulary(), 1, length=256)
     answer = sample(model, params, example.prompt, "headkv:kv_size=24", count=4, temperature=0.1)
     print(kvjax.load_tokenizer("builtin:needle").decode(answer))
     return answer

@@ -1,6 +1,6 @@
 """A new way to factor K and V for TransMLA's equal_cache: an orthonormal latent.
 
-    python examples/new_init.py
+    python examples/own_init.py
 
 An init is a function from the weight [inputs, KV heads, head dim], the number of query heads that
 share a KV head, and the layer's RoPE (None for values) to the two factors. kvjax checks that their
