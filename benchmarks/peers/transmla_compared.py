@@ -12,11 +12,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+# Before NumPy is imported: threads of BLAS that wait for each other would count as CPU time.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import kvjax
 from benchmarks.environment import environment
