@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import inspect
 import os
@@ -167,6 +166,10 @@ def _new_part(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def _lock(file: BinaryIO) -> None:
+    try:
+        import fcntl
+    except ImportError as error:  # Windows, where an open file cannot be removed anyway
+        raise OSError("this system has no locks of this kind") from error
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
