@@ -10,6 +10,8 @@ from kvjax.nn import Transformer
 from kvjax.prefill import prefill
 from kvjax.text_generation import TextGeneration, generate_text
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Context",
     "Example",
