@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.task import Item, Task
 from kvjax.config import ModelConfig
-from kvjax.prefill import bucket_length
+from kvjax.prefilling import bucket_length
 from kvjax.text import chat_ids, prompt_ids
 
 

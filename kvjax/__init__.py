@@ -7,7 +7,7 @@ from kvjax.example import Example
 from kvjax.generation import Generation, generate
 from kvjax.hf import load, load_tokenizer, save
 from kvjax.nn import Transformer
-from kvjax.prefill import prefill
+from kvjax.prefilling import prefill
 from kvjax.text_generation import TextGeneration, generate_text
 
 __version__ = "0.1.0"
