@@ -20,6 +20,19 @@ print(kvjax.__file__)
 print(kvjax.load_tokenizer("builtin:needle").decode([4]))
 print(kvjax.headkv.default_scores(kvjax.load("builtin:needle")[0].config).ranked[0])
 """
+NOT_FOR_INFO = ("datasets", "grain", "matplotlib", "orbax", "torch", "transformers")
+HEAVY = (*NOT_FOR_INFO, "flax", "optax", "scipy", "pydantic", "kvjax.nn")
+LIGHT = f"""
+import contextlib, io, sys
+from kvjax.cli import main
+said = io.StringIO()
+with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    main(["--help"])
+print("compress" in said.getvalue(), [name for name in {HEAVY!r} if name in sys.modules])
+with contextlib.redirect_stdout(said):
+    main(["info", "builtin:needle", "--compilation-cache", "off"])
+print("GQA 8/4" in said.getvalue(), [name for name in {NOT_FOR_INFO!r} if name in sys.modules])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +76,10 @@ def test_the_package_works_from_the_wheel(installed):
 def test_the_command_works_from_the_wheel(installed):
     said = run(installed, installed / "bin" / "kvjax", "--help")
     assert "compress" in said and "--compilation-cache" in said
+
+
+def test_help_and_info_import_little(installed):
+    """`kvjax --help` takes little more than `import jax`: it counts what is imported, not time."""
+    help_, info = run(installed, sys.executable, "-c", LIGHT).splitlines()
+    assert help_ == "True []"
+    assert info == "True []"
