@@ -25,7 +25,7 @@ from kvjax.context import Context, reader_identity
 from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
-from kvjax.prefill import bucket_length, compressions, pad, read_prompts
+from kvjax.prefilling import bucket_length, compressions, pad, read_prompts
 from kvjax.runs import write_json
 
 PAGE = Path(kvjax.__file__).parent / "commands" / "demo" / "marrow_bay.txt"

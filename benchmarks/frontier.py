@@ -38,7 +38,7 @@ from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Policy
-from kvjax.prefill import shape_bytes
+from kvjax.prefilling import shape_bytes
 from kvjax.runs import append_lines
 from kvjax.scoring import Text, judge_compressed
 from kvjax.text_files import read_bytes

@@ -27,7 +27,7 @@ from kvjax.nn.transformer import block_kinds, embed
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import LayerView, queries_seen
 from kvjax.policies.selection import Ranking, rank_heads
-from kvjax.prefill import bucket_length, pad, read_layer
+from kvjax.prefilling import bucket_length, pad, read_layer
 
 
 def right_answers(

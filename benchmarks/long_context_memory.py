@@ -41,7 +41,7 @@ from kvjax.paths import local_path
 from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
-from kvjax.prefill import OBSERVED, cache_shapes, read_layer, read_prompts
+from kvjax.prefilling import OBSERVED, cache_shapes, read_layer, read_prompts
 
 SETTINGS = ("no cache", "full", "headkv")
 NO_EOS = np.zeros(0, np.int32)

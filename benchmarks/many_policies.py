@@ -35,7 +35,7 @@ from kvjax.paths import local_path
 from kvjax.policies.compression import Compression
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
-from kvjax.prefill import compressions, prefill_in_groups, read_prompts
+from kvjax.prefilling import compressions, prefill_in_groups, read_prompts
 
 SIZES = (24, 32, 48, 64, 96, 128, 192)
 NAMES = [f"{name}:kv_size={size}" for name in ("headkv", "snapkv", "streaming") for size in SIZES]

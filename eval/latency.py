@@ -161,7 +161,7 @@ def time_one(
     from eval import results
     from eval.prompts import Shape
     from kvjax.cache import cache_bytes
-    from kvjax.prefill import compressions
+    from kvjax.prefilling import compressions
 
     # Random ids: time does not depend on the text, and no tokenizer is needed.
     rng = np.random.default_rng(command.seed)
@@ -203,7 +203,7 @@ def _read(model: Any, params: Any, tokens: Any, work: Any) -> Any:
 
     from kvjax.decoding import Sampling, first_token
     from kvjax.mesh import mesh_of
-    from kvjax.prefill import read_prompts
+    from kvjax.prefilling import read_prompts
 
     logits, (cache,) = read_prompts(model, params, tokens, [work])
     # Greedy decoding draws nothing, but the state has keys.

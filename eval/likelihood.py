@@ -22,7 +22,7 @@ from kvjax.example import Example
 from kvjax.generation import full_cache_bytes
 from kvjax.nn import Transformer
 from kvjax.policies.policy import Compress, Full, Policy
-from kvjax.prefill import bucket_length
+from kvjax.prefilling import bucket_length
 from kvjax.scoring import (
     AFTER,
     INSIDE,

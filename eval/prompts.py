@@ -11,7 +11,7 @@ import numpy as np
 from eval.task import Item, Task
 from kvjax.chat import chat_ids
 from kvjax.config import ModelConfig
-from kvjax.prefill import bucket_length
+from kvjax.prefilling import bucket_length
 from kvjax.text import prompt_ids
 
 

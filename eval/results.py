@@ -48,7 +48,7 @@ from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import kept_tokens as tokens_kept
 from kvjax.policies.need import MeasuredNeed
 from kvjax.policies.policy import Compress, Full, Policy
-from kvjax.prefill import bucket_length, shape_bytes
+from kvjax.prefilling import bucket_length, shape_bytes
 
 PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "transformers", "numpy")
 

@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 
 import kvjax
+from kvjax.chat import document_ids, has_chat_template
 
 
 def answers(model, params, tokenizer, book, questions, policy, file, **settings):
     """Reads the book, writes its compressed cache to `file`, and answers from the file."""
-    ids = tokenizer(book)["input_ids"]
-    context = kvjax.compress(model, params, ids, policy)
+    chat = has_chat_template(tokenizer)  # then the book begins a message, which a question ends
+    ids = document_ids(tokenizer, book) if chat else tokenizer(book)["input_ids"]
+    context = kvjax.compress(model, params, ids, policy, chat=chat)
     print(f"{len(ids)} tokens read, {context.nbytes:,} bytes kept")
     context.save(file)
     context = kvjax.load_context(file, model, params)
@@ -36,7 +38,7 @@ def main(name="builtin:needle", path=None, *questions: str) -> list[str]:
     questions = questions or (form.format("mary"), form.format("john"))
     with tempfile.TemporaryDirectory() as folder:
         asked = model, params, kvjax.load_tokenizer(name), book, questions
-        found = answers(*asked, "spankv:ratio=0.1", f"{folder}/book.kv", max_new_tokens=32)
+        found = answers(*asked, "full:entries=int4", f"{folder}/book.kv", max_new_tokens=32)
     for question, answer in zip(questions, found, strict=True):
         print(f"{question.strip()}{answer}")
     return found

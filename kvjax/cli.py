@@ -2,6 +2,7 @@
 
 Each function here is a subcommand: tyro makes the options from its signature. The function checks
 what belongs to the command line, calls `kvjax.commands` or `kvjax.capacity`, and prints the result.
+Those are imported inside the functions: help and refused arguments do not wait for them.
 """
 
 from __future__ import annotations
@@ -10,31 +11,21 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from kvjax import compilation_cache
-from kvjax.capacity.plan import Request, plan_capacity, readable
-from kvjax.commands.chat import chat as run_chat
-from kvjax.commands.checkpoints import describe, export_checkpoint, tensor_statistics
-from kvjax.commands.convert import (
-    DecoupledSettings,
-    EqualCacheSettings,
-    convert_to_decoupled,
-    convert_to_equal_cache,
-)
-from kvjax.commands.demo import run_demo
-from kvjax.commands.score import score_checkpoint
-from kvjax.commands.text import compress_text, continue_text, prompt_of
 from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_writer, say
-from kvjax.headkv.examples import Grid
 from kvjax.paths import local_arguments
-from kvjax.policies.named import BEFORE_QUESTIONS
 from kvjax.runs import write_json
 from kvjax.usage import parsed
+
+if TYPE_CHECKING:
+    from kvjax.commands.convert import DecoupledSettings, EqualCacheSettings
+    from kvjax.headkv.examples import Grid
 
 Json = Annotated[Path | None, arg(name="json", help="also write the result as JSON to this file")]
 Model = Annotated[
@@ -63,6 +54,8 @@ def info(
 
     With --tensors, also prints statistics of the named tensors. NaN or infinity is an error.
     """
+    from kvjax.commands.checkpoints import describe, tensor_statistics
+
     facts = describe(model)
     _print_facts(model, facts)
     if tensors:
@@ -88,6 +81,13 @@ def convert(
 
     If a run was interrupted, the same command continues where the run stopped.
     """
+    from kvjax.commands.convert import (
+        DecoupledSettings,
+        EqualCacheSettings,
+        convert_to_decoupled,
+        convert_to_equal_cache,
+    )
+
     changed = {
         "equal_cache": _changed(EqualCacheSettings, vars(equal_cache)),
         "decoupled": _changed(DecoupledSettings, vars(decoupled)),
@@ -123,6 +123,8 @@ def export(
 
     Copies tokenizer and generation defaults too, and checks the written files.
     """
+    from kvjax.commands.checkpoints import export_checkpoint
+
     of_rms = _changed(export, locals(), "calibration", "calibration_tokens")
     _refuse_unread("--norm", norm, {"rms": of_rms})
     with only_writer(out, NOTHING_YET):
@@ -146,6 +148,8 @@ def score(
 
     If a run was interrupted, the same command continues where the run stopped.
     """
+    from kvjax.commands.score import score_checkpoint
+
     with only_writer(out, GOES_ON):
         report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
     _print_rows([report])
@@ -154,6 +158,9 @@ def score(
 
 Raw = Annotated[bool, arg(help="read the text as it is, without the tokenizer's chat template")]
 System = Annotated[str | None, arg(help="system message, for the chat template")]
+BEFORE_QUESTIONS = "full:entries=int4"
+"""For texts whose questions come later, and for chats. It keeps every token: a policy that does not
+know the question drops answers, even at half of the tokens (docs/headkv.md)."""
 PolicyName = Annotated[str, arg(help="what the cache keeps, such as headkv:kv_size=512")]
 Stop = Annotated[
     UseAppendAction[tuple[str, ...]],
@@ -192,6 +199,8 @@ def generate(
 
     Example: kvjax generate MODEL "What is a cache?" --policy snapkv:kv_size=64
     """
+    from kvjax.commands.text import continue_text, prompt_of
+
     text = prompt_of(prompt, prompt_file)
     # Greedy decoding ignores the settings of sampling.
     if temperature == 0:
@@ -247,6 +256,10 @@ def chat(
 
     Example: kvjax chat MODEL --document book.txt --policy headkv:kv_size=256
     """
+    from kvjax.commands.chat import chat as run_chat
+
+    if context is not None and _changed(chat, locals(), "policy", "document", "system"):
+        raise ValueError("--context has a policy, a text and a system message: give no other one")
     sampling = {"temperature": temperature, "seed": seed}
     rows = run_chat(
         model,
@@ -278,6 +291,8 @@ def compress(
 
     Example: kvjax compress MODEL book.txt book.kv --policy headkv:kv_size=512
     """
+    from kvjax.commands.text import compress_text
+
     with only_writer(out, NOTHING_YET):
         chat = False if raw else None
         report = compress_text(model, text, out, policy, dtype, chat, system)
@@ -298,6 +313,8 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Shows answers and accuracy against cache bytes, heads and a conversion, on one model."""
+    from kvjax.commands.demo import run_demo
+
     with only_writer(out, STARTS_OVER):
         _write_report(json_file, run_demo(out, model, samples, seed))
 
@@ -336,6 +353,8 @@ def plan(
     Compiles prefill and decode for the topology without weights or devices. This needs the
     topology's compiler: libtpu, or jax's CUDA plugin.
     """
+    from kvjax.capacity.plan import Request, plan_capacity, readable
+
     compilation_cache.enable("off")  # programs for other devices cannot be read back
     request = Request(
         config,
@@ -405,14 +424,38 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `kvjax.endings` for bad input and signals."""
-    # A URL in place of a path is refused before a command does any work.
-    commands = {name: local_arguments(command) for name, command in COMMANDS.items()}
     with endings("kvjax"):
         # Every command has this flag, so it is taken out before tyro sees the arguments.
         folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
         compilation_cache.enable(folder)
+        commands = {name: _parsed(name, argv) for name in COMMANDS}
         about = f"Smaller KV caches for existing LLMs. {compilation_cache.HELP}"
         parsed(commands, "kvjax", argv, description=about)
+
+
+def _parsed(name: str, argv: Sequence[str]) -> Callable[..., Any]:
+    """A command as tyro needs it: without parameters if the arguments are not for this command."""
+    command = COMMANDS[name]
+    if argv[:1] != [name]:
+
+        def unparsed() -> None: ...
+
+        unparsed.__doc__ = command.__doc__
+        return unparsed
+    if command in (convert, score):
+        _import_types()
+    # A URL in place of a path is refused before the command does any work.
+    return local_arguments(command)
+
+
+def _import_types() -> None:
+    """Imports the types of parameters whose modules are slow to import, for tyro to read."""
+    from kvjax.commands.convert import DecoupledSettings, EqualCacheSettings
+    from kvjax.headkv.examples import Grid
+
+    globals().update(
+        {kind.__name__: kind for kind in (DecoupledSettings, EqualCacheSettings, Grid)}
+    )
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

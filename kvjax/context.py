@@ -34,7 +34,14 @@ from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy, check_growth
-from kvjax.prefill import bucket_length, compressions, embed_chunks, last_logits, pad, read_prompts
+from kvjax.prefilling import (
+    bucket_length,
+    compressions,
+    embed_chunks,
+    last_logits,
+    pad,
+    read_prompts,
+)
 from kvjax.text_files import parse_object
 from pallas_kernels import Packed, Quantized
 from pallas_kernels.packed import packed_bytes

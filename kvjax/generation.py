@@ -36,7 +36,7 @@ from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import parse_policy, resolve_each
 from kvjax.policies.policy import Full, Policy
-from kvjax.prefill import bucket_length, compressions, pad, prefill_in_groups, shape_bytes
+from kvjax.prefilling import bucket_length, compressions, pad, prefill_in_groups, shape_bytes
 
 RANGES = {
     "max_new_tokens": COUNT,

@@ -32,7 +32,7 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.policy import Compress, Full, Policy, check_growth
-from kvjax.prefill import bucket_length, pad, shape_bytes
+from kvjax.prefilling import bucket_length, pad, shape_bytes
 
 PIECE = 128
 """Tokens of a text that are fed to a compressed cache at a time, at most."""

@@ -11,7 +11,7 @@ from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeCon
 from kvjax.generation import generate, generate_each
 from kvjax.nn import Transformer
 from kvjax.policies.named import parse_policy
-from kvjax.prefill import compressions, shape_bytes
+from kvjax.prefilling import compressions, shape_bytes
 
 LAYERS, VOCAB = 2, 89
 POLICIES = (
@@ -43,7 +43,7 @@ def prompts():
 @pytest.fixture
 def layers_read(monkeypatch):
     """A list with one item for each layer that prefill has read."""
-    module, found = sys.modules["kvjax.prefill"], []
+    module, found = sys.modules["kvjax.prefilling"], []
     read = module.read_layer
 
     def counted(*args, **settings):

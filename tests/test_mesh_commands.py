@@ -9,7 +9,7 @@ from meshes import GQA, SHAPES, mesh_of_eight, spread, toy
 
 import kvjax
 from kvjax import transmla
-from kvjax.prefill import group_rows
+from kvjax.prefilling import group_rows
 
 SHAPE = "data=2,fsdp=2,tensor=2"
 

@@ -23,7 +23,7 @@ from kvjax.config import RopeConfig
 from kvjax.headkv import HeadScores, balance
 from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.named import parse_policy, snapkv
-from kvjax.prefill import pad
+from kvjax.prefilling import pad
 from kvjax.sharding import make_mesh, place_params
 
 NEW = 6

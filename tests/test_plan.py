@@ -34,7 +34,7 @@ from kvjax.policies.named import parse_policy
 from kvjax.policies.need import MeasuredNeed, NeedCurves
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import ObservationWindow
-from kvjax.prefill import OBSERVED, embed_chunks, read_layer
+from kvjax.prefilling import OBSERVED, embed_chunks, read_layer
 from kvjax.sharding import place_params
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"

@@ -33,7 +33,7 @@ from kvjax.decoding import FUSED_FROM, step_function
 from kvjax.hf import read_shape
 from kvjax.mesh import batch_axes, make_mesh, own_names, parse_mesh
 from kvjax.nn import Transformer
-from kvjax.prefill import LONGEST_CHUNK, bucket_length
+from kvjax.prefilling import LONGEST_CHUNK, bucket_length
 
 MORE = 8
 """Sequences per replica that the second compiled step has more than the first."""

@@ -23,7 +23,7 @@ from kvjax.capacity.variants import Served, located
 from kvjax.decoding import decode_step, embed_step, step_logits
 from kvjax.nn import Transformer
 from kvjax.nn.transformer import block_kinds, block_program, most_likely, output_params
-from kvjax.prefill import Watching, embed_chunks, last_logits, observed_queries, read_layer
+from kvjax.prefilling import Watching, embed_chunks, last_logits, observed_queries, read_layer
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 HEAP = re.compile(r"^allocation \d+: size (\d+), (?:page \d+, )?preallocated-temp", re.MULTILINE)

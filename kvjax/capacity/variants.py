@@ -27,7 +27,7 @@ from kvjax.policies.importance import HeadScores, default_scores
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.need import MeasuredNeed
 from kvjax.policies.policy import Compress, Policy
-from kvjax.prefill import bucket_length, cache_shapes
+from kvjax.prefilling import bucket_length, cache_shapes
 from kvjax.sharding import param_shardings
 from kvjax.transmla.layer import gqa_layers
 from kvjax.transmla.sizes import components, decoupled_shape

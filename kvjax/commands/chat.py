@@ -15,14 +15,14 @@ from kvjax.context import compress, load_context
 from kvjax.conversation import Conversation, ask
 from kvjax.endings import say
 from kvjax.hf import load, load_tokenizer
-from kvjax.policies.named import BEFORE_QUESTIONS, parse_policy
+from kvjax.policies.named import parse_policy
 
 PROMPT = "> "
 
 
 def chat(
     path: str,
-    policy: str = BEFORE_QUESTIONS,
+    policy: str,
     context: Path | None = None,
     document: Path | None = None,
     system: str | None = None,
@@ -34,7 +34,8 @@ def chat(
     Args:
         path: a checkpoint whose tokenizer has a chat template.
         policy: what the cache keeps, see `kvjax.conversation.ask`.
-        context: a file of `kvjax compress`, which the chat is about. It has a policy already.
+        context: a file of `kvjax compress`, which the chat is about. It has a policy already, and
+            `policy`, `document` and `system` do not apply.
         document: a text file that the chat is about.
         system: the system's message.
         dtype: see `kvjax.load`.
@@ -45,11 +46,8 @@ def chat(
         seconds_to_first_token and tokens_per_second.
 
     Raises:
-        ValueError: no chat template; `context` together with what it has already.
+        ValueError: no chat template, and see `kvjax.conversation.ask`.
     """
-    given = (policy, document, system) != (BEFORE_QUESTIONS, None, None)
-    if context is not None and given:
-        raise ValueError("--context has a policy, a text and a system message: give no other one")
     parse_policy(policy)
     content = None if document is None else read_text(document)
     tokenizer = load_tokenizer(path)

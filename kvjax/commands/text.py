@@ -15,7 +15,7 @@ from kvjax.checks import COUNT, Range, check_ranges, token_ids
 from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
-from kvjax.policies.named import BEFORE_QUESTIONS, parse_policy
+from kvjax.policies.named import parse_policy
 from kvjax.text import prompt_ids
 from kvjax.text_generation import generate_text
 
@@ -130,7 +130,7 @@ def compress_text(
     path: str,
     text: Path,
     out: Path,
-    policy: str = BEFORE_QUESTIONS,
+    policy: str,
     dtype: str | None = None,
     chat: bool | None = None,
     system: str | None = None,

@@ -40,7 +40,7 @@ from kvjax.policies.scorers import (
     queries_seen,
 )
 from kvjax.policies.selection import Ranking, rank_common, rank_heads
-from kvjax.prefill import bucket_length, pad, read_layer
+from kvjax.prefilling import bucket_length, pad, read_layer
 
 SIZES = (0, 4, 16, 64)
 """Tokens that a head keeps besides the recent ones; the whole prompt follows."""

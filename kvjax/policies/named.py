@@ -189,10 +189,6 @@ MAKERS: dict[str, Callable[..., Policy]] = {
     )
 }
 
-BEFORE_QUESTIONS = "full:entries=int4"
-"""For texts whose questions come later, and for chats. It keeps every token: a policy that does not
-know the question drops answers, even at half of the tokens (docs/headkv.md)."""
-
 PARAMETERS = {"bytes": "nbytes"}
 """Setting names in a policy string whose maker parameter has a different name."""
 

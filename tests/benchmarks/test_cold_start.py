@@ -8,7 +8,7 @@ from benchmarks import cold_start
 from benchmarks.cold_start_process import FIRST, changes, names_of
 from benchmarks.compile_spans import Span
 from kvjax.policies.named import parse_policy
-from kvjax.prefill import bucket_length
+from kvjax.prefilling import bucket_length
 
 
 @pytest.mark.parametrize("policy", cold_start.POLICIES)

@@ -13,7 +13,7 @@ import kvjax
 import pallas_kernels
 from kvjax.cache.layers import scheduled
 from kvjax.config import GQAConfig, RopeConfig
-from kvjax.prefill import pad
+from kvjax.prefilling import pad
 from kvjax.sharding import place_params
 from pallas_kernels import api
 

@@ -30,7 +30,7 @@ from kvjax.policies.compression import Budgets, layer_slots
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.scorers import SinksAndRecent
-from kvjax.prefill import compressions, read_prompts
+from kvjax.prefilling import compressions, read_prompts
 
 BUCKET = 48
 on_h200 = functools.partial(on, "NVIDIA H200", "gpu")

@@ -23,7 +23,7 @@ from kvjax import generation, transmla
 from kvjax.cache.storage import room_bucket
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
-from kvjax.prefill import bucket_length
+from kvjax.prefilling import bucket_length
 from kvjax.text import added_text
 
 POLICIES = ("full", "snapkv:kv_size=12,observed=4")

@@ -22,7 +22,7 @@ CORES = {
     "finetune": ("train",),
 }
 """The functions of each example that a researcher would copy."""
-PUBLIC = ("kvjax", "kvjax.policies", "kvjax.config")
+PUBLIC = ("kvjax", "kvjax.chat", "kvjax.policies", "kvjax.config")
 """The modules that examples import from."""
 
 

@@ -22,7 +22,7 @@ from kvjax.policies.budgets import Uniform, token_bytes
 from kvjax.policies.named import MAKERS, resolve
 from kvjax.policies.policy import Compress
 from kvjax.policies.scorers import by_kv_head, query_attention
-from kvjax.prefill import pad, prefill, read_layer
+from kvjax.prefilling import pad, prefill, read_layer
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8))
 SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), window=13)
@@ -136,7 +136,7 @@ def test_the_chunk_of_prefill_changes_no_selection(monkeypatch, kind, policy):
     asked = kind, f"{policy}:kv_size=16", (64, 33, 5)
     one = read(*asked)
     chunked = functools.partial(read_layer, chunk=24)
-    monkeypatch.setattr(sys.modules["kvjax.prefill"], "read_layer", chunked)
+    monkeypatch.setattr(sys.modules["kvjax.prefilling"], "read_layer", chunked)
     many = read(*asked)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

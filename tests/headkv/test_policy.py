@@ -26,7 +26,7 @@ from kvjax.policies.budgets import Adaptive, HeadImportance, Pyramid, Request, U
 from kvjax.policies.named import parse_policy, resolve
 from kvjax.policies.policy import Compress, Full
 from kvjax.policies.scorers import KeyNorm, ObservationWindow, SinksAndRecent, SpanWindow
-from kvjax.prefill import prefill
+from kvjax.prefilling import prefill
 
 GQA = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(8), qkv_bias=True, qk_norm="head")
 SLIDING = GQAConfig(4, 2, 8, 8**-0.5, RopeConfig(4), window=11, softcap=20.0)

@@ -23,7 +23,7 @@ from kvjax import runs
 from kvjax.checks import COUNT, SEED, check_finite, check_ranges
 from kvjax.fields import Number, Positive, Says, object_problems, refuse
 from kvjax.nn import Transformer
-from kvjax.prefill import bucket_length
+from kvjax.prefilling import bucket_length
 from kvjax.runs import write_whole
 from kvjax.tasks import WordVocabulary
 from kvjax.tasks.families import problems, rows

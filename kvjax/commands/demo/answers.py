@@ -25,7 +25,7 @@ from kvjax.generation import generate, generate_each
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Full, Policy
-from kvjax.prefill import shape_bytes
+from kvjax.prefilling import shape_bytes
 from kvjax.tasks.prompt import SENTENCE_END
 from kvjax.text import added_text
 
