@@ -442,7 +442,7 @@ def _parsed(name: str, argv: Sequence[str]) -> Callable[..., Any]:
 
         unparsed.__doc__ = command.__doc__
         return unparsed
-    if command in (convert, score):
+    if name in ("convert", "score"):
         _import_types()
     # A URL in place of a path is refused before the command does any work.
     return local_arguments(command)
