@@ -59,7 +59,10 @@ def decode_step(
     Called outside `jax.jit`, it dispatches one compiled program per layer; layers of a kind share
     their program. Under `jax.jit` the whole step is one program; donate the cache then.
 
-    >>> logits, cache = kvjax.decode_step(model, params, cache, token)
+    Examples:
+        >>> logits, cache = kvjax.prefill(model, params, tokens, lengths)
+        >>> token = logits.argmax(-1).astype("int32")
+        >>> logits, cache = kvjax.decode_step(model, params, cache, token)
 
     Args:
         cache: from `kvjax.prefill`, a list from `model.init_cache`, or the result of the previous

@@ -61,8 +61,10 @@ def prefill(
     bucket of prompt lengths (see `bucket_length`). Budgets and lengths are data, and so is
     `max_new_tokens` within its bucket (64, 128, 256, …).
 
-    >>> logits, cache = kvjax.prefill(model, params, tokens, lengths, policy="snapkv:kv_size=64")
-    >>> logits, cache = kvjax.decode_step(model, params, cache, logits.argmax(-1))
+    Examples:
+        >>> logits, cache = kvjax.prefill(model, params, tokens, lengths, "snapkv:kv_size=24")
+        >>> token = logits.argmax(-1).astype("int32")
+        >>> logits, cache = kvjax.decode_step(model, params, cache, token)
 
     Args:
         tokens: [B, T] int32, padded on the right.

@@ -88,17 +88,17 @@ def generate_text(
             refuses the messages, or together with a context; a system message without a chat
             template; and see `kvjax.generate`.
 
-    >>> import kvjax
-    >>> model, params = kvjax.load("builtin:needle")
-    >>> tokenizer = kvjax.load_tokenizer("builtin:needle")
-    >>> prompt = "mary 's favorite thing is velvet . "
-    >>> prompt += "the garden is grey and the woman sleeps . " * 20
-    >>> prompt += "question : what is the favorite thing of mary ? answer :"
-    >>> out = kvjax.generate_text(model, params, tokenizer, prompt, policy="headkv:kv_size=24")
-    >>> out.text
-    ' velvet'
-    >>> out.cache_bytes < out.full_cache_bytes / 3
-    True
+    Examples:
+        >>> model, params = kvjax.load("builtin:needle")
+        >>> tokenizer = kvjax.load_tokenizer("builtin:needle")
+        >>> prompt = "mary 's favorite thing is velvet . "
+        >>> prompt += "the garden is grey and the woman sleeps . " * 20
+        >>> prompt += "question : what is the favorite thing of mary ? answer :"
+        >>> out = kvjax.generate_text(model, params, tokenizer, prompt, policy="headkv:kv_size=24")
+        >>> out.text
+        ' velvet'
+        >>> out.cache_bytes < out.full_cache_bytes / 3
+        True
     """
     texts = _checked([prompts] if isinstance(prompts, str) else prompts)
     wrapped = _in_chat(tokenizer, chat, system, context)

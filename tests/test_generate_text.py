@@ -1,6 +1,5 @@
 """Texts answered, continued and read: what is encoded, what ends, what is printed."""
 
-import doctest
 import json
 from types import SimpleNamespace
 
@@ -145,12 +144,6 @@ def test_a_context_has_no_chat(checkpoint, said):
     ):
         with pytest.raises(ValueError, match=line):
             kvjax.generate_text(*ask, context=context, **settings)
-
-
-def test_the_example_of_the_docstring():
-    examples = doctest.DocTestFinder().find(kvjax.generate_text, globs={})
-    [example] = [each for each in examples if each.examples]
-    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 @pytest.mark.parametrize("question", [" the x", "\nx", "return"])

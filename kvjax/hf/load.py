@@ -52,7 +52,8 @@ def load(
         ValueError: the model does not exist or is unsupported, or the checkpoint does not fit its
             config. One error lists every missing, unexpected or misshapen tensor.
 
-    >>> model, params = kvjax.load("Qwen/Qwen3-0.6B")
+    Examples:
+        >>> model, params = kvjax.load(path)  # a folder, a GGUF file, or an id of the hub
     """
     target = _float_dtype(dtype)
     model, directory = _with_weights(path)

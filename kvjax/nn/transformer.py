@@ -208,9 +208,10 @@ def attention_output(
 class Transformer(nn.Module):
     """A causal language model. Parameters are a plain nested dict; caches are arguments.
 
-    >>> logits, _ = model.apply({"params": params}, tokens)
-    >>> cache = model.init_cache(batch_size, max_len)
-    >>> logits, cache = model.apply({"params": params}, tokens, cache=cache)
+    Examples:
+        >>> logits, _ = model.apply({"params": params}, tokens)
+        >>> cache = model.init_cache(1, 64, dtype="float32")
+        >>> logits, cache = model.apply({"params": params}, tokens, cache=cache)
     """
 
     config: ModelConfig

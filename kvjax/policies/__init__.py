@@ -3,8 +3,9 @@
 A policy is an allocator, which divides a size among the heads, and a scorer, which rates the tokens
 of each head. Each published method has a maker here; a string names the same thing:
 
->>> kvjax.generate(model, params, prompts, policy=kvjax.policies.snapkv(kv_size=128))
->>> kvjax.generate(model, params, prompts, policy="snapkv:kv_size=128")
+Examples:
+    >>> kvjax.policies.snapkv(kv_size=128) == kvjax.policies.parse_policy("snapkv:kv_size=128")
+    True
 """
 
 from kvjax.policies.budgets import Request, Uniform

@@ -277,7 +277,11 @@ def make_examples(
 ) -> list[Example]:
     """Examples of a task.
 
-    >>> [example] = make_examples("needle", WordVocabulary(), 1, length=256)
+    Examples:
+        >>> words = kvjax.tasks.WordVocabulary()
+        >>> [example] = kvjax.tasks.make_examples("needle", words, 1, length=256)
+        >>> len(example.prompt)
+        256
 
     Args:
         task: a name in TASKS.

@@ -23,7 +23,8 @@ def convert(
 ) -> tuple[Transformer, dict[str, Any]]:
     """Calls `to_equal_cache` or `to_decoupled` by the name of the method.
 
-    >>> mla_model, mla_params = convert(model, params, "decoupled", calibration=ids, cache=0.5)
+    Examples:
+        >>> mla_model, mla_params = kvjax.transmla.convert(model, params, "equal_cache")
 
     Args:
         options: the keyword arguments of that function, and for "decoupled" either

@@ -124,7 +124,10 @@ def calibrate(
     The products of a batch are summed on the device in fp32 at full precision, and those of all
     batches on the host in fp64. Memory is O(L·(2·K·H)²) plus the token ids.
 
-    >>> stats = calibrate(model, params, batches)
+    Examples:
+        >>> stats = kvjax.transmla.calibrate(model, params, batches)
+        >>> len(stats.layers) == model.config.num_layers
+        True
 
     Args:
         model: with GQA in every layer.

@@ -102,7 +102,9 @@ def to_decoupled(
     on the calibration text, in as many first layers as lower the loss on held-out text.
     docs/decoupled.md has the method and its measurements.
 
-    >>> mla_model, mla_params = to_decoupled(model, params, stats, cache=0.5)
+    Examples:
+        >>> stats = kvjax.transmla.calibrate(model, params, batches)
+        >>> mla_model, mla_params = kvjax.transmla.to_decoupled(model, params, stats, cache=0.5)
 
     Args:
         model: with GQA in every layer.

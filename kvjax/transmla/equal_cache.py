@@ -45,7 +45,8 @@ def to_equal_cache(
     learn its own keys and values. docs/transmla.md has the table of valid pairs of `init` and
     `rope_site`.
 
-    >>> mla_model, mla_params = to_equal_cache(model, params, init="svd_global")
+    Examples:
+        >>> mla_model, mla_params = kvjax.transmla.to_equal_cache(model, params)
 
     Args:
         model: with GQA in every layer.
