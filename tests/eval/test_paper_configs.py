@@ -125,7 +125,7 @@ def test_converted_models_have_their_command(name, monkeypatch):
         asked[str(out)] = source, wanted
         return {}
 
-    monkeypatch.setattr(cli, "convert_to_decoupled", note)
+    monkeypatch.setattr("kvjax.commands.convert.convert_to_decoupled", note)
     for words in conversions(name):
         cli.main(words)
     models = {run.model for run in read(CONFIGS / name).runs if run.model.startswith("runs/")}
