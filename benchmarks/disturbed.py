@@ -22,15 +22,22 @@ from pathlib import Path
 from typing import Any
 
 IMPORTS = [
+    "flax.linen",
     "grain",
     "matplotlib.pyplot",
+    "optax",
     "orbax.checkpoint",
     "transformers.models.auto.tokenization_auto",
     "kvjax.cli",
-    "eval.command",
-    "train.__main__",
+    "kvjax.generation",
+    "kvjax.headkv",
+    "kvjax.hf",
+    "kvjax.transmla",
+    "eval.run",
+    "train.finetune.run",
 ]
-"""What the commands import. None of it starts jax's backend, which threads no fork has."""
+"""What the commands import, much of it inside functions. None of it starts jax's backend, which
+threads no fork has."""
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 """Events of `sys.addaudithook` that change files; os.replace is reported as os.rename."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
