@@ -125,11 +125,11 @@ def fold(size: int) -> Placement:
 
     def place(statistics: KeyStatistics, rotation: Rotation, count: int) -> Basis:
         f, K = len(statistics.turning), statistics.num_heads
-        if size not in possible_folds(f, count):
-            raise ValueError(
-                f"FreqFold {size} of {f} frequencies cannot keep {count} of them, expected one "
-                f"of {possible_folds(f, count)}"
-            )
+        if size not in (possible := possible_folds(f, count)):
+            folds = ", ".join(map(str, possible))
+            expected = f"FreqFold {folds}" if folds else f"rope_dim / 2 to be a divisor of {f}"
+            got = f"FreqFold {size} of {f} frequencies cannot keep {count} of them"
+            raise ValueError(f"{got}, expected {expected}")
         stride = f // count
         vectors = _blocks(statistics.keys, rotation, size * K)
         kept = [

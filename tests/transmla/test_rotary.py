@@ -186,5 +186,7 @@ def test_fold_of_two_collapses_neighbours():
     assert whole.pairs == (0, 2) and whole.kept == (0, 1)
     with pytest.raises(ValueError, match="FreqFold 1 of 4 frequencies cannot keep 2"):
         rotary.fold(1)(stats, rotary.real_rotation, 2)
-    with pytest.raises(ValueError, match="cannot keep 3"):
+    with pytest.raises(
+        ValueError, match="cannot keep 3 of them, expected rope_dim / 2 to be a div"
+    ):
         rotary.fold(2)(stats, rotary.real_rotation, 3)
