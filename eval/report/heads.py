@@ -53,7 +53,7 @@ def importance(
 def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
     """Maps of the tokens that each head kept, for policies whose heads differ, by model."""
     parts = []
-    found: dict[tuple[str, tuple[int, ...]], dict[str, np.ndarray]] = {}
+    found: dict[tuple[str, str, tuple[int, ...]], dict[str, np.ndarray]] = {}
     for run in runs:
         for entry in run.policies:
             tables = entry.get("kept") or {}
@@ -64,15 +64,15 @@ def kept(runs: Sequence[Run], pictures: Pictures) -> list[str]:
             values = np.asarray(tables[bucket], float)
             # A picture of equal heads shows nothing.
             if values.size and values.min() < values.max():
-                title = f"{entry['policy']}, prompts up to {bucket}"
-                key = (str(run.results.get("model", "")), values.shape)
-                found.setdefault(key, {})[title] = values
-    for (model, shape), maps in found.items():
+                key = (str(run.results.get("model", "")), str(bucket), values.shape)
+                found.setdefault(key, {})[entry["policy"]] = values
+    for (model, bucket, shape), maps in found.items():
         rows, columns = ("layer", range(shape[0])), ("KV head", range(shape[1]))
         file = pictures.maps(f"kept {model}", maps, rows, columns, what="tokens kept")
         spans = [f"{title}: {v.min():.0f} to {v.max():.0f}" for title, v in maps.items()]
-        alt = f"{model}: tokens of the prompt that each KV head keeps; {'; '.join(spans)}"
-        parts.append(page.figure(file, alt, model))
+        what = f"{model}, prompts of up to {bucket} tokens"
+        alt = f"{what}: tokens that each KV head keeps; {'; '.join(spans)}"
+        parts.append(page.figure(file, alt, what))
     return [page.section("Tokens kept per head", *parts)] if parts else []
 
 

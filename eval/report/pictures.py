@@ -57,16 +57,21 @@ class Pictures:
         high = -(-len(values) // wide)
         height, width = next(iter(values.values())).shape
         cell = min(0.45, 9.0 / max(height, width * wide))
-        size = max(4.0, 1.8 + wide * (0.5 + cell * width)), high * max(1.8, 1.0 + cell * height)
+        size = (
+            max(4.0, 1.5 + wide * max(2.0, 0.5 + cell * width)),
+            high * max(1.8, 1.0 + cell * height),
+        )
         finite = np.concatenate([each[np.isfinite(each)].ravel() for each in values.values()])
         least, most = limits or (finite.min(), finite.max())
 
         def draw() -> Any:
             figure, grid = _subplots(high, wide, size, sharex=True, sharey=True, squeeze=False)
             image = None
-            for axes, (title, each) in zip(grid.flat, values.items(), strict=False):
+            for number, (title, each) in enumerate(values.items()):
+                axes = grid.flat[number]
                 image = axes.imshow(each, aspect="auto", cmap="viridis", vmin=least, vmax=most)
                 axes.set_title(_short(title), fontsize=9, wrap=True)
+                axes.tick_params(labelbottom=number + wide >= len(values))  # nothing is below it
                 for axis, (_, ticks) in ((axes.yaxis, rows), (axes.xaxis, columns)):
                     step = -(-len(ticks) // 16)
                     axis.set_ticks(range(0, len(ticks), step), [str(t) for t in ticks[::step]])
