@@ -16,6 +16,7 @@ from kvjax.runs import whole_lines, write_json, write_whole
 
 FULL = "original, full"
 PICTURE = Path("docs/figures/frontier.png")
+MARKERS = "osD^vPX*<>dp"
 TICKS = (2, 5, 10, 20, 50, 100)
 SECURE = 2.0
 """Standard errors from which a difference counts."""
@@ -132,15 +133,16 @@ def page(settings: dict[str, Any], facts: dict[str, Any], rows: Sequence[Row]) -
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Right answers and log-loss against the share of the full cache's bytes."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
-    for name, own in series(rows).items():
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.5), layout="constrained")
+    for number, (name, own) in enumerate(series(rows).items()):
+        look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
         shares = [100 * row["share"] for row in own]
         for axis, key in zip(axes, ("right", "nats_change"), strict=True):
             points = [(x, row[key]) for x, row in zip(shares, own, strict=True) if key in row]
             scale = 100 if key == "right" else 1
             if points:
                 x, y = zip(*points, strict=True)
-                axis.plot(x, [scale * value for value in y], marker="o", label=name)
+                axis.plot(x, [scale * value for value in y], label=name, **look)
     for axis, title in zip(
         axes, ("Right answers, %", "Loss above the full cache, nats a token"), strict=True
     ):
@@ -150,7 +152,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("Cache bytes, share of the full bfloat16 cache")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
