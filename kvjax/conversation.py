@@ -10,7 +10,8 @@ from typing import Any
 from kvjax.chat import Turn, turn_ids
 from kvjax.context import Context, compress, extend_context
 from kvjax.nn import Transformer
-from kvjax.policies.policy import Policy
+from kvjax.policies.named import parse_policy
+from kvjax.policies.policy import Full, Policy
 from kvjax.text_generation import OnText, TextGeneration, continue_ids
 
 AGAIN = 1024
@@ -68,7 +69,8 @@ def ask(
     """Answers the next message of a chat.
 
     The policy compresses the text up to the end of the first message. Later turns are kept in full,
-    and when they have more than AGAIN tokens, the whole chat is read again and compressed.
+    and when they have more than AGAIN tokens, the whole chat is read again and compressed, unless
+    the policy keeps every token.
 
     Args:
         tokenizer: of transformers, with a chat template.
@@ -111,7 +113,8 @@ def _read(
     ids = None if conversation.ids is None else (*conversation.ids, *new)
     if conversation.context is not None:
         held = conversation.context.length + len(new) - conversation.compressed
-        if ids is None or held <= AGAIN:
+        # To read the chat again is of use only to a policy that drops tokens.
+        if ids is None or held <= AGAIN or isinstance(parse_policy(policy), Full):
             context = extend_context(model, params, conversation.context, new)
             return dataclasses.replace(conversation, context=context, ids=ids)
     assert ids is not None

@@ -48,6 +48,15 @@ def test_a_long_chat_is_compressed_again(toy, monkeypatch):
     assert state.context.nbytes == fresh.nbytes
 
 
+def test_a_policy_that_drops_nothing_never_reads_the_chat_again(toy, monkeypatch):
+    monkeypatch.setattr(conversation, "AGAIN", 0)
+    state, lengths = Conversation(), []
+    for message in SAYS:
+        state, _ = ask(*toy, state, message, "full:entries=int4", **SHORT)
+        lengths.append(state.context.length)
+    assert state.compressed == lengths[0] < lengths[1] < lengths[2] == len(state.ids)
+
+
 def test_a_chat_about_a_document(toy):
     model, params, tokenizer = toy
     context = kvjax.compress(model, params, document_ids(tokenizer, "mary sings ."), "full", True)
