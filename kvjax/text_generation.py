@@ -101,7 +101,7 @@ def generate_text(
         True
     """
     texts = _checked([prompts] if isinstance(prompts, str) else prompts)
-    wrapped = _in_chat(tokenizer, chat, system, context)
+    wrapped = in_chat(tokenizer, chat, system, context)
     encode = functools.partial(_encoded, tokenizer, wrapped, system, context)
     ids = [encode(text) for text in texts]
     settings |= {"policy": policy, "context": context}
@@ -154,10 +154,10 @@ def _checked(prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def _in_chat(
-    tokenizer: Any, chat: bool | None, system: str | None, context: Context | None
+def in_chat(
+    tokenizer: Any, chat: bool | None, system: str | None, context: Context | None = None
 ) -> bool:
-    """Whether prompts are put into the chat template.
+    """Whether prompts, or a text to compress, are put into the chat template.
 
     Raises:
         ValueError: the arguments contradict each other or the tokenizer.

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
-from kvjax.chat import document_ids, has_chat_template
+from kvjax.chat import document_ids
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
 from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
 from kvjax.policies.named import parse_policy
 from kvjax.text import prompt_ids
-from kvjax.text_generation import generate_text
+from kvjax.text_generation import generate_text, in_chat
 
 RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
 """What the numbers of `token_rows` may be."""
@@ -153,9 +153,7 @@ def compress_text(
     content = read_text(text)
     parse_policy(policy)
     tokenizer = load_tokenizer(path)
-    wrapped = has_chat_template(tokenizer) if chat is None else chat
-    if system is not None and not wrapped:
-        raise ValueError("got a system message without a chat template, which would hold it")
+    wrapped = in_chat(tokenizer, chat, system)
     ids = document_ids(tokenizer, content, system) if wrapped else prompt_ids(tokenizer, content)
     model, params = load(path, dtype=dtype)
     context = compress(model, params, ids, policy, chat=wrapped)
