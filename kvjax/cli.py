@@ -158,9 +158,10 @@ def score(
 
 Raw = Annotated[bool, arg(help="read the text as it is, without the tokenizer's chat template")]
 System = Annotated[str | None, arg(help="system message, for the chat template")]
-BEFORE_QUESTIONS = "full:entries=int4"
+BEFORE_QUESTIONS = "full:entries=int8"
 """For texts whose questions come later, and for chats. It keeps every token: a policy that does not
-know the question drops answers, even at half of the tokens (docs/headkv.md)."""
+know the question drops answers, even at half of the tokens (docs/headkv.md). Keys and values would
+take 4 bits, but latents of converted models lose half of the answers then (docs/frontier.md)."""
 PolicyName = Annotated[str, arg(help="what the cache keeps, such as headkv:kv_size=512")]
 Stop = Annotated[
     UseAppendAction[tuple[str, ...]],

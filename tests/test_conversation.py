@@ -130,7 +130,7 @@ def test_compress_keeps_every_token_by_default(checkpoint, tmp_path, model):
     name = checkpoint if model == "CHECKPOINT" else model
     run("compress", name, text, tmp_path / "text.kv", "--json", out)
     report = json.loads(out.read_text())
-    assert report["policy"] == "full:entries=int4" and report["chat"] == (name == checkpoint)
+    assert report["policy"] == "full:entries=int8" and report["chat"] == (name == checkpoint)
 
 
 def test_where_a_prompt_comes_from(checkpoint, tmp_path, monkeypatch, capsys):
