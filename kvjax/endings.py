@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 
@@ -48,7 +50,8 @@ def endings(command: str) -> Iterator[None]:
     # Without torch, which no command needs, transformers would advise every user to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with _sigterm_raises(), plain_usage_errors(), _quiet_orbax():
+        _quiet_orbax()
+        with _sigterm_raises(), plain_usage_errors():
             yield
     except (ValueError, NotImplementedError, OSError) as error:
         for line in error_lines(error):
@@ -138,25 +141,23 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keeps orbax from printing tracebacks of the errors that it also raises."""
+def _quiet_orbax() -> None:
+    """From now on, keeps orbax from printing tracebacks of the errors that it also raises."""
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Of several arrays that can't be read or written, the first one raises and closes orbax's event
+    # loop. Threads of the others report to it later, some when the command has ended already: so
+    # nothing takes this hook away again.
     before = sys.unraisablehook
+    if getattr(before, "func", None) is not _unless_loop_closed:
+        sys.unraisablehook = functools.partial(_unless_loop_closed, before)
 
-    def hook(failed: sys.UnraisableHookArgs) -> None:
-        # Other reads of a damaged checkpoint end after the one that raised has closed the loop.
-        if str(failed.exc_value) != "Event loop is closed":
-            before(failed)
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+def _unless_loop_closed(before: Callable[[Any], Any], failed: sys.UnraisableHookArgs) -> None:
+    if str(failed.exc_value) != "Event loop is closed":
+        before(failed)
 
 
 def error_lines(error: Exception) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import several
@@ -111,6 +112,17 @@ def test_each_problem_has_a_line(capsys):
         raise Problems(["a.json: x is 1,\n expected 2", "a.json: y is missing"])
     said = capsys.readouterr().err
     assert said == "kvjax: error: a.json: x is 1, expected 2\nkvjax: error: a.json: y is missing\n"
+
+
+def test_reports_to_a_closed_loop_are_silent_even_after_the_command(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda failed: heard.append(str(failed.exc_value)))
+    for _ in range(2):
+        with endings("kvjax"):
+            pass
+    for message in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert heard == ["another"]
 
 
 def test_our_own_errors_keep_their_tracebacks():
