@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 
 from eval.likelihood import LogLikelihoods, score_compressed, score_dense
-from eval.run import LoadedModel, progress_bar, until_stop
+from eval.run import LoadedModel, progress_bar
+from eval.stops import ends_at_stops, until_stop
 from kvjax.chat import end_ids
 from kvjax.generation import generate
 from kvjax.policies.policy import Full, Policy, check_growth
@@ -160,6 +162,7 @@ class CompressedLM(TemplateLM):
                 for start in range(0, len(members), self.batch_size):
                     part = members[start : start + self.batch_size]
                     prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in part]
+                    ended = ends_at_stops(self.tokenizer, prompts, stops)
                     out = generate(
                         self.loaded.model,
                         self.loaded.params,
@@ -167,6 +170,7 @@ class CompressedLM(TemplateLM):
                         max_new_tokens=new,
                         policy=self.policy,
                         eos_ids=eos,
+                        on_tokens=functools.partial(ended, 0),
                         **sampling,
                     )
                     self._count(out.cache_bytes, out.full_cache_bytes, len(part))

@@ -27,6 +27,7 @@ from eval import likelihood, results
 from eval.predictions import RESULTS, Prediction, RunFolder, write_json
 from eval.prompts import Prompt, PromptBatch, Shape, encode, make_batches, shapes
 from eval.results import environment, facts
+from eval.stops import ends_at_stops, until_stop
 from eval.task import Item, Settings, Task, check_form
 from kvjax import processes
 from kvjax.chat import end_ids
@@ -225,9 +226,10 @@ def _decode(
         tokens = sum(len(prompt.ids) for prompt in batch.prompts)
         finished(tokens * (len(policies) - len(lacking)))
         if lacking:
-            judge = functools.partial(_judge_batch, loaded, task, batch, missing, folder)
+            stops = task.chat_stops if batch.chat else task.stops
+            judge = functools.partial(_judge_batch, loaded, task, batch, stops, missing, folder)
             done = functools.partial(finished, tokens)
-            _answer_batch(loaded, settings, lacking, batch, eos[batch.chat], judge, done)
+            _answer_batch(loaded, settings, lacking, batch, stops, eos[batch.chat], judge, done)
     return {shape: len(members) for shape, members in shapes(batches).items()}
 
 
@@ -241,6 +243,7 @@ def _answer_batch(
     settings: Settings,
     policies: Mapping[str, Policy],
     batch: PromptBatch,
+    stops: Sequence[str],
     eos: tuple[int, ...],
     judge: Callable[[str, Generation], None],
     finished: Callable[[], None],
@@ -263,6 +266,7 @@ def _answer_batch(
         top_k=settings.top_k,
         eos_ids=eos,
         seed=batch.seed,
+        on_tokens=ends_at_stops(loaded.tokenizer, [p.ids for p in batch.prompts], stops),
         on_result=on_result,
     )
 
@@ -271,6 +275,7 @@ def _judge_batch(
     loaded: LoadedModel,
     task: Task,
     batch: PromptBatch,
+    stops: Sequence[str],
     missing: Mapping[str, Sequence[Prompt]],
     folder: RunFolder,
     policy: str,
@@ -285,7 +290,7 @@ def _judge_batch(
     for prompt in missing[policy]:
         item = task.items[prompt.index]
         text = added_text(loaded.tokenizer, prompt.ids, rows[prompt])
-        answer = until_stop(text, task.chat_stops if prompt.chat else task.stops)
+        answer = until_stop(text, stops)
         score = score_of(task, item, answer)
         folder.append([_prediction(task, prompt, policy, answer, score, held, full)])
 
@@ -306,12 +311,6 @@ def score_of(task: Task, item: Item, answer: str) -> float:
             f"{task.name}, item {item.id}: no score ({why:.200}), counted as 0", stacklevel=2
         )
         return 0.0
-
-
-def until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops."""
-    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]
 
 
 def _teacher_force(

@@ -49,6 +49,9 @@ OnTokens = Callable[[int, list[int]], bool | None]
 """Called with a prompt's index and its new tokens, as soon as they are ready; True ends the text of
 this prompt."""
 
+OnTokensOfEach = Callable[[int, int, list[int]], bool | None]
+"""As `OnTokens`, with a policy's index first."""
+
 OnResult = Callable[[int, "Generation"], None]
 """Called with a policy's index and its result, as soon as all prompts are continued under it."""
 
@@ -128,7 +131,8 @@ def generate(
         reader = from_start(model, params, [policy], prefill_size)
     else:
         reader = after_context(model, params, context, policy, prefill_size)
-    (result,) = continue_prompts(model, params, asked, reader, on_tokens)
+    of_each = None if on_tokens is None else lambda _, index, new: on_tokens(index, new)
+    (result,) = continue_prompts(model, params, asked, reader, of_each)
     return result
 
 
@@ -145,6 +149,7 @@ def generate_each(
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    on_tokens: OnTokensOfEach | None = None,
     on_result: OnResult | None = None,
     compile: str | None = None,
 ) -> list[Generation]:
@@ -155,6 +160,7 @@ def generate_each(
 
     Args:
         policies: policies as in `generate`, which also explains all other arguments.
+        on_tokens: called with (policy index, prompt index, new tokens); see `generate`.
         on_result: called with each policy's index and result, in order, when it is finished.
 
     Returns:
@@ -168,7 +174,7 @@ def generate_each(
     asked = Request.create(model.config, prompts, *numbers, sampling, eos_ids, compile)
     params = on_automatic_mesh(params)
     reader = from_start(model, params, policies)
-    return continue_prompts(model, params, asked, reader, on_result=on_result)
+    return continue_prompts(model, params, asked, reader, on_tokens, on_result)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def continue_prompts(
     params: Any,
     asked: Request,
     reader: Reader,
-    on_tokens: OnTokens | None = None,
+    on_tokens: OnTokensOfEach | None = None,
     on_result: OnResult | None = None,
 ) -> list[Generation]:
     """Loops over batches of prompts and, within a batch, over the reader's policies."""
@@ -258,7 +264,7 @@ def continue_prompts(
                     read_ids = [*prompts[index], *result.tokens[index]]
                     raise not_finite(f"the logits of prompt {index}", model, params, read_ids)
                 result.tokens[index].append(token)
-                if on_tokens is not None and on_tokens(index, [token]):
+                if on_tokens is not None and on_tokens(number, index, [token]):
                     alive[row] = False
             if indices is parts[-1] and on_result is not None:
                 on_result(number, result)

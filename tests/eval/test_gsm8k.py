@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval.rows import Row, named_rows
-from eval.run import until_stop
+from eval.stops import until_stop
 from eval.task import Item, TaskOptions
 from eval.tasks import gsm8k
 from train.data.formats import ALPACA

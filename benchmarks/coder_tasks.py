@@ -1,0 +1,151 @@
+"""GSM8K and HumanEval of Qwen2.5-Coder-1.5B-Instruct with six kinds of cache.
+
+    python -m benchmarks.fetch_qwen_coder MODEL
+    python -m benchmarks.coder_tasks run MODEL DATA TEXT --folder FOLDER [--tasks humaneval]
+    python -m benchmarks.coder_tasks report
+
+The items are a random 100 of each task, the same for all forms. GSM8K's questions stand in the chat
+template, HumanEval's functions are completed as they are (Chen et al. 2021); answers are greedy and
+computed in fp32. A decoupled conversion is calibrated on the first 24 × 256 tokens of TEXT, in
+closed form. Each run is one of `python -m eval`: the same command goes on, and each finished one is
+a line of RESULT.jsonl with the score of every item.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import kvjax
+from benchmarks.environment import environment
+from benchmarks.transmla_real import batches, sequences, token_list
+from eval.command import TaskCommand, execute
+from eval.predictions import PREDICTIONS
+from kvjax.paths import local_path
+from kvjax.runs import append_lines, whole_lines
+from kvjax.text_files import read_bytes
+from kvjax.transmla import BEST, calibrate, convert
+
+RESULT = Path("benchmarks/results/coder_tasks.json")
+NUMBERS = ("full", "full:entries=int8", "full:entries=int4")
+FORMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
+    "original": (None, NUMBERS),
+    "equal_cache": ({"method": "equal_cache"}, NUMBERS[:1]),
+    "75 %": ({"method": "decoupled", "cache": 0.75}, NUMBERS[:1]),
+    "50 %": ({"method": "decoupled", "cache": 0.5}, NUMBERS[:1]),
+}
+"""By form, its conversion and its policies, which share one reading of the prompts."""
+DATA = {"humaneval": "humaneval/HumanEval", "gsm8k": "gsm8k/test"}
+TASKS: dict[str, dict[str, Any]] = {
+    "humaneval": {},
+    "gsm8k": {"chat": True, "settings": ("prompt=ask",)},
+}
+LONGEST = 320
+"""New tokens of an answer."""
+CALIBRATION = 24, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    job = jobs.add_parser("run")
+    job.add_argument("model")
+    job.add_argument("data", type=local_path, help="folder with gsm8k/ and humaneval/")
+    job.add_argument("text", type=local_path, help="what the conversions are calibrated on")
+    job.add_argument("--folder", type=local_path, required=True, help="of runs and conversions")
+    job.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    job.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    job.add_argument("--items", type=int, default=100)
+    job.add_argument("--batch-size", type=int, default=8)
+    job.add_argument("--seed", type=int, default=0)
+    job.add_argument("--out", type=local_path, default=RESULT)
+    job = jobs.add_parser("report")
+    job.add_argument("--out", type=local_path, default=RESULT)
+    args = parser.parse_args()
+    if args.job == "report":
+        from benchmarks.coder_tasks_report import report
+
+        report(args.out)
+    else:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs what RESULT.jsonl does not have yet."""
+    about = environment("benchmarks.coder_tasks")  # once: the checkout may move on meanwhile
+    path = args.out.with_suffix(".jsonl")
+    done = {(line["form"], line["task"]) for line in map(json.loads, whole_lines(path))}
+    for task in args.tasks:
+        sample(args, task)
+        for form in args.forms:
+            if (form, task) not in done:
+                for line in answered(args, task, form):
+                    append_lines(path, [line | about])
+
+
+def sample(args: argparse.Namespace, task: str) -> None:
+    """Writes the task's items to a folder of their own."""
+    place = args.folder / "data" / f"{DATA[task]}.jsonl"
+    rows = read_bytes(args.data / f"{DATA[task]}.jsonl.gz").decode("utf-8").splitlines()
+    chosen = sorted(random.Random(args.seed).sample(range(len(rows)), args.items))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("".join(rows[index] + "\n" for index in chosen))
+
+
+def answered(args: argparse.Namespace, task: str, form: str) -> Iterator[dict[str, Any]]:
+    """One line for each policy of the form: scores and answers by item, and bytes."""
+    name = form.removesuffix(" %")
+    out = args.folder / "runs" / name / task
+    conversion, policies = FORMS[form]
+    command = TaskCommand(
+        model=args.model if conversion is None else converted(args, name, conversion),
+        policy=policies,
+        out=out,
+        data_dir=args.folder / "data",
+        max_new_tokens=LONGEST,
+        batch_size=args.batch_size,
+        dtype="float32",
+        **TASKS[task],
+    )
+    report = execute(task, command, [])
+    found = [json.loads(line) for line in whole_lines(out / PREDICTIONS)]
+    for row in report["policies"]:
+        own = [line for line in found if line["policy"] == row["policy"]]
+        yield {
+            "form": form,
+            "task": task,
+            "policy": row["policy"],
+            "scores": {line["id"]: line["score"] for line in own},
+            "texts": {line["id"]: line["text"] for line in own},
+            "cache_bytes": sum(line["cache_bytes"] for line in own) / len(own),
+            "full_cache_bytes": sum(line["full_cache_bytes"] for line in own) / len(own),
+        }
+
+
+def converted(args: argparse.Namespace, name: str, conversion: dict[str, Any]) -> str:
+    """Where the converted model is; it is made where it is missing."""
+    folder = args.folder / "models" / name
+    if not (folder / "kvjax.json").exists():
+        model, params = kvjax.load(args.model, dtype="float32")
+        options = dict(conversion)
+        if options["method"] == "decoupled":
+            rows, length = CALIBRATION
+            tokens = sequences(token_list(args.model, args.text), 0, rows, length)
+            saved = args.folder / "calibration"
+            options["stats"] = calibrate(model, params, batches(tokens, 8), resume=saved)
+            options["recipe"] = dataclasses.replace(BEST, refit=False)
+        kvjax.save(*convert(model, params, **options), folder)
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main()

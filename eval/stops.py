@@ -1,0 +1,40 @@
+"""Texts that end an answer, such as the next question. What follows is not the answer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvjax.text import StoppingStream, TextStream
+
+
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+def ends_at_stops(
+    tokenizer: Any, prompts: Sequence[Sequence[int]], stops: Sequence[str]
+) -> Callable[[int, int, list[int]], bool]:
+    """The `on_tokens` of `kvjax.generation.generate_each`: True once an answer has a whole stop.
+
+    Without it a batch would be decoded to the longest answer, though its programs or answers to
+    few-shot prompts have long been followed by others that nobody reads.
+
+    Args:
+        prompts: token ids. Rows after them fill a batch, and end at once.
+    """
+    streams: dict[tuple[int, int], StoppingStream] = {}
+
+    def on_tokens(policy: int, row: int, new: list[int]) -> bool:
+        if row >= len(prompts):
+            return True
+        if not stops:
+            return False
+        if (policy, row) not in streams:
+            streams[policy, row] = StoppingStream(TextStream(tokenizer, prompts[row]), stops)
+        streams[policy, row].add(new)
+        return streams[policy, row].stopped
+
+    return on_tokens
