@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         sample(args, task)
         for form in args.forms:
             if (form, task) not in done:
-                for line in answered(args, task, form):
-                    append_lines(path, [line | about])
+                append_lines(path, [line | about for line in answered(args, task, form)])
 
 
 def sample(args: argparse.Namespace, task: str) -> None:

@@ -73,6 +73,21 @@ def test_each_policy_gives_what_it_gives_alone(loaded, prompts, layers_read, tem
     assert order == [(number, result.tokens) for number, result in enumerate(alone)]
 
 
+def test_a_caller_ends_answers_of_one_policy(loaded, prompts):
+    whole = generate_each(*loaded, prompts, POLICIES, **SETTINGS)
+    got = {}
+
+    def on_tokens(policy, prompt, new):
+        got.setdefault((policy, prompt), []).extend(new)
+        return policy == 1 and len(got[policy, prompt]) == 3 + prompt % 2
+
+    found = generate_each(*loaded, prompts, POLICIES, on_tokens=on_tokens, **SETTINGS)
+    for policy, (result, rest) in enumerate(zip(found, whole, strict=True)):
+        for prompt, tokens in enumerate(rest.tokens):
+            expected = tokens[: 3 + prompt % 2] if policy == 1 else tokens
+            assert result.tokens[prompt] == got[policy, prompt] == expected
+
+
 def test_caches_that_are_too_large_together_are_read_for_in_groups(
     loaded, prompts, layers_read, monkeypatch
 ):

@@ -1,0 +1,82 @@
+"""The result file and the table of `benchmarks.coder_tasks`: scores and paired tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.frontier_report import paired
+from kvjax.runs import whole_lines, write_json
+
+Row = dict[str, Any]
+FULL = "original", "full"
+
+
+def report(out: Path) -> None:
+    """Writes `out` and the table beside it, from the lines of OUT's .jsonl."""
+    lines = [json.loads(line) for line in whole_lines(out.with_suffix(".jsonl"))]
+    found = {(line["task"], line["form"], line["policy"]): line for line in lines}
+    rows = [row_of(line, found[line["task"], *FULL]) for line in lines]
+    names = ("date", "processor", "cores", "versions", "commit", "command")
+    write_json(out, {**{name: lines[-1][name] for name in names}, "rows": rows})
+    text = "\n".join(page(rows, lines)) + "\n"
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def row_of(line: Row, base: Row) -> Row:
+    """Score, cache and the paired test of a form under a policy against the original model."""
+    own, whole = line["scores"], base["scores"]
+    change, error = paired(own, whole)
+    lost = sum(own[key] < whole[key] for key in own)
+    won = sum(own[key] > whole[key] for key in own)
+    score = sum(own.values()) / len(own)
+    return {
+        "task": line["task"],
+        "form": line["form"],
+        "policy": line["policy"],
+        "items": len(own),
+        "score": round(score, 4),
+        "error": round(math.sqrt(score * (1 - score) / max(len(own) - 1, 1)), 4),
+        "change": change,
+        "change_error": error,
+        "lost": lost,
+        "won": won,
+        "p": round(sign_test(lost, won), 4),
+        "same_text": sum(line["texts"][key] == base["texts"][key] for key in own),
+        "share": round(line["cache_bytes"] / base["full_cache_bytes"], 4),
+    }
+
+
+def sign_test(lost: int, won: int) -> float:
+    """Two-sided probability of a split at least this uneven, if both sides are equally likely."""
+    count = lost + won
+    tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1)) / 2**count
+    return min(1.0, 2 * tail)
+
+
+def page(rows: list[Row], lines: list[Row]) -> list[str]:
+    """The lines of the table."""
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    text = [
+        "# GSM8K and HumanEval of Qwen2.5-Coder-1.5B-Instruct with smaller caches",
+        "",
+        f"`{lines[-1]['command']}`, commits {commits}. Greedy answers in fp32. Each row is",
+        "compared with the original's full cache item by item: answers lost and won, and the",
+        'two-sided sign test. "Same text" counts answers that are equal to the last character. The',
+        "cache is that of prompt and room for the answer, against the original's full cache.",
+        "",
+        "| task | form | policy | cache | right | change | lost, won | p | same text |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        right = f"{100 * row['score']:.0f} ± {100 * row['error']:.0f} % of {row['items']}"
+        change = f"{100 * row['change']:+.0f} ± {100 * row['change_error']:.1f}"
+        text.append(
+            f"| {row['task']} | {row['form']} | {row['policy']} | {100 * row['share']:.0f} % "
+            f"| {right} | {change} | {row['lost']}, {row['won']} | {row['p']:.2f} "
+            f"| {row['same_text']} |"
+        )
+    return text
