@@ -1,4 +1,4 @@
-"""The `kvjax` command: info, convert, export, score, compress, generate, chat, plan, demo.
+"""The `kvjax` command: generate, chat, compress, demo, score, convert, export, info, plan.
 
 Each function here is a subcommand: tyro makes the options from its signature. The function checks
 what belongs to the command line, calls `kvjax.commands` or `kvjax.capacity`, and prints the result.
@@ -7,9 +7,8 @@ Those are imported inside the functions: help and refused arguments do not wait 
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,9 +18,10 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from kvjax import compilation_cache
 from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_writer, say
+from kvjax.overview import overview
 from kvjax.paths import local_arguments
 from kvjax.runs import write_json
-from kvjax.usage import parsed
+from kvjax.usage import changed, parsed, refuse_unread
 
 if TYPE_CHECKING:
     from kvjax.commands.convert import DecoupledSettings, EqualCacheSettings
@@ -53,6 +53,8 @@ def info(
     """Prints the facts of a checkpoint and the bytes of its KV cache.
 
     With --tensors, also prints statistics of the named tensors. NaN or infinity is an error.
+
+    Example: kvjax info MODEL
     """
     from kvjax.commands.checkpoints import describe, tensor_statistics
 
@@ -77,9 +79,11 @@ def convert(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Converts a GQA checkpoint to latent attention (TransMLA), one layer at a time.
+    """Converts grouped-query to latent attention (TransMLA), layer by layer.
 
     If a run was interrupted, the same command continues where the run stopped.
+
+    Example: kvjax convert MODEL OUT --method decoupled --calibration text.txt
     """
     from kvjax.commands.convert import (
         DecoupledSettings,
@@ -88,13 +92,13 @@ def convert(
         convert_to_equal_cache,
     )
 
-    changed = {
-        "equal_cache": _changed(EqualCacheSettings, vars(equal_cache)),
-        "decoupled": _changed(DecoupledSettings, vars(decoupled)),
+    given = {
+        "equal_cache": changed(EqualCacheSettings, vars(equal_cache)),
+        "decoupled": changed(DecoupledSettings, vars(decoupled)),
     }
-    _refuse_unread("--method", method, changed)
-    fold = _changed(DecoupledSettings, vars(decoupled), "fold")
-    _refuse_unread("--recipe", decoupled.recipe, {"published": fold})
+    refuse_unread("--method", method, given)
+    fold = changed(DecoupledSettings, vars(decoupled), "fold")
+    refuse_unread("--recipe", decoupled.recipe, {"published": fold})
     with only_writer(out, GOES_ON):
         if method == "equal_cache":
             report = convert_to_equal_cache(model, out, equal_cache, dtype, mesh)
@@ -119,14 +123,16 @@ def export(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Writes a model of the decoupled conversion as transformers' DeepseekV3ForCausalLM.
+    """Writes a converted model for transformers' DeepseekV3ForCausalLM.
 
     Copies tokenizer and generation defaults too, and checks the written files.
+
+    Example: kvjax export CONVERTED OUT
     """
     from kvjax.commands.checkpoints import export_checkpoint
 
-    of_rms = _changed(export, locals(), "calibration", "calibration_tokens")
-    _refuse_unread("--norm", norm, {"rms": of_rms})
+    of_rms = changed(export, locals(), "calibration", "calibration_tokens")
+    refuse_unread("--norm", norm, {"rms": of_rms})
     with only_writer(out, NOTHING_YET):
         report = export_checkpoint(
             model, out, norm, calibration, calibration_tokens, dtype, max_shard_bytes
@@ -144,9 +150,11 @@ def score(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Measures the importance of every attention head (HeadKV) and writes a score file.
+    """Measures how much each attention head matters (HeadKV).
 
     If a run was interrupted, the same command continues where the run stopped.
+
+    Example: kvjax score MODEL MODEL/head_scores.json
     """
     from kvjax.commands.score import score_checkpoint
 
@@ -194,9 +202,10 @@ def generate(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Answers a question, or continues a text. Tokens appear one by one.
+    """Answers a question, or continues a text, over a compressed cache.
 
-    A model whose tokenizer has a chat template answers; any other continues the text.
+    Tokens appear one by one. A model whose tokenizer has a chat template answers; any other
+    continues the text.
 
     Example: kvjax generate MODEL "What is a cache?" --policy snapkv:kv_size=64
     """
@@ -205,8 +214,8 @@ def generate(
     text = prompt_of(prompt, prompt_file)
     # Greedy decoding ignores the settings of sampling.
     if temperature == 0:
-        of_sampling = _changed(generate, locals(), "top_p", "top_k")
-        _refuse_unread("--temperature", "0", {"above 0": of_sampling})
+        of_sampling = changed(generate, locals(), "top_p", "top_k")
+        refuse_unread("--temperature", "0", {"above 0": of_sampling})
     report = continue_text(
         model,
         text,
@@ -251,7 +260,7 @@ def chat(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Answers one message after the other, each a line of standard input, over one small cache.
+    """Answers messages, each a line of standard input, over one small cache.
 
     Under each answer stand the bytes of the cache, the time to the first token and tokens/s.
 
@@ -259,7 +268,7 @@ def chat(
     """
     from kvjax.commands.chat import chat as run_chat
 
-    if context is not None and _changed(chat, locals(), "policy", "document", "system"):
+    if context is not None and changed(chat, locals(), "policy", "document", "system"):
         raise ValueError("--context has a policy, a text and a system message: give no other one")
     sampling = {"temperature": temperature, "seed": seed}
     rows = run_chat(
@@ -286,8 +295,9 @@ def compress(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Reads a text once and writes its compressed cache, for `kvjax generate --context OUT`.
+    """Reads a text once, and writes its compressed cache for later questions.
 
+    They come from `kvjax generate --context OUT` or `kvjax chat --context OUT`.
     With a chat template the text begins a user's message, and each question ends it.
 
     Example: kvjax compress MODEL book.txt book.kv --policy headkv:kv_size=512
@@ -313,7 +323,12 @@ def demo(
     seed: int = 0,
     json_file: Json = None,
 ) -> None:
-    """Shows answers and accuracy against cache bytes, heads and a conversion, on one model."""
+    """Shows answers and accuracy against cache bytes, on one model.
+
+    Then the importance of its heads, and a conversion.
+
+    Example: kvjax demo --model MODEL
+    """
     from kvjax.commands.demo import run_demo
 
     with only_writer(out, STARTS_OVER):
@@ -349,10 +364,12 @@ def plan(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """What fits on other devices: bytes, collectives, largest batch, longest context.
+    """Says what fits on other devices: bytes, largest batch, longest context.
 
     Compiles prefill and decode for the topology without weights or devices. This needs the
     topology's compiler: libtpu, or jax's CUDA plugin.
+
+    Example: kvjax plan MODEL --topology v5e:4x4 --context 131072
     """
     from kvjax.capacity.plan import Request, plan_capacity, readable
 
@@ -381,46 +398,12 @@ def plan(
     _write_report(json_file, {**report, "notes": notes, "rows": rows, "check": checked})
 
 
-def _changed(command: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:
-    """The names of the arguments that differ from the defaults of `command`.
-
-    Args:
-        names: arguments to look at; none for all of them.
-    """
-    defaults = inspect.signature(command).parameters
-    return [name for name in names or defaults if given[name] != defaults[name].default]
-
-
-def _refuse_unread(option: str, chosen: str, changed: Mapping[str, Sequence[str]]) -> None:
-    """Refuses settings that the user changed and that the chosen value of `option` does not read.
-
-    Args:
-        changed: for each value of `option`, the changed settings that only this value reads.
-
-    Raises:
-        ValueError: names the settings.
-    """
-    unread = [
-        f"--{name.replace('_', '-')} (of {option} {choice})"
-        for choice, names in changed.items()
-        if choice != chosen
-        for name in names
-    ]
-    if unread:
-        raise ValueError(f"{option} is {chosen}, which does not read {', '.join(unread)}")
-
-
-COMMANDS = {
-    "info": info,
-    "convert": convert,
-    "export": export,
-    "score": score,
-    "compress": compress,
-    "generate": generate,
-    "chat": chat,
-    "plan": plan,
-    "demo": demo,
+GROUPS = {
+    "Ask a model over a smaller cache": (generate, chat, compress, demo),
+    "Prepare a model": (score, convert, export),
+    "Look before you run": (info, plan),
 }
+COMMANDS = {command.__name__: command for group in GROUPS.values() for command in group}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -429,9 +412,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Every command has this flag, so it is taken out before tyro sees the arguments.
         folder, argv = compilation_cache.take_flag(list(sys.argv[1:] if argv is None else argv))
         compilation_cache.enable(folder)
-        commands = {name: _parsed(name, argv) for name in COMMANDS}
-        about = f"Smaller KV caches for existing LLMs. {compilation_cache.HELP}"
-        parsed(commands, "kvjax", argv, description=about)
+        if argv[:1] in (["-h"], ["--help"]):
+            print(overview(GROUPS))
+            return
+        parsed({name: _parsed(name, argv) for name in COMMANDS}, "kvjax", argv)
 
 
 def _parsed(name: str, argv: Sequence[str]) -> Callable[..., Any]:

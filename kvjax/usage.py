@@ -1,13 +1,14 @@
-"""Arguments that tyro refuses, as errors of ours: a line for each problem, and no box."""
+"""Arguments that a command refuses, as errors of ours: a line for each problem, and no box."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import functools
+import inspect
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvjax.fields import Problems, shown
@@ -145,3 +146,32 @@ def _name(argument: Any) -> str:
     if argument.is_positional():
         return str(argument.lowered.metavar)
     return argument.lowered.name_or_flags[-1]
+
+
+def changed(command: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:
+    """The names of the arguments that differ from the defaults of `command`.
+
+    Args:
+        names: arguments to look at; none for all of them.
+    """
+    defaults = inspect.signature(command).parameters
+    return [name for name in names or defaults if given[name] != defaults[name].default]
+
+
+def refuse_unread(option: str, chosen: str, changed: Mapping[str, Sequence[str]]) -> None:
+    """Refuses settings that the user changed and that the chosen value of `option` does not read.
+
+    Args:
+        changed: for each value of `option`, the changed settings that only this value reads.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    unread = [
+        f"--{name.replace('_', '-')} (of {option} {choice})"
+        for choice, names in changed.items()
+        if choice != chosen
+        for name in names
+    ]
+    if unread:
+        raise ValueError(f"{option} is {chosen}, which does not read {', '.join(unread)}")

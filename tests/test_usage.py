@@ -1,13 +1,16 @@
 """Arguments that are refused: a line for each problem and exit code 2, for every command line."""
 
+import functools
 import importlib
+import shlex
 import sys
 
 import pytest
 
 import eval.__main__
 import train.__main__
-from kvjax import cli
+from kvjax import cli, overview
+from kvjax.policies import named
 
 MAINS = {"kvjax": cli.main, "eval": eval.__main__.main, "train": train.__main__.main}
 
@@ -15,7 +18,7 @@ MAINS = {"kvjax": cli.main, "eval": eval.__main__.main, "train": train.__main__.
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        ("kvjax", ["got no command, expected one of info, convert, export, score"]),
+        ("kvjax", ["got no command, expected one of generate, chat, compress"]),
         ("kvjax nonsense", ["got nonsense"]),
         ("kvjax info", ["got no MODEL, which is required; see `kvjax info --help`"]),
         ("kvjax score", ["got no MODEL, which is required", "got no OUT.json, which is required"]),
@@ -59,6 +62,33 @@ def test_each_problem_is_a_line(words, lines, capsys, tmp_path, monkeypatch):
     for line, start in zip(found, lines, strict=True):
         assert line.startswith(f"{name}: error: ") and start in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--help"]])
+def test_help_has_each_command_with_an_example(argv, capsys, monkeypatch):
+    cli.main(argv)
+    *lines, cache, _ = capsys.readouterr().out.splitlines()
+    assert cache.startswith("--compilation-cache") and max(map(len, lines)) <= 80
+    examples = [shlex.split(line) for line in lines if line.startswith(" " * 10 + "  kvjax")]
+    assert [words[1] for words in examples] == list(cli.COMMANDS)
+    ran = []
+    monkeypatch.setattr(cli, "local_arguments", lambda command: _recorded(command, ran))
+    for words in examples:
+        cli.main(words[1:])
+    assert ran == list(cli.COMMANDS)
+
+
+def _recorded(command, ran):
+    @functools.wraps(command)
+    def record(*args, **settings):
+        ran.append(command.__name__)
+
+    return record
+
+
+def test_help_names_all_policies():
+    names = [name for line in overview.POLICIES for name in line.split()]
+    assert sorted(names) == sorted(named.MAKERS)
 
 
 def test_help_stays_as_it_is(capsys):
