@@ -79,8 +79,9 @@ def convert(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Converts grouped-query to latent attention (TransMLA), layer by layer.
+    """Converts grouped-query to latent attention (TransMLA).
 
+    It works layer by layer, so a model larger than the memory fits.
     If a run was interrupted, the same command continues where the run stopped.
 
     Example: kvjax convert MODEL OUT --method decoupled --calibration text.txt
@@ -260,7 +261,7 @@ def chat(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Answers messages, each a line of standard input, over one small cache.
+    """Answers messages, one a line of standard input, over a small cache.
 
     Under each answer stand the bytes of the cache, the time to the first token and tokens/s.
 
@@ -295,9 +296,9 @@ def compress(
     dtype: Dtype = None,
     json_file: Json = None,
 ) -> None:
-    """Reads a text once, and writes its compressed cache for later questions.
+    """Reads a text once, and writes its compressed cache.
 
-    They come from `kvjax generate --context OUT` or `kvjax chat --context OUT`.
+    Questions come later, with `kvjax generate --context OUT` or `kvjax chat --context OUT`.
     With a chat template the text begins a user's message, and each question ends it.
 
     Example: kvjax compress MODEL book.txt book.kv --policy headkv:kv_size=512
@@ -364,7 +365,7 @@ def plan(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Says what fits on other devices: bytes, largest batch, longest context.
+    """Says what fits on other devices: bytes, batch, longest context.
 
     Compiles prefill and decode for the topology without weights or devices. This needs the
     topology's compiler: libtpu, or jax's CUDA plugin.
