@@ -39,8 +39,9 @@ def load(
     """A model and its parameters.
 
     Args:
-        path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a hub id, a GGUF
-            file, a directory with one, or "builtin:<name>"; no URL.
+        path: a directory that `save` or Hugging Face's `save_pretrained` wrote, a GGUF file, a
+            directory with one, "builtin:<name>", or a hub id, with or without a revision and a
+            folder, such as "org/name@main/folder"; no URL.
         dtype: of the parameters, which are cast once, on their way to the devices. None: see
             `default_dtype`.
         mesh: shards the parameters, see `kvjax.sharding`; None: the default device.

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kvjax.checkpoint_files import INDEX, SINGLE, read_index
 from kvjax.hf.gguf import files as gguf_files
@@ -138,8 +139,9 @@ def hub_files(name: str) -> Path:
     """Downloads the small files of the model `name` on the hub, and returns their folder.
 
     Args:
-        name: the hub id of a model. The path of a GGUF file in its repository may follow,
-            "org/name/file.gguf"; the result is then that file. Without it and without a
+        name: the hub id of a model. "org/name@revision" is a branch, tag or commit of it, and
+            "org/name@revision/folder" a folder in its repository. The path of a GGUF file may
+            follow, "org/name/file.gguf"; the result is then that file. Without it and without a
             configuration, the model is the one GGUF of the repository.
 
     Raises:
@@ -214,6 +216,27 @@ def missing_weights(directory: Path) -> list[str]:
     return [file for file in files if not os.path.isfile(directory / file)]  # "\0" included
 
 
+class _HubName(NamedTuple):
+    """The parts of a hub id, see `hub_files`.
+
+    Attributes:
+        revision: a branch, tag or commit; None for the main branch.
+        folder: within the repository, with "/" at its end; "" for the whole repository.
+    """
+
+    repository: str
+    revision: str | None
+    folder: str
+
+    @classmethod
+    def of(cls, name: str) -> _HubName:
+        repository, at, rest = name.partition("@")
+        revision, _, folder = rest.partition("/")
+        if at and not revision:
+            raise ValueError(f"{name} names no revision after @, expected a branch, tag or commit")
+        return cls(repository, revision or None, folder.strip("/") + "/" if folder else "")
+
+
 def _repository_file(path: str | Path) -> str | None:
     """The GGUF file in "org/name/file.gguf", the path of a file in a repository of the hub."""
     words = str(path).split("/", 2)
@@ -250,15 +273,18 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    place = _HubName.of(name)
+    wanted = [glob.escape(place.folder) + pattern for pattern in patterns]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        whole = snapshot_download(place.repository, revision=place.revision, allow_patterns=wanted)
+        return Path(whole) / place.folder
     except HFValidationError:
         raise ValueError(f"{name} is neither a directory nor a hub id") from None
     except LocalEntryNotFoundError as error:
         # Newer clients raise this for a cached model that lacks any file, such as the licence.
         cached = getattr(error, "snapshot_path", None)
         if cached is not None:
-            return Path(cached)
+            return Path(cached) / place.folder
         raise ValueError(
             f"{name} is not a directory, is not in the local hub cache, and the hub is unreachable"
         ) from None
@@ -282,9 +308,11 @@ def _listing(name: str) -> list[str] | None:
     """The files of a model on the hub, for messages; None where the hub cannot be asked."""
     import huggingface_hub
 
+    place = _HubName.of(name)
     try:
-        files = huggingface_hub.model_info(name, timeout=10).siblings or ()
-        return sorted(file.rfilename for file in files)
+        found = huggingface_hub.model_info(place.repository, revision=place.revision, timeout=10)
+        names = sorted(file.rfilename for file in found.siblings or ())
+        return [file.removeprefix(place.folder) for file in names if file.startswith(place.folder)]
     except Exception:  # the caller reports another error; the listing only adds detail
         return None
 

@@ -36,8 +36,8 @@ def hub(tmp_path, monkeypatch):
     def names():
         return [path.relative_to(repository).as_posix() for path in repository.rglob("*.*")]
 
-    def download(name, allow_patterns):
-        assert name == ID
+    def download(name, revision, allow_patterns):
+        assert name == ID and revision in (None, "v2")
         cache.mkdir(exist_ok=True)
         for file in filter_repo_objects(names(), allow_patterns=allow_patterns):
             fetched.add(file)
@@ -45,7 +45,7 @@ def hub(tmp_path, monkeypatch):
             shutil.copy(repository / file, cache / file)
         return str(cache)
 
-    def model_info(name, timeout):
+    def model_info(name, revision, timeout):
         found = [types.SimpleNamespace(rfilename=file) for file in names()]
         return types.SimpleNamespace(siblings=found)
 
@@ -82,6 +82,8 @@ def test_a_repository_with_several(hub):
     assert read_model(f"{ID}/model.gguf").config.model_type == "qwen2"
     kvjax.load(f"{ID}/{split}")
     assert hub.fetched == {"model.gguf", split, split.replace("00001", "00002")}
+    for name in (f"{ID}@v2/{split}", f"{ID}@v2/Q8"):
+        assert read_model(name).config.model_type == "qwen2"
     with pytest.raises(
         ValueError, match=rf"^there is no file {ID}/none.gguf; as a file on the hub"
     ):

@@ -55,7 +55,7 @@ class Hub:
 
     def __init__(self, repository, cache):
         self.repository, self.cache = repository, cache
-        self.calls = 0
+        self.calls, self.revisions = 0, {None}
 
     @property
     def files(self):
@@ -67,8 +67,8 @@ class Hub:
         paths = (path for path in self.cache.rglob("*") if path.is_file())
         return {path.relative_to(self.cache).as_posix() for path in paths}
 
-    def snapshot_download(self, repo_id, allow_patterns):
-        assert repo_id == ID
+    def snapshot_download(self, repo_id, revision, allow_patterns):
+        assert repo_id == ID and revision in self.revisions
         self.calls += 1
         self.cache.mkdir(exist_ok=True)
         for file in filter_repo_objects(self.files, allow_patterns=allow_patterns):
@@ -76,7 +76,8 @@ class Hub:
             shutil.copy(self.repository / file, self.cache / file)
         return str(self.cache)
 
-    def model_info(self, repo_id, timeout):
+    def model_info(self, repo_id, revision, timeout):
+        assert repo_id == ID and revision in self.revisions
         names = [types.SimpleNamespace(rfilename=file) for file in sorted(self.files)]
         return types.SimpleNamespace(siblings=names)
 
@@ -164,6 +165,31 @@ def test_a_model_of_the_hub_is_the_model_of_the_folder(fake, source):
     there, expected = kvjax.load(source, dtype="float32")
     assert model == there
     assert same(params, expected)
+
+
+def test_a_revision_of_a_model(fake, source):
+    fake.revisions = {"v2"}
+    model, params = kvjax.load(f"{ID}@v2", dtype="float32")
+    expected = kvjax.load(source, dtype="float32")
+    assert model == expected[0] and same(params, expected[1])
+    assert kvjax.load_tokenizer(f"{ID}@v2")("mary").input_ids
+    with pytest.raises(ValueError, match=f"^{ID}@ names no revision after @"):
+        kvjax.load(f"{ID}@")
+
+
+@pytest.mark.parametrize("folder", ["one", "two/three [4]/"])
+def test_a_folder_in_a_repository(fake, small, repository, folder, tmp_path):
+    """The files beside the folder are another model's."""
+    fake.revisions = {"main"}
+    named = shards(repository)
+    repository.rename(tmp_path / "inner")
+    (repository / folder).parent.mkdir(parents=True)
+    (tmp_path / "inner").rename(repository / folder)
+    (repository / "config.json").write_text("{}")
+    model, _ = kvjax.load(f"{ID}@main/{folder}")
+    assert model.config.source == str(fake.cache / folder)
+    wanted = small | {INDEX} | named
+    assert fake.fetched == {f"{folder.strip('/')}/{name}" for name in wanted}
 
 
 def test_a_single_file(fake, small, source, repository):
