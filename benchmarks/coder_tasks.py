@@ -4,11 +4,11 @@
     python -m benchmarks.coder_tasks run MODEL DATA TEXT --folder FOLDER [--tasks humaneval]
     python -m benchmarks.coder_tasks report
 
-The items are a random 100 of each task, the same for all forms. GSM8K's questions stand in the chat
-template, HumanEval's functions are completed as they are (Chen et al. 2021); answers are greedy and
-computed in fp32. A decoupled conversion is calibrated on the first 24 × 256 tokens of TEXT, in
-closed form. Each run is one of `python -m eval`: the same command goes on, and each finished one is
-a line of RESULT.jsonl with the score of every item.
+The items are a random 100 of each task, the same for all forms. Prompts stand in the chat template
+(`--set prompt=ask`): asked to continue code as it is, this model writes placeholders for a third of
+HumanEval's functions. Answers are greedy and computed in fp32. A decoupled conversion is calibrated
+on the first 24 × 256 tokens of TEXT, in closed form. Each run is one of `python -m eval`: the same
+command goes on, and each finished one is a line of RESULT.jsonl with the score of every item.
 """
 
 from __future__ import annotations
@@ -45,10 +45,6 @@ FORMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
 }
 """By form, its conversion and its policies, which share one reading of the prompts."""
 DATA = {"humaneval": "humaneval/HumanEval", "gsm8k": "gsm8k/test"}
-TASKS: dict[str, dict[str, Any]] = {
-    "humaneval": {},
-    "gsm8k": {"chat": True, "settings": ("prompt=ask",)},
-}
 LONGEST = 320
 """New tokens of an answer."""
 CALIBRATION = 24, 256
@@ -62,10 +58,10 @@ def main() -> None:
     job.add_argument("data", type=local_path, help="folder with gsm8k/ and humaneval/")
     job.add_argument("text", type=local_path, help="what the conversions are calibrated on")
     job.add_argument("--folder", type=local_path, required=True, help="of runs and conversions")
-    job.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    job.add_argument("--tasks", nargs="+", choices=list(DATA), default=list(DATA))
     job.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     job.add_argument("--items", type=int, default=100)
-    job.add_argument("--batch-size", type=int, default=8)
+    job.add_argument("--batch-size", type=int, default=32)
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--out", type=local_path, default=RESULT)
     job = jobs.add_parser("report")
@@ -112,8 +108,9 @@ def answered(args: argparse.Namespace, task: str, form: str) -> Iterator[dict[st
         data_dir=args.folder / "data",
         max_new_tokens=LONGEST,
         batch_size=args.batch_size,
+        chat=True,
+        settings=("prompt=ask",),
         dtype="float32",
-        **TASKS[task],
     )
     report = execute(task, command, [])
     found = [json.loads(line) for line in whole_lines(out / PREDICTIONS)]

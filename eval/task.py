@@ -248,6 +248,18 @@ def check_options(name: str, options: TaskOptions, reads: Reads) -> None:
         )
 
 
+def chosen(options: TaskOptions, name: str, choices: tuple[str, ...]) -> str:
+    """The value of a setting that has a few; without a value, the first.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = options.settings.get(name, choices[0])
+    if value not in choices:
+        raise ValueError(f"{name}={value}, expected one of {', '.join(choices)}")
+    return value
+
+
 def flags(names: tuple[str, ...] | list[str]) -> str:
     """Names of fields as on the command line."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -5,6 +5,8 @@ completed from signature and docstring. MBPP (Austin et al. 2021, "Program Synth
 Language Models") has short functions to be written from a sentence and three assertions.
 
 Settings of both: samples of a problem (1), timeout (10 seconds), max_new_tokens (512), unsafe (0).
+HumanEval also has prompt: "complete" (the default: the model continues the code) or "ask" (for
+instruct models with --chat, which answer with a code block).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from eval.rows import Row, named_rows
 from eval.sandbox import runner
 from eval.sandbox.judge import Program
 from eval.sandbox.runner import probe
-from eval.task import Item, Reads, Source, Task, TaskOptions, check_options
+from eval.task import Item, Reads, Source, Task, TaskOptions, check_options, chosen
 
 PASS_AT = (1, 10, 100)
 YES, NO = ("1", "true", "yes"), ("", "0", "false", "no")
@@ -35,10 +37,18 @@ HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 HUMANEVAL = "humaneval/HumanEval", ("openai/openai_humaneval", "openai_humaneval")
 
+ASK = """\
+Complete this Python function. Answer with nothing but the whole function, in one code block.
+
+```python
+{code}
+```"""
+"""For chat models, inside their template. Asked to continue code, some write a placeholder."""
+
 
 def _humaneval_reads(options: TaskOptions) -> Reads:
     """The options and settings that HumanEval reads."""
-    return Reads(("data_dir", "limit"), SETTINGS, SCORING)
+    return Reads(("data_dir", "limit"), ("prompt", *SETTINGS), SCORING)
 
 
 def _humaneval(options: TaskOptions) -> Task:
@@ -49,41 +59,52 @@ def _humaneval(options: TaskOptions) -> Task:
     """
     check_options("humaneval", options, _humaneval_reads(options))
     length = positive(options, "max_new_tokens", "512")
+    ask = chosen(options, "prompt", ("complete", "ask")) == "ask"
     rows = named_rows(options.data_dir, *HUMANEVAL, "test")[: options.limit]
     problems = [
         Item(
             id=row.text("task_id"),
-            prompt=row.text("prompt"),
+            # replace instead of format: code contains braces.
+            prompt=ASK.replace("{code}", code.rstrip()) if ask else code,
             references=(row.text("canonical_solution"),),
             max_new_tokens=length,
-            meta={"test": row.text("test"), "entry_point": row.text("entry_point")},
+            meta={"code": code, **{name: row.text(name) for name in ("test", "entry_point")}},
         )
         for row in rows
+        for code in [row.text("prompt")]
     ]
     return Task(
         name="humaneval",
         items=with_samples(problems, options),
-        score=judge(humaneval_program, options),
+        score=judge(asked_program if ask else humaneval_program, options),
         metric=METRIC,
-        stops=HUMANEVAL_STOPS,
+        stops=() if ask else HUMANEVAL_STOPS,
         truncate="left",
-        chat=False,
-        raw="they are code to be completed, expected no --chat",
+        chat=ask,
+        raw="they are code to be completed, expected --set prompt=ask",
         summary=summary,
     )
 
 
+def asked_program(item: Item, answer: str) -> Program:
+    """The code block of an answer after the problem's code, whose imports and helpers it may use.
+
+    A whole function takes the place of the one before it; a body alone completes it.
+    """
+    return humaneval_program(item, fenced(answer))
+
+
 def humaneval_program(item: Item, answer: str) -> Program:
-    """Prompt with completion; the problem's tests with a call of them.
+    """The problem's code with its completion; the problem's tests with a call of them.
 
     Some tests call helpers that the prompt defines. They get the prompt's own, since an answer may
     define others of that name. The prompt alone is a program: its last function has a docstring.
     """
     test, entry_point = item.meta["test"], item.meta["entry_point"]
     return Program(
-        answer=f"{item.prompt}{answer}\n",
+        answer=f"{item.meta['code']}{answer}\n",
         test=f"{test}\ncheck({entry_point})\n",
-        given=str(item.prompt),
+        given=item.meta["code"],
         names=(entry_point,),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from eval.metrics import plain
 from eval.results import standard_error
 from eval.rows import Row, named_rows
-from eval.task import Item, Reads, Task, TaskOptions, check_options
+from eval.task import Item, Reads, Task, TaskOptions, check_options, chosen
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -57,8 +57,8 @@ def load(options: TaskOptions) -> Task:
         ValueError: no data, or a wrong setting.
     """
     check_options("gsm8k", options, reads(options))
-    prompt = _choice(options, "prompt", PROMPTS)
-    extraction = _choice(options, "extraction", EXTRACTIONS)
+    prompt = chosen(options, "prompt", PROMPTS)
+    extraction = chosen(options, "extraction", EXTRACTIONS)
     length = options.settings.get("max_new_tokens", "512")
     if not length.isdecimal() or int(length) < 1:
         raise ValueError(f"max_new_tokens={length}, expected a number above 0")
@@ -173,10 +173,3 @@ def _stops(shots: int, prompt: str) -> tuple[str, ...]:
     if shots:
         return ("\nQ:",)
     return ("\n### ",) if prompt == "alpaca" else ()
-
-
-def _choice(options: TaskOptions, name: str, choices: tuple[str, ...]) -> str:
-    chosen = options.settings.get(name, choices[0])
-    if chosen not in choices:
-        raise ValueError(f"{name}={chosen}, expected one of {', '.join(choices)}")
-    return chosen

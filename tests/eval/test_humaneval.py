@@ -66,6 +66,22 @@ def test_a_problem_is_scored_by_its_tests(folder):
     assert task.score(item, "") == 0
 
 
+def test_a_model_that_is_asked_answers_with_a_code_block(folder):
+    task = humaneval.load(TaskOptions(folder, settings={"prompt": "ask", "timeout": str(TIMEOUT)}))
+    item, body = task.items[0], "    return 2 * n"
+    assert task.chat and "```python\ndef double(n):" in item.prompt and not task.stops
+    for answer in (
+        f"Here it is:\n```python\ndef double(n):\n{body}\n```\nIt doubles.",
+        f"```\n{body}\n```",
+        f"def double(n):\n{body}",
+    ):
+        assert task.score(item, answer) == 1
+        assert task.score(item, answer.replace("2", "3")) == 0
+    assert task.score(item, "```python\ndef twice(n):\n    return 2 * n\n```") == 0
+    with pytest.raises(ValueError, match="prompt=talk, expected one of complete, ask"):
+        humaneval.load(TaskOptions(folder, settings={"prompt": "talk"}))
+
+
 def test_samples_and_summary(folder):
     options = TaskOptions(folder, settings={"samples": "10"})
     items = humaneval.load(options).items
