@@ -32,7 +32,8 @@ def main():
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     params = model.init(jax.random.key(0), tokens)["params"]
 
-    mla_model, mla_params = kvjax.transmla.to_equal_cache(model, params, init=orthonormal)
+    init: kvjax.transmla.Init = orthonormal
+    mla_model, mla_params = kvjax.transmla.to_equal_cache(model, params, init=init)
     before, _ = model.apply({"params": params}, tokens)
     after, _ = mla_model.apply({"params": mla_params}, tokens)
     difference = float(jnp.abs(after - before).max())

@@ -46,6 +46,11 @@ def balance(
     (see `pallas_kernels.entries.assign_heads`). The order of heads within a layer is arbitrary:
     the model computes the same function, up to the order of sums.
 
+    Examples:
+        >>> policy = "headkv:kv_size=24"
+        >>> params, policy = kvjax.headkv.balance(model, params, policy, prompt_len=1024)
+        >>> out = kvjax.generate(model, params, prompts, max_new_tokens=4, policy=policy)
+
     Args:
         params: parameters on a mesh; without a tensor axis they are returned unchanged.
         prompt_len: length of the prompts that the budgets are for.

@@ -81,6 +81,11 @@ def measure_need(
 ) -> NeedCurves:
     """Curves of need of every KV head, from prompts with their answers.
 
+    Examples:
+        >>> curves = kvjax.headkv.measure_need(model, params, examples, sizes=(0, 8), batch_size=2)
+        >>> curves.rises.shape  # layers, KV heads, and the two sizes and the whole prompt
+        (2, 2, 3)
+
     Args:
         examples: any mixture of questions; a head that some of them need gets tokens.
         scorer: chooses the tokens that a head keeps; None for `SpanWindow`.

@@ -36,6 +36,13 @@ every head gets some tokens before the last doubtful ones go to the heads with m
 class NeedCurves:
     """For each KV head, the loss of an answer against the number of tokens that the head keeps.
 
+    Examples:
+        >>> rises = np.array([[[9.0, 0.5, 0.0], [0.1, 0.0, 0.0]]])  # one layer, two KV heads
+        >>> curves = kvjax.headkv.NeedCurves(np.array([0, 16, 512]), rises, 0 * rises)
+        >>> curves.falls[0, 0] > curves.falls[0, 1]  # tokens help the first head more
+        array([ True,  True])
+        >>> curves.save("heads.need.json")  # beside heads.json, where headkv finds it
+
     Attributes:
         sizes: [P] tokens that the head keeps besides the recent ones; rising from 0. The last one
             stands for the whole prompt.
@@ -102,6 +109,13 @@ def need_path(path: str | Path) -> Path:
 
 def load_need(path: str | Path, model_config: ModelConfig | None = None) -> NeedCurves:
     """Reads a file of need curves.
+
+    Examples:
+        >>> rises = np.zeros((2, 2, 3))
+        >>> curves = kvjax.headkv.NeedCurves(np.array([0, 16, 512]), rises, rises)
+        >>> curves.save("mine.need.json")
+        >>> kvjax.headkv.load_need("mine.need.json").sizes
+        array([  0,  16, 512])
 
     Args:
         model_config: configuration of the model that the curves are for; its shape is checked.

@@ -52,6 +52,13 @@ def allocate_sizes(
     Then pairs of sizes are merged until at most three are left (see `few_sizes`): each size is a
     kind of layer that compiles its own programs.
 
+    Examples:
+        >>> stats = kvjax.transmla.calibrate(model, params, batches[:1])
+        >>> sizes = {"kv_rank": 12, "rope_dim": 4, "step": 4, "rounds": 1}
+        >>> ranks, widths = kvjax.transmla.allocate_sizes(model, params, stats, ids[8:], **sizes)
+        >>> sum(ranks) + sum(widths) <= 2 * (12 + 4)  # two layers
+        True
+
     Args:
         kv_rank, rope_dim: the mean over the layers, and the sizes that the search starts with.
         stats: from `calibrate`, on other text than `tokens`.
@@ -96,6 +103,11 @@ def choose_rope_dim(
     """The rope_dim with the least loss in a cache of `cache` numbers per token and layer.
 
     The loss is that of the closed form; the fits move the best rope_dim little.
+
+    Examples:
+        >>> stats = kvjax.transmla.calibrate(model, params, batches[:1])
+        >>> width = kvjax.transmla.choose_rope_dim(model, params, stats, ids[8:], cache=16)
+        >>> sizes = {"kv_rank": 16 - width, "rope_dim": width}  # for `to_decoupled`
 
     Args:
         stats, tokens, recipe: as in `allocate_sizes`.
@@ -148,6 +160,12 @@ def choose_fold(
     rope_dim: int,
 ) -> int:
     """The FreqFold of the published method with the least loss, among all possible ones.
+
+    Examples:
+        >>> stats = kvjax.transmla.calibrate(model, params, batches[:1])
+        >>> sizes = {"kv_rank": 12, "rope_dim": 4}
+        >>> fold = kvjax.transmla.choose_fold(model, params, stats, ids[8:], **sizes)
+        >>> recipe = kvjax.transmla.published(fold)
 
     Args:
         stats, tokens: as in `allocate_sizes`.

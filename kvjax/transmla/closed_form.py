@@ -149,6 +149,11 @@ UNBIASED = Recipe(centred=False, biased=False)
 def published(fold: int) -> Recipe:
     """The method of TransMLA v3 to v5 (arXiv 2502.07864) with FreqFold `fold`.
 
+    Examples:
+        >>> recipe = kvjax.transmla.published(fold=2)
+        >>> options = {"calibration": ids, "kv_rank": 12, "rope_dim": 4, "recipe": recipe}
+        >>> new_model, weights = kvjax.transmla.convert(model, params, "decoupled", **options)
+
     Raises:
         ValueError: a `fold` that is not a number from 0.
     """

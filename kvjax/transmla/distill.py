@@ -41,6 +41,12 @@ def distill(
     that of the least-squares refits (`streams.output_target`). The loss is the mean squared error
     divided by the mean square of the target; Adam with a cosine schedule and fp32 master weights.
 
+    Examples:
+        >>> stats = kvjax.transmla.calibrate(model, params, batches)
+        >>> sizes = {"kv_rank": 12, "rope_dim": 4, "recipe": kvjax.transmla.published(fold=2)}
+        >>> small, weights = kvjax.transmla.to_decoupled(model, params, stats, **sizes)
+        >>> weights = kvjax.transmla.distill(model, params, small, weights, stats, steps=2)
+
     Args:
         model, params: the original.
         converted_model, converted_params: from `to_decoupled`.

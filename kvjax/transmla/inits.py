@@ -124,6 +124,14 @@ def balanced_svd(matrix: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarr
     `matrix`, repeated and divided by √repeats. So the wide matrix is never built (TransMLA v2,
     section 3.2).
 
+    Examples:
+        >>> weight = np.random.default_rng(0).standard_normal((6, 4))
+        >>> left, right = kvjax.transmla.balanced_svd(weight, repeats=3)
+        >>> np.allclose(left @ right, weight)
+        True
+        >>> bool(np.isclose(np.linalg.norm(left), np.linalg.norm(np.tile(right, 3))))
+        True
+
     Args:
         matrix: [..., I, W], real or complex.
 
