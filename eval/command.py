@@ -136,6 +136,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from kvjax.endings import GOES_ON, only_writer, say_finished
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
+    from kvjax.progress import stage
 
     # Everything that can be refused without the model comes first.
     command = with_dtype(command)
@@ -156,7 +157,8 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     with only_writer(command.out, GOES_ON):
-        model, params = load(command.model, command.dtype, named_mesh(command.mesh))
+        with stage(f"loading {command.model}"):
+            model, params = load(command.model, command.dtype, named_mesh(command.mesh))
         loaded = LoadedModel(command.model, model, params, tokenizer)
         report = evaluate(loaded, task, settings, command.out, described, argv)
     if not report["computed"]:

@@ -16,6 +16,7 @@ from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
 from kvjax.policies.named import parse_policy
+from kvjax.progress import Stage, stage
 from kvjax.text import prompt_ids
 from kvjax.text_generation import generate_text, in_chat
 
@@ -87,18 +88,21 @@ def continue_text(
     if context is None:  # refuse bad input before the model is read
         parse_policy(policy)
     tokenizer = load_tokenizer(path)
-    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
-    held = None if context is None else load_context(context, model, params)
-    out = generate_text(
-        model,
-        params,
-        tokenizer,
-        prompt,
-        policy=policy,
-        context=held,
-        on_text=None if write is None else lambda _, piece: write(piece),
-        **settings,
-    )
+    with stage(f"loading {path}"):
+        model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
+        held = None if context is None else load_context(context, model, params)
+    reading = Stage("reading the prompt")
+
+    def on_text(_: int, piece: str) -> None:
+        reading.end()
+        if write is not None:
+            write(piece)
+
+    try:
+        settings |= {"policy": policy, "context": held, "on_text": on_text}
+        out = generate_text(model, params, tokenizer, prompt, **settings)
+    finally:
+        reading.end()
     report = {
         "prompt": prompt,
         "text": out.text,
@@ -155,8 +159,10 @@ def compress_text(
     tokenizer = load_tokenizer(path)
     wrapped = in_chat(tokenizer, chat, system)
     ids = document_ids(tokenizer, content, system) if wrapped else prompt_ids(tokenizer, content)
-    model, params = load(path, dtype=dtype)
-    context = compress(model, params, ids, policy, chat=wrapped)
+    with stage(f"loading {path}"):
+        model, params = load(path, dtype=dtype)
+    with stage(f"reading {len(ids):,} tokens"):
+        context = compress(model, params, ids, policy, chat=wrapped)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)
     return {
