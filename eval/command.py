@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import UseAppendAction, arg
 
 from kvjax.paths import check_local, local_path
@@ -330,7 +330,8 @@ def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) ->
 def print_report(report: dict[str, Any]) -> None:
     """A table with one line for each policy, and one for each group where there are at most 24."""
     title = f"{report['task']}, {report['model']}: {report['metric']}"
-    table = Table("policy", report["metric"], "items", "cache, KiB", "of full", title=title)
+    policy = Column("policy", overflow="fold")  # names of policies can be long; none is cut
+    table = Table(policy, report["metric"], "items", "cache, KiB", "of full", title=title)
     for row in report["policies"]:
         # Bytes and share are means over the items, so groups have none.
         share = row["cache_bytes"] / row["full_cache_bytes"]
@@ -347,7 +348,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
     """A table with one line for each row and the first row's keys as its header."""
-    table = Table(*rows[0], title=title)
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]), title=title)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)

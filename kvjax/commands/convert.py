@@ -77,13 +77,15 @@ class DecoupledSettings:
 
     Attributes:
         cache: cached numbers, as a share of those of keys and values; instead of kv_rank
-        kv_rank: width of the cached latent; None: see `kvjax.transmla.sizes.chosen_widths`
+        kv_rank: width of the cached latent; None: what rope_dim leaves of the cache, which is half
+            of keys and values, or 576 numbers where these are less
         rope_dim: width of the cached rotary key; None: what loses least by the calibration
         calibration: text, or .npy of token ids [S, T], to calibrate on (required)
         v_head_dim: width of a head's output
         exportable: keep to what DeepSeek-V3's layout can express
-        mode: fold, post or auto
-        recipe: best, unbiased or published
+        mode: fold (ordinary MLA), post (keeps QK-norms and their projections), or auto: fold where
+            a model has no QK-norm
+        recipe: best; unbiased, for exports with norm rms; or published, the paper's method
         fold: FreqFold of the published recipe; 0: the fold with the least held-out loss
         calibration_tokens: most tokens to use
         calibration_length: tokens per sequence, for texts

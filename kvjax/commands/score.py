@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +141,19 @@ def _report(
     result: HeadScores | NeedCurves, wanted: Measurement, grid: Grid, start: float
 ) -> dict[str, Any]:
     facts = {"estimator": grid.estimator, "asked": grid.samples, **wanted.facts(result)}
-    return facts | {"seconds": round(time.monotonic() - start, 1)}
+    return facts | {"seconds": round(time.monotonic() - start, 1), "notes": _notes(facts)}
+
+
+def _notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a user should know about the scores."""
+    accepted = facts.get("accepted", FEW)
+    if accepted >= FEW:
+        return []
+    return [
+        f"the model answered {accepted} of {facts['asked']} prompts, and only these count: scores "
+        "of so few are noise; ask shorter ones (--length), more (--samples), or take --estimator "
+        "copying, which needs no answers"
+    ]
 
 
 def measure_importance(model, params, examples, grid: Grid, *rest: Any) -> HeadScores:
@@ -179,6 +191,8 @@ def _best(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+FEW = 8
+"""Prompts whose mean says little."""
 IMPORTANCE = Measurement(
     BatchImportance, measure_importance, importance_facts, lambda out: out, load_scores
 )
