@@ -20,9 +20,12 @@ CORES = {
     "convert_and_export": ("convert",),
     "own_init": ("orthonormal",),
     "finetune": ("train",),
+    "first_steps": ("last_layers",),
 }
 """The functions of each example that a researcher would copy."""
-PUBLIC = ("kvjax", "kvjax.chat", "kvjax.policies", "kvjax.config")
+NOTEBOOKS = {"first_steps"}
+"""Scripts of cells, which may be long; no cell is."""
+PUBLIC = ("kvjax", "kvjax.chat", "kvjax.policies", "kvjax.config", "kvjax.scoring")
 """The modules that examples import from."""
 
 
@@ -82,6 +85,29 @@ def test_own_init(capsys):
     assert "does not commute with RoPE" in capsys.readouterr().out
 
 
+def smaller(text, changes):
+    """A script with other sizes."""
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def test_first_steps(capsys, monkeypatch):
+    """The notebook, from short prompts."""
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    sizes = {"WordVocabulary(), 16, 512": "WordVocabulary(), 4, 128", "12, 24, 48": "48,"}
+    text = smaller((EXAMPLES / "first_steps.py").read_text(), sizes)
+    names = {}
+    exec(compile(text, "first_steps.py", "exec"), names)
+    right, share, converted = names["right"], names["share"], names["converted"]
+    assert right["full"] == right["headkv:kv_size=48"] == 100 > right["streaming:kv_size=48"]
+    assert share["headkv:kv_size=48"] == share["snapkv:kv_size=48"] < 50
+    assert converted.cache_bytes["full"] < 0.51 * names["found"].cache_bytes["full"]
+    assert capsys.readouterr().out.count("% right from") == 3
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_short_and_public(path):
     text = path.read_text()
@@ -91,7 +117,9 @@ def test_short_and_public(path):
         lines = ast.get_source_segment(text, functions[name]).splitlines()
         doc = ast.get_docstring(functions[name]).splitlines()
         assert sum(bool(line.strip()) for line in lines) - len(doc) <= 15, name
-    assert len(text.splitlines()) <= 50
+    cells = text.split("\n# %%") if path.stem in NOTEBOOKS else [text]
+    longest = 14 if path.stem in NOTEBOOKS else 50
+    assert max(len(cell.splitlines()) for cell in cells) <= longest
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("kvjax"):
             assert node.module in PUBLIC
