@@ -16,7 +16,6 @@ from mkdocs.structure.files import File
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from site_links import MADE, ROOT, place
-from traitlets.config import Config
 
 FOLDER = "first_steps"
 """The pictures and the notebook, beside the script."""
@@ -29,8 +28,8 @@ SECONDS = 300
 def executed(script: str) -> Any:
     """The script as a notebook with the outputs of its cells."""
     notebook = jupytext.read(ROOT / script)
-    local = Config(KernelManager={"transport": "ipc"})  # over TCP a kernel warns
-    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", config=local)
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # a warning that it listens on the local host
+    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", extra_arguments=quiet)
     try:
         client.execute(cwd=str(ROOT))
     except CellExecutionError as error:
