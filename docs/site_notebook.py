@@ -29,7 +29,13 @@ def executed(script: str) -> Any:
     """The script as a notebook with the outputs of its cells."""
     notebook = jupytext.read(ROOT / script)
     quiet = ["--IPKernelApp.log_level=ERROR"]  # a warning that it listens on the local host
-    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", extra_arguments=quiet)
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        extra_arguments=quiet,
+        coalesce_streams=True,
+    )
     try:
         client.execute(cwd=str(ROOT))
     except CellExecutionError as error:
