@@ -21,7 +21,7 @@ from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_write
 from kvjax.overview import overview
 from kvjax.paths import local_arguments
 from kvjax.runs import write_json
-from kvjax.usage import changed, parsed, refuse_unread
+from kvjax.usage import changed, check_command, parsed, refuse_unread
 
 if TYPE_CHECKING:
     from kvjax.commands.convert import DecoupledSettings, EqualCacheSettings
@@ -436,6 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[:1] in (["-h"], ["--help"]):
             print(overview(GROUPS))
             return
+        check_command(argv, COMMANDS)
         parsed({name: _parsed(name, argv) for name in COMMANDS}, "kvjax", argv)
 
 
