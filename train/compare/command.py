@@ -225,6 +225,8 @@ def plot(config: CompareConfig, out: Path) -> None:
             label = arm if place else f"{arm}, {rate:g}"
             draw(axis, out, [job for job in jobs if job.rate == rate], label)
         axis.set(title=title, xlabel="step", yscale="log")
+        axis.yaxis.set_major_formatter("{x:.3g}")
+        axis.yaxis.set_minor_formatter("{x:.3g}")
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("held-out loss, nats a token")
     write_picture(out / PICTURE, figure, dpi=110)
