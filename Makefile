@@ -47,7 +47,7 @@ test-aot-gpu: $(AOT_GPU_VENV)/.installed
 	$(AOT_GPU_VENV)/bin/python -m pytest tests/kernels/test_gpu.py tests/kernels/test_lengths.py \
 	  tests/kernels/test_gpu_compiler.py tests/test_plan_aot_gpu.py $(PYTEST_ARGS)
 
-# The site of docs/ in site/. A link or a name that does not exist is an error.
+# The site of docs/ in site/. A link or a name that does not exist is an error, and so is one in a cell of its notebook.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

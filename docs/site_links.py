@@ -14,17 +14,24 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = "repository/"
+MADE = {"first_steps.md": "examples/first_steps.py"}
+"""Pages that docs/site_notebook.py makes, and their files."""
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
 """The path in [text](path#anchor)."""
 
 
 def source(uri: str) -> str:
     """The file of the repository that the site has at `uri`."""
+    if uri in MADE:
+        return MADE[uri]
     return uri.removeprefix(OUTSIDE) if uri.startswith(OUTSIDE) else f"docs/{uri}"
 
 
 def place(file: str) -> str:
     """The inverse of `source`."""
+    for page, made_of in MADE.items():
+        if file == made_of:
+            return page
     return file.removeprefix("docs/") if file.startswith("docs/") else OUTSIDE + file
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import UseAppendAction, arg
 
 from kvjax.paths import check_local, local_path
@@ -136,6 +136,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     from kvjax.endings import GOES_ON, only_writer, say_finished
     from kvjax.hf import load, load_tokenizer, read_model
     from kvjax.mesh import named_mesh
+    from kvjax.progress import stage
 
     # Everything that can be refused without the model comes first.
     command = with_dtype(command)
@@ -156,7 +157,8 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     described["count"] = task_options(command, None).prompts_each if "count" in read else None
     described |= {"settings": dict(_pairs(command.settings)), "truncate": task.truncate}
     with only_writer(command.out, GOES_ON):
-        model, params = load(command.model, command.dtype, named_mesh(command.mesh))
+        with stage(f"loading {command.model}"):
+            model, params = load(command.model, command.dtype, named_mesh(command.mesh))
         loaded = LoadedModel(command.model, model, params, tokenizer)
         report = evaluate(loaded, task, settings, command.out, described, argv)
     if not report["computed"]:
@@ -328,7 +330,8 @@ def dry_run(model: Any, tokenizer: Any, task: Any, settings: Any, dtype: Any) ->
 def print_report(report: dict[str, Any]) -> None:
     """A table with one line for each policy, and one for each group where there are at most 24."""
     title = f"{report['task']}, {report['model']}: {report['metric']}"
-    table = Table("policy", report["metric"], "items", "cache, KiB", "of full", title=title)
+    policy = Column("policy", overflow="fold")  # names of policies can be long; none is cut
+    table = Table(policy, report["metric"], "items", "cache, KiB", "of full", title=title)
     for row in report["policies"]:
         # Bytes and share are means over the items, so groups have none.
         share = row["cache_bytes"] / row["full_cache_bytes"]
@@ -345,7 +348,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str = "") -> None:
     """A table with one line for each row and the first row's keys as its header."""
-    table = Table(*rows[0], title=title)
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]), title=title)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)

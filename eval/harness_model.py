@@ -13,11 +13,12 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 
 from eval.likelihood import LogLikelihoods, score_compressed, score_dense
-from eval.run import LoadedModel, progress_bar
+from eval.run import LoadedModel
 from eval.stops import ends_at_stops, until_stop
 from kvjax.chat import end_ids
 from kvjax.generation import generate
 from kvjax.policies.policy import Full, Policy, check_growth
+from kvjax.progress import progress_bar
 from kvjax.text import added_text, prompt_ids
 
 NEW_TOKENS = 256

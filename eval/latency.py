@@ -87,8 +87,9 @@ def measure(command: LatencyCommand, argv: Sequence[str] = ()) -> dict[str, Any]
     import kvjax
     from eval.predictions import RESULTS
     from eval.results import environment, facts
-    from eval.run import progress_bar, resolve_all
+    from eval.run import resolve_all
     from kvjax.mesh import named_mesh
+    from kvjax.progress import progress_bar
 
     command = with_dtype(command)
     check_arguments(command)

@@ -94,9 +94,10 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
     import kvjax
     from eval import likelihood
     from eval.results import environment, facts
-    from eval.run import progress_bar, resolve_all
+    from eval.run import resolve_all
     from kvjax.identity import array_digest
     from kvjax.mesh import named_mesh
+    from kvjax.progress import progress_bar
 
     # The text and its chunks; problems of the text show before weights are loaded.
     start, command = time.monotonic(), with_dtype(command)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eval import likelihood, results
 from eval.predictions import RESULTS, Prediction, RunFolder, write_json
@@ -37,6 +34,7 @@ from kvjax.nn import Transformer
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Policy
+from kvjax.progress import progress_bar
 from kvjax.scoring import FULL
 from kvjax.text import added_text
 
@@ -104,7 +102,7 @@ def evaluate(
     folder = RunFolder(out, wanted, {item.id: item.group for item in task.items})
     # Answers, appended to the folder batch by batch.
     before = len(folder.done)
-    with progress_bar(quiet or not processes.is_writer()) as progress:
+    with progress_bar(quiet) as progress:
         total = len(policies) * sum(len(prompt.ids) for prompt in prompts) / jax.process_count()
         bar = progress.add_task(task.name, total=total, items=f"{before} answers")
 
@@ -390,15 +388,3 @@ def _row(
         base += [] if gqa is None else [gqa] * count
     predictions = [folder.done[name, item.id] for item in task.items]
     return results.of_policy(task, predictions, kept, base)
-
-
-def progress_bar(quiet: bool = False) -> Progress:
-    """A bar with the remaining time, on standard error where that is a terminal."""
-    columns = (BarColumn(), TextColumn("{task.fields[items]}"), TimeElapsedColumn())
-    return Progress(
-        TextColumn("{task.description}"),
-        *columns,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-    )

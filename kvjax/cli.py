@@ -8,7 +8,7 @@ Those are imported inside the functions: help and refused arguments do not wait 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from kvjax.endings import GOES_ON, NOTHING_YET, STARTS_OVER, endings, only_write
 from kvjax.overview import overview
 from kvjax.paths import local_arguments
 from kvjax.runs import write_json
-from kvjax.usage import changed, parsed, refuse_unread
+from kvjax.usage import changed, check_command, parsed, refuse_unread
 
 if TYPE_CHECKING:
     from kvjax.commands.convert import DecoupledSettings, EqualCacheSettings
@@ -161,7 +161,9 @@ def score(
 
     with only_writer(out, GOES_ON):
         report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
-    _print_rows([report])
+    _print_facts(f"{model} → {out}", report)
+    for note in report["notes"]:
+        say(f"note: {note}")
     _write_report(json_file, report)
 
 
@@ -171,7 +173,11 @@ BEFORE_QUESTIONS = "full:entries=int8"
 """For texts whose questions come later, and for chats. It keeps every token: a policy that does not
 know the question drops answers, even at half of the tokens (docs/headkv.md). Keys and values would
 take 4 bits, but latents of converted models lose half of the answers then (docs/frontier.md)."""
-PolicyName = Annotated[str, arg(help="what the cache keeps, such as headkv:kv_size=512")]
+PolicyName = Annotated[
+    str, arg(help="what the cache keeps, such as full:entries=int4; see docs/headkv.md")
+]
+NewTokens = Annotated[int, arg(help="longest answer")]
+Temperature = Annotated[float, arg(help="0 takes the most likely token, above it tokens are drawn")]
 Stop = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(metavar="TEXT", help="end the answer before this text; repeat for more"),
@@ -187,11 +193,17 @@ def generate(
         ),
     ] = None,
     prompt_file: Annotated[Path | None, arg(help="file with the prompt, instead")] = None,
-    max_new_tokens: int = 64,
-    policy: Annotated[str, arg(help="full, snapkv:kv_size=128, headkv:kv_size=128, …")] = "full",
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    max_new_tokens: NewTokens = 64,
+    policy: Annotated[
+        str,
+        arg(
+            help="full, full:entries=int4, headkv:ratio=0.2, snapkv:kv_size=64, …; kvjax --help "
+            "has the names, docs/headkv.md the settings"
+        ),
+    ] = "full",
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, arg(help="draw from the likeliest tokens of this probability")] = 1.0,
+    top_k: Annotated[int, arg(help="draw from this many likeliest tokens; 0 for all")] = 0,
     seed: int = 0,
     raw: Raw = False,
     system: System = None,
@@ -236,14 +248,20 @@ def generate(
     )
     print()
     # On standard error, so that standard output is the text alone.
-    print(
-        f"[{report['new_tokens']} tokens; cache {report['cache_bytes']:,} bytes, "
-        f"uncompressed {report['full_cache_bytes']:,}]",
-        file=sys.stderr,
-    )
+    say(f"[{report['new_tokens']} tokens; {_sizes(report)}]")
     for note in report["notes"]:
         say(f"note: {note}")
     _write_report(json_file, report)
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    """What the cache of a prompt takes. Rows come in blocks, and there is room for new tokens."""
+    whole = f"{report['cache_bytes']:,} bytes"
+    if "prompt_bytes" not in report:
+        return f"cache {whole} with the context and room for the answer"
+    kept, full = report["prompt_bytes"], report["full_prompt_bytes"]
+    share = f"{kept:,} of {full:,} bytes ({kept / full:.0%}) of {report['prompt_tokens']:,} tokens"
+    return f"the cache keeps {share}; {whole} with room for the answer"
 
 
 def chat(
@@ -254,8 +272,8 @@ def chat(
         Path | None, arg(help="file of `kvjax compress` that the chat is about, with its policy")
     ] = None,
     system: System = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
     seed: int = 0,
     stop: Stop = (),
     dtype: Dtype = None,
@@ -265,7 +283,7 @@ def chat(
 
     Under each answer stand the bytes of the cache, the time to the first token and tokens/s.
 
-    Example: kvjax chat MODEL --document book.txt --policy headkv:kv_size=256
+    Example: kvjax chat MODEL --document book.txt --policy full:entries=int4
     """
     from kvjax.commands.chat import chat as run_chat
 
@@ -301,14 +319,16 @@ def compress(
     Questions come later, with `kvjax generate --context OUT` or `kvjax chat --context OUT`.
     With a chat template the text begins a user's message, and each question ends it.
 
-    Example: kvjax compress MODEL book.txt book.kv --policy headkv:kv_size=512
+    Example: kvjax compress MODEL book.txt book.kv --policy full:entries=int4
     """
     from kvjax.commands.text import compress_text
 
     with only_writer(out, NOTHING_YET):
         chat = False if raw else None
         report = compress_text(model, text, out, policy, dtype, chat, system)
-    _print_rows([report])
+    _print_facts(f"{text} → {out}", report)
+    for note in report["notes"]:
+        say(f"note: {note}")
     _write_report(json_file, report)
 
 
@@ -416,6 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[:1] in (["-h"], ["--help"]):
             print(overview(GROUPS))
             return
+        check_command(argv, COMMANDS)
         parsed({name: _parsed(name, argv) for name in COMMANDS}, "kvjax", argv)
 
 
@@ -457,7 +478,8 @@ def _print_facts(title: str, facts: dict[str, Any]) -> None:
     """Prints a table with one line per fact."""
     table = Table("", "", show_header=False, title=title)
     for key, value in facts.items():
-        table.add_row(key, str(value))
+        if key != "notes":
+            table.add_row(key.replace("_", " "), str(value))
     Console().print(table)
 
 

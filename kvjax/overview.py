@@ -24,7 +24,7 @@ Smaller KV caches for existing language models.
 {commands}
 
 MODEL   a checkpoint's directory, a .gguf file, a hub id, or builtin:smollm2
-POLICY  what the cache keeps, such as headkv:kv_size=512; one of
+POLICY  what the cache keeps, such as headkv:ratio=0.2; one of
         {policies}
 
 {cache}"""

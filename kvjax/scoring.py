@@ -32,7 +32,8 @@ from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
 from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import NO_TOKEN
-from kvjax.policies.policy import Compress, Full, Policy, check_growth
+from kvjax.policies.named import resolve_each
+from kvjax.policies.policy import Full, Policy, check_growth
 from kvjax.prefilling import bucket_length, pad, shape_bytes
 
 PIECE = 128
@@ -273,7 +274,7 @@ def compare(
     model: Transformer,
     params: Any,
     examples: Sequence[Example],
-    policies: Mapping[str, Compress],
+    policies: Mapping[str, str | Policy],
     protocol: str = INSIDE,
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
@@ -286,19 +287,20 @@ def compare(
     cache is compressed.
 
     Args:
-        policies: by name, with their head scores; see `kvjax.policies.named.resolve`.
+        policies: by name, each as `kvjax.generate` takes it.
         protocol: "inside" or "after", see `PROTOCOLS`.
         batch_size: examples at a time.
         on_batch: called with the number of finished examples.
 
     Raises:
         ValueError: an unknown protocol; no examples; examples without the length of their
-            question, or with tokens outside the vocabulary; a model without EOS; or logits that
-            are not finite.
+            question, or with tokens outside the vocabulary; a model without EOS; a policy that
+            cannot be resolved; or logits that are not finite.
     """
     config = model.config
     _check_examples(config, examples, protocol)
-    every: dict[str, Policy] = {FULL: Full(), **policies}
+    named = {FULL: Full(), **policies}
+    every = dict(zip(named, resolve_each(list(named.values()), config), strict=True))
     asked = [example.question_length if protocol == AFTER else 0 for example in examples]
     reads = [len(example.prompt) - n for example, n in zip(examples, asked, strict=True)]
     texts = []

@@ -46,15 +46,24 @@ def parsed(wanted: Any, prog: str, argv: Sequence[str], **more: Any) -> Any:
     try:
         return parse(args=list(argv))
     except Refused as refused:
-        if not _unknown_tokens(refused.event):
-            raise
-        # tyro names the whole program as the one with unknown options, not the subcommand.
+        # tyro names the whole program in most refusals, not the subcommand.
         words = [word for word in argv[:1] if by_name and word in wanted]
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            parse(args=[*words, "--help"])
-        known = set(OPTION.findall(text.getvalue()))
+        known = set()
+        if _unknown_tokens(refused.event):
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+                parse(args=[*words, "--help"])
+            known = set(OPTION.findall(text.getvalue()))
         raise Problems(_problems(refused.event, " ".join([prog, *words]), known)) from None
+
+
+def check_command(argv: Sequence[str], commands: Collection[str]) -> None:
+    """Raises ValueError where the first argument is a word that is no command."""
+    name = argv[0] if argv else ""
+    if name and not name.startswith("-") and name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ValueError(f"got {shown(name)}, expected one of {', '.join(commands)}{hint}")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,11 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
 
+from kvjax import progress  # noqa: E402 - after the hook, which checks its shapes
+
+# Tests that read standard error don't depend on how fast this machine is.
+progress.PATIENCE, progress.EVERY = 1e6, 1e6
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

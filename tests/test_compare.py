@@ -92,6 +92,17 @@ def test_the_question_inside(loaded, examples):
     assert got.cache_bytes["snapkv:kv_size=16"] < 0.2 * got.cache_bytes["full"]
 
 
+def test_policies_by_name(loaded, examples):
+    names = NAMES[0], "streaming:kv_size=24"
+    chosen = {name: resolve(name, loaded[0].config, None) for name in names}
+    got = compare(*loaded, examples[:2], dict(zip(names, names, strict=True)))
+    want = compare(*loaded, examples[:2], chosen)
+    assert got.cache_bytes == want.cache_bytes
+    assert {k: v.tolist() for k, v in got.right.items()} == {
+        k: v.tolist() for k, v in want.right.items()
+    }
+
+
 def test_the_first_token_sees_the_compressed_cache(loaded):
     """A policy that looks at no query keeps of a prompt what it keeps without the last token, and
     the last token."""

@@ -12,6 +12,7 @@ from llama_toy import HEAD_DIM, HEADS, KV_HEADS, LAYERS, save_llama
 from tokenizer_toys import CHAT, byte_level
 
 import kvjax
+from kvjax import progress
 from kvjax.commands import demo
 from kvjax.commands.demo import answers, english, shared, words
 from kvjax.policies.importance import HeadScores, load_scores
@@ -133,8 +134,8 @@ def test_the_first_sentence_is_judged(text, sentence, right):
 
 
 def test_spans_within_spans_count_once():
-    assert shared.covered([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (8.0, 9.0)]) == 6.0
-    assert shared.covered([]) == 0.0
+    assert progress.covered([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (8.0, 9.0)]) == 6.0
+    assert progress.covered([]) == 0.0
 
 
 def test_without_its_package_smollm2_gives_way_to_the_embedded_model(monkeypatch, capsys):

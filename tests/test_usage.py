@@ -19,7 +19,8 @@ MAINS = {"kvjax": cli.main, "eval": eval.__main__.main, "train": train.__main__.
     ("words", "lines"),
     [
         ("kvjax", ["got no command, expected one of generate, chat, compress"]),
-        ("kvjax nonsense", ["got nonsense"]),
+        ("kvjax nonsense", ["got 'nonsense', expected one of generate, chat"]),
+        ("kvjax genrate m once", ["plan; the nearest is generate"]),
         ("kvjax info", ["got no MODEL, which is required; see `kvjax info --help`"]),
         ("kvjax score", ["got no MODEL, which is required", "got no OUT.json, which is required"]),
         ("kvjax score m out.json --policy x", ["got --policy,", "got x,"]),

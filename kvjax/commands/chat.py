@@ -15,6 +15,7 @@ from kvjax.conversation import Conversation, ask
 from kvjax.endings import say
 from kvjax.hf import load, load_tokenizer
 from kvjax.policies.named import parse_policy
+from kvjax.progress import stage
 from kvjax.text_files import read_text
 
 PROMPT = "> "
@@ -53,14 +54,16 @@ def chat(
     tokenizer = load_tokenizer(path)
     if not has_chat_template(tokenizer):
         raise ValueError("this model's tokenizer has no chat template: use `kvjax generate`")
-    model, params = load(path, dtype=dtype)
+    with stage(f"loading {path}"):
+        model, params = load(path, dtype=dtype)
     state = Conversation()
     if context is not None:
         held = load_context(context, model, params)
         state = Conversation.after(held)
     if content is not None:
         ids = document_ids(tokenizer, content, system)
-        state = Conversation.after(compress(model, params, ids, policy, chat=True))
+        with stage(f"reading {len(ids):,} tokens"):
+            state = Conversation.after(compress(model, params, ids, policy, chat=True))
     rows = []
     for message in _messages():
         clock = Clock(lambda piece: print(piece, end="", flush=True))

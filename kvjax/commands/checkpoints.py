@@ -36,6 +36,7 @@ from kvjax.hf.save import saving, write_model
 from kvjax.hf.source import gguf_file, missing_weights, on_hub, resolve
 from kvjax.identity import array_digest
 from kvjax.nn import Transformer, param_shapes
+from kvjax.progress import stage
 from kvjax.text_files import read_object
 
 SEQUENCE, BATCH = 256, 8
@@ -169,7 +170,8 @@ def export_checkpoint(
         if calibration is None:
             raise ValueError("norm='rms' needs a calibration text: --calibration FILE")
         rows = token_rows(source, calibration, calibration_tokens, SEQUENCE)
-    model, params = load(source, dtype=dtype)
+    with stage(f"loading {source}"):
+        model, params = load(source, dtype=dtype)
     check_params(params)
     text = None if rows is None else array_digest(rows)
     wanted = {"norm": norm, "text": text, "max_shard_bytes": max_shard_bytes}

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress, TimeElapsedColumn, track
 
 from kvjax.checks import CONVERTED, COUNT, SIZE, check_finite, check_ranges, optional
 from kvjax.commands import held_out, text
@@ -35,6 +34,7 @@ from kvjax.hf import default_dtype, matching, open_params, read_model
 from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer, param_shapes
 from kvjax.nn.transformer import block_kind, embed, hidden_logits, layer_output, output_params
+from kvjax.progress import progress_bar, tracked
 from kvjax.transmla import BEST, UNBIASED, Recipe, Stats, calibrate, published
 from kvjax.transmla.allocation import choose_fold
 from kvjax.transmla.decoupled import chosen_rope_dim, decouple_layers, settle
@@ -77,13 +77,15 @@ class DecoupledSettings:
 
     Attributes:
         cache: cached numbers, as a share of those of keys and values; instead of kv_rank
-        kv_rank: width of the cached latent; None: see `kvjax.transmla.sizes.chosen_widths`
+        kv_rank: width of the cached latent; None: what rope_dim leaves of the cache, which is half
+            of keys and values, or 576 numbers where these are less
         rope_dim: width of the cached rotary key; None: what loses least by the calibration
         calibration: text, or .npy of token ids [S, T], to calibrate on (required)
         v_head_dim: width of a head's output
         exportable: keep to what DeepSeek-V3's layout can express
-        mode: fold, post or auto
-        recipe: best, unbiased or published
+        mode: fold (ordinary MLA), post (keeps QK-norms and their projections), or auto: fold where
+            a model has no QK-norm
+        recipe: best; unbiased, for exports with norm rms; or published, the paper's method
         fold: FreqFold of the published recipe; 0: the fold with the least held-out loss
         calibration_tokens: most tokens to use
         calibration_length: tokens per sequence, for texts
@@ -297,7 +299,7 @@ def convert_to_decoupled(
         # Moments of all layers at once are needed only to keep them or to try several folds.
         if wanted.stats is not None or wanted.chooses_fold:
             batches = [fit[i : i + REPLAY] for i in range(0, len(fit), REPLAY)]
-            shown = track(batches, "calibrating", transient=True)
+            shown = tracked(batches, "calibrating", len(batches))
             # Conversions with the same text share the file of moments.
             file = wanted.stats
             with contextlib.nullcontext() if file is None else only_writer(file):
@@ -356,7 +358,7 @@ def _chosen(
     layers = layer_moments(model, params, fit)
     if stats is not None:
         layers = attention_layers(params, stats)
-    shown = track(layers, "choosing rope_dim", total=model.config.num_layers, transient=True)
+    shown = tracked(layers, "choosing rope_dim", model.config.num_layers)
     widths = wanted.cache, wanted.kv_rank, wanted.rope_dim, wanted.exportable
     return chosen_rope_dim(model, shown, *widths, wanted.parsed_recipe)
 
@@ -383,8 +385,9 @@ def _write_decoupled_layers(
         names = held_out.stream_names(model.config.num_layers, recipe.refit)
         steps = dict.fromkeys(names, x[len(fit) :])
     layers = decouple_layers(model, params, stats, sizes, recipe, mode, replayed, done)
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task("converting", total=model.config.num_layers, completed=done)
+    with progress_bar() as bar:
+        number = model.config.num_layers
+        task = bar.add_task("converting", total=number, completed=done, items="")
         for layer in layers:
             steps = held_out.advance(model.config, layer, steps)
             config, attn = layer.attention(layer.final)

@@ -11,13 +11,11 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax.commands.unfinished import REPEAT
 from kvjax.endings import say_finished
@@ -32,6 +30,7 @@ from kvjax.mesh import named_mesh
 from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores, beside, load_scores, split_half
 from kvjax.policies.need import NeedCurves, load_need, need_path
+from kvjax.progress import progress_bar, stage
 from kvjax.runs import append_lines, check_same, cut_torn_line, whole_lines
 from kvjax.text_files import parse_object
 
@@ -89,7 +88,8 @@ def score_checkpoint(
     check_length(grid.length, read_model(path).config)
     examples = make_examples(load_tokenizer(path), grid)
     total = len(bucketed(examples, batch_size))
-    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
+    with stage(f"loading {path}"):
+        model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial_path(out)
     weights = {"weights": identity(model.config, params).digest}
@@ -101,7 +101,9 @@ def score_checkpoint(
     finished = finished_batches(unfinished, asked, wanted.batch)
     # Measure the rest; every batch is on disk before the next one starts.
     with progress_bar() as progress:
-        task = progress.add_task(f"heads: {grid.estimator}", total=total, completed=len(finished))
+        task = progress.add_task(
+            f"heads: {grid.estimator}", total=total, completed=len(finished), items=""
+        )
 
         def on_batch(batch: Any) -> None:
             append_batch(unfinished, batch)
@@ -139,7 +141,19 @@ def _report(
     result: HeadScores | NeedCurves, wanted: Measurement, grid: Grid, start: float
 ) -> dict[str, Any]:
     facts = {"estimator": grid.estimator, "asked": grid.samples, **wanted.facts(result)}
-    return facts | {"seconds": round(time.monotonic() - start, 1)}
+    return facts | {"seconds": round(time.monotonic() - start, 1), "notes": _notes(facts)}
+
+
+def _notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a user should know about the scores."""
+    accepted = facts.get("accepted", FEW)
+    if accepted >= FEW:
+        return []
+    return [
+        f"the model answered {accepted} of {facts['asked']} prompts, and only these count: scores "
+        "of so few are noise; ask shorter ones (--length), more (--samples), or take --estimator "
+        "copying, which needs no answers"
+    ]
 
 
 def measure_importance(model, params, examples, grid: Grid, *rest: Any) -> HeadScores:
@@ -177,6 +191,8 @@ def _best(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+FEW = 8
+"""Prompts whose mean says little."""
 IMPORTANCE = Measurement(
     BatchImportance, measure_importance, importance_facts, lambda out: out, load_scores
 )
@@ -199,21 +215,6 @@ def request(
         "dtype": dtype,
         "examples": digest.hexdigest()[:12],
     }
-
-
-def progress_bar() -> Progress:
-    """A bar of finished batches and the remaining time. It is shown on terminals only."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches, left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _rounded(value: float) -> float | None:

@@ -12,10 +12,14 @@ from jaxtyping import Int, Integer
 
 from kvjax.chat import document_ids
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
+from kvjax.config import ModelConfig
 from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
-from kvjax.policies.named import parse_policy
+from kvjax.policies.importance import default_scores
+from kvjax.policies.named import parse_policy, resolve
+from kvjax.prefilling import shape_bytes
+from kvjax.progress import Stage, stage
 from kvjax.text import prompt_ids
 from kvjax.text_files import read_text
 from kvjax.text_generation import generate_text, in_chat
@@ -67,7 +71,8 @@ def continue_text(
         settings: of `kvjax.generate_text`.
 
     Returns:
-        prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes, notes.
+        prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes, notes; and
+        without a context prompt_bytes and full_prompt_bytes, see `prompt_bytes`.
 
     Raises:
         ValueError: see `kvjax.load` and `kvjax.generate_text`.
@@ -75,28 +80,42 @@ def continue_text(
     if context is None:  # refuse bad input before the model is read
         parse_policy(policy)
     tokenizer = load_tokenizer(path)
-    model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
-    held = None if context is None else load_context(context, model, params)
-    out = generate_text(
-        model,
-        params,
-        tokenizer,
-        prompt,
-        policy=policy,
-        context=held,
-        on_text=None if write is None else lambda _, piece: write(piece),
-        **settings,
-    )
+    with stage(f"loading {path}"):
+        model, params = load(path, dtype=dtype, mesh=named_mesh(mesh))
+        held = None if context is None else load_context(context, model, params)
+    reading = Stage("reading the prompt")
+
+    def on_text(_: int, piece: str) -> None:
+        reading.end()
+        if write is not None:
+            write(piece)
+
+    try:
+        settings |= {"policy": policy, "context": held, "on_text": on_text}
+        out = generate_text(model, params, tokenizer, prompt, **settings)
+    finally:
+        reading.end()
+    length = len(out.prompts[0])
     report = {
         "prompt": prompt,
         "text": out.text,
-        "prompt_tokens": len(out.prompts[0]),
+        "prompt_tokens": length,
         "new_tokens": len(out.tokens[0]),
         "policy": policy if held is None else held.policy,
         "cache_bytes": out.cache_bytes,
         "full_cache_bytes": out.full_cache_bytes,
     }
+    if held is None:
+        dtype = params["embedding"].dtype
+        report["prompt_bytes"] = prompt_bytes(model.config, policy, length, dtype)
+        report["full_prompt_bytes"] = prompt_bytes(model.config, "full", length, dtype)
     return {**report, "notes": _notes(report, "full" if held else policy)}
+
+
+def prompt_bytes(config: ModelConfig, policy: str, length: int, dtype: Any) -> int:
+    """Bytes of what a policy keeps of one prompt of `length` tokens, without room for new ones."""
+    resolved = resolve(policy, config, default_scores(config))
+    return shape_bytes(resolved.compression(config, [length], 0, dtype), length)
 
 
 def _notes(report: dict[str, Any], policy: str) -> list[str]:
@@ -106,7 +125,7 @@ def _notes(report: dict[str, Any], policy: str) -> list[str]:
         policy: of the prompt; "full" after a context.
     """
     notes = []
-    if not report["new_tokens"]:
+    if report["new_tokens"] == 0:
         notes.append("the model ended its answer at once")
     size, length = getattr(parse_policy(policy), "kv_size", 0), report["prompt_tokens"]
     if size and length <= size:
@@ -133,7 +152,7 @@ def compress_text(
         system: the system's message before the text.
 
     Returns:
-        tokens, policy, chat, cache_bytes, file_bytes.
+        tokens, policy, chat, cache_bytes, full_cache_bytes, file_bytes, notes.
 
     Raises:
         ValueError: an empty or missing text, and see `kvjax.compress`.
@@ -143,16 +162,23 @@ def compress_text(
     tokenizer = load_tokenizer(path)
     wrapped = in_chat(tokenizer, chat, system)
     ids = document_ids(tokenizer, content, system) if wrapped else prompt_ids(tokenizer, content)
-    model, params = load(path, dtype=dtype)
-    context = compress(model, params, ids, policy, chat=wrapped)
+    with stage(f"loading {path}"):
+        model, params = load(path, dtype=dtype)
+    with stage(f"reading {len(ids):,} tokens"):
+        context = compress(model, params, ids, policy, chat=wrapped)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)
+    report = {"prompt_tokens": context.length, "new_tokens": None}
     return {
         "tokens": context.length,
         "policy": policy,
         "chat": wrapped,
         "cache_bytes": context.nbytes,
+        "full_cache_bytes": prompt_bytes(
+            model.config, "full", context.length, params["embedding"].dtype
+        ),
         "file_bytes": out.stat().st_size,
+        "notes": _notes(report, policy),
     }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,10 +10,18 @@ import pytest
 from tuning_toys import packed_batch, tiny_checkpoint
 
 import kvjax
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
 from train.compare import command as reports
 from train.compare import runs
 from train.compare.command import check_folder
-from train.compare.config import ARMS, CompareConfig, final_jobs, read_compare, search_jobs
+from train.compare.config import (
+    ARMS,
+    CompareConfig,
+    final_jobs,
+    matching,
+    read_compare,
+    search_jobs,
+)
 from train.finetune.setup import partition, trainable_paths
 from train.finetune.step import flatten
 
@@ -47,7 +56,7 @@ def test_every_arm_starts_as_the_same_function():
         new_model, new_params = arm.convert(model, params)
         got = new_model.apply({"params": new_params}, tokens)[0]
         np.testing.assert_allclose(got, want, atol=3e-4, err_msg=name)
-        paths = trainable_paths(new_model, new_params, arm.train)
+        paths = trainable_paths(new_model, new_params, arm.patterns(model))
         trains[name] = sum(leaf.size for leaf in partition(new_params, paths)[0].values())
         assert len(flatten(new_params)) > len(paths)
     assert trains["gqa_matched"] == trains["mla_svd_global"] == trains["mla_identity"]
@@ -63,9 +72,13 @@ def test_a_rate_is_chosen_on_an_order_of_data_that_no_reported_run_has():
     assert {job.steps for job in searches} == {config.steps // 4}
     assert not {job.seed for job in searches} & {job.seed for job in finals}
     rates = sorted({job.rate for job in finals})
-    assert rates == sorted({config.rates[1], config.paper_rate})
+    assert rates == sorted({config.rates[1], 2e-5})
     assert len(finals) == 2 * config.seeds
     assert len({job.name for job in [*searches, *finals]}) == len(searches) + len(finals)
+
+
+def problems_file(config, out, split):
+    return Path(config.sources(split, out / runs.DATA)["word_problems"].path)
 
 
 def test_problems_of_training_are_no_problems_of_the_tests(small):
@@ -74,7 +87,7 @@ def test_problems_of_training_are_no_problems_of_the_tests(small):
     rows = {
         name: [
             json.loads(line)["query"]
-            for line in runs.data_path(out, "word_problems", name).read_text().splitlines()
+            for line in problems_file(config, out, name).read_text().splitlines()
         ]
         for name in ("train", "validation")
     }
@@ -153,6 +166,50 @@ def test_a_finished_comparison_says_so(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(KeyError, match="goes on"):
         reports.compare(tmp_path)
+
+
+def test_rows_of_the_user_take_the_place_of_the_families(small, tmp_path):
+    config, _ = small
+    rows = [{"query": f"mary {n} ?", "response": "velvet ."} for n in range(40)]
+    for name in ("train", "one", "two"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    files = {name: f"plain:{tmp_path}/{name}.jsonl" for name in ("train", "one", "two")}
+    changes = {"data": (files["train"],), "held_out": (files["one"], files["two"])}
+    changes |= {"arms": ("gqa",), "rates": (1e-2,), "seeds": 1, "paper_rate": None, "steps": 4}
+    own = CompareConfig(**{**SMALL, **changes, "model": config.model, "batch_size": 1})
+    runs.write_data(own, tmp_path)
+    assert not (tmp_path / "data").exists()
+    jobs = [*search_jobs(own, "gqa"), *final_jobs(own, "gqa", 1e-2)]
+    with jax.numpy_dtype_promotion("standard"):
+        for job in jobs:
+            runs.trainer(own, tmp_path, "gqa").run_once(job)
+    assert len(jobs) == 2
+    found = reports.report(own, tmp_path, reports._before(own, tmp_path))
+    [row] = found["rows"]
+    assert row["loss_of"].keys() == {"one.jsonl", "two.jsonl"} and row["accuracy"] == {}
+    assert np.mean([loss for loss, _ in row["loss_of"].values()]) == pytest.approx(
+        row["loss_end"][0], abs=1e-3
+    )
+    first, *_, last = runs.read_result(tmp_path, jobs[1])["held_out"]
+    assert last[1] < first[1]
+    assert "of one.jsonl" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="got only data, expected both data and held_out"):
+        CompareConfig(data=(files["train"],))
+
+
+def test_as_many_parameters_as_the_conversion_adds():
+    """SmolLM2 has K · H = D / 3: two thirds of a matrix a layer, spread over the layers."""
+    attention = GQAConfig(9, 3, 64, 64**-0.5, RopeConfig(64))
+    layers = (LayerConfig(attention, MLPConfig(64)),) * 30
+    model = kvjax.Transformer(ModelConfig("llama", 100, 576, layers))
+    names = matching(model)
+    assert len(names) == len(set(names)) == 20 and names[:3] == [
+        "layers_0/attn/q",
+        "layers_1/attn/o",
+        "layers_3/attn/q",
+    ]
+    assert len(names) * 576 * 576 == 30 * 2 * 192 * 576
 
 
 def test_bad_settings(tmp_path):

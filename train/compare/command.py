@@ -105,6 +105,8 @@ def _run(config: CompareConfig, out: Path, job: Job) -> None:
 def _before(config: CompareConfig, out: Path) -> dict[str, Any]:
     """Accuracies of the model before fine-tuning; measured once and kept in before.json."""
     path = out / "before.json"
+    if config.data:
+        return {}
     if not path.exists():
         model, params = kvjax.load(config.model, dtype="float32")
         write_json(path, test_accuracies(config, model, params))
@@ -156,11 +158,20 @@ def arm_rows(config: CompareConfig, out: Path, arm: str) -> list[dict[str, Any]]
                     family: mean_and_error(
                         np.array([run["accuracy"][family]["accuracy"] for run in found])
                     )
-                    for family in config.families
+                    for family in accuracies(config)
+                },
+                "loss_of": {
+                    name: mean_and_error(np.array([run["held_out_of"][-1][name] for run in found]))
+                    for name in found[0]["held_out_of"][-1]
                 },
             }
         )
     return rows
+
+
+def accuracies(config: CompareConfig) -> list[str]:
+    """The families whose problems are answered; none where data is given."""
+    return [] if config.data else list(config.families)
 
 
 def mean_and_error(values: np.ndarray) -> list[float]:
@@ -171,8 +182,9 @@ def mean_and_error(values: np.ndarray) -> list[float]:
 
 def table(config: CompareConfig, result: dict[str, Any]) -> str:
     """The results as a markdown table."""
-    families = list(config.families)
-    heads = ["arm", "trains", "rate", "loss at ¼", "at ½", "at the end", *families]
+    families, sources = accuracies(config), list(result["rows"][0]["loss_of"])
+    losses = [f"of {name}" for name in sources]
+    heads = ["arm", "trains", "rate", "loss at ¼", "at ½", "at the end", *losses, *families]
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
 
     def cell(pair: list[float]) -> str:
@@ -180,7 +192,8 @@ def table(config: CompareConfig, result: dict[str, Any]) -> str:
 
     # The first row is the model before fine-tuning, which has accuracies only.
     before = [f"{result['before'][family]['accuracy']:.3f}" for family in families]
-    lines.append(" | ".join(["before", "", "", "", "", "", *before]))
+    if before:
+        lines.append(" | ".join(["before", *[""] * (5 + len(losses)), *before]))
     for row in result["rows"]:
         lines.append(
             " | ".join(
@@ -189,6 +202,7 @@ def table(config: CompareConfig, result: dict[str, Any]) -> str:
                     f"{row['trainable']:,}",
                     f"{row['rate']:g}" + (" (chosen)" if row["chosen"] else ""),
                     *(cell(row[f"loss_{when}"]) for when in ("quarter", "half", "end")),
+                    *(cell(row["loss_of"][name]) for name in sources),
                     *(cell(row["accuracy"][family]) for family in families),
                 ]
             )
@@ -199,17 +213,20 @@ def table(config: CompareConfig, result: dict[str, Any]) -> str:
 def plot(config: CompareConfig, out: Path) -> None:
     """Draws the held-out loss over the steps: mean and standard deviation over the seeds."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for arm in config.arms:
-        best = best_rate(config, out, arm)
-        for axis, rate in zip(axes, (best, config.paper_rate), strict=True):
-            jobs = [job for job in final_jobs(config, arm, best) if job.rate == rate]
-            draw(axis, out, jobs, f"{arm}, {rate:g}" if axis is axes[0] else arm)
-    axes[0].set(title="each arm at its chosen rate", ylabel="held-out loss, nats a token")
-    axes[1].set(title=f"TransMLA's rate, {config.paper_rate:g}")
-    for axis in axes:
-        axis.set(xlabel="step", yscale="log")
+    finals = {arm: final_jobs(config, arm, best_rate(config, out, arm)) for arm in config.arms}
+    titles = ["each arm at its chosen rate"]
+    if config.paper_rate is not None:
+        titles.append(f"TransMLA's rate, {config.paper_rate:g}")
+    size = (5.5 * len(titles), 4.2)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, layout="constrained", squeeze=False)
+    for place, (axis, title) in enumerate(zip(axes[0], titles, strict=True)):
+        for arm, jobs in finals.items():
+            rate = (best_rate(config, out, arm), config.paper_rate)[place]
+            label = arm if place else f"{arm}, {rate:g}"
+            draw(axis, out, [job for job in jobs if job.rate == rate], label)
+        axis.set(title=title, xlabel="step", yscale="log")
         axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("held-out loss, nats a token")
     write_picture(out / PICTURE, figure, dpi=110)
 
 

@@ -11,12 +11,15 @@ from annotated_types import Len
 
 from kvjax import transmla
 from kvjax.checks import COUNT, Range
-from kvjax.config import RopeConfig
+from kvjax.config import GQAConfig, RopeConfig, of_kind
 from kvjax.fields import Count, OneOf, Positive, Share, build, check_fields
 from kvjax.nn import Transformer
+from kvjax.paths import local_path
 from kvjax.tasks.families import FAMILIES
 from kvjax.text_files import read_yaml
 from kvjax.transmla.inits import Factors, Init, identity
+from train.data import SourceConfig
+from train.finetune.config import parse_source
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,16 @@ class Arm:
     Attributes:
         init: of the conversion `equal_cache`, a name or a function; None: the model stays GQA.
         train: patterns of parameters that train, see `trainable_paths`.
+        matched: also trains W_Q and W_O of some layers, see `matching`.
     """
 
     init: str | Init | None
     train: tuple[str, ...]
+    matched: bool = False
+
+    def patterns(self, model: Transformer) -> tuple[str, ...]:
+        """All patterns of parameters that train in this model."""
+        return (*self.train, *(matching(model) if self.matched else ()))
 
     def convert(self, model: Transformer, params: dict[str, Any]) -> tuple[Transformer, Any]:
         """The model of this arm; its logits are those of the original."""
@@ -43,14 +52,22 @@ def dense_identity(weight: np.ndarray, repeats: int, rope: RopeConfig | None) ->
     return identity(weight, repeats, rope).wide()
 
 
-QO = ("kv_only", "layers_*/attn/q", "layers_*/attn/o")
+def matching(model: Transformer) -> list[str]:
+    """The W_Q and W_O, spread over the layers, that have as many parameters as the up-projections
+    which the conversion adds. Where K·H = D, as in the embedded model, these are all of them."""
+    bases = [of_kind(layer.attention, GQAConfig) for layer in model.config.layers]
+    wide = sum(a.num_heads * a.head_dim * a.num_kv_heads * a.head_dim for a in bases)
+    one = sum(a.num_heads * a.head_dim for a in bases) / len(bases) * model.config.hidden_size
+    names = [f"layers_{i}/attn/{name}" for i in range(len(bases)) for name in ("q", "o")]
+    count = min(round(2 * wide / one), len(names))
+    return [names[number * len(names) // count] for number in range(count)]
+
+
 UP = ("layers_*/attn/k_up", "layers_*/attn/v_up")
 
 ARMS = {
     "gqa": Arm(None, ("kv_only",)),
-    # The control: where K·H = D, as in the embedded model, W_Q and W_O have as many parameters as
-    # the up-projections that the conversion adds.
-    "gqa_matched": Arm(None, QO),
+    "gqa_matched": Arm(None, ("kv_only",), matched=True),
     "mla_svd_global": Arm("svd_global", ("kv_only",)),
     # As the authors' released scripts train: the cached latents stay those of the original.
     "mla_svd_global_up": Arm("svd_global", UP),
@@ -79,16 +96,21 @@ class CompareConfig:
     see the same batches in the same order.
 
     Attributes:
-        model: checkpoint with the project's word vocabulary.
+        model: a checkpoint; without `data`, one with the project's word vocabulary.
+        data, held_out: sources as in `train.finetune.config.TuneConfig`, FORMAT:PATH[@WEIGHT], such
+            as "gsm8k:train.jsonl.gz"; no answers are generated. Without them:
         families: of `kvjax.tasks.families`, mixed in equal parts.
-        rows: number of training problems of each family.
+        rows: number of training problems of each family, or most rows of each source.
         problems: number of test problems of each family; answers to them are generated.
-        paper_rate: TransMLA's learning rate, the same in the article and in the scripts.
+        paper_rate: TransMLA's learning rate, the same in the article and in the scripts; None for
+            no runs at this rate.
         eval_every: number of steps between two held-out losses.
-        eval_rows: number of held-out problems of each family.
+        eval_rows: number of held-out problems of each family, or rows of each source.
     """
 
     model: str = "builtin:needle"
+    data: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
     families: Families = (
         "word_problems",
         "programs",
@@ -100,7 +122,7 @@ class CompareConfig:
     batch_size: Count = 16
     sequence_length: Annotated[int, Range(least=2, most=COUNT.most, whole=True)] = 128
     rates: Annotated[tuple[Positive, ...], Len(1)] = (1e-3, 3e-3, 1e-2, 3e-2)
-    paper_rate: Positive = 2e-5
+    paper_rate: Positive | None = 2e-5
     seeds: Count = 3
     warmup: Share = 0.03
     eval_every: Count = 20
@@ -108,6 +130,24 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if bool(self.data) != bool(self.held_out):
+            got = "data" if self.data else "held_out"
+            raise ValueError(f"got only {got}, expected both data and held_out, or neither")
+        for text in (*self.data, *self.held_out):
+            local_path(parse_source(text).path, "data")
+
+    def sources(self, split: str, folder: Path) -> dict[str, SourceConfig]:
+        """Sources by their names in tables.
+
+        Args:
+            split: "train" or "validation".
+            folder: where the problems of the families are.
+        """
+        if not self.data:
+            files = {family: folder / f"{family}-{split}.jsonl" for family in self.families}
+            return {name: SourceConfig(str(file), "plain") for name, file in files.items()}
+        texts = self.data if split == "train" else self.held_out
+        return {text.rpartition("/")[2]: parse_source(text) for text in texts}
 
 
 def read_compare(path: Path | None, **changes: Any) -> CompareConfig:
@@ -154,5 +194,5 @@ def search_jobs(config: CompareConfig, arm: str) -> list[Job]:
 
 def final_jobs(config: CompareConfig, arm: str, best: float) -> list[Job]:
     """The runs that are reported: all seeds at the best rate and at the paper's rate."""
-    rates = dict.fromkeys((best, config.paper_rate))
+    rates = dict.fromkeys(rate for rate in (best, config.paper_rate) if rate is not None)
     return [Job(arm, rate, s, config.steps, False) for rate in rates for s in range(config.seeds)]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from kvjax.tasks.families import problems, rows
 from kvjax.tasks.prompt import Problem
 from kvjax.text_files import read_object
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
-from train.data import DataConfig, SourceConfig, check_documents, make_loader
+from train.data import DataConfig, SourceConfig, check_documents, count_batches, make_loader
 from train.finetune.setup import partition, trainable_paths
 from train.finetune.step import (
     CompiledStep,
@@ -41,6 +42,9 @@ from train.finetune.step import (
     learning_rate,
     merged,
 )
+
+DATA = "data"
+"""The folder of the families' problems, inside that of the comparison."""
 
 
 def write_rows(path: Path, family: str, count: int, seed: int = 0, split: str = "train") -> None:
@@ -93,17 +97,16 @@ def family_accuracy(
 
 
 def write_data(config: CompareConfig, out: Path) -> None:
-    """Writes training and held-out problems to files."""
-    for family in config.families:
+    """Writes training and held-out problems to files, where no data is given."""
+    for family in () if config.data else config.families:
         drawn = {
             "train": problems(family, config.rows, seed=0),
             "validation": test_problems(config, family)[config.problems :],
         }
         for split_name, found in drawn.items():
             lines = [{"query": p.query, "response": p.response} for p in found]
-            runs.write_whole(
-                data_path(out, family, split_name), "".join(json.dumps(x) + "\n" for x in lines)
-            )
+            path = Path(config.sources(split_name, out / DATA)[family].path)
+            runs.write_whole(path, "".join(json.dumps(x) + "\n" for x in lines))
 
 
 def test_problems(config: CompareConfig, family: str) -> list[Problem]:
@@ -112,11 +115,6 @@ def test_problems(config: CompareConfig, family: str) -> list[Problem]:
     They have another seed than 0, because the families were designed by looking at that one.
     """
     return problems(family, config.problems + config.eval_rows, seed=1, split="test")
-
-
-def data_path(out: Path, family: str, split_name: str) -> Path:
-    """The file of one family's problems."""
-    return out / "data" / f"{family}-{split_name}.jsonl"
 
 
 @functools.lru_cache(maxsize=2)
@@ -158,7 +156,8 @@ class Trainer:
     Attributes:
         step: the step, in fp32: small models on a CPU gain nothing from bf16.
         trainable, frozen: parameters at the start of every run.
-        held_out: batches of the held-out problems.
+        held_out: by source, batches of the held-out rows.
+        once: number of batches in one epoch of the data.
         compiled: the compiled step, after the first run has begun.
     """
 
@@ -168,27 +167,34 @@ class Trainer:
     step: TuneStep
     trainable: Flat
     frozen: Flat
-    held_out: list[dict[str, jax.Array]]
+    held_out: dict[str, list[dict[str, jax.Array]]]
+    once: int
     compiled: CompiledStep | None = None
 
     @classmethod
     def create(cls, config: CompareConfig, out: Path, arm: str) -> Trainer:
         """Loads the model and converts it."""
-        model, params = kvjax.load(config.model, dtype="float32")
+        original, params = kvjax.load(config.model, dtype="float32")
         check_finite(params, f"{config.model}: ")
         # Every arm starts as the same function: conversion keeps the logits.
-        model, params = ARMS[arm].convert(model, params)
-        paths = trainable_paths(model, params, ARMS[arm].train)
+        model, params = ARMS[arm].convert(original, params)
+        paths = trainable_paths(model, params, ARMS[arm].patterns(original))
         trainable, frozen = partition(params, paths)
         tokenizer = kvjax.load_tokenizer(config.model)
         step = TuneStep(model, adamw(0.9, 0.999, 0.0, 1.0), dtype="float32")
-        # `data` is that of the held-out problems after this loop.
-        for name in ("train", "validation"):
-            shape, data = model.config, _data(config, out, name, seed=0, epochs=1)
-            check_documents(data, tokenizer, shape.vocab_size, shape.context_length)
-        loader = make_loader(data, tokenizer)
-        held_out = [jax.device_put(batch) for batch in loader]
-        return cls(config, out, tokenizer, step, trainable, frozen, held_out)
+        train = _data(config, config.sources("train", out / DATA).values(), config.rows)
+        others = {
+            name: _data(config, [source], config.eval_rows)
+            for name, source in config.sources("validation", out / DATA).items()
+        }
+        for data in (train, *others.values()):
+            check_documents(data, tokenizer, model.config.vocab_size, model.config.context_length)
+        held_out = {
+            name: [jax.device_put(batch) for batch in make_loader(data, tokenizer)]
+            for name, data in others.items()
+        }
+        once = count_batches(train, tokenizer)
+        return cls(config, out, tokenizer, step, trainable, frozen, held_out, once)
 
     def run_once(self, job: Job) -> None:
         """Trains, measures and writes the run's file, unless the file exists.
@@ -204,9 +210,14 @@ class Trainer:
             return
         started = time.monotonic()
         state = self.step.init(self.trainable)
-        batches = iter(make_loader(self._endless(job), self.tokenizer))
+        sources = self.config.sources("train", self.out / DATA).values()
+        epochs = math.ceil(job.steps / self.once) + 1  # packing leaves fewer rows in some epochs
+        data = _data(self.config, sources, self.config.rows, job.seed, epochs)
+        batches = iter(make_loader(data, self.tokenizer))
         losses: list[jax.Array] = []
-        held_out: list[tuple[int, float | None]] = [(0, self.held_out_loss(state.params))]
+        loss, each = self.held_out_losses(state.params)
+        held_out: list[tuple[int, float | None]] = [(0, loss)]
+        of_source = [each]
         for number in range(job.steps):
             batch = jax.device_put(next(batches))
             rate = jnp.float32(learning_rate(number, job.steps, job.rate, self.config.warmup))
@@ -216,13 +227,14 @@ class Trainer:
             state, metrics = self.compiled.call(*arguments)
             losses.append(metrics["loss"])  # stays on the device until it is needed
             if (number + 1) % self.config.eval_every == 0 or number + 1 == job.steps:
-                loss = self.held_out_loss(state.params)
+                loss, each = self.held_out_losses(state.params)
                 # A finite held-out loss can follow a step with a loss that was not finite.
                 if not np.isfinite([loss, *losses[-self.config.eval_every :]]).all():
                     diverged(job, number + 1)
                     held_out, losses = [*held_out, (number + 1, None)], []
                     break
                 held_out.append((number + 1, loss))
+                of_source.append(each)
         result = {
             "arm": job.arm,
             "rate": job.rate,
@@ -231,28 +243,26 @@ class Trainer:
             "trainable": sum(leaf.size for leaf in self.trainable.values()),
             "loss": [round(float(loss), 5) for loss in losses],
             "held_out": held_out,
-            "accuracy": {} if job.search else self.accuracies(state),
+            "held_out_of": of_source,
+            "accuracy": {} if job.search or self.config.data else self.accuracies(state),
             "seconds": round(time.monotonic() - started, 1),
         }
         runs.write_whole(path, json.dumps(result) + "\n")
 
-    def held_out_loss(self, masters: Flat) -> float:
-        """Mean cross-entropy of the held-out answers, nats a token."""
-        sums = [self.step.losses(masters, self.frozen, batch) for batch in self.held_out]
-        total = sum(float(s.loss) for s in sums) / sum(float(s.weight) for s in sums)
-        return round(total, 5)
+    def held_out_losses(self, masters: Flat) -> tuple[float, dict[str, float]]:
+        """Mean cross-entropy of the held-out answers, nats a token: of all, and of each source."""
+        total, weight, each = 0.0, 0.0, {}
+        for name, batches in self.held_out.items():
+            sums = [self.step.losses(masters, self.frozen, batch) for batch in batches]
+            loss, count = sum(float(s.loss) for s in sums), sum(float(s.weight) for s in sums)
+            each[name] = round(loss / count, 5)
+            total, weight = total + loss, weight + count
+        return round(total / weight, 5), each
 
     def accuracies(self, state: Any) -> dict[str, Any]:
         """Share of generated answers that are right, with its standard error, per family."""
         params = merged(state, self.frozen, "float32")
         return test_accuracies(self.config, self.step.model, params)
-
-    def _endless(self, job: Job) -> DataConfig:
-        # Enough epochs even if every problem had only `shortest` tokens.
-        needed = job.steps * self.config.batch_size * self.config.sequence_length
-        shortest = 8
-        rows = self.config.rows * len(self.config.families)
-        return _data(self.config, self.out, "train", job.seed, 1 + needed // (shortest * rows))
 
 
 def diverged(job: Job, step: int) -> None:
@@ -282,14 +292,19 @@ def test_accuracies(config: CompareConfig, model: Any, params: Any) -> dict[str,
     return found
 
 
-def _data(config: CompareConfig, out: Path, split_name: str, seed: int, epochs: int) -> DataConfig:
-    sources = tuple(
-        SourceConfig(str(data_path(out, family, split_name)), "plain") for family in config.families
-    )
+def _data(
+    config: CompareConfig,
+    sources: Iterable[SourceConfig],
+    rows: int,
+    seed: int = 0,
+    epochs: int = 1,
+) -> DataConfig:
+    """At most `rows` rows of each source."""
     return DataConfig(
-        sources=sources,
+        sources=tuple(sources),
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
         epochs=epochs,
         seed=seed,
+        max_rows=rows,
     )

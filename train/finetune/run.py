@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import kvjax
 from kvjax import processes, runs
@@ -29,6 +28,7 @@ from kvjax.hf.save import is_saved, saving, write_model
 from kvjax.hf.source import copy_companions
 from kvjax.identity import part_checksum
 from kvjax.paths import local_path
+from kvjax.progress import progress_bar
 from train import log
 from train.checkpoints import Checkpoints
 from train.data import check_documents, count_batches, make_loader
@@ -199,7 +199,7 @@ class Loop:
         config, compiled = self.config, None
         logged, since, waiting = at, time.monotonic(), None
         with progress_bar() as bar:
-            task = bar.add_task("training", total=self.steps, completed=at.step, loss="")
+            task = bar.add_task("training", total=self.steps, completed=at.step, items="")
             while at.step < last:
                 batch = self.tuning.device_batch(next(self.batches))
                 number = at.step + (waiting is not None)
@@ -220,7 +220,11 @@ class Loop:
                 if due[0] or number == self.steps:
                     line = self.line(logged, at, metrics, time.monotonic() - since, compiled.flops)
                     logged, since = at, time.monotonic()
-                    bar.update(task, completed=at.step, loss=f"loss {line['loss']:.4f}")
+                    bar.update(
+                        task,
+                        completed=at.step,
+                        items=f"step {at.step} of {self.steps}, loss {line['loss']:.4f}",
+                    )
                 if due[1] or number == last:
                     self.save(at, state)
         return state, at
@@ -305,18 +309,6 @@ def of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
     leaves, structure = jax.tree.flatten(state)
     rows = multihost_utils.process_allgather(np.asarray(leaves, np.int32))
     return [structure.unflatten(row.tolist()) for row in rows]
-
-
-def progress_bar() -> Progress:
-    """A bar with the steps, the loss and the remaining time; hidden on all processes but one."""
-    columns = Progress.get_default_columns()[:2]
-    return Progress(
-        *columns,
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-        disable=not processes.is_writer(),
-    )
 
 
 def write_merged(config: TuneConfig, tuning: Tuning, state: TuneState, out: Path) -> Path:

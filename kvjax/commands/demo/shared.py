@@ -23,6 +23,7 @@ from kvjax.nn import Transformer
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Compress
+from kvjax.progress import compile_spans, seconds
 from kvjax.runs import write_json, write_picture
 from kvjax.scoring import compare
 from kvjax.tasks.words import TokenizerVocabulary
@@ -36,8 +37,6 @@ TITLES = {
     "builtin:smollm2": "SmolLM2-135M-Instruct",
     "builtin:needle": "the embedded model, which writes 512 words",
 }
-COMPILING = "/jax/core/compile/"
-"""Begins the names of jax's events for tracing, lowering and compiling a program."""
 
 
 @dataclass(frozen=True)
@@ -99,35 +98,8 @@ class Steps:
         with compile_spans() as spans, bar:
             task = bar.add_task(text, total=total)
             yield lambda done: bar.update(task, completed=done)
-        line = f"{time.monotonic() - start:.0f} s"
-        if (compiling := covered(spans)) >= 1:
-            line += f", of which {compiling:.0f} s compiling"
+        line = seconds(time.monotonic() - start, spans)
         self.console.print(f"[{text}: {line}]" if terminal else f"{line}]", markup=False)
-
-
-@contextmanager
-def compile_spans() -> Iterator[list[tuple[float, float]]]:
-    """Collects when jax traced, lowered and compiled programs: (start, end), seconds."""
-    spans: list[tuple[float, float]] = []
-
-    def note(event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
-        if event.startswith(COMPILING):
-            spans.append((start_time, end_time))
-
-    jax.monitoring.register_event_time_span_listener(note)
-    try:
-        yield spans
-    finally:
-        jax.monitoring.unregister_event_time_span_listener(note)
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Seconds that are in at least one span. Programs within programs have spans within spans."""
-    total, reached = 0.0, -np.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return float(total)
 
 
 @dataclass(frozen=True)
