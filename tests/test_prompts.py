@@ -153,7 +153,8 @@ def test_the_public_functions_refuse_text():
 
 
 def test_parameters_of_another_model_are_named():
-    small = ModelConfig("llama", 8, 4, (LayerConfig(GQAConfig(2, 1, 2, scale=1.0), MLPConfig(3)),))
+    attention = GQAConfig(2, 1, 2, scale=1.0, rope=None)
+    small = ModelConfig("llama", 8, 4, (LayerConfig(attention, MLPConfig(3)),))
     params = param_shapes(small)
     check_params_fit(small, params)
     for other, message in (
