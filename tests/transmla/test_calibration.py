@@ -147,8 +147,8 @@ def test_what_cannot_be_calibrated_on(toy, tmp_path):
             calibrate(model, params, bad)
     mla = MLAConfig(4, 8, 4, 8, 12, None, 12**-0.5, RopeConfig(4))
     latent = Transformer(model.config.with_attention((mla, GQA)))
-    with pytest.raises(ValueError, match="GQA layers only, got 0: MLAConfig"):
-        calibrate(latent, params, batches)
+    with pytest.raises(ValueError, match="layer 0 has MLAConfig, expected GQAConfig"):
+        calibrate(latent, random_params(latent), batches)
     (tmp_path / "no.npz").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no calibration"):
         Stats.load(tmp_path / "no.npz")

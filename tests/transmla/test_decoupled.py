@@ -206,4 +206,4 @@ def test_what_is_refused():
         )
     )
     with pytest.raises(ValueError, match="layer 0 has MLAConfig, expected GQAConfig"):
-        convert(latent, params, **args)
+        convert(latent, random_params(latent), **args)
