@@ -131,7 +131,10 @@ def _around_mark(text: str) -> tuple[str, str]:
     """The text before and after the last MARK."""
     head, mark, tail = text.rpartition(MARK)
     if not mark:
-        raise ValueError("the chat template does not contain the user's message unchanged")
+        raise ValueError(
+            "the chat template changes the user's message, expected it unchanged: use the raw text "
+            "(chat=False, --raw)"
+        )
     return head, tail
 
 

@@ -141,6 +141,21 @@ def shown(value: Any, width: int = 60) -> str:
     return text if len(text) <= width else f"{text[:width]}…"
 
 
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype of a name such as "bfloat16".
+
+    Raises:
+        ValueError: no such dtype, or none of floating point.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype is {dtype!r}, expected one like bfloat16, float16 or float32")
+    return found
+
+
 LISTS = "a list of lists of token ids"
 PROMPT = "a list of token ids (prompts are a list of such lists)"
 

@@ -29,10 +29,10 @@ from kvjax.fields import Count, Flag, Object, Text, build, refuse, shown, within
 from kvjax.identity import Identity, identity
 from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import block_kinds, output_params, run_layer
 from kvjax.paths import local_path
-from kvjax.policies.importance import default_scores
-from kvjax.policies.named import resolve
+from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefilling import (
     bucket_length,
@@ -129,9 +129,10 @@ def compress(
         ValueError: no tokens, more than fit in the model's context, a policy that cannot be
             resolved or that bounds growth, or logits that are not finite.
     """
+    check_fits(model, params)
     check_prompts([tokens], 1, model.config.vocab_size, model.config.context_length)
     params = on_automatic_mesh(params)
-    resolved = resolve(policy, model.config, default_scores(model.config))
+    (resolved,) = resolve_each([policy], model.config)
     check_growth([resolved], "a context")
     # Read the text as a batch of one, and store the live rows only.
     bucket = bucket_length(len(tokens))
@@ -158,6 +159,8 @@ def extend_context(
         ValueError: no tokens, more than fit in the model's context, a context of another model, or
             logits that are not finite.
     """
+    check_fits(model, params)
+    check_context(context)
     limits = model.config.vocab_size, model.config.context_length, context.length
     check_prompts([tokens], 1, *limits)
     params = on_automatic_mesh(params)
@@ -178,6 +181,7 @@ def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
         ValueError: no such file, a file of another format or damaged, a context of another model,
             or a context with NaN.
     """
+    check_fits(model, params)
     path = local_path(path, "the context")
     if not path.is_file():
         raise ValueError(f"no context at {path}")
@@ -314,6 +318,15 @@ def _layer_entries(cache: ModelCache, layer: int) -> Any:
     rows = slice(starts.min(), (starts + kept).max())
     held = jax.tree.map(lambda leaf: np.asarray(leaf)[:, rows], {"k": pool.k, "v": pool.v})
     return held | {"channels": jax.tree.map(lambda leaf: np.asarray(leaf)[:, row], pool.channels)}
+
+
+def check_context(context: Any) -> None:
+    """Raises ValueError for anything but a `Context`, such as the path of one."""
+    if not isinstance(context, Context):
+        raise ValueError(
+            f"context is {shown(context)}, expected a kvjax.Context: "
+            "kvjax.load_context(PATH, model, params) reads a file"
+        )
 
 
 def check_model(

@@ -74,8 +74,20 @@ def decode_step(
     Returns:
         Logits fp32, and the cache with the token. A token beyond the cache's capacity is dropped,
         and the cache's lengths then exceed its capacity.
+
+    Raises:
+        ValueError: tokens of another shape or dtype.
     """
+    check_token(cache, token)
     return step_layers(model, on_automatic_mesh(params), cache, token, live)
+
+
+def check_token(cache: Any, token: Any) -> None:
+    """Raises ValueError unless there is one integer for each sequence of the cache."""
+    batch, shape = cache[0].lengths.shape, getattr(token, "shape", None)
+    if shape != batch or not jnp.issubdtype(token.dtype, jnp.integer):
+        kind = f"{token.dtype} {shape}" if shape is not None else type(token).__name__
+        raise ValueError(f"got token {kind}, expected integers {batch}: one for each sequence")
 
 
 def step_layers(

@@ -19,7 +19,7 @@ from kvjax.cache import cache_bytes
 from kvjax.cache.storage import room_bucket, whole_slots
 from kvjax.checks import COUNT, Range, check_prompts, check_ranges, eos_array, optional
 from kvjax.config import ModelConfig
-from kvjax.context import Context, check_model, extend, on_devices_of
+from kvjax.context import Context, check_context, check_model, extend, on_devices_of
 from kvjax.decoding import (
     Sampling,
     decode,
@@ -32,6 +32,7 @@ from kvjax.decoding import (
 from kvjax.feeding import not_finite
 from kvjax.mesh import automatic_axes, mesh_of, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.compression import Compression
 from kvjax.policies.named import parse_policy, resolve_each
@@ -119,9 +120,12 @@ def generate(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a prompt that exceeds the
             model's context together with max_new_tokens, a number out of its range, a policy that
-            cannot be resolved, a context of another model or together with a policy, logits that
-            are not finite.
+            cannot be resolved, parameters or a context of another model, a context together with a
+            policy, logits that are not finite.
     """
+    check_fits(model, params)
+    if context is not None:
+        check_context(context)
     before = 0 if context is None else context.length
     numbers = (max_new_tokens, seed, batch_size, before)
     settings = ((temperature, top_k, top_p), eos_ids, compile, prefill_size)
@@ -169,6 +173,7 @@ def generate_each(
     Raises:
         ValueError: as `generate`.
     """
+    check_fits(model, params)
     sampling = (temperature, top_k, top_p)
     numbers = (max_new_tokens, seed, batch_size, 0)
     asked = Request.create(model.config, prompts, *numbers, sampling, eos_ids, compile)

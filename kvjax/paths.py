@@ -34,8 +34,11 @@ def local_path(path: str | os.PathLike[str], what: str = "path") -> Path:
         what: names the path in the error.
 
     Raises:
-        ValueError: the path is a URL, even one that pathlib has shortened to "gs:/bucket/model".
+        ValueError: the path is a URL, even one that pathlib has shortened to "gs:/bucket/model", or
+            no path at all.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{what} is {type(path).__name__}, expected a path")
     text = str(path)
     match = URL.match(text)
     if match is None:

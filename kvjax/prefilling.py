@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import ModelCache, PrefillCache
 from kvjax.cache.dense import start_prefill
 from kvjax.cache.sharded import spread_prefill
+from kvjax.checks import SIZE, check_ranges, shown, token_ids
 from kvjax.config import AttentionConfig
 from kvjax.mesh import AnyMesh, Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits, check_tokens
 from kvjax.nn.transformer import (
     Block,
     apply_block,
@@ -77,16 +79,36 @@ def prefill(
         of caches, each equal to the cache of its policy alone.
 
     Raises:
-        ValueError: a policy cannot be resolved.
+        ValueError: tokens that are no integers [B, T] or outside the vocabulary, a length that is
+            not 1 to T, parameters of another model, or a policy that cannot be resolved.
     """
+    check_fits(model, params)
+    check_ranges({"max_new_tokens": max_new_tokens}, {"max_new_tokens": SIZE})
     params = on_automatic_mesh(params)
-    tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+    tokens, lengths = checked_prompts(tokens, lengths, model.config.vocab_size)
     one = isinstance(policy, str | Policy)
     policies = [policy] if one else list(policy)  # type: ignore[list-item]
+    if not policies:
+        raise ValueError("got no policies, expected at least one")
     resolved = resolve_each(policies, model.config)
     works = compressions(model, params, lengths, resolved, max_new_tokens)
     logits, caches = read_prompts(model, params, tokens, works)
     return logits, caches[0] if one else caches
+
+
+def checked_prompts(tokens: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, T] with zeros as padding, and the lengths [B]; int32."""
+    ids, sizes = np.asarray(tokens), np.asarray(lengths)
+    check_tokens(ids)
+    B, T = ids.shape
+    if (
+        sizes.shape != (B,)
+        or sizes.dtype.kind not in "iu"
+        or not 1 <= sizes.min() <= sizes.max() <= T
+    ):
+        raise ValueError(f"lengths is {shown(lengths)}, expected [{B}] integers from 1 to {T}")
+    ids = np.where(np.arange(T) < sizes[:, None], ids, 0)
+    return token_ids(ids, vocab_size, "tokens"), sizes.astype(np.int32)
 
 
 def read_prompts(
@@ -157,6 +179,8 @@ def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.n
 def device_of(params: Any, mesh: Mesh | None) -> Any:
     """The sharding of the parameters; None on a mesh and under jax tracing."""
     embedding = params["embedding"]
+    if isinstance(embedding, np.ndarray):
+        raise ValueError("params are NumPy arrays, expected jax arrays: jax.device_put(params)")
     return None if mesh is not None or isinstance(embedding, Tracer) else embedding.sharding
 
 

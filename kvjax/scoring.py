@@ -30,6 +30,7 @@ from kvjax.feeding import hidden_states, judge, not_finite
 from kvjax.generation import Reader, from_start
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Full, Policy, check_growth
@@ -224,9 +225,14 @@ def chunk_losses(
     """Negative log-likelihood, in nats, of every token but the first of each chunk; fp32.
 
     Raises:
-        ValueError: losses that are not finite.
+        ValueError: tokens that are no ids [B, T] of the model, parameters of another model, or
+            losses that are not finite.
     """
-    texts = [Text(row, 1) for row in np.asarray(tokens).tolist()]
+    check_fits(model, params)
+    rows = token_ids(tokens, model.config.vocab_size, "the text")
+    if rows.ndim != 2:
+        raise ValueError(f"got tokens of shape {rows.shape}, expected [B, T] in each batch")
+    texts = [Text(row, 1) for row in rows.tolist()]
     (judged,) = judge_dense(model, params, texts, len(texts))
     return np.stack([own.losses for own in judged])
 
@@ -319,11 +325,14 @@ def _check_examples(config: ModelConfig, examples: Sequence[Example], protocol: 
     if not examples:
         raise ValueError("got no examples, expected at least one")
     if not config.eos_ids and any(example.then_eos for example in examples):
-        raise ValueError("the model has no EOS id, expected one: an answer ends with it")
+        raise ValueError("the model has no EOS id, expected one after an answer with then_eos")
     for index, example in enumerate(examples):
         token_ids([*example.prompt, *example.answer], config.vocab_size, f"example {index}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
     silent = [i for i, example in enumerate(examples) if not example.question_length]
     if protocol == AFTER and silent:
-        raise ValueError(f"example {silent[0]} does not say how long its question is")
+        raise ValueError(
+            f"example {silent[0]} has question_length 0, expected the number of its question's "
+            f"tokens: protocol {AFTER!r} feeds them after the compression"
+        )

@@ -67,7 +67,14 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text alone, without the tokenizer's special tokens."""
+    """Ids of a text alone, without the tokenizer's special tokens.
+
+    Raises:
+        ValueError: the tokenizer is none, but its path, for example.
+    """
+    if not hasattr(tokenizer, "encode") or isinstance(tokenizer, str):
+        kind = type(tokenizer).__name__
+        raise ValueError(f"tokenizer is {kind}, expected what kvjax.load_tokenizer(PATH) returns")
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
 

@@ -34,7 +34,7 @@ def read_bytes(path: Path) -> bytes:
         ValueError: no such file, a git-lfs pointer, or a file that cannot be unpacked.
     """
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}, expected a file")
+        raise ValueError(f"no file at {path}")
     data = path.read_bytes()
     if data.startswith(POINTER):
         raise ValueError(pointer_message(path))

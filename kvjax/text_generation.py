@@ -38,7 +38,9 @@ class TextGeneration(Generation):
             ValueError: there are several prompts.
         """
         if len(self.texts) != 1:
-            raise ValueError(f"got the texts of {len(self.texts)} prompts: read .texts")
+            raise ValueError(
+                f"got the texts of {len(self.texts)} prompts, expected one: read .texts"
+            )
         return self.texts[0]
 
 
@@ -119,9 +121,10 @@ def continue_ids(
     **settings: Any,
 ) -> TextGeneration:
     """`generate_text` for prompts that are token ids already."""
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(stops):
-        raise ValueError("a stop text is empty, expected text that ends the answer")
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop has {text!r}, expected texts that are not empty")
     # Tokens arrive one by one. A stream holds back bytes that are not a whole character yet.
     streams = [StoppingStream(TextStream(tokenizer, each), stops) for each in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
@@ -144,11 +147,13 @@ def continue_ids(
 
 def _checked(prompts: Sequence[str]) -> list[str]:
     """The prompts, each a text that is not empty."""
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts is {type(prompts).__name__}, expected one text or several")
     for index, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {index}"
         if not isinstance(prompt, str):
             kind = type(prompt).__name__
-            raise ValueError(f"{name} is {kind}, expected text; kvjax.generate reads token ids")
+            raise ValueError(f"{name} is {kind}, expected text: kvjax.generate reads token ids")
         if not prompt:
             raise ValueError(f"{name} is empty, expected text")
     return list(prompts)
@@ -163,18 +168,20 @@ def in_chat(
         ValueError: the arguments contradict each other or the tokenizer.
     """
     if chat and not has_chat_template(tokenizer):
-        raise ValueError("chat is True and the tokenizer has no chat template")
+        raise ValueError("chat is True and the tokenizer has no chat template, expected chat=False")
     if chat and context is not None and not context.chat:
         raise ValueError(
-            "chat is True with a context, expected None or False: a prompt continues the text of "
-            "the context, which began without the chat template"
+            "chat is True with a context that began without the chat template, expected None or "
+            "False: a prompt continues the text of the context"
         )
     if system is not None and context is not None:
-        raise ValueError("got a system message with a context, which has one from its beginning")
+        raise ValueError(
+            "got a system message with a context, expected it in kvjax compress --system"
+        )
     default = has_chat_template(tokenizer) if context is None else context.chat
     wrapped = default if chat is None else chat
     if system is not None and not wrapped:
-        raise ValueError("got a system message without a chat template, which would hold it")
+        raise ValueError("got a system message and no chat template to hold it, expected none")
     return wrapped
 
 

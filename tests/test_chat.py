@@ -56,7 +56,7 @@ def test_a_question_ends_the_message_that_a_document_begins():
 @pytest.mark.parametrize("make", [document_ids, turn_ids])
 def test_a_template_that_changes_the_message_is_refused(make):
     tokenizer = sentencepiece(chat_template="{{ messages[0].content | upper }}")
-    with pytest.raises(ValueError, match="does not contain the user's message unchanged"):
+    with pytest.raises(ValueError, match="the chat template changes the user's message"):
         make(tokenizer, "the x")
 
 

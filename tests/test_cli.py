@@ -202,10 +202,12 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     HeadScores(np.ones((3, 5, 1))).save(other)
     shape = fails(capsys, *generate, "mary", "--policy", f"headkv:kv_size=16,scores={other}")
     assert "3" in shape and "5" in shape and "2" in shape and "4" in shape
-    assert "no text file at" in fails(capsys, "compress", checkpoint, "nowhere.txt", "out.kv")
+    assert "no file at nowhere.txt" in fails(
+        capsys, "compress", checkpoint, "nowhere.txt", "out.kv"
+    )
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     said = fails(capsys, "compress", checkpoint, tmp_path / "latin.txt", tmp_path / "out.kv")
-    assert "latin.txt is not a text in UTF-8" in said
+    assert "latin.txt is not UTF-8 text" in said
     assert "no context at" in fails(capsys, *generate, "mary", "--context", "nowhere.kv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

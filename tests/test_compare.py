@@ -176,5 +176,5 @@ def test_errors(loaded, examples):
     with pytest.raises(ValueError, match="protocol is 'before', expected one of inside, after"):
         compare(model, params, examples, {}, "before")
     silent = [dataclasses.replace(examples[0], question_length=0)]
-    with pytest.raises(ValueError, match="example 0 does not say how long its question is"):
+    with pytest.raises(ValueError, match="example 0 has question_length 0"):
         compare(model, params, silent, {}, "after")

@@ -165,8 +165,8 @@ def test_an_answer_that_is_stopped(checkpoint, capsys):
     [
         (("chat", "builtin:needle"), "no chat template: use `kvjax generate`"),
         (("chat", "CHECKPOINT", "--context", "x", "--system", "y"), "--context has a policy"),
-        (("chat", "CHECKPOINT", "--document", "no.txt"), "no text file at no.txt"),
-        (("generate", "CHECKPOINT", "x", "--stop", ""), "a stop text is empty"),
+        (("chat", "CHECKPOINT", "--document", "no.txt"), "no file at no.txt"),
+        (("generate", "CHECKPOINT", "x", "--stop", ""), "stop has ''"),
     ],
 )
 def test_refused(checkpoint, capsys, args, line):

@@ -85,7 +85,7 @@ def test_several_prompts(said):
     assert out.prompts == [plain.encode("the"), plain.encode("x")] == said[0]["prompts"]
     assert (out.cache_bytes, out.full_cache_bytes) == (10, 20)
     assert (said[0]["policy"], said[0]["temperature"]) == ("snapkv:kv_size=12", 0.5)
-    with pytest.raises(ValueError, match=r"got the texts of 2 prompts: read .texts"):
+    with pytest.raises(ValueError, match=r"got the texts of 2 prompts, expected one: read .texts"):
         _ = out.text
     again = kvjax.generate_text(loaded.model, loaded.params, chat, ["the", "x"], chat=False)
     assert again.prompts == out.prompts
@@ -113,8 +113,8 @@ def test_texts_and_bytes_are_those_of_generate():
         (None, {"prompts": ""}, "the prompt is empty"),
         (None, {"prompts": []}, "got no prompts"),
         (None, {"chat": True}, "chat is True and the tokenizer has no chat template"),
-        (None, {"system": "so"}, "got a system message without a chat template"),
-        (CHAT, {"system": "so", "chat": False}, "got a system message without a chat template"),
+        (None, {"system": "so"}, "got a system message and no chat template"),
+        (CHAT, {"system": "so", "chat": False}, "got a system message and no chat template"),
         ("{{ raise_exception('no system') }}", {}, "template refuses the messages: no system"),
     ],
 )
@@ -126,7 +126,7 @@ def test_texts_that_cannot_be_asked(template, settings, line):
 
 
 def test_token_ids_are_no_text():
-    with pytest.raises(ValueError, match=r"prompt 1 is list, expected text; kvjax.generate reads"):
+    with pytest.raises(ValueError, match=r"prompt 1 is list, expected text: kvjax.generate reads"):
         text_generation._checked.__wrapped__(["x", [1, 2]])
 
 

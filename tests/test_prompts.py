@@ -9,7 +9,10 @@ from eval_toys import CONTEXT, VOCAB, config
 
 import kvjax
 from kvjax.checks import check_prompts, eos_array
-from kvjax.nn.transformer import check_tokens
+from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig
+from kvjax.nn import param_shapes
+from kvjax.nn.checks import check_beside, check_fits, check_params_fit, check_tokens
+from kvjax.prefilling import checked_prompts
 from kvjax.tasks.words import to_transformers
 
 
@@ -147,3 +150,45 @@ def test_the_public_functions_refuse_text():
         compress(toy.model, toy.params, "mary sings", "snapkv:kv_size=12")
     with pytest.raises(ValueError, match="eos_ids: got text"):
         generate(toy.model, toy.params, [[1, 5]], eos_ids="<eos>")
+
+
+def test_parameters_of_another_model_are_named():
+    attention = GQAConfig(2, 1, 2, scale=1.0, rope=None)
+    small = ModelConfig("llama", 8, 4, (LayerConfig(attention, MLPConfig(3)),))
+    params = param_shapes(small)
+    check_params_fit(small, params)
+    for other, message in (
+        ({"params": params}, r"expected the dict inside: params\['params'\]"),
+        ("model", "params is str, expected the dict"),
+        ({**params, "layers_1": params["layers_0"]}, "layers_1 is unknown"),
+        (
+            {**params, "embedding": np.ones((8, 5))},
+            r"embedding has shape \(8, 5\), expected \(8, 4",
+        ),
+        ({**params, "layers_0": {}}, "layers_0/.* is missing; .*; and 2 more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_params_fit(small, other)
+    with pytest.raises(ValueError, match=r"model is dict, expected a kvjax\.Transformer"):
+        check_fits(params, small)
+
+
+def test_arrays_beside_the_tokens_have_their_shape():
+    tokens = np.ones((2, 3), np.int32)
+    check_beside(tokens, positions=None, segment_ids=tokens)
+    for value, got in ((tokens[:1], r"int32 \(1, 3\)"), (tokens + 0.5, "float"), ([1], "list")):
+        with pytest.raises(ValueError, match=rf"got positions {got}.*array \(2, 3\), as tokens"):
+            check_beside(tokens, positions=value)
+
+
+@pytest.mark.parametrize("lengths", [[4], [0], [2, 2], [1.5], 2])
+def test_prefill_refuses_lengths_that_are_none(lengths):
+    with pytest.raises(ValueError, match=r"lengths is .*, expected \[1\] integers from 1 to 3"):
+        checked_prompts(np.ones((1, 3), np.int32), lengths, 8)
+
+
+def test_prefill_reads_no_padding():
+    ids, lengths = checked_prompts([[5, 6, -1], [7, 99, 99]], [2, 1], 8)
+    assert (ids.tolist(), lengths.tolist()) == ([[5, 6, 0], [7, 0, 0]], [2, 1])
+    with pytest.raises(ValueError, match="tokens has token 99, expected ids of 0 to 7"):
+        checked_prompts([[5, 99]], [2], 8)

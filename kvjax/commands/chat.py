@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.chat import document_ids, has_chat_template
-from kvjax.commands.text import read_text
 from kvjax.context import compress, load_context
 from kvjax.conversation import Conversation, ask
 from kvjax.endings import say
 from kvjax.hf import load, load_tokenizer
 from kvjax.policies.named import parse_policy
 from kvjax.progress import stage
+from kvjax.text_files import read_text
 
 PROMPT = "> "
 

@@ -21,6 +21,7 @@ from kvjax.policies.named import parse_policy, resolve
 from kvjax.prefilling import shape_bytes
 from kvjax.progress import Stage, stage
 from kvjax.text import prompt_ids
+from kvjax.text_files import read_text
 from kvjax.text_generation import generate_text, in_chat
 
 RANGES = {"tokens": COUNT, "length": Range(least=2, most=2**31 - 1, whole=True)}
@@ -35,7 +36,8 @@ def prompt_of(prompt: str | None, file: Path | None) -> str:
     """The prompt of a command line: the argument, a file, or standard input for "-".
 
     Raises:
-        ValueError: neither of the two or both; a file that is no text in UTF-8; an empty prompt.
+        ValueError: neither of the two or both; a missing file, or one that is not UTF-8 text; an
+            empty prompt.
     """
     if (prompt is None) == (file is None):
         raise ValueError("expected PROMPT or --prompt-file FILE; PROMPT - reads standard input")
@@ -45,20 +47,6 @@ def prompt_of(prompt: str | None, file: Path | None) -> str:
     if not text:
         raise ValueError("the prompt is empty, expected text")
     return text
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: no such file, or no text in UTF-8.
-    """
-    if not path.is_file():
-        raise ValueError(f"no text file at {path}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
 
 
 def continue_text(

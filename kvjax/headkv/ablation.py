@@ -39,8 +39,10 @@ def without_heads(params: Mapping[str, Any], heads: Iterable[tuple[int, int]]) -
         ValueError: a head that the model does not have.
     """
     chosen: dict[int, list[int]] = {}
-    for layer, head in heads:
-        chosen.setdefault(int(layer), []).append(int(head))
+    for pair in heads:
+        if np.shape(pair) != (2,):
+            raise ValueError(f"got head {pair!r}, expected pairs (layer, query head)")
+        chosen.setdefault(int(pair[0]), []).append(int(pair[1]))
     layers = sum(name.startswith("layers_") for name in params)
     new = dict(params)
     for layer, numbers in chosen.items():

@@ -16,8 +16,7 @@ from kvjax.mesh import Placement, mesh_of
 from kvjax.nn import Transformer
 from kvjax.nn.params import layer_params
 from kvjax.policies.budgets import Allocator, Request
-from kvjax.policies.importance import default_scores
-from kvjax.policies.named import resolve
+from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Compress, Policy
 from pallas_kernels.entries import assign_heads
 
@@ -62,7 +61,7 @@ def balance(
     Raises:
         ValueError: the policy cannot be resolved, or the number of heads and devices do not fit.
     """
-    policy = resolve(policy, model.config, default_scores(model.config))
+    (policy,) = resolve_each([policy], model.config)
     mesh = mesh_of(params)
     if mesh is None or not isinstance(policy, Compress):
         return params, policy

@@ -40,6 +40,7 @@ from kvjax.headkv.examples import (
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import (
     NO_TOKEN,
     Block,
@@ -169,6 +170,7 @@ def score_examples(
         ValueError: an unknown estimator, no example, a span outside its prompt, a token outside the
             vocabulary, importance or logits that are not finite, or no example that counts.
     """
+    check_fits(model, params)
     name, chosen = _estimator(estimator)
     check_examples(examples, chosen.needs_span, model.config)
     params = on_automatic_mesh(params)
@@ -191,7 +193,7 @@ def score_examples(
     if not accepted.any():
         raise ValueError(
             f"the model answers none of {len(examples)} examples (best score {answers.max():.2f}, "
-            f"expected > {chosen.accept_above}), so that no head has an importance; "
+            f"expected > {chosen.accept_above}), so no head has an importance; "
             "the estimators copying and gradient need no right answers"
         )
     meta = {
@@ -302,6 +304,10 @@ def check_examples(examples: Sequence[Example], with_span: bool, config: ModelCo
     if not examples:
         raise ValueError("got no examples, expected at least one")
     for index, example in enumerate(examples):
+        if not isinstance(example, Example):
+            raise ValueError(
+                f"example {index} is {type(example).__name__}, expected a kvjax.Example"
+            )
         if not example.prompt or not example.answer:
             raise ValueError(
                 f"example {index} has {len(example.prompt)} prompt and {len(example.answer)} "
@@ -316,8 +322,8 @@ def check_examples(examples: Sequence[Example], with_span: bool, config: ModelCo
         start, end = example.span
         if with_span and not 0 <= start < end <= len(example.prompt):
             raise ValueError(
-                f"example {index} has span {example.span}, expected it within the "
-                f"{len(example.prompt)} tokens of the prompt"
+                f"example {index} has span {example.span}, expected the place (start, end) of the "
+                f"answer in its {len(example.prompt)} tokens; the estimator gradient needs none"
             )
 
 

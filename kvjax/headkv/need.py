@@ -30,6 +30,7 @@ from kvjax.headkv.examples import bucketed
 from kvjax.headkv.measure import check_examples
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import BlockKind, block_kinds, embed, run_layer
 from kvjax.policies.need import NeedCurves
 from kvjax.policies.scorers import (
@@ -100,6 +101,7 @@ def measure_need(
         ValueError: no example, an example that the model cannot read, or losses that are not
             finite.
     """
+    check_fits(model, params)
     check_examples(examples, False, model.config)
     params, scorer = on_automatic_mesh(params), scorer or SpanWindow()
     done = {batch.indices: batch for batch in finished}

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from kvjax.checkpoint_files import StoredTensor, scan
+from kvjax.checks import float_dtype
 from kvjax.fields import refuse, within
 from kvjax.hf import gguf, native, weights
 from kvjax.hf.config import as_stored, config_from_hf, read_config
@@ -56,7 +56,7 @@ def load(
     Examples:
         >>> model, params = kvjax.load(path)  # a folder, a GGUF file, or an id of the hub
     """
-    target = _float_dtype(dtype)
+    target = float_dtype(dtype or default_dtype())
     model, directory = _with_weights(path)
     parts = _open(model, directory, target, mesh)
     # The largest matrices first: what their reading needs for a moment does not come on top of all.
@@ -84,7 +84,7 @@ def open_params(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -
     Raises:
         ValueError: as `load`.
     """
-    target = _float_dtype(dtype)
+    target = float_dtype(dtype or default_dtype())
     model, directory = _with_weights(path)
     return _open(model, directory, target, mesh)
 
@@ -165,6 +165,8 @@ def load_tokenizer(path: str | Path) -> Any:
         for file in files:
             if file.suffix == ".json":
                 read_object(file)  # raises an error that names a damaged file
+        if not files:
+            raise ValueError(f"{directory} has no tokenizer, expected tokenizer.json") from None
         line = " ".join(str(error).split())
         kind = type(error).__name__
         raise ValueError(f"cannot read the tokenizer of {directory}: {kind}: {line}") from error
@@ -192,13 +194,3 @@ def _open(
         return gguf.open_params(model, file, dtype, shardings)
     read = native.open_params if is_native(directory) else weights.open_params
     return read(model, directory, dtype, shardings)
-
-
-def _float_dtype(dtype: Any) -> np.dtype:
-    try:
-        found = jnp.dtype(default_dtype() if dtype is None else dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"dtype is {dtype!r}, expected a floating-point type like 'bfloat16'")
-    return found

@@ -21,6 +21,7 @@ from kvjax.hf.config import config_from_hf
 from kvjax.hf.deepseek.export import to_deepseek
 from kvjax.hf.source import PARAMS, copy_companions, is_native
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.paths import local_path
 from kvjax.runs import write_json, write_whole
 from kvjax.text_files import read_object
@@ -66,15 +67,16 @@ def save(
         norm, latent_rms: for "deepseek_v3" only, see `kvjax.hf.deepseek.export.to_deepseek`.
 
     Raises:
-        ValueError: the layout is unknown or cannot express the model, the path is a URL, or the
-            path already has a checkpoint. Nothing is written then. With several processes, all
-            raise the error.
+        ValueError: the layout is unknown or cannot express the model, the parameters are of another
+            model, the path is a URL, or the path already has a checkpoint. Nothing is written then.
+            With several processes, all raise the error.
         OSError: a full disk. The path is as it was: a save is whole or absent.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout != "deepseek_v3" and (norm != "neutral" or latent_rms is not None):
-        raise ValueError(f"norm and latent_rms are of layout 'deepseek_v3', got layout {layout!r}")
+        raise ValueError(f"got norm or latent_rms with layout {layout!r}, expected 'deepseek_v3'")
+    check_fits(model, params)
     directory = local_path(path, "the path to save to")
     with saving(params, directory, layout) as part:
         write_model(model, params, part, layout, max_shard_bytes, norm=norm, latent_rms=latent_rms)
@@ -123,7 +125,7 @@ def is_saved(directory: Path) -> bool:
 def check_free(directory: Path) -> None:
     """Raises ValueError where a folder has a model, or weights that `load` would mix with it."""
     if is_saved(directory):
-        raise ValueError(f"{directory} already holds a checkpoint")
+        raise ValueError(f"{directory} already holds a checkpoint: save to another directory")
     found = leftovers(directory) + [PARAMS] * (directory / PARAMS).exists()
     if found:  # from an interrupted save: `load` would mix these files with the new ones
         raise ValueError(
@@ -161,13 +163,14 @@ def _hf_config(config: ModelConfig, params: Any) -> str:
     """
     raw = json.loads(config.hf_json)
     kinds = sorted({type(layer.attention).__name__ for layer in config.layers})
-    reason = f"the hf layout cannot express this model ({', '.join(kinds)}); use layout='native'"
+    reason = f"the hf layout cannot express this model, with {', '.join(kinds)}:"
+    advice = "use layout='native'"
     if not raw:
-        raise ValueError(f"{reason}: it has no config.json")
+        raise ValueError(f"{reason} it has no config.json; {advice}")
     described = config_from_hf(raw)
     kept = {"hf_json": "", "eos_ids": (), "bos_id": None}
     if dataclasses.replace(described, **kept) != dataclasses.replace(config, **kept):
-        raise ValueError(f"{reason}: it differs from its config.json")
+        raise ValueError(f"{reason} it differs from its config.json; {advice}")
     dtype = jax.tree.leaves(params)[0].dtype.name
     stale = [key for key in ("dtype", "torch_dtype") if raw.get(key, dtype) != dtype]
     if not stale:

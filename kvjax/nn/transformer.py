@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import NoCache, advance, rope_lengths_of, with_layer
 from kvjax.cache.dense import new_cache
+from kvjax.checks import COUNT, check_ranges, float_dtype
 from kvjax.config import (
     DecoupledConfig,
     EqualCacheConfig,
@@ -34,9 +34,12 @@ from kvjax.config import (
 )
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn.attention import decoupled, equal_cache, gqa, mla
+from kvjax.nn.checks import check_beside, check_cache, check_params_fit, check_room, check_tokens
 from kvjax.nn.layers import matmul, mlp, moe, norm, rms_norm, with_pairs, without_pairs
 from kvjax.nn.params import Declared, declare, layer_params, outside_layers
 
+CACHE = {"batch_size": COUNT, "max_len": COUNT}
+"""What the numbers of `Transformer.init_cache` may be."""
 NO_TOKEN = -1
 """The token for logits that are not finite: argmax would return token 0 for ever."""
 
@@ -255,7 +258,9 @@ class Transformer(nn.Module):
             Raises:
                 ValueError: outside jit, more tokens than the cache has room for. (Inside jit the
                     surplus is dropped, and the cache's lengths exceed its capacity.) Segment ids
-                    together with a cache. Tokens that are not an integer array of two dimensions.
+                    together with a cache. Tokens that are not an integer array of two dimensions,
+                    or positions and segment ids of another shape. Parameters or a cache of another
+                    model.
         """
         # Check the arguments, and fill in positions and lengths.
         if logits_at not in ("all", "last"):
@@ -263,6 +268,11 @@ class Transformer(nn.Module):
         if segment_ids is not None and cache is not None:
             raise ValueError("got segment_ids and a cache, expected packed documents without one")
         check_tokens(tokens)
+        check_beside(tokens, positions=positions, segment_ids=segment_ids)
+        if cache is not None:
+            check_cache(self.config, cache, len(tokens))
+        if not self.is_initializing():
+            check_params_fit(self.config, self.variables["params"])
         given = tokens, positions, rope_lengths, segment_ids  # NumPy arrays become jax arrays
         arrays: Any = jax.tree.map(jnp.asarray, given)
         ids, places, lengths, documents = arrays
@@ -314,9 +324,13 @@ class Transformer(nn.Module):
             return super().apply(variables, *args, **kwargs)
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any = "bfloat16") -> list[Any]:
-        """Empty caches, one per layer, for `max_len` tokens in each of `batch_size` sequences."""
-        if batch_size < 1 or max_len < 1:
-            raise ValueError(f"got batch_size {batch_size} and max_len {max_len}, expected ≥ 1")
+        """Empty caches, one per layer, for `max_len` tokens in each of `batch_size` sequences.
+
+        Raises:
+            ValueError: a number below 1, or a dtype that is no floating-point type.
+        """
+        check_ranges({"batch_size": batch_size, "max_len": max_len}, CACHE)
+        dtype = float_dtype(dtype)
         return [
             new_cache(layer.attention, batch_size, max_len, dtype) for layer in self.config.layers
         ]
@@ -330,15 +344,6 @@ class Transformer(nn.Module):
         if cache is not None:
             check_room(cache, positions)
         return positions
-
-
-def check_tokens(tokens: Any) -> None:
-    """Raises ValueError unless `tokens` is an integer array [B, T]."""
-    if getattr(tokens, "ndim", 0) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        kind = (
-            f"{tokens.dtype} {tokens.shape}" if hasattr(tokens, "dtype") else type(tokens).__name__
-        )
-        raise ValueError(f"got tokens {kind}, expected an integer array [B, T]")
 
 
 def embed(
@@ -408,20 +413,6 @@ def finite_rows(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
 def output_params(config: ModelConfig) -> tuple[str, str]:
     """Names of the parameters after the last layer: the final norm and the output matrix."""
     return "final_norm", "embedding" if config.tie_embeddings else "lm_head"
-
-
-def check_room(cache: Any, positions: jax.Array) -> None:
-    """Outside jit: raises ValueError if the new tokens do not fit into the cache."""
-    entry = cache[0]
-    if isinstance(positions, Tracer) or isinstance(entry.lengths, Tracer):
-        return
-    needed = np.asarray(entry.lengths) + (np.asarray(positions) >= 0).sum(axis=1)
-    capacity = np.broadcast_to(np.asarray(entry.capacity), needed.shape)
-    if (needed > capacity).any():
-        worst = np.argmax(needed - capacity)
-        raise ValueError(
-            f"the cache has room for {capacity[worst]} tokens per sequence, got {needed[worst]}"
-        )
 
 
 def default_rope_lengths(positions: jax.Array, cache: Any) -> jax.Array:

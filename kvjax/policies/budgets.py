@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32
 
 from kvjax.cache.channels import channel_bytes
-from kvjax.checks import COUNT, SHARE, SIZE, Range, check_ranges, optional
+from kvjax.checks import COUNT, SHARE, SIZE, Range, check_ranges, optional, shown
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.policies.importance import HeadScores
 from pallas_kernels.entries import row_bytes
@@ -103,16 +103,26 @@ def group_importance(
     """Importance of KV heads from that of their query heads; `reduce` may also be `np.max`."""
     layers, heads = importance.shape
     if heads % num_kv_heads:
-        raise ValueError(f"{heads} query heads are not a multiple of num_kv_heads = {num_kv_heads}")
+        raise ValueError(
+            f"num_kv_heads is {num_kv_heads}, expected a divisor of the {heads} query heads"
+        )
     return reduce(importance.reshape(layers, num_kv_heads, -1), axis=2)
 
 
-def checked(importance: Float64[np.ndarray, "L N"]) -> Float64[np.ndarray, "L N"]:
-    """The importance; raises ValueError if a number is negative, or one or the sum not finite."""
+def checked(importance: Any) -> Float64[np.ndarray, "L N"]:
+    """The importance; raises ValueError unless it is an array [L, N] of numbers ≥ 0 with a finite
+    sum."""
+    if getattr(importance, "ndim", 0) != 2:
+        raise ValueError(
+            f"head scores are {shown(importance)}, expected an array [layers, heads] or what "
+            "kvjax.headkv.load_scores reads"
+        )
     with np.errstate(over="ignore"):
         total = importance.sum()
     if not np.isfinite(total) or (importance < 0).any():
-        raise ValueError("head scores hold negative or non-finite values, expected finite >= 0")
+        raise ValueError(
+            "head scores have negative, NaN or infinite numbers, expected finite ones ≥ 0"
+        )
     return importance
 
 
@@ -301,7 +311,7 @@ class HeadImportance:
 
     def __call__(self, request: Request) -> Int32[np.ndarray, "L K"]:
         if self.scores is None:
-            raise ValueError("head importance has no scores; resolve() fills in the model's own")
+            raise ValueError("this policy has no head scores yet, expected scores=FILE")
         values = group_importance(checked(self.scores.mean), request.num_kv_heads)
         beta = growing_beta(request.budget) if self.beta is None else self.beta
         return head_caps(normalise(values), request.budget, beta, request.limits)

@@ -37,6 +37,8 @@ class HeadScores:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not isinstance(self.samples, np.ndarray):
+            raise ValueError(f"head scores are {type(self.samples).__name__}, expected an array")
         if self.samples.ndim != 3 or self.samples.shape[2] == 0:
             raise ValueError(
                 f"head scores have shape {self.samples.shape}, expected [layers, heads, samples] "

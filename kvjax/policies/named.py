@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
+from kvjax.checks import shown
 from kvjax.config import ModelConfig
 from kvjax.policies.budgets import Adaptive, Allocator, HeadImportance, Pyramid, Uniform
 from kvjax.policies.importance import HeadScores, check_shape, default_scores, load_scores
@@ -166,7 +167,7 @@ def _compress(allocator: Allocator, scorer: Scorer, settings: Settings, **rest: 
 
 
 def _file(scores: str) -> HeadScores | None:
-    return load_scores(scores) if scores else None
+    return None if isinstance(scores, str) and not scores else load_scores(scores)
 
 
 MAKERS: dict[str, Callable[..., Policy]] = {
@@ -213,6 +214,11 @@ def parse_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
+    if not isinstance(policy, str):
+        raise ValueError(
+            f"policy is {shown(policy)}, expected a text such as 'snapkv:kv_size=128', or a policy "
+            "that a function of kvjax.policies returns"
+        )
     name, _, settings = policy.partition(":")
     if name not in MAKERS:
         raise ValueError(f"policy {name!r} is not one of {', '.join(MAKERS)}")
@@ -249,8 +255,8 @@ def _read(name: str, settings: str, kinds: dict[str, type]) -> dict[str, Any]:
         try:
             values[key] = kinds[key](value)
         except ValueError:
-            kind = kinds[key].__name__
-            raise ValueError(f"policy {name!r}: {key} is {value!r}, expected {kind}") from None
+            wanted = "a whole number" if kinds[key] is int else "a number"
+            raise ValueError(f"policy {name!r}: {key} is {value!r}, expected {wanted}") from None
     return values
 
 

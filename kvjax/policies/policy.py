@@ -189,12 +189,18 @@ class Compress(Policy):
     compression_interval: int = 0
 
     def __post_init__(self):
+        for name in ("allocator", "scorer"):
+            if not callable(getattr(self, name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected a function; "
+                    "kvjax.policies.parse_policy reads names"
+                )
         check_ranges(vars(self), RANGES)
         given = [self.kv_size != 0, self.ratio is not None, self.nbytes is not None]
         if sum(given) != 1:
             raise ValueError(
-                f"kv_size is {self.kv_size}, ratio {self.ratio} and bytes {self.nbytes}, expected "
-                "one of them"
+                f"kv_size is {self.kv_size}, ratio is {self.ratio} and bytes is {self.nbytes}, "
+                "expected one of the three"
             )
         if self.ring and self.compression_interval:
             raise ValueError(
@@ -202,9 +208,8 @@ class Compress(Policy):
             )
         if self.ring and isinstance(self.allocator, Uniform):
             raise ValueError(
-                f"ring is {self.ring}, which bounds heads whose budget is below the mean: uniform "
-                "budgets have none; expected compression_interval=, or a policy with budgets for "
-                "each head"
+                f"ring is {self.ring}, which bounds heads with a budget below the mean, and all "
+                "heads of this policy have the same: expected compression_interval=, or headkv"
             )
         if self.kv_size:
             token_budget(self.kv_size, self.observed)

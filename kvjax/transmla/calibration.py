@@ -24,6 +24,7 @@ from kvjax.config import GQAConfig
 from kvjax.identity import identity
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import Block, attention_input, block_kinds, embed, layer_output
 from kvjax.paths import local_path, replacing
 from kvjax.transmla.layer import Heads, attention_logits, attention_weights, gqa_layers, gqa_of
@@ -142,6 +143,7 @@ def calibrate(
             another model; moments that are not finite (the error names the weight, or the layer
             whose activations overflow).
     """
+    check_fits(model, params)
     gqa_layers(model)  # raises ValueError for others
     owner = ""
     if resume is not None:
@@ -150,7 +152,8 @@ def calibrate(
     state = Stats.load(resume) if resume is not None and resume.exists() else None
     if state is not None and state.model != owner:
         raise ValueError(
-            f"{resume} holds the moments of model {state.model or '–'}, this one is {owner}"
+            f"{resume} holds the moments of another model: got {state.model or '–'}, expected "
+            f"{owner}; give another file, or remove it"
         )
     rows = 0
     for batch in batches:
@@ -159,26 +162,32 @@ def calibrate(
         start, rows = rows, rows + len(tokens)
         if state is not None and start < len(state.tokens):
             if not np.array_equal(state.tokens[start:rows], tokens):
-                raise ValueError(f"{resume} holds the moments of other batches")
+                raise ValueError(
+                    f"{resume} holds the moments of other batches: give another file, or remove it"
+                )
             continue
         new = _observe_batch(model, params, tokens, input_moments)
         state = dataclasses.replace(_add(state, new), model=owner)
         if resume is not None:
             state.save(resume)
     if state is None:
-        raise ValueError("got no batch to calibrate on")
+        raise ValueError("got no batch to calibrate on, expected at least one")
     if len(state.tokens) != rows:
-        raise ValueError(f"{resume} holds {len(state.tokens)} sequences, the batches have {rows}")
+        raise ValueError(
+            f"{resume} holds the moments of {len(state.tokens)} sequences, the batches have "
+            f"{rows}: give another file, or remove it"
+        )
     return state
 
 
 def _checked(model: Transformer, batch: Any, state: Stats | None) -> Int[np.ndarray, "B T"]:
     tokens = token_ids(batch, model.config.vocab_size, "calibration")
     if tokens.ndim != 2:
-        raise ValueError(f"got a batch of shape {tokens.shape}, expected [B, T]")
+        raise ValueError(f"a calibration batch has shape {tokens.shape}, expected ids [B, T]")
     if state is not None and tokens.shape[1] != state.tokens.shape[1]:
         raise ValueError(
-            f"got sequences of {tokens.shape[1]} tokens after some of {state.tokens.shape[1]}"
+            f"a calibration batch has sequences of {tokens.shape[1]} tokens, expected "
+            f"{state.tokens.shape[1]} as in the first"
         )
     return tokens
 

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from kvjax.checks import check_finite, check_params, check_ranges
 from kvjax.config import AttentionConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, of_kind
 from kvjax.mesh import automatic_axes, on_automatic_mesh
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import (
     Transformer,
     block_kind,
@@ -27,7 +28,14 @@ from kvjax.transmla.calibration import Stats, check_moments
 from kvjax.transmla.closed_form import BEST, Recipe, close, low_rank_query
 from kvjax.transmla.depth import Attention, FittedDepth, divided
 from kvjax.transmla.division import Layers, attention_layers, mean_errors
-from kvjax.transmla.layer import LatentLayer, folded, gqa_layers, over_heads, with_attention
+from kvjax.transmla.layer import (
+    LatentLayer,
+    check_foldable,
+    folded,
+    gqa_layers,
+    over_heads,
+    with_attention,
+)
 from kvjax.transmla.refit_outputs import refit_outputs
 from kvjax.transmla.refit_queries import refit_queries
 from kvjax.transmla.rotary import by_energy
@@ -140,6 +148,11 @@ def to_decoupled(
         ValueError: sizes that do not fit the model or the calibration, stats of another model,
             or weights that hold NaN before or after the conversion.
     """
+    check_fits(model, params)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"recipe is {recipe!r}, expected a Recipe such as kvjax.transmla.BEST or UNBIASED"
+        )
     params = on_automatic_mesh(params)
     check_params(params)
     stats = checked_stats(model, stats)
@@ -246,13 +259,16 @@ def settle(
     if mode != "auto" and mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(MODES)}")
     if v_head_dim is not None and not recipe.refit:
-        raise ValueError("v_head_dim needs a recipe that refits: the closed form keeps H")
+        raise ValueError(
+            "v_head_dim is given with a recipe in closed form, expected one that fits the outputs, "
+            "such as kvjax.transmla.BEST"
+        )
     kv_rank, rope_dim = chosen_widths(bases, cache, kv_rank, rope_dim, exportable)
     if exportable:
         recipe = exportable_recipe(recipe, bases, rope_dim)
         mode = "fold" if mode == "auto" else mode
-    if mode == "fold" and any(base.qk_norm is not None for base in bases):
-        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
+    for base in bases if mode == "fold" else []:
+        check_foldable(base)
     return layer_sizes(bases, tokens.size, kv_rank, rope_dim, v_head_dim), recipe, mode
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.checks import COUNT, POSITIVE, SEED, SIZE, check_finite, check_params, check_ranges
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import Block, attention_output, block_kind, embed
 from kvjax.transmla.calibration import Stats
 from kvjax.transmla.sizes import checked_stats
@@ -64,6 +65,8 @@ def distill(
     """
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     check_ranges(given | {"seed": seed}, RANGES)
+    check_fits(model, params)
+    check_fits(converted_model, converted_params)
     stats = checked_stats(model, stats)
     check_params(params)
     check_params(converted_params)

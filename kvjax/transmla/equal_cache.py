@@ -16,6 +16,7 @@ from kvjax.checks import check_params, rounded
 from kvjax.config import EqualCacheConfig, GQAConfig
 from kvjax.mesh import automatic_axes, on_automatic_mesh
 from kvjax.nn import Transformer
+from kvjax.nn.checks import check_fits
 from kvjax.transmla.inits import (
     INITS,
     Factors,
@@ -65,6 +66,7 @@ def to_equal_cache(
         ValueError: an unknown name, a layer that is not GQA, an init that is not exact with this
             rope_site, or weights that hold NaN before or after the conversion.
     """
+    check_fits(model, params)
     params = on_automatic_mesh(params)
     check_params(params)
     inits = checked_inits(init, value_init, rope_site)

@@ -47,12 +47,16 @@ def gqa_layers(model: Transformer) -> list[GQAConfig]:
     """The attention configs of all layers.
 
     Raises:
-        ValueError: a layer that is not GQA; names all of them.
+        ValueError: a layer that is not GQA; names the first.
     """
     configs = [layer.attention for layer in model.config.layers]
-    others = [f"{i}: {type(c).__name__}" for i, c in enumerate(configs) if type(c) is not GQAConfig]
+    others = [index for index, c in enumerate(configs) if type(c) is not GQAConfig]
     if others:
-        raise ValueError(f"TransMLA converts GQA layers only, got {', '.join(others)}")
+        kind = type(configs[others[0]]).__name__
+        raise ValueError(
+            f"{len(others)} layers have no grouped-query attention, which TransMLA converts: layer "
+            f"{others[0]} has {kind}, expected GQAConfig"
+        )
     return [of_kind(c, GQAConfig) for c in configs]
 
 
@@ -208,6 +212,15 @@ def folded_config(
     )
 
 
+def check_foldable(base: GQAConfig) -> None:
+    """Raises ValueError for QK-norm, which comes between projections and maps."""
+    if base.qk_norm is not None:
+        raise ValueError(
+            "the keys have QK-norm, so their projections cannot be folded: expected mode='post' or "
+            "'auto', and exportable=False"
+        )
+
+
 def folded(
     base: GQAConfig, attn: Mapping[str, Any], layer: LatentLayer
 ) -> tuple[MLAConfig, dict[str, Any]]:
@@ -217,10 +230,9 @@ def folded(
         base, attn: the attention of the original layer and its parameters.
 
     Raises:
-        ValueError: the model has QK-norm, which comes between projections and maps.
+        ValueError: the model has QK-norm.
     """
-    if base.qk_norm is not None:
-        raise ValueError("keys with QK-norm cannot be folded into their projections; mode='post'")
+    check_foldable(base)
     config = folded_config(base, layer.down.shape[1], layer.rope, layer.out.shape[1])
     joint = np.concatenate([layer.down, layer.key_rope], axis=1)
 

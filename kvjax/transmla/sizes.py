@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def chosen_widths(
     """
     check_ranges({"cache": cache}, {"cache": CACHE})
     if kv_rank is not None and cache is not None:
-        raise ValueError(f"got cache {cache} and kv_rank {kv_rank}, expected one of the two")
+        raise ValueError(f"cache is {cache} and kv_rank is {kv_rank}, expected one of the two")
     wholes = [components(base)[0] for base in bases]
     if kv_rank is None and cache is None and min(wholes) > sum(LATENT):
         kv_rank = LATENT[0]
@@ -162,7 +163,9 @@ def layer_sizes(
                 f"{base.head_dim} − {width} (what the keys and values have)"
             )
         if tokens < rank:
-            raise ValueError(f"the calibration has {tokens} tokens, expected at least {rank}")
+            raise ValueError(
+                f"the calibration has {tokens} tokens, expected at least {rank}: the kv_rank"
+            )
         sizes.append(Sizes(rank, width, base.head_dim if v_head_dim is None else v_head_dim))
     return sizes
 
@@ -174,8 +177,8 @@ def components(base: GQAConfig) -> tuple[int, int]:
 
 
 def _per_layer(name: str, value: Widths, bases: Sequence[GQAConfig]) -> list[int]:
-    each = isinstance(value, Sequence | np.ndarray)
-    values = list(value) if each else [value] * len(bases)
+    each = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    values: list[Any] = list(value) if each else [value] * len(bases)  # type: ignore[arg-type]
     if len(values) != len(bases):
         raise ValueError(f"got {len(values)} values of {name}, expected one or {len(bases)}")
     named = {f"{name}[{i}]": v for i, v in enumerate(values)} if each else {name: value}
@@ -189,6 +192,11 @@ def checked_stats(model: Transformer, stats: Stats) -> Stats:
     Raises:
         ValueError: its shapes or its tokens are another model's, or a moment is NaN.
     """
+    if not isinstance(stats, Stats):
+        raise ValueError(
+            f"stats is {type(stats).__name__}, expected what kvjax.transmla.calibrate returns, or "
+            "Stats.load reads"
+        )
     for index, layer in enumerate(stats.layers):
         check_finite(vars(layer), f"stats: layer {index}: ")
     token_ids(stats.tokens, model.config.vocab_size, "stats")
@@ -215,9 +223,12 @@ def check_query_rank(model: Transformer, stats: Stats, q_rank: int, mode: str) -
     if not 1 <= q_rank <= width:
         raise ValueError(f"q_rank is {q_rank}, expected 1 to {width}")
     if mode == "post" or any(base.qk_norm is not None for base in gqa_layers(model)):
-        raise ValueError("q_rank needs folded layers: mode='fold', and no QK-norm")
+        raise ValueError("q_rank is given, expected mode='fold' and layers without QK-norm with it")
     if any(layer.input_second is None for layer in stats.layers):
-        raise ValueError("q_rank needs stats from calibrate(…, input_moments=True)")
+        raise ValueError(
+            "q_rank is given with stats without the moments of the inputs, expected stats of "
+            "calibrate(…, input_moments=True)"
+        )
 
 
 def exportable_recipe(

@@ -113,7 +113,7 @@ def test_documents_are_joined_with_blank_lines(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "four"}\n{"text": 5}\n')
     for name, message in (
         (tmp_path / "c.jsonl", "line 2.*expected text"),
-        (tmp_path / "d.txt", "has no d.txt"),
+        (tmp_path / "d.txt", "no file at .*d.txt"),
         ("hub:wikitext", "expected hub:DATASET:CONFIG:SPLIT"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -175,7 +175,7 @@ def test_query_head_granularity():
         ({"kv_size": 3, "window": 5}, "kv_size is 3 and window is 5"),
         ({"beta": 0.5}, "beta is 0.5"),
         ({"beta": float("nan")}, "beta is nan"),
-        ({"num_kv_heads": 3}, "4 query heads are not a multiple of num_kv_heads = 3"),
+        ({"num_kv_heads": 3}, "num_kv_heads is 3, expected a divisor of the 4 query heads"),
         ({"granularity": "layer"}, "granularity is 'layer'"),
         ({"compat": "paper"}, "compat is 'paper'"),
     ],
@@ -189,7 +189,7 @@ def test_bad_arguments(arguments, message):
 def test_bad_scores(bad):
     scores = np.ones((2, 4))
     scores[1, 1] = bad
-    with pytest.raises(ValueError, match="negative or non-finite"):
+    with pytest.raises(ValueError, match="negative, NaN or infinite"):
         allocate(scores, num_kv_heads=2)
 
 

@@ -305,7 +305,7 @@ def test_damaged_native_directories(tmp_path):
 
 def test_paths_that_hold_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"no file at .*config\.json"):
         kvjax.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(RAW))
     with pytest.raises(ValueError, match=r"has neither model\.safetensors nor"):
@@ -340,7 +340,7 @@ def test_the_dtype_where_none_is_named(saved, monkeypatch, backend, dtype):
 
 @pytest.mark.parametrize("dtype", ["int8", "float12", "complex64"])
 def test_dtypes_that_no_weights_have(saved, dtype):
-    with pytest.raises(ValueError, match="expected a floating-point type like 'bfloat16'"):
+    with pytest.raises(ValueError, match="expected one like bfloat16"):
         kvjax.load(saved[0], dtype=dtype)
 
 
@@ -349,8 +349,9 @@ def test_models_that_the_hf_layout_cannot_express(tmp_path):
     other = model.config.with_attention(
         tuple(EqualCacheConfig(x.attention, 1, 8, 8) for x in model.config.layers)
     )
-    with pytest.raises(ValueError, match=r"\(EqualCacheConfig\); use layout='native'"):
-        kvjax.save(Transformer(other), params, tmp_path / "a", layout="hf")
+    converted = Transformer(other)
+    with pytest.raises(ValueError, match=r"with EqualCacheConfig: .*; use layout='native'"):
+        kvjax.save(converted, random_params(converted), tmp_path / "a", layout="hf")
     with pytest.raises(ValueError, match="layout is 'gguf', expected one of native, hf"):
         kvjax.save(model, params, tmp_path / "a", layout="gguf")
     assert not (tmp_path / "a").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from toys import random_params
 
 import kvjax
 from kvjax.config import (
@@ -326,10 +327,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refusals(reason, tmp_path):
-    model, params = converted("unbiased")
+    model, _ = converted("unbiased")
     refused = Transformer(REFUSED[reason](model.config))
     with pytest.raises(ValueError, match=f"layout cannot express this model: .*{reason}"):
-        kvjax.save(refused, params, tmp_path / "out", layout="deepseek_v3")
+        kvjax.save(refused, random_params(refused), tmp_path / "out", layout="deepseek_v3")
     assert not (tmp_path / "out").exists()
 
 

@@ -220,7 +220,7 @@ DAMAGE = {
     r"ends texts with \[3\], config\.json with another": lambda out: edit(
         out / "generation_config.json", lambda raw: raw.update(eos_token_id=3)
     ),
-    r"has no generation_config\.json": lambda out: (out / "generation_config.json").unlink(),
+    r"no file at .*generation_config\.json": lambda out: (out / "generation_config.json").unlink(),
     r"the tokenizer reads .* where that of": lambda out: edit(
         out / "tokenizer.json", lambda raw: raw.update(normalizer=None)
     ),

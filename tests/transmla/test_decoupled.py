@@ -187,7 +187,7 @@ def test_what_is_refused():
         ({"rope_dim": 18}, "rope_dim is 18, expected an even number up to 16"),
         ({"kv_rank": [8]}, "got 1 values of kv_rank, expected one or 2"),
         ({"v_head_dim": 0}, "v_head_dim is 0, expected a whole number from 1"),
-        ({"v_head_dim": 9, "recipe": CLOSED}, "v_head_dim needs a recipe that refits"),
+        ({"v_head_dim": 9, "recipe": CLOSED}, "v_head_dim is given with a recipe"),
         ({"mode": "both"}, "mode is 'both', expected one of auto, fold, post"),
         ({"exportable": True, "rope_dim": 6}, "rope_dim is 6, expected a divisor of 8"),
         ({"recipe": published(1)}, "FreqFold 1 of 4 frequencies cannot keep 2"),
@@ -198,12 +198,12 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="the calibration has 6 tokens, expected at least 8"):
         convert(model, params, **{**args, "stats": short})
     model, params, stats, _, _ = build("qwen3")
-    with pytest.raises(ValueError, match="keys with QK-norm cannot be folded"):
+    with pytest.raises(ValueError, match=r"the keys have QK-norm, .*expected mode='post'"):
         convert(model, params, **{**args, "stats": stats, "mode": "fold"})
     latent = Transformer(
         model.config.with_attention(
             (MLAConfig(4, 8, 4, 8, 12, None, 0.3, RopeConfig(4)),) * model.config.num_layers
         )
     )
-    with pytest.raises(ValueError, match="TransMLA converts GQA layers only"):
-        convert(latent, params, **args)
+    with pytest.raises(ValueError, match="layer 0 has MLAConfig, expected GQAConfig"):
+        convert(latent, random_params(latent), **args)

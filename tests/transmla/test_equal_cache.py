@@ -140,8 +140,8 @@ def test_what_cannot_be_converted_is_refused():
         convert(model, params, rope_site="after")
     mla = MLAConfig(4, 8, 4, 8, 12, None, 12**-0.5, RopeConfig(4, interleaved=True))
     mixed = Transformer(model.config.with_attention((mla,)))
-    with pytest.raises(ValueError, match="GQA layers only, got 0: MLAConfig"):
-        convert(mixed, params)
+    with pytest.raises(ValueError, match="layer 0 has MLAConfig, expected GQAConfig"):
+        convert(mixed, random_params(mixed))
     again = convert(model, params)
-    with pytest.raises(ValueError, match="GQA layers only, got 0: EqualCacheConfig"):
+    with pytest.raises(ValueError, match="layer 0 has EqualCacheConfig, expected"):
         convert(*again)

@@ -246,7 +246,7 @@ def test_calibration_files_of_other_kinds(folder, tmp_path, monkeypatch):
         token_rows(source, path, 1000, 8)
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"text\.txt is not a text in UTF-8"):
+    with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 text"):
         token_rows(source, text, 1000, 8)
     text.write_text("a b c d")
     from kvjax.commands import text as command

@@ -40,11 +40,11 @@ def test_a_query_rank_of_everything_is_exact():
 def test_query_ranks_that_are_refused():
     model, params, stats, _, _ = build("qwen2")
     args = {"method": "decoupled", "stats": stats, **SIZES}
-    with pytest.raises(ValueError, match=r"q_rank needs stats from calibrate\(…, input_moments"):
+    with pytest.raises(ValueError, match=r"expected stats of calibrate\(…, input_moments"):
         convert(model, params, **args, q_rank=4)
     with pytest.raises(ValueError, match="q_rank is 33, expected 1 to 32"):
         convert(model, params, **args, q_rank=33)
-    with pytest.raises(ValueError, match="q_rank needs folded layers"):
+    with pytest.raises(ValueError, match="q_rank is given, expected mode='fold'"):
         convert(model, params, **args, q_rank=4, mode="post")
 
 

@@ -50,7 +50,7 @@ def test_widths_that_are_left_open(bases, given, want):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"cache": 0.5, "kv_rank": 12}, "got cache 0.5 and kv_rank 12, expected one of the two"),
+        ({"cache": 0.5, "kv_rank": 12}, "cache is 0.5 and kv_rank is 12, expected one of the two"),
         ({"cache": 0.0}, "cache is 0.0, expected"),
         ({"cache": 50.0}, "cache is 50.0, expected"),
         ({"cache": 0.1, "rope_dim": 8}, "a cache of 3 numbers a token has no room for rope_dim 8"),
