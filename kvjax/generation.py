@@ -398,9 +398,10 @@ def after_context(
     """
     asked = parse_policy(policy) if isinstance(policy, str) else policy
     if asked != Full() or prefill_size is not None:
+        got = f"policy {policy!r}" if asked != Full() else f"prefill_size {prefill_size}"
         raise ValueError(
-            f"got policy {policy!r} and prefill_size {prefill_size} with a context, expected "
-            "neither: a context is compressed already, and what prompts add stays"
+            f"got {got} with a context, expected none: a context is compressed already, and what "
+            "prompts add stays"
         )
     check_model(context, model, params)
     held = on_devices_of(params, context.cache)

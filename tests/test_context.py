@@ -187,7 +187,7 @@ def test_a_context_is_of_these_very_weights(tmp_path):
 def test_what_a_context_would_not_heed_is_refused(setting):
     model, params = model_of("gqa")
     context = compressed()
-    with pytest.raises(ValueError, match="with a context, expected neither"):
+    with pytest.raises(ValueError, match="with a context, expected none"):
         kvjax.generate(model, params, QUESTIONS, context=context, **setting)
 
 

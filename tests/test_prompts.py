@@ -10,8 +10,14 @@ from eval_toys import CONTEXT, VOCAB, config
 import kvjax
 from kvjax.checks import check_prompts, eos_array
 from kvjax.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig
-from kvjax.nn import param_shapes
-from kvjax.nn.checks import check_beside, check_fits, check_params_fit, check_tokens
+from kvjax.nn import Transformer, param_shapes
+from kvjax.nn.checks import (
+    check_beside,
+    check_cache,
+    check_fits,
+    check_params_fit,
+    check_tokens,
+)
 from kvjax.prefilling import checked_prompts
 from kvjax.tasks.words import to_transformers
 
@@ -192,3 +198,17 @@ def test_prefill_reads_no_padding():
     assert (ids.tolist(), lengths.tolist()) == ([[5, 6, 0], [7, 0, 0]], [2, 1])
     with pytest.raises(ValueError, match="tokens has token 99, expected ids of 0 to 7"):
         checked_prompts([[5, 99]], [2], 8)
+
+
+def test_a_cache_of_another_model_is_refused():
+    attention = GQAConfig(2, 1, 2, scale=1.0, rope=None)
+    small = ModelConfig("llama", 8, 4, (LayerConfig(attention, MLPConfig(3)),))
+    cache = Transformer(small).init_cache(2, 5)
+    check_cache(small, cache, 2)
+    for given, message in (
+        ([*cache, *cache], "a cache of 2 layers, expected 1"),
+        (cache, "a cache for 2 sequences, expected 3, as tokens"),
+        (5, "a cache of int, expected 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_cache(small, given, 3)
