@@ -133,9 +133,10 @@ def page(settings: dict[str, Any], facts: dict[str, Any], rows: Sequence[Row]) -
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Right answers and log-loss against the share of the full cache's bytes."""
     plt = pyplot()
+    colors = plt.get_cmap("tab10")  # one for each line
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.5), layout="constrained")
     for number, (name, own) in enumerate(series(rows).items()):
-        look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
+        look = {"color": colors(number), "marker": MARKERS[number % len(MARKERS)]}
         shares = [100 * row["share"] for row in own]
         for axis, key in zip(axes, ("right", "nats_change"), strict=True):
             points = [(x, row[key]) for x, row in zip(shares, own, strict=True) if key in row]
@@ -161,7 +162,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each line of the picture, by falling bytes.
 
-    A label that ends in a number is a policy at one of its sizes.
+    A label that ends in a number is a policy at one of its sizes. Budgets of converted models stay
+    in the table: a line through several conversions would mean nothing.
     """
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -170,7 +172,9 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
         is_size = ratio.replace(".", "", 1).isdigit()
         name = method if is_size else label.replace("full", "all tokens")
         if form != "original":
-            name = f"decoupled, {name}"
+            if is_size:
+                continue
+            name = name.replace("all tokens", "decoupled")
         elif name.startswith("all tokens"):
             name = "smaller numbers"
         found[name].append(row)

@@ -72,4 +72,4 @@ def test_the_report_is_written(lines, tmp_path):
     assert "| original, snapkv 0.4 | 32 | 40.0% |" in out.with_suffix(".md").read_text()
     assert (tmp_path / "picture.png").stat().st_size > 1000
     names = set(series(json.loads(out.read_text())["rows"]))
-    assert names == {"smaller numbers", "decoupled, all tokens", "headkv", "snapkv"}
+    assert names == {"smaller numbers", "decoupled", "headkv", "snapkv"}
