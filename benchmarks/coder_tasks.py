@@ -122,8 +122,8 @@ def answered(args: argparse.Namespace, task: str, form: str) -> Iterator[dict[st
             "policy": row["policy"],
             "scores": {line["id"]: line["score"] for line in own},
             "texts": {line["id"]: line["text"] for line in own},
-            "cache_bytes": sum(line["cache_bytes"] for line in own) / len(own),
-            "full_cache_bytes": sum(line["full_cache_bytes"] for line in own) / len(own),
+            "cache_bytes": row["cache_bytes"],
+            "full_cache_bytes": row["full_cache_bytes"],
         }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
 from benchmarks.frontier_report import paired
+from eval.results import standard_error
 from kvjax.runs import whole_lines, write_json
 
 Row = dict[str, Any]
@@ -39,7 +41,7 @@ def row_of(line: Row, base: Row) -> Row:
         "policy": line["policy"],
         "items": len(own),
         "score": round(score, 4),
-        "error": round(math.sqrt(score * (1 - score) / max(len(own) - 1, 1)), 4),
+        "error": round(standard_error(list(own.values())), 4),
         "change": change,
         "change_error": error,
         "lost": lost,
@@ -52,9 +54,7 @@ def row_of(line: Row, base: Row) -> Row:
 
 def sign_test(lost: int, won: int) -> float:
     """Two-sided probability of a split at least this uneven, if both sides are equally likely."""
-    count = lost + won
-    tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1)) / 2**count
-    return min(1.0, 2 * tail)
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def page(rows: list[Row], lines: list[Row]) -> list[str]:

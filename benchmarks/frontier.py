@@ -38,7 +38,7 @@ from kvjax.paths import local_path
 from kvjax.policies.importance import default_scores
 from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Policy
-from kvjax.prefilling import shape_bytes
+from kvjax.prefilling import prompt_bytes
 from kvjax.runs import append_lines
 from kvjax.scoring import Text, judge_compressed
 from kvjax.text_files import read_bytes
@@ -186,10 +186,7 @@ def lines(
             "tokens": read,
             "judged": found,
             "bytes": {
-                label: [
-                    shape_bytes(policy.compression(model.config, [n], 0, "bfloat16"), n)
-                    for n in read
-                ]
+                label: [prompt_bytes(policy, model.config, n, "bfloat16") for n in read]
                 for label, policy in policies.items()
             },
             "cpu_seconds": round(time.process_time() - begin, 1),

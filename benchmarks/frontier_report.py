@@ -28,7 +28,10 @@ def report(path: Path, picture: Path = PICTURE) -> None:
     """Writes the result file at `path`, the table beside it, and the picture."""
     settings, *lines = [json.loads(line) for line in whole_lines(path.with_suffix(".jsonl"))]
     rows = table(lines)
-    facts = {name: lines[0][name] for name in ("date", "processor", "versions", "command")}
+    facts = {name: lines[0][name] for name in ("date", "processor", "versions")}
+    # Forms were run one after the other; without --forms, the command runs all of them.
+    commands = dict.fromkeys(line["command"].partition(" --forms")[0] for line in lines)
+    facts["command"] = "; ".join(commands)
     facts["commit"] = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     facts["made_by"] = environment("benchmarks.frontier")["commit"]
     facts["cpu_seconds"] = round(sum(line["cpu_seconds"] for line in lines))

@@ -14,12 +14,12 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from eval.likelihood import LogLikelihoods, score_compressed, score_dense
 from eval.run import LoadedModel
-from eval.stops import ends_at_stops, until_stop
+from eval.stops import ends_at_stops
 from kvjax.chat import end_ids
 from kvjax.generation import generate
 from kvjax.policies.policy import Full, Policy, check_growth
 from kvjax.progress import progress_bar
-from kvjax.text import added_text, prompt_ids
+from kvjax.text import added_text, prompt_ids, until_stop
 
 NEW_TOKENS = 256
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -24,19 +24,18 @@ from eval import likelihood, results
 from eval.predictions import RESULTS, Prediction, RunFolder, write_json
 from eval.prompts import Prompt, PromptBatch, Shape, encode, make_batches, shapes
 from eval.results import environment, facts
-from eval.stops import ends_at_stops, until_stop
+from eval.stops import ends_at_stops
 from eval.task import Item, Settings, Task, check_form
 from kvjax import processes
 from kvjax.chat import end_ids
 from kvjax.generation import Generation, generate_each
 from kvjax.identity import array_digest
 from kvjax.nn import Transformer
-from kvjax.policies.importance import default_scores
-from kvjax.policies.named import resolve
+from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Policy
 from kvjax.progress import progress_bar
 from kvjax.scoring import FULL
-from kvjax.text import added_text
+from kvjax.text import added_text, until_stop
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class LoadedModel:
 
 def resolve_all(names: Sequence[str], model: Transformer) -> dict[str, Policy]:
     """Policies by name, with the model's head scores where they need some."""
-    scores = default_scores(model.config)
-    return {name: resolve(name, model.config, scores) for name in names}
+    return dict(zip(names, resolve_each(names, model.config), strict=True))
 
 
 def evaluate(

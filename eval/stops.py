@@ -8,12 +8,6 @@ from typing import Any
 from kvjax.text import StoppingStream, TextStream
 
 
-def until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops."""
-    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]
-
-
 def ends_at_stops(
     tokenizer: Any, prompts: Sequence[Sequence[int]], stops: Sequence[str]
 ) -> Callable[[int, int, list[int]], bool]:

@@ -162,8 +162,7 @@ def score(
     with only_writer(out, GOES_ON):
         report = score_checkpoint(model, out, examples, batch_size, dtype, mesh)
     _print_facts(f"{model} → {out}", report)
-    for note in report["notes"]:
-        say(f"note: {note}")
+    _say_notes(report)
     _write_report(json_file, report)
 
 
@@ -249,8 +248,7 @@ def generate(
     print()
     # On standard error, so that standard output is the text alone.
     say(f"[{report['new_tokens']} tokens; {_sizes(report)}]")
-    for note in report["notes"]:
-        say(f"note: {note}")
+    _say_notes(report)
     _write_report(json_file, report)
 
 
@@ -327,8 +325,7 @@ def compress(
         chat = False if raw else None
         report = compress_text(model, text, out, policy, dtype, chat, system)
     _print_facts(f"{text} → {out}", report)
-    for note in report["notes"]:
-        say(f"note: {note}")
+    _say_notes(report)
     _write_report(json_file, report)
 
 
@@ -475,12 +472,18 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_facts(title: str, facts: dict[str, Any]) -> None:
-    """Prints a table with one line per fact."""
+    """Prints a table with one line per fact; notes are for `_say_notes`."""
     table = Table("", "", show_header=False, title=title)
     for key, value in facts.items():
         if key != "notes":
             table.add_row(key.replace("_", " "), str(value))
     Console().print(table)
+
+
+def _say_notes(report: Mapping[str, Any]) -> None:
+    """What a user may wonder about, on standard error."""
+    for note in report["notes"]:
+        say(f"note: {note}")
 
 
 def _write_report(path: Path | None, report: Any) -> None:

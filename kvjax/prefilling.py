@@ -21,7 +21,7 @@ from kvjax.cache import ModelCache, PrefillCache
 from kvjax.cache.dense import start_prefill
 from kvjax.cache.sharded import spread_prefill
 from kvjax.checks import SIZE, check_ranges, shown, token_ids
-from kvjax.config import AttentionConfig
+from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.mesh import AnyMesh, Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.checks import check_fits, check_tokens
@@ -203,6 +203,15 @@ def shape_bytes(work: Compression, slots: int) -> int:
     """Bytes of the caches after prefill of prompts padded to `slots`, from shapes alone."""
     leaves = jax.tree.leaves(cache_shapes(work, slots))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def prompt_bytes(policy: Policy, config: ModelConfig, length: int, dtype: Any) -> int:
+    """Bytes of what a policy keeps of one prompt of `length` tokens, without room for new ones.
+
+    Args:
+        policy: ready for the model, see `kvjax.policies.named.resolve_each`.
+    """
+    return shape_bytes(policy.compression(config, [length], 0, dtype), length)
 
 
 def cache_shapes(work: Compression, slots: int) -> ModelCache:

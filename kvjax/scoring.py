@@ -34,7 +34,7 @@ from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import NO_TOKEN
 from kvjax.policies.named import resolve_each
 from kvjax.policies.policy import Full, Policy, check_growth
-from kvjax.prefilling import bucket_length, pad, shape_bytes
+from kvjax.prefilling import bucket_length, pad, prompt_bytes
 
 PIECE = 128
 """Tokens of a text that are fed to a compressed cache at a time, at most."""
@@ -314,10 +314,7 @@ def compare(
             on_batch(len(right[name]))
     # Cache bytes follow from shapes alone.
     longest, dtype = max(reads), params["embedding"].dtype
-    sizes = {
-        name: shape_bytes(policy.compression(config, [longest], 0, dtype), longest)
-        for name, policy in every.items()
-    }
+    sizes = {name: prompt_bytes(policy, config, longest, dtype) for name, policy in every.items()}
     return Compared({name: np.asarray(found) for name, found in right.items()}, sizes)
 
 

@@ -190,6 +190,12 @@ class TextStream:
         return text[count:]
 
 
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
 class StoppingStream:
     """A `TextStream` that ends before one of some texts, the first that is complete.
 
@@ -205,10 +211,9 @@ class StoppingStream:
     def add(self, ids: Sequence[int]) -> str:
         """Takes new tokens, and returns the new text that no later tokens can cut off."""
         text = self._held + self._stream.add(ids)
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        if any(stop in text for stop in self._stops):
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return until_stop(text, self._stops)
         held = max((_begun(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -217,9 +222,7 @@ class StoppingStream:
         """The rest of the text, unless a stop ended it."""
         if self.stopped:
             return ""
-        text = self._held + self._stream.end()
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        return text[: min(found, default=len(text))]
+        return until_stop(self._held + self._stream.end(), self._stops)
 
 
 def _begun(text: str, stop: str) -> int:

@@ -81,6 +81,23 @@ def test_generate(checkpoint, tmp_path, capsys, policy):
     assert report["new_tokens"] == len(expected.tokens[0])
     assert report["cache_bytes"] == expected.cache_bytes
     assert (report["cache_bytes"] < report["full_cache_bytes"]) == (policy != "full")
+    entries = len(ids) * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
+    assert entries <= report["full_prompt_bytes"] < 1.2 * entries  # positions and lengths too
+    if policy == "full":
+        assert report["prompt_bytes"] == report["full_prompt_bytes"] < report["cache_bytes"]
+    else:  # 12 entries a head
+        assert report["prompt_bytes"] < 0.5 * report["full_prompt_bytes"]
+
+
+def test_damaged_head_scores_stop_no_policy_that_reads_none(checkpoint, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "head_scores.json").write_text("{")
+    run("generate", damaged, "the question is what ?", "--max-new-tokens", 2)
+    assert "bytes" in capsys.readouterr().err
+    assert "head_scores.json" in fails(
+        capsys, "generate", damaged, "the question is what ?", "--policy", "headkv:kv_size=12"
+    )
 
 
 def test_convert_then_generate(checkpoint, tmp_path):

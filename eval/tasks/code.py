@@ -61,18 +61,7 @@ def _humaneval(options: TaskOptions) -> Task:
     length = positive(options, "max_new_tokens", "512")
     ask = chosen(options, "prompt", ("complete", "ask")) == "ask"
     rows = named_rows(options.data_dir, *HUMANEVAL, "test")[: options.limit]
-    problems = [
-        Item(
-            id=row.text("task_id"),
-            # replace instead of format: code contains braces.
-            prompt=ASK.replace("{code}", code.rstrip()) if ask else code,
-            references=(row.text("canonical_solution"),),
-            max_new_tokens=length,
-            meta={"code": code, **{name: row.text(name) for name in ("test", "entry_point")}},
-        )
-        for row in rows
-        for code in [row.text("prompt")]
-    ]
+    problems = [_problem(row, ask, length) for row in rows]
     return Task(
         name="humaneval",
         items=with_samples(problems, options),
@@ -83,6 +72,18 @@ def _humaneval(options: TaskOptions) -> Task:
         chat=ask,
         raw="they are code to be completed, expected --set prompt=ask",
         summary=summary,
+    )
+
+
+def _problem(row: Row, ask: bool, length: int) -> Item:
+    name, code = row.text("task_id"), row.text("prompt")
+    return Item(
+        id=name,
+        # replace instead of format: code contains braces.
+        prompt=ASK.replace("{code}", code.rstrip()) if ask else code,
+        references=(row.text("canonical_solution"),),
+        max_new_tokens=length,
+        meta={"code": code, "test": row.text("test"), "entry_point": row.text("entry_point")},
     )
 
 

@@ -12,13 +12,12 @@ from jaxtyping import Int, Integer
 
 from kvjax.chat import document_ids
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
-from kvjax.config import ModelConfig
 from kvjax.context import compress, load_context
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
-from kvjax.policies.importance import default_scores
-from kvjax.policies.named import parse_policy, resolve
-from kvjax.prefilling import shape_bytes
+from kvjax.policies.named import parse_policy, resolve_each
+from kvjax.policies.policy import Full
+from kvjax.prefilling import prompt_bytes
 from kvjax.progress import Stage, stage
 from kvjax.text import prompt_ids
 from kvjax.text_files import read_text
@@ -72,7 +71,7 @@ def continue_text(
 
     Returns:
         prompt, text, prompt_tokens, new_tokens, policy, cache_bytes, full_cache_bytes, notes; and
-        without a context prompt_bytes and full_prompt_bytes, see `prompt_bytes`.
+        without a context prompt_bytes and full_prompt_bytes, see `kvjax.prefilling.prompt_bytes`.
 
     Raises:
         ValueError: see `kvjax.load` and `kvjax.generate_text`.
@@ -106,31 +105,21 @@ def continue_text(
         "full_cache_bytes": out.full_cache_bytes,
     }
     if held is None:
-        dtype = params["embedding"].dtype
-        report["prompt_bytes"] = prompt_bytes(model.config, policy, length, dtype)
-        report["full_prompt_bytes"] = prompt_bytes(model.config, "full", length, dtype)
-    return {**report, "notes": _notes(report, "full" if held else policy)}
+        rest = model.config, length, params["embedding"].dtype
+        (resolved,) = resolve_each([policy], model.config)
+        report["prompt_bytes"] = prompt_bytes(resolved, *rest)
+        report["full_prompt_bytes"] = prompt_bytes(Full(), *rest)
+    # What a user may wonder about. After a context the prompt itself is kept in full.
+    notes = [] if out.tokens[0] else ["the model ended its answer at once"]
+    return {**report, "notes": notes + ([] if held else size_notes(policy, length))}
 
 
-def prompt_bytes(config: ModelConfig, policy: str, length: int, dtype: Any) -> int:
-    """Bytes of what a policy keeps of one prompt of `length` tokens, without room for new ones."""
-    resolved = resolve(policy, config, default_scores(config))
-    return shape_bytes(resolved.compression(config, [length], 0, dtype), length)
-
-
-def _notes(report: dict[str, Any], policy: str) -> list[str]:
-    """What a user may wonder about.
-
-    Args:
-        policy: of the prompt; "full" after a context.
-    """
-    notes = []
-    if report["new_tokens"] == 0:
-        notes.append("the model ended its answer at once")
-    size, length = getattr(parse_policy(policy), "kv_size", 0), report["prompt_tokens"]
-    if size and length <= size:
-        notes.append(f"the prompt has {length} tokens, and kv_size={size} keeps all of them")
-    return notes
+def size_notes(policy: str, length: int) -> list[str]:
+    """A note where a policy's budget keeps all `length` tokens of a prompt."""
+    size = getattr(parse_policy(policy), "kv_size", 0)
+    if not size or length > size:
+        return []
+    return [f"the prompt has {length} tokens, and kv_size={size} keeps all of them"]
 
 
 def compress_text(
@@ -168,17 +157,15 @@ def compress_text(
         context = compress(model, params, ids, policy, chat=wrapped)
     out.parent.mkdir(parents=True, exist_ok=True)
     context.save(out)
-    report = {"prompt_tokens": context.length, "new_tokens": None}
+    length, dtype = context.length, params["embedding"].dtype
     return {
-        "tokens": context.length,
+        "tokens": length,
         "policy": policy,
         "chat": wrapped,
         "cache_bytes": context.nbytes,
-        "full_cache_bytes": prompt_bytes(
-            model.config, "full", context.length, params["embedding"].dtype
-        ),
+        "full_cache_bytes": prompt_bytes(Full(), model.config, length, dtype),
         "file_bytes": out.stat().st_size,
-        "notes": _notes(report, policy),
+        "notes": size_notes(policy, length),
     }
 
 

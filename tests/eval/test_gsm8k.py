@@ -5,9 +5,9 @@ import json
 import pytest
 
 from eval.rows import Row, named_rows
-from eval.stops import until_stop
 from eval.task import Item, TaskOptions
 from eval.tasks import gsm8k
+from kvjax.text import until_stop
 from train.data.formats import ALPACA
 
 ROW = {

@@ -159,7 +159,7 @@ def test_files_that_are_not_there_or_broken(tmp_path):
     with pytest.raises(ValueError, match=r"HumanEval\.jsonl .*: expected humaneval/HumanEval or"):
         humaneval.load(TaskOptions(tmp_path))
     (tmp_path / "HumanEval.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="line 1: no 'prompt'"):
+    with pytest.raises(ValueError, match="line 1: no 'task_id'"):
         humaneval.load(TaskOptions(tmp_path))
     (tmp_path / "mbpp.jsonl").write_text('{"task_id": 2}\n')
     with pytest.raises(ValueError, match="no row with task_id 3"):

@@ -8,10 +8,10 @@ import pytest
 from eval import run as running
 from eval.predictions import PREDICTIONS, read
 from eval.run import evaluate
-from eval.stops import ends_at_stops, until_stop
+from eval.stops import ends_at_stops
 from eval.task import Settings
 from kvjax import generation
-from kvjax.text import added_text
+from kvjax.text import added_text, until_stop
 
 POLICIES = ("full", "snapkv:kv_size=12,observed=4")
 LONGEST = 24

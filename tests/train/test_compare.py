@@ -196,6 +196,13 @@ def test_rows_of_the_user_take_the_place_of_the_families(small, tmp_path):
     assert "of one.jsonl" in (tmp_path / "table.md").read_text()
     with pytest.raises(ValueError, match="got only data, expected both data and held_out"):
         CompareConfig(data=(files["train"],))
+    with pytest.raises(ValueError, match=r"got a source twice in plain:a\.jsonl, plain:a\.jsonl"):
+        CompareConfig(data=("plain:a.jsonl",) * 2, held_out=("plain:b.jsonl",))
+    twins = CompareConfig(data=("plain:a/x.jsonl", "plain:b/x.jsonl"), held_out=("plain:c.jsonl",))
+    assert [source.path for source in twins.sources("train", tmp_path).values()] == [
+        "a/x.jsonl",
+        "b/x.jsonl",
+    ]
 
 
 def test_as_many_parameters_as_the_conversion_adds():

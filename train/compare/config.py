@@ -133,8 +133,11 @@ class CompareConfig:
         if bool(self.data) != bool(self.held_out):
             got = "data" if self.data else "held_out"
             raise ValueError(f"got only {got}, expected both data and held_out, or neither")
-        for text in (*self.data, *self.held_out):
-            local_path(parse_source(text).path, "data")
+        for texts in (self.data, self.held_out):
+            if len(set(texts)) < len(texts):
+                raise ValueError(f"got a source twice in {', '.join(texts)}, expected each once")
+            for text in texts:
+                local_path(parse_source(text).path, "data")
 
     def sources(self, split: str, folder: Path) -> dict[str, SourceConfig]:
         """Sources by their names in tables.
@@ -147,7 +150,10 @@ class CompareConfig:
             files = {family: folder / f"{family}-{split}.jsonl" for family in self.families}
             return {name: SourceConfig(str(file), "plain") for name, file in files.items()}
         texts = self.data if split == "train" else self.held_out
-        return {text.rpartition("/")[2]: parse_source(text) for text in texts}
+        short = [text.rpartition("/")[2] for text in texts]
+        # Files of one name in several folders have their whole texts as names.
+        names = short if len(set(short)) == len(short) else texts
+        return dict(zip(names, map(parse_source, texts), strict=True))
 
 
 def read_compare(path: Path | None, **changes: Any) -> CompareConfig:

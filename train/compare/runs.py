@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from kvjax.tasks.families import problems, rows
 from kvjax.tasks.prompt import Problem
 from kvjax.text_files import read_object
 from train.compare.config import ARMS, CompareConfig, Job, search_jobs
-from train.data import DataConfig, SourceConfig, check_documents, count_batches, make_loader
+from train.data import DataConfig, SourceConfig, check_documents, epochs_for, make_loader
 from train.finetune.setup import partition, trainable_paths
 from train.finetune.step import (
     CompiledStep,
@@ -157,7 +156,6 @@ class Trainer:
         step: the step, in fp32: small models on a CPU gain nothing from bf16.
         trainable, frozen: parameters at the start of every run.
         held_out: by source, batches of the held-out rows.
-        once: number of batches in one epoch of the data.
         compiled: the compiled step, after the first run has begun.
     """
 
@@ -168,7 +166,6 @@ class Trainer:
     trainable: Flat
     frozen: Flat
     held_out: dict[str, list[dict[str, jax.Array]]]
-    once: int
     compiled: CompiledStep | None = None
 
     @classmethod
@@ -193,8 +190,7 @@ class Trainer:
             name: [jax.device_put(batch) for batch in make_loader(data, tokenizer)]
             for name, data in others.items()
         }
-        once = count_batches(train, tokenizer)
-        return cls(config, out, tokenizer, step, trainable, frozen, held_out, once)
+        return cls(config, out, tokenizer, step, trainable, frozen, held_out)
 
     def run_once(self, job: Job) -> None:
         """Trains, measures and writes the run's file, unless the file exists.
@@ -211,8 +207,8 @@ class Trainer:
         started = time.monotonic()
         state = self.step.init(self.trainable)
         sources = self.config.sources("train", self.out / DATA).values()
-        epochs = math.ceil(job.steps / self.once) + 1  # packing leaves fewer rows in some epochs
-        data = _data(self.config, sources, self.config.rows, job.seed, epochs)
+        data = _data(self.config, sources, self.config.rows, job.seed)
+        data = epochs_for(data, self.tokenizer, job.steps)
         batches = iter(make_loader(data, self.tokenizer))
         losses: list[jax.Array] = []
         loss, each = self.held_out_losses(state.params)
@@ -297,14 +293,13 @@ def _data(
     sources: Iterable[SourceConfig],
     rows: int,
     seed: int = 0,
-    epochs: int = 1,
 ) -> DataConfig:
-    """At most `rows` rows of each source."""
+    """One epoch of at most `rows` rows of each source."""
     return DataConfig(
         sources=tuple(sources),
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
-        epochs=epochs,
+        epochs=1,
         seed=seed,
         max_rows=rows,
     )

@@ -7,7 +7,14 @@ what does not fit; pipeline shuffles, mixes, packs and batches the documents wit
 
 from train.data.config import DataConfig, SourceConfig
 from train.data.documents import check_documents
-from train.data.pipeline import SourceSummary, Summary, count_batches, make_loader, summary
+from train.data.pipeline import (
+    SourceSummary,
+    Summary,
+    count_batches,
+    epochs_for,
+    make_loader,
+    summary,
+)
 
 __all__ = [
     "DataConfig",
@@ -16,6 +23,7 @@ __all__ = [
     "Summary",
     "check_documents",
     "count_batches",
+    "epochs_for",
     "make_loader",
     "summary",
 ]

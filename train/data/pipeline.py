@@ -5,7 +5,9 @@ All steps are grain's, so that the iterator over batches has a state that a chec
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,6 +78,19 @@ def count_batches(config: DataConfig, tokenizer: Any, process_count: int = 1) ->
             f"{process_count} processes"
         )
     return _count(config, open_documents(config, tokenizer), process_count)
+
+
+def epochs_for(
+    config: DataConfig, tokenizer: Any, steps: int, process_count: int = 1
+) -> DataConfig:
+    """The data with enough epochs for so many batches.
+
+    Raises:
+        ValueError: as `count_batches`.
+    """
+    once = count_batches(dataclasses.replace(config, epochs=1), tokenizer, process_count)
+    # One more epoch: packing may leave slightly fewer rows in some epochs.
+    return dataclasses.replace(config, epochs=math.ceil(steps / once) + 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -31,7 +31,7 @@ from kvjax.paths import local_path
 from kvjax.progress import progress_bar
 from train import log
 from train.checkpoints import Checkpoints
-from train.data import check_documents, count_batches, make_loader
+from train.data import check_documents, count_batches, epochs_for, make_loader
 from train.finetune.config import TuneConfig, check_paths, with_dtype
 from train.finetune.setup import Tuning, load
 from train.finetune.step import TuneState, compile_step, learning_rate, merged
@@ -118,10 +118,7 @@ def steps_and_data(config: TuneConfig, tokenizer: Any) -> tuple[int, Any]:
     data = config.data_config
     if config.steps is None:
         return count_batches(data, tokenizer, jax.process_count()), data
-    once = count_batches(dataclasses.replace(data, epochs=1), tokenizer, jax.process_count())
-    # One more epoch: packing may leave slightly fewer rows in some epochs.
-    epochs = math.ceil(config.steps / once) + 1
-    return config.steps, dataclasses.replace(data, epochs=epochs)
+    return config.steps, epochs_for(data, tokenizer, config.steps, jax.process_count())
 
 
 def check_folder(config: TuneConfig, out: Path) -> None:

@@ -25,7 +25,7 @@ from kvjax.generation import generate, generate_each
 from kvjax.policies.importance import HeadScores
 from kvjax.policies.named import resolve
 from kvjax.policies.policy import Full, Policy
-from kvjax.prefilling import shape_bytes
+from kvjax.prefilling import prompt_bytes
 from kvjax.tasks.prompt import SENTENCE_END
 from kvjax.text import added_text
 
@@ -170,7 +170,7 @@ def costs(
     config, dtype, found = subject.model.config, subject.params["embedding"].dtype, []
     with steps.step("the first question again, for the times", len(policies)) as at:
         for number, (name, policy) in enumerate(policies.items(), 1):
-            held = shape_bytes(policy.compression(config, [len(ids)], 0, dtype), len(ids))
+            held = prompt_bytes(policy, config, len(ids), dtype)
             found.append(Cost(name, held, *speed(subject, policy, ids)))
             at(number)
     return found
