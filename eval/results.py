@@ -42,12 +42,11 @@ from eval.task import Item, Task
 from kvjax.config import GQAConfig, ModelConfig
 from kvjax.generation import full_cache_bytes
 from kvjax.hf import config_from_hf
-from kvjax.identity import array_digest, identity
+from kvjax.identity import identity
 from kvjax.nn import Transformer
-from kvjax.policies.budgets import HeadImportance
 from kvjax.policies.compression import kept_tokens as tokens_kept
-from kvjax.policies.need import MeasuredNeed
-from kvjax.policies.policy import Compress, Full, Policy
+from kvjax.policies.named import measurements_digest
+from kvjax.policies.policy import Full, Policy
 from kvjax.prefilling import bucket_length, shape_bytes
 
 PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "transformers", "numpy")
@@ -254,17 +253,8 @@ def facts(model: Transformer, params: Any, policies: Mapping[str, Policy]) -> di
 
 def score_digests(policies: Mapping[str, Policy]) -> dict[str, str]:
     """Digests of the head scores or the curves of need, for each policy that has some."""
-    found = {}
-    for name, policy in policies.items():
-        allocator, digests = policy.allocator if isinstance(policy, Compress) else None, []
-        if isinstance(allocator, MeasuredNeed):
-            digests.append(array_digest(allocator.curves.rises))
-            allocator = allocator.importance
-        if isinstance(allocator, HeadImportance) and allocator.scores is not None:
-            digests.append(array_digest(allocator.scores.samples))
-        if digests:
-            found[name] = "+".join(digests)
-    return found
+    found = {name: measurements_digest(policy) for name, policy in policies.items()}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:

@@ -26,13 +26,13 @@ from kvjax.checks import check_finite, check_prompts, first_not_finite
 from kvjax.config import AttentionConfig, ModelConfig
 from kvjax.feeding import not_finite
 from kvjax.fields import Count, Flag, Object, Text, build, refuse, shown, within
-from kvjax.identity import Identity, identity
+from kvjax.identity import Identity, array_digest, identity
 from kvjax.mesh import Placement, automatic_axes, mesh_of, on_automatic_mesh, put_rows
 from kvjax.nn import Transformer
 from kvjax.nn.checks import check_fits
 from kvjax.nn.transformer import block_kinds, output_params, run_layer
 from kvjax.paths import local_path
-from kvjax.policies.named import resolve_each
+from kvjax.policies.named import measurements_digest, resolve_each
 from kvjax.policies.policy import Policy, check_growth
 from kvjax.prefilling import (
     bucket_length,
@@ -64,6 +64,7 @@ class Description:
     policy: Text
     model: Identity
     chat: Flag = False
+    made_from: Text = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Context:
         policy: the policy that compressed the text, by name.
         model: identity of the model that read the text.
         chat: whether the text began in the chat template, see `kvjax.generate_text`.
+        made_from: digest of the tokens, and of the policy's head scores and curves of need; empty
+            once more text was read.
     """
 
     cache: ModelCache
@@ -83,6 +86,7 @@ class Context:
     policy: str
     model: Identity
     chat: bool = False
+    made_from: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +104,7 @@ class Context:
         cache = _describe(self.cache, "cache", tensors)
         model = dataclasses.asdict(self.model)
         facts = {"length": self.length, "policy": self.policy, "model": model, "chat": self.chat}
+        facts["made_from"] = self.made_from
         content = json.dumps({"format": FORMAT, "cache": cache, **facts})
         new = [
             NewTensor(name, array.dtype, array.shape, lambda array=array: array)
@@ -143,7 +148,14 @@ def compress(
         raise not_finite("the logits after the text", model, params, tokens)
     name = policy if isinstance(policy, str) else type(policy).__name__
     reader = reader_identity(model.config, params)
-    return Context(trimmed(cache), len(tokens), name, reader, bool(chat))
+    origin = digest_of(tokens, resolved)
+    return Context(trimmed(cache), len(tokens), name, reader, bool(chat), origin)
+
+
+def digest_of(tokens: Sequence[int], policy: Policy) -> str:
+    """`Context.made_from` of a text that a resolved policy compresses."""
+    parts = array_digest(np.asarray(tokens, np.int32)), measurements_digest(policy)
+    return "+".join(filter(None, parts))
 
 
 @automatic_axes()
@@ -171,7 +183,7 @@ def extend_context(
     if first_not_finite(logits) is not None:
         raise not_finite("the logits after the text", model, params, tokens)
     length = context.length + len(tokens)
-    return dataclasses.replace(context, cache=trimmed(cache), length=length)
+    return dataclasses.replace(context, cache=trimmed(cache), length=length, made_from="")
 
 
 def load_context(path: str | Path, model: Transformer, params: Any) -> Context:
@@ -205,7 +217,8 @@ def _read(path: Path) -> Context:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"its description is damaged ({said})") from None
-    return Context(cache, facts.length, facts.policy, facts.model, facts.chat)
+    about = facts.length, facts.policy, facts.model, facts.chat, facts.made_from
+    return Context(cache, *about)
 
 
 def _check_parts(cache: Any) -> None:

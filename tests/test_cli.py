@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -204,6 +205,32 @@ def test_compress_then_ask(checkpoint, tmp_path):
     assert answer["text"] == added_text(tokenizer, question, expected.tokens[0])
     assert answer["policy"] == policy
     assert kvjax.load_context(kept, model, params).length == len(ids)
+
+
+def test_compress_again_is_finished(checkpoint, tmp_path, capsys):
+    text, kept, reports = tmp_path / "text.txt", tmp_path / "text.kv", []
+    text.write_text("mary went home . " * 20)
+
+    def again(*settings: Any) -> bool:
+        """Whether a repetition had nothing to do."""
+        run("compress", checkpoint, text, kept, *settings, "--json", tmp_path / "c.json")
+        reports.append(json.loads((tmp_path / "c.json").read_text()))
+        return "is finished: nothing is left to do" in capsys.readouterr().err
+
+    assert [again(), again()] == [False, True] and reports[0] == reports[1]
+    written = kept.stat().st_mtime_ns
+    assert again() and kept.stat().st_mtime_ns == written
+    # Another policy, another text and another model make another file.
+    policy = ("--policy", "headkv:kv_size=16,scores=" + str(tmp_path / "heads.json"))
+    HeadScores(np.ones((2, 4, 1))).save(tmp_path / "heads.json")
+    assert [again(*policy), again(*policy)] == [False, True]
+    HeadScores(np.eye(2, 4)[..., None]).save(tmp_path / "heads.json")
+    assert [again(*policy), again(*policy)] == [False, True]
+    text.write_text("john went home . " * 20)
+    assert [again(*policy), again(*policy)] == [False, True]
+    assert [again(*policy, "--dtype", "bfloat16"), again(*policy)] == [False, False]
+    kept.write_bytes(kept.read_bytes()[:-5])
+    assert [again(*policy), again(*policy)] == [False, True]
 
 
 def test_bad_input(checkpoint, tmp_path, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from jaxtyping import Int, Integer
 
 from kvjax.chat import document_ids
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
-from kvjax.context import compress, load_context
+from kvjax.context import Context, compress, digest_of, load_context
+from kvjax.endings import say_finished
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
+from kvjax.nn import Transformer
 from kvjax.policies.named import parse_policy, resolve_each
 from kvjax.policies.policy import Full
 from kvjax.prefilling import prompt_bytes
@@ -133,6 +135,8 @@ def compress_text(
 ) -> dict[str, Any]:
     """Reads a text file with the checkpoint at `path` and writes its compressed cache to `out`.
 
+    If the file is there, made by the same call, nothing is read again.
+
     Args:
         policy: which entries of the cache to keep, such as "headkv:kv_size=512".
         dtype: of weights, activations and cache; None: see `kvjax.hf.default_dtype`.
@@ -153,10 +157,14 @@ def compress_text(
     ids = document_ids(tokenizer, content, system) if wrapped else prompt_ids(tokenizer, content)
     with stage(f"loading {path}"):
         model, params = load(path, dtype=dtype)
-    with stage(f"reading {len(ids):,} tokens"):
-        context = compress(model, params, ids, policy, chat=wrapped)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    context.save(out)
+    context = _made(out, model, params, ids, policy, wrapped)
+    if context is not None:
+        say_finished(out)
+    else:
+        with stage(f"reading {len(ids):,} tokens"):
+            context = compress(model, params, ids, policy, chat=wrapped)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        context.save(out)
     length, dtype = context.length, params["embedding"].dtype
     return {
         "tokens": length,
@@ -167,6 +175,19 @@ def compress_text(
         "file_bytes": out.stat().st_size,
         "notes": size_notes(policy, length),
     }
+
+
+def _made(
+    out: Path, model: Transformer, params: Any, ids: Sequence[int], policy: str, chat: bool
+) -> Context | None:
+    """The context in a file that the same call made; None for any other file."""
+    (resolved,) = resolve_each([policy], model.config)
+    try:
+        found = load_context(out, model, params)
+    except ValueError:  # no such file, or one of another kind, which the command replaces
+        return None
+    same = (found.policy, found.chat, found.made_from) == (policy, chat, digest_of(ids, resolved))
+    return found if same else None
 
 
 def calibration_tokens(

@@ -10,13 +10,14 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from kvjax.checks import shown
 from kvjax.config import ModelConfig
+from kvjax.identity import array_digest
 from kvjax.policies.budgets import Adaptive, Allocator, HeadImportance, Pyramid, Uniform
 from kvjax.policies.importance import HeadScores, check_shape, default_scores, load_scores
-from kvjax.policies.need import MeasuredNeed, check_curves, load_need
+from kvjax.policies.need import MeasuredNeed, NeedCurves, check_curves, load_need
 from kvjax.policies.observers import ColumnSums, ExpectedAttention
 from kvjax.policies.policy import Compress, Full, Policy
 from kvjax.policies.scorers import (
@@ -28,6 +29,8 @@ from kvjax.policies.scorers import (
     SinksAndRecent,
     SpanWindow,
 )
+
+Kind = TypeVar("Kind")
 
 
 class Settings(TypedDict, total=False):
@@ -109,8 +112,8 @@ def headkv(
     queries: int = 16,
     fade: float = 0.9,
     beta: float = 0.0,
-    scores: str = "",
-    need: str = "",
+    scores: str | HeadScores = "",
+    need: str | NeedCurves = "",
     **settings: Unpack[Settings],
 ) -> Compress:
     """HeadKV (arXiv 2410.19258), with the variants that measured better than the paper's rules.
@@ -121,24 +124,29 @@ def headkv(
     Args:
         ahead, behind, queries, fade: see `SpanWindow`.
         beta: 0 for `growing_beta`.
-        scores: a score file of any estimator; empty for the model's own.
-        need: a file of `NeedCurves`; budgets are then the mean of those from importance and those
-            from the curves, or from the curves alone for a model without head scores.
+        scores: head scores of any estimator, or their file; empty for the model's own.
+        need: `NeedCurves`, or their file; budgets are then the mean of those from importance and
+            those from the curves, or from the curves alone for a model without head scores.
     """
-    importance = HeadImportance(beta or None, _file(scores))
-    allocator = MeasuredNeed(load_need(need), importance) if need else importance
+    importance = HeadImportance(beta or None, _given(scores, HeadScores, load_scores))
+    curves = _given(need, NeedCurves, load_need)
+    allocator = importance if curves is None else MeasuredNeed(curves, importance)
     return _compress(allocator, SpanWindow(ahead, behind, queries, fade), settings)
 
 
 def headkv_paper(
-    kernel_size: int = 7, beta: float = 1.2, scores: str = "", **settings: Unpack[Settings]
+    kernel_size: int = 7,
+    beta: float = 1.2,
+    scores: str | HeadScores = "",
+    **settings: Unpack[Settings],
 ) -> Compress:
     """HeadKV by the paper's rules: a fixed β, and SnapKV's choice of tokens.
 
     With scores of the estimator "retrieval" this is HeadKV-R, with "retrieval_reasoning" HeadKV-R2.
     Budgets and tokens are chosen per KV head; the published code chooses them per query head.
     """
-    return _compress(HeadImportance(beta, _file(scores)), ObservationWindow(kernel_size), settings)
+    importance = HeadImportance(beta, _given(scores, HeadScores, load_scores))
+    return _compress(importance, ObservationWindow(kernel_size), settings)
 
 
 def headkv_adaptive(
@@ -148,11 +156,11 @@ def headkv_adaptive(
     fade: float = 0.9,
     beta: float = 0.0,
     alpha: float = 0.2,
-    scores: str = "",
+    scores: str | HeadScores = "",
     **settings: Unpack[Settings],
 ) -> Compress:
     """`headkv` whose heads share a layer's budget by their token scores, as in Ada-KV."""
-    importance = HeadImportance(beta or None, _file(scores))
+    importance = HeadImportance(beta or None, _given(scores, HeadScores, load_scores))
     scorer = SpanWindow(ahead, behind, queries, fade)
     return _compress(importance, scorer, settings, sharing=Adaptive(alpha))
 
@@ -166,8 +174,11 @@ def _compress(allocator: Allocator, scorer: Scorer, settings: Settings, **rest: 
     return Compress(allocator, scorer, **rest, **given)  # type: ignore[arg-type]
 
 
-def _file(scores: str) -> HeadScores | None:
-    return None if isinstance(scores, str) and not scores else load_scores(scores)
+def _given(value: Any, kind: type[Kind], read: Callable[[str], Kind]) -> Kind | None:
+    """The measurement that a maker was given, or whose file it was given; None for ""."""
+    if isinstance(value, kind):
+        return value
+    return None if isinstance(value, str) and not value else read(value)
 
 
 MAKERS: dict[str, Callable[..., Policy]] = {
@@ -237,7 +248,9 @@ def _kinds(maker: Callable[..., Policy]) -> dict[str, type]:
             common = typing.get_type_hints(Settings)
             kinds = {names.get(key, key): kind for key, kind in common.items()} | kinds
         else:
-            kinds[parameter.name] = own[parameter.name]
+            # What may also be an object in code is a text here: the first of the types.
+            kind = own[parameter.name]
+            kinds[parameter.name] = (*typing.get_args(kind), kind)[0]
     return kinds
 
 
@@ -314,3 +327,17 @@ def resolve_each(policies: Sequence[str | Policy], config: ModelConfig) -> list[
     lacking = any(isinstance(a, HeadImportance) and a.scores is None for a in allocators)
     scores = default_scores(config) if lacking else None
     return [resolve(policy, config, scores) for policy in parsed]
+
+
+def measurements_digest(policy: Policy) -> str:
+    """A digest of the head scores and the curves of need in a policy; empty for none.
+
+    A file keeps its name when its content changes, so the policy's name alone does not identify it.
+    """
+    allocator, found = policy.allocator if isinstance(policy, Compress) else None, []
+    if isinstance(allocator, MeasuredNeed):
+        found.append(array_digest(allocator.curves.rises))
+        allocator = allocator.importance
+    if isinstance(allocator, HeadImportance) and allocator.scores is not None:
+        found.append(array_digest(allocator.scores.samples))
+    return "+".join(found)

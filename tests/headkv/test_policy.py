@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toys import random_params
 
+from kvjax import policies
 from kvjax.cache import PoolLayer, cache_bytes
 from kvjax.cache.pool import bucket_rows
 from kvjax.cache.storage import room_bucket
@@ -23,7 +24,8 @@ from kvjax.headkv import HeadScores
 from kvjax.nn import Transformer
 from kvjax.policies import Budgets, Policy
 from kvjax.policies.budgets import Adaptive, HeadImportance, Pyramid, Request, Uniform
-from kvjax.policies.named import parse_policy, resolve
+from kvjax.policies.named import measurements_digest, parse_policy, resolve
+from kvjax.policies.need import MeasuredNeed, NeedCurves
 from kvjax.policies.policy import Compress, Full
 from kvjax.policies.scorers import KeyNorm, ObservationWindow, SinksAndRecent, SpanWindow
 from kvjax.prefilling import prefill
@@ -165,6 +167,23 @@ def test_parse_reads_scores(tmp_path):
     np.testing.assert_array_equal(policy.allocator.scores.samples, SCORES.samples)
     other = HeadScores(SCORES.samples * 2)
     assert resolve(policy, config(*[GQA] * 3), other).allocator.scores is policy.allocator.scores
+
+
+def test_makers_take_measurements(tmp_path):
+    rises = np.array([[[9.0, 0.5, 0.0], [0.1, 0.0, 0.0]]])
+    curves = NeedCurves(np.array([0, 16, 512]), rises, 0 * rises)
+    SCORES.save(tmp_path / "heads.json")
+    curves.save(tmp_path / "heads.need.json")
+    for maker in (policies.headkv, policies.headkv_paper, policies.headkv_adaptive):
+        given = maker(scores=SCORES).allocator
+        assert isinstance(given, HeadImportance) and given.scores is SCORES
+        named = maker(scores=str(tmp_path / "heads.json"))
+        assert measurements_digest(named) == measurements_digest(maker(scores=SCORES)) != ""
+    both = policies.headkv(scores=SCORES, need=curves)
+    assert isinstance(both.allocator, MeasuredNeed) and both.allocator.curves is curves
+    scores, need = (str(tmp_path / name) for name in ("heads.json", "heads.need.json"))
+    named = policies.headkv(scores=scores, need=need)
+    assert measurements_digest(named) == measurements_digest(both)
 
 
 @pytest.mark.parametrize(
