@@ -27,7 +27,8 @@ from eval.command import (
 from eval.predictions import write_measured
 from eval.report.runs import measured
 from eval.rows import hub_rows, read_rows
-from kvjax.checks import COUNT, Range, check_ranges, optional
+from kvjax.checks import COUNT, Range, check_ranges, optional, token_ids
+from kvjax.data_files import id_rows
 from kvjax.paths import local_path
 from kvjax.text import prompt_ids
 from kvjax.text_files import read_text
@@ -52,7 +53,8 @@ class PerplexityCommand:
 
     Attributes:
         text: .txt files, .jsonl files with a "text" a line, packed (.gz, .xz) or not, or
-            hub:DATASET:CONFIG:SPLIT; documents are joined with blank lines.
+            hub:DATASET:CONFIG:SPLIT; documents are joined with blank lines. Or one .npy file of
+            token ids [S, T].
         out: folder for config.json and results.json.
         limit: number of chunks to read; all by default.
     """
@@ -112,6 +114,7 @@ def measure(command: PerplexityCommand, argv: Sequence[str] = ()) -> dict[str, A
             f"length is {command.length}, expected at most {model.config.context_length}: the "
             "model's context"
         )
+    ids = token_ids(ids, model.config.vocab_size, command.text[0])
     # config.json; a folder of another measurement is refused.
     policies = resolve_all(names, model)
     request = _request(command, names, len(rows)) | facts(model, params, policies)
@@ -236,11 +239,18 @@ def read_ids(names: Sequence[str], tokenizer: Any) -> Int[np.ndarray, " S"]:
 
     Args:
         names: .txt files, one document each; .jsonl files with a document in each line's "text".
-            Both may be packed (.gz, .xz). Or "hub:DATASET:CONFIG:SPLIT" with a column "text".
+            Both may be packed (.gz, .xz). Or "hub:DATASET:CONFIG:SPLIT" with a column "text". Or a
+            single .npy file of token ids [S, T], whose rows are joined as they are.
 
     Raises:
-        ValueError: a missing file, a line without a document (named), or no text at all.
+        ValueError: a missing file, a line without a document (named), no text at all, or an .npy
+            file of something else or beside other texts.
     """
+    stored = [name for name in names if name.endswith(".npy")]
+    if stored:
+        if len(names) > 1:
+            raise ValueError(f"got {len(names)} texts with {stored[0]}, expected that file alone")
+        return id_rows(Path(stored[0])).reshape(-1)
     text = "\n\n".join(document for name in names for document in documents(name))
     if not text.strip():
         raise ValueError(f"no text in {', '.join(names) or 'no files'}")

@@ -72,7 +72,8 @@ def encode(
         except TooLong as error:
             raise ValueError(
                 f"item {item.id} has {error.length} tokens, expected at most {room}: a context of "
-                f"{whole} without {item.max_new_tokens} for the answer"
+                f"{whole} without {item.max_new_tokens} for the answer; --lengths asks for shorter "
+                "prompts"
             ) from None
         if not ids:
             raise ValueError(f"item {item.id} has an empty prompt")

@@ -1,6 +1,7 @@
 """Rows of local files and of hub datasets, read by number; text and JSON, packed or not.
 
 Local files are .jsonl, .json, .parquet or .txt; all but .parquet may also be packed (.gz, .xz).
+`id_rows` reads an .npy file of token ids.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 
 from kvjax.extras import import_extra
 from kvjax.paths import local_path
@@ -234,3 +235,20 @@ def _line_ends(data: UInt8[np.ndarray, " bytes"]) -> np.ndarray:
         for start in range(0, len(data), CHUNK)
     ]
     return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def id_rows(path: Path) -> Integer[np.ndarray, "S T"]:
+    """The token ids in an .npy file, which are not compared with a vocabulary yet.
+
+    Raises:
+        ValueError: no such file, another one, or an array of another shape or dtype.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file at {path}")
+    try:
+        rows = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not an .npy file of token ids: {error}") from None
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
+    return rows

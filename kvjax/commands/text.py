@@ -13,6 +13,7 @@ from jaxtyping import Int, Integer
 from kvjax.chat import document_ids
 from kvjax.checks import COUNT, Range, check_ranges, token_ids
 from kvjax.context import Context, compress, digest_of, load_context
+from kvjax.data_files import id_rows
 from kvjax.endings import say_finished
 from kvjax.hf import load, load_tokenizer, read_model
 from kvjax.mesh import named_mesh
@@ -241,12 +242,7 @@ def token_rows(source: str, path: Path, tokens: int, length: int) -> Int[np.ndar
 
 
 def _read_ids(source: str, path: Path, tokens: int, length: int) -> Integer[np.ndarray, "S T"]:
-    try:
-        rows = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npy file of token ids: {error}") from None
-    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
-        raise ValueError(f"{path} holds {rows.dtype} {rows.shape}, expected integers [S, T]")
+    rows = id_rows(path)
     return rows[: max(1, tokens // max(1, rows.shape[1]))]
 
 

@@ -111,13 +111,23 @@ def test_documents_are_joined_with_blank_lines(tmp_path):
         ids = read_ids([str(path)], sentencepiece(end=True)).tolist()
         assert ids[0] == 1 and ids.count(1) == 1 and ids[-1] != 2
     (tmp_path / "c.jsonl").write_text('{"text": "four"}\n{"text": 5}\n')
+    (tmp_path / "i.npy").write_text("one")
+    np.save(tmp_path / "j.npy", np.ones(3))
     for name, message in (
         (tmp_path / "c.jsonl", "line 2.*expected text"),
         (tmp_path / "d.txt", "no file at .*d.txt"),
+        (tmp_path / "g.npy", "no file at .*g.npy"),
+        (tmp_path / "i.npy", "i.npy is not an .npy file of token ids"),
+        (tmp_path / "j.npy", r"j.npy holds float64 \(3,\), expected integers"),
         ("hub:wikitext", "expected hub:DATASET:CONFIG:SPLIT"),
     ):
         with pytest.raises(ValueError, match=message):
             read_ids([str(name)], tokenizer)
+    ids = np.arange(12).reshape(3, 4)
+    np.save(tmp_path / "h.npy", ids)
+    assert read_ids([str(tmp_path / "h.npy")], tokenizer).tolist() == ids.ravel().tolist()
+    with pytest.raises(ValueError, match=r"got 2 texts with .*h\.npy, expected that file alone"):
+        read_ids([*names[:1], str(tmp_path / "h.npy")], tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +138,13 @@ def folder(tmp_path_factory):
     return path
 
 
+def tokenizer_of(folder):
+    return kvjax.load_tokenizer(str(folder / "model"))
+
+
 def command(folder, *rest):
-    base = ["perplexity", "--model", folder / "model", "--text", folder / "text.txt"]
+    text = () if "--text" in rest else ("--text", folder / "text.txt")
+    base = ["perplexity", "--model", folder / "model", *text]
     main([str(a) for a in [*base, "--dtype", "float32", "--length", LENGTH, *rest]])
 
 
@@ -147,6 +162,19 @@ def test_the_command(folder, tmp_path, capsys):
     command(folder, *policies, "--prefix", 40, "--out", tmp_path)
     assert capsys.readouterr().err == f"{tmp_path} is finished: nothing is left to do\n"
     assert json.loads((tmp_path / "results.json").read_text()) == report
+
+
+def test_token_ids_in_place_of_a_text(folder, tmp_path, capsys):
+    reports = []
+    np.save(tmp_path / "ids.npy", read_ids([str(folder / "text.txt")], tokenizer_of(folder))[None])
+    for text in (folder / "text.txt", tmp_path / "ids.npy"):
+        command(folder, "--text", text, "--json", tmp_path / "r.json")
+        reports.append(json.loads((tmp_path / "r.json").read_text())["policies"])
+    assert reports[0] == reports[1]
+    np.save(tmp_path / "far.npy", np.full((1, 200), 10**6))
+    with pytest.raises(SystemExit):
+        command(folder, "--text", tmp_path / "far.npy")
+    assert "far.npy has token 1000000, expected ids of 0 to" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(folder, capsys):
