@@ -30,6 +30,7 @@ from benchmarks.environment import environment
 from benchmarks.transmla_real import batches, sequences, token_list
 from eval.command import TaskCommand, execute
 from eval.predictions import PREDICTIONS
+from kvjax.hf.source import copy_companions
 from kvjax.paths import local_path
 from kvjax.runs import append_lines, whole_lines
 from kvjax.text_files import read_bytes
@@ -140,6 +141,7 @@ def converted(args: argparse.Namespace, name: str, conversion: dict[str, Any]) -
             options["stats"] = calibrate(model, params, batches(tokens, 8), resume=saved)
             options["recipe"] = dataclasses.replace(BEST, refit=False)
         kvjax.save(*convert(model, params, **options), folder)
+        copy_companions(Path(args.model), folder)
     return str(folder)
 
 

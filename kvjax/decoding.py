@@ -68,8 +68,8 @@ def decode_step(
         cache: from `kvjax.prefill`, a list from `model.init_cache`, or the result of the previous
             step. The cache is written in place: do not use the passed cache again.
         token: [B] int32, the newest token of each sequence, which is not in the cache yet.
-        live: [B] bool, False for sequences that have ended, which store nothing more. None: all
-            are live.
+        live: [B] bool, False for sequences that have ended. They store nothing more, their entries
+            are not read, and their logits mean nothing. None: all are live.
 
     Returns:
         Logits fp32, and the cache with the token. A token beyond the cache's capacity is dropped,

@@ -106,6 +106,26 @@ def test_sequences_that_have_ended_store_nothing(policy):
         np.testing.assert_array_equal(np.asarray(a)[1], b[1])
 
 
+@pytest.mark.parametrize("policy", ["full", "snapkv:kv_size=16", "full:entries=int8"])
+@pytest.mark.parametrize("layers", [(GQA, GQA), (MLA, MLA)], ids=["GQA", "MLA"])
+def test_sequences_that_have_ended_are_not_read(layers, policy):
+    model, params = toy(*layers)
+    (_, cache), (_, other) = (
+        kvjax.prefill(model, params, PROMPTS, LENGTHS, policy, 8) for _ in range(2)
+    )
+    damaged = lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    cache = jax.tree.map(damaged, cache)
+    live = np.asarray([True, False, True])
+    for step in range(2):
+        got, cache = kvjax.decode_step(model, params, cache, TOKENS[:, step], live)
+        want, other = kvjax.decode_step(model, params, other, TOKENS[:, step], live)
+        assert np.isfinite(got).all()
+        np.testing.assert_array_equal(got, want)
+    # A sequence that is live reads its damaged entries.
+    got, _ = kvjax.decode_step(model, params, cache, TOKENS[:, 2])
+    assert np.isnan(got[1]).any()
+
+
 ORIGINAL = 113  # tokens up to which LongRoPE divides by the short factors
 
 

@@ -21,6 +21,7 @@ from kvjax.cache.storage import (
     query_slots,
     slot_numbers,
     token_slots,
+    where_live,
     write_pool,
     write_rows,
 )
@@ -112,7 +113,8 @@ class DenseCache:
             # One token per sequence: the decode kernel, which takes slots for positions.
             if q.shape[1] == 1 and expand is None and self.positions is None:
                 settings = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
-                return gqa_decode(q[:, 0], cache.k, cache.v, live, **settings)[:, None], cache
+                read = where_live(live, positions)
+                return gqa_decode(q[:, 0], cache.k, cache.v, read, **settings)[:, None], cache
             # Only differences of positions count, so slot numbers work if no token was removed.
             if cache.positions is None:
                 at, held = query_slots(self.used, positions), slot_numbers(live, S)
@@ -259,7 +261,7 @@ class LatentCache:
                     q_rope[:, 0],
                     self.latent,
                     self.k_rope,
-                    live,
+                    where_live(live, positions),
                     spec.scale,
                     window=spec.window,
                     softcap=spec.softcap,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from kvjax.cache.attention import AttentionSpec, Expand
 from kvjax.cache.pool import Pool, PoolLayer
 from kvjax.cache.sharded import ShardedHeads, device_spec, place, specs
+from kvjax.cache.storage import where_live
 from kvjax.mesh import Placement
 from pallas_kernels import schedule
 
@@ -269,7 +270,7 @@ def work_lists(
         # The lists include the step's own token, which each layer stores before its kernel runs.
         new = (positions[:, 0] >= 0).astype(jnp.int32)
         given = pool.kept + (pool.lengths - pool.read + new)[:, None, None]
-        live = jnp.minimum(given, pool.capacities)
+        live = where_live(jnp.minimum(given, pool.capacities), positions)
         return schedule(
             jnp.swapaxes(pool.starts, 0, 1),
             jnp.swapaxes(live, 0, 1),

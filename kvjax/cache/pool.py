@@ -19,7 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import AttentionSpec, Expand, cached_attention
 from kvjax.cache.channels import KeyChannels
-from kvjax.cache.storage import empty_pool, encode, last_queries, query_slots, write_pool
+from kvjax.cache.storage import (
+    empty_pool,
+    encode,
+    last_queries,
+    query_slots,
+    where_live,
+    write_pool,
+)
 from pallas_kernels import ragged_gqa_decode
 from pallas_kernels.entries import Newer, Segments
 from pallas_kernels.packed import is_packed
@@ -263,7 +270,7 @@ class PoolLayer:
             self.pool.k,
             self.pool.v,
             segments.starts,
-            self.live(given_BK),
+            where_live(self.live(given_BK), positions_B1),
             capacities=segments.capacities,
             align=segments.align,
             span=segments.span,

@@ -99,6 +99,12 @@ def whole_slots(count: int, platform: str | None = None) -> int:
     return -(-count // tile) * tile
 
 
+def where_live(counts: Int[Array, "B *rest"], positions_B1: Int[Array, "B 1"]) -> jax.Array:
+    """The counts of rows that a step reads: 0 for sequences that have ended (position −1)."""
+    live = positions_B1.reshape(-1, *(1,) * (counts.ndim - 1)) >= 0
+    return jnp.where(live, counts, 0)
+
+
 ROOM = 64  # rows for new tokens, at least
 
 
