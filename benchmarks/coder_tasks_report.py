@@ -14,16 +14,20 @@ from kvjax.runs import whole_lines, write_json
 
 Row = dict[str, Any]
 FULL = "original", "full"
+EQUAL = "equal_cache"
 
 
 def report(out: Path) -> None:
     """Writes `out` and the table beside it, from the lines of OUT's .jsonl."""
-    lines = [json.loads(line) for line in whole_lines(out.with_suffix(".jsonl"))]
+    every = [json.loads(line) for line in whole_lines(out.with_suffix(".jsonl"))]
+    lines = [line for line in every if line["form"] != EQUAL]
+    fed = [line for line in every if line["form"] == EQUAL]
     found = {(line["task"], line["form"], line["policy"]): line for line in lines}
     rows = [row_of(line, found[line["task"], *FULL]) for line in lines]
     names = ("date", "processor", "cores", "versions", "commit", "command")
-    write_json(out, {**{name: lines[-1][name] for name in names}, "rows": rows})
-    text = "\n".join(page(rows, lines)) + "\n"
+    about = {name: lines[-1][name] for name in names}
+    write_json(out, {**about, "rows": rows, "equal_cache": [equal_row(line) for line in fed]})
+    text = "\n".join([*page(rows, lines), *equal_page(fed)]) + "\n"
     out.with_suffix(".md").write_text(text)
     print(text)
 
@@ -80,3 +84,27 @@ def page(rows: list[Row], lines: list[Row]) -> list[str]:
             f"| {row['same_text']} |"
         )
     return text
+
+
+def equal_row(line: Row) -> Row:
+    return {name: line[name] for name in ("task", "items", "tokens", "same", "tied", "different")}
+
+
+def equal_page(fed: list[Row]) -> list[str]:
+    """The lines about the equal_cache conversion; see `benchmarks.coder_tasks_equal`."""
+    if not fed:
+        return []
+    text = [
+        "",
+        "The equal_cache conversion, fed each prompt with the original's answer (job `equal`): items",
+        "where its best token is the original's at every place; ties, where the original's two best",
+        "logits are less than .001 apart at the first difference; and other items.",
+        "",
+        "| task | items | tokens | same | tied | different |",
+        "|---|---|---|---|---|---|",
+    ]
+    return text + [
+        f"| {line['task']} | {line['items']} | {line['tokens']} | {line['same']} | {line['tied']} "
+        f"| {len(line['different'])} |"
+        for line in fed
+    ]
