@@ -62,8 +62,9 @@ def best_two(
 
 
 @jax.jit
-def _top_two(logits: jax.Array) -> list[jax.Array]:
-    return jax.lax.top_k(logits.astype(jnp.float32), 2)
+def _top_two(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, ids = jax.lax.top_k(logits.astype(jnp.float32), 2)
+    return values, ids
 
 
 def leaves(item: Fed, best: Int[np.ndarray, "N 2"]) -> bool:

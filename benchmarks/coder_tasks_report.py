@@ -96,9 +96,9 @@ def equal_page(fed: list[Row]) -> list[str]:
         return []
     text = [
         "",
-        "The equal_cache conversion, fed each prompt with the original's answer (job `equal`): items",
-        "where its best token is the original's at every place; ties, where the original's two best",
-        "logits are less than .001 apart at the first difference; and other items.",
+        "The equal_cache conversion, fed each prompt with the original's answer (job `equal`):",
+        "items where its best token is the original's at every place; ties, where the original's",
+        "two best logits are less than .001 apart at the first difference; and other items.",
         "",
         "| task | items | tokens | same | tied | different |",
         "|---|---|---|---|---|---|",
