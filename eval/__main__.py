@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from eval.task import TASKS
     from kvjax import compilation_cache, processes
     from kvjax.endings import endings
+    from kvjax.usage import check_command
 
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP.format(tasks=", ".join(TASKS), cache=compilation_cache.HELP))
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed, argv = processes.take_flag(argv)
         compilation_cache.enable(folder, processes.asked(distributed))
         processes.join(distributed)
+        check_command(argv, [*TASKS, *COMMANDS])
         with processes.together():
             dispatch(argv[0], argv[1:])
 
@@ -71,11 +73,6 @@ def dispatch(name: str, argv: list[str]) -> None:
 
             parsed(command, f"python -m eval {name}", argv)
         return
-    from eval.task import TASKS
-
-    if name not in TASKS:
-        known = ", ".join([*TASKS, *COMMANDS])
-        raise ValueError(f"no task or command {name!r}, expected one of {known}")
     # Imported late: a wrong name is answered without loading a model's code.
     from eval.command import run_task
 

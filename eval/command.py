@@ -148,7 +148,7 @@ def execute(name: str, command: TaskCommand, argv: Sequence[str]) -> dict[str, A
     # The model's configuration is enough to make prompts; weights are loaded only for a real run.
     model = read_model(command.model)
     tokenizer = load_tokenizer(command.model)
-    task = adapted(load_task(name, task_options(command, tokenizer)), command)
+    task = adapted(load_task(name, task_options(command, tokenizer, model.config)), command)
     if command.dry_run:
         return dry_run(model, tokenizer, task, settings, command.dtype)
     assert command.out is not None
@@ -249,8 +249,12 @@ def adapted(task: Any, command: TaskCommand) -> Any:
     return dataclasses.replace(task, items=tuple(items))
 
 
-def task_options(command: TaskCommand, tokenizer: Any) -> Any:
-    """The command's options of the task, as `eval.task.TaskOptions`."""
+def task_options(command: TaskCommand, tokenizer: Any, config: Any = None) -> Any:
+    """The command's options of the task, as `eval.task.TaskOptions`.
+
+    Args:
+        config: of the model, whose context bounds the prompts that a task makes.
+    """
     from eval.task import TaskOptions
 
     settings = dict(_pairs(command.settings))
@@ -259,7 +263,11 @@ def task_options(command: TaskCommand, tokenizer: Any) -> Any:
     if command.data_dir is not None and not command.data_dir.is_dir():
         raise ValueError(f"no folder at {command.data_dir}")
     values = {name: getattr(command, name) for name in TASK_FIELDS}
-    return TaskOptions(tokenizer=tokenizer, settings=settings, chat=command.chat, **values)
+    most = None
+    if config is not None and command.truncate in (None, "refuse"):
+        most = min(config.context_length, command.max_length or config.context_length)
+    more = {"settings": settings, "chat": command.chat, "most_tokens": most}
+    return TaskOptions(tokenizer=tokenizer, **more, **values)
 
 
 def _pairs(settings: Sequence[str]) -> list[tuple[str, str]]:

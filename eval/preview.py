@@ -117,7 +117,8 @@ def _task(name: str, model: Any, policies: dict[str, Any], command: Any) -> Iter
     """Items and shapes of a task; only the largest cache where the data cannot be read."""
     try:
         tokenizer = load_tokenizer(command.model)
-        task = adapted(load_task(name, task_options(command, tokenizer)), command)
+        options = task_options(command, tokenizer, model.config)
+        task = adapted(load_task(name, options), command)
     except (ValueError, OSError) as error:
         yield f"items unknown: {_line(error)}"
         # Without items the longest prompt that fits stands for all.

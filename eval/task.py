@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,7 +41,7 @@ SETTING_RANGES = {
     "seed": SEED,
 }
 PROTOCOLS = ("generate", "teacher", "after")
-UNJUDGED = ("tokenizer", "settings", "seed", "chat")
+UNJUDGED = ("tokenizer", "settings", "seed", "chat", "most_tokens")
 """Fields that `check_options` leaves alone: the seed may be that of sampled answers, and
 `check_form` judges the chat template."""
 
@@ -115,6 +115,7 @@ class TaskOptions:
         shots: examples in the prompt, where the task has a choice.
         settings: further key=value settings of one task.
         chat: whether prompts that are made as token ids are inside the chat template.
+        most_tokens: longest prompt that a model can read; None: not known, or prompts may be cut.
     """
 
     data_dir: Path | None = None
@@ -127,6 +128,7 @@ class TaskOptions:
     shots: int | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     chat: bool = False
+    most_tokens: int | None = None
 
     def __post_init__(self):
         check_ranges(vars(self), OPTION_RANGES)
@@ -136,6 +138,15 @@ class TaskOptions:
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} are {', '.join(map(str, given))}, expected each once")
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raises ValueError for lengths that the model cannot read, before prompts are made."""
+        most = self.most_tokens
+        if most is not None and max(lengths) > most:
+            raise ValueError(
+                f"got prompts of {max(lengths)} tokens, expected at most {most}, which the model "
+                "reads: --lengths sets others"
+            )
 
     @property
     def prompts_each(self) -> int:

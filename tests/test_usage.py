@@ -44,6 +44,8 @@ MAINS = {"kvjax": cli.main, "eval": eval.__main__.main, "train": train.__main__.
         ("eval report", ["got no runs, expected at least one folder"]),
         ("eval run", ["got no CONFIG, which is required"]),
         ("train", ["got no command, expected one of pretrain, export"]),
+        ("train finetue --steps 3", ["family; the nearest is finetune"]),
+        ("eval needl --model m", ["run; the nearest is needle"]),
         ("train finetune --step 3", ["got no --model", "the nearest option is --steps", "got 3"]),
         ("train pretrain", ["got no --config", "got no --out"]),
         ("train finetune --model m --steps many", ["--steps is 'many', expected"]),

@@ -14,7 +14,7 @@ from kvjax import compilation_cache, processes
 from kvjax.endings import GOES_ON, endings, only_writer
 from kvjax.paths import check_local, local_arguments, take_flag
 from kvjax.runs import write_json
-from kvjax.usage import parsed
+from kvjax.usage import check_command, parsed
 from train.compare.command import compare
 from train.compare.runs import write_rows
 from train.finetune.config import TuneConfig, read_config
@@ -188,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; see `kvjax.endings` for bad input and signals."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with endings("train"):
+        check_command(argv, COMMANDS)
         folder, argv = compilation_cache.take_flag(argv)
         if argv[:1] == ["finetune"]:
             # Parsed separately: flags override the file that one of them names.

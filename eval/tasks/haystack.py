@@ -98,7 +98,8 @@ def load(name: str, generate: Callable[..., Example], options: TaskOptions, **mo
     }
     depths = np.linspace(0.0, 1.0, number(options, "depths", DEPTHS, 1)).tolist()
     examples: list[tuple[str, Example]] = []
-    for length in options.lengths or LENGTHS:
+    options.check_lengths(lengths := options.lengths or LENGTHS)
+    for length in lengths:
         for depth in depths:
             # A cell's prompts depend on its length and depth only, not on the other cells of a run.
             cell = [EVALUATION_STREAM, options.seed, length, round(1000 * depth)]

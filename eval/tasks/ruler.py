@@ -129,6 +129,7 @@ def _ready(options: TaskOptions, folder: Path | None) -> list[Item]:
 def _generated(options: TaskOptions, folder: Path | None) -> list[Item]:
     if options.tokenizer is None:
         raise ValueError("RULER's prompts are generated in tokens: a tokenizer is needed")
+    options.check_lengths(options.lengths)
     vocab = TokenizerVocabulary(options.tokenizer, options.chat)
     makers = _makers(options, folder, vocab)
     items: list[Item] = []

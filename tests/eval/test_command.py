@@ -78,14 +78,16 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
     dry = (*start, "--dry-run", "--count", 1)
     short = (*dry, "--lengths", 48)  # a few prompts: making the default ones takes seconds
     for argv, message in (
-        (("needles",), "no task or command 'needles', expected one of needle, reasoning"),
+        (("needles",), "got 'needles', expected one of needle, reasoning"),
         (start, "give --out"),
         ((*short, "--set", "depths"), "expected --set KEY=VALUE"),
         ((*short, "--set", "depths=x"), "expected a whole number"),
         ((*short, "--data-dir", tmp_path / "none"), "no folder at"),
         ((*short, "--policy", "best"), "not one of full"),
         ((*short, "--chat"), "no chat template"),
-        ((*dry, "--lengths", 2000), "expected at most"),
+        # Refused before the prompts are made, which would take longer than any test.
+        ((*start, "--out", "x", "--lengths", 10**9), "got prompts of 1000000000 tokens, expected"),
+        (("ruler", *dry[1:], "--lengths", 10**9), "--lengths sets others"),
         (("needle", "--model", tmp_path / "none", "--dry-run"), "none"),
     ):
         assert message in fails(capsys, *argv)

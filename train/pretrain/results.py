@@ -104,11 +104,14 @@ def evaluate(
         One row for each task and prompt length, with the share of exact answers (1 to 12 tokens).
 
     Raises:
-        ValueError: a count or a length below 1, an unknown task, or no such model.
+        ValueError: a count or a length below 1, a length above the model's context, an unknown
+            task, or no such model.
     """
     lengths_by_name = {f"lengths[{index}]": length for index, length in enumerate(lengths)}
     values = {"count": count, "seed": seed, **lengths_by_name}
-    check_ranges(values, {"seed": SEED, **dict.fromkeys(("count", *lengths_by_name), COUNT)})
+    length = Range(least=1, most=kvjax.hf.read_model(model).config.context_length, whole=True)
+    ranges = {"count": COUNT, "seed": SEED, **dict.fromkeys(lengths_by_name, length)}
+    check_ranges(values, ranges)
     dtype = dtype or kvjax.hf.default_dtype()
     transformer, params = kvjax.load(model, dtype=dtype)
     vocab = WordVocabulary()
