@@ -15,6 +15,7 @@ from kvjax.runs import whole_lines, write_json
 Row = dict[str, Any]
 FULL = "original", "full"
 EQUAL = "equal_cache"
+COMMAND = "python -m benchmarks.coder_tasks run MODEL DATA TEXT --folder FOLDER"
 
 
 def report(out: Path) -> None:
@@ -52,8 +53,14 @@ def row_of(line: Row, base: Row) -> Row:
         "won": won,
         "p": round(sign_test(lost, won), 4),
         "same_text": sum(line["texts"][key] == base["texts"][key] for key in own),
-        "share": round(line["cache_bytes"] / base["full_cache_bytes"], 4),
+        "share": round(bytes_in_bfloat16(line) / (base["full_cache_bytes"] / 2), 4),
     }
+
+
+def bytes_in_bfloat16(line: Row) -> float:
+    """The cache's bytes as they would be with a model in bfloat16, for a run in fp32: half of them,
+    but for entries in 8 or 4 bits, which are the same."""
+    return line["cache_bytes"] / (1 if "entries=" in line["policy"] else 2)
 
 
 def sign_test(lost: int, won: int) -> float:
@@ -67,10 +74,11 @@ def page(rows: list[Row], lines: list[Row]) -> list[str]:
     text = [
         "# GSM8K and HumanEval of Qwen2.5-Coder-1.5B-Instruct with smaller caches",
         "",
-        f"`{lines[-1]['command']}`, commits {commits}. Greedy answers in fp32. Each row is",
-        "compared with the original's full cache item by item: answers lost and won, and the",
-        'two-sided sign test. "Same text" counts answers that are equal to the last character. The',
-        "cache is that of prompt and room for the answer, against the original's full cache.",
+        f"`{COMMAND}`, commits {commits}. Greedy answers in fp32.",
+        "Each row is compared with the original's full cache item by item: answers lost and won,",
+        'and the two-sided sign test. "Same text" counts answers equal to the last character.',
+        "The cache is that of prompt and room for the answer, in bytes against the original's full",
+        "cache in bfloat16.",
         "",
         "| task | form | policy | cache | right | change | lost, won | p | same text |",
         "|---|---|---|---|---|---|---|---|---|",

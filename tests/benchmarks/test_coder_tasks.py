@@ -35,10 +35,12 @@ def line(form, policy, scores, held):
 
 def test_rows_are_compared_item_by_item(tmp_path):
     lines = [line("original", "full", [1, 1, 0, 0], 100), line("50 %", "full", [0, 1, 1, 0], 50)]
+    lines.append(line("original", "full:entries=int8", [1, 1, 0, 0], 26))
     out = tmp_path / "tasks.json"
     out.with_suffix(".jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     report(out)
-    half = json.loads(out.read_text())["rows"][1]
+    _, half, int8 = json.loads(out.read_text())["rows"]
+    assert (int8["share"], int8["same_text"]) == (0.52, 4)  # a model in bfloat16 has 50 bytes
     assert (half["lost"], half["won"], half["same_text"]) == (1, 1, 2)
     assert (half["score"], half["change"], half["share"]) == (0.5, 0, 0.5)
     assert "| 50 % | full | 50 % | 50 ± 29 % of 4 |" in out.with_suffix(".md").read_text()
