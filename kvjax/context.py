@@ -297,7 +297,7 @@ def _unlike_format(held: Any, entries: Sequence[str], channels: tuple[int, ...])
     """A line for each wrong array that 8-bit or 4-bit entries have besides their numbers.
 
     Args:
-        channels: shape of the `KeyChannels` of 4-bit keys.
+        channels: shape of the `KeyChannels` of keys in 8 or 4 bits.
     """
     found: dict[str, tuple[Any, tuple[int, ...], Any]] = {}
     for name in entries:
@@ -308,8 +308,11 @@ def _unlike_format(held: Any, entries: Sequence[str], channels: tuple[int, ...])
             shape = (*value.shape[:-1], packed_bytes(value.width))
             found[f"{name}.values"] = value.values, shape, np.uint8
     of_keys = getattr(held, "channels", None)
-    kind = KeyChannels if isinstance(getattr(held, "k", None), Packed) else type(None)
-    if not isinstance(of_keys, kind):
+    # Keys in 8 bits of earlier files are not normalised.
+    keys = getattr(held, "k", None)
+    nothing, some = not isinstance(keys, Packed), isinstance(keys, Packed | Quantized)
+    if not (nothing if of_keys is None else some and isinstance(of_keys, KeyChannels)):
+        kind = KeyChannels if some else type(None)
         yield f"channels is {type(of_keys).__name__}, expected {kind.__name__}"
     elif of_keys is not None:
         found["channels.centre"] = of_keys.centre, channels, jnp.bfloat16

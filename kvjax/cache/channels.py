@@ -1,8 +1,9 @@
-"""The normalisation of keys that are stored in 4 bits: each channel of each head is centred and
-scaled before the key is packed.
+"""The normalisation of keys that are stored in 8 or 4 bits: each channel of each head is centred
+and scaled before the key is quantized.
 
 Some channels of keys are far larger than others, or far from 0 (KIVI, arXiv 2402.02750, section 3),
-and a channel that shares its group of numbers with such a channel would keep few of the 16 levels.
+and a channel that shares its scale with such a channel would keep few of the levels. Qwen2.5's keys
+lose 20 times as much in int8 without this (docs/headkv.md).
 Attention needs no normalised key back. With s the size and c the centre of the channels,
 q·k = (s∘q)·((k − c)/s) + q·c: queries are multiplied by s, and q·c is the same for all keys of a
 head, so softmax removes it. A soft-cap would not, and layers with one have the centre 0.
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax.config import AttentionConfig, AttentionSpec
-from pallas_kernels.packed import is_packed
+from pallas_kernels.entries import is_quantized
 
 FORMAT = "bfloat16"
 LEAST = 0.25
@@ -29,7 +30,7 @@ only, and later keys differ from it."""
 
 def channel_bytes(attention: AttentionConfig, dtype: Any) -> int:
     """Bytes of one layer's `KeyChannels`, for entries of this dtype."""
-    if attention.shared_latent or not is_packed(dtype):
+    if attention.shared_latent or not is_quantized(dtype):
         return 0
     return 2 * attention.cached_heads * attention.cached_widths[0] * jnp.dtype(FORMAT).itemsize
 

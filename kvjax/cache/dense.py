@@ -27,8 +27,7 @@ from kvjax.cache.storage import (
 )
 from kvjax.config import AttentionConfig
 from pallas_kernels import dequantize, gqa_decode, mla_decode
-from pallas_kernels.entries import empty
-from pallas_kernels.packed import is_packed
+from pallas_kernels.entries import empty, is_quantized
 
 
 @flax.struct.dataclass
@@ -137,10 +136,10 @@ class DenseCache:
         """The cache with its entries in the format of `dtype`; unchanged for None.
 
         Args:
-            live: slots that hold tokens; 4-bit keys are normalised by those.
+            live: slots that hold tokens; keys in 8 or 4 bits are normalised by those.
         """
         k, channels = self.k, self.channels
-        if dtype is not None and is_packed(dtype):
+        if dtype is not None and is_quantized(dtype):
             channels = KeyChannels.of_prompt(k, live[:, None], spec)
             k = channels.normalised(k, axis=2)
         k, v = cast(k, dtype), cast(self.v, dtype)

@@ -28,8 +28,7 @@ from kvjax.cache.storage import (
     write_pool,
 )
 from pallas_kernels import ragged_gqa_decode
-from pallas_kernels.entries import Newer, Segments
-from pallas_kernels.packed import is_packed
+from pallas_kernels.entries import Newer, Segments, is_quantized
 from pallas_kernels.plan import merge
 from pallas_kernels.xla import attend
 
@@ -113,7 +112,7 @@ class Pool:
             lengths=lengths,
             read=lengths,
             positions=jnp.full((B, rows), -1, jnp.int32) if positions else None,
-            channels=KeyChannels.empty((*shape, widths[0])) if is_packed(dtype) else None,
+            channels=KeyChannels.empty((*shape, widths[0])) if is_quantized(dtype) else None,
             align=align,
             span=span,
         )

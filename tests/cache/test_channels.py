@@ -67,16 +67,20 @@ def test_normalised_keys_give_the_same_attention(softcap, window):
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_four_bits_are_near_where_channels_differ(softcap):
-    """Rows packed without normalisation lose their small channels beside the large ones."""
+@pytest.mark.parametrize(
+    "dtype, bound, share", [("int4", 0.05, 0.7), ("int8", 0.005, 0.7), ("float8_e4m3fn", 0.02, 1)]
+)
+def test_small_entries_are_near_where_channels_differ(dtype, bound, share, softcap):
+    """Rows quantized without normalisation lose their small channels beside the large ones. Floats
+    of 8 bits keep small numbers exactly, and gain by the centre alone."""
     spec, (k, v) = AttentionSpec(0.02, None, softcap), prompt()
-    plain, packed = cached(k, v, spec, None), cached(k, v, spec, "int4")
-    bare = dataclasses.replace(plain, k=quantize(plain.k, jnp.int4), v=packed.v)
+    plain, packed = cached(k, v, spec, None), cached(k, v, spec, dtype)
+    bare = dataclasses.replace(plain, k=quantize(plain.k, jnp.dtype(dtype)), v=packed.v)
     want, near, far = (
         after_new_tokens(cache, k, v, spec, False) for cache in (plain, packed, bare)
     )
-    assert np.abs(near - want).mean() < 0.05
-    assert np.abs(near - want).mean() < 0.7 * np.abs(far - want).mean()
+    assert np.abs(near - want).mean() < bound
+    assert np.abs(near - want).mean() < share * np.abs(far - want).mean()
 
 
 def test_padding_changes_no_channel_and_one_token_is_enough():
@@ -97,6 +101,7 @@ def test_the_bytes_of_channels_are_counted():
     spec = AttentionSpec(0.3)
     cache = cached(k, v, spec, "int4")
     assert cache_bytes(cache.channels) == B * channel_bytes(attention, "int4") == B * K * H * 4
-    assert channel_bytes(attention, "int8") == 0
+    assert channel_bytes(attention, "int8") == channel_bytes(attention, "int4")
+    assert channel_bytes(attention, "bfloat16") == 0
     rows = B * K * (S + NEW) * 2 * (H // 2 + 2 * 4)
     assert cache_bytes(cache) == rows + cache_bytes(cache.channels) + 4 * B
