@@ -75,7 +75,8 @@ def test_bytes_of_a_device():
     # 16 sequences, one KV head, 128 numbers, keys and values, 2 bytes; and a length a sequence.
     assert caches == 32 * 16 * ((4096 + 128) * 128 * 2 * 2 + 4) + whole_lengths
     _, fewer = held("full:entries=int8")
-    assert fewer == 32 * 16 * ((4096 + 128) * (128 + 4) * 2 + 4) + whole_lengths
+    channels = 2 * 128 * 2  # centre and size of each channel of the keys, 2 bytes each
+    assert fewer == 32 * 16 * ((4096 + 128) * (128 + 4) * 2 + 4 + channels) + whole_lengths
     # Four groups of 32 numbers, and centre and size of each channel of the keys.
     _, fewest = held("full:entries=int4")
     assert fewest == 32 * 16 * ((4096 + 128) * (64 + 16) * 2 + 4 + 2 * 128 * 2) + whole_lengths
