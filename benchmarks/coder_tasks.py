@@ -90,12 +90,16 @@ def run(args: argparse.Namespace) -> None:
     """Runs what RESULT.jsonl does not have yet."""
     about = environment("benchmarks.coder_tasks")  # once: the checkout may move on meanwhile
     path = args.out.with_suffix(".jsonl")
-    done = {(line["form"], line["task"]) for line in map(json.loads, whole_lines(path))}
+    lines = map(json.loads, whole_lines(path))
+    done = {(line["task"], line["form"], line["policy"]) for line in lines}
     for task in args.tasks:
         sample(args, task)
         for form in args.forms:
-            if (form, task) not in done:
-                append_lines(path, [line | about for line in answered(args, task, form)])
+            _, policies = FORMS[form]
+            lacking = tuple(policy for policy in policies if (task, form, policy) not in done)
+            if lacking:
+                found = answered(args, task, form, lacking)
+                append_lines(path, [line | about for line in found])
 
 
 def sample(args: argparse.Namespace, task: str) -> None:
@@ -107,11 +111,15 @@ def sample(args: argparse.Namespace, task: str) -> None:
     place.write_text("".join(rows[index] + "\n" for index in chosen))
 
 
-def answered(args: argparse.Namespace, task: str, form: str) -> Iterator[dict[str, Any]]:
-    """One line for each policy of the form: scores and answers by item, and bytes."""
+def answered(
+    args: argparse.Namespace, task: str, form: str, policies: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """One line for each policy: scores and answers by item, and bytes."""
     name = form.removesuffix(" %")
-    out = args.folder / "runs" / name / task
-    conversion, policies = FORMS[form]
+    conversion, every = FORMS[form]
+    # A run has its own folder: if some policies are measured already, this is another run.
+    chosen = [policy.rpartition("=")[2] for policy in policies if policies != every]
+    out = args.folder / "runs" / name / "_".join([task, *chosen])
     model = args.model if conversion is None else converted(args, name, conversion)
     report = execute(task, command_of(args, model, policies, out), [])
     found = [json.loads(line) for line in whole_lines(out / PREDICTIONS)]
