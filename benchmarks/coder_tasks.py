@@ -70,11 +70,12 @@ def main() -> None:
         job.add_argument("text", type=local_path, help="what the conversions are calibrated on")
         job.add_argument("--folder", type=local_path, required=True, help="of runs and conversions")
         job.add_argument("--tasks", nargs="+", choices=list(DATA), default=list(DATA))
-        job.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
         job.add_argument("--items", type=int, default=100)
         job.add_argument("--batch-size", type=int, default=64)
         job.add_argument("--seed", type=int, default=0)
         job.add_argument("--out", type=local_path, default=RESULT)
+        if name == "run":
+            job.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     job = jobs.add_parser("report")
     job.add_argument("--out", type=local_path, default=RESULT)
     args = parser.parse_args()

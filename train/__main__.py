@@ -188,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; see `kvjax.endings` for bad input and signals."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with endings("train"):
-        check_command(argv, COMMANDS)
         folder, argv = compilation_cache.take_flag(argv)
+        check_command(argv, COMMANDS)
         if argv[:1] == ["finetune"]:
             # Parsed separately: flags override the file that one of them names.
             arguments = parse(argv[1:])
