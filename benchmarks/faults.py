@@ -6,7 +6,7 @@ Each command writes over an older result, or into a new folder. It is killed (SI
 random change of that folder or a moment later, or no file may grow beyond a random size
 (RLIMIT_FSIZE), as on a full disk. Afterwards each file of the result must be the old one or the new
 one, and the same command must end with the bits of an undisturbed one. Finished faults are kept in
-OUT's .jsonl: the same call continues after them.
+OUT's .jsonl, each with its commit: the same call continues after them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disturbed import CALM, Disturbance, changes_file, start
-from benchmarks.environment import environment
+from benchmarks.environment import commit, environment
 from benchmarks.fault_commands import COMMANDS, SAVE, Command, write_inputs
 from benchmarks.left import arrays, content, lost
 from kvjax.runs import append_lines, cut_torn_line, whole_lines, write_json
@@ -169,12 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     log = args.out.with_suffix(".jsonl")
     cut_torn_line(log)
     rows = [json.loads(line) for line in whole_lines(log)]
+    made_by = commit()  # once: the checkout may move on meanwhile
     done = {(row["command"], row["fault"], row["number"]) for row in rows}
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         bench = Bench(Path(work))
         for fault in faults(args.kills, args.disks):
             if fault not in done:
-                row = bench.fault(*fault)
+                row = bench.fault(*fault) | {"commit": made_by}
                 append_lines(log, [row])
                 rows.append(row)
                 print(json.dumps(row), flush=True)

@@ -81,12 +81,11 @@ def only_writer(out: Path, note: str = "") -> Iterator[None]:
     if not processes.is_writer():
         yield
         return
-    made, place = _make_parents(out), Path(os.path.abspath(out))  # "." has no name
-    lock = filelock.SoftFileLock(place.with_name(f"{place.name}.lock"), blocking=False)
+    made, lock = _make_parents(out), filelock.SoftFileLock(lock_of(out), blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise ValueError(f"{out} is being written by {_holder(Path(lock.lock_file))}") from None
+        raise ValueError(f"{out} is being written by {_holder(lock_of(out))}") from None
     try:
         yield
     except BaseException as error:
@@ -98,6 +97,12 @@ def only_writer(out: Path, note: str = "") -> Iterator[None]:
         for folder in made:  # a refused command leaves no empty folders
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def lock_of(out: Path) -> Path:
+    """The file that keeps other processes from an output."""
+    place = Path(os.path.abspath(out))  # "." has no name
+    return place.with_name(f"{place.name}.lock")
 
 
 def say_finished(out: Path) -> None:
@@ -117,8 +122,8 @@ def _holder(lock: Path) -> str:
     """The process that holds a lock, as its file names it."""
     try:
         pid, host, *_ = lock.read_text().split()
-    except (OSError, ValueError):
-        return "another process"
+    except (OSError, ValueError):  # made this very moment, or torn when the machine went down
+        return f"another process: {lock} names none; if no other command runs, remove that file"
     return f"process {pid} on {host}: wait for it, or give another output ({lock} is its lock)"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax import processes
-from kvjax.endings import only_writer
+from kvjax.endings import lock_of, only_writer
 from kvjax.fields import Object, object_problems, refuse
 from kvjax.paths import is_inside, sync
 from kvjax.runs import check_same, write_json
@@ -42,7 +42,7 @@ def whole_folder(out: Path, check: Callable[[], None] = lambda: None) -> Iterato
         ValueError: another process is writing this folder; or the error of `check`.
     """
     out = Path(os.path.abspath(out))  # "." has no name
-    inside, beside = out / PART, out.with_name(f"{out.name}{PART}")
+    inside, beside = _parts(out)
     part = inside if out.is_dir() else beside
     with only_writer(part):
         processes.on_writer(lambda: _clear(out, inside, beside))
@@ -57,6 +57,11 @@ def whole_folder(out: Path, check: Callable[[], None] = lambda: None) -> Iterato
             if processes.is_writer():
                 _clear(out, part)
             raise
+
+
+def _parts(out: Path) -> tuple[Path, Path]:
+    """Where a folder is filled: inside of it if it exists, else beside it."""
+    return out / PART, out.with_name(f"{out.name}{PART}")
 
 
 def _clear(out: Path, *parts: Path) -> None:
@@ -111,8 +116,10 @@ def record_made(folder: Path, request: Mapping[str, Any], report: Mapping[str, A
 def made(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of the finished command that made a folder; None where none is recorded.
 
+    Removes what that command left beside its result if it was killed after its last file.
+
     Raises:
-        ValueError: the command had other settings; names them.
+        ValueError: the command had other settings; names them. Or another process writes to `out`.
     """
     path = out / MADE
     if not path.is_file() or not any((out / name).is_file() for name in LAST):
@@ -121,7 +128,16 @@ def made(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
     refuse(object_problems(held, {"request": Object, "report": Object}), str(path))
     wanted = json.loads(json.dumps(request))
     check_same(held["request"], wanted, f"{out} holds the result of other settings", OTHER)
+    processes.on_writer(lambda: _forget_killed(out))
     return held["report"]
+
+
+def _forget_killed(out: Path) -> None:
+    """Removes the leftovers of a command that was killed when its folder was whole already."""
+    for part in _parts(Path(os.path.abspath(out))):
+        if part.exists() or lock_of(part).exists():
+            with only_writer(part):
+                _remove(part)
 
 
 OTHER = "give another folder"

@@ -1,6 +1,7 @@
 """One writer an output, and the ends of commands: bad input, Ctrl-C and SIGTERM."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,6 +72,17 @@ def test_a_refused_command_leaves_no_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="no model"), only_writer(tmp_path / "a" / "b" / "run"):
         raise ValueError("no model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_names_no_process_says_what_to_do(tmp_path):
+    lock = tmp_path / "run.lock"
+    lock.touch()
+    told = f"another process: {lock} names none; if no other command runs, remove that file"
+    with pytest.raises(ValueError, match=re.escape(told)), only_writer(tmp_path / "run"):
+        pass
+    lock.unlink()
+    with only_writer(tmp_path / "run"):
+        pass
 
 
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):

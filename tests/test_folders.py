@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 from llama_toy import TINY
@@ -9,6 +12,7 @@ from toys import random_params
 
 import kvjax
 from kvjax import folders
+from kvjax.endings import lock_of, only_writer
 from kvjax.folders import MADE, PART, made, record_made, whole_folder
 from kvjax.hf.config import config_from_hf
 from kvjax.nn import Transformer
@@ -141,6 +145,24 @@ def test_a_folder_remembers_its_command(tmp_path):
     (out / CONFIG).touch()
     (out / MADE).write_text(json.dumps({"request": []}))
     with pytest.raises(ValueError, match=rf"{MADE}: request is \[\], expected an object"):
+        made(out, request)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_finished_command_removes_what_a_kill_left_after_its_last_file(tmp_path, exists):
+    out, request = tmp_path / "out", {"rank": 8}
+    with whole_folder(out) as part:
+        record_made(part, request, {"loss": 0.5})
+        (part / CONFIG).write_text("")
+    left = out / PART if exists else tmp_path / f"out{PART}"
+    left.mkdir()
+    (left / folders.MOVED).write_text(json.dumps({CONFIG: True}))
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    lock_of(left).write_text(f"{int(dead.stdout)}\n{socket.gethostname()}\n")
+    assert made(out, request) == {"loss": 0.5}
+    assert sorted(path.name for path in out.iterdir()) == sorted([CONFIG, MADE])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with only_writer(left), pytest.raises(ValueError, match="is being written by process"):
         made(out, request)
 
 
