@@ -1,11 +1,9 @@
-"""The Python of pages and docstrings runs, on one tiny model; the commands are understood."""
+"""The Python of pages and docstrings runs, on one tiny model."""
 
 import ast
 import doctest
-import functools
 import inspect
 import re
-import shlex
 from pathlib import Path
 
 import eval_toys
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -93,34 +90,6 @@ def test_python_of_a_page(page, place):
 def test_example_of_a_docstring(name, place):
     example = doctest.DocTestParser().get_doctest(documented()[name], place, name, None, 0)
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
-
-
-def commands():
-    """The `kvjax` commands of README.md and the pages; not synopses, which have brackets."""
-    found = []
-    for page in [ROOT / "README.md", *PAGES]:
-        pattern = rf"^(?:    )?kvjax (?:{'|'.join(cli.COMMANDS)}) .*$"
-        lines = re.findall(pattern, page.read_text(), re.MULTILINE)
-        found += [line.strip() for line in lines if "[" not in line.split("#")[0]]
-    return sorted(set(found))
-
-
-@pytest.mark.parametrize("line", commands())
-def test_commands_are_understood(line, monkeypatch):
-    ran = []
-
-    def recorder(command):
-        @functools.wraps(command)
-        def record(*args, **settings):
-            ran.append(command)
-
-        return record
-
-    recorders = {name: recorder(command) for name, command in cli.COMMANDS.items()}
-    words = shlex.split(line, comments=True)[1:]
-    monkeypatch.setattr(cli, "COMMANDS", recorders)
-    cli.main([*words, "--compilation-cache", "off"])
-    assert len(ran) == 1
 
 
 def used(code):
